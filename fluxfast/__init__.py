@@ -1,0 +1,12 @@
+"""fluxfast: FLUX.1 LoRA training on one GPU. Importing it loads nothing heavy."""
+
+__version__ = "0.1.0"
+__all__ = ["load_transformer"]
+
+
+def __getattr__(name: str):
+    if name == "load_transformer":  # imports torch, so only on first use
+        from fluxfast.load import load_transformer
+
+        return load_transformer
+    raise AttributeError(f"module 'fluxfast' has no attribute {name!r}")

@@ -1,0 +1,278 @@
+"""The one configuration: what a YAML file may say, field by field. Imports neither torch nor any trainer code."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fluxfast.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="diffusers folder, one BFL .safetensors file, or a Hub id")
+    encoders: str | None = Field(
+        None,
+        description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
+        "tokenizers; needed when `path` is a single file",
+    )
+    storage: Literal["auto", "fp32", "bf16", "nf4"] = Field(
+        "auto", description="how the frozen base is kept; auto: nf4 on a GPU, fp32 on a CPU"
+    )
+    double_quant: bool = Field(False, description="nf4 only: quantise the block scales as well")
+    compute: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies it, else fp32"
+    )
+    max_sequence_length: Positive | None = Field(
+        None, description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own"
+    )
+
+
+class LoraConfig(Section):
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="scale = alpha / rank; default alpha = rank"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["attn", "attn+mlp", "all"] = Field(
+        "attn+mlp", description="`all` adds the modulation linears of every block"
+    )
+    include: list[str] = Field(
+        [], description="keep only these of the targets: substrings or globs of BFL or diffusers names"
+    )
+    exclude: list[str] = Field([], description="drop these; wins over include")
+    share_a: bool = Field(False, description="one A for q, k, v (and mlp), as kohya has it")
+
+
+class DataConfig(Section):
+    folder: Path = Field(description="folder of jpg, png, webp, searched recursively")
+    resolution: list[Positive] = Field(
+        [1024], description="one or several; each image appears once per entry"
+    )
+    num_repeats: Positive = 1
+    caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
+    default_caption: str | None = Field(None, description="for images that have no caption")
+    caption_dropout: Share = Field(0.05, description="share of samples trained with the empty prompt")
+    shuffle_captions: bool = Field(False, description="shuffle the comma-separated parts")
+    keep_tokens: Annotated[int, Field(ge=0)] = Field(
+        1, description="parts at the front that the shuffle leaves in place"
+    )
+    shuffle_variants: Positive = Field(4, description="how many shuffled captions are cached per image")
+    flip: bool = Field(False, description="train the mirrored image half of the time")
+    mask: Literal["none", "alpha", "folder"] = Field("none", description="weights the loss per place")
+    mask_folder: Path | None = Field(None, description="masks with the images' relative names")
+    mask_min: Share = Field(0.0, description="loss weight where the mask is black")
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if isinstance(value, list) else [value]
+
+    @field_validator("resolution")
+    @classmethod
+    def _some(cls, value):
+        if not value or min(value) < 64:
+            raise ValueError("give at least one resolution, each 64 or more")
+        return value
+
+    @field_validator("caption_ext")
+    @classmethod
+    def _dot(cls, value):
+        return value if value.startswith(".") else f".{value}"
+
+    @model_validator(mode="after")
+    def _mask_folder(self):
+        if (self.mask == "folder") != (self.mask_folder is not None):
+            raise ValueError("mask: folder and mask_folder go together")
+        return self
+
+
+class EmaConfig(Section):
+    enabled: bool = False
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+
+
+class TrainConfig(Section):
+    steps: Positive = Field(2000, description="optimiser steps")
+    batch_size: Positive = 1
+    gradient_accumulation: Positive = Field(1, description="batches whose gradients are added per step")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute every block in backward: less memory, more time"
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="default 1e-4; 1.0 for prodigy"
+    )
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
+    optimizer_args: dict[str, Any] = Field({}, description="passed to the optimiser as they are")
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear"] = Field(
+        "sigmoid", description="linear: uniform with a bell-shaped loss weight"
+    )
+    timestep_bias: Literal["balanced", "content", "style"] = Field(
+        "balanced", description="content: more noise, layout; style: less noise, detail"
+    )
+    guidance: float = Field(1.0, description="fed to dev's guidance embedding while training")
+    ema: EmaConfig = EmaConfig()
+
+
+class SaveConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(250, description="steps; 0: at the end only")
+    keep: Positive = Field(4, description="newest checkpoints that stay")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of the LoRA file")
+
+
+class Config(Section):
+    name: str = Field("lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name")
+    output_dir: Path = Path("runs")
+    cache_dir: Path | None = Field(None, description="default: OUTPUT_DIR/cache")
+    seed: Annotated[int, Field(ge=0)] = 42
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    trigger: str | None = Field(
+        None, description="replaces [trigger] in captions and is put in front of captions without it"
+    )
+    log_every: Positive = Field(10, description="steps between metric lines")
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: Annotated[list[DataConfig], Field(min_length=1)]
+    train: TrainConfig = TrainConfig()
+    save: SaveConfig = SaveConfig()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many_folders(cls, value):
+        return [value] if isinstance(value, dict) else value
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or self.output_dir / "cache"
+
+
+def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one) or a bad value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(raw).__name__}")
+    return build_config(raw, overrides, source=str(path))
+
+
+def build_config(raw: dict, overrides: list[str] = (), source: str = "the settings") -> Config:
+    """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError."""
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source}: " + "; ".join(_describe(item) for item in error.errors()),
+            hint="`fluxfast train --help` names the sections; examples/ holds complete files",
+        ) from None
+
+
+def _apply_override(raw: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes KEY=VALUE, got {override!r}", hint="--set train.steps=500")
+    node: Any = raw
+    parts = key.split(".")
+    for part, following in zip(parts, parts[1:] + [""], strict=True):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"--set {key}: {part!r} is not an index of a list of {len(node)}")
+            part = int(part)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
+        if not following:
+            try:
+                node[part] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
+        elif isinstance(node, dict):
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+        else:
+            node = node[part]
+
+
+def _describe(item: dict) -> str:
+    """One pydantic error as one clause: where, what, got."""
+    where = ".".join(str(part) for part in item["loc"]) or "settings"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {where!r}" + _nearest(item["loc"])
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    got = item.get("input")
+    return f"{where}: {message[:1].lower()}{message[1:]}" + (
+        "" if isinstance(got, dict | list) else f" (got {got!r})"
+    )
+
+
+# what other trainers call the same setting: spelling distance cannot find these
+_SYNONYMS = {
+    "learning_rate": "train.lr",
+    "network": "lora",
+    "linear": "lora.rank",
+    "network_dim": "lora.rank",
+    "network_alpha": "lora.alpha",
+    "linear_alpha": "lora.alpha",
+    "datasets": "data",
+    "folder_path": "data.folder",
+    "trigger_word": "trigger",
+    "max_train_steps": "train.steps",
+    "timestep_type": "train.timesteps",
+    "shuffle_tokens": "data.shuffle_captions",
+    "save_every": "save.every",
+    "name_or_path": "model.path",
+}
+
+
+def _nearest(location: tuple) -> str:
+    """`, did you mean 'x'?`: a known synonym, then the keys of the same section, then all keys."""
+    word = str(location[-1])
+    if word in _SYNONYMS:
+        return f", did you mean {_SYNONYMS[word]!r}?"
+    keys = sorted(_all_keys(Config))
+    parent = ".".join(str(part) for part in location[:-1] if not isinstance(part, int))
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(word, siblings, n=1, cutoff=0.5)
+    if close:
+        return f", did you mean {siblings[close[0]]!r}?"
+    leaves = {key.rpartition(".")[2]: key for key in keys}
+    close = difflib.get_close_matches(word, leaves, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean {leaves[close[0]]!r}?"
+    return f"; known here: {', '.join(sorted(siblings))}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    keys = set()
+    for name, field in section.model_fields.items():
+        keys.add(prefix + name)
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys |= _all_keys(part, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,24 @@
+"""Errors that a user can mend: one message (what, got, allowed), an optional hint, no traceback."""
+
+
+class FluxfastError(ValueError):
+    """Something the user can put right. The command line prints it and ends with exit code 1.
+
+    `hint` is shown on a second line: what to change, or the command to run.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(FluxfastError):
+    """The call or the configuration is wrong. Exit code 2."""
+
+    exit_code = 2
