@@ -1,0 +1,196 @@
+"""Images in: find them, decode any kind to RGB, fit them to a bucket.
+
+Embedded colour profiles are not applied: pixels are taken as sRGB.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fluxfast.errors import FluxfastError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+
+# EXIF orientation -> what turns the stored pixels upright; 5 to 8 swap width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every jpg, jpeg, png and webp below `folder` (any case), sorted by relative path.
+
+    Dot files and dot folders are skipped; links to folders are followed, each real folder once.
+    Raises FluxfastError if the folder is missing, unreadable or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise FluxfastError(f"the image folder {folder} {what}", hint="check `data.folder`")
+
+    def unreadable(error: OSError) -> None:
+        raise FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+                found.append(Path(parent, name))
+    if not found:
+        raise FluxfastError(
+            f"no images in {folder}", hint="`data.folder` takes jpg, jpeg, png and webp files"
+        )
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels as the image is seen, EXIF orientation applied.
+
+    Reads the header only, save for a PNG, whose EXIF block may follow the pixels.
+    Raises FluxfastError naming the file if it is no image or larger than Pillow's limit.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def load_image(path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """Decode to (RGB image, alpha as an L image or None), upright, alpha composited on white.
+
+    Of an animation, the first frame. 16-bit, 32-bit and float grey are scaled to 8 bits by their
+    full range.
+    Raises FluxfastError naming the file if it is missing, truncated, no image or larger than
+    Pillow's limit.
+    """
+    image = _decode(path)
+    if image.mode == "RGB":
+        return image, None
+    return _composite(image, "white"), image.getchannel("A")
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Decode a mask to one L image, upright; where it is transparent it counts as black."""
+    image = _decode(path)
+    return (image if image.mode == "RGB" else _composite(image, "black")).convert("L")
+
+
+def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Lanczos resize to cover `size` = (W, H), centre crop -> fp32 [3, H, W] in -1..1."""
+    box = _centre_box(image.size, size)
+    pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
+    return (
+        torch.tensor(pixels).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    )
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
+    """The same crop for a mask, area-averaged -> fp32 [H / factor, W / factor] in 0..1.
+
+    mask: L image of the image's aspect, any resolution. `factor`: pixels per latent along a side.
+    """
+    box = _centre_box(mask.size, size)
+    values = mask.convert("F").resize(size, Image.Resampling.BOX, box=box)
+    pixels = torch.tensor(np.asarray(values, dtype=np.float32)).div_(255.0)
+    return torch.nn.functional.avg_pool2d(pixels[None], factor)[0].clamp_(0.0, 1.0)
+
+
+def _centre_box(
+    source: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """The largest centred part of `source` that has the aspect of `size`, in source pixels."""
+    (width, height), (new_width, new_height) = source, size
+    scale = max(new_width / width, new_height / height)
+    left = max(0.0, (width - new_width / scale) / 2)
+    top = max(0.0, (height - new_height / scale) / 2)
+    return left, top, width - left, height - top
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        if os.path.getsize(path) == 0:
+            raise FluxfastError(f"the image {path} is empty (0 bytes)", hint="replace or remove it")
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise FluxfastError(
+            f"the image {path} is too large to decode safely: {error}", hint="scale it down first"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise FluxfastError(
+            f"{path} is not an image that can be read", hint="replace or remove it"
+        ) from None
+    except OSError as error:
+        raise FluxfastError(f"cannot read the image {path}: {error.strerror or error}") from None
+    except (ValueError, OverflowError, EOFError) as error:
+        if isinstance(error, FluxfastError):
+            raise
+        raise FluxfastError(f"{path} is not an image that can be read: {error}") from None
+
+
+def _decode(path: Path) -> Image.Image:
+    """-> RGB, or RGBA where the file carries transparency of any kind."""
+    with _open(path) as image:
+        try:
+            image.load()
+            turn = _UPRIGHT.get(_orientation(image))
+            image = _to_8_bit(image)
+        except (
+            Exception
+        ) as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            raise FluxfastError(
+                f"the image {path} is broken or truncated: {error}", hint="replace or remove it"
+            ) from None
+        return image.transpose(turn) if turn is not None else image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # a mangled EXIF block is common and says nothing about the pixels
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _scale_grey(image)
+    transparent = image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Grey deeper than 8 bits, scaled by its range (`convert` clips all above 255 to white)."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    if image.mode == "F" and values.max() <= 1.0:
+        limit = 1.0
+    elif image.mode == "F" and values.max() <= 255.0:
+        limit = 255.0
+    else:
+        limit = 65535.0 if values.max() <= 65535 else float(2**31 - 1)
+    grey = np.clip(np.round(values / limit * 255.0), 0, 255).astype(np.uint8)
+    result = Image.fromarray(grey).convert("RGB")
+    colour_key = image.info.get("transparency")
+    if isinstance(colour_key, int):
+        result.putalpha(Image.fromarray(np.where(values == colour_key, 0, 255).astype(np.uint8)))
+    return result
+
+
+def _composite(image: Image.Image, colour: str) -> Image.Image:
+    ground = Image.new("RGBA", image.size, colour)
+    ground.alpha_composite(image)
+    return ground.convert("RGB")

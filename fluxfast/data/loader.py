@@ -1,0 +1,160 @@
+"""Batches from the cache: what step s trains on is a pure function of (data set, seed, s)."""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxfast import draws
+from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
+from fluxfast.errors import FluxfastError
+
+PREFETCH = 2  # batches read ahead
+TEXT_CACHE = 32  # embeddings kept in memory; T5-XXL's take 4 MiB each in bf16
+
+
+@dataclass
+class Batch:
+    """Samples of one size, on the CPU. B batch, C latent channels, L T5 tokens, D and P widths.
+
+    mean, std: [B, C, h, w] fp32. mask: [B, h, w] fp32 loss weights, or None if no sample has one.
+    t5: [B, L, D], pooled: [B, P], in the encoders' dtype. indices: global sample indices, for every
+    other draw.
+    """
+
+    mean: Tensor
+    std: Tensor
+    mask: Tensor | None
+    t5: Tensor
+    pooled: Tensor
+    indices: list[int]
+    names: list[str]
+
+
+class Loader:
+    """Reads batches of one size each; every sample comes at least once per epoch.
+
+    Raises FluxfastError for an empty data set, and while reading for a cache file that is gone or
+    corrupt.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int):
+        if not dataset.samples:
+            raise FluxfastError("the data set is empty")
+        if batch_size < 1:
+            raise FluxfastError(f"the batch size must be at least 1, got {batch_size}")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self._buckets: dict[tuple[int, int], list[int]] = {}
+        for index, sample in enumerate(dataset.samples):
+            self._buckets.setdefault(sample.size, []).append(index)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._texts: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return sum(-(-len(members) // self.batch_size) for members in self._buckets.values())
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step` >= 0 (steps here are batches: one per accumulation step)."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        samples = [self.dataset.samples[i] for i in self._epoch_order(epoch)[place]]
+        indices = [step * self.batch_size + position for position in range(self.batch_size)]
+        latents = [self._latents(*pair) for pair in zip(samples, indices, strict=True)]
+        texts = [self._text(*pair) for pair in zip(samples, indices, strict=True)]
+        return Batch(
+            mean=torch.stack([tensors["mean"] for tensors in latents]),
+            std=torch.stack([tensors["std"] for tensors in latents]),
+            mask=_stack_masks(latents),
+            t5=torch.stack([tensors["t5"] for tensors in texts]),
+            pooled=torch.stack([tensors["pooled"] for tensors in texts]),
+            indices=indices,
+            names=[sample.name for sample in samples],
+        )
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of steps start to stop - 1 in order, read ahead by one background thread.
+
+        An error in the thread is raised here. The thread ends with the iterator (exhausted, closed
+        or dropped).
+        """
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
+        stopped = threading.Event()
+
+        def put(item: Batch | BaseException) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read_ahead() -> None:
+            try:
+                for step in range(start, stop):
+                    if stopped.is_set():
+                        return
+                    put(self.batch(step))
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read_ahead, name="fluxfast-loader", daemon=True)
+        thread.start()
+        try:
+            for _ in range(start, stop):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _epoch_order(self, epoch: int) -> list[list[int]]:
+        """Sample numbers of every batch of an epoch, in order."""
+        known, order = self._epoch
+        if known == epoch:
+            return order
+        batches = []
+        for (width, height), members in sorted(self._buckets.items()):
+            shuffled = draws.permutation(self.seed, f"order/{width}x{height}", epoch, len(members))
+            for start in range(0, len(members), self.batch_size):
+                places = range(start, start + self.batch_size)  # the last batch wraps round
+                batches.append([members[shuffled[place % len(members)]] for place in places])
+        mixed = draws.permutation(self.seed, "order/batches", epoch, len(batches))
+        order = [batches[i] for i in mixed]
+        self._epoch = (epoch, order)
+        return order
+
+    def _latents(self, sample: Sample, index: int) -> dict[str, Tensor]:
+        mirror = sample.flipped is not None and draws.integer(self.seed, "flip", index, 2) == 1
+        return read_tensors(sample.flipped if mirror else sample.latents, LATENTS)
+
+    def _text(self, sample: Sample, index: int) -> dict[str, Tensor]:
+        if draws.uniform(self.seed, "caption_dropout", index).item() < sample.caption_dropout:
+            return self._cached_text(self.dataset.empty_text)
+        variant = draws.integer(self.seed, "caption", index, len(sample.texts))
+        return self._cached_text(sample.texts[variant])
+
+    def _cached_text(self, path: Path) -> dict[str, Tensor]:
+        with self._lock:
+            if path in self._texts:
+                self._texts.move_to_end(path)
+                return self._texts[path]
+        tensors = read_tensors(path, TEXT)
+        with self._lock:
+            self._texts[path] = tensors
+            if len(self._texts) > TEXT_CACHE:
+                self._texts.popitem(last=False)
+        return tensors
+
+
+def _stack_masks(latents: list[dict[str, Tensor]]) -> Tensor | None:
+    if not any("mask" in tensors for tensors in latents):
+        return None
+    ones = torch.ones(latents[0]["mean"].shape[-2:])
+    return torch.stack([tensors.get("mask", ones) for tensors in latents])

@@ -1,0 +1,141 @@
+"""Cache files: what a prepared data set is, and how its tensors are written and read.
+
+The trainer reads through this file alone, so it imports no image library and no encoder.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from fluxfast.errors import FluxfastError
+
+HINT = "`fluxfast cache` encodes it anew"
+LATENTS = ("mean", "std")
+TEXT = ("t5", "pooled")
+
+
+@dataclass
+class Sample:
+    """One image at one resolution, as often as it is repeated.
+
+    latents: mean and std [C, h, w] fp32, perhaps mask [h, w] fp32; flipped: the same, mirrored.
+    texts: one file per caption variant: t5 [L, D], pooled [P]. size: (width, height) in pixels.
+    """
+
+    name: str
+    size: tuple[int, int]
+    latents: Path
+    flipped: Path | None
+    texts: list[Path]
+    caption: str
+    caption_dropout: float
+
+
+@dataclass
+class Dataset:
+    """Every sample, repeats and resolutions expanded. buckets: (width, height) -> samples in it."""
+
+    samples: list[Sample]
+    empty_text: Path
+    buckets: dict[tuple[int, int], int]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file whole or not at all, with a checksum of each tensor.
+
+    Raises FluxfastError naming the folder if it cannot be written to (full, read-only, no
+    permission).
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sums = {name: str(_checksum(tensor)) for name, tensor in tensors.items()}
+    # to bytes first: safetensors' own file writer reports I/O errors in a type of its own
+    write_bytes(path, serialise(tensors, metadata=sums))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to a temporary file beside `path`, flush it to the disk, put it in place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FluxfastError(
+            f"cannot write into the cache folder {path.parent}: {error.strerror or error}",
+            hint="set `cache_dir` to a folder with enough space that you may write to",
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
+    """Read a file of `write_tensors`, on the CPU, checksums verified.
+
+    Raises FluxfastError naming the file if it is gone, truncated, corrupt or lacks a `required`
+    tensor.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FluxfastError(
+            f"cannot read the cache file {path}: {error.strerror or error}", hint=HINT
+        ) from None
+    try:
+        tensors, sums = parse(data), _header(data[: 8 + int.from_bytes(data[:8], "little")])[1]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise FluxfastError(f"the cache file {path} is corrupt: {error}", hint=HINT) from None
+    for name in required:
+        if name not in tensors:
+            raise FluxfastError(f"the cache file {path} lacks {name!r}", hint=HINT)
+    for name, tensor in tensors.items():
+        if sums.get(name) != str(_checksum(tensor)):
+            raise FluxfastError(
+                f"the cache file {path} is corrupt: the checksum of {name!r} does not match",
+                hint=f"delete it; then {HINT}",  # the cache step keeps what has a sound header
+            )
+    return tensors
+
+
+def is_complete(path: Path, required: tuple[str, ...]) -> bool:
+    """True if the file's header is sound, names the `required` tensors and fits the file's size.
+
+    Reads the header alone, no tensor.
+    """
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            size = os.fstat(file.fileno()).st_size
+            if len(prefix) < 8 or length > size - 8:
+                return False
+            end, sums, names = _header(prefix + file.read(length))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return size == 8 + length + end and set(required) <= names == set(sums)
+
+
+def _header(head: bytes) -> tuple[int, dict[str, str], set[str]]:
+    """Length and JSON header -> (bytes of tensor data, checksums, tensor names)."""
+    header = json.loads(head[8:])
+    if not isinstance(header, dict):
+        raise ValueError("no safetensors header")
+    sums = header.pop("__metadata__", {})
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    return end, sums, set(header)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.view(torch.uint8).numpy())

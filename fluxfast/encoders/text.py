@@ -1,0 +1,132 @@
+"""CLIP-L and T5: prompts to the embeddings that FLUX is conditioned on."""
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxfast.errors import FluxfastError
+
+log = logging.getLogger("fluxfast")
+
+COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+class TextEncoders:
+    """Both text encoders of a diffusers folder, loaded from disk only.
+
+    root: holds text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/.
+    Raises FluxfastError if one is missing, broken, or lacks weights.
+    """
+
+    def __init__(
+        self, root: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        self.device = torch.device(device)
+        root = Path(root)
+        with _quiet():
+            self._clip_tokenizer = _load(CLIPTokenizer, root / "tokenizer")
+            self._t5_tokenizer = _load(T5TokenizerFast, root / "tokenizer_2")
+            self._clip = _load_model(CLIPTextModel, root / "text_encoder", dtype).to(self.device)
+            self._t5 = _load_model(T5EncoderModel, root / "text_encoder_2", dtype).to(self.device)
+        self._announced: set[str] = set()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """-> (t5 [B, max_length, D], pooled [B, P]), in the encoders' dtype, on their device.
+
+        As diffusers' FluxPipeline does it: CLIP padded and cut to its 77 tokens, its pooled output;
+        T5 padded and cut to `max_length`, its last hidden state, no attention mask (padding is
+        attended to, in training as in sampling). The first cut prompt of each encoder is announced.
+        """
+        clip_ids = self._tokenize(
+            self._clip_tokenizer, prompts, self._clip_tokenizer.model_max_length, "CLIP"
+        )
+        t5_ids = self._tokenize(self._t5_tokenizer, prompts, max_length, "T5")
+        pooled = self._clip(clip_ids.to(self.device), output_hidden_states=False).pooler_output
+        t5 = self._t5(t5_ids.to(self.device), output_hidden_states=False)[0]
+        return t5.to(self._t5.dtype), pooled.to(self._clip.dtype)
+
+    def close(self) -> None:
+        """Free both encoders, on the GPU too."""
+        self._clip = self._t5 = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _tokenize(self, tokenizer, prompts: list[str], length: int, name: str) -> Tensor:
+        with _quiet():
+            ids = tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            if name not in self._announced:
+                for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids, strict=True):
+                    if len(tokens) > length:
+                        self._announced.add(name)
+                        log.warning(
+                            "%s reads %d tokens and cuts longer prompts; the first, of %d: %r",
+                            name,
+                            length,
+                            len(tokens),
+                            prompt if len(prompt) <= 60 else prompt[:60] + "…",
+                        )
+                        break
+        return ids
+
+
+def _load_model(cls, folder: Path, dtype: torch.dtype):
+    model, info = _load(cls, folder, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        names = ", ".join(missing[:3]) or "of other shapes than its config.json says"
+        raise FluxfastError(
+            f"{folder} lacks weights of {cls.__name__}: {names}", hint="download the folder again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _load(cls, folder: Path, **options):
+    if not folder.is_dir():
+        raise FluxfastError(
+            f"the model component {folder} is missing",
+            hint=f"`model.encoders` takes a diffusers folder with {', '.join(COMPONENTS)} and vae",
+        )
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **options)
+    except (
+        Exception
+    ) as error:  # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
+        raise FluxfastError(
+            f"cannot load {cls.__name__} from {folder}: {_first_line(error)}",
+            hint="download the folder again",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' notes on unused weights and its bars; what matters is checked above."""
+    from transformers.utils import logging as noise
+
+    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+    try:
+        yield
+    finally:
+        noise.set_verbosity(level)
+        if bars:
+            noise.enable_progress_bar()

@@ -1,0 +1,70 @@
+"""A model named by a path or a Hub id becomes a folder or file on this disk; the local cache comes first."""
+
+import json
+import re
+from pathlib import Path
+
+from fluxfast.errors import FluxfastError
+
+TRANSFORMER = ("transformer",)
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_model(path: str, components: tuple[str, ...]) -> Path:
+    """`path` if it exists here; else, for a Hub id, the snapshot folder that holds `components`.
+
+    Looks in the Hub cache first and goes online only where a component is missing there.
+    Raises FluxfastError with a hint: no such path, gated, not found, or offline.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not _HUB_ID.fullmatch(path):
+        raise FluxfastError(
+            f"model path {path} does not exist",
+            hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
+            "black-forest-labs/FLUX.1-dev",
+        )
+    return _from_hub(path, components)
+
+
+def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = ["model_index.json", *(f"{name}/*" for name in components)]
+    try:
+        snapshot = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        if all(_complete(snapshot / name) for name in components):
+            return snapshot
+    except errors.LocalEntryNotFoundError:
+        pass  # not in the cache: ask the Hub
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise FluxfastError(
+            f"{repo} is gated: its licence has to be accepted first",
+            hint=f"accept it on the page of {repo} on the Hub, then run `hf auth login`",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FluxfastError(
+            f"{repo} is neither a path here nor a repository on the Hub that you may read",
+            hint="check the spelling; a private repository needs `hf auth login`",
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise FluxfastError(
+            f"{repo} is not complete in the local Hub cache and could not be downloaded: {error}",
+            hint="connect once, or give the path of a folder that holds the model",
+        ) from None
+
+
+def _complete(folder: Path) -> bool:
+    """A component folder with everything its index names; a tokenizer needs its files only."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if folder.name.startswith("tokenizer"):
+        return True
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))

@@ -1,0 +1,311 @@
+"""The FLUX.1 transformer, with Black Forest Labs' parameter names and fused layout.
+
+Read beside BFL's `flux/model.py` and `flux/modules/layers.py`: same blocks, same order, same forward signature.
+Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head width, F mlp width.
+The base is frozen (buffers); the only parameters are the LoRA factors of the linears.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fluxfast.model.linear import DropoutClock, LoRALinear
+from fluxfast.model.names import linear_shape, tensor_sources
+from fluxfast.model.spec import FluxSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
+    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to 1e-4."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = (1000.0 * t.float())[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
+    """ids [B, T, 3] positions -> cos, sin, each fp32 [B, T, 1, C/2], the three axes side by side."""
+    angles = []
+    for axis, width in enumerate(axes_dim):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
+        angles.append(ids[..., axis, None].double() / theta**exponent)
+    angles = torch.cat(angles, dim=-1)[:, :, None, :]
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring pairs of the last axis. x [B, T, H, C]; computed in fp32, returned as it came."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """q, k, v [B, T, H, C] -> [B, T, H·C]."""
+    q, k = rotate(q, rope), rotate(k, rope)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(h) · (1 + scale) + shift. h [B, T, D]; shift, scale [B, 1, D]."""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.width,), self.scale.to(x.dtype), eps=1e-6)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query_norm, self.key_norm = RMSNorm(width), RMSNorm(width)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_width: int, hidden: int):
+        super().__init__()
+        self.in_layer, self.out_layer = LoRALinear(in_width, hidden), LoRALinear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """vec [B, D] -> `count` tensors [B, 1, D]: shift, scale, gate (twice in a double block)."""
+
+    def __init__(self, hidden: int, count: int):
+        super().__init__()
+        self.count = count
+        self.lin = LoRALinear(hidden, count * hidden)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.count, dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """One stream's half of a double block's attention: qkv, its norms, and the projection."""
+
+    def __init__(self, spec: FluxSpec):
+        super().__init__()
+        self.heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.qkv = LoRALinear(spec.hidden_size, 3 * spec.hidden_size)
+        self.norm = QKNorm(spec.head_dim)
+        self.proj = LoRALinear(spec.hidden_size, spec.hidden_size)
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> normalised q and k, and v, each [B, T, H, C]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        return *self.norm(q, k), v
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image keep their own weights and meet in one attention."""
+
+    def __init__(self, spec: FluxSpec):
+        super().__init__()
+        hidden, mlp = spec.hidden_size, spec.mlp_hidden
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(hidden, 6))
+            self.add_module(f"{stream}_attn", SelfAttention(spec))
+            layers = [LoRALinear(hidden, mlp), nn.GELU(approximate="tanh"), LoRALinear(mlp, hidden)]
+            self.add_module(f"{stream}_mlp", nn.Sequential(*layers))
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        # both streams' heads, text first
+        img_heads = self.img_attn.heads_of(modulate(img, img_shift1, img_scale1))
+        txt_heads = self.txt_attn.heads_of(modulate(txt, txt_shift1, txt_scale1))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_heads, img_heads, strict=True))
+
+        # joint attention, then each stream takes its tokens back
+        attn = attention(q, k, v, rope)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joined stream (arXiv 2302.05442)."""
+
+    def __init__(self, spec: FluxSpec):
+        super().__init__()
+        hidden, mlp = spec.hidden_size, spec.mlp_hidden
+        self.heads, self.head_dim, self.split = spec.num_heads, spec.head_dim, (3 * hidden, mlp)
+        self.modulation = Modulation(hidden, 3)
+        self.linear1 = LoRALinear(hidden, 3 * hidden + mlp)
+        self.norm = QKNorm(spec.head_dim)
+        self.linear2 = LoRALinear(hidden + mlp, hidden)
+
+    def forward(self, x: Tensor, vec: Tensor, rope) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        attn = attention(*self.norm(q, k), v, rope)
+        out = self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
+        return torch.addcmul(x, gate, out)
+
+
+class LastLayer(nn.Module):
+    def __init__(self, spec: FluxSpec):
+        super().__init__()
+        self.linear = LoRALinear(spec.hidden_size, spec.in_channels)
+        layers = [nn.SiLU(), LoRALinear(spec.hidden_size, 2 * spec.hidden_size)]
+        self.adaLN_modulation = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """The transformer of FLUX.1: packed latents and prompt embeddings in, velocity out."""
+
+    def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        hidden = spec.hidden_size
+        self.spec, self.compute_dtype = spec, compute_dtype
+        self.gradient_checkpointing = False
+        self.dropout_clock = DropoutClock()
+        self.img_in = LoRALinear(spec.in_channels, hidden)
+        self.txt_in = LoRALinear(spec.context_in_dim, hidden)
+        self.time_in = MLPEmbedder(256, hidden)
+        self.vector_in = MLPEmbedder(spec.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(256, hidden) if spec.guidance_embed else None
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(spec) for _ in range(spec.depth))
+        singles = (SingleStreamBlock(spec) for _ in range(spec.depth_single_blocks))
+        self.single_blocks = nn.ModuleList(singles)
+        self.final_layer = LastLayer(spec)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """BFL's signature. Returns the velocity [B, T_img, in_channels] in the compute dtype.
+
+        img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5 states;
+        txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768] pooled CLIP;
+        guidance [B], required where the model embeds it. Raises ValueError without it.
+        """
+        dtype = self.compute_dtype
+        vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y.to(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+        img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
+        rope = rope_tables(
+            torch.cat([txt_ids, img_ids], dim=1), self.spec.axes_dim, self.spec.theta
+        )
+
+        for block in self.double_blocks:
+            img, txt = self._run(block, img, txt, vec, rope)
+
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = self._run(block, x, vec, rope)
+
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def _run(self, block: nn.Module, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # no global generator is drawn from, so there is no state to keep
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def set_tensor(self, name: str, tensor: Tensor, storage: str, nested: bool = False) -> bool:
+        """Fill one tensor by its BFL name, on the tensor's own device.
+
+        Linears inside the blocks are kept in `storage` (fp32, bf16, nf4); those around the blocks as bf16
+        unless storage is fp32; biases and norms in the compute dtype. -> False where a matrix that was to be
+        nf4 stayed bf16.
+        """
+        module_name, _, kind = name.rpartition(".")
+        module = self.get_submodule(module_name)
+        if kind == "weight":
+            inside = "_blocks." in name
+            return module.set_weight(
+                tensor, storage if inside or storage == "fp32" else "bf16", nested
+            )
+        setattr(module, kind, tensor.to(self.compute_dtype, copy=True))
+        return True
+
+
+def fill(
+    model: Flux,
+    read: Callable[[str], Tensor],
+    storage: str,
+    *,
+    nested: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Fill every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever dense.
+
+    -> the names that were to be nf4 and stayed bf16, because their K is not a multiple of 64.
+    """
+    names = list(tensor_sources(model.spec))
+    kept = []
+    for index, name in enumerate(names):
+        if not model.set_tensor(name, read(name).to(device), storage, nested):
+            kept.append(name)
+        if progress:
+            progress(index + 1, len(names))
+    return kept
+
+
+def random_flux(
+    spec: FluxSpec,
+    storage: str = "fp32",
+    compute: str = "fp32",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Flux:
+    """A Flux with random weights made on the device, layer by layer: for benchmarks and tests.
+
+    Matrices are N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def read(name: str) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        if kind == "scale":
+            shape, mean, std = (spec.head_dim,), 1.0, 0.02
+        elif kind == "bias":
+            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
+        else:
+            shape = linear_shape(module, spec)
+            mean, std = 0.0, shape[1] ** -0.5
+        return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
+
+    model = Flux(spec, DTYPES[compute])
+    fill(model, read, storage, device=device)
+    return model

@@ -1,0 +1,125 @@
+"""Where the LoRA goes: presets, include and exclude patterns, injection."""
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+
+from torch import nn
+
+from fluxfast.errors import ConfigError
+from fluxfast.model.flux import Flux
+from fluxfast.model.linear import LoRALinear
+from fluxfast.model.names import block_linears, diffusers_parts, part_rows
+
+PRESETS = ("attn", "attn+mlp", "all")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One trainable part of a linear: the BFL module, the diffusers module, and its rows."""
+
+    module: str
+    diffusers: str
+    rows: tuple[int, int]
+
+
+def _kind(diffusers: str) -> str:
+    """Which preset brings a part in: attention, mlp, or modulation."""
+    name = diffusers.split(".", 2)[2]
+    if name.startswith("norm"):
+        return "modulation"
+    return "attn" if name.startswith("attn.") else "mlp"
+
+
+def _matches(pattern: str, target: Target) -> bool:
+    names = (target.module, target.diffusers, f"transformer.{target.diffusers}")
+    if any(sign in pattern for sign in "*?["):
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    return any(pattern in name for name in names)
+
+
+def select_targets(
+    spec, targets: str = "attn+mlp", include: list[str] = (), exclude: list[str] = ()
+) -> list[Target]:
+    """The parts to train, in model order.
+
+    targets: `attn` (q, k, v and the double blocks' output projections), `attn+mlp`, or `all` (the blocks'
+    modulation linears too: 494 modules of FLUX.1-dev in diffusers' terms). A single block's `linear2` mixes
+    attention and MLP and counts as MLP, as diffusers' proj_out does. include keeps only what matches one of
+    its patterns, exclude drops what matches and wins. A pattern with *, ? or [ is a glob over the whole name,
+    any other a substring; both are tried on BFL and diffusers names.
+    Raises ConfigError for an unknown preset or a pattern that matches nothing of the preset.
+    """
+    if targets not in PRESETS:
+        raise ConfigError(f"lora.targets: {targets!r} is not one of {', '.join(PRESETS)}")
+    kinds = {"attn": {"attn"}, "attn+mlp": {"attn", "mlp"}}.get(targets)
+    chosen = [
+        Target(module, diffusers, rows)
+        for module in block_linears(spec)
+        for diffusers, rows in zip(
+            diffusers_parts(module), part_rows(module, spec), strict=True
+        )
+        if kinds is None or _kind(diffusers) in kinds
+    ]
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(pattern, target) for target in chosen):
+                names = {name for t in chosen for name in (t.module, t.diffusers)}
+                close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+                raise ConfigError(
+                    f"lora.{key}: {pattern!r} matches no module of the preset {targets!r}",
+                    hint=f"names look like {(close or sorted(names))[0]!r}; "
+                    "modulation linears need targets: all",
+                )
+    if include:
+        chosen = [t for t in chosen if any(_matches(p, t) for p in include)]
+    chosen = [t for t in chosen if not any(_matches(p, t) for p in exclude)]
+    if not chosen:
+        raise ConfigError("lora: include and exclude leave no module to train")
+    return chosen
+
+
+def inject_lora(
+    model: Flux,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: str = "attn+mlp",
+    *,
+    include: list[str] = (),
+    exclude: list[str] = (),
+    share_a: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Add LoRA to `model` in place. -> its parameters, fp32: A then B of each module, in model order.
+
+    scale = alpha / rank (alpha defaults to rank). Each part (q, k, v, mlp) of a fused linear has an A of its
+    own unless share_a (kohya's form). A is drawn from (seed, module), B is zero, so the output is unchanged.
+    """
+    alpha = float(rank if alpha is None else alpha)
+    by_module: dict[str, list[tuple[int, int]]] = {}
+    for target in select_targets(model.spec, targets, include, exclude):
+        by_module.setdefault(target.module, []).append(target.rows)
+    parameters = []
+    model.dropout_clock.seed = seed
+    for module, rows in by_module.items():
+        layer = model.get_submodule(module)
+        parts = [rows] if share_a else [[row] for row in rows]
+        parameters += layer.add_lora(rank, alpha, parts, seed=seed, stream=module)
+        layer.dropout, layer.dropout_stream, layer.clock = dropout, module, model.dropout_clock
+    return parameters
+
+
+def lora_layers(model: Flux) -> dict[str, LoRALinear]:
+    """BFL name -> layer, of the layers that carry a LoRA, in model order."""
+    return {
+        name: layer
+        for name in block_linears(model.spec)
+        if (layer := model.get_submodule(name)).lora_A is not None
+    }
+
+
+def set_lora_strength(model: Flux, strength: float) -> None:
+    """Scale every update: 0 gives the base model back, 1 the trained LoRA."""
+    for layer in lora_layers(model).values():
+        layer.lora_strength = strength

@@ -1,0 +1,124 @@
+"""One module, two names: Black Forest Labs' fused layout and diffusers' split one.
+
+Everything that maps between the two (base checkpoints, LoRA files, include/exclude patterns) reads this table.
+`final_layer.adaLN_modulation.1` is [shift, scale] in BFL's order and [scale, shift] in diffusers': see SWAPPED.
+"""
+
+from fluxfast.model.spec import FluxSpec
+
+# BFL module inside a block -> diffusers modules inside its block, in row order
+_DOUBLE = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+_SINGLE = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+}
+_DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+_SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_OUTER = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+SWAPPED = "final_layer.adaLN_modulation.1"
+
+
+def block_linears(spec: FluxSpec) -> list[str]:
+    """BFL names of every linear inside the blocks, in model order."""
+    names = [f"double_blocks.{i}.{name}" for i in range(spec.depth) for name in _DOUBLE]
+    return names + [
+        f"single_blocks.{i}.{name}" for i in range(spec.depth_single_blocks) for name in _SINGLE
+    ]
+
+
+def diffusers_parts(module: str) -> list[str]:
+    """diffusers names of a block linear's parts, in row order. `module` is a BFL name."""
+    group, index, name = module.split(".", 2)
+    if group == "double_blocks":
+        return [f"transformer_blocks.{index}.{part}" for part in _DOUBLE[name]]
+    return [f"single_transformer_blocks.{index}.{part}" for part in _SINGLE[name]]
+
+
+def part_rows(module: str, spec: FluxSpec) -> list[tuple[int, int]]:
+    """[(start, end)] rows of each part of a block linear."""
+    parts = len(diffusers_parts(module))
+    if parts == 1:
+        return [(0, linear_shape(module, spec)[0])]
+    hidden = spec.hidden_size
+    rows = [(i * hidden, (i + 1) * hidden) for i in range(3)]
+    return rows + ([(3 * hidden, 3 * hidden + spec.mlp_hidden)] if parts == 4 else [])
+
+
+def linear_shape(module: str, spec: FluxSpec) -> tuple[int, int]:
+    """(rows, columns) of any linear of the model, by its BFL name."""
+    hidden, mlp = spec.hidden_size, spec.mlp_hidden
+    name = module.split(".", 2)[2] if "blocks." in module else module
+    return {
+        "img_mod.lin": (6 * hidden, hidden),
+        "txt_mod.lin": (6 * hidden, hidden),
+        "img_attn.qkv": (3 * hidden, hidden),
+        "txt_attn.qkv": (3 * hidden, hidden),
+        "img_attn.proj": (hidden, hidden),
+        "txt_attn.proj": (hidden, hidden),
+        "img_mlp.0": (mlp, hidden),
+        "img_mlp.2": (hidden, mlp),
+        "txt_mlp.0": (mlp, hidden),
+        "txt_mlp.2": (hidden, mlp),
+        "modulation.lin": (3 * hidden, hidden),
+        "linear1": (3 * hidden + mlp, hidden),
+        "linear2": (hidden, hidden + mlp),
+        "img_in": (hidden, spec.in_channels),
+        "txt_in": (hidden, spec.context_in_dim),
+        "time_in.in_layer": (hidden, 256),
+        "time_in.out_layer": (hidden, hidden),
+        "vector_in.in_layer": (hidden, spec.vec_in_dim),
+        "vector_in.out_layer": (hidden, hidden),
+        "guidance_in.in_layer": (hidden, 256),
+        "guidance_in.out_layer": (hidden, hidden),
+        "final_layer.linear": (spec.in_channels, hidden),
+        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
+    }[name]
+
+
+def tensor_sources(spec: FluxSpec) -> dict[str, list[str]]:
+    """Every tensor of the model: BFL name -> the diffusers tensors whose rows it stacks."""
+    sources: dict[str, list[str]] = {}
+    for module in block_linears(spec):
+        for kind in ("weight", "bias"):
+            sources[f"{module}.{kind}"] = [f"{part}.{kind}" for part in diffusers_parts(module)]
+    for index in range(spec.depth):
+        for ours, theirs in _DOUBLE_NORMS.items():
+            name = f"transformer_blocks.{index}.{theirs}.weight"
+            sources[f"double_blocks.{index}.{ours}.scale"] = [name]
+    for index in range(spec.depth_single_blocks):
+        for ours, theirs in _SINGLE_NORMS.items():
+            name = f"single_transformer_blocks.{index}.{theirs}.weight"
+            sources[f"single_blocks.{index}.{ours}.scale"] = [name]
+    for ours, theirs in _OUTER.items():
+        if spec.guidance_embed or not ours.startswith("guidance_in"):
+            for kind in ("weight", "bias"):
+                sources[f"{ours}.{kind}"] = [f"{theirs}.{kind}"]
+    return sources

@@ -1,0 +1,69 @@
+"""NF4 against bitsandbytes' CPU backend: the same bytes, not nearly the same."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from fluxfast_kernels import nf4_decode, nf4_quantize
+from fluxfast_kernels.nf4 import dynamic_map
+
+SHAPES = [(64, 64), (96, 192), (3, 64), (130, 320), (257, 128)]
+
+
+def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    random = torch.randn(shape, generator=generator)
+    return {
+        "random": random,
+        "small": random * 0.02,
+        "zero": torch.zeros(shape),
+        "constant": torch.full(shape, -0.3),
+        "one zero block": torch.cat([torch.zeros(1, shape[1]), random[1:]]),
+        "denormal": random * 1e-40,
+        "huge": random * 1e37,
+        "outliers": torch.where(random > 2.5, random * 40, random),
+        "midpoints": torch.linspace(-1, 1, shape[0] * shape[1]).view(shape),
+    }[kind]
+
+
+KINDS = ["random", "small", "zero", "constant", "one zero block", "denormal", "huge", "outliers", "midpoints"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_bytes_equal(kind, nested, dtype):
+    for shape in SHAPES:
+        weight = weights(kind, shape).to(dtype)
+        if not weight.isfinite().all():
+            weight = weights("random", shape).to(dtype)
+        ours = nf4_quantize(weight, nested=nested)
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+        assert torch.equal(ours.packed, packed)
+        assert ours.absmax.dtype == state.absmax.dtype
+        assert torch.equal(ours.absmax, state.absmax)
+        if nested:
+            assert torch.equal(ours.nested_absmax, state.state2.absmax)
+            assert torch.equal(ours.offset, state.offset)
+        for out in (torch.float32, torch.bfloat16, torch.float16):
+            state.dtype = out
+            theirs = bnb.dequantize_4bit(packed, state)
+            assert torch.equal(nf4_decode(ours, out), theirs.view(shape)) or (
+                not theirs.isfinite().all()
+            ), (kind, shape, out)
+
+
+def test_dynamic_map():
+    assert torch.equal(dynamic_map(torch.device("cpu")), bnb.create_dynamic_map())
+
+
+def test_rows_stack_exactly():
+    a, b = weights("random", (64, 128)), weights("small", (32, 128))
+    both = nf4_quantize(torch.cat([a, b]))
+    assert torch.equal(both.packed, torch.cat([nf4_quantize(a).packed, nf4_quantize(b).packed]))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4, 63), torch.zeros(64), torch.zeros(2, 64).double()])
+def test_refuses(bad):
+    with pytest.raises(ValueError, match="weight must be"):
+        nf4_quantize(bad)
