@@ -1,4 +1,6 @@
-"""The one configuration: what a YAML file may say, field by field. Imports neither torch nor any trainer code."""
+"""The one configuration: what a YAML file may say, field by field. Imports neither torch nor any
+trainer code.
+"""
 
 import difflib
 from pathlib import Path
@@ -32,7 +34,8 @@ class ModelConfig(Section):
         "auto", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
     max_sequence_length: Positive | None = Field(
-        None, description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own"
+        None,
+        description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own",
     )
 
 
@@ -46,7 +49,8 @@ class LoraConfig(Section):
         "attn+mlp", description="`all` adds the modulation linears of every block"
     )
     include: list[str] = Field(
-        [], description="keep only these of the targets: substrings or globs of BFL or diffusers names"
+        [],
+        description="keep only these of the targets: substrings or globs of BFL or diffusers names",
     )
     exclude: list[str] = Field([], description="drop these; wins over include")
     share_a: bool = Field(False, description="one A for q, k, v (and mlp), as kohya has it")
@@ -60,14 +64,20 @@ class DataConfig(Section):
     num_repeats: Positive = 1
     caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
     default_caption: str | None = Field(None, description="for images that have no caption")
-    caption_dropout: Share = Field(0.05, description="share of samples trained with the empty prompt")
+    caption_dropout: Share = Field(
+        0.05, description="share of samples trained with the empty prompt"
+    )
     shuffle_captions: bool = Field(False, description="shuffle the comma-separated parts")
     keep_tokens: Annotated[int, Field(ge=0)] = Field(
         1, description="parts at the front that the shuffle leaves in place"
     )
-    shuffle_variants: Positive = Field(4, description="how many shuffled captions are cached per image")
+    shuffle_variants: Positive = Field(
+        4, description="how many shuffled captions are cached per image"
+    )
     flip: bool = Field(False, description="train the mirrored image half of the time")
-    mask: Literal["none", "alpha", "folder"] = Field("none", description="weights the loss per place")
+    mask: Literal["none", "alpha", "folder"] = Field(
+        "none", description="weights the loss per place"
+    )
     mask_folder: Path | None = Field(None, description="masks with the images' relative names")
     mask_min: Share = Field(0.0, description="loss weight where the mask is black")
 
@@ -103,7 +113,9 @@ class EmaConfig(Section):
 class TrainConfig(Section):
     steps: Positive = Field(2000, description="optimiser steps")
     batch_size: Positive = 1
-    gradient_accumulation: Positive = Field(1, description="batches whose gradients are added per step")
+    gradient_accumulation: Positive = Field(
+        1, description="batches whose gradients are added per step"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute every block in backward: less memory, more time"
     )
@@ -114,7 +126,9 @@ class TrainConfig(Section):
     optimizer_args: dict[str, Any] = Field({}, description="passed to the optimiser as they are")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="null: no clipping"
+    )
     timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear"] = Field(
         "sigmoid", description="linear: uniform with a bell-shaped loss weight"
     )
@@ -132,13 +146,16 @@ class SaveConfig(Section):
 
 
 class Config(Section):
-    name: str = Field("lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name")
+    name: str = Field(
+        "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
+    )
     output_dir: Path = Path("runs")
     cache_dir: Path | None = Field(None, description="default: OUTPUT_DIR/cache")
     seed: Annotated[int, Field(ge=0)] = 42
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     trigger: str | None = Field(
-        None, description="replaces [trigger] in captions and is put in front of captions without it"
+        None,
+        description="replaces [trigger] in captions and is put in front of captions without it",
     )
     log_every: Positive = Field(10, description="steps between metric lines")
     model: ModelConfig
@@ -164,13 +181,16 @@ class Config(Section):
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one) or a bad value.
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one) or a bad
+    value.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror or error}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):

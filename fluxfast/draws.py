@@ -1,11 +1,12 @@
 """Random numbers as pure functions: Philox 4x32-10 over (seed, stream, index).
 
-Nothing in fluxfast draws from a global generator. Every draw names its stream ("noise", "timestep", …)
-and the global sample index it belongs to, so a resumed, retried or re-ordered run draws the same numbers
-on every device, and resuming needs one integer.
+Nothing in fluxfast draws from a global generator. Every draw names its stream (such as "noise")
+and the global sample index it belongs to, so a resumed, retried or re-ordered run draws the same
+numbers on every device, and resuming needs one integer.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); the constants are Random123's.
-The bits are the same on CPU and GPU; `normal` goes through fp32 log and cos, which may differ in the last bit.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); the constants are
+Random123's. The bits are the same on CPU and GPU; `normal` goes through fp32 log and cos, which may
+differ in the last bit.
 """
 
 import hashlib
@@ -42,7 +43,9 @@ def _key(seed: int, stream: str) -> tuple[int, int]:
 
 
 def bits(seed: int, stream: str, indices: Tensor, count: int) -> Tensor:
-    """-> int64 [len(indices), count], each element 32 random bits. One row per index, on its device."""
+    """-> int64 [len(indices), count], each element 32 random bits. One row per index, on its
+    device.
+    """
     blocks = (count + 3) // 4
     position = torch.arange(blocks, device=indices.device, dtype=torch.int64)[None, :]
     index = indices.to(torch.int64)[:, None]
@@ -60,7 +63,9 @@ def _indices(index: int | list[int] | Tensor, device) -> Tensor:
 
 
 def uniform(seed: int, stream: str, index, shape: tuple[int, ...] = (), device="cpu") -> Tensor:
-    """fp32 in (0, 1), never either end. [len(index), *shape]; an int index counts as a list of one."""
+    """fp32 in (0, 1), never either end. [len(index), *shape]; an int index counts as a list of
+    one.
+    """
     words = bits(seed, stream, _indices(index, device), math.prod(shape))
     # 23 bits and a half: exact in fp32 and never 0 or 1
     values = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23

@@ -1,4 +1,6 @@
-"""A model named by a path or a Hub id becomes a folder or file on this disk; the local cache comes first."""
+"""A model named by a path or a Hub id becomes a folder or file on this disk; the local cache comes
+first.
+"""
 
 import json
 import re

@@ -13,7 +13,9 @@ STORAGES = ("fp32", "bf16", "nf4")
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the first NVIDIA GPU where there is one. Raises ConfigError for a GPU that is not there."""
+    """`auto` is the first NVIDIA GPU where there is one. Raises ConfigError for a GPU that is not
+    there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
@@ -61,9 +63,9 @@ def load_transformer(
     """Load a FLUX.1 transformer, frozen, tensor by tensor (one dense matrix in memory at a time).
 
     path: a diffusers pipeline folder or its `transformer/`, or one BFL .safetensors file.
-    storage: fp32, bf16 or nf4 for the blocks' matrices; compute: fp32 or bf16; `auto` chooses by device.
-    announce gets one line per thing that was done otherwise than asked; progress gets (done, total).
-    Raises FluxfastError (ConfigError for a wrong argument).
+    storage: fp32, bf16 or nf4 for the blocks' matrices; compute: fp32 or bf16; `auto` chooses by
+    device. announce gets one line per thing that was done otherwise than asked; progress gets
+    (done, total). Raises FluxfastError (ConfigError for a wrong argument).
     """
     device = resolve_device(str(device))
     storage, compute = resolve_precision(storage, compute, device)
@@ -74,7 +76,7 @@ def load_transformer(
         )
     if kept and announce:
         announce(
-            f"{len(kept)} matrices stay bf16 instead of nf4: their input width is not a multiple of 64 "
-            f"(such as {kept[0]})"
+            f"{len(kept)} matrices stay bf16 instead of nf4: their input width is not a "
+            f"multiple of 64 (such as {kept[0]})"
         )
     return model

@@ -3,7 +3,6 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-
 from fluxfast_kernels import nf4_decode, nf4_quantize
 from fluxfast_kernels.nf4 import dynamic_map
 
@@ -26,7 +25,17 @@ def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
     }[kind]
 
 
-KINDS = ["random", "small", "zero", "constant", "one zero block", "denormal", "huge", "outliers", "midpoints"]
+KINDS = [
+    "random",
+    "small",
+    "zero",
+    "constant",
+    "one zero block",
+    "denormal",
+    "huge",
+    "outliers",
+    "midpoints",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,7 +1,8 @@
-"""The transformer against two implementations that were not written here: diffusers and BFL's own code.
+"""The transformer against two implementations that were not written here: diffusers and BFL's own
+code.
 
-fp32, random small configurations. The forward may differ by 1e-5 of the output's largest value, LoRA
-gradients (against peft on the diffusers model) by 1e-4 of each tensor's.
+fp32, random small configurations. The forward may differ by 1e-5 of the output's largest value,
+LoRA gradients (against peft on the diffusers model) by 1e-4 of each tensor's.
 """
 
 import pytest
@@ -26,7 +27,9 @@ CONFIGS = {
 
 
 def peer_model(heads, width, double, single, guidance, seed=0) -> FluxTransformer2DModel:
-    """A diffusers transformer with every tensor random (its own init leaves norms at one, biases at zero)."""
+    """A diffusers transformer with every tensor random (its own init leaves norms at one, biases at
+    zero).
+    """
     spatial = 2 * (7 * width // 32)
     model = FluxTransformer2DModel(
         in_channels=16,
@@ -101,7 +104,9 @@ def test_forward_is_diffusers(case):
 
 
 def test_forward_is_bfl(case, tmp_path):
-    """BFL's own module takes our tensors under our names, and the same file loads back into ours."""
+    """BFL's own module takes our tensors under our names, and the same file loads back into
+    ours.
+    """
     _, folder, x = case
     ours = load_transformer(folder, "fp32", "fp32", "cpu")
     spec = ours.spec

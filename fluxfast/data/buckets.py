@@ -8,11 +8,10 @@ STEP = 32  # pixels: 8 per latent times 2 per patch, times 2 so that token grids
 def bucket_size(width: int, height: int, resolution: int, step: int = STEP) -> tuple[int, int]:
     """The size an image of width x height pixels is trained at -> (w, h).
 
-    Both sides are multiples of `step`, w <= width and h <= height (never upscaled), w * h <=
-    resolution^2.
-    Of the sizes that reach 90 % of the largest area so possible, the one that crops least, then the
-    largest: without that floor the exact aspect of a small bucket would beat a slightly cropped
-    large one.
+    Both sides are multiples of `step`, w <= width and h <= height (never upscaled), and
+    w * h <= resolution^2. Of the sizes that reach 90 % of the largest area so possible, the one
+    that crops least, then the largest: without that floor the exact aspect of a small bucket would
+    beat a slightly cropped large one.
     Raises FluxfastError if a side is shorter than `step` (the caller adds the name).
     """
     if width < step or height < step:
@@ -24,9 +23,8 @@ def bucket_size(width: int, height: int, resolution: int, step: int = STEP) -> t
     sizes = []
     for w in range(step, min(width, limit // step) + 1, step):
         below = max(step, w * height // width // step * step)
-        for h in (below, below + step):
-            if h <= height and w * h <= limit:
-                sizes.append((w, h))
+        most = min(height, limit // w) // step * step
+        sizes += [(w, min(below, most)), (w, min(below + step, most))]
     floor = 0.9 * max(w * h for w, h in sizes)
     return min(
         (size for size in sizes if size[0] * size[1] >= floor),

@@ -17,7 +17,6 @@ import torch
 
 from fluxfast.config import Config, DataConfig
 from fluxfast.data import captions, images
-from fluxfast.data.buckets import bucket_size
 from fluxfast.data.scan import ScannedImage, scan_folders
 from fluxfast.data.store import (
     LATENTS,
@@ -35,7 +34,9 @@ log = logging.getLogger("fluxfast")
 __all__ = ["Dataset", "Sample", "encode_prompts", "prepare_dataset"]
 
 CACHE_VERSION = 1  # raise it when the content of a file changes for the same settings
-BATCH_PIXELS = 4 * 1024 * 1024  # per VAE call; in fp32 about 4 GiB a million pixels
+BATCH_PIXELS = (
+    4 * 1024 * 1024
+)  # per VAE call: one full-size activation of FLUX's is then 2 GiB in fp32
 
 Progress = Callable[[str, int, int], None]  # what ("hash", "text", "latents"), done, total
 
@@ -68,19 +69,17 @@ def prepare_dataset(
     pass (previews); get their files from `encode_prompts` afterwards. batch_size: prompts, or
     images of one size, per encoder call.
 
-    All inputs are checked before an encoder is loaded. Raises FluxfastError for a folder, image,
-    mask or caption that is missing or broken, for missing encoders, and for a cache folder that
-    cannot be written.
+    Folders, image headers and captions are checked before an encoder is loaded. Raises
+    FluxfastError for a folder, image, mask or caption that is missing or broken, for missing
+    encoders, and for a cache folder that cannot be written.
     """
     progress = progress or (lambda what, done, total: None)
     scanned = scan_folders(config.data, config.cache_path / "sizes.json", progress)
     plans = [
-        _plan_folder(config, data, found) for data, found in zip(config.data, scanned, strict=True)
+        _read_prompts(config, data, found) for data, found in zip(config.data, scanned, strict=True)
     ]
-
-    prompts = {text for plan in plans for variants in plan.values() for text in variants}
     texts = encode_prompts(
-        ["", *sorted(prompts), *extra_prompts],
+        ["", *(text for plan in plans for variants in plan for text in variants), *extra_prompts],
         config.cache_path,
         encoders_root,
         max_length,
@@ -90,17 +89,17 @@ def prepare_dataset(
         batch_size=batch_size,
     )
 
-    vae = fingerprint(Path(encoders_root) / "vae")
     samples: list[Sample] = []
     jobs: dict[Path, _LatentJob] = {}
-    for data, plan in zip(config.data, plans, strict=True):
-        for resolution in data.resolution:
-            for image, variants in plan.items():
-                wanted = _latent_jobs(config, data, image, resolution, vae, str(dtype))
+    base = {"vae": fingerprint(Path(encoders_root) / "vae"), "dtype": str(dtype)}
+    for data, found, plan in zip(config.data, scanned, plans, strict=True):
+        for i in range(len(data.resolution)):
+            for image, variants in zip(found, plan, strict=True):
+                wanted = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
                 jobs.update((job.target, job) for job in wanted)
                 sample = Sample(
                     name=image.name,
-                    size=wanted[0].bucket,
+                    size=image.buckets[i],
                     latents=wanted[0].target,
                     flipped=wanted[1].target if data.flip else None,
                     texts=[texts[text] for text in variants],
@@ -126,8 +125,7 @@ def encode_prompts(
     *,
     batch_size: int = 4,
 ) -> dict[str, Path]:
-    """Prompt -> its file (t5 [max_length, D], pooled [P]); what the cache lacks is encoded, the
-    rest left alone.
+    """Prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it.
 
     Loads transformers only if something is missing. Raises FluxfastError as `prepare_dataset` does.
     """
@@ -158,18 +156,15 @@ def encode_prompts(
     return files
 
 
-def _plan_folder(
-    config: Config, data: DataConfig, found: list[ScannedImage]
-) -> dict[ScannedImage, list[str]]:
-    """Each image's prompts."""
-    paths = {image.path: image for image in found}
-    texts = captions.read_captions(data.folder, list(paths), data.caption_ext)
-    plan = {}
-    for path, text in captions.fill_missing(texts, data.default_caption, config.trigger).items():
-        image = paths[path]
+def _read_prompts(config: Config, data: DataConfig, found: list[ScannedImage]) -> list[list[str]]:
+    """The prompts of each image, in the order of `found`."""
+    texts = captions.read_captions(data.folder, [image.path for image in found], data.caption_ext)
+    texts = captions.fill_missing(texts, data.default_caption, config.trigger)
+    prompts = []
+    for image in found:
         try:
-            plan[image] = captions.caption_variants(
-                text,
+            variants = captions.caption_variants(
+                texts[image.path],
                 image.hash,
                 trigger=config.trigger,
                 shuffle=data.shuffle_captions,
@@ -178,18 +173,15 @@ def _plan_folder(
                 seed=config.seed,
             )
         except FluxfastError as error:
-            raise FluxfastError(f"{path}: {error.message}", hint=error.hint) from None
-    return plan
+            raise FluxfastError(f"{image.path}: {error.message}", hint=error.hint) from None
+        prompts.append(variants)
+    return prompts
 
 
 def _latent_jobs(
-    config: Config, data: DataConfig, image: ScannedImage, resolution: int, vae: str, dtype: str
+    cache_path: Path, data: DataConfig, image: ScannedImage, bucket: tuple[int, int], base: dict
 ) -> list[_LatentJob]:
-    """The files of one image at one resolution: upright, then mirrored if asked."""
-    try:
-        bucket = bucket_size(*image.size, resolution)
-    except FluxfastError as error:
-        raise FluxfastError(f"the image {image.path}: {error.message}", hint=error.hint) from None
+    """The files of one image in one bucket: upright, then mirrored if asked."""
     mask_min = data.mask_min if data.mask != "none" else 0.0
     jobs = []
     for flip in (False, True) if data.flip else (False,):
@@ -198,12 +190,11 @@ def _latent_jobs(
             image=image.hash,
             bucket=bucket,
             flip=flip,
-            vae=vae,
-            dtype=dtype,
             alpha="white",
             mask=[data.mask, image.mask_hash, mask_min],
+            **base,
         )
-        target = config.cache_path / "latents" / f"{key}.safetensors"
+        target = cache_path / "latents" / f"{key}.safetensors"
         jobs.append(_LatentJob(target, image, bucket, flip, data.mask, mask_min))
     return jobs
 

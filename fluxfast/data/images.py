@@ -105,7 +105,7 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
     mask: L image of the image's aspect, any resolution. `factor`: pixels per latent along a side.
     """
     box = _centre_box(mask.size, size)
-    values = mask.convert("F").resize(size, Image.Resampling.BOX, box=box)
+    values = mask.convert("F").resize(size, Image.Resampling.BILINEAR, box=box)
     pixels = torch.tensor(np.asarray(values, dtype=np.float32)).div_(255.0)
     return torch.nn.functional.avg_pool2d(pixels[None], factor)[0].clamp_(0.0, 1.0)
 
@@ -123,23 +123,17 @@ def _centre_box(
 
 def _open(path: Path) -> Image.Image:
     try:
-        if os.path.getsize(path) == 0:
-            raise FluxfastError(f"the image {path} is empty (0 bytes)", hint="replace or remove it")
         return Image.open(path)
     except Image.DecompressionBombError as error:
         raise FluxfastError(
             f"the image {path} is too large to decode safely: {error}", hint="scale it down first"
         ) from None
-    except Image.UnidentifiedImageError:
+    except Exception as error:  # plugins raise what they like while they read a header
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FluxfastError(f"cannot read the image {path}: {error.strerror}") from None
         raise FluxfastError(
             f"{path} is not an image that can be read", hint="replace or remove it"
         ) from None
-    except OSError as error:
-        raise FluxfastError(f"cannot read the image {path}: {error.strerror or error}") from None
-    except (ValueError, OverflowError, EOFError) as error:
-        if isinstance(error, FluxfastError):
-            raise
-        raise FluxfastError(f"{path} is not an image that can be read: {error}") from None
 
 
 def _decode(path: Path) -> Image.Image:

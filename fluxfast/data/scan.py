@@ -1,4 +1,4 @@
-"""The scan: which images there are, hashed and measured, with their masks. Nothing is decoded twice."""
+"""The scan: which images there are, their content hashes, sizes, buckets and masks."""
 
 import hashlib
 import json
@@ -8,18 +8,23 @@ from pathlib import Path
 
 from fluxfast.config import DataConfig
 from fluxfast.data import images
-from fluxfast.data.store import write_bytes
+from fluxfast.data.buckets import bucket_size
+from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
+from fluxfast.files import write_atomic
 
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """name: relative to its data folder. hash, mask_hash: sha256 of the files. size: (width, height)."""
+    """name: relative to its data folder. hash, mask_hash: sha256 of the files.
+
+    buckets: (width, height) in pixels for each entry of `data.resolution`.
+    """
 
     path: Path
     name: str
     hash: str
-    size: tuple[int, int]
+    buckets: tuple[tuple[int, int], ...]
     mask: Path | None = None
     mask_hash: str | None = None
 
@@ -32,7 +37,8 @@ def scan_folders(
     """The images of each data folder, in the order of their names.
 
     index_path: a JSON file that keeps the size of every content hash; a lost one is built again.
-    Raises FluxfastError for a missing folder or mask, and once for all images that cannot be read.
+    Raises FluxfastError for a missing folder, and once for all images that cannot be read, are too
+    small, or lack their mask.
     """
     found = [_find(data) for data in folders]
     total = sum(map(len, found))
@@ -62,13 +68,20 @@ def scan_folders(
 
 def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
     content = _hash(path)
-    image = ScannedImage(
-        path, path.relative_to(data.folder).as_posix(), content, index.size(path, content)
+    width, height = index.size(path, content)
+    try:
+        buckets = tuple(bucket_size(width, height, resolution) for resolution in data.resolution)
+    except FluxfastError as error:
+        raise FluxfastError(f"the image {path}: {error.message}", hint=error.hint) from None
+    mask = _find_mask(data, path) if data.mask == "folder" else None
+    return ScannedImage(
+        path=path,
+        name=path.relative_to(data.folder).as_posix(),
+        hash=content,
+        buckets=buckets,
+        mask=mask,
+        mask_hash=_hash(mask) if mask else None,
     )
-    if data.mask != "folder":
-        return image
-    mask = _find_mask(data, path)
-    return ScannedImage(path, image.name, content, image.size, mask, _hash(mask))
 
 
 def _find(data: DataConfig) -> list[Path]:
@@ -122,7 +135,7 @@ class _SizeIndex:
 
     def save(self) -> None:
         if self.changed:
-            write_bytes(self.path, json.dumps(self.sizes).encode())
+            write_atomic(self.path, json.dumps(self.sizes).encode(), hint=SPACE_HINT)
 
 
 def _hash(path: Path) -> str:

@@ -3,7 +3,6 @@
 The trainer reads through this file alone, so it imports no image library and no encoder.
 """
 
-import contextlib
 import json
 import os
 import zlib
@@ -17,8 +16,10 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
+from fluxfast.files import write_atomic
 
 HINT = "`fluxfast cache` encodes it anew"
+SPACE_HINT = "set `cache_dir` to a folder with enough space that you may write to"
 LATENTS = ("mean", "std")
 TEXT = ("t5", "pooled")
 
@@ -58,27 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sums = {name: str(_checksum(tensor)) for name, tensor in tensors.items()}
     # to bytes first: safetensors' own file writer reports I/O errors in a type of its own
-    write_bytes(path, serialise(tensors, metadata=sums))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to the disk, put it in place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FluxfastError(
-            f"cannot write into the cache folder {path.parent}: {error.strerror or error}",
-            hint="set `cache_dir` to a folder with enough space that you may write to",
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_atomic(path, serialise(tensors, metadata=sums), hint=SPACE_HINT)
 
 
 def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
@@ -95,7 +76,7 @@ def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
         ) from None
     try:
         tensors, sums = parse(data), _header(data[: 8 + int.from_bytes(data[:8], "little")])[1]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise FluxfastError(f"the cache file {path} is corrupt: {error}", hint=HINT) from None
     for name in required:
         if name not in tensors:
@@ -122,19 +103,20 @@ def is_complete(path: Path, required: tuple[str, ...]) -> bool:
             if len(prefix) < 8 or length > size - 8:
                 return False
             end, sums, names = _header(prefix + file.read(length))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
     return size == 8 + length + end and set(required) <= names == set(sums)
 
 
 def _header(head: bytes) -> tuple[int, dict[str, str], set[str]]:
-    """Length and JSON header -> (bytes of tensor data, checksums, tensor names)."""
+    """Length and JSON header -> (bytes of tensor data, checksums, tensor names), or ValueError."""
     header = json.loads(head[8:])
-    if not isinstance(header, dict):
-        raise ValueError("no safetensors header")
-    sums = header.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    return end, sums, set(header)
+    try:
+        sums = dict(header.pop("__metadata__", {}))
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        return end, sums, set(header)
+    except (AttributeError, IndexError, KeyError, TypeError, OverflowError):
+        raise ValueError("not a header of safetensors") from None
 
 
 def _checksum(tensor: Tensor) -> int:

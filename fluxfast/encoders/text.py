@@ -31,8 +31,10 @@ class TextEncoders:
         self.device = torch.device(device)
         root = Path(root)
         with _quiet():
-            self._clip_tokenizer = _load(CLIPTokenizer, root / "tokenizer")
-            self._t5_tokenizer = _load(T5TokenizerFast, root / "tokenizer_2")
+            self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, root / "tokenizer", "vocab.json")
+            self._t5_tokenizer = _load_tokenizer(
+                T5TokenizerFast, root / "tokenizer_2", "spiece.model"
+            )
             self._clip = _load_model(CLIPTextModel, root / "text_encoder", dtype).to(self.device)
             self._t5 = _load_model(T5EncoderModel, root / "text_encoder_2", dtype).to(self.device)
         self._announced: set[str] = set()
@@ -44,6 +46,7 @@ class TextEncoders:
         As diffusers' FluxPipeline does it: CLIP padded and cut to its 77 tokens, its pooled output;
         T5 padded and cut to `max_length`, its last hidden state, no attention mask (padding is
         attended to, in training as in sampling). The first cut prompt of each encoder is announced.
+        Raises FluxfastError if the result is not finite (a danger of fp16).
         """
         clip_ids = self._tokenize(
             self._clip_tokenizer, prompts, self._clip_tokenizer.model_max_length, "CLIP"
@@ -51,6 +54,11 @@ class TextEncoders:
         t5_ids = self._tokenize(self._t5_tokenizer, prompts, max_length, "T5")
         pooled = self._clip(clip_ids.to(self.device), output_hidden_states=False).pooler_output
         t5 = self._t5(t5_ids.to(self.device), output_hidden_states=False)[0]
+        if not (torch.isfinite(t5).all() and torch.isfinite(pooled).all()):
+            raise FluxfastError(
+                f"the text encoders gave values that are not finite in {self._t5.dtype}",
+                hint="run them in bfloat16 or float32",
+            )
         return t5.to(self._t5.dtype), pooled.to(self._clip.dtype)
 
     def close(self) -> None:
@@ -82,6 +90,17 @@ class TextEncoders:
                         )
                         break
         return ids
+
+
+def _load_tokenizer(cls, folder: Path, vocabulary: str):
+    tokenizer = _load(cls, folder)
+    # transformers makes an empty tokenizer of a folder without vocabulary, and says nothing
+    if not (folder / "tokenizer.json").is_file() and not (folder / vocabulary).is_file():
+        raise FluxfastError(
+            f"{folder} holds neither tokenizer.json nor {vocabulary}",
+            hint="download the folder again",
+        )
+    return tokenizer
 
 
 def _load_model(cls, folder: Path, dtype: torch.dtype):

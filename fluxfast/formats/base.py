@@ -1,6 +1,8 @@
-"""Base checkpoints in: a diffusers folder (sharded or not) or one BFL safetensors file, read tensor by tensor.
+"""Base checkpoints in: a diffusers folder (sharded or not) or one BFL safetensors file, read tensor
+by tensor.
 
-Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel` config and keys.
+Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel`
+config and keys.
 """
 
 import json
@@ -20,7 +22,9 @@ _PREFIXES = ("", "model.diffusion_model.")  # bare, and as all-in-one files have
 
 
 class BaseCheckpoint:
-    """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context manager."""
+    """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context
+    manager.
+    """
 
     def __init__(self, path: Path, spec: FluxSpec, files: list[Path], split: bool, prefix: str):
         self.path, self.spec, self._split, self._prefix = path, spec, split, prefix
@@ -53,7 +57,7 @@ class BaseCheckpoint:
             if dtype not in _FLOATS:
                 raise FluxfastError(
                     f"{self.path}: {source} is stored as {dtype}, which is not read here",
-                    hint="use a bf16, fp16 or fp32 checkpoint; storage: nf4 makes it small on loading",
+                    hint="use a bf16, fp16 or fp32 checkpoint; storage: nf4 shrinks it on loading",
                 )
             tensors.append(handle.get_tensor(source))
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
@@ -87,7 +91,8 @@ class BaseCheckpoint:
 def open_base(path: Path | str) -> BaseCheckpoint:
     """Open a diffusers pipeline folder, its `transformer/` folder, or one BFL .safetensors file.
 
-    Raises FluxfastError where it does not exist, cannot be read, or is no FLUX.1 text-to-image transformer.
+    Raises FluxfastError where it does not exist, cannot be read, or is no FLUX.1 text-to-image
+    transformer.
     """
     path = Path(path)
     if path.is_file():
@@ -120,9 +125,7 @@ def _open_diffusers(path: Path, folder: Path) -> BaseCheckpoint:
             depth=config["num_layers"],
             depth_single_blocks=config["num_single_layers"],
             # FLUX.1's own config.json leaves the axes out
-            axes_dim=tuple(
-                config.get("axes_dims_rope") or rope_axes(config["attention_head_dim"])
-            ),
+            axes_dim=tuple(config.get("axes_dims_rope") or rope_axes(config["attention_head_dim"])),
             guidance_embed=guidance,
             text_length=_text_length(path, guidance),
         )
@@ -143,9 +146,14 @@ def _open_diffusers(path: Path, folder: Path) -> BaseCheckpoint:
 def _text_length(path: Path, guidance: bool) -> int:
     """dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes."""
     length = (DEV if guidance else SCHNELL).text_length
-    tokenizer = path / "tokenizer_2" / "tokenizer_config.json"
-    limit = _json(tokenizer).get("model_max_length", length) if tokenizer.is_file() else length
-    return int(min(length, limit))
+    return min(length, tokenizer_length(path) or length)
+
+
+def tokenizer_length(root: Path) -> int | None:
+    """The longest prompt that a pipeline folder's T5 tokenizer takes, where it says so."""
+    config = root / "tokenizer_2" / "tokenizer_config.json"
+    limit = _json(config).get("model_max_length") if config.is_file() else None
+    return int(limit) if isinstance(limit, int | float) else None
 
 
 def _open_single_file(path: Path) -> BaseCheckpoint:
@@ -186,8 +194,8 @@ def _open_single_file(path: Path) -> BaseCheckpoint:
 def _check_in_channels(path: Path, in_channels: int, out_channels: int) -> None:
     if in_channels != out_channels:
         raise FluxfastError(
-            f"{path} takes {in_channels} channels and returns {out_channels}: an inpainting or control "
-            "variant of FLUX.1, which cannot be trained as text-to-image"
+            f"{path} takes {in_channels} channels and returns {out_channels}: an inpainting or "
+            "control variant of FLUX.1, which cannot be trained as text-to-image"
         )
 
 

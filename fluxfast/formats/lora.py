@@ -1,9 +1,10 @@
-"""LoRA files in diffusers' form, as ai-toolkit writes them too: `transformer.….lora_A.weight`, split by part.
+"""LoRA files in diffusers' form, as ai-toolkit writes them too: `transformer.….lora_A.weight`,
+split by part.
 
-alpha is folded into B (diffusers drops an alpha it is not asked for), so a file always means scale 1.
+alpha is folded into B (diffusers drops an alpha it is not asked for), so a file always means scale
+1.
 """
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
+from fluxfast.files import write_atomic
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.names import block_linears, diffusers_parts, part_rows
@@ -21,7 +23,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PREFIX = "transformer."
 
 
-def lora_state(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
+def lora_state(
+    model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, Tensor]:
     """diffusers key -> fp32 tensor, alpha folded into B, one A and B per trained part.
 
     tensors: BFL name -> (A, B) to write instead of the model's own (an average of them, say).
@@ -33,7 +37,9 @@ def lora_state(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = N
         for y_rows, b_rows, a_rows in layer.lora_slices():
             part = parts[(y_rows.start, y_rows.stop)]
             state[f"{_PREFIX}{part}.lora_A.weight"] = a[a_rows].detach().float().cpu()
-            state[f"{_PREFIX}{part}.lora_B.weight"] = b[b_rows].detach().float().cpu() * layer.lora_scale
+            state[f"{_PREFIX}{part}.lora_B.weight"] = (
+                b[b_rows].detach().float().cpu() * layer.lora_scale
+            )
     return state
 
 
@@ -56,36 +62,21 @@ def save_lora(
     state = lora_state(model, tensors)
     if not state:
         raise FluxfastError("the model carries no LoRA to save")
-    cast = {key: tensor.to(DTYPES[dtype]).contiguous() for key, tensor in state.items()}
+    # clones: a shared A stands under several names, which safetensors refuses for one storage
+    cast = {key: tensor.to(DTYPES[dtype]).clone() for key, tensor in state.items()}
     if not all(tensor.isfinite().all() for tensor in cast.values()):
-        cast = {key: tensor.contiguous() for key, tensor in state.items()}
+        cast = {key: tensor.clone() for key, tensor in state.items()}
     write_atomic(Path(path), save(cast, {"format": "pt", **(metadata or {})}))
     return Path(path)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises FluxfastError naming the folder where the disk refuses."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FluxfastError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="free some space or choose another output_dir",
-        ) from None
-
-
 def load_lora(model: Flux, path: Path | str, strength: float = 1.0) -> list[torch.nn.Parameter]:
-    """Put the LoRA of a diffusers-form file on `model`, in place of one it may carry. -> its parameters.
+    """Put the LoRA of a diffusers-form file on `model`, in place of one it may carry. -> its
+    parameters.
 
-    Ranks may differ between modules. An `.alpha` beside a module is honoured (scale = alpha / rank).
-    Raises FluxfastError for an unreadable file, another format, or modules that this model does not have.
+    Ranks may differ between modules. An `.alpha` beside a module is honoured (scale = alpha /
+    rank). Raises FluxfastError for an unreadable file, another format, or modules that this model
+    does not have.
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
@@ -108,7 +99,11 @@ def load_lora(model: Flux, path: Path | str, strength: float = 1.0) -> list[torc
     if pairs or not parameters:
         raise FluxfastError(
             f"{path} is not a LoRA for this model in diffusers' form: "
-            + (f"it has modules such as {next(iter(pairs))!r}" if pairs else "it names no module of it")
+            + (
+                f"it has modules such as {next(iter(pairs))!r}"
+                if pairs
+                else "it names no module of it"
+            )
         )
     return parameters
 
@@ -128,7 +123,7 @@ def _put(model, name, rows, found, strength, path) -> list[torch.nn.Parameter]:
     rank = max(pair["lora_A"].shape[0] for pair in found.values())
     parameters = layer.add_lora(rank, rank, [[rows[part]] for part in found])
     with torch.no_grad():
-        for (y_rows, b_rows, a_rows), pair in zip(layer.lora_slices(), found.values(), strict=True):
+        for (_, b_rows, a_rows), pair in zip(layer.lora_slices(), found.values(), strict=True):
             a, b = pair["lora_A"], pair["lora_B"]
             own = a.shape[0]
             scale = float(pair["alpha"]) / own if "alpha" in pair else 1.0

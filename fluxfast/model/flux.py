@@ -1,8 +1,9 @@
 """The FLUX.1 transformer, with Black Forest Labs' parameter names and fused layout.
 
-Read beside BFL's `flux/model.py` and `flux/modules/layers.py`: same blocks, same order, same forward signature.
-Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head width, F mlp width.
-The base is frozen (buffers); the only parameters are the LoRA factors of the linears.
+Read beside BFL's `flux/model.py` and `flux/modules/layers.py`: same blocks, same order, same
+forward signature. Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head
+width, F mlp width. The base is frozen (buffers); the only parameters are the LoRA factors of the
+linears.
 """
 
 import math
@@ -21,7 +22,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to 1e-4."""
+    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to
+    1e-4.
+    """
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (1000.0 * t.float())[:, None] * torch.exp(-math.log(10_000) * exponent)
@@ -29,7 +32,9 @@ def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
 
 
 def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """ids [B, T, 3] positions -> cos, sin, each fp32 [B, T, 1, C/2], the three axes side by side."""
+    """ids [B, T, 3] positions -> cos, sin, each fp32 [B, T, 1, C/2], the three axes side by
+    side.
+    """
     angles = []
     for axis, width in enumerate(axes_dim):
         exponent = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
@@ -39,7 +44,9 @@ def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of the last axis. x [B, T, H, C]; computed in fp32, returned as it came."""
+    """Rotate neighbouring pairs of the last axis. x [B, T, H, C]; computed in fp32, returned as it
+    came.
+    """
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
@@ -211,9 +218,9 @@ class Flux(nn.Module):
     ) -> Tensor:
         """BFL's signature. Returns the velocity [B, T_img, in_channels] in the compute dtype.
 
-        img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5 states;
-        txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768] pooled CLIP;
-        guidance [B], required where the model embeds it. Raises ValueError without it.
+        img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5
+        states; txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768]
+        pooled CLIP; guidance [B], required where the model embeds it. Raises ValueError without it.
         """
         dtype = self.compute_dtype
         vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y.to(dtype))
@@ -244,9 +251,9 @@ class Flux(nn.Module):
     def set_tensor(self, name: str, tensor: Tensor, storage: str, nested: bool = False) -> bool:
         """Fill one tensor by its BFL name, on the tensor's own device.
 
-        Linears inside the blocks are kept in `storage` (fp32, bf16, nf4); those around the blocks as bf16
-        unless storage is fp32; biases and norms in the compute dtype. -> False where a matrix that was to be
-        nf4 stayed bf16.
+        Linears inside the blocks are kept in `storage` (fp32, bf16, nf4); those around the blocks
+        as bf16 unless storage is fp32; biases and norms in the compute dtype. -> False where a
+        matrix that was to be nf4 stayed bf16.
         """
         module_name, _, kind = name.rpartition(".")
         module = self.get_submodule(module_name)
@@ -268,7 +275,8 @@ def fill(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Fill every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever dense.
+    """Fill every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever
+    dense.
 
     -> the names that were to be nf4 and stayed bf16, because their K is not a multiple of 64.
     """

@@ -1,10 +1,12 @@
-"""LoRALinear: a frozen linear layer in fp32, bf16 or NF4, with a trainable low-rank update on some of its rows.
+"""LoRALinear: a frozen linear layer in fp32, bf16 or NF4, with a trainable low-rank update on some
+of its rows.
 
     y = x Wᵀ + b;   y[:, rows of part p] += scale · (x A_pᵀ) B_pᵀ
 
-Shape legend: B batch, T tokens, K inputs, N outputs, P parts, R rank. A is [P·R, K] and B is [N', R], N' the
-rows that have an update, part after part: stacked, never a block-diagonal matrix, so that splitting the layer
-into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form) is P = 1 with several row ranges.
+Shape legend: B batch, T tokens, K inputs, N outputs, P parts, R rank. A is [P·R, K] and B is [N',
+R], N' the rows that have an update, part after part: stacked, never a block-diagonal matrix, so
+that splitting the layer into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form)
+is P = 1 with several row ranges.
 
 Autograd saves x and nothing else: the dense weight and x Aᵀ are made again in backward.
 """
@@ -22,7 +24,9 @@ from fluxfast import draws
 
 
 class DropoutClock:
-    """Which samples the model sees now: what LoRA dropout masks are drawn by. Set once per batch."""
+    """Which samples the model sees now: what LoRA dropout masks are drawn by. Set once per
+    batch.
+    """
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -47,7 +51,9 @@ class LoRALinear(nn.Module):
         self.clock: DropoutClock | None = None
 
     def set_weight(self, weight: Tensor, storage: str = "fp32", nested: bool = False) -> bool:
-        """Keep `weight` [N, K] as fp32, bf16 or nf4. -> False where nf4 had to stay bf16 (K % 64)."""
+        """Keep `weight` [N, K] as fp32, bf16 or nf4. -> False where nf4 had to stay bf16 (K %
+        64).
+        """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         if storage == "nf4" and self.in_features % BLOCK == 0:
             self.weight = None
@@ -75,7 +81,8 @@ class LoRALinear(nn.Module):
         seed: int = 0,
         stream: str = "lora",
     ) -> list[nn.Parameter]:
-        """Add a rank-`rank` update, fp32: A uniform in ±1/sqrt(K) (as peft and kohya draw it), B zero.
+        """Add a rank-`rank` update, fp32: A uniform in ±1/sqrt(K) (as peft and kohya draw it), B
+        zero.
 
         parts: per independent A, the row ranges [(start, end)] it feeds. -> [A, B].
         """

@@ -43,12 +43,12 @@ def select_targets(
 ) -> list[Target]:
     """The parts to train, in model order.
 
-    targets: `attn` (q, k, v and the double blocks' output projections), `attn+mlp`, or `all` (the blocks'
-    modulation linears too: 494 modules of FLUX.1-dev in diffusers' terms). A single block's `linear2` mixes
-    attention and MLP and counts as MLP, as diffusers' proj_out does. include keeps only what matches one of
-    its patterns, exclude drops what matches and wins. A pattern with *, ? or [ is a glob over the whole name,
-    any other a substring; both are tried on BFL and diffusers names.
-    Raises ConfigError for an unknown preset or a pattern that matches nothing of the preset.
+    targets: `attn` (q, k, v and the double blocks' output projections), `attn+mlp`, or `all` (the
+    blocks' modulation linears too: 494 modules of FLUX.1-dev in diffusers' terms). A single block's
+    `linear2` mixes attention and MLP and counts as MLP, as diffusers' proj_out does. include keeps
+    only what matches one of its patterns, exclude drops what matches and wins. A pattern with *, ?
+    or [ is a glob over the whole name, any other a substring; both are tried on BFL and diffusers
+    names. Raises ConfigError for an unknown preset or a pattern that matches nothing of the preset.
     """
     if targets not in PRESETS:
         raise ConfigError(f"lora.targets: {targets!r} is not one of {', '.join(PRESETS)}")
@@ -56,9 +56,7 @@ def select_targets(
     chosen = [
         Target(module, diffusers, rows)
         for module in block_linears(spec)
-        for diffusers, rows in zip(
-            diffusers_parts(module), part_rows(module, spec), strict=True
-        )
+        for diffusers, rows in zip(diffusers_parts(module), part_rows(module, spec), strict=True)
         if kinds is None or _kind(diffusers) in kinds
     ]
     for key, patterns in (("include", include), ("exclude", exclude)):
@@ -91,10 +89,12 @@ def inject_lora(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Add LoRA to `model` in place. -> its parameters, fp32: A then B of each module, in model order.
+    """Add LoRA to `model` in place. -> its parameters, fp32: A then B of each module, in model
+    order.
 
-    scale = alpha / rank (alpha defaults to rank). Each part (q, k, v, mlp) of a fused linear has an A of its
-    own unless share_a (kohya's form). A is drawn from (seed, module), B is zero, so the output is unchanged.
+    scale = alpha / rank (alpha defaults to rank). Each part (q, k, v, mlp) of a fused linear has an
+    A of its own unless share_a (kohya's form). A is drawn from (seed, module), B is zero, so the
+    output is unchanged.
     """
     alpha = float(rank if alpha is None else alpha)
     by_module: dict[str, list[tuple[int, int]]] = {}

@@ -1,7 +1,8 @@
 """One module, two names: Black Forest Labs' fused layout and diffusers' split one.
 
-Everything that maps between the two (base checkpoints, LoRA files, include/exclude patterns) reads this table.
-`final_layer.adaLN_modulation.1` is [shift, scale] in BFL's order and [scale, shift] in diffusers': see SWAPPED.
+Everything that maps between the two (base checkpoints, LoRA files, include/exclude patterns) reads
+this table. `final_layer.adaLN_modulation.1` is [shift, scale] in BFL's order and [scale, shift] in
+diffusers': see SWAPPED.
 """
 
 from fluxfast.model.spec import FluxSpec

@@ -1,4 +1,6 @@
-"""FluxSpec: the shape of a FLUX.1 transformer. One base (dev); schnell and nano say what differs."""
+"""FluxSpec: the shape of a FLUX.1 transformer. One base (dev); schnell and nano say what
+differs.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +31,8 @@ class FluxSpec:
             )
         if sum(self.axes_dim) != self.head_dim or any(axis % 2 for axis in self.axes_dim):
             raise FluxfastError(
-                f"RoPE axes {list(self.axes_dim)} must be even and add up to the head width {self.head_dim}"
+                f"RoPE axes {list(self.axes_dim)} must be even and add up to "
+                f"the head width {self.head_dim}"
             )
 
     @property
@@ -42,7 +45,9 @@ class FluxSpec:
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """FLUX's 16/56/56 split of 128, generalised: an eighth (at least) for the first axis, the rest in two."""
+    """FLUX's 16/56/56 split of 128, generalised: an eighth (at least) for the first axis, the rest
+    in two.
+    """
     spatial = 2 * (7 * head_dim // 32)
     return head_dim - 2 * spatial, spatial, spatial
 

@@ -1,17 +1,18 @@
 """NF4: 4-bit normal-float storage of a frozen weight, byte for byte as bitsandbytes keeps it.
 
-    value[i] = CODE[nibble[i]] * absmax[i // 64]            absmax in fp32, or itself quantised ("nested"):
-    absmax[j] = MAP[byte[j]] * nested_absmax[j // 256] + offset
+    value[i]  = CODE[nibble[i]] * absmax[i // 64]
+    absmax[j] = MAP[byte[j]] * nested_absmax[j // 256] + offset      where it is itself quantised
 
-Rows are cut in blocks of 64 along K, so K must be a multiple of 64 and a block never crosses a row: cutting
-or stacking whole rows of quantised matrices is exact. The first weight of a pair sits in the high nibble.
-Memory: 0.5 byte a weight + 4/64 (fp32 absmax) or 1/64 + 4/16384 (nested).
+Rows are cut in blocks of 64 along K, so K must be a multiple of 64 and a block never crosses a row:
+cutting or stacking whole rows of quantised matrices is exact. The first weight of a pair sits in
+the high nibble. Memory: 0.5 byte a weight + 4/64 (fp32 absmax) or 1/64 + 4/16384 (nested).
 
-Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic map: arXiv 2110.02861.
+Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic map: arXiv
+2110.02861.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class NF4Tensor:
     """A quantised [N, K] matrix.
 
     packed: uint8 [N * K / 2, 1]; absmax: fp32 [N * K / 64], or uint8 when nested;
-    nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32 scalar tensor, both None unless nested.
+    nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32 scalar tensor, both None unless
+    nested.
     """
 
     packed: Tensor
@@ -48,12 +50,12 @@ class NF4Tensor:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _code(device: torch.device) -> Tensor:
     return torch.tensor(CODE, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pairs(device: torch.device) -> Tensor:
     """fp32 [256, 2]: a byte's two values, high nibble first."""
     byte = torch.arange(256, device=device)
@@ -61,11 +63,12 @@ def _pairs(device: torch.device) -> Tensor:
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_map(device: torch.device) -> Tensor:
     """fp32 [256], ascending: the signed 8-bit dynamic-exponent code that nested absmax uses.
 
-    Decade i (10^-6 ... 10^0) holds 2^i midpoints of equal cells of [0.1, 1], both signs; then 0 and 1.
+    Decade i (10^-6 ... 10^0) holds 2^i midpoints of equal cells of [0.1, 1], both signs; then 0 and
+    1.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):
@@ -81,7 +84,9 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
     Raises ValueError for another rank, dtype or K.
     """
     if weight.ndim != 2 or weight.shape[1] % BLOCK:
-        raise ValueError(f"weight must be [N, K] with K a multiple of {BLOCK}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be [N, K] with K a multiple of {BLOCK}, got {tuple(weight.shape)}"
+        )
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"weight must be fp32, fp16 or bf16, got {weight.dtype}")
     code = _code(weight.device)
@@ -98,9 +103,11 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
     return NF4Tensor(packed, absmax, tuple(weight.shape), nested_absmax, offset)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dynamic_codes(device: torch.device) -> Tensor:
-    """uint8 [65536]: the nearest code of `dynamic_map` for 65 536 values spread evenly over [-1, 1]."""
+    """uint8 [65536]: the nearest code of `dynamic_map` for 65 536 values spread evenly over [-1,
+    1].
+    """
     table = dynamic_map(torch.device("cpu"))
     grid = (torch.arange(65536, dtype=torch.float64) / 32767.5 - 1).float()
     return torch.bucketize(grid, (table[:-1] + table[1:]) / 2).to(torch.uint8).to(device)
@@ -109,14 +116,15 @@ def _dynamic_codes(device: torch.device) -> Tensor:
 def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [n] -> (uint8 codes of `dynamic_map` [n], fp32 absmax per 256).
 
-    bitsandbytes 0.50 on CPU rounds a value to 16 bits and looks its code up, instead of taking the nearest
-    code of the value itself: one code in 650 differs. Its bytes are what files hold, so this does the same.
-    A block of zeros gets code 0 throughout (times an absmax of 0).
+    bitsandbytes 0.50 on CPU rounds a value to 16 bits and looks its code up, instead of taking the
+    nearest code of the value itself: one code in 650 differs. Its bytes are what files hold, so
+    this does the same. A block of zeros gets code 0 throughout (times an absmax of 0).
     """
     count = values.numel()
     padded = torch.nn.functional.pad(values, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = padded.abs().amax(dim=1)
-    # the reciprocal of a denormal absmax is infinite: clamping then leaves the signs, as theirs does
+    # the reciprocal of a denormal absmax is infinite: clamping then leaves the signs, as theirs
+    # does
     scaled = (padded * (1.0 / absmax)[:, None]).clamp_(-1, 1).nan_to_num_(nan=-1.0)
     codes = _dynamic_codes(values.device)[((scaled + 1) * 32767.5 + 0.5).long()]
     return (codes * (absmax > 0)[:, None]).view(-1)[:count], absmax
@@ -134,8 +142,8 @@ def nf4_absmax(weight: NF4Tensor) -> Tensor:
 def nf4_decode(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """-> [N, K] in `dtype`. The product is formed in fp32 and rounded once.
 
-    A byte's two values come from one table look-up: 0.23 G weights/s on two Zen cores, where nibble by
-    nibble indexing reaches 0.09.
+    A byte's two values come from one table look-up: 0.23 G weights/s on two Zen cores, where nibble
+    by nibble indexing reaches 0.09.
     """
     pairs = _pairs(weight.packed.device)
     values = torch.nn.functional.embedding(weight.packed.view(-1).int(), pairs)

@@ -1,0 +1,40 @@
+# Everything on a fresh machine with Python 3.10 or newer: `make train`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NANO := examples/nano
+
+.PHONY: train test install lint bench clean
+
+# the embedded example: a nano FLUX, a folder of photographs, a LoRA in runs/nano/
+train: $(VENV)/installed
+	$(BIN)/python $(NANO)/make_nano.py
+	$(BIN)/fluxfast train $(NANO)/train.yaml --restart
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fluxfast needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# one training step beside its peers; on a GPU machine: make bench DEVICE=cuda
+DEVICE ?= cpu
+bench: $(VENV)/installed-test
+	PYTHONPATH=.:kernels $(BIN)/python bench/step.py --device $(DEVICE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

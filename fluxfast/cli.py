@@ -1,0 +1,145 @@
+"""The command line. torch and the trainer are imported inside the commands, so `--help` answers at
+once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluxfast.errors import ConfigError, FluxfastError
+
+app = typer.Typer(
+    name="fluxfast",
+    help="Train FLUX.1 LoRAs on one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[Path, typer.Argument(help="a configuration (.yaml) or a folder of images")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="override a setting: train.steps=500"),
+]
+Model = Annotated[
+    str | None, typer.Option(help="diffusers folder, .safetensors file or Hub id (for a folder)")
+]
+Encoders = Annotated[
+    str | None,
+    typer.Option(help="diffusers folder with VAE and text encoders, if the model is a file"),
+]
+Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learnt")]
+Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]
+
+
+@app.command()
+def train(
+    target: Target,
+    set_: Set = [],  # noqa: B006  typer reads the default and never changes it
+    model: Model = None,
+    encoders: Encoders = None,
+    trigger: Trigger = None,
+    name: Name = None,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="start afresh; an earlier run is kept under another name"),
+    ] = False,
+) -> None:
+    """Train a LoRA; a run of the same name goes on where it stopped.
+
+    Examples: `fluxfast train examples/nano/train.yaml --set train.steps=500`, or without a
+    configuration `fluxfast train photos/ --model black-forest-labs/FLUX.1-dev --trigger "ohwx
+    dog"`. The sections of a configuration are model, lora, data, train and save; the path of the
+    finished LoRA is printed to stdout.
+    """
+    config = _config(target, set_, model, encoders, trigger, name)
+    from fluxfast.train import train as run
+
+    print(run(config, restart=restart))
+
+
+@app.command()
+def cache(
+    target: Target,
+    set_: Set = [],  # noqa: B006
+    model: Model = None,
+    encoders: Encoders = None,
+    trigger: Trigger = None,
+) -> None:
+    """Encode images and captions ahead of training; `train` then needs no encoder.
+
+    Example: `fluxfast cache examples/nano/train.yaml`. The cache folder is printed to stdout.
+    """
+    config = _config(target, set_, model, encoders, trigger, None)
+    from rich.console import Console
+
+    from fluxfast.load import resolve_device
+    from fluxfast.prepare import prepare
+
+    prepare(config, resolve_device(config.device), Console(stderr=True))
+    print(config.cache_path)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine offers: libraries, GPU, precision, memory, disk, Hub access.
+
+    Example: `fluxfast doctor`. Ends with exit code 1 where something that training needs is
+    missing.
+    """
+    from fluxfast.doctor import report
+
+    lines, healthy = report()
+    print("\n".join(lines))
+    raise typer.Exit(0 if healthy else 1)
+
+
+def _config(target: Path, overrides, model, encoders, trigger, name):
+    """A configuration from a YAML file or from a folder of images, options on top."""
+    from fluxfast.config import build_config, load_config
+
+    given = {
+        "model.path": model,
+        "model.encoders": encoders,
+        "trigger": trigger,
+        "name": name,
+    }
+    options = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
+    if target.is_dir():
+        if model is None and not any(item.startswith("model.path=") for item in overrides):
+            raise ConfigError(
+                f"training the folder {target} needs a model",
+                hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
+            )
+        raw = {"name": target.resolve().name, "data": {"folder": str(target)}, "model": {}}
+        return build_config(raw, [*options, *overrides], source=str(target))
+    if not target.exists():
+        raise ConfigError(
+            f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
+        )
+    return load_config(target, [*options, *overrides])
+
+
+def _quoted(value: str) -> str:
+    """A YAML scalar that stays this string."""
+    import json
+
+    return json.dumps(value)
+
+
+def main() -> None:
+    """Entry point: errors a user can mend become one message on stderr; exit codes 0, 1, 2, 130."""
+    try:
+        app()
+    except FluxfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

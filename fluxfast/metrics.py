@@ -1,0 +1,181 @@
+"""What a run tells: a progress line, metrics.jsonl and TensorBoard files.
+
+Losses stay on the device until the logging interval ends: one wait per interval.
+"""
+
+import json
+import math
+import resource
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from fluxfast.errors import FluxfastError
+
+WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
+RATE_WINDOW = 50  # steps
+LOSS_WINDOW = 100  # steps that the smoothed loss is the mean of
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Allocated on the GPU at most so far; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunLog:
+    """Collects per-step results and writes them out every `every` steps. A context manager.
+
+    A line of metrics.jsonl: step, loss (mean of the interval), loss_smooth, grad_norm (mean), lr,
+    it_per_s, s_per_it, eta_s, peak_memory_gib, skipped_steps (in the interval), epoch. Rates are
+    null until known.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        first: int,
+        steps: int,
+        every: int,
+        device: torch.device,
+        console: Console,
+    ):
+        self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
+        self.device, self.console = device, console
+        self._first, self._results, self._skipped = first, [], 0
+        self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+        self._times: deque[tuple[int, float]] = deque()
+        self._drop_lines_after(first)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=first, line="")
+
+    def _drop_lines_after(self, step: int) -> None:
+        """A run resumed at `step` writes the lines after it again."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._progress.stop()
+        self._board.close()
+
+    def step(
+        self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, lr: float, epoch: int
+    ) -> None:
+        """Note step `step` (counted from 1). Waits for the device only where an interval ends.
+
+        Raises FluxfastError when no step of a whole interval had a finite gradient.
+        """
+        self._results.append(torch.stack([loss.float(), norm, bad]))
+        self._progress.update(self._task, completed=step)
+        if step == self._first + WARMUP_STEPS:
+            self._wait()
+            self._times.append((step, time.perf_counter()))
+        if step % self.every == 0 or step == self.steps:
+            self._write(step, lr, epoch)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # sync: the clock is read
+
+    def _write(self, step: int, lr: float, epoch: int) -> None:
+        rows = torch.stack(self._results).tolist()  # sync: the interval's one wait
+        self._results = []
+        good = [row for row in rows if row[2] == 0]
+        self._losses.extend(loss for loss, _, _ in good)
+        if not good and len(rows) >= min(self.every, 5):
+            raise FluxfastError(
+                f"no step of the last {len(rows)} had a finite gradient (step {step})",
+                hint="lower train.lr, or compute: fp32; the last checkpoint is still good",
+            )
+        seconds = self._seconds_per_step(step)
+        row = {
+            "step": step,
+            "loss": _mean([loss for loss, _, _ in good]),
+            "loss_smooth": _mean(self._losses),
+            "grad_norm": _mean([norm for _, norm, _ in good]),
+            "lr": lr,
+            "it_per_s": seconds and 1 / seconds,
+            "s_per_it": seconds,
+            "eta_s": seconds and seconds * (self.steps - step),
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "skipped_steps": len(rows) - len(good),
+            "epoch": epoch,
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if value is not None and key not in ("step", "eta_s"):
+                self._board.add_scalar(f"train/{key}", value, step)
+        self._show(row)
+
+    def _seconds_per_step(self, step: int) -> float | None:
+        """Over the last RATE_WINDOW steps that were timed, the warm-up left out."""
+        now = time.perf_counter()
+        while len(self._times) > 1 and self._times[1][0] <= step - RATE_WINDOW:
+            self._times.popleft()
+        seconds = None
+        if self._times and self._times[0][0] < step:
+            then, at = self._times[0]
+            seconds = (now - at) / (step - then)
+            self._times.append((step, now))
+        return seconds
+
+    def _show(self, row: dict) -> None:
+        parts = [f"loss {_number(row['loss_smooth'])}"]
+        if row["s_per_it"]:
+            parts += [f"{row['it_per_s']:.2f} it/s", f"{row['s_per_it']:.3f} s/it"]
+        parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
+        if row["eta_s"] is not None:
+            parts.append(f"ETA {_clock(row['eta_s'])}")
+        if row["skipped_steps"]:
+            parts.append(f"{row['skipped_steps']} steps skipped (not finite)")
+        line = "  ".join(parts)
+        if self.console.is_terminal:
+            self._progress.update(self._task, line=line)
+        else:
+            say(self.console, f"step {row['step']}/{self.steps}  {line}")
+
+
+def say(console: Console, line: str) -> None:
+    """One plain line, never wrapped or coloured by its words."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _mean(values) -> float | None:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,173 @@
+"""Optimisers, each from its own library, and the learning-rate schedule as a function of the
+step.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.config import TrainConfig
+from fluxfast.errors import ConfigError
+
+
+def default_lr(train: TrainConfig) -> float:
+    """What the user asked for, else 1.0 for prodigy (it finds its own), 1e-4 for the others."""
+    if train.lr is not None:
+        return train.lr
+    return 1.0 if train.optimizer == "prodigy" else 1e-4
+
+
+def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser named in the configuration; `optimizer_args` reach it unchanged.
+
+    Raises ConfigError for an argument that it does not take, or a missing library.
+    """
+    lr, args = default_lr(train), dict(train.optimizer_args)
+    if "betas" in args:
+        args["betas"] = tuple(args["betas"])
+    if train.optimizer == "schedulefree" and train.lr_schedule != "constant":
+        raise ConfigError(
+            "optimizer schedulefree replaces the schedule: lr_schedule must be constant"
+        )
+    try:
+        return _FACTORIES[train.optimizer](parameters, lr, args, train)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer_args of {train.optimizer}: {error}") from None
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer {train.optimizer} needs a library that is not here: {error}",
+            hint="install the project again: `make install`",
+        ) from None
+
+
+def _adamw(parameters, lr, args, train):
+    return torch.optim.AdamW(parameters, lr=lr, **{"fused": parameters[0].is_cuda, **args})
+
+
+def _adamw8bit(parameters, lr, args, train):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=lr, **args)
+
+
+def _prodigy(parameters, lr, args, train):
+    from prodigyopt import Prodigy
+
+    # with a warm-up the estimate of d must not be fed the small first steps
+    return Prodigy(parameters, lr=lr, **{"safeguard_warmup": train.warmup_steps > 0, **args})
+
+
+def _schedulefree(parameters, lr, args, train):
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(parameters, lr=lr, **{"warmup_steps": train.warmup_steps, **args})
+
+
+def _adafactor(parameters, lr, args, train):
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        parameters, lr=lr, **{"relative_step": False, "scale_parameter": False, **args}
+    )
+
+
+_FACTORIES = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "prodigy": _prodigy,
+    "schedulefree": _schedulefree,
+    "adafactor": _adafactor,
+}
+
+
+def lr_multiplier(step: int, train: TrainConfig) -> float:
+    """Of the learning rate at optimiser step `step`, counted from 0.
+
+    Warm-up rises linearly to 1 over `warmup_steps`; then constant, linear or cosine down to 0 at
+    `steps`. Schedule-free warms up by itself.
+    """
+    if train.optimizer == "schedulefree":
+        return 1.0
+    if step < train.warmup_steps:
+        return (step + 1) / (train.warmup_steps + 1)
+    if train.lr_schedule == "constant":
+        return 1.0
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    done = min(1.0, done)
+    return 1 - done if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Schedule-free keeps two points: one to train at, one to save and sample. Others have no such
+    mode.
+    """
+    mode: Any = getattr(optimizer, "train" if training else "eval", None)
+    if callable(mode):
+        mode()
+
+
+def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One fp32 buffer that all gradients are views of, so that clearing, norm and clipping are
+    single passes.
+
+    Sets every `.grad`; autograd adds into them. Each view starts at a multiple of 256 bytes.
+    """
+    sizes = [-(-p.numel() // 64) * 64 for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = piece[: parameter.numel()].view_as(parameter)
+    return flat
+
+
+def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Clip all gradients (flat) to a total norm, and zero them where it is not finite, on the
+    device.
+
+    A bad batch then moves nothing by its own gradient, and nobody waits for the device to find out.
+    -> (norm before clipping, 1.0 where it was not finite else 0.0), both fp32 scalars.
+    """
+    norm = torch.linalg.vector_norm(gradients)
+    finite = torch.isfinite(norm)
+    factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # 0 · NaN is NaN: replaced, not multiplied
+    gradients.copy_(torch.where(finite, gradients * factor, 0.0))
+    return norm, (~finite).float()
+
+
+class Ema:
+    """An exponential moving average of the parameters, kept beside them in fp32.
+
+    average += (1 − decay)·(parameter − average) after every step; the decay warms up as (1 + n)/(10
+    + n), so that a short run's average is not its starting point.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.decay, self.updates = decay, 0
+        self.average = [p.detach().clone().float() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: list[nn.Parameter]) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, [p.detach() for p in parameters], 1 - decay)
+
+    def restart(self, parameters: list[nn.Parameter]) -> None:
+        """Begin anew from these values."""
+        self.updates = 0
+        for mine, theirs in zip(self.average, parameters, strict=True):
+            mine.copy_(theirs.detach())
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for mine, theirs in zip(self.average, state["average"], strict=True):
+            mine.copy_(theirs)

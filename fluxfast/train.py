@@ -1,0 +1,330 @@
+"""train(config): prepare, build, resume, loop. train_step(): one optimiser step on one page."""
+
+import os
+import shutil
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor, nn
+
+from fluxfast import __version__
+from fluxfast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fluxfast.config import Config
+from fluxfast.data.loader import Batch, Loader
+from fluxfast.errors import FluxfastError
+from fluxfast.files import write_atomic
+from fluxfast.formats.lora import save_lora
+from fluxfast.load import load_transformer, resolve_device
+from fluxfast.metrics import RunLog, say
+from fluxfast.model.flux import Flux
+from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.optim import (
+    Ema,
+    build_optimizer,
+    clip_and_guard,
+    default_lr,
+    flat_gradients,
+    lr_multiplier,
+    set_lr,
+    set_mode,
+)
+from fluxfast.prepare import prepare
+
+
+@dataclass
+class Training:
+    """What a step works on."""
+
+    config: Config
+    device: torch.device
+    model: Flux
+    parameters: list[nn.Parameter]
+    gradients: Tensor  # flat; every parameter's .grad is a view of it
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+
+def train_step(
+    run: Training, batches: list[Batch], step: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """One optimiser step (counted from 0) on the mean loss of `batches`. Waits for nothing.
+
+    -> loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on the
+    device), and the learning rate.
+    """
+    train, device, model = run.config.train, run.device, run.model
+    run.gradients.zero_()
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        mean, std, t5, pooled = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
+        )
+        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+
+        # x_t and what is to be predicted
+        noisy = noise_batch(
+            mean,
+            std,
+            mask,
+            t5.shape[1],
+            batch.indices,
+            run.config.seed,
+            train.timesteps,
+            train.timestep_bias,
+        )
+
+        model.dropout_clock.indices = batch.indices
+        prediction = model(
+            noisy.noisy,
+            noisy.img_ids,
+            t5,
+            noisy.txt_ids,
+            noisy.timesteps,
+            pooled,
+            torch.full_like(noisy.timesteps, train.guidance),
+        )
+
+        # every batch counts the same, so accumulation is one larger batch
+        loss = flow_loss(prediction, noisy).mean() / len(batches)
+        loss.backward()
+        total += loss.detach()
+
+    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm)
+    lr = default_lr(train) * lr_multiplier(step, train)
+    set_lr(run.optimizer, lr)
+    run.optimizer.step()
+    if run.ema:
+        run.ema.update(run.parameters)
+    return total, norm, bad, lr
+
+
+def train(config: Config, *, restart: bool = False, console: Console | None = None) -> Path:
+    """Train a LoRA as configured, from images to file. -> the LoRA file.
+
+    A run of the same name goes on from its newest checkpoint; restart moves it aside first.
+    Raises FluxfastError (ConfigError where the configuration is at fault). Ctrl-C saves a
+    checkpoint and raises KeyboardInterrupt.
+    """
+    console = console or Console(stderr=True)
+    if restart:
+        _move_aside(config.run_dir, console)
+    device = resolve_device(config.device)
+    dataset, base = prepare(config, device, console)
+    loader = Loader(dataset, config.train.batch_size, config.seed)
+    run = build(config, base, device, console)
+    _check_fits(run.model, loader.batch(0))
+    first = _resume(run, console)
+    write_atomic(
+        config.run_dir / "config.yaml",
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode(),
+    )
+    if first < config.train.steps:
+        _loop(run, loader, first, console)
+    return _finish(run, console)
+
+
+def build(config: Config, base: Path, device: torch.device, console: Console) -> Training:
+    """The frozen model with its LoRA, and everything that trains it."""
+    with console.status("loading the transformer"):
+        model = load_transformer(
+            base,
+            config.model.storage,
+            config.model.compute,
+            device,
+            double_quant=config.model.double_quant,
+            announce=lambda line: say(console, f"note: {line}"),
+        )
+    lora = config.lora
+    parameters = inject_lora(
+        model,
+        lora.rank,
+        lora.alpha,
+        lora.targets,
+        include=lora.include,
+        exclude=lora.exclude,
+        share_a=lora.share_a,
+        dropout=lora.dropout,
+        seed=config.seed,
+    )
+    model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.train()
+    trained = sum(p.numel() for p in parameters)
+    say(
+        console,
+        f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
+        f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}",
+    )
+    ema = Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None
+    optimizer = build_optimizer(config.train, parameters)
+    return Training(config, device, model, parameters, flat_gradients(parameters), optimizer, ema)
+
+
+def _precision(model: Flux) -> str:
+    layer = next(iter(lora_layers(model).values()))
+    stored = "nf4" if layer.weight is None else str(layer.weight.dtype).removeprefix("torch.")
+    return f"base in {stored}, computed in {str(model.compute_dtype).removeprefix('torch.')}"
+
+
+def _check_fits(model: Flux, batch: Batch) -> None:
+    """The cached encodings and the transformer must belong together."""
+    spec = model.spec
+    for what, got, needed in (
+        ("T5 states", batch.t5.shape[-1], spec.context_in_dim),
+        ("pooled CLIP states", batch.pooled.shape[-1], spec.vec_in_dim),
+        ("packed latents", 4 * batch.mean.shape[1], spec.in_channels),
+    ):
+        if got != needed:
+            raise FluxfastError(
+                f"the encoders do not belong to this transformer: {what} are "
+                f"{got} wide, it takes {needed}",
+                hint="model.encoders must name the pipeline folder that the transformer came with",
+            )
+
+
+def _identity(config: Config) -> dict:
+    """What a checkpoint's weights depend on in shape and meaning."""
+    return {
+        "model.path": config.model.path,
+        "lora": config.lora.model_dump(mode="json"),
+        "train.optimizer": config.train.optimizer,
+        "train.batch_size": config.train.batch_size,
+        "train.gradient_accumulation": config.train.gradient_accumulation,
+        "seed": config.seed,
+    }
+
+
+def _resume(run: Training, console: Console) -> int:
+    found = checkpoints(run.config.run_dir)
+    if not found:
+        return 0
+    folder = found[-1][1]
+    step = load_checkpoint(folder, run.parameters, run.optimizer, run.ema, _identity(run.config))
+    say(console, f"resuming {run.config.run_dir} at step {step}")
+    return step
+
+
+def _loop(run: Training, loader: Loader, first: int, console: Console) -> None:
+    config, train = run.config, run.config.train
+    accumulation = train.gradient_accumulation
+    batches = loader.iterate(first * accumulation, train.steps * accumulation)
+    set_mode(run.optimizer, training=True)
+    log = RunLog(config.run_dir, first, train.steps, config.log_every, run.device, console)
+    with log, _stop_on_interrupt() as stop:
+        for step in range(first, train.steps):
+            loss, norm, bad, lr = train_step(
+                run, [next(batches) for _ in range(accumulation)], step
+            )
+            log.step(step + 1, loss, norm, bad, lr, step * accumulation // loader.batches_per_epoch)
+            done = step + 1
+            due = config.save.every and done % config.save.every == 0
+            if due or done == train.steps or stop.is_set():
+                _save(run, done)
+            if stop.is_set() and done < train.steps:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _stop_on_interrupt():
+    """Ctrl-C asks the loop to stop after its step; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _save(run: Training, step: int) -> None:
+    set_mode(run.optimizer, training=False)
+    save_checkpoint(
+        run.config.run_dir,
+        step,
+        run.parameters,
+        run.optimizer,
+        run.ema,
+        _identity(run.config),
+        lambda folder: _write_lora(run, folder, step),
+        run.config.save.keep,
+    )
+    set_mode(run.optimizer, training=True)
+
+
+def _write_lora(run: Training, folder: Path, step: int) -> Path:
+    """NAME.safetensors, and NAME_ema.safetensors where an average is kept."""
+    config = run.config
+    meta = _metadata(config, step)
+    dtype = config.save.dtype
+    path = folder / f"{config.name}.safetensors"
+    save_lora(run.model, path, dtype=dtype, metadata=meta)
+    if run.ema:
+        pairs = zip(run.ema.average[::2], run.ema.average[1::2], strict=True)
+        tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
+        file = folder / f"{config.name}_ema.safetensors"
+        save_lora(
+            run.model,
+            file,
+            dtype=dtype,
+            metadata={**meta, "ema": str(run.ema.decay)},
+            tensors=tensors,
+        )
+    return path
+
+
+def _metadata(config: Config, step: int) -> dict[str, str]:
+    """Strings for the file's header. alpha is folded into the weights: a loader must not apply it
+    again.
+    """
+    return {
+        "software": f"fluxfast {__version__}",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.title": config.name,
+        "modelspec.trigger_phrase": config.trigger or "",
+        "base_model": config.model.path,
+        "rank": str(config.lora.rank),
+        "alpha": str(config.lora.alpha or config.lora.rank),
+        "alpha_folded": "true",
+        "steps": str(step),
+        "trigger": config.trigger or "",
+        "config": config.model_dump_json(),
+    }
+
+
+def _finish(run: Training, console: Console) -> Path:
+    """Copy the newest checkpoint's LoRA files to the run folder."""
+    step, folder = checkpoints(run.config.run_dir)[-1]
+    for file in folder.glob("*.safetensors"):
+        write_atomic(run.config.run_dir / file.name, file.read_bytes())
+    path = run.config.run_dir / f"{run.config.name}.safetensors"
+    say(console, f"{step} steps done; the LoRA is {path}")
+    return path
+
+
+def _move_aside(run_dir: Path, console: Console) -> None:
+    """Rename an existing run to NAME.1, NAME.2, …: nothing is deleted."""
+    if not run_dir.exists():
+        return
+    number = 1
+    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    try:
+        os.rename(run_dir, target)
+    except OSError:
+        shutil.move(run_dir, target)
+    say(console, f"the earlier run is kept as {target}")

@@ -1,0 +1,426 @@
+"""prepare_dataset on a nano model: what is written, what is kept, what fails how."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fluxfast.config import build_config
+from fluxfast.data import cache, images, store
+from fluxfast.data.cache import encode_prompts, prepare_dataset
+from fluxfast.data.store import LATENTS, TEXT, is_complete, read_tensors, write_tensors
+from fluxfast.errors import FluxfastError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(seed: int, size=(96, 64), mode="RGB") -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (8, 8, len(mode)), dtype=np.uint8)
+    return Image.fromarray(small, mode).resize(size, Image.Resampling.BICUBIC)
+
+
+def config(tmp_path, **data):
+    trigger = data.pop("trigger", None)
+    entry = {"folder": str(tmp_path / "data"), "resolution": 64, "default_caption": "x"} | data
+    return build_config(
+        {
+            "cache_dir": str(tmp_path / "cache"),
+            "trigger": trigger,
+            "model": {"path": "unused"},
+            "data": entry,
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nano tensors are too small to share: a second thread waits longer than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    picture(1).save(data / "a.png")
+    picture(2, (64, 96)).save(data / "b.jpg")
+    picture(3).save(data / "sub" / "c.png")
+    (data / "a.txt").write_text("one, two, three, four")
+    (data / "b.txt").write_text("")
+    return data
+
+
+def files(tmp_path) -> dict[str, float]:
+    root = tmp_path / "cache"
+    return {
+        path.relative_to(root).as_posix(): path.stat().st_mtime_ns
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def prepare(nano_model, settings, **options):
+    return prepare_dataset(settings, nano_model, 32, **options)
+
+
+def test_everything_is_written_once(nano_model, tmp_path, folder):
+    picture(1).save(folder / "copy of a.png")  # the same bytes under another name
+    settings = config(tmp_path, num_repeats=3, resolution=[96, 64], caption_dropout=0.25)
+    seen = []
+    dataset = prepare(nano_model, settings, progress=lambda *report: seen.append(report))
+
+    names = Counter((sample.name, sample.size) for sample in dataset.samples)
+    assert set(names.values()) == {3} and len(names) == 8
+    assert [name for name, size in names][:4] == ["a.png", "b.jpg", "copy of a.png", "sub/c.png"]
+    assert sum(dataset.buckets.values()) == 24
+    assert dataset.buckets == Counter(sample.size for sample in dataset.samples)
+    first, second = dataset.samples[0], dataset.samples[3]
+    assert (first.caption, second.caption) == ("one, two, three, four", "")
+    assert first.caption_dropout == 0.25 and first.flipped is None
+    assert second.texts == [dataset.empty_text], "an empty caption is the empty prompt"
+
+    kinds = Counter(name.split("/")[0] for name in files(tmp_path))
+    assert kinds == {"latents": 6, "text": 3, "sizes.json": 1}
+    for sample in dataset.samples:
+        latents = read_tensors(sample.latents, LATENTS)
+        (w, h), shape = sample.size, latents["mean"].shape
+        assert shape == (16, h // 8, w // 8) == latents["std"].shape and "mask" not in latents
+        assert latents["mean"].dtype == latents["std"].dtype == torch.float32
+    text = read_tensors(dataset.empty_text, TEXT)
+    assert text["t5"].shape == (32, 192) and text["pooled"].shape == (128,)
+    assert [r for r in seen if r[0] == "hash"] == [("hash", i, 4) for i in range(1, 5)]
+    assert [r for r in seen if r[0] != "hash"][0] == ("text", 3, 3)
+    assert seen[-1] == ("latents", 6, 6)
+
+    before = files(tmp_path)
+    seen.clear()
+    assert prepare(nano_model, settings, progress=lambda *report: seen.append(report)) == dataset
+    assert files(tmp_path) == before and {what for what, _, _ in seen} == {"hash"}
+
+
+def test_latents_are_the_images(nano_model, tmp_path, folder):
+    from fluxfast.encoders.vae import Vae
+
+    dataset = prepare(nano_model, config(tmp_path, flip=True))
+    vae = Vae(nano_model)
+    for sample in dataset.samples:
+        pixels = images.fit_image(images.load_image(folder / sample.name)[0], sample.size)
+        for path, expected in [(sample.latents, pixels), (sample.flipped, pixels.flip(-1))]:
+            mean, std = vae.encode(expected[None])
+            cached = read_tensors(path, LATENTS)
+            torch.testing.assert_close(cached["mean"], mean[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(cached["std"], std[0], rtol=1e-4, atol=1e-4)
+
+
+def test_texts_are_the_prompts(nano_model, tmp_path, folder):
+    from fluxfast.encoders.text import TextEncoders
+
+    settings = config(tmp_path, shuffle_captions=True, shuffle_variants=3, trigger="tok")
+    dataset = prepare(nano_model, settings, extra_prompts=["a preview"], batch_size=2)
+    sample = dataset.samples[0]
+    assert sample.caption.startswith("tok, ") and 1 < len(sample.texts) <= 3
+    assert dataset.samples[1].caption == "tok", "an empty sidecar leaves the trigger alone"
+    before = files(tmp_path)
+    prompts = ["a preview", sample.caption, "", "a preview"]
+    paths = encode_prompts(prompts, settings.cache_path, nano_model, 32)
+    assert files(tmp_path) == before and paths[sample.caption] == sample.texts[0]
+    encoders = TextEncoders(nano_model)
+    for prompt, path in paths.items():
+        t5, pooled = encoders.encode([prompt], 32)
+        torch.testing.assert_close(read_tensors(path, TEXT)["t5"], t5[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            read_tensors(path, TEXT)["pooled"], pooled[0], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_settings_that_matter_change_the_names(nano_model, tmp_path, folder):
+    picture(5, mode="RGBA").save(folder / "a.png")
+
+    def names(dtype=torch.float32, length=32, **data) -> tuple[Path, Path]:
+        dataset = prepare_dataset(config(tmp_path, **data), nano_model, length, dtype=dtype)
+        return dataset.samples[0].latents, dataset.samples[0].texts[0]
+
+    latents, text = names()
+    assert names(num_repeats=2, caption_dropout=0.5, mask_min=0.5) == (latents, text)
+    assert names(length=16)[0] == latents and names(length=16)[1] != text
+    half = names(dtype=torch.bfloat16)
+    assert half[0] != latents and half[1] != text
+    assert read_tensors(half[1], TEXT)["t5"].dtype == torch.bfloat16
+    masked = {names(mask="alpha", mask_min=least)[0] for least in (0.0, 0.5)}
+    assert len(masked | {latents, names(resolution=96)[0]}) == 4
+    (folder / "a.txt").write_text("another")
+    assert names()[0] == latents and names()[1] != text
+    picture(6).save(folder / "a.png")
+    assert names()[0] != latents
+
+
+def test_masks(nano_model, tmp_path, folder, caplog):
+    shaped = picture(1, (64, 64), "RGBA")
+    shaped.putalpha(0)
+    shaped.paste((9, 9, 9, 255), (0, 0, 32, 64))
+    for path in [folder / "b.jpg", folder / "sub" / "c.png"]:
+        path.unlink()
+    shaped.save(folder / "a.png")
+    picture(2).save(folder / "opaque.png")
+    settings = config(tmp_path, mask="alpha", mask_min=0.2, flip=True)
+    one, other = prepare(nano_model, settings).samples
+    expected = torch.cat([torch.ones(8, 4), torch.full((8, 4), 0.2)], dim=1)
+    assert torch.allclose(read_tensors(one.latents, LATENTS)["mask"], expected)
+    assert torch.allclose(read_tensors(one.flipped, LATENTS)["mask"], expected.flip(-1))
+    assert "mask" not in read_tensors(other.latents, LATENTS)
+    assert "1 images have no alpha" in caplog.text
+
+
+def test_mask_folder(nano_model, tmp_path, folder):
+    masks = folder / "masks"  # inside the data folder: no training images
+    (masks / "sub").mkdir(parents=True)
+    half = Image.new("L", (96, 64), 0)
+    half.paste(255, (0, 0, 48, 64))
+    half.save(masks / "a.png")
+    half.resize((48, 32)).save(masks / "sub" / "c.WEBP", lossless=True)
+    settings = config(tmp_path, mask="folder", mask_folder=str(masks))
+    with pytest.raises(FluxfastError, match=r"no mask for .*b\.jpg"):
+        prepare(nano_model, settings)
+    Image.new("L", (64, 64), 255).save(masks / "b.jpg")
+    with pytest.raises(FluxfastError, match=r"b\.jpg is 64x64, its image 64x96"):
+        prepare(nano_model, settings)
+    Image.new("L", (64, 96), 0).save(masks / "b.jpg")
+    with pytest.raises(FluxfastError, match=r"mask of .*b\.jpg is black everywhere"):
+        prepare(nano_model, settings)
+    Image.new("L", (64, 96), 255).save(masks / "b.jpg")
+    dataset = prepare(nano_model, settings)
+    assert [sample.name for sample in dataset.samples] == ["a.png", "b.jpg", "sub/c.png"]
+    for sample in (dataset.samples[0], dataset.samples[2]):
+        mask = read_tensors(sample.latents, LATENTS)["mask"]
+        assert mask[:, 0].min() == 1.0 and mask[:, -1].max() == 0.0
+        assert abs(mask.mean() - 0.5) < 0.02
+    old = dataset.samples[0].latents
+    half.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(masks / "a.png")
+    assert prepare(nano_model, settings).samples[0].latents != old, "the mask's content counts"
+
+
+def test_damaged_entries_are_encoded_again(nano_model, tmp_path, folder):
+    settings = config(tmp_path)
+    dataset = prepare(nano_model, settings)
+    paths = [dataset.samples[0].latents, dataset.samples[1].latents, dataset.samples[2].latents]
+    paths += [dataset.samples[0].texts[0], dataset.empty_text]
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(whole[0][:-1])
+    paths[1].write_bytes(b"")
+    paths[2].unlink()
+    paths[3].write_bytes(b"\xff" * len(whole[3]))
+    paths[4].write_bytes(whole[4][:100])
+    (tmp_path / "cache" / "sizes.json").write_text('{"a": ')
+    for path in paths:
+        with pytest.raises(FluxfastError, match=path.name) as raised:
+            read_tensors(path, ())
+        assert "fluxfast cache" in raised.value.hint
+    assert prepare(nano_model, settings) == dataset
+    for path, data in zip(paths, whole, strict=True):
+        restored = store.parse(path.read_bytes())
+        for name, tensor in store.parse(data).items():
+            torch.testing.assert_close(restored[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interruption_keeps_what_was_written(nano_model, tmp_path, folder, monkeypatch):
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stop(what, done, total):
+        if what == "latents":
+            raise Stop
+
+    settings = config(tmp_path)
+    with pytest.raises(Stop):
+        prepare(nano_model, settings, progress=stop, batch_size=1)
+    kept = files(tmp_path)
+    assert len([name for name in kept if name.startswith("latents/")]) == 1
+
+    def no_encoders(*args):
+        raise AssertionError("all texts are there")
+
+    monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", no_encoders)
+    seen = []
+    prepare(nano_model, settings, progress=lambda *report: seen.append(report))
+    assert seen[-1] == ("latents", 2, 2)
+    assert kept.items() <= files(tmp_path).items()
+
+
+def test_encoders_are_never_loaded_together(nano_model, tmp_path, folder, monkeypatch):
+    from fluxfast.encoders.text import TextEncoders
+    from fluxfast.encoders.vae import Vae
+
+    events = []
+
+    def watch(cls, method):
+        original = getattr(cls, method)
+
+        def wrapped(self, *args, **options):
+            events.append(f"{cls.__name__} {method}")
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(cls, method, wrapped)
+
+    for cls in (TextEncoders, Vae):
+        watch(cls, "__init__")
+        watch(cls, "close")
+    prepare(nano_model, config(tmp_path))
+    assert events == ["TextEncoders __init__", "TextEncoders close", "Vae __init__", "Vae close"]
+
+
+def test_a_cached_call_imports_no_encoder_library(nano_model, tmp_path, folder):
+    settings = config(tmp_path)
+    prepare(nano_model, settings)
+    code = f"""
+import sys, pathlib
+from fluxfast.config import Config
+from fluxfast.data.cache import prepare_dataset
+config = Config.model_validate_json({settings.model_dump_json()!r})
+dataset = prepare_dataset(config, pathlib.Path({str(nano_model)!r}), 32)
+assert len(dataset.samples) == 3
+heavy = [name for name in ("transformers", "diffusers", "accelerate") if name in sys.modules]
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inputs_are_checked_before_encoding(nano_model, tmp_path, folder, monkeypatch):
+    def no_encoders(*args):
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", no_encoders)
+    monkeypatch.setattr("fluxfast.encoders.vae.Vae", no_encoders)
+    with pytest.raises(FluxfastError, match=r"1 of 3 images have no caption: c\.png"):
+        prepare(nano_model, config(tmp_path, default_caption=None))
+    with pytest.raises(FluxfastError, match=r"c\.png: .*\[trigger\]"):
+        prepare(nano_model, config(tmp_path, default_caption="[trigger]"))
+    with pytest.raises(FluxfastError, match="none.*is missing"):
+        prepare(tmp_path / "none", config(tmp_path))
+    picture(1, (400, 20)).save(folder / "thin.png")
+    with pytest.raises(FluxfastError, match=r"thin\.png: 400x20 .*too small"):
+        prepare(nano_model, config(tmp_path))
+    (folder / "b.jpg").write_bytes(b"")
+    with pytest.raises(FluxfastError, match=r"2 of 4 images: .*b\.jpg .*thin\.png"):
+        prepare(nano_model, config(tmp_path))
+
+
+def test_truncated_image_is_named_and_others_are_kept(nano_model, tmp_path, folder):
+    whole = (folder / "b.jpg").read_bytes()
+    (folder / "b.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(FluxfastError, match=r"b\.jpg is broken or truncated"):
+        prepare(nano_model, config(tmp_path), batch_size=1)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "text" / "x.safetensors"
+    write_tensors(path, {"t": torch.zeros(3)})
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FluxfastError, match=r"text: No space left") as raised:
+        write_tensors(path, {"t": torch.ones(3)})
+    assert "cache_dir" in raised.value.hint
+    assert os.listdir(path.parent) == [path.name] and path.read_bytes() == before
+
+
+def test_file_size_limit(tmp_path):
+    """A write that really fails, in the middle of a file."""
+    code = f"""
+import os, pathlib, resource, torch
+from fluxfast.data.store import write_tensors
+from fluxfast.errors import FluxfastError
+folder = pathlib.Path({str(tmp_path)!r}) / "cache"
+write_tensors(folder / "small.safetensors", {{"t": torch.zeros(10)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    write_tensors(folder / "large.safetensors", {{"t": torch.zeros(100000)}})
+except FluxfastError as error:
+    assert str(folder) in error.message and "cache_dir" in error.hint, error
+else:
+    raise SystemExit("no error")
+assert os.listdir(folder) == ["small.safetensors"], os.listdir(folder)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cache_path_that_is_a_file(nano_model, tmp_path, folder):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(FluxfastError, match="cannot write into") as raised:
+        prepare(nano_model, config(tmp_path))
+    assert "cache_dir" in raised.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_cache(tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    with pytest.raises(FluxfastError, match="cannot write into"):
+        write_tensors(tmp_path / "cache" / "x.safetensors", {"t": torch.zeros(1)})
+
+
+def test_store_round_trip_and_damage(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(5).bfloat16(), "c": torch.randn(4)[::2]}
+    write_tensors(path, tensors)
+    read = read_tensors(path, ("a", "b"))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert is_complete(path, ("a", "b")) and not is_complete(path, ("d",))
+    with pytest.raises(FluxfastError, match=r"x\.safetensors lacks 'd'"):
+        read_tensors(path, ("d",))
+    data = path.read_bytes()
+    for cut in [0, 1, 7, 8, 30, len(data) - 1]:
+        path.write_bytes(data[:cut])
+        assert not is_complete(path, ("a",))
+        with pytest.raises(FluxfastError, match=r"x\.safetensors"):
+            read_tensors(path, ("a",))
+    for damaged in [data + b"\0", b"\xff" * 8 + data[8:], data[:8] + b"[" + data[9:]]:
+        path.write_bytes(damaged)
+        assert not is_complete(path, ("a",))
+        with pytest.raises(FluxfastError, match=r"x\.safetensors"):
+            read_tensors(path, ("a",))
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # one bit
+    with pytest.raises(FluxfastError, match="checksum") as raised:
+        read_tensors(path, ("a",))
+    assert "delete it" in raised.value.hint
+    with pytest.raises(FluxfastError, match="No such file"):
+        read_tensors(tmp_path / "none", ())
+
+
+def test_headers_of_odd_json_are_no_entries(tmp_path):
+    path = tmp_path / "x"
+    for header in [
+        [],
+        3,
+        {"t": 3},
+        {"t": {}},
+        {"t": {"data_offsets": ["a", "b"]}},
+        {"t": {"data_offsets": [0]}},
+    ]:
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        assert not is_complete(path, ("t",))
+
+
+def test_batches_are_of_one_size_and_bounded():
+    def job(width, height):
+        return cache._LatentJob(Path(), None, (width, height), False, "none", 0.0)
+
+    jobs = [job(64, 64)] * 5 + [job(2048, 1024)] * 3 + [job(4096, 2048)] * 2
+    runs = [[item.bucket for item in batch] for batch in cache._batches(jobs, 4)]
+    assert [len(run) for run in runs] == [4, 1, 2, 1, 1, 1]
+    assert all(len(set(run)) == 1 for run in runs)

@@ -1,0 +1,158 @@
+"""Captions: sidecars, metadata.jsonl, triggers, comma shuffles."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxfast.data.captions import (
+    apply_trigger,
+    caption_variants,
+    fill_missing,
+    read_captions,
+)
+from fluxfast.errors import FluxfastError
+
+
+def read(folder: Path, *names: str, extension=".txt") -> list[str | None]:
+    paths = [folder / name for name in names]
+    return list(read_captions(folder, paths, extension).values())
+
+
+def test_sidecars(tmp_path):
+    (tmp_path / "a.txt").write_text("  a cat \n", encoding="utf-8")
+    (tmp_path / "b.v2.txt").write_bytes(b"\xef\xbb\xbfein K\xc3\xa4fer\r\n")
+    (tmp_path / "c.txt").write_text("")
+    (tmp_path / "d.caption").write_text("other extension")
+    assert read(tmp_path, "a.png", "b.v2.JPG", "c.webp", "d.png") == [
+        "a cat",
+        "ein Käfer",
+        "",
+        None,
+    ]
+    assert read(tmp_path, "d.png", extension=".caption") == ["other extension"]
+
+
+@pytest.mark.parametrize("data", ["caf\xe9".encode("latin-1"), "word".encode("utf-16")])
+def test_sidecar_that_is_not_utf8(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(FluxfastError, match=r"a\.txt is not UTF-8.*\n?.*UTF-8"):
+        read(tmp_path, "a.png")
+
+
+def test_metadata_nearest_folder_first_and_sidecar_wins(tmp_path):
+    deep = tmp_path / "x" / "y"
+    deep.mkdir(parents=True)
+    rows = [
+        {"file_name": "x/y/1.png", "text": "from the top"},
+        {"file_name": "./x/y/2.png", "caption": " from the top too "},
+        {"file_name": "x\\y\\3.png", "text": "a Windows path"},
+        {"file_name": "x/y/4.png", "text": None},
+        {"file_name": "gone.png", "text": "no such image"},
+        {"file_name": "x/y/cafe\u0301.png", "text": "decomposed"},
+        {"file_name": "x/y/6.png", "text": "a line\u2028separator"},
+    ]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    (deep / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "from beside"}\n')
+    (deep / "2.txt").write_text("from the sidecar")
+    names = ["x/y/1.png", "x/y/2.png", "x/y/3.png", "x/y/4.png", "x/y/caf\u00e9.png", "x/y/6.png"]
+    assert read(tmp_path, *names) == [
+        "from beside",
+        "from the sidecar",
+        "a Windows path",
+        None,
+        "decomposed",
+        "a line\u2028separator",
+    ]
+    (deep / "2.txt").unlink()
+    assert read(tmp_path, "x/y/2.png") == ["from the top too"]
+
+
+def test_metadata_above_the_data_folder_is_not_read(tmp_path):
+    inner = tmp_path / "data"
+    inner.mkdir()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "data/a.png", "text": "no"}')
+    assert read(inner, "a.png") == [None]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a.png", "text": ',
+        "[1, 2]",
+        '{"text": "no name"}',
+        '{"file_name": 3, "text": "x"}',
+        '{"file_name": "a.png", "text": ["x"]}',
+        '{"file_name": "ok.png", "text": "another"}',
+        '{"file_name": "a.png", "text": "\\ud83d"}',
+    ],
+)
+def test_bad_metadata_line_is_named(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "ok.png", "text": "x"}}\n{line}\n')
+    with pytest.raises(FluxfastError, match=r"metadata\.jsonl, line 2"):
+        read(tmp_path, "a.png")
+
+
+def test_missing_captions():
+    given = {Path("a.png"): "x", Path("b.png"): None, Path("c.png"): ""}
+    assert list(fill_missing(given, "plain", "tok").values()) == ["x", "plain", ""]
+    assert list(fill_missing(given, "", None).values()) == ["x", "", ""]
+    assert list(fill_missing(given, None, " tok ").values()) == ["x", "tok", ""]
+    with pytest.raises(FluxfastError, match=r"1 of 3 images have no caption: b\.png") as raised:
+        fill_missing(given, None, " ")
+    assert "default_caption" in raised.value.hint
+    many = {Path(f"{i}.png"): None for i in range(9)}
+    with pytest.raises(FluxfastError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, …"):
+        fill_missing(many, None, None)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("[trigger] and [trigger]'s dog", "ohwx and ohwx's dog"),
+        ("a man", "ohwx, a man"),
+        ("photo of ohwx, smiling", "photo of ohwx, smiling"),
+        ("photo of ohwxes", "ohwx, photo of ohwxes"),
+        ("", "ohwx"),
+    ],
+)
+def test_trigger(caption, expected):
+    assert apply_trigger(caption, "ohwx") == expected
+    assert caption_variants(caption, "hash", trigger="ohwx") == [expected]
+
+
+def test_trigger_with_regex_characters_and_without_spaces():
+    assert apply_trigger("a (x+) dog", "(x+)") == "a (x+) dog"
+    assert apply_trigger("小猫坐着", "猫") == "小猫坐着"
+    assert apply_trigger("as it is", "  ") == "as it is"
+    with pytest.raises(FluxfastError, match="no trigger is set") as raised:
+        apply_trigger("a [trigger]", None)
+    assert "trigger:" in raised.value.hint
+
+
+def test_shuffle_keeps_the_front_and_every_part():
+    caption = "tok,  a,b , c,, d, e"
+    texts = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=6, seed=3)
+    assert 2 < len(texts) <= 6 and len(set(texts)) == len(texts)
+    for text in texts:
+        parts = text.split(", ")
+        assert parts[:2] == ["tok", "a"] and sorted(parts[2:]) == ["b", "c", "d", "e"]
+    again = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=6, seed=3)
+    fewer = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=1, seed=3)
+    assert again == texts and fewer == texts[:1]
+    for other in [{"seed": 4}, {"content_hash": "i"}]:
+        settings = {"content_hash": "h", "seed": 3} | other
+        assert texts != caption_variants(
+            caption, shuffle=True, keep_tokens=2, variants=6, **settings
+        )
+
+
+def test_shuffle_of_little():
+    assert caption_variants("", "h", shuffle=True, variants=4) == [""]
+    assert caption_variants("one", "h", shuffle=True, variants=4) == ["one"]
+    assert caption_variants("a, b", "h", shuffle=True, keep_tokens=9, variants=4) == ["a, b"]
+    texts = caption_variants("a, b", "h", shuffle=True, keep_tokens=0, variants=50)
+    assert sorted(texts) == ["a, b", "b, a"]
+    texts = caption_variants("b, c", "h", trigger="tok", shuffle=True, keep_tokens=1, variants=9)
+    assert all(text.startswith("tok, ") for text in texts)

@@ -1,0 +1,198 @@
+"""Encoders against diffusers' own pipeline, and the fingerprint of their folders."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fluxfast.encoders import fingerprint as fingerprints
+from fluxfast.encoders.fingerprint import fingerprint
+from fluxfast.errors import FluxfastError
+
+PROMPTS = ["", "a cat", "a red car parked in front of a brick building, 35 mm film, grain " * 9]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nano tensors are too small to share: a second thread waits longer than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def encoders(nano_model):
+    from fluxfast.encoders.text import TextEncoders
+
+    return TextEncoders(nano_model)
+
+
+@pytest.fixture(scope="module")
+def pipeline(nano_model):
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(nano_model)
+
+
+@pytest.mark.parametrize("max_length", [32, 16, 64])
+def test_text_equals_diffusers(encoders, pipeline, max_length):
+    with torch.no_grad():
+        expected = pipeline.encode_prompt(PROMPTS, max_sequence_length=max_length)
+    t5, pooled = encoders.encode(PROMPTS, max_length)
+    assert t5.shape[:2] == (3, max_length) and t5.std() > 0
+    assert torch.equal(t5, expected[0]) and torch.equal(pooled, expected[1])
+    alone = encoders.encode(PROMPTS[1:2], max_length)[0]
+    assert torch.allclose(alone[0], t5[1], atol=1e-6), "the batch does not matter"
+
+
+def test_dtype(nano_model):
+    from fluxfast.encoders.text import TextEncoders
+
+    encoders = TextEncoders(nano_model, dtype=torch.bfloat16)
+    t5, pooled = encoders.encode(["a cat"], 8)
+    assert t5.dtype == pooled.dtype == torch.bfloat16
+    assert not t5.requires_grad
+    encoders.close()
+
+
+def test_truncation_is_announced_once(nano_model, caplog):
+    from fluxfast.encoders.text import TextEncoders
+
+    encoders = TextEncoders(nano_model)
+    with caplog.at_level(logging.WARNING, logger="fluxfast"):
+        encoders.encode(["a cat"], 32)
+        assert not caplog.records
+        encoders.encode(PROMPTS, 32)
+        encoders.encode(PROMPTS[::-1], 32)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2 and "77" in texts[0] and "32" in texts[1]
+    assert "a red car" in texts[1] and len(texts[1]) < 200
+
+
+def test_text_refuses_what_is_not_finite(nano_model):
+    from fluxfast.encoders.text import TextEncoders
+
+    encoders = TextEncoders(nano_model)
+    encoders._t5.shared.weight.fill_(float("inf"))
+    with pytest.raises(FluxfastError, match="text encoders .* not finite"):
+        encoders.encode(["a cat"], 8)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+def test_missing_text_parts_are_named(nano_model, tmp_path, part):
+    from fluxfast.encoders.text import TextEncoders
+
+    root = shutil.copytree(nano_model, tmp_path / "m", ignore=shutil.ignore_patterns("transformer"))
+    shutil.rmtree(root / part)
+    with pytest.raises(FluxfastError, match=rf"{part} is missing") as raised:
+        TextEncoders(root)
+    assert raised.value.hint
+    (root / part).mkdir()
+    with pytest.raises(FluxfastError, match=rf"{part}\b"):
+        TextEncoders(root)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_damaged_weights_are_named_never_random(nano_model, tmp_path, part):
+    from fluxfast.encoders.text import TextEncoders
+    from fluxfast.encoders.vae import Vae
+
+    cls = Vae if part == "vae" else TextEncoders
+    root = shutil.copytree(nano_model, tmp_path / "m", ignore=shutil.ignore_patterns("transformer"))
+    (weights,) = (root / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in sorted(tensors) if name.endswith("weight"))
+    del tensors[name]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(FluxfastError, match=rf"{part}\b"):
+        cls(root)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FluxfastError, match=rf"{part}\b"):
+        cls(root)
+
+
+def test_vae_normalises_and_returns(nano_model, pipeline):
+    from fluxfast.encoders.vae import Vae
+
+    vae = Vae(nano_model)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = vae.encode(images)
+    theirs = pipeline.vae
+    posterior = theirs.encode(images).latent_dist
+    shift, scale = theirs.config.shift_factor, theirs.config.scaling_factor
+    assert (vae.factor, vae.channels) == (8, 16) and mean.shape == (2, 16, 8, 12)
+    torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+    decoded = theirs.decode(mean / scale + shift).sample.clamp(-1, 1)
+    torch.testing.assert_close(vae.decode(mean), decoded)
+    low = Vae(nano_model, dtype=torch.bfloat16).encode(images)[0]
+    assert low.dtype == torch.float32 and (low - mean).abs().max() < 0.2
+
+
+def test_vae_refuses_what_is_not_finite(nano_model):
+    from fluxfast.encoders.vae import Vae
+
+    vae = Vae(nano_model)
+    with pytest.raises(FluxfastError, match="not finite"):
+        vae.encode(torch.full((1, 3, 32, 32), float("nan")))
+
+
+def folder(path, **files):
+    path.mkdir(parents=True)
+    for name, data in files.items():
+        (path / name.replace("__", ".")).write_bytes(data)
+    return path
+
+
+def test_fingerprint_sees_contents_and_names_only(tmp_path):
+    files = {"config__json": b"{}", "model__safetensors": b"x" * 100}
+    base = fingerprint(folder(tmp_path / "a", **files))
+    assert len(base) == 64
+    extra = {"README__md": b"text", ".hidden__json": b"x"}
+    assert fingerprint(folder(tmp_path / "b", **files, **extra)) == base
+    changed = [
+        files | {"config__json": b"{ }"},
+        files | {"model__safetensors": b"x" * 99 + b"y"},
+        files | {"merges__txt": b""},
+        {"config__json": b"{}", "other__safetensors": b"x" * 100},
+    ]
+    prints = {fingerprint(folder(tmp_path / f"c{i}", **it)) for i, it in enumerate(changed)}
+    assert len(prints | {base}) == 5
+
+
+def test_fingerprint_of_large_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "FULL_BYTES", 1024)
+    monkeypatch.setattr(fingerprints, "MIB", 64)
+    header = b'{"t": 1}'
+    data = bytearray(len(header).to_bytes(8, "little") + header + bytes(50_000))
+    path = folder(tmp_path / "a", model__safetensors=bytes(data))
+
+    def after(place: int, value: int = 1) -> str:
+        changed = bytearray(data)
+        changed[place] = value
+        (path / "model.safetensors").write_bytes(changed)
+        return fingerprint(path)
+
+    base = fingerprint(path)
+    assert after(9, 32) != base, "the header counts in full"
+    assert after(len(data) - 1) != base and after(len(data) - 64) != base, "so does the last chunk"
+    middle = 7 * (len(data) - 64) // 15
+    assert after(middle) != base and after(middle + 63) != base
+    assert after(middle + 200) == base, "what lies between the chunks does not"
+    (path / "model.safetensors").write_bytes(data + b"\0")
+    assert fingerprint(path) != base
+
+
+def test_fingerprint_errors(tmp_path):
+    with pytest.raises(FluxfastError, match="none is missing") as raised:
+        fingerprint(tmp_path / "none")
+    assert raised.value.hint
+    with pytest.raises(FluxfastError, match="neither weights nor settings"):
+        fingerprint(folder(tmp_path / "empty"))
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(FluxfastError, match="cannot read"):
+        fingerprint(tmp_path / "link")

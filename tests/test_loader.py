@@ -1,0 +1,204 @@
+"""Loader: order, coverage, draws and prefetch, on small hand-made cache files."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxfast.data.loader import Loader
+from fluxfast.data.store import Dataset, Sample, write_tensors
+from fluxfast.errors import FluxfastError
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [(64, 64)] * 7 + [(96, 64)] * 4 + [(64, 128)]
+
+
+def text(path: Path, value: float) -> Path:
+    write_tensors(path, {"t5": torch.full((4, 6), value), "pooled": torch.full((3,), value)})
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    """Sample i has latents of value i (mirrored: -i), its variants v have embeddings i + v / 10."""
+    samples = []
+    for i, (w, h) in enumerate(SIZES):
+        shape = (2, h // 8, w // 8)
+        for name, value in [("plain", i), ("flipped", -i)]:
+            tensors = {"mean": torch.full(shape, float(value)), "std": torch.full(shape, 0.5)}
+            if i in (0, 7):
+                tensors["mask"] = torch.full(shape[1:], 0.25)
+            write_tensors(tmp_path / f"{name}{i}", tensors)
+        texts = [text(tmp_path / f"text{i}.{v}", i + v / 10) for v in range(3)]
+        samples.append(
+            Sample(
+                name=f"{i}.png",
+                size=(w, h),
+                latents=tmp_path / f"plain{i}",
+                flipped=tmp_path / f"flipped{i}" if i % 2 else None,
+                texts=texts,
+                caption="",
+                caption_dropout=0.3,
+            )
+        )
+    return Dataset(samples, text(tmp_path / "empty", -1.0), dict(Counter(SIZES)))
+
+
+def same(one, other) -> bool:
+    tensors = ("mean", "std", "t5", "pooled")
+    return (
+        all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
+        and (one.mask is None) == (other.mask is None)
+        and (one.mask is None or torch.equal(one.mask, other.mask))
+        and (one.indices, one.names) == (other.indices, other.names)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16])
+def test_every_sample_comes_in_every_epoch_and_sizes_never_mix(dataset, batch_size):
+    loader = Loader(dataset, batch_size, seed=1)
+    count = loader.batches_per_epoch
+    assert count == sum(-(-n // batch_size) for n in (7, 4, 1))
+    for epoch in range(3):
+        names = Counter()
+        for step in range(epoch * count, (epoch + 1) * count):
+            batch = loader.batch(step)
+            assert len(batch.names) == batch_size == len(batch.mean)
+            assert len({SIZES[int(name[:-4])] for name in batch.names}) == 1
+            assert batch.indices == list(range(step * batch_size, (step + 1) * batch_size))
+            names.update(batch.names)
+        assert len(names) == len(SIZES)
+        for size in set(
+            SIZES
+        ):  # a short batch wraps round: no sample comes more than once too often
+            often = [names[f"{i}.png"] for i, other in enumerate(SIZES) if other == size]
+            assert max(often) - min(often) <= 1
+
+
+def test_tensors_belong_to_their_samples(dataset):
+    loader = Loader(dataset, 3, seed=5)
+    for step in range(2 * loader.batches_per_epoch):
+        batch = loader.batch(step)
+        assert batch.std.shape == batch.mean.shape and batch.t5.shape == (3, 4, 6)
+        for row, name in enumerate(batch.names):
+            i = int(name[:-4])
+            assert abs(batch.mean[row].mean()) == i and batch.mean[row].std() == 0
+            value = batch.pooled[row, 0].item()
+            assert value == batch.t5[row].mean() or value != -1
+            assert value == -1 or any(abs(value - i - v / 10) < 1e-5 for v in range(3))
+            masked = batch.mask is not None
+            expected = 0.25 if i in (0, 7) else 1.0
+            assert not masked or (batch.mask[row] == expected).all()
+            assert masked or i not in (0, 7)
+        assert batch.mask is None or batch.mask.shape == batch.mean[:, 0].shape
+
+
+def test_a_batch_is_a_pure_function(dataset):
+    loader, other = Loader(dataset, 2, seed=3), Loader(dataset, 2, seed=3)
+    steps = [0, 11, 5, 100, 5, 0, 23]
+    for step in steps:
+        assert same(loader.batch(step), other.batch(step))
+    assert same(Loader(dataset, 2, seed=3).batch(100), loader.batch(100))
+
+
+def test_order_differs_by_epoch_and_seed_and_mixes_buckets(dataset):
+    loader = Loader(dataset, 1, seed=3)
+    count = loader.batches_per_epoch
+    epochs = [[loader.batch(e * count + i).names[0] for i in range(count)] for e in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != [Loader(dataset, 1, seed=4).batch(i).names[0] for i in range(count)]
+    sizes = [SIZES[int(name[:-4])] for name in epochs[0]]
+    assert sum(a != b for a, b in zip(sizes, sizes[1:], strict=False)) > 2
+
+
+def test_draws_have_their_shares(dataset):
+    samples = [replace(dataset.samples[1], name=f"{i}.png") for i in range(8)]
+    loader = Loader(Dataset(samples, dataset.empty_text, {}), 8, seed=0)
+    batches = [loader.batch(step) for step in range(60)]
+    means = torch.cat([batch.mean[:, 0, 0, 0] for batch in batches])
+    texts = torch.cat([batch.pooled[:, 0] for batch in batches])
+    assert 0.4 < (means < 0).float().mean() < 0.6, "mirrored half of the time"
+    assert 0.22 < (texts == -1).float().mean() < 0.38, "caption_dropout is 0.3"
+    for v in range(3):
+        assert 0.15 < ((texts - 1 - v / 10).abs() < 1e-5).float().mean() < 0.32
+    # the draws are independent of one another
+    assert 0.1 < ((means < 0) & (texts == -1)).float().mean() < 0.21
+
+
+def test_no_dropout_and_full_dropout(dataset):
+    for share, empty in [(0.0, 0), (1.0, 24)]:
+        samples = [replace(sample, caption_dropout=share) for sample in dataset.samples]
+        loader = Loader(Dataset(samples, dataset.empty_text, {}), 1, seed=0)
+        assert sum(loader.batch(i).pooled[0, 0] == -1 for i in range(24)) == empty
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fluxfast-loader"]
+
+
+def test_iterate_equals_batch(dataset):
+    loader = Loader(dataset, 2, seed=9)
+    got = list(loader.iterate(5, 25))
+    assert len(got) == 20
+    assert all(same(batch, loader.batch(5 + i)) for i, batch in enumerate(got))
+    assert list(loader.iterate(3, 3)) == [] and not loader_threads()
+
+
+def test_thread_ends_when_the_consumer_stops(dataset):
+    loader = Loader(dataset, 2, seed=9)
+    for _ in loader.iterate(0, 10**9):
+        assert len(loader_threads()) == 1
+        break
+    assert not loader_threads()
+    iterator = loader.iterate(0, 10**9)
+    next(iterator)
+    time.sleep(0.2)  # the thread now waits for room
+    iterator.close()
+    assert not loader_threads()
+
+
+def test_errors_reach_the_consumer_in_order(dataset):
+    loader = Loader(dataset, 1, seed=2)
+    names = [loader.batch(step).names[0] for step in range(12)]
+    lost = dataset.samples[int(names[4][:-4])]
+    for path in [lost.latents, lost.flipped or lost.latents]:
+        path.unlink(missing_ok=True)
+    seen = []
+    with pytest.raises(
+        FluxfastError, match=rf"{lost.latents.parent}/\w+\b.*No such file"
+    ) as raised:
+        for batch in loader.iterate(0, 12):
+            seen += batch.names
+    assert seen == names[:4] and "fluxfast cache" in raised.value.hint
+    assert not loader_threads()
+
+
+def test_corrupt_files_are_named(dataset):
+    dataset.empty_text.write_bytes(b"nothing")
+    samples = [replace(sample, caption_dropout=1.0) for sample in dataset.samples]
+    with pytest.raises(FluxfastError, match="empty is corrupt") as raised:
+        Loader(replace(dataset, samples=samples), 1, seed=0).batch(0)
+    assert "fluxfast cache" in raised.value.hint
+
+
+def test_what_a_loader_refuses(dataset):
+    with pytest.raises(FluxfastError, match="empty"):
+        Loader(Dataset([], dataset.empty_text, {}), 1, seed=0)
+    with pytest.raises(FluxfastError, match="got 0"):
+        Loader(dataset, 0, seed=0)
+
+
+def test_importing_it_loads_no_encoder_and_no_image_library():
+    code = (
+        "import sys, fluxfast.data.loader; "
+        "bad = {'PIL', 'transformers', 'diffusers', 'fluxfast.encoders', 'fluxfast.data.images'}; "
+        "assert not bad & set(sys.modules), bad & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,235 @@
+"""Where LoRA goes, what a LoRA file holds, and that diffusers reads it as we do."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.lora import load_lora, save_lora
+from fluxfast.model.flux import random_flux
+from fluxfast.model.lora import inject_lora, lora_layers, select_targets
+from fluxfast.model.spec import DEV, FluxSpec, rope_axes
+
+SMALL = FluxSpec(
+    in_channels=16,
+    vec_in_dim=20,
+    context_in_dim=24,
+    hidden_size=64,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=2,
+    axes_dim=rope_axes(32),
+)
+
+
+def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, 6, spec.in_channels, generator=g),
+        torch.arange(18.0).view(1, 6, 3),
+        torch.randn(batch, 4, spec.context_in_dim, generator=g),
+        torch.zeros(1, 4, 3),
+        torch.rand(batch, generator=g),
+        torch.randn(batch, spec.vec_in_dim, generator=g),
+        torch.ones(batch),
+    )
+
+
+def randomise(model, seed=1) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 0.1)
+
+
+@pytest.mark.parametrize(("targets", "count"), [("attn", 266), ("attn+mlp", 418), ("all", 494)])
+def test_presets_of_dev(targets, count):
+    """494 is the number of modules that ai-toolkit trains; 76 of them are modulation linears."""
+    assert len(select_targets(DEV, targets)) == count
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["to_k"], [], {"attn.to_k"}),
+        (["img_attn.qkv"], ["*.to_q"], {"attn.to_k", "attn.to_v"}),
+        (["transformer.single_transformer_blocks.1.proj_mlp"], [], {"proj_mlp"}),
+        (["double_blocks.*.txt_mlp.2"], [], {"ff_context.net.2"}),
+        (["single_blocks.0.linear1"], ["attn"], {"proj_mlp"}),
+    ],
+)
+def test_patterns(include, exclude, expected):
+    chosen = select_targets(SMALL, "attn+mlp", include, exclude)
+    assert {target.diffusers.split(".", 2)[2] for target in chosen} == expected
+
+
+@pytest.mark.parametrize(
+    "bad", [{"include": ["nonsense"]}, {"exclude": ["img_mod.lin"]}, {"exclude": ["*"]}]
+)
+def test_pattern_without_effect_is_an_error(bad):
+    with pytest.raises(ConfigError, match="lora"):
+        select_targets(SMALL, "attn+mlp", **bad)
+
+
+def test_injection_changes_nothing_and_is_seeded():
+    model, other = random_flux(SMALL), random_flux(SMALL)
+    x = inputs(SMALL)
+    with torch.no_grad():
+        before = model(*x)
+        parameters = inject_lora(model, 4, 8.0, seed=3)
+        assert torch.equal(model(*x), before)
+    again = inject_lora(other, 4, 8.0, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, again, strict=True))
+    a = model.double_blocks[0].img_attn.qkv.lora_A
+    assert a.shape == (12, 64) and a.abs().max() <= 1 / 8
+    assert not torch.equal(a[:4], a[4:8])
+
+
+def test_alpha_and_strength_scale_the_update():
+    """alpha/rank multiplies the update; small enough, the output follows in proportion."""
+    x = inputs(SMALL)
+    deltas = {}
+    for alpha in (4.0, 12.0):
+        model = random_flux(SMALL)
+        base = model(*x).detach()
+        inject_lora(model, 4, alpha, include=["single_blocks.1.linear2"], seed=3)
+        layer = model.single_blocks[1].linear2
+        torch.nn.init.constant_(layer.lora_B, 1e-4)
+        deltas[alpha] = model(*x).detach() - base
+        assert layer.lora_scale == alpha / 4
+    ratio = deltas[12.0].norm() / deltas[4.0].norm()
+    assert abs(ratio - 3) < 0.01
+
+
+def test_shared_a_is_kohyas_form():
+    model = random_flux(SMALL)
+    inject_lora(model, 4, share_a=True)
+    layer = model.single_blocks[0].linear1
+    assert layer.lora_A.shape == (4, 64)
+    assert layer.lora_B.shape == (3 * 64 + 256, 4)
+    randomise(model)
+    delta = layer.lora_B @ layer.lora_A
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        update = layer(x) - torch.nn.functional.linear(x, layer.dense(x.dtype), layer.bias)
+    assert torch.allclose(update, x @ delta.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_a", [False, True])
+@pytest.mark.parametrize("targets", ["attn", "all"])
+def test_file_round_trip(tmp_path, targets, share_a):
+    model = random_flux(SMALL)
+    inject_lora(model, 3, 5.0, targets, share_a=share_a)
+    randomise(model)
+    path = save_lora(model, tmp_path / "x.safetensors", metadata={"trigger": "ohwx"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["trigger"] == "ohwx"
+        keys = set(file.keys())
+    names = {t.diffusers for t in select_targets(SMALL, targets)}
+    assert keys == {f"transformer.{n}.lora_{ab}.weight" for n in names for ab in "AB"}
+    other = random_flux(SMALL)
+    load_lora(other, path)
+    x = inputs(SMALL)
+    with torch.no_grad():
+        assert torch.allclose(other(*x), model(*x), atol=1e-5)
+
+
+def test_fp16_that_overflows_is_kept_in_fp32(tmp_path):
+    model = random_flux(SMALL)
+    inject_lora(model, 2)
+    for dtype, expected in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        state = load_file(save_lora(model, tmp_path / "a.safetensors", dtype=dtype))
+        assert {tensor.dtype for tensor in state.values()} == {expected}
+    with torch.no_grad():
+        model.single_blocks[0].linear2.lora_B.fill_(1e6)
+    state = load_file(save_lora(model, tmp_path / "b.safetensors", dtype="fp16"))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_wrong_files_are_refused(tmp_path):
+    model = random_flux(SMALL)
+    with pytest.raises(FluxfastError, match="no LoRA"):
+        save_lora(model, tmp_path / "x.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(FluxfastError, match="cannot read"):
+        load_lora(model, tmp_path / "text.safetensors")
+    wide = random_flux(FluxSpec(**{**SMALL.__dict__, "hidden_size": 128, "num_heads": 4}))
+    inject_lora(wide, 2)
+    path = save_lora(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(FluxfastError, match="do not fit"):
+        load_lora(model, path)
+
+
+def test_dropout_is_a_function_of_the_sample():
+    x = inputs(SMALL)
+    model = random_flux(SMALL)
+    inject_lora(model, 4, dropout=0.5, seed=5)
+    randomise(model)
+    model.train()
+    model.dropout_clock.indices = [10, 11]
+    first = model(*x)
+    torch.manual_seed(99)
+    assert torch.equal(model(*x), first)
+    model.dropout_clock.indices = [12, 11]
+    other = model(*x)
+    assert not torch.allclose(other[0], first[0]) and torch.allclose(other[1], first[1], atol=1e-5)
+    model.dropout_clock.indices = [1]
+    with pytest.raises(ValueError, match="indices"):
+        model(*x)
+    model.eval()
+    model.dropout_clock.indices = []
+    assert not torch.equal(model(*x), first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_the_layer_are_right(dropout):
+    """Against autograd through the plain formula, in fp64."""
+    from fluxfast.model.linear import DropoutClock, LoRALinear
+
+    layer = LoRALinear(6, 10)
+    layer.weight = torch.randn(10, 6, dtype=torch.float64)
+    layer.bias = torch.randn(10, dtype=torch.float64)
+    layer.add_lora(2, 3.0, [[(0, 4)], [(6, 9)]])
+    layer.lora_A = torch.nn.Parameter(layer.lora_A.double())
+    layer.lora_B = torch.nn.Parameter(torch.randn(7, 2, dtype=torch.float64))
+    layer.dropout, layer.dropout_stream, layer.clock = dropout, "x", DropoutClock(1)
+    layer.clock.indices = [4, 9]
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, layer.lora_A, layer.lora_B))
+
+
+def test_diffusers_pipeline_reads_the_file(nano_model, tmp_path):
+    """FluxPipeline.load_lora_weights changes its transformer's output exactly as ours changes."""
+    from diffusers import FluxPipeline
+
+    from fluxfast import load_transformer
+
+    pipeline = FluxPipeline.from_pretrained(nano_model)
+    ours = load_transformer(nano_model, "fp32", "fp32", "cpu")
+    inject_lora(ours, 4, 6.0, "all")
+    randomise(ours)
+    path = save_lora(ours, tmp_path / "lora.safetensors", metadata={"config": json.dumps({})})
+    x = inputs(ours.spec)
+
+    def theirs():
+        img, img_ids, txt, txt_ids, t, y, guidance = x
+        return pipeline.transformer(
+            hidden_states=img,
+            encoder_hidden_states=txt,
+            pooled_projections=y,
+            timestep=t,
+            img_ids=img_ids[0],
+            txt_ids=txt_ids[0],
+            guidance=guidance,
+        ).sample
+
+    with torch.no_grad():
+        base = theirs()
+        pipeline.load_lora_weights(path)
+        with_lora = theirs()
+        assert (with_lora - base).abs().max() > 1e-2
+        error = (ours(*x) - with_lora).abs().max() / with_lora.abs().max()
+    assert error < 1e-5

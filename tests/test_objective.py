@@ -1,0 +1,122 @@
+"""The objective against its definitions, and against diffusers' and ai-toolkit's own where they have one."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from fluxfast import draws
+from fluxfast.objective import (
+    draw_timesteps,
+    flow_loss,
+    flux_shift,
+    image_ids,
+    noise_batch,
+    pack,
+    text_ids,
+    timestep_weight,
+    unpack,
+)
+
+MANY = list(range(20_000))
+
+
+def test_sigmoid_is_logit_normal():
+    t = draw_timesteps(0, MANY, 1024, "sigmoid")
+    logit = torch.logit(t)
+    assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
+
+
+def test_uniform_is_uniform():
+    t = draw_timesteps(0, MANY, 1024, "uniform")
+    assert abs(t.mean() - 0.5) < 0.01 and abs(t.var() - 1 / 12) < 0.002
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "uniform", "flux_shift", "linear"])
+def test_bias_moves_towards_noise_or_detail(kind):
+    means = {
+        bias: draw_timesteps(0, MANY, 1024, kind, bias).mean()
+        for bias in ("content", "balanced", "style")
+    }
+    assert means["style"] < means["balanced"] - 0.1 < means["content"] - 0.2
+    # a cubed uniform has mean 1/4
+    if kind == "uniform":
+        assert abs(means["style"] - 0.25) < 0.01 and abs(means["content"] - 0.75) < 0.01
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_flux_shift_is_the_schedulers(tokens):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)
+    t = torch.linspace(0.05, 0.95, 7)
+    theirs = scheduler.time_shift(calculate_shift(tokens, 256, 4096, 0.5, 1.15), 1.0, t)
+    assert torch.allclose(flux_shift(t, tokens), theirs, atol=1e-6)
+
+
+def test_linear_weight_is_a_bell_of_mean_one():
+    """ai-toolkit's table: exp(-2((i-500)/1000)^2) over 1000 timesteps, minimum taken off, mean 1."""
+    steps = torch.linspace(1000, 1, 1000)
+    y = torch.exp(-2 * ((steps - 500) / 1000) ** 2)
+    y = y - y.min()
+    table = y * (1000 / y.sum())
+    assert torch.allclose(timestep_weight(steps / 1000, "linear"), table, atol=1e-4)
+    assert torch.equal(timestep_weight(torch.rand(5), "sigmoid"), torch.ones(5))
+
+
+def test_draws_belong_to_the_sample_not_to_the_batch():
+    shape = (2, 4, 4)
+    mean, std = torch.zeros(3, *shape), torch.ones(3, *shape)
+    three = noise_batch(mean, std, None, 5, [4, 5, 6], seed=1)
+    one = noise_batch(mean[:1], std[:1], None, 5, [5], seed=1)
+    assert torch.equal(three.noisy[1:2], one.noisy) and torch.equal(three.target[1:2], one.target)
+    assert not torch.equal(three.noisy[0], three.noisy[1])
+    assert not torch.equal(noise_batch(mean, std, None, 5, [4, 5, 6], seed=2).noisy, three.noisy)
+
+
+def test_mixture_and_target():
+    """x_t = (1 - t) x + t n and target n - x, with x carrying the VAE's own noise."""
+    mean = torch.randn(2, 3, 4, 6)
+    batch = noise_batch(mean, 0.1 * torch.ones_like(mean), None, 5, [7, 8], seed=3)
+    x = pack(mean + 0.1 * draws.normal(3, "vae", [7, 8], (3, 4, 6)))
+    n = pack(draws.normal(3, "noise", [7, 8], (3, 4, 6)))
+    t = batch.timesteps[:, None, None]
+    assert torch.allclose(batch.noisy, (1 - t) * x + t * n, atol=1e-6)
+    assert torch.allclose(batch.target, n - x, atol=1e-6)
+    # noisy = x + t * target, so the picture follows from a right prediction
+    assert torch.allclose(batch.noisy - t * batch.target, x, atol=1e-5)
+
+
+def test_packing_is_the_pipelines():
+    latents = torch.randn(2, 16, 6, 10)
+    theirs = FluxPipeline._pack_latents(latents, 2, 16, 6, 10)
+    assert torch.equal(pack(latents), theirs)
+    assert torch.equal(unpack(pack(latents), 6, 10), latents)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
+    assert torch.equal(image_ids(6, 10)[0], ids)
+    assert torch.equal(text_ids(4), torch.zeros(1, 4, 3))
+
+
+def test_mask_weights_places_and_keeps_the_scale():
+    mean = torch.randn(2, 4, 4, 4)
+    mask = torch.zeros(2, 4, 4)
+    mask[:, :2] = 1.0
+    batch = noise_batch(mean, torch.zeros_like(mean), mask, 5, [0, 1], seed=0)
+    right = batch.target.clone()
+    assert torch.equal(flow_loss(right, batch), torch.zeros(2))
+    black = unpack(right, 4, 4)
+    black[:, :, 2:] += 100.0
+    assert torch.equal(flow_loss(pack(black), batch), torch.zeros(2))
+    white = unpack(right, 4, 4)
+    white[:, :, :2] += 3.0
+    assert torch.allclose(flow_loss(pack(white), batch), torch.full((2,), 9.0), atol=1e-4)
+
+
+def test_loss_is_per_sample_and_weighted():
+    mean = torch.randn(3, 4, 4, 4)
+    batch = noise_batch(mean, torch.zeros_like(mean), None, 5, [0, 1, 2], seed=0, kind="linear")
+    per_sample = flow_loss(batch.target + 2.0, batch)
+    assert torch.allclose(per_sample, 4.0 * timestep_weight(batch.timesteps, "linear"), atol=1e-5)
+    assert math.isfinite(per_sample.sum())

@@ -1,0 +1,144 @@
+"""Optimisers from their own libraries, the schedule, clipping, the guard and the average."""
+
+import math
+
+import pytest
+import torch
+
+from fluxfast.config import TrainConfig
+from fluxfast.errors import ConfigError
+from fluxfast.optim import (
+    Ema,
+    build_optimizer,
+    clip_and_guard,
+    default_lr,
+    flat_gradients,
+    lr_multiplier,
+    set_lr,
+    set_mode,
+)
+
+OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
+
+
+def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    # the first is large enough for bitsandbytes to keep its state in 8 bits
+    return [torch.nn.Parameter(torch.randn(n, generator=g)) for n in (8192, 70)]
+
+
+def descend(train: TrainConfig, steps: int, start: int = 0, state=None, values=None):
+    """Minimise the square of every parameter. -> (parameters, optimiser)."""
+    params = parameters()
+    if values:
+        for p, v in zip(params, values, strict=True):
+            p.data.copy_(v)
+    optimizer = build_optimizer(train, params)
+    if state:
+        optimizer.load_state_dict(state)
+    gradients = flat_gradients(params)
+    set_mode(optimizer, training=True)
+    for step in range(start, start + steps):
+        gradients.zero_()
+        sum(p.square().sum() for p in params).backward()
+        clip_and_guard(gradients, 1.0)
+        set_lr(optimizer, default_lr(train) * lr_multiplier(step, train))
+        optimizer.step()
+    set_mode(optimizer, training=False)
+    return params, optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_descends(name):
+    before = sum(p.square().sum() for p in parameters())
+    params, _ = descend(TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01), 60)
+    assert sum(p.square().sum() for p in params) < 0.95 * before
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_goes_through_a_file_and_on(name, tmp_path):
+    """Ten steps in one go equal five, a save, a load, and five."""
+    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
+    whole, _ = descend(train, 10)
+    half, optimizer = descend(train, 5)
+    torch.save({"o": optimizer.state_dict(), "p": [p.detach() for p in half]}, tmp_path / "s.pt")
+    saved = torch.load(tmp_path / "s.pt", weights_only=True)
+    resumed, _ = descend(train, 5, 5, saved["o"], saved["p"])
+    for a, b in zip(whole, resumed, strict=True):
+        # schedule-free's eval and train points are turned into each other in fp32, which rounds
+        assert torch.allclose(a, b, atol=1e-6 if name == "schedulefree" else 0.0, rtol=0)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ConfigError, match="optimizer_args of adamw"):
+        build_optimizer(TrainConfig(optimizer_args={"nonsense": 1}), parameters())
+    with pytest.raises(ConfigError, match="lr_schedule"):
+        build_optimizer(
+            TrainConfig(optimizer="schedulefree", lr_schedule="cosine"), parameters()
+        )
+
+
+def test_schedules():
+    train = TrainConfig(steps=110, warmup_steps=10, lr_schedule="cosine")
+    values = [lr_multiplier(step, train) for step in range(111)]
+    assert values[0] == pytest.approx(1 / 11) and values[9] < 1 == values[10]
+    assert values[60] == pytest.approx(0.5) and values[110] == pytest.approx(0.0, abs=1e-9)
+    linear = train.model_copy(update={"lr_schedule": "linear"})
+    assert lr_multiplier(85, linear) == pytest.approx(0.25)
+    constant = train.model_copy(update={"lr_schedule": "constant"})
+    assert lr_multiplier(100, constant) == 1.0
+    assert default_lr(TrainConfig()) == 1e-4 and default_lr(TrainConfig(optimizer="prodigy")) == 1.0
+
+
+def test_clipping_is_torchs():
+    ours, theirs = parameters(), parameters()
+    flat = flat_gradients(ours)
+    for params in (ours, theirs):
+        sum((3 * p).square().sum() for p in params).backward()
+    norm, bad = clip_and_guard(flat, 1.0)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    assert torch.allclose(norm, expected) and bad == 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5)
+    flat.fill_(2.0)
+    clip_and_guard(flat, None)
+    assert (flat == 2.0).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_guard_keeps_poison_out(poison, max_norm):
+    params = parameters()
+    flat = flat_gradients(params)
+    flat.fill_(1.0)
+    params[1].grad[3] = poison
+    _, bad = clip_and_guard(flat, max_norm)
+    assert bad == 1 and (flat == 0).all()
+
+
+def test_gradients_accumulate_into_the_buffer():
+    params = parameters()
+    flat = flat_gradients(params)
+    for _ in range(3):
+        sum(p.sum() for p in params).backward()
+    assert all((p.grad == 3).all() for p in params)
+    assert flat.sum() == 3 * sum(p.numel() for p in params)
+    assert all(p.grad.data_ptr() % 64 == 0 for p in params)
+
+
+def test_average_follows():
+    params = parameters()
+    ema = Ema(params, 0.9)
+    start = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p in params:
+            p.add_(1.0)
+    expected = 0.0
+    for n in range(1, 40):
+        ema.update(params)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay)
+    assert torch.allclose(ema.average[0], start[0] + expected, atol=1e-5)
+    other = Ema(parameters(), 0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 39 and torch.equal(other.average[1], ema.average[1])
