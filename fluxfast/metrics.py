@@ -5,7 +5,7 @@ Losses stay on the device until the logging interval ends: one wait per interval
 
 import json
 import math
-import resource
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -22,11 +22,19 @@ RATE_WINDOW = 50  # steps
 LOSS_WINDOW = 100  # steps that the smoothed loss is the mean of
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Allocated on the GPU at most so far; on a CPU the process's largest resident size."""
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Allocated on the GPU at most so far; on a CPU the process's largest resident size.
+
+    None where the system does not tell (a CPU under Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class RunLog:
@@ -149,7 +157,8 @@ class RunLog:
         parts = [f"loss {_number(row['loss_smooth'])}"]
         if row["s_per_it"]:
             parts += [f"{row['it_per_s']:.2f} it/s", f"{row['s_per_it']:.3f} s/it"]
-        parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
+        if row["peak_memory_gib"] is not None:
+            parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
         if row["eta_s"] is not None:
             parts.append(f"ETA {_clock(row['eta_s'])}")
         if row["skipped_steps"]:

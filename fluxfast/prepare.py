@@ -26,7 +26,8 @@ def prepare(config: Config, device: torch.device, console: Console) -> tuple[Dat
 
     Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk.
     """
-    base = resolve_model(config.model.path, (*TRANSFORMER, *ENCODERS))
+    wanted = TRANSFORMER if config.model.encoders else (*TRANSFORMER, *ENCODERS)
+    base = resolve_model(config.model.path, wanted)
     root = _encoders_root(config, base)
     length = _text_length(config, base, root)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

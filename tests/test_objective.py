@@ -1,4 +1,4 @@
-"""The objective against its definitions, and against diffusers' and ai-toolkit's own where they have one."""
+"""The objective against its definitions, and against diffusers' own where it has one."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_flux_shift_is_the_schedulers(tokens):
 
 
 def test_linear_weight_is_a_bell_of_mean_one():
-    """ai-toolkit's table: exp(-2((i-500)/1000)^2) over 1000 timesteps, minimum taken off, mean 1."""
+    """ai-toolkit's table: exp(-2((i-500)/1000)^2) over 1000 timesteps, less its minimum, mean 1."""
     steps = torch.linspace(1000, 1, 1000)
     y = torch.exp(-2 * ((steps - 500) / 1000) ** 2)
     y = y - y.min()

@@ -73,9 +73,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ConfigError, match="optimizer_args of adamw"):
         build_optimizer(TrainConfig(optimizer_args={"nonsense": 1}), parameters())
     with pytest.raises(ConfigError, match="lr_schedule"):
-        build_optimizer(
-            TrainConfig(optimizer="schedulefree", lr_schedule="cosine"), parameters()
-        )
+        build_optimizer(TrainConfig(optimizer="schedulefree", lr_schedule="cosine"), parameters())
 
 
 def test_schedules():

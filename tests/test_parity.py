@@ -187,3 +187,20 @@ def parts_of(model, name, layer):
     parts = dict(zip(part_rows(name, model.spec), diffusers_parts(name), strict=True))
     for y_rows, b_rows, a_rows in layer.lora_slices():
         yield parts[(y_rows.start, y_rows.stop)], b_rows, a_rows
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_bf16_is_as_near_as_diffusers(case, storage):
+    """bf16 against fp32 on the same stored weights: at most twice diffusers' own bf16 error."""
+    peer, folder, x = case
+    ours, exact = (load_transformer(folder, storage, dtype, "cpu") for dtype in ("bf16", "fp32"))
+    peer16 = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    x16 = {
+        key: value.bfloat16() if value is not None and value.is_floating_point() else value
+        for key, value in x.items()
+    }
+    x16["img_ids"], x16["txt_ids"] = x["img_ids"], x["txt_ids"]
+    rounded = {key: None if value is None else value.float() for key, value in x16.items()}
+    with torch.no_grad():
+        theirs = relative(peer_forward(peer16, x16).float(), peer_forward(peer, rounded))
+        assert relative(ours(**x16).float(), exact(**rounded)) < 2 * theirs

@@ -55,6 +55,8 @@ class LoRALinear(nn.Module):
         64).
         """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
+        if storage not in ("fp32", "bf16", "nf4"):
+            raise ValueError(f"storage must be fp32, bf16 or nf4, got {storage!r}")
         if storage == "nf4" and self.in_features % BLOCK == 0:
             self.weight = None
             for name, tensor in nf4_quantize(weight, nested).tensors().items():
