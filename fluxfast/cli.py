@@ -2,7 +2,9 @@
 once.
 """
 
+import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +59,8 @@ def train(
     config = _config(target, set_, model, encoders, trigger, name)
     from fluxfast.train import train as run
 
-    print(run(config, restart=restart))
+    with _interruptible():
+        print(run(config, restart=restart))
 
 
 @app.command()
@@ -78,7 +81,8 @@ def cache(
     from fluxfast.load import resolve_device
     from fluxfast.prepare import prepare
 
-    prepare(config, resolve_device(config.device), Console(stderr=True))
+    with _interruptible():
+        prepare(config, resolve_device(config.device), Console(stderr=True))
     print(config.cache_path)
 
 
@@ -113,7 +117,9 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
                 f"training the folder {target} needs a model",
                 hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
             )
-        raw = {"name": target.resolve().name, "data": {"folder": str(target)}, "model": {}}
+        # a folder may be called what a run may not
+        plain = re.sub(r"[^\w .+-]", "_", target.resolve().name).lstrip(" .+-") or "lora"
+        raw = {"name": plain, "data": {"folder": str(target)}, "model": {}}
         return build_config(raw, [*options, *overrides], source=str(target))
     if not target.exists():
         raise ConfigError(
@@ -122,11 +128,22 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
     return load_config(target, [*options, *overrides])
 
 
+@contextmanager
+def _interruptible():
+    """Ctrl-C ends a command with a word about it. Done here because typer ends silently on it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _quoted(value: str) -> str:
     """A YAML scalar that stays this string."""
     import json
 
-    return json.dumps(value)
+    # ASCII would split a letter such as an emoji into two escapes, which YAML does not join again
+    return json.dumps(value, ensure_ascii=False)
 
 
 def main() -> None:
@@ -136,9 +153,6 @@ def main() -> None:
     except FluxfastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ trainer code.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +17,21 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value, info):
+        # pydantic would read `steps: yes` as 1
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("takes a value, not true or false")
+        return value
 
 
 class ModelConfig(Section):
-    path: str = Field(description="diffusers folder, one BFL .safetensors file, or a Hub id")
+    path: str = Field(
+        min_length=1, description="diffusers folder, one BFL .safetensors file, or a Hub id"
+    )
     encoders: str | None = Field(
         None,
         description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
@@ -96,7 +107,10 @@ class DataConfig(Section):
     @field_validator("caption_ext")
     @classmethod
     def _dot(cls, value):
-        return value if value.startswith(".") else f".{value}"
+        value = value if value.startswith(".") else f".{value}"
+        if not re.fullmatch(r"(\.[^./\\]+)+", value):
+            raise ValueError("takes a file name extension such as .txt")
+        return value
 
     @model_validator(mode="after")
     def _mask_folder(self):
@@ -169,6 +183,14 @@ class Config(Section):
     def _one_or_many_folders(cls, value):
         return [value] if isinstance(value, dict) else value
 
+    @model_validator(mode="after")
+    def _cache_apart(self):
+        if self.run_dir == self.cache_path:
+            raise ValueError(
+                f"the run and the cache would share the folder {self.run_dir}: rename one"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
@@ -186,15 +208,16 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror or error}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(raw).__name__}")
+        got = "nothing" if raw is None else type(raw).__name__
+        raise ConfigError(f"{path} must hold a mapping of settings, got {got}")
     return build_config(raw, overrides, source=str(path))
 
 
@@ -211,23 +234,54 @@ def build_config(raw: dict, overrides: list[str] = (), source: str = "the settin
         ) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 1e-4 is a number and not a word."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a word that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+# a date such as 2024-13-45 raises a bare ValueError, as text that is not UTF-8 does
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
 def _apply_override(raw: dict, override: str) -> None:
+    if isinstance(raw.get("data"), dict) and re.match(r"data\.\d", override):
+        raw["data"] = [raw["data"]]  # one folder may be written without the list
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes KEY=VALUE, got {override!r}", hint="--set train.steps=500")
     node: Any = raw
     parts = key.split(".")
+    if not all(parts):
+        raise ConfigError(
+            f"--set {key}: a name is missing beside a dot", hint="--set train.steps=500"
+        )
     for part, following in zip(parts, parts[1:] + [""], strict=True):
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(f"--set {key}: {part!r} is not an index of a list of {len(node)}")
             part = int(part)
         elif not isinstance(node, dict):
             raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
         if not following:
             try:
-                node[part] = yaml.safe_load(value)
-            except yaml.YAMLError:
+                node[part] = _parse(value)
+            except _YAML_ERRORS:
                 raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
         elif isinstance(node, dict):
             if not isinstance(node.get(part), dict | list):
@@ -244,6 +298,8 @@ def _describe(item: dict) -> str:
         return f"unknown key {where!r}" + _nearest(item["loc"])
     if item["type"] == "missing":
         return f"{where} is missing"
+    if item["type"] == "model_type":
+        return f"{where} takes a mapping of settings (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ")
     got = item.get("input")
     return f"{where}: {message[:1].lower()}{message[1:]}" + (
@@ -271,20 +327,25 @@ _SYNONYMS = {
 
 
 def _nearest(location: tuple) -> str:
-    """`, did you mean 'x'?`: a known synonym, then the keys of the same section, then all keys."""
+    """`, did you mean 'x'?`: a known synonym, a key of that name in another section, the nearest
+    of this section, then of all.
+    """
     word = str(location[-1])
     if word in _SYNONYMS:
         return f", did you mean {_SYNONYMS[word]!r}?"
     keys = sorted(_all_keys(Config))
+    leaves = {key.rpartition(".")[2]: key for key in keys}
+    if word in leaves:
+        return f", did you mean {leaves[word]!r}?"
     parent = ".".join(str(part) for part in location[:-1] if not isinstance(part, int))
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
     close = difflib.get_close_matches(word, siblings, n=1, cutoff=0.5)
     if close:
         return f", did you mean {siblings[close[0]]!r}?"
-    leaves = {key.rpartition(".")[2]: key for key in keys}
-    close = difflib.get_close_matches(word, leaves, n=1, cutoff=0.6)
+    words = _SYNONYMS | leaves
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if close:
-        return f", did you mean {leaves[close[0]]!r}?"
+        return f", did you mean {words[close[0]]!r}?"
     return f"; known here: {', '.join(sorted(siblings))}"
 
 

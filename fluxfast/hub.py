@@ -2,6 +2,7 @@
 first.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -19,16 +20,22 @@ def resolve_model(path: str, components: tuple[str, ...]) -> Path:
     Looks in the Hub cache first and goes online only where a component is missing there.
     Raises FluxfastError with a hint: no such path, gated, not found, or offline.
     """
-    local = Path(path).expanduser()
+    local = Path(path)
+    with contextlib.suppress(RuntimeError):  # no such user
+        local = local.expanduser()
     if local.exists():
         return local
     if not _HUB_ID.fullmatch(path):
-        raise FluxfastError(
-            f"model path {path} does not exist",
-            hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
-            "black-forest-labs/FLUX.1-dev",
-        )
+        raise _no_such_path(path)
     return _from_hub(path, components)
+
+
+def _no_such_path(path: str) -> FluxfastError:
+    return FluxfastError(
+        f"model path {path} does not exist",
+        hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
+        "black-forest-labs/FLUX.1-dev",
+    )
 
 
 def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
@@ -39,10 +46,12 @@ def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
         snapshot = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
         if all(_complete(snapshot / name) for name in components):
             return snapshot
+    except errors.HFValidationError:  # ./model, ../model: a path after all
+        raise _no_such_path(repo) from None
     except errors.LocalEntryNotFoundError:
         pass  # not in the cache: ask the Hub
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        snapshot = Path(snapshot_download(repo, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise FluxfastError(
             f"{repo} is gated: its licence has to be accepted first",
@@ -53,11 +62,21 @@ def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
             f"{repo} is neither a path here nor a repository on the Hub that you may read",
             hint="check the spelling; a private repository needs `hf auth login`",
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # requests, httpx and hf_xet each raise errors of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FluxfastError(
-            f"{repo} is not complete in the local Hub cache and could not be downloaded: {error}",
+            f"{repo} is not complete in the local Hub cache and could not be downloaded: {reason}",
             hint="connect once, or give the path of a folder that holds the model",
         ) from None
+    # offline, huggingface_hub returns a folder that an interrupted download left unfinished
+    lacking = [name for name in components if not _complete(snapshot / name)]
+    if lacking:
+        raise FluxfastError(
+            f"{repo} has no complete {', '.join(lacking)} in {snapshot}",
+            hint="connect to finish the download; a repository without them cannot be used alone "
+            "(model.encoders names another)",
+        )
+    return snapshot
 
 
 def _complete(folder: Path) -> bool:
@@ -66,7 +85,12 @@ def _complete(folder: Path) -> bool:
         return False
     if folder.name.startswith("tokenizer"):
         return True
+    if not (folder / "config.json").is_file():
+        return False
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return all((folder / shard).is_file() for shard in shards)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a damaged index
+            return False
+    return any(file.is_file() for file in folder.glob("*.safetensors"))

@@ -13,12 +13,17 @@ STORAGES = ("fp32", "bf16", "nf4")
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the first NVIDIA GPU where there is one. Raises ConfigError for a GPU that is not
-    there.
+    """`auto` is the first NVIDIA GPU where there is one. Raises ConfigError for another
+    kind of device and for a GPU that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:  # not a name that torch knows
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {device!r} is not there: torch sees {torch.cuda.device_count()} NVIDIA GPUs",

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
 from fluxfast import __version__
 from fluxfast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from fluxfast.config import Config
+from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
@@ -124,7 +123,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     first = _resume(run, console)
     write_atomic(
         config.run_dir / "config.yaml",
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode(),
+        dump_config(config).encode(),
     )
     if first < config.train.steps:
         _loop(run, loader, first, console)

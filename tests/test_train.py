@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fluxfast.config import Config, build_config
+from fluxfast.config import Config, build_config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.load import resolve_device
@@ -103,7 +103,7 @@ def test_run_folder(configure):
     board = EventAccumulator(str(config.run_dir / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [2, 4, 6]
-    assert (config.run_dir / "config.yaml").is_file()
+    assert load_config(config.run_dir / "config.yaml") == config
     folders = sorted(folder.name for folder in (config.run_dir / "checkpoints").iterdir())
     assert folders == ["step-00000002", "step-00000004", "step-00000006"]
 

@@ -25,7 +25,7 @@ class FluxSpec:
     text_length: int = 512  # T5 tokens
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise FluxfastError(
                 f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads"
             )
@@ -41,7 +41,7 @@ class FluxSpec:
 
     @property
     def mlp_hidden(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

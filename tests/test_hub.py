@@ -1,0 +1,207 @@
+"""Model paths and Hub ids: a path first, then the Hub cache, then the Hub; no network here."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants, errors
+
+from fluxfast.errors import FluxfastError
+from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+EVERYTHING = (*TRANSFORMER, *ENCODERS)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty Hub cache; anything that goes online fails at once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def snapshot(cache) -> Path:
+    """A whole snapshot of org/flux as huggingface_hub lays it out: sharded transformer and T5."""
+    repo = cache / "models--org--flux"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    folder = repo / "snapshots" / COMMIT
+    for name in ("transformer", "text_encoder_2"):
+        write_component(folder / name, ["m-1.safetensors", "m-2.safetensors"])
+    for name in ("vae", "text_encoder"):
+        write_component(folder / name, ["m.safetensors"], index=False)
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def write_component(folder: Path, shards: list[str], index: bool = True) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for shard in shards:
+        (folder / shard).write_bytes(b"weights")
+    if index:
+        weights = {f"tensor{i}": shard for i, shard in enumerate(shards)}
+        (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def refused(path: str, components=EVERYTHING) -> FluxfastError:
+    with pytest.raises(FluxfastError) as caught:
+        resolve_model(path, components)
+    assert caught.value.exit_code == 1 and caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+def test_a_whole_snapshot_needs_no_network(snapshot, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = record_downloads(monkeypatch)
+    assert resolve_model("org/flux", EVERYTHING) == snapshot
+    assert [call["local_files_only"] for call in asked] == [True]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "transformer/m-2.safetensors",
+        "transformer/config.json",
+        "text_encoder_2/m-1.safetensors",
+        "vae/m.safetensors",
+        "vae/config.json",
+        "tokenizer_2/tokenizer.json",
+    ],
+)
+def test_a_missing_file_sends_us_online(snapshot, damage):
+    (snapshot / damage).unlink()
+    error = refused("org/flux")
+    assert "org/flux" in error.message and damage.split("/")[0] in error.message
+    assert "connect" in error.hint
+
+
+def test_what_is_not_asked_for_may_be_missing(snapshot):
+    (snapshot / "vae" / "m.safetensors").unlink()
+    assert resolve_model("org/flux", TRANSFORMER) == snapshot
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_counts_as_missing(snapshot, content):
+    (snapshot / "transformer" / "m.safetensors.index.json").write_text(content)
+    assert "transformer" in refused("org/flux").message
+
+
+def test_a_link_to_a_blob_that_is_gone_counts_as_missing(snapshot):
+    shard = snapshot / "vae" / "m.safetensors"
+    shard.unlink()
+    shard.symlink_to("../../../blobs/gone")
+    assert "vae" in refused("org/flux").message
+
+
+def test_a_download_completes_the_snapshot(snapshot, monkeypatch):
+    shard = snapshot / "transformer" / "m-2.safetensors"
+    shard.unlink()
+    asked = record_downloads(monkeypatch, lambda: (shard.write_bytes(b"x"), str(snapshot))[1])
+    assert resolve_model("org/flux", EVERYTHING) == snapshot
+    assert [call["local_files_only"] for call in asked] == [True, False]
+    patterns = asked[-1]["allow_patterns"]
+    assert {f"{name}/*" for name in EVERYTHING} <= set(patterns)
+    assert not any("*" in pattern.split("/")[0] for pattern in patterns)  # not the whole repository
+
+
+def test_nothing_in_the_cache_and_offline():
+    error = refused("black-forest-labs/FLUX.1-dev")
+    assert "black-forest-labs/FLUX.1-dev" in error.message
+    assert "could not be downloaded" in error.message and "connect" in error.hint
+
+
+class ClientError(Exception):
+    """What requests, httpx or hf_xet may raise: no OSError, no class that we could name."""
+
+
+def http_error(kind, status: int):
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind("Access to the model is restricted.\n\nSecond line.", response=response)
+
+
+def test_a_gated_model_says_what_to_accept_and_how_to_log_in(monkeypatch):
+    record_downloads(monkeypatch, http_error(errors.GatedRepoError, 403))
+    error = refused("org/other")
+    assert "gated" in error.message and "licence" in error.message
+    assert "hf auth login" in error.hint and "org/other" in error.hint
+
+
+def test_a_model_that_is_not_there(monkeypatch):
+    record_downloads(monkeypatch, http_error(errors.RepositoryNotFoundError, 404))
+    error = refused("org/other")
+    assert "neither a path here nor a repository" in error.message
+    assert "spelling" in error.hint and "hf auth login" in error.hint
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        http_error(errors.HfHubHTTPError, 500),
+        ClientError("proxy\nsays no"),
+        ClientError(),
+        OSError(28, "No space left on device"),
+        RuntimeError("xet: cannot reach storage"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_any_failure_of_the_download_is_one_message(monkeypatch, failure):
+    record_downloads(monkeypatch, failure)
+    assert "could not be downloaded" in refused("org/other").message
+
+
+def record_downloads(monkeypatch, online=None) -> list[dict]:
+    """Replace snapshot_download when it goes online: raise `online` or call it. -> the calls."""
+    import huggingface_hub
+
+    calls = []
+    real = huggingface_hub.snapshot_download
+
+    def download(repo, *, allow_patterns, local_files_only=False):
+        calls.append({"allow_patterns": allow_patterns, "local_files_only": local_files_only})
+        if local_files_only:
+            return real(repo, allow_patterns=allow_patterns, local_files_only=True)
+        if isinstance(online, Exception):
+            raise online
+        return online()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls
+
+
+def test_a_local_path_wins_over_the_hub(snapshot, tmp_path):
+    (tmp_path / "org" / "flux").mkdir(parents=True)
+    assert resolve_model("org/flux", EVERYTHING) == Path("org/flux")
+
+
+def test_a_file_is_a_local_path_too(tmp_path):
+    file = tmp_path / "flux.safetensors"
+    file.write_bytes(b"")
+    assert resolve_model(str(file), TRANSFORMER) == file
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve_model("~/model", EVERYTHING) == tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/no/such/model", "no-slash", "a/b/c", "./model", "../model", "a b/c", "~nobody-here/x", "~/x",
+     "org/name.git", "org/a--b", "https://huggingface.co/org/name", "x\0y"],
+)  # fmt: skip
+def test_what_is_neither_path_nor_hub_id(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/no/such/home")
+    error = refused(path)
+    assert "does not exist" in error.message and path in error.message
+    assert "black-forest-labs/FLUX.1-dev" in error.hint
