@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
+from fluxfast.files import write_atomic
 
 WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
 RATE_WINDOW = 50  # steps
@@ -78,10 +79,9 @@ class RunLog:
         """A run resumed at `step` writes the lines after it again."""
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [
-                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            whole = [line for line in lines if line.endswith("}")]  # a crash may cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_atomic(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def __enter__(self):
         self._progress.start()

@@ -86,9 +86,10 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 def image_ids(h: int, w: int, device="cpu") -> Tensor:
     """RoPE positions of the image tokens, fp32 [1, T, 3]: (0, row, column)."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    axes = torch.arange(h // 2, device=device), torch.arange(w // 2, device=device)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-    return ids.view(1, -1, 3).float().to(device)
+    return ids.view(1, -1, 3).float()
 
 
 def text_ids(length: int, device="cpu") -> Tensor:

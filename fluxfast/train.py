@@ -126,7 +126,14 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
         dump_config(config).encode(),
     )
     if first < config.train.steps:
-        _loop(run, loader, first, console)
+        try:
+            _loop(run, loader, first, console)
+        except torch.OutOfMemoryError as error:
+            raise FluxfastError(
+                f"the GPU's memory is full: {str(error).splitlines()[0]}",
+                hint="train.gradient_checkpointing: true, a lower data.resolution, or "
+                "train.batch_size: 1 with gradient_accumulation",
+            ) from None
     return _finish(run, console)
 
 
@@ -268,7 +275,7 @@ def _save(run: Training, step: int) -> None:
 def _write_lora(run: Training, folder: Path, step: int) -> Path:
     """NAME.safetensors, and NAME_ema.safetensors where an average is kept."""
     config = run.config
-    meta = _metadata(config, step)
+    meta = _metadata(run, step)
     dtype = config.save.dtype
     path = folder / f"{config.name}.safetensors"
     save_lora(run.model, path, dtype=dtype, metadata=meta)
@@ -286,13 +293,15 @@ def _write_lora(run: Training, folder: Path, step: int) -> Path:
     return path
 
 
-def _metadata(config: Config, step: int) -> dict[str, str]:
+def _metadata(run: Training, step: int) -> dict[str, str]:
     """Strings for the file's header. alpha is folded into the weights: a loader must not apply it
     again.
     """
+    config = run.config
+    kind = "flux-1-dev" if run.model.spec.guidance_embed else "flux-1-schnell"
     return {
         "software": f"fluxfast {__version__}",
-        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.architecture": f"{kind}/lora",
         "modelspec.title": config.name,
         "modelspec.trigger_phrase": config.trigger or "",
         "base_model": config.model.path,

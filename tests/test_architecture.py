@@ -27,7 +27,7 @@ fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*
 fluxfast.optim           config errors
-fluxfast.metrics         errors
+fluxfast.metrics         errors files
 fluxfast.checkpoint      optim files errors
 fluxfast.formats.*       model.* files errors
 fluxfast.load            formats.base model.* errors

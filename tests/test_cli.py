@@ -191,7 +191,7 @@ def test_a_configuration_that_is_a_picture(fluxfast, photos):
         ("train.steps=few", "train.steps"),
         ("train.stesp=5", "did you mean 'train.steps'"),
         ("name=[", "not a YAML value"),
-        ("data.5.flip=true", "unknown key"),
+        ("data.5.flip=true", "not an index"),
         ("train..steps=5", "dot"),
     ],
 )

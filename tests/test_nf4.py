@@ -76,3 +76,14 @@ def test_rows_stack_exactly():
 def test_refuses(bad):
     with pytest.raises(ValueError, match="weight must be"):
         nf4_quantize(bad)
+
+
+def test_decode_into_scratch():
+    quantised = nf4_quantize(weights("random", (96, 192)))
+    truth = nf4_decode(quantised)
+    scratch = torch.full((96 * 192 + 5,), torch.nan)
+    assert torch.equal(nf4_decode(quantised, scratch=scratch), truth)
+    assert torch.equal(nf4_decode(quantised, torch.bfloat16, scratch), truth.bfloat16())
+    for bad in (scratch[:100], scratch.double(), torch.empty(96, 400)[:, ::2]):
+        with pytest.raises(ValueError, match="scratch"):
+            nf4_decode(quantised, scratch=bad)

@@ -66,13 +66,18 @@ class LoRALinear(nn.Module):
         self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
         return storage != "nf4"
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight [N, K] in `dtype`."""
+    def dense(self, dtype: torch.dtype, scratch: bool = False) -> Tensor:
+        """The frozen weight [N, K] in `dtype`.
+
+        scratch: decode into memory that every layer shares, good until the next such call.
+        """
         if self.weight is not None:
             return self.weight.to(dtype)
         shape = (self.out_features, self.in_features)
         quantised = NF4Tensor(self.packed, self.absmax, shape, self.nested_absmax, self.offset)
-        return nf4_decode(quantised, dtype)
+        count = self.out_features * self.in_features
+        memory = _scratch(count, self.packed.device) if scratch else None
+        return nf4_decode(quantised, dtype, memory)
 
     def add_lora(
         self,
@@ -138,6 +143,20 @@ class LoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {kind}{rank}"
 
 
+_SCRATCH: dict[torch.device, Tensor] = {}
+
+
+def _scratch(count: int, device: torch.device) -> Tensor:
+    """fp32 [count or more] of the device's one scratch, grown to the largest layer seen.
+
+    Its users run one after the other: a product is queued before the next decode is.
+    """
+    known = _SCRATCH.get(device)
+    if known is None or known.numel() < count:
+        known = _SCRATCH[device] = torch.empty(count, device=device)
+    return known[:count]
+
+
 def _bias(layer: LoRALinear, dtype: torch.dtype) -> Tensor | None:
     return None if layer.bias is None else layer.bias.to(dtype)
 
@@ -148,12 +167,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: LoRALinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype), _bias(layer, x.dtype))
+        return F.linear(x, layer.dense(x.dtype, scratch=True), _bias(layer, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return dy @ ctx.layer.dense(dy.dtype), None
+        return dy @ ctx.layer.dense(dy.dtype, scratch=True), None
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -163,7 +182,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: LoRALinear, indices) -> Tensor:
         ctx.layer, ctx.indices = layer, indices
         ctx.save_for_backward(x, a, b)
-        y = F.linear(x, layer.dense(x.dtype), _bias(layer, x.dtype))
+        y = F.linear(x, layer.dense(x.dtype, scratch=True), _bias(layer, x.dtype))
         down = F.linear(_dropped(x, layer, indices), a.to(x.dtype))
         up = b.to(x.dtype) * (layer.lora_scale * layer.lora_strength)
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
@@ -191,7 +210,7 @@ class _LoRALinear(torch.autograd.Function):
         da = (d_down.T @ x_2d).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ layer.dense(dy.dtype)
+            dx = dy @ layer.dense(dy.dtype, scratch=True)
             dx_lora = (d_down @ a.to(x.dtype)).view(x.shape)
             dx += dx_lora if indices is None else dx_lora * layer.dropout_mask(x, indices)
         return dx, da, db.mul_(scale), None, None
