@@ -87,6 +87,44 @@ def cache(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or Hub id")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    lora: Annotated[Path | None, typer.Option(help="a LoRA file in diffusers' form")] = None,
+    strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base model")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the first picture")] = 42,
+    walk_seed: Annotated[bool, typer.Option(help="seed + 1 for each further prompt")] = False,
+    width: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
+    height: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="of the sampler")] = 20,
+    guidance: Annotated[float, typer.Option(help="for models that embed it")] = 3.5,
+    out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
+    encoders: Encoders = None,
+    storage: Annotated[str, typer.Option(help="auto, fp32, bf16 or nf4")] = "auto",
+    compute: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+) -> None:
+    """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
+
+    Example: `fluxfast sample --model examples/nano/model --lora runs/nano/nano.safetensors --prompt
+    "a photograph of a cat" --width 128 --height 128`.
+    """
+    from fluxfast.config import ModelConfig
+    from fluxfast.generate import generate
+    from fluxfast.sample import Picture
+
+    if not model.strip():
+        raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
+    parts = ModelConfig(path=model, encoders=encoders)
+    parts = parts.model_copy(update={"storage": storage, "compute": compute})
+    pictures = [
+        Picture(text, seed + walk_seed * index, width, height, steps, guidance)
+        for index, text in enumerate(prompt)
+    ]
+    with _interruptible():
+        print("\n".join(str(file) for file in generate(parts, pictures, out, lora, strength)))
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine offers: libraries, GPU, precision, memory, disk, Hub access.
 
@@ -125,7 +163,11 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
         raise ConfigError(
             f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
         )
-    return load_config(target, [*options, *overrides])
+    return load_config(
+        target,
+        [*options, *overrides],
+        announce=lambda line: print(f"note: {line}", file=sys.stderr),
+    )
 
 
 @contextmanager

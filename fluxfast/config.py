@@ -4,12 +4,14 @@ trainer code.
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -159,6 +161,37 @@ class SaveConfig(Section):
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of the LoRA file")
 
 
+class SampleConfig(Section):
+    prompts: list[str] = Field(
+        [], description="previews drawn while training; [trigger] is replaced"
+    )
+    every: Annotated[int, Field(ge=0)] = Field(
+        250, description="steps between previews; 0: before the first step and at the end only"
+    )
+    first: bool = Field(True, description="also before the first step")
+    width: Positive = 1024
+    height: Positive = 1024
+    steps: Positive = Field(20, description="of the sampler")
+    guidance: float = 4.0
+    seed: Annotated[int, Field(ge=0)] = 42
+    walk_seed: bool = Field(False, description="each prompt its own seed: seed, seed + 1, …")
+
+
+class ValidationConfig(Section):
+    share: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
+        0.0, description="share of the pictures held out of training; 0: none"
+    )
+    folder: Path | None = Field(None, description="a folder of held-out pictures instead")
+    every: Positive = Field(100, description="steps between measurements; also before the first")
+    timesteps: Positive = Field(4, description="fixed timesteps that each picture is judged at")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.share and self.folder:
+            raise ValueError("give share or folder, not both")
+        return self
+
+
 class Config(Section):
     name: str = Field(
         "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
@@ -177,6 +210,8 @@ class Config(Section):
     data: Annotated[list[DataConfig], Field(min_length=1)]
     train: TrainConfig = TrainConfig()
     save: SaveConfig = SaveConfig()
+    sample: SampleConfig = SampleConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @field_validator("data", mode="before")
     @classmethod
@@ -200,11 +235,16 @@ class Config(Section):
         return self.cache_dir or self.output_dir / "cache"
 
 
-def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
+def load_config(
+    path: Path | str,
+    overrides: list[str] = (),
+    announce: Callable[[str], None] = lambda line: None,
+) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one) or a bad
-    value.
+    An ai-toolkit file is converted first; announce gets a line for each key of it that is ignored
+    or read differently. Raises ConfigError for an unreadable file, an unknown key (naming the
+    nearest one) or a bad value.
     """
     path = Path(path)
     try:
@@ -218,7 +258,16 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     if not isinstance(raw, dict):
         got = "nothing" if raw is None else type(raw).__name__
         raise ConfigError(f"{path} must hold a mapping of settings, got {got}")
-    return build_config(raw, overrides, source=str(path))
+    if not is_ai_toolkit(raw):
+        return build_config(raw, overrides, source=str(path))
+    try:
+        raw, notes = convert_ai_toolkit(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
+    config = build_config(raw, overrides, source=f"{path}, with ai-toolkit's keys translated")
+    for note in notes:
+        announce(note)
+    return config
 
 
 def build_config(raw: dict, overrides: list[str] = (), source: str = "the settings") -> Config:

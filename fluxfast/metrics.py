@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class RunLog:
     ):
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
         self.device, self.console = device, console
-        self._first, self._results, self._skipped = first, [], 0
+        self._first, self._results, self._paused = first, [], 0.0
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._times: deque[tuple[int, float]] = deque()
         self._drop_lines_after(first)
@@ -102,9 +103,20 @@ class RunLog:
         self._progress.update(self._task, completed=step)
         if step == self._first + WARMUP_STEPS:
             self._wait()
-            self._times.append((step, time.perf_counter()))
+            self._times.append((step, self._clock()))
         if step % self.every == 0 or step == self.steps:
             self._write(step, lr, epoch)
+
+    @contextmanager
+    def pause(self):
+        """Time spent inside is not training: the clock stands still."""
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._paused
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -143,7 +155,7 @@ class RunLog:
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Over the last RATE_WINDOW steps that were timed, the warm-up left out."""
-        now = time.perf_counter()
+        now = self._clock()
         while len(self._times) > 1 and self._times[1][0] <= step - RATE_WINDOW:
             self._times.popleft()
         seconds = None

@@ -119,15 +119,21 @@ def noise_batch(
     seed: int,
     kind: str = "sigmoid",
     bias: str = "balanced",
+    *,
+    stream: str = "",
+    timesteps: Tensor | None = None,
 ) -> NoisyBatch:
     """Draw the VAE's own noise, the timesteps and the flow's noise for these samples.
 
     mean, std [B, C, h, w] of the encoded pictures, normalised; mask [B, h, w] or None.
+    stream goes before the names of the draws; timesteps [B] are taken instead of drawn ones.
     """
     shape, device = tuple(mean.shape[1:]), mean.device
-    latents = pack(mean + std * draws.normal(seed, "vae", indices, shape, device))
-    noise = pack(draws.normal(seed, "noise", indices, shape, device))
-    t = draw_timesteps(seed, indices, latents.shape[1], kind, bias, device)
+    latents = pack(mean + std * draws.normal(seed, f"{stream}vae", indices, shape, device))
+    noise = pack(draws.normal(seed, f"{stream}noise", indices, shape, device))
+    t = timesteps
+    if t is None:
+        t = draw_timesteps(seed, indices, latents.shape[1], kind, bias, device)
     if mask is not None:
         mask = pack(mask[:, None].expand_as(mean).contiguous())
     mix = t[:, None, None]

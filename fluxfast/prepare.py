@@ -4,33 +4,50 @@ with a bar.
 Needs neither transformers nor diffusers when everything is cached.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fluxfast.config import Config
-from fluxfast.data.cache import prepare_dataset
-from fluxfast.data.store import Dataset
+from fluxfast.config import Config, ModelConfig
+from fluxfast.data.cache import encode_prompts, prepare_dataset
+from fluxfast.data.captions import clean_trigger
+from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import open_base, tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
 from fluxfast.metrics import say
+from fluxfast.validation import hold_out
 
 _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "encoding images"}
 
 
-def prepare(config: Config, device: torch.device, console: Console) -> tuple[Dataset, Path]:
-    """-> (the cached data set, the transformer's path). Encodes what the cache lacks.
+@dataclass
+class Prepared:
+    """Everything that training reads from disk.
+
+    held_out: what validation measures on (empty without); base: the transformer's path; root: the
+    folder with vae/ and the text encoders; prompts: preview prompt (trigger put in) -> its
+    embeddings' file.
+    """
+
+    dataset: Dataset
+    held_out: list[Sample]
+    base: Path
+    root: Path
+    prompts: dict[str, Path]
+
+
+def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
+    """Resolve the model and encode what the cache lacks, preview prompts too.
 
     Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk.
     """
-    wanted = TRANSFORMER if config.model.encoders else (*TRANSFORMER, *ENCODERS)
-    base = resolve_model(config.model.path, wanted)
-    root = _encoders_root(config, base)
-    length = _text_length(config, base, root)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base, root, length = resolve_parts(config.model)
+    dtype = encoder_dtype(device)
+    prompts = preview_prompts(config)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 
@@ -41,19 +58,74 @@ def prepare(config: Config, device: torch.device, console: Console) -> tuple[Dat
                     say(console, f"{_BARS.get(what, what)}: {total}")
             bars.update(tasks[what], completed=done, total=total)
 
-        dataset = prepare_dataset(config, root, length, device, dtype, progress)
+        dataset = prepare_dataset(
+            config, root, length, device, dtype, progress, extra_prompts=prompts
+        )
+        dataset, held_out = _hold_out(config, dataset, root, length, device, dtype, progress)
+        files = encode_prompts(prompts, config.cache_path, root, length, device, dtype)
     say(
         console,
         f"{len(dataset.samples)} samples in {len(dataset.buckets)} buckets: "
         + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.buckets.items()),
     )
-    return dataset, base
+    if held_out:
+        pictures = len({sample.name for sample in held_out})
+        say(console, f"validation: {pictures} pictures held out")
+    return Prepared(dataset, held_out, base, root, files)
 
 
-def _encoders_root(config: Config, base: Path) -> Path:
+def _hold_out(config: Config, dataset, root, length, device, dtype, progress):
+    """-> (the training set, held-out samples), by share or from a folder of their own."""
+    validation = config.validation
+    if validation.share:
+        return hold_out(dataset, validation.share, config.seed)
+    if validation.folder is None:
+        return dataset, []
+    # the first data entry's way with captions, at its resolutions, each picture once
+    data = config.data[0].model_copy(
+        update={"folder": validation.folder, "num_repeats": 1, "flip": False}
+    )
+    only = config.model_copy(update={"data": [data]})
+    held = prepare_dataset(only, root, length, device, dtype, progress)
+    return dataset, held.samples
+
+
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """What the text encoders and the VAE run in."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def preview_prompts(config: Config) -> list[str]:
+    """The preview prompts with [trigger] replaced. Raises FluxfastError where there is no
+    trigger.
+    """
+    trigger = clean_trigger(config.trigger)
+    prompts = []
+    for prompt in config.sample.prompts:
+        if "[trigger]" in prompt and trigger is None:
+            raise ConfigError(
+                f"sample.prompts: {prompt!r} has [trigger], but no trigger is set",
+                hint='set trigger: "ohwx dog"',
+            )
+        prompts.append(prompt.replace("[trigger]", trigger or ""))
+    return prompts
+
+
+def resolve_parts(model: ModelConfig) -> tuple[Path, Path, int]:
+    """-> (the transformer's path, the folder with vae/ and text encoders, T5 tokens per prompt).
+
+    Raises FluxfastError for a model that is missing, incomplete or unfit.
+    """
+    wanted = TRANSFORMER if model.encoders else (*TRANSFORMER, *ENCODERS)
+    base = resolve_model(model.path, wanted)
+    root = _encoders_root(model, base)
+    return base, root, _text_length(model, base, root)
+
+
+def _encoders_root(model: ModelConfig, base: Path) -> Path:
     """The folder with vae/, the text encoders and the tokenizers."""
-    if config.model.encoders:
-        root = resolve_model(config.model.encoders, ENCODERS)
+    if model.encoders:
+        root = resolve_model(model.encoders, ENCODERS)
     elif base.is_dir():
         root = base.parent if base.name == "transformer" else base
     else:
@@ -70,11 +142,11 @@ def _encoders_root(config: Config, base: Path) -> Path:
     return root
 
 
-def _text_length(config: Config, base: Path, root: Path) -> int:
+def _text_length(model: ModelConfig, base: Path, root: Path) -> int:
     """T5 tokens: as asked, else the model's own length, never more than its tokenizer takes."""
     with open_base(base) as checkpoint:
         default = checkpoint.spec.text_length
-    asked = config.model.max_sequence_length
+    asked = model.max_sequence_length
     limit = tokenizer_length(root)
     if asked and limit and asked > limit:
         raise ConfigError(

@@ -35,6 +35,8 @@ from fluxfast.optim import (
     set_mode,
 )
 from fluxfast.prepare import prepare
+from fluxfast.report import write_report
+from fluxfast.watch import Watch
 
 
 @dataclass
@@ -116,9 +118,9 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     if restart:
         _move_aside(config.run_dir, console)
     device = resolve_device(config.device)
-    dataset, base = prepare(config, device, console)
-    loader = Loader(dataset, config.train.batch_size, config.seed)
-    run = build(config, base, device, console)
+    prepared = prepare(config, device, console)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    run = build(config, prepared.base, device, console)
     _check_fits(run.model, loader.batch(0))
     first = _resume(run, console)
     write_atomic(
@@ -127,7 +129,8 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     )
     if first < config.train.steps:
         try:
-            _loop(run, loader, first, console)
+            watch = Watch(config, run.model, prepared, device, console)
+            _loop(run, loader, watch, first, console)
         except torch.OutOfMemoryError as error:
             raise FluxfastError(
                 f"the GPU's memory is full: {str(error).splitlines()[0]}",
@@ -217,12 +220,14 @@ def _resume(run: Training, console: Console) -> int:
     return step
 
 
-def _loop(run: Training, loader: Loader, first: int, console: Console) -> None:
+def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Console) -> None:
     config, train = run.config, run.config.train
     accumulation = train.gradient_accumulation
     batches = loader.iterate(first * accumulation, train.steps * accumulation)
     set_mode(run.optimizer, training=True)
     log = RunLog(config.run_dir, first, train.steps, config.log_every, run.device, console)
+    if first == 0:
+        _look(run, watch, 0)
     with log, _stop_on_interrupt() as stop:
         for step in range(first, train.steps):
             loss, norm, bad, lr = train_step(
@@ -233,8 +238,22 @@ def _loop(run: Training, loader: Loader, first: int, console: Console) -> None:
             due = config.save.every and done % config.save.every == 0
             if due or done == train.steps or stop.is_set():
                 _save(run, done)
+            if watch.due(done):
+                with log.pause():
+                    _look(run, watch, done)
             if stop.is_set() and done < train.steps:
                 raise KeyboardInterrupt
+
+
+def _look(run: Training, watch: Watch, done: int) -> None:
+    """Validation and previews, with the weights that would be saved; the best ones are."""
+    set_mode(run.optimizer, training=False)
+    row = watch.look(done)
+    if row is not None:
+        meta = {**_metadata(run, done), "validation_loss": f"{row.loss:.6f}"}
+        path = run.config.run_dir / f"{run.config.name}_best.safetensors"
+        save_lora(run.model, path, dtype=run.config.save.dtype, metadata=meta)
+    set_mode(run.optimizer, training=True)
 
 
 @contextmanager
@@ -315,12 +334,13 @@ def _metadata(run: Training, step: int) -> dict[str, str]:
 
 
 def _finish(run: Training, console: Console) -> Path:
-    """Copy the newest checkpoint's LoRA files to the run folder."""
+    """Copy the newest checkpoint's LoRA files to the run folder and write its report."""
     step, folder = checkpoints(run.config.run_dir)[-1]
     for file in folder.glob("*.safetensors"):
         write_atomic(run.config.run_dir / file.name, file.read_bytes())
     path = run.config.run_dir / f"{run.config.name}.safetensors"
-    say(console, f"{step} steps done; the LoRA is {path}")
+    report = write_report(run.config.run_dir)
+    say(console, f"{step} steps done; the LoRA is {path}, the report {report}")
     return path
 
 

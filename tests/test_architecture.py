@@ -22,7 +22,9 @@ fluxfast_kernels.*       fluxfast_kernels.*
 fluxfast.errors
 fluxfast.draws
 fluxfast.files           errors
-fluxfast.config          errors
+fluxfast.compat_table    errors
+fluxfast.compat          compat_table errors
+fluxfast.config          compat errors
 fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*
@@ -39,10 +41,17 @@ fluxfast.data.store      files errors
 fluxfast.data.scan       files data.images data.buckets data.store config errors
 fluxfast.data.loader     data.store draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors
-fluxfast.prepare         data.cache data.store formats.base hub config metrics errors
-fluxfast.train           config checkpoint data.loader errors files formats.lora load metrics model.* objective optim prepare
+fluxfast.sample          model.* objective draws encoders.vae files errors
+fluxfast.preview         sample model.* data.store config
+fluxfast.validation      model.* objective draws data.store files errors
+fluxfast.plots           validation files
+fluxfast.report          plots validation files
+fluxfast.prepare         data.cache data.captions data.store formats.base hub config metrics validation errors
+fluxfast.generate        sample prepare load encoders.text formats.lora config
+fluxfast.watch           preview validation plots prepare model.* config metrics
+fluxfast.train           config checkpoint data.loader errors files formats.lora load metrics model.* objective optim prepare report watch
 fluxfast.doctor          load
-fluxfast.cli             config doctor errors load prepare train
+fluxfast.cli             config doctor errors generate load prepare sample train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data
@@ -55,7 +64,7 @@ BARE = {"torch", "triton", *SOURCES, *sys.stdlib_module_names}
 # slow or absent: imported inside the functions that need them, never at the top
 LATE = {
     "transformers", "diffusers", "bitsandbytes", "huggingface_hub", "prodigyopt", "schedulefree",
-    "tensorboard", "peft", "accelerate",
+    "tensorboard", "matplotlib", "peft", "accelerate",
 }  # fmt: skip
 
 

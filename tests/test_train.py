@@ -72,9 +72,9 @@ def configure(nano_model, photos, cache, tmp_path):
 def start(config: Config):
     """-> (run, loader) as train() makes them."""
     device = resolve_device(config.device)
-    dataset, base = prepare(config, device, QUIET)
-    run = build(config, base, device, QUIET)
-    return run, Loader(dataset, config.train.batch_size, config.seed)
+    prepared = prepare(config, device, QUIET)
+    run = build(config, prepared.base, device, QUIET)
+    return run, Loader(prepared.dataset, config.train.batch_size, config.seed)
 
 
 def metrics(config: Config) -> list[dict]:

@@ -12,6 +12,7 @@ Autograd saves x and nothing else: the dense weight and x Aᵀ are made again in
 """
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,15 @@ class LoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {kind}{rank}"
 
 
-_SCRATCH: dict[torch.device, Tensor] = {}
+class _Scratch(threading.local):
+    """One per thread: CPU products run at once in several threads, on a GPU they queue up."""
+
+    def __init__(self):
+        self.known: dict[torch.device, Tensor] = {}
+
+
+_CPU_SCRATCH = _Scratch()
+_GPU_SCRATCH: dict[torch.device, Tensor] = {}  # backward has its own thread and the same queue
 
 
 def _scratch(count: int, device: torch.device) -> Tensor:
@@ -151,9 +160,12 @@ def _scratch(count: int, device: torch.device) -> Tensor:
 
     Its users run one after the other: a product is queued before the next decode is.
     """
-    known = _SCRATCH.get(device)
+    memory = _CPU_SCRATCH.known if device.type == "cpu" else _GPU_SCRATCH
+    known = memory.get(device)
     if known is None or known.numel() < count:
-        known = _SCRATCH[device] = torch.empty(count, device=device)
+        # one that a preview made in inference mode could not be written to in training
+        with torch.inference_mode(False):
+            known = memory[device] = torch.empty(count, device=device)
     return known[:count]
 
 

@@ -1,0 +1,54 @@
+"""`fluxfast sample`: prompts to pictures, with a LoRA or without."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from fluxfast.config import ModelConfig
+from fluxfast.encoders.text import TextEncoders
+from fluxfast.formats.lora import load_lora
+from fluxfast.load import load_transformer, resolve_device
+from fluxfast.prepare import encoder_dtype, resolve_parts
+from fluxfast.sample import Picture, draw_pictures, save_picture
+
+
+def generate(
+    model: ModelConfig,
+    pictures: list[Picture],
+    out: Path,
+    lora: Path | None = None,
+    strength: float = 1.0,
+    device: str = "auto",
+) -> list[Path]:
+    """Draw `pictures` and save them as PNG in `out`, each with its prompt and settings in the file.
+
+    Text encoders, transformer and VAE are loaded one after the other. -> the files.
+    Raises FluxfastError for a model or LoRA that cannot be used, and ConfigError for a size.
+    """
+    place = resolve_device(device)
+    base, root, length = resolve_parts(model)
+    dtype = encoder_dtype(place)
+    encoders = TextEncoders(root, place, dtype)
+    t5, pooled = encoders.encode([picture.prompt for picture in pictures], length)
+    t5, pooled = t5.cpu(), pooled.cpu()
+    encoders.close()
+    flux = load_transformer(
+        base, model.storage, model.compute, place, double_quant=model.double_quant
+    )
+    if lora is not None:
+        load_lora(flux, lora, strength)
+    images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, place, dtype)
+    del flux
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    files = []
+    for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
+        files.append(out / f"{index:02d}-seed{picture.seed}-{_slug(picture.prompt)}.png")
+        more = {} if lora is None else {"lora": str(lora), "strength": str(strength)}
+        save_picture(files[-1], image, picture, model=model.path, **more)
+    return files
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"

@@ -1,0 +1,79 @@
+"""Between steps: validation, and previews of the same prompts and seeds."""
+
+import torch
+from rich.console import Console
+
+from fluxfast.config import Config
+from fluxfast.metrics import say
+from fluxfast.model.flux import Flux
+from fluxfast.plots import plot_validation
+from fluxfast.prepare import Prepared, encoder_dtype
+from fluxfast.preview import draw_previews, preview_due
+from fluxfast.validation import Validation, Validator, best, read_validations, write_validations
+
+
+class Watch:
+    """Looks at a model from outside; changes nothing of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Flux,
+        prepared: Prepared,
+        device: torch.device,
+        console: Console,
+    ):
+        self.config, self.model, self.prepared = config, model, prepared
+        self.device, self.console = device, console
+        self.file = config.run_dir / "validation.jsonl"
+        self.validator = None
+        if prepared.held_out:
+            self.validator = Validator(
+                prepared.held_out,
+                config.seed,
+                config.validation.timesteps,
+                config.train.guidance,
+            )
+
+    def due(self, done: int) -> bool:
+        """Whether there is anything to do after `done` steps (0: before the first)."""
+        return self._validation_due(done) or preview_due(self.config, done)
+
+    def _validation_due(self, done: int) -> bool:
+        if self.validator is None:
+            return False
+        return done == self.config.train.steps or done % self.config.validation.every == 0
+
+    def look(self, done: int) -> Validation | None:
+        """Measure and draw what is due. -> the measurement where it is the best so far."""
+        row = self._validate(done) if self._validation_due(done) else None
+        if preview_due(self.config, done):
+            draw_previews(
+                self.config,
+                self.model,
+                self.prepared.prompts,
+                self.prepared.root,
+                self.device,
+                encoder_dtype(self.device),
+                done,
+            )
+        return row
+
+    def _validate(self, done: int) -> Validation | None:
+        # a resumed run measures again what came after its checkpoint
+        rows = read_validations(self.file, up_to=done - 1)
+        row = self.validator.measure(self.model, self.device, done)
+        rows.append(row)
+        write_validations(self.file, rows)
+        plot_validation(rows, self.config.run_dir / "validation.png")
+        top = best(rows)
+        say(self.console, _line(row, top))
+        return row if top is row else None
+
+
+def _line(row: Validation, top: Validation) -> str:
+    span = "" if row.low is None else f" (95 %: {row.low:+.4f} to {row.high:+.4f})"
+    return (
+        f"validation at step {row.step}: loss {row.loss:.4f}, {row.difference:+.4f} from the base"
+        f"{span}; best at step {top.step}"
+    )

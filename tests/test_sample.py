@@ -1,0 +1,151 @@
+"""Sampling against diffusers' FluxPipeline: the same noise and prompt give the same picture."""
+
+import gc
+import json
+import math
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fluxfast import load_transformer, sample
+from fluxfast.config import ModelConfig
+from fluxfast.errors import ConfigError
+from fluxfast.formats.lora import save_lora
+from fluxfast.generate import generate
+from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.objective import pack
+from fluxfast.sample import Picture, contact_sheet, noise_for, save_picture, schedule
+
+ROOT = Path(__file__).parent.parent
+CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.fixture(scope="module")
+def lora(nano_model, tmp_path_factory) -> Path:
+    """A LoRA strong enough to be seen."""
+    model = load_transformer(nano_model, "fp32", "fp32", "cpu")
+    inject_lora(model, 4, targets="all", seed=1)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 2.0)
+    return save_lora(model, tmp_path_factory.mktemp("lora") / "l.safetensors")
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(4, 64), (20, 1024), (28, 4096)])
+def test_schedule_is_the_pipelines(steps, tokens, nano_model):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(nano_model, subfolder="scheduler")
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    assert np.allclose(schedule(steps, tokens), scheduler.sigmas.numpy(), atol=1e-6)
+    assert np.allclose(schedule(steps, tokens, shifted=False), np.linspace(1, 0, steps + 1))
+
+
+def test_picture_is_the_pipelines(nano_model, lora, tmp_path):
+    """fp32, same noise, with the LoRA loaded on both sides: at least 40 dB; and the LoRA shows."""
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(nano_model)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def theirs() -> np.ndarray:
+        return np.array(
+            pipeline(
+                CAT.prompt,
+                width=CAT.width,
+                height=CAT.height,
+                num_inference_steps=CAT.steps,
+                guidance_scale=CAT.guidance,
+                latents=pack(noise_for(CAT.seed, 16, CAT.height // 8, CAT.width // 8)),
+                max_sequence_length=32,
+            ).images[0]
+        )
+
+    config = ModelConfig(path=str(nano_model), storage="fp32", compute="fp32")
+    base = theirs()
+    pipeline.load_lora_weights(lora)
+    with_lora = theirs()
+    files = generate(config, [CAT], tmp_path / "a", lora, device="cpu")
+    ours = np.array(Image.open(files[0]))
+    assert ours.shape == (64, 96, 3)
+    assert psnr(ours, with_lora) >= 40
+    plain = generate(config, [CAT], tmp_path / "b", device="cpu")
+    off = generate(config, [CAT], tmp_path / "c", lora, 0.0, device="cpu")
+    assert psnr(np.array(Image.open(plain[0])), base) >= 40
+    assert np.array_equal(np.array(Image.open(plain[0])), np.array(Image.open(off[0])))
+    assert psnr(ours, base) < 35
+
+
+def test_png_says_how_it_was_made(tmp_path):
+    picture = Picture("a “cat”, 猫", 3, 32, 32, 4, 1.0)
+    save_picture(tmp_path / "x.png", Image.new("RGB", (32, 32)), picture, lora="l.safetensors")
+    text = Image.open(tmp_path / "x.png").text
+    assert text["prompt"] == picture.prompt and text["seed"] == "3"
+    assert json.loads(text["fluxfast"])["lora"] == "l.safetensors"
+
+
+def test_contact_sheet(tmp_path):
+    Image.new("RGB", (300, 100), (255, 0, 0)).save(tmp_path / "a.png")
+    rows = [("one", [tmp_path / "a.png", None]), ("two 猫 " * 30, [None, tmp_path / "gone.png"])]
+    contact_sheet(rows, ["step 0", "step 9"], tmp_path / "sheet.png")
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    red = (sheet == (255, 0, 0)).all(axis=-1)
+    assert 200 * 60 < red.sum() < 256 * 100
+    assert not red[:, sheet.shape[1] - 256 :].any() and not red[sheet.shape[0] // 2 :].any()
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 64), (64, 8), (0, 64)])
+def test_sizes_off_the_grid_are_refused(nano_model, tmp_path, width, height):
+    config = ModelConfig(path=str(nano_model), storage="fp32", compute="fp32")
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        generate(config, [Picture("x", 0, width, height, 2, 1.0)], tmp_path, device="cpu")
+
+
+def test_nothing_stays_in_memory(nano_model, monkeypatch):
+    """The VAE and every tensor of the sampler are gone after the pictures are made."""
+    alive = []
+    real = sample.Vae
+
+    class Watched(real):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(weakref.ref(self._vae))
+
+    monkeypatch.setattr(sample, "Vae", Watched)
+    model = load_transformer(nano_model, "fp32", "fp32", "cpu")
+    model.train()
+    embeddings = [(torch.randn(32, 192), torch.randn(128))]
+    args = (model, [CAT], embeddings, nano_model, torch.device("cpu"))
+    sample.draw_pictures(*args)
+    gc.collect()
+    before = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    sample.draw_pictures(*args)
+    gc.collect()
+    after = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    assert [ref() for ref in alive] == [None, None]
+    assert after <= before and model.training
+
+
+def test_command(nano_model, lora, tmp_path):
+    command = [sys.executable, "-m", "fluxfast", "sample", "--model", str(nano_model)]
+    command += ["--lora", str(lora), "--prompt", "a cat", "--prompt", "a dog", "--walk-seed"]
+    command += ["--width", "64", "--height", "64", "--steps", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.splitlines()
+    assert [Path(file).name for file in files] == ["00-seed42-a-cat.png", "01-seed43-a-dog.png"]
+    assert all(Image.open(file).size == (64, 64) for file in files)
