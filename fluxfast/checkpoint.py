@@ -34,6 +34,14 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def drop_partials(run_dir: Path) -> None:
+    """Remove what a process that was killed while saving left behind; call it as the folder's sole
+    user.
+    """
+    for folder in (run_dir / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -70,6 +78,10 @@ def save_checkpoint(
         raise FluxfastError(
             f"cannot write into {folder.parent}: {error.strerror or error}"
         ) from None
+    except FluxfastError as error:
+        # the user knows the folder, not the name it is filled under
+        message = error.message.replace(str(partial), str(folder.parent))
+        raise FluxfastError(message, hint=error.hint) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for _, old in checkpoints(run_dir)[:-keep]:

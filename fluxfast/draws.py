@@ -59,6 +59,10 @@ def bits(seed: int, stream: str, indices: Tensor, count: int) -> Tensor:
 
 def _indices(index: int | list[int] | Tensor, device) -> Tensor:
     index = [index] if isinstance(index, int) else index
+    first = index[0] if isinstance(index, list) and index else 0
+    if isinstance(index, list) and index == list(range(first, first + len(index))):
+        # a batch's own indices, made on the device: a copy from the host would wait for the GPU
+        return torch.arange(first, first + len(index), dtype=torch.int64, device=device)
     return torch.as_tensor(index, dtype=torch.int64, device=device)
 
 

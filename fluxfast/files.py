@@ -1,7 +1,8 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and folders used by one process at a time."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fluxfast.errors import FluxfastError
@@ -28,3 +29,50 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if need be, removed again if still empty) for this process alone.
+
+    Ends with the process, however that ends. Raises FluxfastError where another holds it; a file
+    system or a platform without such locks lets everyone in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FluxfastError(
+            f"cannot write into {folder.parent}: {error.strerror or error}",
+            hint="set output_dir to a folder that you may write to",
+        ) from None
+    handle = _locked(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # fails, as it should, where there is anything in it
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise FluxfastError(
+            f"another process is working in {folder}",
+            hint="wait for it, stop it, or choose another name",
+        ) from None
+    except OSError:  # NFS without a lock server, say
+        os.close(handle)
+        return None
+    return handle

@@ -21,6 +21,8 @@ from fluxfast.files import write_atomic
 
 WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
 RATE_WINDOW = 50  # steps
+ROOMY = 150  # columns of a terminal that the whole progress line fits in
+MOST_BAD = 5  # steps without a finite gradient in a row that end a run
 LOSS_WINDOW = 100  # steps that the smoothed loss is the mean of
 
 
@@ -59,18 +61,21 @@ class RunLog:
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
         self.device, self.console = device, console
         self._first, self._results, self._paused = first, [], 0.0
+        self._bad = 0  # steps without a finite gradient, since the last interval with one
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._times: deque[tuple[int, float]] = deque()
         self._drop_lines_after(first)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
+        # rich cuts every column alike where they do not fit, the step count too: so they must fit
+        wide = console.width >= ROOMY
+        line = TextColumn("{task.fields[line]}", markup=False)
+        bar = (TextColumn("{task.description}"), BarColumn())
+        columns = (*bar, MofNCompleteColumn(), TimeElapsedColumn(), line)
+        self._room = console.width - (70 if wide else 2) - 2 * len(str(steps))
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[line]}"),
+            *(columns if wide else (MofNCompleteColumn(), line)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -97,7 +102,8 @@ class RunLog:
     ) -> None:
         """Note step `step` (counted from 1). Waits for the device only where an interval ends.
 
-        Raises FluxfastError when no step of a whole interval had a finite gradient.
+        Raises FluxfastError when no step of whole intervals, MOST_BAD or more, had a finite
+        gradient.
         """
         self._results.append(torch.stack([loss.float(), norm, bad]))
         self._progress.update(self._task, completed=step)
@@ -127,9 +133,10 @@ class RunLog:
         self._results = []
         good = [row for row in rows if row[2] == 0]
         self._losses.extend(loss for loss, _, _ in good)
-        if not good and len(rows) >= min(self.every, 5):
+        self._bad = 0 if good else self._bad + len(rows)
+        if self._bad >= MOST_BAD:
             raise FluxfastError(
-                f"no step of the last {len(rows)} had a finite gradient (step {step})",
+                f"no step of the last {self._bad} had a finite gradient (step {step})",
                 hint="lower train.lr, or compute: fp32; the last checkpoint is still good",
             )
         seconds = self._seconds_per_step(step)
@@ -169,15 +176,15 @@ class RunLog:
         parts = [f"loss {_number(row['loss_smooth'])}"]
         if row["s_per_it"]:
             parts += [f"{row['it_per_s']:.2f} it/s", f"{row['s_per_it']:.3f} s/it"]
-        if row["peak_memory_gib"] is not None:
-            parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
         if row["eta_s"] is not None:
             parts.append(f"ETA {_clock(row['eta_s'])}")
         if row["skipped_steps"]:
             parts.append(f"{row['skipped_steps']} steps skipped (not finite)")
+        if row["peak_memory_gib"] is not None:
+            parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
         line = "  ".join(parts)
         if self.console.is_terminal:
-            self._progress.update(self._task, line=line)
+            self._progress.update(self._task, line=line[: self._room])
         else:
             say(self.console, f"step {row['step']}/{self.steps}  {line}")
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fluxfast import __version__
-from fluxfast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fluxfast.checkpoint import checkpoints, drop_partials, load_checkpoint, save_checkpoint
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import FluxfastError
-from fluxfast.files import write_atomic
+from fluxfast.files import sole_user, write_atomic
 from fluxfast.formats.lora import save_lora
 from fluxfast.load import load_transformer, resolve_device
 from fluxfast.metrics import RunLog, say
@@ -115,11 +115,20 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     checkpoint and raises KeyboardInterrupt.
     """
     console = console or Console(stderr=True)
-    if restart:
-        _move_aside(config.run_dir, console)
+    if restart and config.run_dir.exists():
+        with sole_user(config.run_dir):
+            _move_aside(config.run_dir, console)
+    with sole_user(config.run_dir):
+        return _train(config, console)
+
+
+def _train(config: Config, console: Console) -> Path:
+    drop_partials(config.run_dir)
     device = resolve_device(config.device)
     prepared = prepare(config, device, console)
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    loader = Loader(
+        prepared.dataset, config.train.batch_size, config.seed, pin=device.type == "cuda"
+    )
     run = build(config, prepared.base, device, console)
     _check_fits(run.model, loader.batch(0))
     first = _resume(run, console)
@@ -204,6 +213,7 @@ def _identity(config: Config) -> dict:
         "model.path": config.model.path,
         "lora": config.lora.model_dump(mode="json"),
         "train.optimizer": config.train.optimizer,
+        "train.optimizer_args": config.train.optimizer_args,
         "train.batch_size": config.train.batch_size,
         "train.gradient_accumulation": config.train.gradient_accumulation,
         "seed": config.seed,

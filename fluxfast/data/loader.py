@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,16 +39,18 @@ class Batch:
 class Loader:
     """Reads batches of one size each; every sample comes at least once per epoch.
 
+    pin: `iterate` puts batches into page-locked memory, which a GPU copies from while it computes.
+
     Raises FluxfastError for an empty data set, and while reading for a cache file that is gone or
     corrupt.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int):
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, pin: bool = False):
         if not dataset.samples:
             raise FluxfastError("the data set is empty")
         if batch_size < 1:
             raise FluxfastError(f"the batch size must be at least 1, got {batch_size}")
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.dataset, self.batch_size, self.seed, self.pin = dataset, batch_size, seed, pin
         self._buckets: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(dataset.samples):
             self._buckets.setdefault(sample.size, []).append(index)
@@ -98,7 +100,8 @@ class Loader:
                 for step in range(start, stop):
                     if stopped.is_set():
                         return
-                    put(self.batch(step))
+                    batch = self.batch(step)
+                    put(_pinned(batch) if self.pin else batch)
             except BaseException as error:
                 put(error)
 
@@ -151,6 +154,13 @@ class Loader:
             if len(self._texts) > TEXT_CACHE:
                 self._texts.popitem(last=False)
         return tensors
+
+
+def _pinned(batch: Batch) -> Batch:
+    tensors = {
+        name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **tensors)
 
 
 def _stack_masks(latents: list[dict[str, Tensor]]) -> Tensor | None:

@@ -1,0 +1,256 @@
+"""Faults that were found by using fluxfast roughly, each with the way it was found."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fluxfast import draws
+from fluxfast.checkpoint import checkpoints, drop_partials
+from fluxfast.config import Config, build_config
+from fluxfast.data.loader import Loader
+from fluxfast.errors import FluxfastError
+from fluxfast.files import sole_user
+from fluxfast.metrics import RunLog
+from fluxfast.model.linear import LoRALinear
+from fluxfast.prepare import prepare
+from fluxfast.train import train
+
+ROOT = Path(__file__).parent.parent
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def configure(nano_model, photos, cache, tmp_path):
+    def make(**changes) -> Config:
+        raw = {
+            "name": "small",
+            "output_dir": str(tmp_path / "runs"),
+            "cache_dir": str(cache),
+            "trigger": "ohwx",
+            "log_every": 1,
+            "device": "cpu",
+            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
+            "lora": {"rank": 2},
+            "data": {"folder": str(photos), "resolution": 64},
+            "train": {"steps": 2},
+            "save": {"every": 1},
+        }
+        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        return build_config(raw, sets)
+
+    return make
+
+
+def nf4_layer(width: int, seed: int) -> LoRALinear:
+    torch.manual_seed(seed)
+    layer = LoRALinear(width, width)
+    layer.set_weight(torch.randn(width, width) / width**0.5, "nf4")
+    return layer
+
+
+def test_training_after_a_preview_in_inference_mode():
+    """The decoding scratch was made there, and could not be written to outside."""
+    result = []
+
+    def work():  # a thread of its own starts without a scratch
+        layer = nf4_layer(64, 0)
+        layer.add_lora(4, 4.0, [[(0, 64)]])
+        with torch.inference_mode():
+            layer(torch.randn(2, 64))
+        layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
+        result.append(layer.lora_B.grad is not None)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert result == [True]
+
+
+def test_two_threads_may_use_nf4_layers_at_once():
+    """They decoded into the same memory: nine results in ten were wrong."""
+    x = torch.randn(8, 1024)
+    layers = [nf4_layer(1024, seed) for seed in range(2)]
+    expected = [layer(x) for layer in layers]
+    wrong = []
+
+    def work(layer, right):
+        for _ in range(40):
+            with torch.no_grad():
+                if not torch.equal(layer(x), right):
+                    wrong.append(layer)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(layers, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fluxfast.files import sole_user
+with sole_user(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_two_processes_do_not_train_in_one_folder(configure):
+    """They mixed their metrics and deleted each other's checkpoints."""
+    config = configure()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(config.run_dir)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for restart in (False, True):
+            with pytest.raises(FluxfastError, match="another process"):
+                train(config, restart=restart, console=QUIET)
+    finally:
+        holder.kill()  # a lock ends with its process, however that ends
+        holder.communicate()
+    assert train(config, console=QUIET).is_file()
+    train(config, restart=True, console=QUIET)
+    assert (config.output_dir / "small.1" / "small.safetensors").is_file()
+
+
+def test_a_lock_leaves_no_empty_folder(tmp_path):
+    with sole_user(tmp_path / "a" / "run"):
+        assert (tmp_path / "a" / "run").is_dir()
+    assert not (tmp_path / "a" / "run").exists()
+    with sole_user(tmp_path / "b"):
+        (tmp_path / "b" / "file").write_text("")
+    assert (tmp_path / "b" / "file").exists()
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(FluxfastError, match="cannot write"), sole_user(tmp_path / "plain" / "run"):
+        pass
+
+
+def test_what_a_killed_save_left_goes(tmp_path):
+    """A kill while saving left a folder as large as a checkpoint, for ever."""
+    left = tmp_path / "checkpoints" / ".step-00000003.123.partial"
+    whole = tmp_path / "checkpoints" / "step-00000002"
+    for folder in (left, whole):
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"x")
+    drop_partials(tmp_path)
+    assert not left.exists() and checkpoints(tmp_path) == [(2, whole)]
+    drop_partials(tmp_path / "absent")
+
+
+def test_a_full_disk_is_reported_without_internal_names(configure, monkeypatch):
+    import fluxfast.files
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    config = configure()
+    train(config, console=QUIET)
+    before = checkpoints(config.run_dir)
+
+    def only_checkpoints(source, target):
+        if "checkpoints" in str(target):
+            full(0)
+        real(source, target)
+
+    real = os.replace
+    monkeypatch.setattr(fluxfast.files.os, "replace", only_checkpoints)
+    with pytest.raises(FluxfastError, match="No space left") as raised:
+        train(configure(train__steps=3), console=QUIET)
+    assert "partial" not in str(raised.value) and "checkpoints" in raised.value.message
+    assert checkpoints(config.run_dir) == before
+    monkeypatch.undo()
+    train(configure(train__steps=3), console=QUIET)
+    assert checkpoints(config.run_dir)[-1][0] == 3
+
+
+def test_other_optimizer_args_are_not_ignored(configure):
+    """The checkpoint's own weight decay came back without a word."""
+    train(configure(), console=QUIET)
+    with pytest.raises(FluxfastError, match="optimizer_args"):
+        train(configure(train__steps=3, train__optimizer_args={"weight_decay": 0.5}), console=QUIET)
+
+
+def test_indices_of_a_batch_are_made_on_the_device():
+    """Same numbers for a range as for each index alone, on whatever path they are made."""
+    for indices in ([7, 8, 9], [9, 7, 8], [5], [2**33, 2**33 + 1]):
+        rows = draws.normal(3, "noise", indices, (4,))
+        for index, row in zip(indices, rows, strict=True):
+            assert torch.equal(row, draws.normal(3, "noise", index, (4,))[0])
+    assert draws.uniform(3, "noise", [], (4,)).shape == (0, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_copy_waits_for_the_gpu(configure):
+    dataset = prepare(configure(), torch.device("cpu"), QUIET).dataset
+    (batch,) = Loader(dataset, 2, 0, pin=True).iterate(0, 1)
+    assert batch.t5.is_pinned() and batch.mean.is_pinned()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draws.normal(0, "noise", batch.indices, (4,), "cuda")
+        batch.t5.to("cuda", non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_bad_step_ends_no_run_that_logs_every_step(tmp_path):
+    """With log_every: 1 the first step without a finite gradient was taken for a lost run."""
+    one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
+    with RunLog(tmp_path, 0, 100, 1, torch.device("cpu"), QUIET) as log:
+        for step in range(1, 9):
+            bad = step % 4 != 0
+            log.step(step, nan if bad else one, one, torch.tensor(float(bad)), 1e-4, 0)
+        with pytest.raises(FluxfastError, match="last 5 had"):
+            for step in range(9, 20):
+                log.step(step, nan, nan, one, 1e-4, 0)
+        assert step == 13
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_progress_line_fits_the_terminal(tmp_path, width):
+    """At 80 columns the step count was cut to `3…`."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=width, color_system=None)
+    one, bad = torch.tensor(1.0), torch.tensor(0.0)
+    with RunLog(tmp_path, 11990, 12000, 1, torch.device("cpu"), console) as log:
+        for step in range(11991, 12001):
+            log.step(step, one, one, bad if step % 2 else one, 1e-4, 0)
+    import re
+
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert all(len(line) <= width for line in lines)
+    assert "12000/12000" in lines[-1] and "loss 1.0000" in lines[-1]
+    assert width < 80 or ("it/s" in lines[-1] and "ETA" in lines[-1])
