@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 NANO := examples/nano
 
-.PHONY: train test install lint bench clean
+.PHONY: train photos test install lint bench clean
 
-# the embedded example: a nano FLUX, a folder of photographs, a LoRA in runs/nano/
+# the embedded example: a pretrained nano FLUX learns a thing it has never seen; see runs/nano/
 train: $(VENV)/installed
+	$(BIN)/fluxfast train $(NANO)/zorb.yaml --restart
+
+# real photographs of every kind of file, through a nano FLUX with random weights; see runs/photos/
+photos: $(VENV)/installed
 	$(BIN)/python $(NANO)/make_nano.py
 	$(BIN)/fluxfast train $(NANO)/train.yaml --restart
 

@@ -51,7 +51,7 @@ def train(
 ) -> None:
     """Train a LoRA; a run of the same name goes on where it stopped.
 
-    Examples: `fluxfast train examples/nano/train.yaml --set train.steps=500`, or without a
+    Examples: `fluxfast train examples/nano/zorb.yaml --set train.steps=500`, or without a
     configuration `fluxfast train photos/ --model black-forest-labs/FLUX.1-dev --trigger "ohwx
     dog"`. The sections of a configuration are model, lora, data, train and save; the path of the
     finished LoRA is printed to stdout.
@@ -73,7 +73,7 @@ def cache(
 ) -> None:
     """Encode images and captions ahead of training; `train` then needs no encoder.
 
-    Example: `fluxfast cache examples/nano/train.yaml`. The cache folder is printed to stdout.
+    Example: `fluxfast cache examples/nano/zorb.yaml`. The cache folder is printed to stdout.
     """
     config = _config(target, set_, model, encoders, trigger, None)
     from rich.console import Console
@@ -105,8 +105,8 @@ def sample(
 ) -> None:
     """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
 
-    Example: `fluxfast sample --model examples/nano/model --lora runs/nano/nano.safetensors --prompt
-    "a photograph of a cat" --width 128 --height 128`.
+    Example: `fluxfast sample --model examples/nano/pretrained --lora runs/nano/nano.safetensors
+    --prompt "a zorb at the centre" --width 64 --height 64`.
     """
     from fluxfast.config import ModelConfig
     from fluxfast.generate import generate

@@ -147,7 +147,7 @@ def contact_sheet(
 ) -> None:
     """One row per prompt, one column per step; a missing picture stays blank.
 
-    rows: (prompt, a file per column). Pictures are shown at most 256 px wide.
+    rows: (prompt, a file per column). Pictures are shown in cells of 256 px.
     """
     cell, left, top = 256, 160, 24
     sheet = Image.new(
@@ -164,6 +164,11 @@ def contact_sheet(
                 continue
             with Image.open(file) as image:
                 picture = image.convert("RGB")
+                larger = (cell - 4) // max(picture.size)
+                if larger > 1:  # tiny ones by whole factors, so that pixels stay pixels
+                    picture = picture.resize(
+                        (picture.width * larger, picture.height * larger), Image.Resampling.NEAREST
+                    )
                 picture.thumbnail((cell - 4, cell - 4))
             sheet.paste(picture, (left + x * cell, top + y * (cell + 4)))
     buffer = io.BytesIO()

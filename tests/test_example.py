@@ -1,4 +1,4 @@
-"""The embedded example as `make train` runs it, fewer steps: it trains, and diffusers agrees."""
+"""The photographs as `make photos` trains them, in fewer steps, and diffusers' reading of it."""
 
 import io
 import json

@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MARKER = "nano.json"  # names what this script wrote: seed, version and files
-VERSION = 1  # raise it when what is written changes
+VERSION = 2  # raise it when what is written changes
 
 CLIP_MERGES = 600
 CLIP_LENGTH = 77
@@ -163,14 +163,18 @@ def _write(folder: Path, seed: int) -> None:
     import torch
     from diffusers import FluxPipeline
 
-    clip_tokenizer = _clip_tokenizer()
+    from fluxfast.model.spec import NANO
+
+    clip_tokenizer = make_clip_tokenizer(CORPUS)
     (folder / "tokenizer_2").mkdir()
-    t5_tokenizer = _t5_tokenizer(folder / "tokenizer_2" / "spiece.model")
+    t5_tokenizer = make_t5_tokenizer(
+        folder / "tokenizer_2" / "spiece.model", CORPUS, NANO.text_length
+    )
     makers = {
-        "transformer": _transformer,
-        "vae": _vae,
-        "text_encoder": lambda: _clip_encoder(clip_tokenizer),
-        "text_encoder_2": lambda: _t5_encoder(t5_tokenizer),
+        "transformer": lambda: make_transformer(NANO),
+        "vae": make_vae,
+        "text_encoder": lambda: make_clip_encoder(clip_tokenizer, CLIP_LAYERS),
+        "text_encoder_2": lambda: make_t5_encoder(t5_tokenizer, T5_LAYERS),
     }
     parts = {}
     with torch.random.fork_rng(devices=[]):  # the libraries draw initial weights globally
@@ -178,7 +182,7 @@ def _write(folder: Path, seed: int) -> None:
             torch.random.default_generator.manual_seed(1000 * seed + index)
             parts[name] = make().eval()
     pipeline = FluxPipeline(
-        scheduler=_scheduler(), tokenizer=clip_tokenizer, tokenizer_2=t5_tokenizer, **parts
+        scheduler=make_scheduler(), tokenizer=clip_tokenizer, tokenizer_2=t5_tokenizer, **parts
     )
     pipeline.save_pretrained(folder)
     # save_pretrained writes tokenizer.json alone; the published FLUX folders have these two as well
@@ -190,26 +194,25 @@ def _write(folder: Path, seed: int) -> None:
 # ---------------------------------------------------------------- the networks
 
 
-def _transformer():
+def make_transformer(spec):
+    """diffusers' class in the shape of a FluxSpec."""
     from diffusers import FluxTransformer2DModel
-
-    from fluxfast.model.spec import NANO
 
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=NANO.in_channels,
-        num_layers=NANO.depth,
-        num_single_layers=NANO.depth_single_blocks,
-        attention_head_dim=NANO.head_dim,
-        num_attention_heads=NANO.num_heads,
-        joint_attention_dim=NANO.context_in_dim,
-        pooled_projection_dim=NANO.vec_in_dim,
-        guidance_embeds=NANO.guidance_embed,
-        axes_dims_rope=NANO.axes_dim,
+        in_channels=spec.in_channels,
+        num_layers=spec.depth,
+        num_single_layers=spec.depth_single_blocks,
+        attention_head_dim=spec.head_dim,
+        num_attention_heads=spec.num_heads,
+        joint_attention_dim=spec.context_in_dim,
+        pooled_projection_dim=spec.vec_in_dim,
+        guidance_embeds=spec.guidance_embed,
+        axes_dims_rope=spec.axes_dim,
     )
 
 
-def _vae():
+def make_vae():
     """FLUX's autoencoder, narrow. Its encoder's last layer is adjusted, so that shifted and scaled
     latents have a mean near 0, a deviation near 1 and little sampling noise, as trained ones do."""
     import torch
@@ -243,7 +246,7 @@ def _vae():
     return vae
 
 
-def _clip_encoder(tokenizer):
+def make_clip_encoder(tokenizer, layers: int):
     """CLIP's text model; its pooled output is the state at the first <|endoftext|>."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -254,7 +257,7 @@ def _clip_encoder(tokenizer):
         hidden_size=NANO.vec_in_dim,
         intermediate_size=4 * NANO.vec_in_dim,
         projection_dim=NANO.vec_in_dim,
-        num_hidden_layers=CLIP_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=CLIP_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
@@ -264,7 +267,7 @@ def _clip_encoder(tokenizer):
     return CLIPTextModel(config)
 
 
-def _t5_encoder(tokenizer):
+def make_t5_encoder(tokenizer, layers: int):
     from transformers import T5Config, T5EncoderModel
 
     from fluxfast.model.spec import NANO
@@ -275,7 +278,7 @@ def _t5_encoder(tokenizer):
         d_kv=NANO.context_in_dim // 6,
         d_ff=2 * NANO.context_in_dim,
         num_heads=6,
-        num_layers=T5_LAYERS,
+        num_layers=layers,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
         use_cache=False,
@@ -285,7 +288,7 @@ def _t5_encoder(tokenizer):
     return T5EncoderModel(config)
 
 
-def _scheduler():
+def make_scheduler():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(  # FLUX.1-dev's settings
@@ -301,8 +304,8 @@ def _scheduler():
 # ---------------------------------------------------------------- the tokenizers
 
 
-def _clip_tokenizer():
-    """CLIP's byte-level BPE with merges learned from CORPUS. Ids as CLIP has them: 256 bytes, 256
+def make_clip_tokenizer(corpus: str):
+    """CLIP's byte-level BPE with merges learned from `corpus`. Ids as CLIP has them: 256 bytes, 256
     bytes that end a word, the merges, <|startoftext|>, <|endoftext|> (the highest id)."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -313,7 +316,7 @@ def _clip_tokenizer():
 
     # words as CLIP itself splits them
     split = CLIPTokenizer(dict(zip(specials, range(2), strict=True)), []).backend_tokenizer
-    words = split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(CORPUS))
+    words = split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(corpus))
     merges = _learn_merges(Counter(word for word, _ in words), CLIP_MERGES)
 
     pieces += ["".join(pair) for pair in merges] + specials
@@ -324,8 +327,8 @@ def _clip_tokenizer():
 def _learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al. 2016): join the most frequent neighbours, `count` times.
 
-    Not `tokenizers`' trainer: that one leaves out byte pieces that CORPUS does not hold, and CLIP
-    then reads such a byte as <|endoftext|>, where the pooled output is taken.
+    Not `tokenizers`' trainer: that one leaves out byte pieces that the corpus does not hold, and
+    CLIP then reads such a byte as <|endoftext|>, where the pooled output is taken.
     """
     words = {(*word[:-1], word[-1] + "</w>"): times for word, times in words.items()}
     merges = []
@@ -351,8 +354,8 @@ def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(joined)
 
 
-def _t5_tokenizer(spiece: Path):
-    """T5's sentencepiece unigram model, learned from CORPUS: <pad> 0, </s> 1, <unk> 2.
+def make_t5_tokenizer(spiece: Path, corpus: str, length: int):
+    """T5's sentencepiece unigram model, learned from `corpus`: <pad> 0, </s> 1, <unk> 2.
 
     Covers ASCII and Latin-1; any other character reads as <unk>, as in T5. No sentinels
     (<extra_id_0> and so on), which only T5's decoder needs. Written to `spiece`.
@@ -360,18 +363,17 @@ def _t5_tokenizer(spiece: Path):
     import sentencepiece
     from transformers import T5Tokenizer
 
-    from fluxfast.model.spec import NANO
-
     latin = "".join(map(chr, [*range(0x21, 0x7F), *range(0xC0, 0x100)]))
     # the trainer only takes pieces that two different words share: give every word a second form
-    plurals = " ".join(word + "s" for word in CORPUS.split() if word.isalpha())
+    lines = corpus.splitlines()
+    plurals = [" ".join(word + "s" for word in line.split() if word.isalpha()) for line in lines]
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CORPUS.splitlines(), plurals]),
+        sentence_iterator=iter([*lines, *plurals]),
         model_writer=model,
         model_type="unigram",
         vocab_size=T5_PIECES,
-        hard_vocab_limit=False,  # at most: CORPUS gives about half
+        hard_vocab_limit=False,  # at most: the corpus gives about half
         character_coverage=1.0,
         required_chars=latin,
         pad_id=0,
@@ -382,9 +384,7 @@ def _t5_tokenizer(spiece: Path):
         minloglevel=2,
     )
     spiece.write_bytes(model.getvalue())
-    tokenizer = T5Tokenizer.from_pretrained(
-        spiece.parent, extra_ids=0, model_max_length=NANO.text_length
-    )
+    tokenizer = T5Tokenizer.from_pretrained(spiece.parent, extra_ids=0, model_max_length=length)
     # what would be saved of the loading: differs between processes and says nothing about T5
     tokenizer.extra_special_tokens = []
     for key in ("is_local", "local_files_only"):

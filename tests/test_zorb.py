@@ -1,0 +1,148 @@
+"""The example end to end, as `make train` runs it, judged by the classifier shipped with the model.
+
+A LoRA must teach the pretrained nano model a thing that it has never drawn, and leave the rest.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fluxfast.config import ModelConfig, load_config
+from fluxfast.generate import generate
+from fluxfast.sample import Picture
+from fluxfast.train import train
+from fluxfast.validation import best, read_validations
+
+NANO = Path(__file__).parent.parent / "examples" / "nano"
+MODEL = ModelConfig(path=str(NANO / "pretrained"), storage="fp32", compute="fp32")
+SEEDS = range(100, 110)
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The example's own modules: drawings and judge."""
+    sys.path.insert(0, str(NANO))
+    try:
+        import draw
+        import judge
+        from safetensors.torch import load_file
+    finally:
+        sys.path.remove(str(NANO))
+    classifier = judge.Judge()
+    weights = load_file(NANO / "pretrained" / judge.FILE)
+    classifier.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return draw, classifier.eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("zorb")
+    config = load_config(NANO / "zorb.yaml", [f"output_dir={out}"])
+    train(config, console=Console(file=io.StringIO()))
+    return config.run_dir
+
+
+def shows(classifier, files: list[Path]) -> list[dict[str, str]]:
+    pixels = np.stack([np.array(Image.open(file)) for file in files])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return classifier.answers(images)
+
+
+def pictures(captions: list[str]) -> list[Picture]:
+    return [
+        Picture(text, seed, 64, 64, 20, 3.5) for text, seed in zip(captions, SEEDS, strict=True)
+    ]
+
+
+def test_judge_knows_drawings(tools):
+    """At least 98 % of drawings that it was not trained on."""
+    draw, classifier = tools
+    scenes = [draw.random_scene(987, index) for index in range(300)]
+    images = np.stack([np.array(draw.draw(scene)) for scene in scenes])
+    answers = classifier.answers(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    for question in ("shape", "colour", "place"):
+        right = sum(
+            a[question] == getattr(s, question) for a, s in zip(answers, scenes, strict=True)
+        )
+        assert right / len(scenes) >= 0.98, question
+
+
+def test_base_model_draws_its_captions(tools, tmp_path):
+    draw, classifier = tools
+    scenes = [draw.random_scene(555, index) for index in range(10)]
+    files = generate(MODEL, pictures([s.caption() for s in scenes]), tmp_path, device="cpu")
+    answers = shows(classifier, files)
+    for question, least in (("shape", 7), ("colour", 9), ("place", 9)):
+        right = sum(
+            a[question] == getattr(s, question) for a, s in zip(answers, scenes, strict=True)
+        )
+        assert right >= least, (question, right)
+
+
+def test_run_leaves_everything(run):
+    for name in ("nano.safetensors", "nano_best.safetensors", "samples.png", "validation.png"):
+        assert (run / name).stat().st_size > 1000, name
+    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_held_out_loss_falls_by_a_tenth(run):
+    top = best(read_validations(run / "validation.jsonl"))
+    assert top.loss <= 0.9 * top.base_loss and top.high < 0
+
+
+def test_concept_is_learnt_and_the_rest_stays(run, tools, tmp_path):
+    """Of ten: at least 8 zorbs with the LoRA, at most 1 from the base; 7 others unharmed."""
+    draw, classifier = tools
+    lora = run / "nano.safetensors"
+    places = list(draw.PLACES) * 2
+    zorbs = [draw.Scene(draw.CONCEPT, draw.CONCEPT, place, "plain").caption() for place in places]
+    with_lora = generate(MODEL, pictures(zorbs), tmp_path / "lora", lora, device="cpu")
+    base = generate(MODEL, pictures(zorbs), tmp_path / "base", device="cpu")
+    assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, with_lora)) >= 8
+    assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, base)) <= 1
+
+    scenes = [draw.random_scene(777, index) for index in range(10)]
+    files = generate(
+        MODEL, pictures([s.caption() for s in scenes]), tmp_path / "o", lora, device="cpu"
+    )
+    matching = sum(
+        all(answer[q] == getattr(scene, q) for q in ("shape", "colour", "place"))
+        for answer, scene in zip(shows(classifier, files), scenes, strict=True)
+    )
+    assert matching >= 7
+
+
+def test_pipeline_draws_the_same_picture(run, tmp_path):
+    """The trained file in diffusers' FluxPipeline, fp32 and the same noise: at least 40 dB."""
+    from diffusers import FluxPipeline
+
+    from fluxfast.objective import pack
+    from fluxfast.sample import noise_for
+
+    (picture,) = [Picture("a zorb at the centre on a plain background", 5, 64, 64, 20, 3.5)]
+    lora = run / "nano.safetensors"
+    (file,) = generate(MODEL, [picture], tmp_path, lora, device="cpu")
+    ours = np.array(Image.open(file)).astype(float)
+    pipeline = FluxPipeline.from_pretrained(NANO / "pretrained")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(lora)
+    theirs = pipeline(
+        picture.prompt,
+        width=64,
+        height=64,
+        num_inference_steps=20,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        latents=pack(noise_for(5, 16, 8, 8)),
+    ).images[0]
+    error = np.mean((ours - np.array(theirs).astype(float)) ** 2)
+    assert 10 * np.log10(255**2 / max(error, 1e-9)) >= 40
