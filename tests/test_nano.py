@@ -359,7 +359,7 @@ def test_script_makes_these_photos(tmp_path):
 
 def test_train_yaml_is_valid_and_points_at_the_example():
     config = load_config(EXAMPLE / "train.yaml")
-    assert (config.name, config.model.path) == ("nano", "examples/nano/model")
+    assert (config.name, config.model.path) == ("photos", "examples/nano/model")
     assert (config.model.storage, config.model.compute) == ("fp32", "fp32")
     assert config.save.dtype == "fp32" and config.data[0].resolution == [128, 192]
     assert (ROOT / config.data[0].folder).resolve() == PHOTOS.resolve()
