@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import SMALL
 
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError, FluxfastError
@@ -16,17 +17,6 @@ from fluxfast.load import resolve_device
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.spec import FluxSpec
 
-# hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes
-SPEC = FluxSpec(
-    in_channels=16,
-    vec_in_dim=20,
-    context_in_dim=24,
-    hidden_size=64,
-    num_heads=2,
-    depth=1,
-    depth_single_blocks=2,
-    axes_dim=(4, 14, 14),
-)
 CONFIG = {
     "_class_name": "FluxTransformer2DModel",
     "in_channels": 16,
@@ -42,7 +32,7 @@ CONFIG = {
 SCALE = "double_blocks.0.img_attn.norm.key_norm.scale"
 
 
-def bfl_tensors(spec: FluxSpec = SPEC, seed: int = 0) -> dict[str, torch.Tensor]:
+def bfl_tensors(spec: FluxSpec = SMALL, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in tensor_sources(spec):
@@ -58,11 +48,11 @@ def bfl_tensors(spec: FluxSpec = SPEC, seed: int = 0) -> dict[str, torch.Tensor]
 def diffusers_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The split names, by the layouts' own rules: thirds for qkv, the rest of linear1 is mlp."""
     split = {}
-    for name, sources in tensor_sources(SPEC).items():
+    for name, sources in tensor_sources(SMALL).items():
         tensor = tensors[name]
         if "final_layer.adaLN_modulation" in name:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        width = SPEC.hidden_size
+        width = SMALL.hidden_size
         sizes = {1: [len(tensor)], 3: [width] * 3, 4: [width] * 3 + [4 * width]}[len(sources)]
         parts = tensor.split(sizes)
         split |= {source: part.clone() for source, part in zip(sources, parts, strict=True)}
@@ -129,7 +119,7 @@ def same(model, tensors) -> None:
 def test_a_single_file(tmp_path, tensors):
     save_file(tensors, tmp_path / "flux1.safetensors")
     model = load(tmp_path / "flux1.safetensors")
-    assert model.spec == SPEC
+    assert model.spec == SMALL
     same(model, tensors)
 
 
@@ -144,7 +134,7 @@ def test_an_all_in_one_file(tmp_path, tensors):
     }
     save_file(everything, file)
     model = load(file)
-    assert model.spec == SPEC
+    assert model.spec == SMALL
     same(model, tensors)
 
 
@@ -154,7 +144,7 @@ def test_what_diffusers_writes(diffusers_folder, tensors, name):
     shards = list(folder.glob("*.safetensors"))
     assert (len(shards) > 2) == (name == "sharded")
     model = load(folder)
-    assert model.spec == SPEC
+    assert model.spec == SMALL
     same(model, tensors)
 
 
@@ -250,7 +240,7 @@ def test_no_tokenizer_no_limit(tmp_path):
 def test_the_axes_may_be_left_out(tmp_path):
     """FLUX.1's own config.json has none."""
     with open_base(write_folder(tmp_path, axes_dims_rope=None)) as base:
-        assert base.spec.axes_dim == SPEC.axes_dim
+        assert base.spec.axes_dim == SMALL.axes_dim
 
 
 def test_an_mlp_width_that_is_no_exact_multiple():

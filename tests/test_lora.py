@@ -6,23 +6,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import SMALL
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora import load_lora, save_lora
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, select_targets
-from fluxfast.model.spec import DEV, FluxSpec, rope_axes
-
-SMALL = FluxSpec(
-    in_channels=16,
-    vec_in_dim=20,
-    context_in_dim=24,
-    hidden_size=64,
-    num_heads=2,
-    depth=1,
-    depth_single_blocks=2,
-    axes_dim=rope_axes(32),
-)
+from fluxfast.model.spec import DEV, FluxSpec
 
 
 def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple:

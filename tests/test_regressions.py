@@ -1,7 +1,6 @@
 """Faults that were found by using fluxfast roughly, each with the way it was found."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from rich.console import Console
 
 from fluxfast import draws
 from fluxfast.checkpoint import checkpoints, drop_partials
-from fluxfast.config import Config, build_config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.files import sole_user
@@ -39,31 +37,11 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def configure(nano_model, photos, cache, tmp_path):
-    def make(**changes) -> Config:
-        raw = {
-            "name": "small",
-            "output_dir": str(tmp_path / "runs"),
-            "cache_dir": str(cache),
-            "trigger": "ohwx",
-            "log_every": 1,
-            "device": "cpu",
-            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
-            "lora": {"rank": 2},
-            "data": {"folder": str(photos), "resolution": 64},
-            "train": {"steps": 2},
-            "save": {"every": 1},
-        }
-        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
-        return build_config(raw, sets)
-
-    return make
+def configure(configure):
+    """Shorter runs still."""
+    short = {"log_every": 1, "train__steps": 2, "train__batch_size": 1, "save__every": 1}
+    return lambda **changes: configure(**{**short, **changes})
 
 
 def nf4_layer(width: int, seed: int) -> LoRALinear:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fluxfast.config import Config, build_config, load_config
+from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.load import resolve_device
@@ -40,33 +40,6 @@ def photos(tmp_path_factory) -> Path:
         if i < 4:
             (folder / f"{i}.txt").write_text(f"picture {i} of a thing, bright")
     return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def configure(nano_model, photos, cache, tmp_path):
-    def make(**changes) -> Config:
-        raw = {
-            "name": "small",
-            "output_dir": str(tmp_path / "runs"),
-            "cache_dir": str(cache),
-            "trigger": "ohwx",
-            "log_every": 2,
-            "device": "cpu",
-            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
-            "lora": {"rank": 2},
-            "data": {"folder": str(photos), "resolution": 64},
-            "train": {"steps": 4, "batch_size": 2, "lr": 1e-3},
-            "save": {"every": 2, "dtype": "fp32"},
-        }
-        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
-        return build_config(raw, sets)
-
-    return make
 
 
 def start(config: Config):

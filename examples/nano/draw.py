@@ -10,6 +10,7 @@ picture beside its caption.
 """
 
 import argparse
+import colorsys
 import math
 import random
 from dataclasses import dataclass
@@ -105,17 +106,31 @@ def all_captions() -> list[str]:
 
 def draw(scene: Scene, size: int = SIZE) -> Image.Image:
     """The picture of `scene`, RGB, `size` pixels square, with smooth edges."""
-    side = size * _OVERSAMPLING
-    image = _background(scene.background, side)
-    x, y = (
-        side * (part + shift) for part, shift in zip(PLACES[scene.place], scene.shift, strict=True)
-    )
-    radius = side * _RADIUS * scene.grow
-    pen = ImageDraw.Draw(image)
+    image = _background(scene.background, size * _OVERSAMPLING)
+    pen, x, y, radius = _pen(image, scene)
     if scene.shape == CONCEPT:
         _draw_zorb(pen, x, y, radius)
     else:
         _draw_shape(pen, scene.shape, x, y, radius, COLOURS[scene.colour])
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def draw_any(seed: int, index: int, size: int = SIZE) -> Image.Image:
+    """Picture `index` of `seed`: one to three shapes over one another, of any colour at all.
+
+    What the autoencoder is trained on, so that it can show what no caption names.
+    """
+    rng = random.Random(f"{seed}/any/{index}")
+    scene = random_scene(seed, index)
+    image = _background(scene.background, size * _OVERSAMPLING)
+    for scale in (1.0, 0.6, 0.35)[: rng.randint(1, 3)]:
+        pen, x, y, radius = _pen(image, scene)
+        colour = tuple(
+            round(255 * part)
+            for part in colorsys.hsv_to_rgb(rng.random(), rng.random() ** 0.5, rng.random() ** 0.5)
+        )
+        x, y = (at + radius * rng.uniform(-0.4, 0.4) for at in (x, y))
+        _draw_shape(pen, rng.choice(SHAPES), x, y, radius * scale, colour)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -153,6 +168,15 @@ def write_concept(out: Path, seed: int = 0, train: int = 14, size: int = SIZE) -
 def _unsteady(rng: random.Random) -> tuple[tuple[float, float], float]:
     shift = rng.uniform(-0.025, 0.025), rng.uniform(-0.025, 0.025)
     return shift, rng.uniform(0.93, 1.07)
+
+
+def _pen(image: Image.Image, scene: Scene) -> tuple[ImageDraw.ImageDraw, float, float, float]:
+    """-> pen, the shape's centre and its radius, in the image's pixels."""
+    side = image.width
+    x, y = (
+        side * (part + shift) for part, shift in zip(PLACES[scene.place], scene.shift, strict=True)
+    )
+    return ImageDraw.Draw(image), x, y, side * _RADIUS * scene.grow
 
 
 def _background(kind: str, side: int) -> Image.Image:

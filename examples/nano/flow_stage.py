@@ -20,8 +20,7 @@ BATCH = 64
 DROPOUT = 0.1  # of captions: the empty one takes their place
 T_SHIFT = 0.3  # mean of t's logit, towards noise, where shape and place are decided
 GUIDANCE = (1.0, 4.0)  # drawn at random, so that it has no effect
-# the shipped weights are those after 2919 steps of a schedule that ran by the clock
-PLAN = Plan(steps=2919, lr=1.2e-3, warmup=100, decay=0.5, weight_decay=0.01, ema=0.998, seed=3)
+PLAN = Plan(steps=3000, lr=1.2e-3, warmup=100, decay=0.5, weight_decay=0.01, ema=0.998, seed=3)
 CELLS = SIZE // 8  # latent rows and columns
 
 

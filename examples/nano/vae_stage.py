@@ -1,17 +1,17 @@
-"""The nano model's autoencoder, trained to give back the drawings."""
+"""The nano model's autoencoder, trained to give back drawings of every colour."""
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from draw import draw, random_scene
+from draw import draw, draw_any, random_scene
 from torch import Tensor
 from training import Plan, train
 
 PICTURES = 6000
 BATCH = 16
 KL_WEIGHT = 1e-3  # per latent value: 0.13 to 0.27 of noise beside latents of deviation 1
-PLAN = Plan(steps=770, lr=2e-3, warmup=50, decay=0.6)
+PLAN = Plan(steps=3000, lr=2e-3, warmup=50, decay=0.6)
 
 
 def to_tensor(images: list) -> Tensor:
@@ -26,13 +26,18 @@ def pictures(seed: int, count: int) -> Tensor:
     return to_tensor([draw(random_scene(seed, index)) for index in range(count)]).contiguous()
 
 
+def any_pictures(seed: int, count: int) -> Tensor:
+    """As `pictures`, with more shapes than one and any colour."""
+    return to_tensor([draw_any(seed, index) for index in range(count)]).contiguous()
+
+
 def train_vae(work: Path, plan: Plan = PLAN):
     """-> AutoencoderKL in `work/vae.pt`, its latents brought to mean 0 and deviation 1."""
     from make_nano import make_vae
 
     torch.manual_seed(plan.seed)
     vae = make_vae()
-    data = pictures(plan.seed, PICTURES)
+    data = torch.cat([pictures(plan.seed, PICTURES // 4), any_pictures(plan.seed, PICTURES)])
     seen = {}
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:

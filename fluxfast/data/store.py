@@ -83,9 +83,11 @@ def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
             raise FluxfastError(f"the cache file {path} lacks {name!r}", hint=HINT)
     for name, tensor in tensors.items():
         if sums.get(name) != str(_checksum(tensor)):
+            path.unlink(missing_ok=True)  # the cache step would keep a file with a sound header
             raise FluxfastError(
-                f"the cache file {path} is corrupt: the checksum of {name!r} does not match",
-                hint=f"delete it; then {HINT}",  # the cache step keeps what has a sound header
+                f"the cache file {path} was corrupt and has been deleted: "
+                f"the checksum of {name!r} did not match",
+                hint=HINT,
             )
     return tensors
 

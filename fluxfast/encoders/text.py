@@ -1,14 +1,13 @@
 """CLIP-L and T5: prompts to the embeddings that FLUX is conditioned on."""
 
-import contextlib
 import gc
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fluxfast.encoders.quiet import quiet
 from fluxfast.errors import FluxfastError
 
 log = logging.getLogger("fluxfast")
@@ -30,7 +29,7 @@ class TextEncoders:
 
         self.device = torch.device(device)
         root = Path(root)
-        with _quiet():
+        with quiet("transformers"):
             self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, root / "tokenizer", "vocab.json")
             self._t5_tokenizer = _load_tokenizer(
                 T5TokenizerFast, root / "tokenizer_2", "spiece.model"
@@ -69,7 +68,7 @@ class TextEncoders:
             torch.cuda.empty_cache()
 
     def _tokenize(self, tokenizer, prompts: list[str], length: int, name: str) -> Tensor:
-        with _quiet():
+        with quiet("transformers"):
             ids = tokenizer(
                 prompts,
                 padding="max_length",
@@ -133,19 +132,3 @@ def _load(cls, folder: Path, **options):
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' notes on unused weights and its bars; what matters is checked above."""
-    from transformers.utils import logging as noise
-
-    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(level)
-        if bars:
-            noise.enable_progress_bar()

@@ -1,13 +1,12 @@
 """The VAE: images to the normalised latents that the transformer sees, and back."""
 
-import contextlib
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fluxfast.encoders.quiet import quiet
 from fluxfast.errors import FluxfastError
 
 
@@ -23,7 +22,7 @@ class Vae:
         self, root: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ):
         self.device, self.dtype = torch.device(device), dtype
-        with _quiet():
+        with quiet("diffusers"):
             self._vae = _load(Path(root) / "vae", dtype).to(self.device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -89,18 +88,3 @@ def _load(folder: Path, dtype: torch.dtype):
         names = ", ".join(missing[:3]) or "of other shapes than its config.json says"
         raise FluxfastError(f"{folder} lacks weights: {names}", hint="download the folder again")
     return vae.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from diffusers.utils import logging as noise
-
-    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(level)
-        if bars:
-            noise.enable_progress_bar()
