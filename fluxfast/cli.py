@@ -20,7 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Target = Annotated[Path, typer.Argument(help="a configuration (.yaml) or a folder of images")]
+Target = Annotated[
+    Path,
+    typer.Argument(help="a configuration (.yaml), a folder of images or kohya's data set (.toml)"),
+]
 Set = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="override a setting: train.steps=500"),
@@ -139,7 +142,7 @@ def doctor() -> None:
 
 
 def _config(target: Path, overrides, model, encoders, trigger, name):
-    """A configuration from a YAML file or from a folder of images, options on top."""
+    """A configuration from a YAML file, a folder of images or kohya's data set; options on top."""
     from fluxfast.config import build_config, load_config
 
     given = {
@@ -149,25 +152,27 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
         "name": name,
     }
     options = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
-    if target.is_dir():
+
+    def announce(line: str) -> None:
+        print(f"note: {line}", file=sys.stderr)
+
+    if target.is_dir() or target.suffix.lower() == ".toml":
         if model is None and not any(item.startswith("model.path=") for item in overrides):
             raise ConfigError(
-                f"training the folder {target} needs a model",
+                f"training on {target} needs a model",
                 hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
             )
         # a folder may be called what a run may not
-        plain = re.sub(r"[^\w .+-]", "_", target.resolve().name).lstrip(" .+-") or "lora"
-        raw = {"name": plain, "data": {"folder": str(target)}, "model": {}}
-        return build_config(raw, [*options, *overrides], source=str(target))
+        plain = target.resolve().name if target.is_dir() else target.stem
+        plain = re.sub(r"[^\w .+-]", "_", plain).lstrip(" .+-") or "lora"
+        data = {"folder": str(target)} if target.is_dir() else str(target)
+        raw = {"name": plain, "data": data, "model": {}}
+        return build_config(raw, [*options, *overrides], str(target), announce)
     if not target.exists():
         raise ConfigError(
             f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
         )
-    return load_config(
-        target,
-        [*options, *overrides],
-        announce=lambda line: print(f"note: {line}", file=sys.stderr),
-    )
+    return load_config(target, [*options, *overrides], announce)
 
 
 @contextmanager

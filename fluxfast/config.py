@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.errors import ConfigError
+from fluxfast.kohya import KohyaFiles
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -70,13 +71,18 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    folder: Path = Field(description="folder of jpg, png, webp, searched recursively")
+    folder: Path = Field(description="folder of jpg, png, webp")
+    recursive: bool = Field(True, description="the folders below it are searched as well")
     resolution: list[Positive] = Field(
         [1024], description="one or several; each image appears once per entry"
     )
     num_repeats: Positive = 1
     caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
     default_caption: str | None = Field(None, description="for images that have no caption")
+    caption_prefix: str | None = Field(
+        None, description="put in front of each caption with a space, before any shuffling"
+    )
+    caption_suffix: str | None = Field(None, description="put behind each caption likewise")
     caption_dropout: Share = Field(
         0.05, description="share of samples trained with the empty prompt"
     )
@@ -207,7 +213,9 @@ class Config(Section):
     log_every: Positive = Field(10, description="steps between metric lines")
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
-    data: Annotated[list[DataConfig], Field(min_length=1)]
+    data: Annotated[list[DataConfig], Field(min_length=1)] = Field(
+        description="one or several; a path that ends in .toml is kohya's data set, read in place"
+    )
     train: TrainConfig = TrainConfig()
     save: SaveConfig = SaveConfig()
     sample: SampleConfig = SampleConfig()
@@ -242,9 +250,9 @@ def load_config(
 ) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
 
-    An ai-toolkit file is converted first; announce gets a line for each key of it that is ignored
-    or read differently. Raises ConfigError for an unreadable file, an unknown key (naming the
-    nearest one) or a bad value.
+    An ai-toolkit file is converted first, kohya's data sets as in `build_config`; announce gets a
+    line for each key of theirs that is ignored or read differently. Raises ConfigError for an
+    unreadable file, an unknown key (naming the nearest one) or a bad value.
     """
     path = Path(path)
     try:
@@ -259,28 +267,50 @@ def load_config(
         got = "nothing" if raw is None else type(raw).__name__
         raise ConfigError(f"{path} must hold a mapping of settings, got {got}")
     if not is_ai_toolkit(raw):
-        return build_config(raw, overrides, source=str(path))
+        return build_config(raw, overrides, source=str(path), announce=announce)
     try:
         raw, notes = convert_ai_toolkit(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
-    config = build_config(raw, overrides, source=f"{path}, with ai-toolkit's keys translated")
+    source = f"{path}, with ai-toolkit's keys translated"
+    config = build_config(raw, overrides, source, announce)
     for note in notes:
         announce(note)
     return config
 
 
-def build_config(raw: dict, overrides: list[str] = (), source: str = "the settings") -> Config:
-    """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError."""
+def build_config(
+    raw: dict,
+    overrides: list[str] = (),
+    source: str = "the settings",
+    announce: Callable[[str], None] = lambda line: None,
+) -> Config:
+    """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError.
+
+    A .toml named in `data` is read as kohya's data set; announce gets a line for each key of it
+    that is ignored or read differently.
+    """
+    files = KohyaFiles()
     for override in overrides:
+        if override.startswith("data="):
+            files = KohyaFiles()
+        elif override.startswith("data."):  # which may reach into what a .toml says
+            files.insert(raw)
         _apply_override(raw, override)
+    files.insert(raw)
+    files.settle(raw)
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
+        if files.paths:
+            source += f", with the keys of {', '.join(files.paths)} translated"
         raise ConfigError(
             f"{source}: " + "; ".join(_describe(item) for item in error.errors()),
             hint="`fluxfast train --help` names the sections; examples/ holds complete files",
         ) from None
+    for note in files.notes:
+        announce(note)
+    return config
 
 
 class _Loader(yaml.SafeLoader):

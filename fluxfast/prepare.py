@@ -83,7 +83,7 @@ def _hold_out(config: Config, dataset, root, length, device, dtype, progress):
         return dataset, []
     # the first data entry's way with captions, at its resolutions, each picture once
     data = config.data[0].model_copy(
-        update={"folder": validation.folder, "num_repeats": 1, "flip": False}
+        update={"folder": validation.folder, "recursive": True, "num_repeats": 1, "flip": False}
     )
     only = config.model_copy(update={"data": [data]})
     held = prepare_dataset(only, root, length, device, dtype, progress)

@@ -24,7 +24,9 @@ fluxfast.draws
 fluxfast.files           errors
 fluxfast.compat_table    errors
 fluxfast.compat          compat_table errors
-fluxfast.config          compat errors
+fluxfast.kohya_table     compat_table
+fluxfast.kohya           kohya_table compat_table errors
+fluxfast.config          compat kohya errors
 fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*

@@ -144,6 +144,19 @@ def test_texts_are_the_prompts(nano_model, tmp_path, folder):
         )
 
 
+def test_prefix_and_suffix_are_part_of_the_caption(nano_model, tmp_path, folder):
+    settings = config(tmp_path, caption_prefix="best,", caption_suffix="by day", trigger="tok")
+    captions = [sample.caption for sample in prepare(nano_model, settings).samples]
+    assert captions == [
+        "tok, best, one, two, three, four by day", "tok, best, by day", "tok, best, x by day"
+    ]  # fmt: skip
+
+
+def test_folders_below_may_be_left_out(nano_model, tmp_path, folder):
+    dataset = prepare(nano_model, config(tmp_path, recursive=False))
+    assert [sample.name for sample in dataset.samples] == ["a.png", "b.jpg"]
+
+
 def test_settings_that_matter_change_the_names(nano_model, tmp_path, folder):
     picture(5, mode="RGBA").save(folder / "a.png")
 
@@ -396,7 +409,7 @@ def test_store_round_trip_and_damage(tmp_path):
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # one bit
     with pytest.raises(FluxfastError, match="checksum") as raised:
         read_tensors(path, ("a",))
-    assert "delete it" in raised.value.hint
+    assert "has been deleted" in str(raised.value) and not path.exists()
     with pytest.raises(FluxfastError, match="No such file"):
         read_tensors(tmp_path / "none", ())
 

@@ -10,6 +10,7 @@ from fluxfast.data.captions import (
     caption_variants,
     fill_missing,
     read_captions,
+    wrap_caption,
 )
 from fluxfast.errors import FluxfastError
 
@@ -156,3 +157,17 @@ def test_shuffle_of_little():
     assert sorted(texts) == ["a, b", "b, a"]
     texts = caption_variants("b, c", "h", trigger="tok", shuffle=True, keep_tokens=1, variants=9)
     assert all(text.startswith("tok, ") for text in texts)
+
+
+@pytest.mark.parametrize(
+    "caption, prefix, suffix, expected",
+    [
+        ("a dog", None, None, "a dog"),
+        ("a dog", "photo of", None, "photo of a dog"),
+        ("a dog", "best, ", ", from the side", "best,  a dog , from the side"),
+        ("", "photo", "", "photo"),
+        ("", None, None, ""),
+    ],
+)
+def test_prefix_and_suffix(caption, prefix, suffix, expected):
+    assert wrap_caption(caption, prefix, suffix) == expected

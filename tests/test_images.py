@@ -32,6 +32,7 @@ def test_find_images(tmp_path):
     os.symlink(tmp_path, tmp_path / "x" / "loop")
     found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
     assert found == sorted(names)
+    assert [path.name for path in find_images(tmp_path, recursive=False)] == ["a.jpg", "b.PNG"]
 
 
 def test_find_images_in_a_linked_folder(tmp_path):

@@ -164,7 +164,7 @@ def _read_prompts(config: Config, data: DataConfig, found: list[ScannedImage]) -
     for image in found:
         try:
             variants = captions.caption_variants(
-                texts[image.path],
+                captions.wrap_caption(texts[image.path], data.caption_prefix, data.caption_suffix),
                 image.hash,
                 trigger=config.trigger,
                 shuffle=data.shuffle_captions,

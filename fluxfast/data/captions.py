@@ -60,6 +60,11 @@ def fill_missing(
     return {path: fallback if text is None else text for path, text in captions.items()}
 
 
+def wrap_caption(caption: str, prefix: str | None = None, suffix: str | None = None) -> str:
+    """`prefix caption suffix`, stripped; what is None or empty is left out."""
+    return " ".join(part for part in (prefix, caption, suffix) if part).strip()
+
+
 def apply_trigger(caption: str, trigger: str | None) -> str:
     """Replace every `[trigger]`; put the trigger in front of a caption that does not contain it as
     a word.

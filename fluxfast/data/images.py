@@ -27,10 +27,11 @@ _UPRIGHT = {
 }
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, recursive: bool = True) -> list[Path]:
     """Every jpg, jpeg, png and webp below `folder` (any case), sorted by relative path.
 
-    Dot files and dot folders are skipped; links to folders are followed, each real folder once.
+    recursive: in the folders below it too, else in `folder` alone. Dot files and dot folders are
+    skipped; links to folders are followed, each real folder once.
     Raises FluxfastError if the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -48,7 +49,7 @@ def find_images(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 found.append(Path(parent, name))

@@ -86,7 +86,7 @@ def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
 
 def _find(data: DataConfig) -> list[Path]:
     """Images of a data folder; a mask folder that lies inside it is left out."""
-    paths = images.find_images(data.folder)
+    paths = images.find_images(data.folder, data.recursive)
     if data.mask_folder is None:
         return paths
     folder, masks = data.folder.resolve(), data.mask_folder.resolve()
