@@ -1,5 +1,7 @@
 """Does a candidate take the same step? Loss and LoRA gradients against a reference; bytes saved."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ def saved_bytes(candidate: Candidate, batch: Batch) -> int:
     rebuilds.
     """
     known = [*candidate.model.parameters(), *candidate.model.buffers(), *vars(batch).values()]
+    return kept_bytes(known, lambda: loss_of(candidate, batch))
+
+
+def kept_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
+    """What autograd keeps of `forward`, each storage once, those of `known` tensors left out."""
     seen = {t.untyped_storage().data_ptr() for t in known}
     kept = []
 
@@ -29,7 +36,7 @@ def saved_bytes(candidate: Candidate, batch: Batch) -> int:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(candidate, batch)
+        forward()
     return sum(storage.nbytes() for storage in kept)
 
 

@@ -2,13 +2,15 @@
 
     x_t = (1 − t)·x + t·n,   target = n − x,   t = 1 is pure noise
 
-Every draw is a pure function of (seed, global sample index). Imports torch only.
+Every draw is a pure function of (seed, global sample index). Imports torch and fluxfast_kernels
+only.
 Shape legend: B batch, C latent channels, h, w latent rows and columns, T = h/2 · w/2 image tokens.
 """
 
 import math
 from dataclasses import dataclass
 
+import fluxfast_kernels as fk
 import torch
 from torch import Tensor
 
@@ -154,10 +156,4 @@ def flow_loss(prediction: Tensor, batch: NoisyBatch) -> Tensor:
 
     So a mask moves the loss to where it is white without making the picture count for less.
     """
-    error = (prediction.float() - batch.target).square()
-    if batch.mask is None:
-        per_sample = error.mean(dim=(1, 2))
-    else:
-        total = batch.mask.sum(dim=(1, 2)).clamp(min=1e-6)
-        per_sample = (error * batch.mask).sum(dim=(1, 2)) / total
-    return per_sample * batch.weight
+    return fk.flow_loss(prediction, batch.target, batch.weight, batch.mask)

@@ -1,11 +1,44 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and Triton's interpreter for the kernel tests."""
 
+import importlib
 import importlib.util
+import json
+import os
+import pkgutil
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _import_kernels_interpreted() -> None:
+    """Import the kernels so that Triton interprets them on the CPU, with bf16 put right.
+
+    The variable is set for the import alone: whatever else this process starts compiles as usual.
+    The launchers are off until a kernel test asks for them.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return  # there the kernels are compiled; a process can do only one of the two
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton_bf16
+
+        triton_bf16.install()
+        import fluxfast_kernels
+        import triton.experimental.gluon  # noqa: F401  (Triton imports it at the first launch)
+        from fluxfast_kernels import backend
+
+        for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
+            importlib.import_module(f"fluxfast_kernels.{module.name}")
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    backend._cpu_launches = False
+
+
+_import_kernels_interpreted()
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +48,34 @@ def nano_model(tmp_path_factory) -> Path:
     make_nano = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_nano)
     return make_nano.make_nano(tmp_path_factory.mktemp("nano") / "model", seed=0)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One cache folder for the runs of a test file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def configure(nano_model, photos, cache, tmp_path):
+    """-> make(train__steps=2, ...): a small run's configuration over the file's `photos`."""
+    from fluxfast.config import build_config
+
+    def make(**changes):
+        raw = {
+            "name": "small",
+            "output_dir": str(tmp_path / "runs"),
+            "cache_dir": str(cache),
+            "trigger": "ohwx",
+            "log_every": 2,
+            "device": "cpu",
+            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
+            "lora": {"rank": 2},
+            "data": {"folder": str(photos), "resolution": 64},
+            "train": {"steps": 4, "batch_size": 2, "lr": 1e-3},
+            "save": {"every": 2, "dtype": "fp32"},
+        }
+        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        return build_config(raw, sets)
+
+    return make

@@ -3,8 +3,8 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from fluxfast_kernels import nf4_decode, nf4_quantize
-from fluxfast_kernels.nf4 import dynamic_map
+from fluxfast_kernels import NF4Tensor, nf4_decode, nf4_quantize
+from fluxfast_kernels.nf4 import dynamic_map, nf4_decode_reference
 
 SHAPES = [(64, 64), (96, 192), (3, 64), (130, 320), (257, 128)]
 
@@ -78,12 +78,29 @@ def test_refuses(bad):
         nf4_quantize(bad)
 
 
-def test_decode_into_scratch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decode_into_given_memory(dtype):
     quantised = nf4_quantize(weights("random", (96, 192)))
-    truth = nf4_decode(quantised)
-    scratch = torch.full((96 * 192 + 5,), torch.nan)
-    assert torch.equal(nf4_decode(quantised, scratch=scratch), truth)
-    assert torch.equal(nf4_decode(quantised, torch.bfloat16, scratch), truth.bfloat16())
-    for bad in (scratch[:100], scratch.double(), torch.empty(96, 400)[:, ::2]):
-        with pytest.raises(ValueError, match="scratch"):
-            nf4_decode(quantised, scratch=bad)
+    out = torch.full((96 * 192 + 5,), torch.nan, dtype=dtype)
+    assert torch.equal(nf4_decode(quantised, dtype, out), nf4_decode(quantised, dtype))
+    assert out[-5:].isnan().all()
+    for bad in (out[:100], out.double(), torch.empty(96, 400, dtype=dtype)[:, ::2]):
+        with pytest.raises(ValueError, match="^out must be"):
+            nf4_decode(quantised, dtype, bad)
+    with pytest.raises(ValueError, match="^dtype must be"):
+        nf4_decode(quantised, torch.int8)
+
+
+def test_nested_matrices_stack_with_an_offset_per_block():
+    """Each part of a fused weight was quantised alone and keeps its own offset."""
+    parts = [nf4_quantize(weights(kind, (64, 256)), nested=True) for kind in ("random", "small")]
+    both = NF4Tensor(
+        torch.cat([part.packed for part in parts]),
+        torch.cat([part.absmax for part in parts]),
+        (128, 256),
+        torch.cat([part.nested_absmax for part in parts]),
+        torch.cat([part.offset.expand(len(part.nested_absmax)) for part in parts]),
+    )
+    expected = torch.cat([nf4_decode(part) for part in parts])
+    assert torch.equal(nf4_decode(both), expected)
+    assert torch.equal(nf4_decode_reference(both), expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from typer.testing import CliRunner
 
 from fluxfast.cli import app
 from fluxfast.config import build_config
@@ -38,6 +39,18 @@ def test_fluxfast_commands_parse():
         assert target is None or (ROOT / target).exists(), target
 
 
+def test_fluxfast_commands_run(tmp_path, monkeypatch):
+    """Each one, in the README's order, from a folder that holds nothing but the examples."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    for words in commands("fluxfast"):
+        done = runner.invoke(app, words[1:])
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    for name in ("runs/nano/report.html", "runs/photos/photos.safetensors"):
+        assert (tmp_path / name).is_file(), name
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {words[1] for words in commands("make")}
@@ -63,7 +76,7 @@ def test_file_map_is_the_tree():
         for path in (ROOT / "fluxfast").iterdir()
         if path.name not in ("__pycache__", "__init__.py", "__main__.py")
     }
-    others = {"kernels/fluxfast_kernels", "bench", "examples/nano", "tests"}
+    others = {"kernels/fluxfast_kernels", "csrc", "bench", "examples/nano", "tests"}
     assert listed == modules | others
 
 

@@ -9,6 +9,7 @@ linears.
 import math
 from collections.abc import Callable
 
+import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,45 +44,21 @@ def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of the last axis. x [B, T, H, C]; computed in fp32, returned as it
-    came.
-    """
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """q, k, v [B, T, H, C] -> [B, T, H·C]."""
-    q, k = rotate(q, rope), rotate(k, rope)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
-
-
-def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(h) · (1 + scale) + shift. h [B, T, D]; shift, scale [B, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
-
-
 class RMSNorm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-        self.register_buffer("scale", None)
+    """The scale of a norm that the attention op applies."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,), self.scale.to(x.dtype), eps=1e-6)
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", None)
 
 
 class QKNorm(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self):
         super().__init__()
-        self.query_norm, self.key_norm = RMSNorm(width), RMSNorm(width)
+        self.query_norm, self.key_norm = RMSNorm(), RMSNorm()
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def scales(self) -> list[Tensor]:
+        return [self.query_norm.scale, self.key_norm.scale]
 
 
 class MLPEmbedder(nn.Module):
@@ -110,15 +87,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, spec: FluxSpec):
         super().__init__()
-        self.heads, self.head_dim = spec.num_heads, spec.head_dim
         self.qkv = LoRALinear(spec.hidden_size, 3 * spec.hidden_size)
-        self.norm = QKNorm(spec.head_dim)
+        self.norm = QKNorm()
         self.proj = LoRALinear(spec.hidden_size, spec.hidden_size)
-
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> normalised q and k, and v, each [B, T, H, C]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        return *self.norm(q, k), v
 
 
 class DoubleStreamBlock(nn.Module):
@@ -127,6 +98,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, spec: FluxSpec):
         super().__init__()
         hidden, mlp = spec.hidden_size, spec.mlp_hidden
+        self.heads = spec.num_heads
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(hidden, 6))
             self.add_module(f"{stream}_attn", SelfAttention(spec))
@@ -138,19 +110,21 @@ class DoubleStreamBlock(nn.Module):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
         # both streams' heads, text first
-        img_heads = self.img_attn.heads_of(modulate(img, img_shift1, img_scale1))
-        txt_heads = self.txt_attn.heads_of(modulate(txt, txt_shift1, txt_scale1))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_heads, img_heads, strict=True))
+        txt_qkv = self.txt_attn.qkv.of_norm(txt, txt_shift1, txt_scale1)
+        img_qkv = self.img_attn.qkv.of_norm(img, img_shift1, img_scale1)
 
         # joint attention, then each stream takes its tokens back
-        attn = attention(q, k, v, rope)
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+        scales = self.txt_attn.norm.scales() + self.img_attn.norm.scales()
+        attn = fk.qk_norm_rope_attention([txt_qkv, img_qkv], scales, *rope, self.heads)
+        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
-        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+        img = self.img_attn.proj(img_attn, img_gate1, residual=img)
+        txt = self.txt_attn.proj(txt_attn, txt_gate1, residual=txt)
 
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
+        # each stream's own MLP
+        (img_in, _, img_out), (txt_in, _, txt_out) = self.img_mlp, self.txt_mlp
+        img = img_out.of_gelu(img_in.of_norm(img, img_shift2, img_scale2), img_gate2, residual=img)
+        txt = txt_out.of_gelu(txt_in.of_norm(txt, txt_shift2, txt_scale2), txt_gate2, residual=txt)
         return img, txt
 
 
@@ -160,19 +134,17 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, spec: FluxSpec):
         super().__init__()
         hidden, mlp = spec.hidden_size, spec.mlp_hidden
-        self.heads, self.head_dim, self.split = spec.num_heads, spec.head_dim, (3 * hidden, mlp)
+        self.heads, self.split = spec.num_heads, 3 * hidden
         self.modulation = Modulation(hidden, 3)
         self.linear1 = LoRALinear(hidden, 3 * hidden + mlp)
-        self.norm = QKNorm(spec.head_dim)
+        self.norm = QKNorm()
         self.linear2 = LoRALinear(hidden + mlp, hidden)
 
     def forward(self, x: Tensor, vec: Tensor, rope) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        attn = attention(*self.norm(q, k), v, rope)
-        out = self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
-        return torch.addcmul(x, gate, out)
+        qkv, u = self.linear1.of_norm(x, shift, scale, split=self.split)
+        attn = fk.qk_norm_rope_attention([qkv], self.norm.scales(), *rope, self.heads)
+        return self.linear2.of_gelu(u, gate, residual=x, head=attn)
 
 
 class LastLayer(nn.Module):
@@ -184,7 +156,7 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear.of_norm(x, shift, scale)
 
 
 class Flux(nn.Module):

@@ -8,15 +8,22 @@ R], N' the rows that have an update, part after part: stacked, never a block-dia
 that splitting the layer into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form)
 is P = 1 with several row ranges.
 
-Autograd saves x and nothing else: the dense weight and x Aᵀ are made again in backward.
+The work is done by the fused ops of `fluxfast_kernels`, with what comes before the product (norm
+and modulation, GELU) or after it (gate and residual). Autograd then keeps the op's input and
+nothing in between. LoRA dropout takes a path of its own that is not fused.
 """
 
 import math
-import threading
 
+import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels import NF4Tensor, nf4_decode, nf4_quantize
+from fluxfast_kernels.lora_linear import (
+    dense_weight,
+    linear_backward,
+    linear_forward,
+    lora_slices,
+)
 from fluxfast_kernels.nf4 import BLOCK
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -60,25 +67,23 @@ class LoRALinear(nn.Module):
             raise ValueError(f"storage must be fp32, bf16 or nf4, got {storage!r}")
         if storage == "nf4" and self.in_features % BLOCK == 0:
             self.weight = None
-            for name, tensor in nf4_quantize(weight, nested).tensors().items():
+            for name, tensor in fk.nf4_quantize(weight, nested).tensors().items():
                 setattr(self, name, tensor)
             return True
         # a copy: a slice of a file's memory map would keep the whole file's pages alive
         self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
         return storage != "nf4"
 
-    def dense(self, dtype: torch.dtype, scratch: bool = False) -> Tensor:
-        """The frozen weight [N, K] in `dtype`.
-
-        scratch: decode into memory that every layer shares, good until the next such call.
-        """
+    def frozen(self) -> list[Tensor]:
+        """The frozen weight as the fused ops take it: [W], or NF4's two or four tensors."""
         if self.weight is not None:
-            return self.weight.to(dtype)
-        shape = (self.out_features, self.in_features)
-        quantised = NF4Tensor(self.packed, self.absmax, shape, self.nested_absmax, self.offset)
-        count = self.out_features * self.in_features
-        memory = _scratch(count, self.packed.device) if scratch else None
-        return nf4_decode(quantised, dtype, memory)
+            return [self.weight]
+        kept = (self.packed, self.absmax, self.nested_absmax, self.offset)
+        return [tensor for tensor in kept if tensor is not None]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A copy of the frozen weight [N, K] in `dtype`."""
+        return dense_weight(self.frozen(), self.in_features, dtype).clone()
 
     def add_lora(
         self,
@@ -107,23 +112,70 @@ class LoRALinear(nn.Module):
 
     def lora_slices(self):
         """Yields (rows of y, rows of B, rows of A) as slices, one per part and range."""
-        rank, row = self.lora_B.shape[1], 0
-        for index, ranges in enumerate(self.lora_parts):
-            for start, end in ranges:
-                yield (
-                    slice(start, end),
-                    slice(row, row + end - start),
-                    slice(index * rank, (index + 1) * rank),
-                )
-                row += end - start
+        for ranges in lora_slices(self._parts(), self.lora_B.shape[1]):
+            yield tuple(slice(*pair) for pair in ranges)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] in the compute dtype -> [..., N] in the same dtype."""
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [..., K] in the compute dtype -> y [..., N], or residual + gate · y."""
+        if self._drops():
+            return _gated(self._dropped(x), gate, residual)
+        if _trains(gate):
+            return _gated(fk.lora_linear(x, *self._arguments()), gate, residual)
+        return fk.lora_linear(x, *self._arguments(), gate=gate, residual=residual)
+
+    def of_norm(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0):
+        """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
+
+        -> y [B, T, N], or with a split the tensors of y's columns before and after it.
+        """
+        if self._drops():
+            y = self._dropped(fk.norm_modulate(h, shift, scale))
+            return y.tensor_split([split], dim=-1) if split else y
+        return fk.norm_modulate_lora_linear(h, shift, scale, *self._arguments(), split=split)
+
+    def of_gelu(
+        self,
+        u: Tensor,
+        gate: Tensor,
+        residual: Tensor,
+        head: Tensor | None = None,
+    ) -> Tensor:
+        """residual + gate · y, y the layer of [head, GELU-tanh(u)].
+
+        u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N].
+        """
+        if self._drops():
+            x = F.gelu(u, approximate="tanh")
+            x = x if head is None else torch.cat([head, x], dim=-1)
+            return _gated(self._dropped(x), gate, residual)
+        if _trains(gate):
+            return _gated(fk.gelu_lora_linear(u, *self._arguments(), head=head), gate, residual)
+        return fk.gelu_lora_linear(u, *self._arguments(), head=head, gate=gate, residual=residual)
+
+    def _arguments(self) -> tuple:
+        """weight, bias, A, B, parts, scale: what every fused linear takes."""
         if self.lora_A is None or self.lora_strength == 0:
-            return _FrozenLinear.apply(x, self)
-        drop = self.training and self.dropout > 0
-        indices = tuple(self.clock.indices) if drop else None
-        return _LoRALinear.apply(x, self.lora_A, self.lora_B, self, indices)
+            return self.frozen(), self.bias, None, None, [], 1.0
+        scale = self.lora_scale * self.lora_strength
+        return self.frozen(), self.bias, self.lora_A, self.lora_B, self._parts(), scale
+
+    def _parts(self) -> list[int]:
+        return [
+            number
+            for index, ranges in enumerate(self.lora_parts)
+            for start, end in ranges
+            for number in (start, end, index)
+        ]
+
+    def _drops(self) -> bool:
+        wanted = self.training and self.dropout > 0
+        return wanted and self.lora_A is not None and self.lora_strength != 0
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        indices = tuple(self.clock.indices)
+        return _DroppedLinear.apply(x, self.lora_A, self.lora_B, self, indices)
 
     def dropout_mask(self, x: Tensor, indices: tuple[int, ...]) -> Tensor:
         """0 or 1/(1-p) per element of x [B, ..., K], drawn by global sample index."""
@@ -144,59 +196,25 @@ class LoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {kind}{rank}"
 
 
-class _Scratch(threading.local):
-    """One per thread: CPU products run at once in several threads, on a GPU they queue up."""
-
-    def __init__(self):
-        self.known: dict[torch.device, Tensor] = {}
+def _trains(gate: Tensor | None) -> bool:
+    return gate is not None and gate.requires_grad and torch.is_grad_enabled()
 
 
-_CPU_SCRATCH = _Scratch()
-_GPU_SCRATCH: dict[torch.device, Tensor] = {}  # backward has its own thread and the same queue
+def _gated(y: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+    return y if residual is None else fk.gate_residual(residual, gate, y)
 
 
-def _scratch(count: int, device: torch.device) -> Tensor:
-    """fp32 [count or more] of the device's one scratch, grown to the largest layer seen.
-
-    Its users run one after the other: a product is queued before the next decode is.
-    """
-    memory = _CPU_SCRATCH.known if device.type == "cpu" else _GPU_SCRATCH
-    known = memory.get(device)
-    if known is None or known.numel() < count:
-        # one that a preview made in inference mode could not be written to in training
-        with torch.inference_mode(False):
-            known = memory[device] = torch.empty(count, device=device)
-    return known[:count]
-
-
-def _bias(layer: LoRALinear, dtype: torch.dtype) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.to(dtype)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b. Saves nothing: the weight is frozen and made dense again in backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: LoRALinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype, scratch=True), _bias(layer, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        return dy @ ctx.layer.dense(dy.dtype, scratch=True), None
-
-
-class _LoRALinear(torch.autograd.Function):
-    """x Wᵀ + b + the low-rank update. Saves x."""
+class _DroppedLinear(torch.autograd.Function):
+    """x Wᵀ + b + the low-rank update of (mask · x), unfused. Saves x; the mask is drawn again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: LoRALinear, indices) -> Tensor:
         ctx.layer, ctx.indices = layer, indices
         ctx.save_for_backward(x, a, b)
-        y = F.linear(x, layer.dense(x.dtype, scratch=True), _bias(layer, x.dtype))
-        down = F.linear(_dropped(x, layer, indices), a.to(x.dtype))
-        up = b.to(x.dtype) * (layer.lora_scale * layer.lora_strength)
+        weight, bias, _, _, _, scale = layer._arguments()
+        (y,) = linear_forward([x], weight, bias, None, None, [], 1.0)
+        down = F.linear(x * layer.dropout_mask(x, indices), a.to(x.dtype))
+        up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
         for y_rows, b_rows, a_rows in layer.lora_slices():
             y_2d[:, y_rows].addmm_(down_2d[:, a_rows], up[b_rows].T)
@@ -205,28 +223,10 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        layer, indices = ctx.layer, ctx.indices
+        layer = ctx.layer
         x, a, b = ctx.saved_tensors
-        scale = layer.lora_scale * layer.lora_strength
-        dy_2d = dy.reshape(-1, dy.shape[-1])
-        x_lora = _dropped(x, layer, indices)
-        x_2d = x_lora.reshape(-1, x.shape[-1])
-        down = x_2d @ a.to(x.dtype).T
-        up = b.to(x.dtype)
-        d_down = torch.zeros_like(down)
-        db = torch.empty_like(b)
-        for y_rows, b_rows, a_rows in layer.lora_slices():
-            db[b_rows] = (dy_2d[:, y_rows].T @ down[:, a_rows]).to(b.dtype)
-            d_down[:, a_rows].addmm_(dy_2d[:, y_rows], up[b_rows])
-        d_down *= scale
-        da = (d_down.T @ x_2d).to(a.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ layer.dense(dy.dtype, scratch=True)
-            dx_lora = (d_down @ a.to(x.dtype)).view(x.shape)
-            dx += dx_lora if indices is None else dx_lora * layer.dropout_mask(x, indices)
-        return dx, da, db.mul_(scale), None, None
-
-
-def _dropped(x: Tensor, layer: LoRALinear, indices) -> Tensor:
-    return x if indices is None else x * layer.dropout_mask(x, indices)
+        mask = layer.dropout_mask(x, ctx.indices)
+        weight, _, _, _, parts, scale = layer._arguments()
+        dx_lora, da, db = linear_backward([dy], [x * mask], [], a, b, parts, scale, True)
+        dxs, _, _ = linear_backward([dy], [x], weight, None, None, [], 1.0, True)
+        return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None

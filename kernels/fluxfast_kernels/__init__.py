@@ -1,7 +1,57 @@
-"""fluxfast's kernels, importable by any trainer. Needs torch; importing it needs no GPU and no
-compiler.
+"""fluxfast's kernels, importable by any trainer: torch and triton are all they need.
+
+Every op has a plain-torch `*_reference` beside it in its file. Importing needs no GPU, no driver
+and no compiler.
 """
 
+from fluxfast_kernels.attention import attention, attention_reference
+from fluxfast_kernels.flow_loss import (
+    flow_loss,
+    flow_loss_reference,
+    flow_mix,
+    flow_mix_reference,
+)
+from fluxfast_kernels.gate_residual import gate_residual, gate_residual_reference
+from fluxfast_kernels.gelu import gelu_lora_linear, gelu_lora_linear_reference
+from fluxfast_kernels.lora_linear import lora_linear, lora_linear_reference
 from fluxfast_kernels.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
+from fluxfast_kernels.norm_modulate import (
+    norm_modulate,
+    norm_modulate_lora_linear,
+    norm_modulate_lora_linear_reference,
+    norm_modulate_reference,
+)
+from fluxfast_kernels.patch_diffusers import patch_diffusers, unpatch_diffusers
+from fluxfast_kernels.qk_norm_rope import (
+    qk_norm_rope_attention,
+    qk_norm_rope_attention_reference,
+    qk_norm_rope_reference,
+)
 
-__all__ = ["NF4Tensor", "nf4_absmax", "nf4_decode", "nf4_quantize"]
+__all__ = [
+    "NF4Tensor",
+    "attention",
+    "attention_reference",
+    "flow_loss",
+    "flow_loss_reference",
+    "flow_mix",
+    "flow_mix_reference",
+    "gate_residual",
+    "gate_residual_reference",
+    "gelu_lora_linear",
+    "gelu_lora_linear_reference",
+    "lora_linear",
+    "lora_linear_reference",
+    "nf4_absmax",
+    "nf4_decode",
+    "nf4_quantize",
+    "norm_modulate",
+    "norm_modulate_lora_linear",
+    "norm_modulate_lora_linear_reference",
+    "norm_modulate_reference",
+    "patch_diffusers",
+    "qk_norm_rope_attention",
+    "qk_norm_rope_attention_reference",
+    "qk_norm_rope_reference",
+    "unpatch_diffusers",
+]

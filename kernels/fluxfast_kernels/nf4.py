@@ -7,15 +7,26 @@ Rows are cut in blocks of 64 along K, so K must be a multiple of 64 and a block 
 cutting or stacking whole rows of quantised matrices is exact. The first weight of a pair sits in
 the high nibble. Memory: 0.5 byte a weight + 4/64 (fp32 absmax) or 1/64 + 4/16384 (nested).
 
+On a CPU the library of `csrc/` does the work where it was built, else plain PyTorch; on a GPU a
+Triton kernel decodes and PyTorch quantises. All give the same bytes. Bytes moved by a decode: those
+above, and the size of a value in the result; FLOP: one a weight.
+
 Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic map: arXiv
 2110.02861.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Optional
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from fluxfast_kernels import native
+from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -34,8 +45,8 @@ class NF4Tensor:
     """A quantised [N, K] matrix.
 
     packed: uint8 [N * K / 2, 1]; absmax: fp32 [N * K / 64], or uint8 when nested;
-    nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32 scalar tensor, both None unless
-    nested.
+    nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32, one value or one per nested block
+    (rows of several matrices stacked), both None unless nested.
     """
 
     packed: Tensor
@@ -89,18 +100,27 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
         )
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"weight must be fp32, fp16 or bf16, got {weight.dtype}")
+    if weight.device.type == "cpu" and weight.is_contiguous() and native.isa():
+        packed, absmax = native.nf4_quantize(weight)
+        packed = packed[:, None]
+    else:
+        packed, absmax = _quantize_blocks(weight)
+    if not nested:
+        return NF4Tensor(packed, absmax, tuple(weight.shape))
+    offset = absmax.mean()
+    absmax, nested_absmax = _quantize_dynamic(absmax - offset)
+    return NF4Tensor(packed, absmax, tuple(weight.shape), nested_absmax, offset)
+
+
+def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """-> packed uint8 [n / 2, 1], absmax fp32 [n / 64], in plain PyTorch."""
     code = _code(weight.device)
     bounds = (code[:-1] + code[1:]) / 2
     blocks = weight.reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1).view(-1)
     nibble = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
-    packed = ((nibble[::2] << 4) | nibble[1::2])[:, None]
-    if not nested:
-        return NF4Tensor(packed, absmax, tuple(weight.shape))
-    offset = absmax.mean()
-    absmax, nested_absmax = _quantize_dynamic(absmax - offset)
-    return NF4Tensor(packed, absmax, tuple(weight.shape), nested_absmax, offset)
+    return ((nibble[::2] << 4) | nibble[1::2])[:, None], absmax
 
 
 @cache
@@ -136,50 +156,107 @@ def nf4_absmax(weight: NF4Tensor) -> Tensor:
         return weight.absmax
     table = dynamic_map(weight.absmax.device)
     scale = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
-    return table[weight.absmax.int()] * scale + weight.offset
+    offset = weight.offset
+    if offset.numel() > 1:
+        offset = offset.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
+    return table[weight.absmax.int()] * scale + offset
+
+
+# ---------------------------------------------------------------- decode: kernel and launcher
+
+
+@triton.jit
+def _decode_kernel(packed, absmax, code, out, blocks, BLOCKS: tl.constexpr):
+    """BLOCKS blocks of 64 weights. The 16 code values are gathered from memory, where they stay in
+    the nearest cache: an arithmetic select of 16 takes 15 instructions a weight."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < blocks
+    scale = tl.load(absmax + block, inside, other=0.0)[:, None]
+    byte_at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    byte = tl.load(packed + byte_at, inside[:, None], other=0).to(tl.int32)
+    high = tl.load(code + (byte >> 4)) * scale
+    low = tl.load(code + (byte & 15)) * scale
+    values = tl.interleave(high, low)
+    at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + at, values.to(out.dtype.element_ty), inside[:, None])
+
+
+BLOCKS, WARPS = 64, 4  # a program: 4096 weights, 32 a thread
+
+
+def launch_decode(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """packed uint8 [n / 2], absmax fp32 [n / 64] -> out [n], all contiguous."""
+    blocks = absmax.numel()
+    grid = (triton.cdiv(blocks, BLOCKS),)
+    _decode_kernel[grid](packed, absmax, _code(packed.device), out, blocks, BLOCKS, num_warps=WARPS)
+
+
+def kernel_cases() -> Iterator[KernelCase]:
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"packed": "*u8", "absmax": "*fp32", "code": "*fp32", "out": f"*{dtype}"}
+        signature = types | {"blocks": "i32"}
+        yield KernelCase(
+            f"nf4_decode.{dtype}", _decode_kernel, signature, {"BLOCKS": BLOCKS}, num_warps=WARPS
+        )
+
+
+# ---------------------------------------------------------------- decode: the op
+
+
+@torch.library.custom_op("fluxfast::nf4_decode", mutates_args=())
+def _nf4_decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],  # noqa: UP045  (custom_op reads Optional on Python 3.10)
+    offset: Optional[Tensor],  # noqa: UP045
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = NF4Tensor(packed, absmax, (N, K), nested_absmax, offset)
+    return _decode_into(weight, packed.new_empty(N, K, dtype=dtype))
+
+
+@_nf4_decode.register_fake
+def _(packed, absmax, nested_absmax, offset, N, K, dtype):
+    return packed.new_empty(N, K, dtype=dtype)
 
 
 def nf4_decode(
-    weight: NF4Tensor, dtype: torch.dtype = torch.float32, scratch: Tensor | None = None
+    weight: NF4Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
-    """-> [N, K] in `dtype`. The product is formed in fp32 and rounded once.
+    """-> [N, K] in `dtype` (fp32, bf16, fp16). The product is formed in fp32 and rounded once.
 
-    scratch: fp32 [at least N * K], contiguous, on the weight's device: overwritten, and where dtype
-    is fp32 the result is a view of it. Fresh memory costs a page fault every 4 KiB: a third of the
-    time on a CPU. Raises ValueError for a scratch that does not fit.
+    out: contiguous [at least N * K] of `dtype` on the weight's device: overwritten, the result is a
+    view of it. Fresh memory costs a CPU a page fault every 4 KiB. Without it this is the op
+    `fluxfast::nf4_decode`. Raises ValueError for another dtype and for an out that does not fit.
     """
-    packed = weight.packed.view(-1)
-    count = 2 * packed.numel()
-    if scratch is None:
-        scratch = torch.empty(count, device=packed.device)
-    elif scratch.dtype != torch.float32 or scratch.numel() < count or not scratch.is_contiguous():
-        raise ValueError(f"scratch must be contiguous fp32 with room for {count} values")
-    values = scratch.view(-1)[:count]
-    if packed.device.type == "cpu":
-        _look_up_on_cpu(packed, values)
+    if dtype == torch.float64:  # for references: of the same fp32 values
+        return nf4_decode_reference(weight, torch.float32).double()
+    if out is None:
+        check_dtype("dtype", torch.empty(0, dtype=dtype))
+        parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+        return _nf4_decode(*parts, *weight.shape, dtype)
+    count = weight.shape[0] * weight.shape[1]
+    fits = out.dtype == dtype and out.numel() >= count and out.is_contiguous()
+    check(fits, "out", f"contiguous {dtype} with room for {count} values", tuple(out.shape))
+    check_dtype("out", out)
+    return _decode_into(weight, out.view(-1)[:count].view(weight.shape))
+
+
+def _decode_into(weight: NF4Tensor, out: Tensor) -> Tensor:
+    packed, absmax = weight.packed.view(-1), weight.absmax
+    if launches(packed):
+        launch_decode(packed, nf4_absmax(weight), out)
+    elif packed.device.type == "cpu" and native.isa():
+        table = None if weight.nested_absmax is None else dynamic_map(packed.device)
+        native.nf4_decode(packed, absmax, weight.nested_absmax, weight.offset, table, out)
     else:
-        torch.index_select(_pairs(packed.device), 0, packed.int(), out=values.view(-1, 2))
-    values.view(-1, BLOCK).mul_(nf4_absmax(weight)[:, None])
-    return values.view(weight.shape).to(dtype)
+        out.copy_(nf4_decode_reference(weight, out.dtype))
+    return out
 
 
-@cache
-def _quads():
-    """complex128 numpy [65536]: the four fp32 values of two neighbouring bytes as one 16-byte
-    item.
-    """
-    pairs = _pairs(torch.device("cpu"))
-    two = torch.arange(65536)  # little-endian: the first byte is the low one
-    return torch.cat([pairs[two & 255], pairs[two >> 8]], dim=1).numpy().view("complex128").ravel()
-
-
-def _look_up_on_cpu(packed: Tensor, values: Tensor) -> None:
-    """uint8 [n] -> fp32 [2n], unscaled, into `values`.
-
-    numpy takes 8- and 16-bit indices as they are, torch wants them widened to 32: on two Zen cores
-    this decodes 0.76 G weights/s, torch's embedding 0.30 and bitsandbytes 0.46.
-    """
-    import numpy as np  # torch runs without it; only this path needs it
-
-    out = values.numpy().view("complex128")
-    np.take(_quads(), packed.numpy().view(np.uint16), mode="clip", out=out)
+def nf4_decode_reference(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same in ordinary torch operations."""
+    values = _pairs(weight.packed.device)[weight.packed.view(-1).int()].view(-1, BLOCK)
+    return (values * nf4_absmax(weight)[:, None]).view(weight.shape).to(dtype)

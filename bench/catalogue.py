@@ -1,0 +1,96 @@
+"""Writes the table of kernels/README.md: formula, shapes, bytes, FLOP and floor of every op.
+
+    python bench/catalogue.py          rewrites the table
+    python bench/catalogue.py --check  exits with 1 where the file does not hold it
+
+The floor is the larger of bytes over bandwidth and FLOP over dense bf16 peak, of one launch on an
+RTX 4090 (1008 GB/s, 165 TFLOP/s) at one 1024 px picture: calculated from the datasheet, not timed.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
+BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
+BANDWIDTH, PEAK = 1008e9, 165e12
+T, D, F, H, C, R = 4608, 3072, 12288, 24, 128, 16
+E = 2  # bytes of a bf16 value
+NF4 = 0.5 + 4 / 64  # bytes a weight
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row. bytes_moved and flop are of the forward launch; saved is per token."""
+
+    file: str
+    name: str
+    formula: str
+    shapes: str
+    saved: str
+    bytes_moved: float
+    flop: float
+
+    def floor_us(self) -> float:
+        return 1e6 * max(self.bytes_moved / BANDWIDTH, self.flop / PEAK)
+
+
+def linear(n: int, k: int, parts: int = 1, extra: float = 0.0) -> tuple[float, float]:
+    moved = E * T * (n + k) + NF4 * n * k + 4 * R * (n + parts * k) + extra
+    return moved, 2.0 * T * n * k + 2.0 * T * R * (parts * k + n)
+
+
+OPS = [
+    Op("nf4", "nf4_decode", "CODE[nibble] · absmax", "[N, K] = [12288, 3072]", "nothing",
+       (NF4 + E) * F * D, F * D),
+    Op("lora_linear", "lora_linear", "x Wᵀ + b + s (x Aᵀ) Bᵀ; residual + gate · that",
+       "x [B, T, 3072] to [B, T, 3072]", "x", *linear(D, D, extra=2 * E * T * D)),
+    Op("norm_modulate", "norm_modulate", "LayerNorm(h) (1 + scale) + shift", "h [B, T, 3072]",
+       "h, mean, rstd", 2 * E * T * D + 8 * T, 8.0 * T * D),
+    Op("norm_modulate", "norm_modulate_lora_linear", "the linear of norm_modulate(h)",
+       "h [B, T, 3072] to [B, T, 9216 + 12288]", "h, mean, rstd",
+       *linear(3 * D + F, D, 4, 2 * E * T * D)),
+    Op("qk_norm_rope", "qk_norm_rope_attention", "attention of RMSNorm and RoPE of q and k",
+       "qkv [B, T, 9216] to [B, T, 3072]", "qkv, o, lse", 10 * E * T * D, 4.0 * T * T * D),
+    Op("attention", "attention", "softmax(q kᵀ / √C) v", "q, k, v [B, 24, T, 128]",
+       "q, k, v, o, lse", 4 * E * T * D, 4.0 * T * T * D),
+    Op("gelu", "gelu_lora_linear", "the linear of [head, GELU-tanh(u)]; residual + gate · that",
+       "u [B, T, 12288], head [B, T, 3072]", "u (16 or 8 bits), head",
+       *linear(D, F + D, extra=2 * E * T * F + 2 * E * T * D)),
+    Op("gate_residual", "gate_residual", "h + gate · y", "h, y [B, T, 3072]",
+       "gate; y where gate is trained", 3 * E * T * D, 2.0 * T * D),
+    Op("flow_loss", "flow_mix", "(1 − t) x + t n; n − x; x = mean + std · ε", "[B, T, 64] fp32",
+       "nothing", 6 * 4 * (T - 512) * 64, 6.0 * T * 64),
+    Op("flow_loss", "flow_loss", "Σ weight · mask · (v − target)² and its gradient",
+       "[B, T, 64]", "the gradient", (2 * E + 4) * (T - 512) * 64, 5.0 * T * 64),
+]  # fmt: skip
+
+
+def table() -> str:
+    lines = [
+        "| op | formula | shapes (bf16 where not said) | saved | MB moved | GFLOP | floor, µs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for op in OPS:
+        link = f"[`{op.name}`](fluxfast_kernels/{op.file}.py)"
+        figures = f"{op.bytes_moved / 1e6:.0f} | {op.flop / 1e9:.1f} | {op.floor_us():.0f}"
+        lines.append(f"| {link} | {op.formula} | {op.shapes} | {op.saved} | {figures} |")
+    return "\n".join([BEGIN, *lines, END])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args(arguments).check
+    text = README.read_text(encoding="utf-8")
+    wanted = text.split(BEGIN)[0] + table() + text.split(END)[1]
+    if not check:
+        README.write_text(wanted, encoding="utf-8")
+    return int(check and wanted != text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

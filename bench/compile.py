@@ -1,0 +1,93 @@
+"""Compiles every kernel in every shipped configuration for cards that need not be here.
+
+    PYTHONPATH=.:kernels python bench/compile.py [--arch 89 90] [--only NAME]
+
+Prints registers, stack, shared memory and tensor-core instructions per kernel, and exits with 1 if
+one spills (a stack above zero, or LDL/STL instructions), needs more shared memory than the card
+has, or multiplies matrices without tensor cores. No GPU and no driver are needed.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+TENSOR_CORE = ("HMMA", "IMMA", "QMMA", "WGMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "OMMA")
+
+
+def cases() -> Iterator:
+    """Every `KernelCase` that a module of fluxfast_kernels names in its `kernel_cases()`."""
+    import fluxfast_kernels
+
+    for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
+        found = importlib.import_module(f"fluxfast_kernels.{module.name}")
+        if hasattr(found, "kernel_cases"):
+            yield from found.kernel_cases()
+
+
+def verdict(case, cost: dict, arch: int) -> str | None:
+    """What is wrong with a compiled kernel, or None."""
+    from bench.offline import SHARED_LIMIT
+
+    local = sum(count for opcode, count in cost["sass"].items() if opcode in ("LDL", "STL"))
+    if cost["stack"] or local:
+        return f"spills: stack {cost['stack']} bytes, {local} LDL/STL"
+    if cost["shared"] > SHARED_LIMIT[arch]:
+        return f"needs {cost['shared']} bytes of shared memory, the card has {SHARED_LIMIT[arch]}"
+    if case.matrix and not tensor_core(cost):
+        return "multiplies matrices without tensor cores"
+    return None
+
+
+def tensor_core(cost: dict) -> dict[str, int]:
+    return {o: n for o, n in cost["sass"].items() if any(o.startswith(t) for t in TENSOR_CORE)}
+
+
+def compile_one(index: int, arch: int) -> tuple[str, str | None]:
+    """Case `index` for one card -> its row, and what is wrong with it or None."""
+    from bench.offline import compile_for, resources
+
+    case = _CASES[index]
+    settings = {"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options
+    try:
+        compiled = compile_for(case.fn, case.signature, case.constants, arch, **settings)
+        cost = resources(compiled)
+    except Exception as error:  # one kernel's failure is a row too
+        return f"{case.name:44} sm_{arch}", f"failed: {str(error).strip().splitlines()[0]}"
+    used = " ".join(f"{opcode} {n}" for opcode, n in sorted(tensor_core(cost).items())) or "-"
+    figures = f"{cost['registers']:4} {cost['stack']:5} {cost['shared']:7}"
+    return f"{case.name:44} sm_{arch:<3} {figures}  {used}", verdict(case, cost, arch)
+
+
+_CASES: list = []  # filled before the workers are forked: a kernel cannot be sent to a process
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
+    _CASES[:] = [case for case in cases() if options.only in case.name]
+    work = [(index, arch) for index in range(len(_CASES)) for arch in options.arch]
+
+    wrong = 0
+    print(f"{'kernel':44} arch  regs stack  shared  tensor-core instructions")
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for row, problem in pool.map(compile_one, *zip(*work, strict=True), chunksize=4):
+            wrong += problem is not None
+            print(f"{row}  WRONG: {problem}" if problem else row, flush=True)
+    print(f"{len(work)} compiled, {wrong} wrong")
+    return 1 if wrong or not work else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Compiles a Triton kernel for a GPU that this machine does not have, and reads what it costs.
+
+    kernel = compile_for(fn, {"x": "*bf16", "n": "i32"}, {"BLOCK": 1024}, arch=89, num_warps=8)
+    print(resources(kernel))    # registers, stack bytes, shared bytes, counts of SASS instructions
+
+No GPU and no driver are needed: Triton's wheel ships ptxas and cuobjdump. It must run without
+TRITON_INTERPRET. The compiler does not refuse a kernel over the card's shared memory: compare
+`shared` with SHARED_LIMIT. A spill shows as a stack above zero and as LDL or STL instructions.
+Pointers and i32 scalars are declared divisible by 16, as at run time: else vector loads vanish.
+"""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+_CUOBJDUMP = os.path.join(
+    os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump"
+)
+
+
+def compile_for(fn, signature, constants, arch, num_warps=4, num_stages=3, **options):
+    """Compile `fn` for compute capability `arch` (89 = RTX 4090, 90 = H100, 120 = RTX 5090)."""
+    names = fn.arg_names
+    types = {name: "constexpr" if name in constants else signature[name] for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name].startswith("*") or types[name] == "i32"
+    }
+    source = ASTSource(
+        fn=fn,
+        signature=types,
+        attrs=aligned,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(num_warps=num_warps, num_stages=num_stages, **options),
+    )
+
+
+def _cuobjdump(flag, path):
+    return subprocess.run(
+        [_CUOBJDUMP, flag, path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def resources(kernel):
+    """-> registers, stack (bytes a thread spills or indexes), shared (bytes a block),
+    instructions, sass {opcode: count}."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    opcodes = collections.Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.M)
+    )
+    return dict(
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        instructions=sum(opcodes.values()),
+        sass=dict(opcodes),
+    )

@@ -1,0 +1,109 @@
+"""Where an op runs, what it is told when it is called wrongly, and what the offline compiler needs.
+
+On a CUDA tensor an op launches its Triton kernels. On a CPU tensor it runs its plain-torch
+reference, unless Triton's interpreter is on (TRITON_INTERPRET=1 when this package is imported):
+then the same launchers run on the CPU, which is how kernels are tested without a GPU.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def launches(tensor: Tensor) -> bool:
+    """Whether an op on `tensor` launches Triton kernels (else it runs its reference)."""
+    return tensor.is_cuda or _cpu_launches
+
+
+@contextmanager
+def cpu_launches(on: bool) -> Iterator[None]:
+    """Switch the launchers on CPU tensors on or off. On needs TRITON_INTERPRET=1 to have been set
+    before this package was imported; without it a launch fails for want of a GPU."""
+    global _cpu_launches
+    before, _cpu_launches = _cpu_launches, on
+    try:
+        yield
+    finally:
+        _cpu_launches = before
+
+
+def check(condition: bool, name: str, needed: str, got: object) -> None:
+    """Raise ValueError, naming the argument, unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name} must be {needed}, got {got}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raise ValueError unless the tensor's dtype is allowed. The plain-torch references compute in
+    fp64 too where they compute in fp32."""
+    if tensor.dtype == torch.float64 and torch.float32 in allowed and not launches(tensor):
+        return
+    words = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    check(tensor.dtype in allowed, name, words, tensor.dtype)
+
+
+def last_stride_1(gradient: Tensor) -> Tensor:
+    """A gradient as it came, or copied where its last stride is not 1 (that of a sum is expanded
+    from one number): autograd, not the caller, chose its strides."""
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One kernel in one shipped configuration, for `bench/compile.py`.
+
+    signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32");
+    constants: value per constexpr argument; matrix: whether it must use tensor cores.
+    """
+
+    name: str
+    fn: object
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False
+    options: dict[str, object] = field(default_factory=dict)
+
+
+class _PerThread(threading.local):
+    """CPU products run at once in several threads; on a GPU they queue up, backward's too."""
+
+    def __init__(self):
+        self.known: dict[torch.dtype, Tensor] = {}
+
+
+_cpu_scratch = _PerThread()
+_gpu_scratch: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+
+def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] of the device's one scratch in `dtype`, good until the next such call.
+
+    It grows to the largest layer seen. Its users run one after the other: a product is queued
+    before the next decode is. Fresh memory instead costs a CPU a page fault every 4 KiB, a third of
+    an NF4 product's time; on a GPU an older, smaller scratch is kept, since a captured graph may
+    hold its address.
+    """
+    if device.type == "cpu":
+        known = _cpu_scratch.known.get(dtype)
+    else:
+        known = _gpu_scratch.get((device, dtype), [None])[-1]
+    if known is None or known.numel() < count:
+        # one that a preview made in inference mode could not be written to in training
+        with torch.inference_mode(False):
+            known = torch.empty(count, dtype=dtype, device=device)
+        if device.type == "cpu":
+            _cpu_scratch.known[dtype] = known
+        else:
+            _gpu_scratch.setdefault((device, dtype), []).append(known)
+    return known[:count]

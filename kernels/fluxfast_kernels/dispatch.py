@@ -1,0 +1,107 @@
+"""Which way a linear runs, and with which tile: one cached pure function over rows kept as data.
+
+`configs/gemm_sm_<arch>.json` holds what is known of one card, `gemm_default.json` what is safe on
+every one, `gemm_interpreter.json` what the interpreter uses (arch 0). Each file:
+
+    thresholds: [{op, storage, dtype, fused_up_to_m, source}]
+    tiles:      [{op, storage, dtype, m_max, n, k, block_m, block_n, block_k, group_m, num_warps,
+                  num_stages, source}]
+
+storage "dense" or "nf4"; dtype "half" (bf16, fp16) or "fp32"; op, storage, dtype, m_max, n and k
+may be left out (any). The first matching row counts, a card's own rows before the default's.
+fused_up_to_m: the largest M for which the fused kernel is taken (null: always); above it the weight
+is decoded to a dense scratch where it is NF4, and torch's matmul runs. `source` names the measured
+row, or says "assumed: " and why.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+OPS = ("lora_gemm", "lora_gemm_dx", "lora_skinny", "lora_grads")
+STORAGES = ("dense", "nf4")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m rows (tokens), block_n output columns, block_k of the contraction a step.
+
+    lora_skinny: block_n is the most rank columns of a program. lora_grads: block_m is
+    the contraction (tokens a step), block_k the columns of x or dy, block_n as in lora_skinny.
+    group_m: rows of tiles that go together through L2; lora_grads: how many programs to aim at.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kind: "fused" (our kernel, with `tile`) or "decode" (dense weight, torch's matmul)."""
+
+    kind: str
+    tile: Tile
+    kind_source: str
+    tile_source: str
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    """89 for compute capability 8.9; 0 for a CPU (the interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def rows(arch: int) -> dict[str, tuple[dict, ...]]:
+    """{"thresholds", "tiles"}: a card's own rows, then the default's."""
+    folder = files("fluxfast_kernels") / "configs"
+    own = folder / (f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json")
+    tables = [json.loads((folder / "gemm_default.json").read_text())]
+    if own.is_file():
+        tables.insert(0, json.loads(own.read_text()))
+    return {
+        kind: tuple(row for table in tables for row in table[kind])
+        for kind in ("thresholds", "tiles")
+    }
+
+
+def _matches(row: dict, M: int, **wanted) -> bool:
+    if row.get("m_max") is not None and row["m_max"] < M:
+        return False
+    return all(row.get(key) in (None, value) for key, value in wanted.items())
+
+
+@cache
+def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int, K: int) -> Choice:
+    """M rows, N output columns, a contraction of K. ValueError for an unknown op or storage."""
+    if op not in OPS or storage not in STORAGES:
+        raise ValueError(f"op and storage must be of {OPS} and {STORAGES}, got {op!r}, {storage!r}")
+    kind = "fp32" if dtype == torch.float32 else "half"
+    wanted = {"op": op, "storage": storage, "dtype": kind, "n": N, "k": K}
+    table = rows(arch)
+    limit = next(row for row in table["thresholds"] if _matches(row, 0, **wanted))
+    tile = next(row for row in table["tiles"] if _matches(row, M, **wanted))
+    most = limit["fused_up_to_m"]
+    fused = most is None or most >= M
+    shape = Tile(**{name: tile[name] for name in Tile.__dataclass_fields__})
+    return Choice("fused" if fused else "decode", shape, limit["source"], tile["source"])
+
+
+def shipped(op: str, storage: str, dtype: str) -> list[Tile]:
+    """Every tile that some shipped row gives `op`, each once. dtype: "half" or "fp32"."""
+    found = {}
+    for arch in (0, 80, 86, 89, 90, 120):
+        for row in rows(arch)["tiles"]:
+            if _matches(row, 0, op=op, storage=storage, dtype=dtype):
+                found[Tile(**{name: row[name] for name in Tile.__dataclass_fields__})] = None
+    return list(found)

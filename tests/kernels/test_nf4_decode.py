@@ -1,0 +1,44 @@
+"""The Triton decode gives the bytes of the plain-PyTorch one."""
+
+import pytest
+import torch
+from fluxfast_kernels.nf4 import (
+    NF4Tensor,
+    _nf4_decode,
+    launch_decode,
+    nf4_decode,
+    nf4_decode_reference,
+    nf4_quantize,
+)
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def quantised(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    W[0], W[-1], W[shape[0] // 2] = 0.0, 1e4 * W[-1], 1e-38
+    parts = nf4_quantize(W, nested).tensors()
+    return NF4Tensor(**{name: part.to(device) for name, part in parts.items()}, shape=shape)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(3, 64), (65, 64), (33, 320)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_same_bytes(device, dtype, shape, nested):
+    weight = quantised(shape, nested, device)
+    found, expected = nf4_decode(weight, dtype), nf4_decode_reference(weight, dtype)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_writes_every_value_and_no_other(device):
+    weight = quantised((65, 64), False, device)
+    out = torch.full((65 * 64 + 64,), torch.nan, device=device)
+    launch_decode(weight.packed.view(-1), weight.absmax, out)
+    assert out[: 65 * 64].isfinite().all() and out[65 * 64 :].isnan().all()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_opcheck(device, nested):
+    weight = quantised((5, 128), nested, device)
+    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+    torch.library.opcheck(_nf4_decode, (*parts, 5, 128, torch.bfloat16))

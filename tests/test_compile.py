@@ -1,0 +1,47 @@
+"""Every kernel in every shipped configuration compiles for an RTX 4090 and an H100, without a card:
+no spill, no more shared memory than they have, tensor cores where matrices are multiplied."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compile import verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_compiles_for_the_real_cards():
+    # a process that interprets cannot compile
+    done = subprocess.run(
+        [sys.executable, "bench/compile.py", "--arch", "89", "90"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if " sm_" in line]
+    assert len(rows) > 200 and {"sm_89", "sm_90"} == {row[45:50] for row in rows}
+    for op in ("lora_gemm", "attention", "qk_norm_rope", "norm_modulate", "gelu", "gate_residual"):
+        assert any(op in row for row in rows), op
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"stack": 8}, "spills"),
+        ({"sass": {"HMMA": 4, "STL": 1}}, "spills"),
+        ({"shared": 101_377}, "shared memory"),
+        ({"sass": {"FFMA": 9}}, "tensor cores"),
+    ],
+)
+def test_what_is_wrong_is_said(change, said):
+    from fluxfast_kernels.backend import KernelCase
+
+    cost = {"stack": 0, "shared": 101_376, "sass": {"HMMA": 4}} | change
+    problem = verdict(KernelCase("k", None, {}, {}, matrix=True), cost, 89)
+    assert problem is None if said is None else said in problem
