@@ -54,6 +54,8 @@ TINY_SPEC = replace(
     num_heads=4,
     axes_dim=rope_axes(32),
 )
+# what the CPU step may take of a peer's median; past it the exit code is 1
+LIMITS = {BASELINE: 0.65, f"{BASELINE}-checkpoint": 0.40}
 GATE_FIELDS = ("loss", "tolerance", "loss_error", "worst_error", "worst", "saved_bytes")
 SEED = 0
 
@@ -259,6 +261,21 @@ def verdicts(results: dict[str, timing.Result]) -> list[str]:
     ]
 
 
+def over_limits(results: dict[str, timing.Result]) -> list[str]:
+    """What keeps `fluxfast-nf4` from LIMITS, beside each peer that ran; empty where nothing does."""
+    ours = results.get("fluxfast-nf4")
+    if ours is None or not any(peer in results for peer in LIMITS):
+        return []
+    if ours.median_ms is None:
+        return [f"fluxfast-nf4 {ours.status}: {ours.reason}"]
+    said = []
+    for peer, most in LIMITS.items():
+        theirs = results[peer].median_ms if peer in results else None
+        if theirs and ours.median_ms > most * theirs:
+            said.append(f"{ours.median_ms / theirs:.2f} of {peer}, at most {most} wanted")
+    return said
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -360,6 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
                 measure_apart(settings, name, Path(folder), report)
         else:
             measure(settings, names, Path(folder), report)
+    wrong: list[str] = []
     for (pixels, batch), (results, details) in found.items():
         compute = str(settings.compute).removeprefix("torch.")
         print(
@@ -369,7 +387,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(timing.table(results, details))
         print("\n".join(verdicts(results)))
-    return 0
+        if settings.device == "cpu" and not options.tiny:
+            wrong += over_limits(results)
+    for line in wrong:
+        print(f"too slow: {line}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

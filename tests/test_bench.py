@@ -225,3 +225,17 @@ def test_a_bad_call_ends_with_2():
         with pytest.raises(SystemExit) as error:
             step.parse(["--device", "cpu", *bad])
         assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "wrong"),
+    [(600.0, 0), (641.0, 1), (651.0, 2), (None, 1)],
+)
+def test_a_slow_cpu_step_is_said(ours, wrong):
+    results = {
+        "diffusers-nf4": timing.Result("diffusers-nf4", median_ms=1000.0),
+        "diffusers-nf4-checkpoint": timing.Result("diffusers-nf4-checkpoint", median_ms=1600.0),
+        "fluxfast-nf4": timing.Result("fluxfast-nf4", median_ms=ours),
+    }
+    assert len(step.over_limits(results)) == wrong
+    assert step.over_limits({"fluxfast-nf4": results["fluxfast-nf4"]}) == []

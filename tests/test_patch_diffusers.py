@@ -110,7 +110,13 @@ def run(model, dtype=torch.float32, autocast=False, **more) -> dict[str, torch.T
 
 
 @pytest.fixture
-def fused(monkeypatch):
+def computed() -> set[torch.dtype]:
+    """The dtypes that a patched block's ops were given."""
+    return set()
+
+
+@pytest.fixture
+def fused(monkeypatch, computed):
     """How often each op was called from a patched block."""
     calls = dict.fromkeys(
         ("norm_modulate_lora_linear", "qk_norm_rope_attention", "lora_linear", "gelu_lora_linear"),
@@ -121,6 +127,8 @@ def fused(monkeypatch):
 
         def counted(*arguments, name=name, op=op, **more):
             calls[name] += 1
+            first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+            computed.add(first.dtype)
             return op(*arguments, **more)
 
         monkeypatch.setattr(module, name, counted)
@@ -248,7 +256,7 @@ def test_nf4_under_autocast(nf4, fused):
     assert_as_exact(found, eager, truth, unit=2.0**-9)
 
 
-def test_nf4_computed_in_fp32_keeps_a_bf16_stream(fused):
+def test_nf4_computed_in_fp32_keeps_a_bf16_stream(fused, computed):
     """bitsandbytes' default compute dtype: the products are fp32, what is between them bf16."""
     truth = {name: x.double() for name, x in run(add_lora(build(nf4="plain"))).items()}
     model = add_lora(build(nf4="plain"))
@@ -258,7 +266,7 @@ def test_nf4_computed_in_fp32_keeps_a_bf16_stream(fused):
     eager = run(model, torch.bfloat16)
     patch_diffusers(model)
     found = run(model, torch.bfloat16)
-    assert fused == ONCE
+    assert fused == ONCE and computed == {torch.float32}
     assert_as_exact(found, eager, truth, unit=2.0**-9)
 
 
@@ -318,6 +326,53 @@ def test_half_precision_lora(fused):
     patch_diffusers(model)
     assert_as_exact(run(model, torch.bfloat16), eager, truth, unit=2.0**-9)
     assert fused == ONCE
+
+
+def test_positions_that_change(fused):
+    """The rotation tables are kept from block to block, not from one batch to the next."""
+    model = build()
+    moved = inputs() | {"img_ids": inputs()["img_ids"] + 40}
+    with torch.no_grad():
+        truth = [model(**x, return_dict=False)[0] for x in (inputs(), moved)]
+        patch_diffusers(model)
+        found = [model(**x, return_dict=False)[0] for x in (inputs(), moved)]
+    assert (truth[0] - truth[1]).abs().max() > 1e-3
+    for one, other in zip(found, truth, strict=True):
+        assert_close({"output": one}, {"output": other})
+    assert fused == {name: 2 * count for name, count in ONCE.items()}
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_stream_wider_than_what_is_computed_in(kind, fused, computed):
+    """Blocks called under autocast with an fp32 stream keep it, and its precision."""
+    nf4 = "plain" if kind == "nf4" else None
+    draw = torch.Generator().manual_seed(6)
+    given = [torch.randn(2, n, 128, generator=draw) for n in (15, 7)]
+    given += [torch.randn(2, 128, generator=draw), build().pos_embed(torch.ones(22, 3))]
+
+    def made(model, autocast) -> dict:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = [out for block in first_blocks(model) for out in block(*given)]
+        return {str(i): out for i, out in enumerate(outputs)}
+
+    truth = {name: out.double() for name, out in made(build(nf4=nf4), False).items()}
+    model = build(nf4=nf4, compute=torch.bfloat16)
+    eager = made(model, True)
+    patch_diffusers(model)
+    found = made(model, True)
+    assert all(out.dtype == torch.float32 for out in found.values())
+    assert fused["gelu_lora_linear"] == 3 and computed == {torch.bfloat16}
+    assert_as_exact(found, eager, truth, unit=0.0)
+
+
+@pytest.mark.parametrize("nf4", [None, "nested"])
+def test_compiled_whole(nf4):
+    model = add_lora(build(nf4=nf4))
+    truth = run(model)
+    patch_diffusers(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_close(run(model), truth)
+    torch.compiler.reset()
 
 
 # ---------------------------------------------------------------- the model stays the user's

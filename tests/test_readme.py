@@ -87,3 +87,19 @@ def test_never_says(phrase):
 
 def test_ci_calls_the_readmes_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_tables_hold_what_the_rows_say(capsys):
+    from bench import catalogue, chart
+
+    assert chart.main(["--check"]) == 0, "python bench/chart.py"
+    assert catalogue.main(["--check"]) == 0, "python bench/catalogue.py"
+
+
+def test_python_examples_run():
+    kernels = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```$", README + kernels, re.M | re.S)
+    whole = [text for text in found if text.startswith("import torch")]
+    assert len(whole) == 2
+    for text in whole:
+        exec(compile(text, "README", "exec"), {})

@@ -25,6 +25,9 @@ plain one, fused projections, LoRA dropout in training, several active adapters,
 DoRA and the other variants, LoRA biases, linears of other kinds, hooks inside the block. A chosen
 attention backend is announced too, and not used: the ops have their own.
 
+Under `torch.compile` (fullgraph too) addresses are not looked at: give weights other memory before
+compiling, not after.
+
 Nothing of diffusers, peft or bitsandbytes is imported. Layouts read in diffusers 0.42, peft 0.21
 and bitsandbytes 0.50.
 """
@@ -197,39 +200,18 @@ class _Patch:
         return [base_of(attrgetter(path)(block)) for path in self.kind.layers[layer]]
 
     def run(self, block: nn.Module, h: Tensor, rope: tuple | None, kwargs: dict | None) -> _Run:
-        kind, attn = self.kind, block.attn
-        decline_if(kwargs, f"joint_attention_kwargs has {', '.join(kwargs or ())}")
-        plain_rope = isinstance(rope, tuple) and len(rope) == 2 and rope[0].ndim == 2
-        decline_if(not plain_rope, "image_rotary_emb is not cos and sin, [T, C] each")
-        decline_if(getattr(attn, "fused_projections", False), "their projections are fused")
-        processor = type(attn.processor).__name__
-        known = processor in ("FluxAttnProcessor", "FluxAttnProcessor2_0")
-        decline_if(not known, f"the attention processor is {processor}")
-        parallel = getattr(attn.processor, "_parallel_config", None) is not None
-        decline_if(parallel, "attention runs on several devices")
-        if getattr(attn.processor, "_attention_backend", None) is not None:
-            self.shared.announce("the attention backend chosen is not used: the fused ops choose")
-        modules = {path: attrgetter(path)(block) for path in (
-            *kind.around, *kind.layer_norms, *kind.head_norms, *kind.activations, *kind.dropouts
-        )}  # fmt: skip
-        decline_if(any(map(hooked, modules.values())), "a module inside has hooks")
-        drops = any(modules[path].training and modules[path].p > 0 for path in kind.dropouts)
-        decline_if(drops, "there is dropout in training")
-        norms = [modules[path].weight for path in kind.head_norms]
-        trains = torch.is_grad_enabled() and any(norm.requires_grad for norm in norms)
-        decline_if(trains, "the norms of q and k require gradients")
-
+        norms = self.head_norms(block, rope, kwargs)
         on = torch.is_autocast_enabled(h.device.type)
         autocast = torch.get_autocast_dtype(h.device.type) if on else None
         # LayerNorm is on CUDA autocast's list of fp32 operations, not on the CPU's
         fp32_norm = on and h.device.type == "cuda"
         normed = torch.float32 if fp32_norm else torch.promote_types(h.dtype, autocast or h.dtype)
         layers, dtypes, stream = {}, set(), h.dtype
-        for name, paths in kind.layers.items():
+        for name, paths in self.kind.layers.items():
             linears = [attrgetter(path)(block) for path in paths]
             bases = [base_of(linear) for linear in linears]
             for base in bases:
-                if is_4bit(base):
+                if is_4bit(base):  # computes in its own dtype, and answers in its input's
                     dtypes.add(base.compute_dtype or normed)
                     stream = torch.promote_types(stream, normed)
                 else:
@@ -242,9 +224,34 @@ class _Patch:
         decline_if(dtype not in DTYPES, f"linears compute in {dtype}")
         decline_if(not on and stream != h.dtype, f"weights of another dtype are given {h.dtype}")
         no_autocast = partial(torch.autocast, h.device.type, enabled=False)
-        heads = attn.to_q.out_features // norms[0].shape[0]
-        rope = self.shared.rope(rope, h.device)
-        return _Run(layers, norms, heads, rope, dtype, stream, no_autocast)
+        heads = block.attn.to_q.out_features // norms[0].shape[0]
+        return _Run(
+            layers, norms, heads, self.shared.rope(rope, h.device), dtype, stream, no_autocast
+        )
+
+    def head_norms(self, block: nn.Module, rope: tuple | None, kwargs: dict | None) -> list[Tensor]:
+        """-> the weights of q's and k's norms. Declines what the ops do not do around linears."""
+        kind, attn = self.kind, block.attn
+        decline_if(kwargs, f"joint_attention_kwargs has {', '.join(kwargs or ())}")
+        plain_rope = isinstance(rope, tuple) and len(rope) == 2 and rope[0].ndim == 2
+        decline_if(not plain_rope, "image_rotary_emb is not cos and sin, [T, C] each")
+        decline_if(getattr(attn, "fused_projections", False), "their projections are fused")
+        processor = type(attn.processor).__name__
+        known = processor in ("FluxAttnProcessor", "FluxAttnProcessor2_0")
+        decline_if(not known, f"the attention processor is {processor}")
+        parallel = getattr(attn.processor, "_parallel_config", None) is not None
+        decline_if(parallel, "attention runs on several devices")
+        if getattr(attn.processor, "_attention_backend", None) is not None:
+            self.shared.announce("the attention backend chosen is not used: the fused ops choose")
+        groups = (kind.around, kind.layer_norms, kind.head_norms, kind.activations, kind.dropouts)
+        modules = {path: attrgetter(path)(block) for paths in groups for path in paths}
+        decline_if(any(map(hooked, modules.values())), "a module inside has hooks")
+        drops = any(modules[path].training and modules[path].p > 0 for path in kind.dropouts)
+        decline_if(drops, "there is dropout in training")
+        norms = [modules[path].weight for path in kind.head_norms]
+        trains = torch.is_grad_enabled() and any(norm.requires_grad for norm in norms)
+        decline_if(trains, "the norms of q and k require gradients")
+        return norms
 
 
 def _double_forward(
