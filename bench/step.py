@@ -262,7 +262,7 @@ def verdicts(results: dict[str, timing.Result]) -> list[str]:
 
 
 def over_limits(results: dict[str, timing.Result]) -> list[str]:
-    """What keeps `fluxfast-nf4` from LIMITS, beside each peer that ran; empty where nothing does."""
+    """What keeps `fluxfast-nf4` from LIMITS, per peer that ran; empty where nothing does."""
     ours = results.get("fluxfast-nf4")
     if ours is None or not any(peer in results for peer in LIMITS):
         return []
