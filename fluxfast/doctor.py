@@ -39,6 +39,7 @@ def report() -> tuple[list[str], bool]:
 
 def _torch_lines() -> list[str]:
     import torch
+    from fluxfast_kernels import native
 
     from fluxfast.load import multiplies_bf16, resolve_precision
 
@@ -60,6 +61,10 @@ def _torch_lines() -> list[str]:
     lines.append(
         f"CPU              {torch.get_num_threads()} threads, bf16 products in hardware: "
         f"{'yes' if multiplies_bf16(cpu) else 'no, fp32 is used'}"
+    )
+    isa = native.isa()
+    lines.append(
+        f"NF4 on the CPU   {f'C++, {isa}' if isa else 'plain PyTorch: csrc/ was not built'}"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     storage, compute = resolve_precision("auto", "auto", device)

@@ -172,6 +172,8 @@ def build(config: Config, base: Path, device: torch.device, console: Console) ->
         dropout=lora.dropout,
         seed=config.seed,
     )
+    if lora.dropout:
+        say(console, "note: LoRA dropout takes the path that is not fused: slower, more memory")
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.train()
     trained = sum(p.numel() for p in parameters)

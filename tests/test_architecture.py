@@ -52,7 +52,7 @@ fluxfast.prepare         data.cache data.captions data.store formats.base hub co
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.train           config checkpoint data.loader errors files formats.lora load metrics model.* objective optim prepare report watch
-fluxfast.doctor          load
+fluxfast.doctor          load fluxfast_kernels.native
 fluxfast.cli             config doctor errors generate load prepare sample train
 fluxfast.__main__        cli
 fluxfast                 load

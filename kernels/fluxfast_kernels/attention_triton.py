@@ -28,11 +28,9 @@ from functools import cache
 from importlib.resources import files
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels.backend import KernelCase, check, check_dtype
+from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
 from fluxfast_kernels.dispatch import arch_of
 
 WIDTHS = (32, 64, 128)

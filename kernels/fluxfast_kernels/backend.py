@@ -14,6 +14,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+
+class _Absent:
+    """Stands for Triton where there is no wheel of it (macOS): kernels are defined, never run."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *arguments, **_):
+        return arguments[0] if arguments else self
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"

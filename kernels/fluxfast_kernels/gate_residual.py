@@ -22,12 +22,10 @@ from collections.abc import Iterator
 from typing import Optional
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels import backend
-from fluxfast_kernels.backend import KernelCase, check
+from fluxfast_kernels.backend import KernelCase, check, tl, triton
 
 TILE = 4096  # elements a program holds at once
 STEPS = (

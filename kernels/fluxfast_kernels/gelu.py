@@ -39,12 +39,10 @@ without a residual or the reverse, a gate that requires a gradient. Weight and b
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels import backend
-from fluxfast_kernels.backend import KernelCase, check, check_dtype
+from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
 from fluxfast_kernels.lora_linear import (
     check_gate,
     check_update,

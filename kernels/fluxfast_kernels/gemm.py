@@ -26,12 +26,10 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import KernelCase, check
+from fluxfast_kernels.backend import KernelCase, check, tl, triton
 from fluxfast_kernels.gemm_checks import (
     check_parts,
     check_reach,

@@ -22,12 +22,10 @@ Refused (ValueError): other shapes, dtypes, a last stride other than 1.
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import KernelCase, check, check_dtype
+from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
 from fluxfast_kernels.gemm_checks import check_parts, check_side_by_side
 
 

@@ -45,6 +45,8 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
     count = 2 * weight[0].numel()
     fits = K % BLOCK == 0 and count % K == 0
     check(fits, "weight", f"NF4 of [N, {K}], {K} a multiple of {BLOCK}", f"{count} values")
+    fits = weight[1].numel() * BLOCK == count
+    check(fits, "weight", f"with an absmax per {BLOCK} of its {count} values", weight[1].numel())
     return count // K, K
 
 

@@ -11,11 +11,9 @@ Everything is fp32 between load and store. Layouts, bytes and FLOP: `norm_modula
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels.backend import KernelCase
+from fluxfast_kernels.backend import KernelCase, tl, triton
 
 EPS = 1e-6
 STEPS = 8  # tiles a program sums for dshift and dscale: 16 rows at D = 3072

@@ -24,13 +24,11 @@ sin of another shape or dtype.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels import attention_triton
 from fluxfast_kernels.attention import attention_backward, attention_forward, attention_reference
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches
+from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches, tl, triton
 from fluxfast_kernels.dispatch import arch_of
 
 EPSILON = 1e-6

@@ -182,6 +182,7 @@ def test_compiles_whole(device):
         ({"x": torch.zeros(B, T, 96)}, "weight"),
         ({"x": torch.zeros(B, T, K, dtype=torch.int32)}, "x"),
         ({"weight": [torch.zeros(N, K)] * 3}, "weight"),
+        ({"weight": [torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.zeros(5)]}, "weight"),
         ({"lora_b": None}, "lora_b"),
         ({"lora_a": torch.zeros(3, K)}, "lora_a"),
         ({"lora_b": torch.zeros(7, R)}, "lora_b"),
