@@ -174,6 +174,26 @@ def test_dropout_is_a_function_of_the_sample():
     assert not torch.equal(model(*x), first)
 
 
+def test_strength_changed_before_backward_leaves_the_gradients():
+    """As a look at the base model between the two does."""
+    from fluxfast.model.linear import DropoutClock, LoRALinear
+
+    def gradients(strength_after: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = LoRALinear(64, 32)
+        layer.set_weight(torch.randn(32, 64))
+        parameters = layer.add_lora(4, 4.0, [[(0, 32)]])
+        torch.nn.init.normal_(layer.lora_B)
+        layer.dropout, layer.clock = 0.3, DropoutClock()
+        layer.clock.indices = [0]
+        y = layer(torch.randn(1, 3, 64))
+        layer.lora_strength = strength_after
+        return list(torch.autograd.grad(y.sum(), parameters))
+
+    for kept, changed in zip(gradients(1.0), gradients(0.0), strict=True):
+        assert torch.equal(kept, changed)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_of_the_layer_are_right(dropout):
     """Against autograd through the plain formula, in fp64."""

@@ -89,6 +89,27 @@ def test_an_instruction_set_that_is_not_there():
         native.nf4_quantize(torch.zeros(1, 64), lacking)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default):
+    W = weights((130, 320), "random")
+    expected = nf4_quantize(W, nested=True)
+    torch.set_default_dtype(default)
+    dynamic_map.cache_clear()
+    try:
+        found = nf4_quantize(W, nested=True)
+        assert torch.equal(nf4_decode(found), nf4_decode(expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        dynamic_map.cache_clear()
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+
+
+def test_a_transposed_weight_is_quantised_like_its_copy():
+    W = weights((64, 128), "random").T
+    assert torch.equal(nf4_quantize(W).packed, nf4_quantize(W.contiguous()).packed)
+
+
 def test_without_the_library_the_bytes_are_the_same(monkeypatch):
     W = weights((130, 320), "mixed")
     with_it = nf4_quantize(W, nested=True)

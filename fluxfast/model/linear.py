@@ -209,9 +209,10 @@ class _DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: LoRALinear, indices) -> Tensor:
-        ctx.layer, ctx.indices = layer, indices
+        weight, bias, _, _, parts, scale = layer._arguments()
+        # as they are now: the strength may be another by the time of the backward pass
+        ctx.layer, ctx.indices, ctx.parts, ctx.scale = layer, indices, parts, scale
         ctx.save_for_backward(x, a, b)
-        weight, bias, _, _, _, scale = layer._arguments()
         (y,) = linear_forward([x], weight, bias, None, None, [], 1.0)
         down = F.linear(x * layer.dropout_mask(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
@@ -226,7 +227,7 @@ class _DroppedLinear(torch.autograd.Function):
         layer = ctx.layer
         x, a, b = ctx.saved_tensors
         mask = layer.dropout_mask(x, ctx.indices)
-        weight, _, _, _, parts, scale = layer._arguments()
-        dx_lora, da, db = linear_backward([dy], [x * mask], [], a, b, parts, scale, True)
-        dxs, _, _ = linear_backward([dy], [x], weight, None, None, [], 1.0, True)
+        masked = [x * mask]
+        dx_lora, da, db = linear_backward([dy], masked, [], a, b, ctx.parts, ctx.scale, True)
+        dxs, _, _ = linear_backward([dy], [x], layer.frozen(), None, None, [], 1.0, True)
         return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None

@@ -150,7 +150,7 @@ def attention_backward(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check(q.dim() == 4, "q", "[B, H, T, C]", tuple(q.shape))
+    check(q.dim() == 4 and q.shape[2] > 0, "q", "[B, H, T, C], T above 0", tuple(q.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.shape == q.shape, name, f"shaped like q {tuple(q.shape)}", tuple(x.shape))
         check(x.dtype == q.dtype, name, f"q's dtype {q.dtype}", x.dtype)

@@ -22,6 +22,7 @@ Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 """
 
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from typing import Optional
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fluxfast_kernels import backend, dispatch, gemm, gemm_grads
 from fluxfast_kernels.backend import check
-from fluxfast_kernels.nf4 import BLOCK, NF4Tensor, nf4_decode
+from fluxfast_kernels.nf4 import BLOCK, NF4Tensor, check_nf4, nf4_decode
 
 # ---------------------------------------------------------------- the frozen weight
 
@@ -45,8 +46,8 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
     count = 2 * weight[0].numel()
     fits = K % BLOCK == 0 and count % K == 0
     check(fits, "weight", f"NF4 of [N, {K}], {K} a multiple of {BLOCK}", f"{count} values")
-    fits = weight[1].numel() * BLOCK == count
-    check(fits, "weight", f"with an absmax per {BLOCK} of its {count} values", weight[1].numel())
+    packed, absmax, *nested = weight
+    check_nf4(NF4Tensor(packed, absmax, (count // K, K), *nested))
     return count // K, K
 
 
@@ -74,6 +75,18 @@ def lora_slices(
 # ---------------------------------------------------------------- forward and backward, no autograd
 
 
+def _without_autocast(function):
+    """Products stay in x's dtype: inside an op autocast would round some of them and not others."""
+
+    @wraps(function)
+    def run(tensors: Sequence[Tensor], *arguments, **named):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(tensors, *arguments, **named)
+
+    return run
+
+
+@_without_autocast
 def linear_forward(
     xs: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -92,6 +105,7 @@ def linear_forward(
     """
     K, dtype, shape = sum(x.shape[-1] for x in xs), xs[0].dtype, xs[0].shape[:-1]
     N = weight_shape(weight, K)[0]
+    check(bias is None or bias.shape == (N,), "bias", f"[{N}]", bias is not None and bias.shape)
     bias = None if bias is None else bias.to(dtype)
     down = None
     if backend.launches(xs[0]):
@@ -123,6 +137,7 @@ def linear_forward(
     return ys
 
 
+@_without_autocast
 def linear_backward(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
@@ -371,6 +386,7 @@ def check_update(
     check(lora_a is not None, "lora_a", "given with lora_b", None)
     check(lora_b is not None, "lora_b", "given with lora_a", None)
     check(len(parts) % 3 == 0 and len(parts) > 0, "parts", "triples (start, end, A)", len(parts))
+    check(min(parts[2::3]) >= 0, "parts", "with an index of A from 0", list(parts))
     last = 0
     for start, end in zip(parts[::3], parts[1::3], strict=True):
         fits = last <= start < end <= N
@@ -391,7 +407,10 @@ def check_gate(gate: Tensor | None, residual: Tensor | None, x: Tensor, N: int) 
     check(gate is not None, "gate", "given with residual", None)
     check(residual is not None, "residual", "given with gate", None)
     check(residual.shape == (*x.shape[:-1], N), "residual", f"[B, T, {N}]", tuple(residual.shape))
-    check(gate.shape[-1] == N, "gate", f"[B, 1, {N}]", tuple(gate.shape))
+    fits = gate.shape == ((x.shape[0], 1, N) if x.ndim == 3 else gate.shape[:-1] + (N,))
+    check(fits, "gate", f"[B, 1, {N}]", tuple(gate.shape))
+    check(gate.dtype == x.dtype, "gate", f"of x's dtype, {x.dtype}", gate.dtype)
+    check(residual.dtype == x.dtype, "residual", f"of x's dtype, {x.dtype}", residual.dtype)
     wants = gate.requires_grad and torch.is_grad_enabled()
     check(not wants, "gate", "frozen here: its gradient needs y, see gate_residual", "one to train")
 

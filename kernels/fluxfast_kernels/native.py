@@ -79,8 +79,9 @@ def nf4_quantize(weight: Tensor, with_isa: str | None = None) -> tuple[Tensor, T
     [n / 2], absmax fp32 [n / 64]."""
     assert weight.is_contiguous() and not weight.is_cuda and weight.numel() % 64 == 0
     blocks = weight.numel() // 64
-    packed = torch.empty(32 * blocks, dtype=torch.uint8)
-    absmax = torch.empty(blocks)
+    # whatever torch's default dtype and device are: the library writes to these
+    packed = torch.empty(32 * blocks, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(blocks, dtype=torch.float32, device="cpu")
     _run(
         "fluxfast_nf4_quantize",
         _at(weight),

@@ -79,9 +79,9 @@ def dynamic_map(device: torch.device) -> Tensor:
     Decade i (10^-6 ... 10^0) holds 2^i midpoints of equal cells of [0.1, 1], both signs; then 0 and
     1.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for i in range(7):
-        cells = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        cells = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = 10.0 ** (i - 6) * ((cells[:-1] + cells[1:]) / 2.0)
         values += [middles, -middles]
     return torch.cat(values).sort().values.to(device)
@@ -116,7 +116,7 @@ def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     bounds = (code[:-1] + code[1:]) / 2
     blocks = weight.reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1).view(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1).reshape(-1)
     nibble = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     return ((nibble[::2] << 4) | nibble[1::2])[:, None], absmax
 
@@ -158,6 +158,27 @@ def nf4_absmax(weight: NF4Tensor) -> Tensor:
     if offset.numel() > 1:
         offset = offset.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
     return table[weight.absmax.int()] * scale + offset
+
+
+def check_nf4(weight: NF4Tensor) -> None:
+    """Raise ValueError unless the parts have the dtypes and sizes of the shape: a cast of a whole
+    module (`.to(torch.bfloat16)`) would have changed them."""
+    N, K = weight.shape
+    blocks, nested = N * K // BLOCK, weight.nested_absmax is not None
+    check(K % BLOCK == 0, "weight (NF4)", f"[N, K] with K a multiple of {BLOCK}", (N, K))
+    groups = -(-blocks // NESTED_BLOCK)
+    wanted = {
+        "packed": (weight.packed, torch.uint8, (N * K // 2,)),
+        "absmax": (weight.absmax, torch.uint8 if nested else torch.float32, (blocks,)),
+    }
+    if nested:
+        check(weight.offset is not None, "weight (offset)", "given with nested_absmax", None)
+        wanted["nested_absmax"] = (weight.nested_absmax, torch.float32, (groups,))
+        wanted["offset"] = (weight.offset, torch.float32, (1, groups))
+    for name, (tensor, dtype, counts) in wanted.items():
+        fits = tensor.dtype == dtype and tensor.numel() in counts and tensor.is_contiguous()
+        needed = f"contiguous {dtype} of {' or '.join(map(str, counts))} values"
+        check(fits, f"weight ({name})", needed, (tensor.dtype, tensor.numel()))
 
 
 # ---------------------------------------------------------------- decode: kernel and launcher
@@ -229,6 +250,7 @@ def nf4_decode(
     view of it. Fresh memory costs a CPU a page fault every 4 KiB. Without it this is the op
     `fluxfast::nf4_decode`. Raises ValueError for another dtype and for an out that does not fit.
     """
+    check_nf4(weight)
     if dtype == torch.float64:  # for references: of the same fp32 values
         return nf4_decode_reference(weight, torch.float32).double()
     if out is None:

@@ -239,6 +239,7 @@ def _check(qkv: list[Tensor], scales: list[Tensor], cos: Tensor, sin: Tensor, he
         check(same, "qkv", f"of one batch size and width, {tuple(first.shape)}", tuple(x.shape))
         check(x.dtype == first.dtype, "qkv", f"of one dtype, {first.dtype}", x.dtype)
         check(x.stride(2) == 1, "qkv's last stride", "1", x.stride(2))
+    check(sum(x.shape[1] for x in qkv) > 0, "qkv", "of at least one token", tuple(first.shape))
     C, rest = divmod(first.shape[2], 3 * heads)
     check(rest == 0 and C % 2 == 0, "qkv's width", f"3 · {heads} heads · an even C", first.shape[2])
     check(len(scales) == 2 * len(qkv), "scales", "a q and a k scale per stream", len(scales))

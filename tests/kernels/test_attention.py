@@ -203,3 +203,9 @@ def test_refusals(device):
         attention(q, k, v, "flashy")
     with pytest.raises(ValueError, match=r"q's head width must be one of"):
         attention(*(x[..., :16] for x in (q, k, v)), "triton")
+
+
+def test_no_tokens_are_refused():
+    """aten's CPU kernel would divide by zero."""
+    with pytest.raises(ValueError, match="^q must be"):
+        attention(*[torch.randn(1, 2, 0, 32)] * 3)

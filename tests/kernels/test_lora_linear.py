@@ -169,6 +169,28 @@ def test_opcheck(device):
     torch.library.opcheck(_lora_linear, inputs)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2, 3])
+def test_nf4_statistics_that_were_cast_are_refused(part):
+    """As `.to(torch.bfloat16)` of a whole module would do."""
+    given = arguments(torch.float32, "cpu", "nested")
+    given["weight"][part] = given["weight"][part].bfloat16()
+    with pytest.raises(
+        ValueError, match=r"^weight \((packed|absmax|nested_absmax|offset)\) must be"
+    ):
+        lora_linear(**given)
+
+
+def test_autocast_leaves_the_dtype_alone(path, device):
+    given = arguments(torch.float32, device) | {"gate": None, "residual": None}
+    wanted = ("x", "lora_a", "lora_b")
+    dout = normal(B, T, N, seed=7).to(device)
+    expected = gradients(lora_linear, given, wanted, dout)
+    with torch.autocast(device, torch.bfloat16):
+        found = gradients(lora_linear, given, wanted, dout)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
 def test_compiles_whole(device):
     given = arguments(torch.float32, device, "nf4")
     with backend.cpu_launches(False):
@@ -182,14 +204,22 @@ def test_compiles_whole(device):
         ({"x": torch.zeros(B, T, 96)}, "weight"),
         ({"x": torch.zeros(B, T, K, dtype=torch.int32)}, "x"),
         ({"weight": [torch.zeros(N, K)] * 3}, "weight"),
-        ({"weight": [torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.zeros(5)]}, "weight"),
+        (
+            {"weight": [torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.zeros(5)]},
+            r"weight \(absmax\)",
+        ),
         ({"lora_b": None}, "lora_b"),
         ({"lora_a": torch.zeros(3, K)}, "lora_a"),
         ({"lora_b": torch.zeros(7, R)}, "lora_b"),
         ({"parts": [0, 64]}, "parts"),
         ({"parts": [0, 500, 0]}, "parts"),
         ({"parts": [96, 192, 0, 0, 64, 1]}, "parts"),
+        ({"parts": [0, 64, 0, 96, 192, -1]}, "parts"),
         ({"residual": None}, "residual"),
+        ({"residual": torch.zeros(B, T, N, dtype=torch.bfloat16)}, "residual"),
+        ({"gate": torch.zeros(1, 1, N)}, "gate"),
+        ({"gate": torch.zeros(B, 1, N, dtype=torch.bfloat16)}, "gate"),
+        ({"bias": torch.zeros(2 * N)}, "bias"),
         ({"gate": None}, "gate"),
         ({"residual": torch.zeros(B, 3, N)}, "residual"),
         ({"gate": torch.zeros(B, 1, N, requires_grad=True)}, "gate"),
