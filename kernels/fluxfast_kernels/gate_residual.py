@@ -170,8 +170,7 @@ def _gate_residual_backward(
     y: Optional[Tensor],  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:
     """-> (dy, dgate): dy where gate is given, dgate where y is; otherwise without elements."""
-    if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
-        dout = dout.contiguous()
+    dout = backend.last_stride_1(dout)
     dy = dout.new_empty(dout.shape if gate is not None else 0)
     dgate = dout.new_empty(_gate_shape(dout) if y is not None else 0)
     if backend.launches(dout):

@@ -274,9 +274,7 @@ def _gelu_lora_linear_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> du, d_head, da, db; empty where there is none. u: int8 codes where row_scale is given."""
-    d_y = d_out if gate is None else gate * d_out
-    if d_y.stride(-1) != 1:  # autograd expands the gradient of a sum; the linear does not take that
-        d_y = d_y.contiguous()
+    d_y = backend.last_stride_1(d_out if gate is None else gate * d_out)
     if lora_a is not None:
         x = gelu_forward(u, row_scale, dtype=d_y.dtype)
     else:  # only the LoRA gradients read x; without them its shape and dtype are enough

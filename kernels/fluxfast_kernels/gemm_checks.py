@@ -1,10 +1,9 @@
 """What the launchers of `gemm.py` and `gemm_grads.py` refuse: ValueError, naming the argument."""
 
-import torch
 from torch import Tensor
 
 from fluxfast_kernels.backend import check, check_dtype
-from fluxfast_kernels.nf4 import BLOCK, NESTED_BLOCK
+from fluxfast_kernels.nf4 import NF4Tensor, check_nf4
 
 
 def check_side_by_side(name: str, tensors: list[Tensor]) -> tuple[int, int, list[int]]:
@@ -45,23 +44,8 @@ def check_weight(weight: list[Tensor], N: int, K: int) -> str:
         check(weight[0].shape == (N, K), "weight", f"[{N}, {K}]", tuple(weight[0].shape))
         check(weight[0].stride(1) == 1 or K == 1, "weight", "of last stride 1", weight[0].stride())
         return "dense"
-    packed, absmax = weight[:2]
-    blocks = N * K // BLOCK
-    check(K % BLOCK == 0, "weight (NF4)", f"of K a multiple of {BLOCK}", K)
-    check_dtype("weight (packed)", packed, (torch.uint8,))
-    check_dtype("weight (absmax)", absmax, (torch.uint8 if len(weight) == 4 else torch.float32,))
-    check(packed.numel() == N * K // 2, "weight (packed)", f"{N * K // 2} bytes", packed.numel())
-    check(absmax.numel() == blocks, "weight (absmax)", f"[{blocks}]", tuple(absmax.shape))
-    for tensor in weight:
-        check(tensor.is_contiguous(), "weight", "contiguous", tensor.stride())
-    if len(weight) == 4:
-        nested, offset = weight[2:]
-        outer = -(-blocks // NESTED_BLOCK)
-        check_dtype("weight (nested_absmax)", nested, (torch.float32,))
-        check_dtype("weight (offset)", offset, (torch.float32,))
-        check(nested.numel() == outer, "weight (nested_absmax)", f"[{outer}]", tuple(nested.shape))
-        check(offset.numel() in (1, outer), "weight (offset)", f"1 or {outer} values",
-              tuple(offset.shape))  # fmt: skip
+    packed, absmax, *nested = weight
+    check_nf4(NF4Tensor(packed, absmax, (N, K), *nested))
     return "nf4"
 
 

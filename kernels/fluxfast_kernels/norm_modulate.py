@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxfast_kernels import backend
-from fluxfast_kernels.backend import check
+from fluxfast_kernels.backend import check, last_stride_1
 from fluxfast_kernels.lora_linear import (
     check_update,
     linear_backward,
@@ -157,7 +157,7 @@ def _norm_modulate_backward(
     need_dh: bool,
     need_d_modulation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _last_stride_1(dx)
+    dx = last_stride_1(dx)
     return norm_modulate_backward(dx, h, scale, mean, rstd, need_dh, need_d_modulation)
 
 
@@ -170,11 +170,6 @@ def _fake_gradients(h: Tensor, need_dh: bool, need_d_modulation: bool) -> tuple[
     B, _, D = h.shape
     shape = (B, 1, D) if need_d_modulation else (0,)
     return h.new_empty(h.shape if need_dh else 0), h.new_empty(shape), h.new_empty(shape)
-
-
-def _last_stride_1(gradient: Tensor) -> Tensor:
-    """The gradient of a sum is an expanded scalar: autograd's to lay out, not the caller's."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -277,7 +272,7 @@ def _norm_modulate_lora_linear_backward(
     x = h if lora_a is None else norm_modulate_rebuild(h, shift, scale, mean, rstd)
     need_dx = need_dh or need_d_modulation
     dxs, da, db = linear_backward(
-        [_last_stride_1(dy) for dy in dys], [x], weight, lora_a, lora_b, parts, lora_scale, need_dx
+        [last_stride_1(dy) for dy in dys], [x], weight, lora_a, lora_b, parts, lora_scale, need_dx
     )
     del x
     gradients = [h.new_empty(0) for _ in range(3)]
