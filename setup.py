@@ -1,7 +1,7 @@
 """Two roots: the trainer at the top, the kernels as a package of their own below kernels/.
 
 csrc/ becomes the plain shared library fluxfast_kernels/lib/native.so, which native.py opens with
-ctypes. Without a C++ compiler the install succeeds all the same, and NF4 on the CPU runs in torch.
+ctypes. Without a C++ compiler the install succeeds all the same; NF4 and int8 then run in torch.
 `python setup.py build_ext --inplace` builds the library alone; CXX names another compiler.
 """
 
@@ -33,7 +33,7 @@ class BuildLibrary(build_ext):
             os.remove(target)  # an earlier build's, which a failure now must not pass on
         reason = compile_library(ext.sources, target)
         if reason:
-            hint = "NF4 on the CPU will run in torch"
+            hint = "NF4 and int8 on the CPU will run in torch"
             print(f"fluxfast: csrc/ was not built, {hint} ({reason})", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
@@ -67,8 +67,8 @@ setup(
     ext_modules=[
         Extension(
             "fluxfast_kernels.lib.native",
-            sources=["csrc/nf4.cpp"],
-            depends=["csrc/nf4.h", "csrc/nf4_x86.h"],
+            sources=["csrc/nf4.cpp", "csrc/int8.cpp"],
+            depends=[f"csrc/{name}.h" for name in ("cpu", "nf4", "nf4_x86", "int8", "int8_x86")],
             optional=True,
         )
     ],

@@ -76,7 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
     _CASES[:] = [case for case in cases() if options.only in case.name]
-    work = [(index, arch) for index in range(len(_CASES)) for arch in options.arch]
+    work = [
+        (index, arch)
+        for index, case in enumerate(_CASES)
+        for arch in options.arch
+        if arch >= case.least_arch
+    ]
 
     wrong = 0
     print(f"{'kernel':44} arch  regs stack  shared  tensor-core instructions")

@@ -17,12 +17,9 @@
 
 #include "nf4.h"
 
-#if defined(__x86_64__)
-#define X86 1
+#ifdef X86
 #include "nf4_x86.h"
 #endif
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -52,19 +49,6 @@ uint16_t to_fp16(float value) {
   return static_cast<uint16_t>(sign | ((bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13));
 }
 
-float from_fp16(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
-  float value;
-  if (rest < 0x400) {
-    value = static_cast<float>(rest) * 0x1p-24f;
-    return sign ? -value : value;
-  }
-  const uint32_t rebias = (rest < 0x7c00 ? 112u : 224u) << 23;
-  const uint32_t bits = sign | ((rest << 13) + rebias);
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 template <Type TYPE>
 void decode_portable(const uint8_t* packed, const float* absmax, int64_t blocks, void* out) {
   using Value = std::conditional_t<TYPE == FP32, float, uint16_t>;
@@ -88,16 +72,7 @@ void quantize_portable(const void* weight, int64_t blocks, uint8_t* packed, floa
   for (int64_t b = 0; b < blocks; ++b, packed += BYTES) {
     float values[BLOCK];
     uint32_t bits[BLOCK], largest = 0;
-    if constexpr (TYPE == FP32) {
-      std::memcpy(values, static_cast<const float*>(weight) + b * BLOCK, sizeof values);
-    } else {
-      const uint16_t* from = static_cast<const uint16_t*>(weight) + b * BLOCK;
-      for (int i = 0; i < BLOCK; ++i) {
-        bits[i] = static_cast<uint32_t>(from[i]) << 16;
-        if constexpr (TYPE == FP16) values[i] = from_fp16(from[i]);
-      }
-      if constexpr (TYPE == BF16) std::memcpy(values, bits, sizeof values);
-    }
+    for (int i = 0; i < BLOCK; ++i) values[i] = load_portable<TYPE>(weight, b * BLOCK + i);
     std::memcpy(bits, values, sizeof bits);
     for (int i = 0; i < BLOCK; ++i) {
       const uint32_t magnitude = bits[i] & 0x7fffffff;
@@ -133,26 +108,13 @@ void quantize_portable(const void* weight, int64_t blocks, uint8_t* packed, floa
 constexpr Decode DECODE[ISAS][TYPES] = ALL(decode);
 constexpr Quantize QUANTIZE[ISAS][TYPES] = ALL(quantize);
 
-Isa best_isa() {
-#ifdef X86
-  __builtin_cpu_init();
-  unsigned eax, ebx, ecx = 0, edx;
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  if (!f16c || !__builtin_cpu_supports("avx2")) return PORTABLE;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? WITH_AVX512 : WITH_AVX2;
-#else
-  return PORTABLE;
-#endif
-}
-
 }  // namespace
 
 // ------------------------------------------------------------------------------- the interface
 
-// Raised whenever a signature below changes; native.py ignores a library with another number.
-EXPORT int fluxfast_abi() { return 1; }
+// Raised whenever a signature here or in int8.cpp changes; native.py ignores a library with
+// another number.
+EXPORT int fluxfast_abi() { return 2; }
 
 // 0 portable, 1 AVX2, 2 AVX-512: the best this CPU has.
 EXPORT int fluxfast_isa() { return best_isa(); }

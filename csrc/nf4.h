@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "cpu.h"
 
 namespace {
 
@@ -25,9 +24,6 @@ alignas(64) constexpr float LEVEL[4][8] = {
     {bound(3), bound(11)},
     {bound(1), bound(5), bound(9), bound(13)},
     {bound(0), bound(2), bound(4), bound(6), bound(8), bound(10), bound(12), bound(14)}};
-
-enum Type { FP32, BF16, FP16, TYPES };
-enum Isa { PORTABLE, WITH_AVX2, WITH_AVX512, ISAS };
 
 // blocks of packed and absmax -> 64 values per block
 using Decode = void (*)(const uint8_t* packed, const float* absmax, int64_t blocks, void* out);

@@ -6,13 +6,7 @@
 
 #pragma once
 
-#include <cpuid.h>
-#include <immintrin.h>
-
 #include "nf4.h"
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")))
-#define AVX2 __attribute__((target("avx2,f16c")))
 
 namespace {
 
@@ -55,14 +49,6 @@ AVX512 void decode_avx512(const uint8_t* packed, const float* absmax, int64_t bl
       }
     }
   }
-}
-
-template <Type TYPE>
-AVX512 inline __m512 load_avx512(const void* from, int64_t i) {
-  if constexpr (TYPE == FP32) return _mm512_loadu_ps(static_cast<const float*>(from) + i);
-  const __m256i half = _mm256_loadu_si256((const __m256i*)(static_cast<const uint16_t*>(from) + i));
-  if constexpr (TYPE == FP16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 template <Type TYPE>
@@ -155,14 +141,6 @@ AVX2 void decode_avx2(const uint8_t* packed, const float* absmax, int64_t blocks
       }
     }
   }
-}
-
-template <Type TYPE>
-AVX2 inline __m256 load_avx2(const void* from, int64_t i) {
-  if constexpr (TYPE == FP32) return _mm256_loadu_ps(static_cast<const float*>(from) + i);
-  const __m128i half = _mm_loadu_si128((const __m128i*)(static_cast<const uint16_t*>(from) + i));
-  if constexpr (TYPE == FP16) return _mm256_cvtph_ps(half);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
 template <Type TYPE>

@@ -11,8 +11,10 @@ from fluxfast_kernels.flow_loss import (
     flow_mix,
     flow_mix_reference,
 )
+from fluxfast_kernels.frozen import quantize_8bit
 from fluxfast_kernels.gate_residual import gate_residual, gate_residual_reference
 from fluxfast_kernels.gelu import gelu_lora_linear, gelu_lora_linear_reference
+from fluxfast_kernels.hadamard import hadamard_reference, hadamard_rotate
 from fluxfast_kernels.lora_linear import lora_linear, lora_linear_reference
 from fluxfast_kernels.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
 from fluxfast_kernels.norm_modulate import (
@@ -27,6 +29,7 @@ from fluxfast_kernels.qk_norm_rope import (
     qk_norm_rope_attention_reference,
     qk_norm_rope_reference,
 )
+from fluxfast_kernels.rows_8bit import quantize_rows, quantize_rows_reference
 
 __all__ = [
     "NF4Tensor",
@@ -40,6 +43,8 @@ __all__ = [
     "gate_residual_reference",
     "gelu_lora_linear",
     "gelu_lora_linear_reference",
+    "hadamard_reference",
+    "hadamard_rotate",
     "lora_linear",
     "lora_linear_reference",
     "nf4_absmax",
@@ -53,5 +58,8 @@ __all__ = [
     "qk_norm_rope_attention",
     "qk_norm_rope_attention_reference",
     "qk_norm_rope_reference",
+    "quantize_8bit",
+    "quantize_rows",
+    "quantize_rows_reference",
     "unpatch_diffusers",
 ]

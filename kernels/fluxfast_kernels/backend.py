@@ -79,7 +79,8 @@ class KernelCase:
     """One kernel in one shipped configuration, for `bench/compile.py`.
 
     signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32");
-    constants: value per constexpr argument; matrix: whether it must use tensor cores.
+    constants: value per constexpr argument; matrix: whether it must use tensor cores; least_arch:
+    the oldest compute capability that has what it needs (fp8: 89).
     """
 
     name: str
@@ -90,6 +91,7 @@ class KernelCase:
     num_stages: int = 3
     matrix: bool = False
     options: dict[str, object] = field(default_factory=dict)
+    least_arch: int = 80
 
 
 class _PerThread(threading.local):

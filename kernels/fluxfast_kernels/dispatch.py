@@ -7,11 +7,13 @@ every one, `gemm_interpreter.json` what the interpreter uses (arch 0). Each file
     tiles:      [{op, storage, dtype, m_max, n, k, block_m, block_n, block_k, group_m, num_warps,
                   num_stages, source}]
 
-storage "dense" or "nf4"; dtype "half" (bf16, fp16) or "fp32"; op, storage, dtype, m_max, n and k
-may be left out (any). The first matching row counts, a card's own rows before the default's.
-fused_up_to_m: the largest M for which the fused kernel is taken (null: always); above it the weight
-is decoded to a dense scratch where it is NF4, and torch's matmul runs. `source` names the measured
-row, or says "assumed: " and why.
+storage "dense" (8-bit codes too) or "nf4"; dtype of the product: "half" (bf16, fp16), "fp32",
+"int8" or "fp8"; op, storage, dtype, m_max, n and k may be left out (any). The first matching row
+counts: those that name the op first, and of these a card's own before the default's.
+fused_up_to_m: the largest M for which our kernel takes the weight as it is kept (null: always).
+Above it NF4 is decoded to a scratch, and a dense weight goes to torch's matmul; codes go, towards
+x, through a scratch that holds them transposed (`gemm_8bit_dx`), and to torch's fp8 product
+(`gemm_8bit`, fp8). `source` names the measured row, or says "assumed: " and why.
 """
 
 import json
@@ -21,8 +23,12 @@ from importlib.resources import files
 
 import torch
 
-OPS = ("lora_gemm", "lora_gemm_dx", "lora_skinny", "lora_grads")
+OPS = (
+    "lora_gemm", "lora_gemm_dx", "gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair", "lora_skinny",
+    "lora_skinny_8bit", "lora_grads",
+)  # fmt: skip
 STORAGES = ("dense", "nf4")
+_KINDS = {torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """kind: "fused" (our kernel, with `tile`) or "decode" (dense weight, torch's matmul)."""
+    """kind: "fused" (our kernel, the weight as it is kept) or "decode" (see above)."""
 
     kind: str
     tile: Tile
@@ -63,16 +69,20 @@ def arch_of(device: torch.device) -> int:
 
 @cache
 def rows(arch: int) -> dict[str, tuple[dict, ...]]:
-    """{"thresholds", "tiles"}: a card's own rows, then the default's."""
+    """{"thresholds", "tiles"}: rows that name their op, then others; each a card's own first."""
     folder = files("fluxfast_kernels") / "configs"
     own = folder / (f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json")
     tables = [json.loads((folder / "gemm_default.json").read_text())]
     if own.is_file():
         tables.insert(0, json.loads(own.read_text()))
     return {
-        kind: tuple(row for table in tables for row in table[kind])
+        kind: tuple(sorted((row for t in tables for row in t[kind]), key=_names_no_op))
         for kind in ("thresholds", "tiles")
     }
+
+
+def _names_no_op(row: dict) -> bool:
+    return "op" not in row
 
 
 def _matches(row: dict, M: int, **wanted) -> bool:
@@ -86,7 +96,7 @@ def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int,
     """M rows, N output columns, a contraction of K. ValueError for an unknown op or storage."""
     if op not in OPS or storage not in STORAGES:
         raise ValueError(f"op and storage must be of {OPS} and {STORAGES}, got {op!r}, {storage!r}")
-    kind = "fp32" if dtype == torch.float32 else "half"
+    kind = _KINDS.get(dtype, "half")
     wanted = {"op": op, "storage": storage, "dtype": kind, "n": N, "k": K}
     table = rows(arch)
     limit = next(row for row in table["thresholds"] if _matches(row, 0, **wanted))
@@ -98,7 +108,7 @@ def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int,
 
 
 def shipped(op: str, storage: str, dtype: str) -> list[Tile]:
-    """Every tile that some shipped row gives `op`, each once. dtype: "half" or "fp32"."""
+    """Every tile that some shipped row gives `op`, each once. dtype: as in the rows."""
     found = {}
     for arch in (0, 80, 86, 89, 90, 120):
         for row in rows(arch)["tiles"]:

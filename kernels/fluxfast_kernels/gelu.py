@@ -42,134 +42,22 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels import backend
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.backend import check, check_dtype
+from fluxfast_kernels.frozen import weight_shape
+from fluxfast_kernels.gelu_triton import (
+    LOWEST,
+    launch_gelu,
+    launch_gelu_backward,
+    launch_gelu_rows,
+)
+from fluxfast_kernels.linear import linear_backward, linear_forward
 from fluxfast_kernels.lora_linear import (
     check_gate,
+    check_products,
     check_update,
-    linear_backward,
-    linear_forward,
     lora_linear_reference,
-    weight_shape,
 )
-
-BLOCK = 1024  # columns per program: 16 bytes a thread in a 2-byte dtype with 4 warps
-QUANTIZE_BLOCK = 2048
-LOWEST = -3.5  # the 8-bit codes begin here at the lowest; chosen by the table above
-
-# a tensor goes first beside these: constexpr * tensor fails in the interpreter
-_LOWEST = tl.constexpr(LOWEST)
-_TWO_K = tl.constexpr(1.5957691216057308)  # 2·√(2/π)
-_CUBIC = tl.constexpr(0.044715)
-_CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
-
-
-@triton.jit
-def _sigmoid(u):
-    """σ and σ(1 − σ) at 2z. From exp(−|2z|): nothing overflows and 1 − σ keeps its digits near 0,
-    which u³ multiplies."""
-    z = (u + u * u * u * _CUBIC) * _TWO_K
-    e = tl.exp(-tl.abs(z))
-    larger = 1.0 / (1.0 + e)
-    smaller = e * larger
-    return tl.where(z > 0, larger, smaller), larger * smaller
-
-
-@triton.jit
-def _load_u(U, ROW_SCALE, offset, cols, mask, row, CODES: tl.constexpr):
-    """A block of u in fp32; of its 8-bit codes where CODES."""
-    u = tl.load(U + offset + cols, mask=mask, other=0).to(tl.float32)
-    if CODES:
-        step = tl.load(ROW_SCALE + 2 * row)
-        low = tl.load(ROW_SCALE + 2 * row + 1)
-        u = low + (u + 128.0) * step
-    return u
-
-
-@triton.jit
-def _gelu_kernel(
-    U, ROW_SCALE, X, T, F, u_batch, u_row, x_batch, x_row,
-    CODES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < F
-    u = _load_u(U, ROW_SCALE, batch * u_batch + token * u_row, cols, mask, row, CODES)
-    s, _ = _sigmoid(u)
-    x_offset = batch * x_batch + token * x_row
-    tl.store(X + x_offset + cols, (u * s).to(X.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gelu_quantize_kernel(
-    U, X, CODE, ROW_SCALE, T, F, u_batch, u_row, x_batch, x_row, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0)
-    batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
-    u_row_start = U + batch * u_batch + token * u_row
-    x_row_start = X + batch * x_batch + token * x_row
-    code_row_start = CODE + row.to(tl.int64) * F
-
-    lowest = tl.full([BLOCK], float("inf"), tl.float32)
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for block in range(0, tl.cdiv(F, BLOCK)):
-        cols = block * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < F
-        u = tl.load(u_row_start + cols, mask=mask, other=0).to(tl.float32)
-        lowest = tl.minimum(lowest, tl.where(mask, u, float("inf")))
-        highest = tl.maximum(highest, tl.where(mask, u, float("-inf")))
-    low = tl.maximum(tl.min(lowest, axis=0), _LOWEST)
-    step = (tl.maximum(tl.max(highest, axis=0), low) - low) / 255.0
-    inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
-    tl.store(ROW_SCALE + 2 * row, step)
-    tl.store(ROW_SCALE + 2 * row + 1, low)
-
-    for block in range(0, tl.cdiv(F, BLOCK)):
-        cols = block * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < F
-        u = tl.load(u_row_start + cols, mask=mask, other=0).to(tl.float32)
-        s, _ = _sigmoid(u)
-        tl.store(x_row_start + cols, (u * s).to(X.dtype.element_ty), mask=mask)
-        code = tl.floor((u - low) * inverse + 0.5)
-        code = tl.minimum(tl.maximum(code, 0.0), 255.0) - 128.0
-        tl.store(code_row_start + cols, code.to(tl.int32).to(tl.int8), mask=mask)
-
-
-@triton.jit
-def _gelu_backward_kernel(
-    U, ROW_SCALE, DX, DU, T, F, u_batch, u_row, dx_batch, dx_row, du_batch, du_row,
-    CODES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < F
-    u = _load_u(U, ROW_SCALE, batch * u_batch + token * u_row, cols, mask, row, CODES)
-    dx = tl.load(DX + batch * dx_batch + token * dx_row + cols, mask=mask, other=0).to(tl.float32)
-    s, product = _sigmoid(u)
-    slope = s + u * product * (1.0 + u * u * _CUBIC_SLOPE) * _TWO_K
-    du_offset = batch * du_batch + token * du_row
-    tl.store(DU + du_offset + cols, (slope * dx).to(DU.dtype.element_ty), mask=mask)
-
-
-def kernel_cases():
-    strides = dict.fromkeys(("T", "F", "u_batch", "u_row"), "i32")
-    x_strides, dx_strides = (dict.fromkeys((f"{n}_batch", f"{n}_row"), "i32") for n in ("x", "dx"))
-    du_strides = dict.fromkeys(("du_batch", "du_row"), "i32")
-    for dtype in ("bf16", "fp16", "fp32"):
-        out = f"*{dtype}"
-        for codes in (False, True):
-            u = {"U": "*i8" if codes else out, "ROW_SCALE": "*fp32"}
-            constants = {"CODES": codes, "BLOCK": BLOCK}
-            name = f"{dtype}{'_codes' if codes else ''}"
-            forward = u | {"X": out} | strides | x_strides
-            yield KernelCase(f"gelu_{name}", _gelu_kernel, forward, constants)
-            backward = u | {"DX": out, "DU": out} | strides | dx_strides | du_strides
-            yield KernelCase(f"gelu_backward_{name}", _gelu_backward_kernel, backward, constants)
-        quantize = {"U": out, "X": out, "CODE": "*i8", "ROW_SCALE": "*fp32"} | strides | x_strides
-        yield KernelCase(
-            f"gelu_quantize_{dtype}", _gelu_quantize_kernel, quantize, {"BLOCK": QUANTIZE_BLOCK}, 8
-        )
+from fluxfast_kernels.rows_8bit import Rows, empty_rows
 
 
 def gelu_forward(
@@ -187,38 +75,42 @@ def gelu_forward(
     check(out.shape == u.shape and out.stride(-1) == 1, "out", f"{tuple(u.shape)}", _layout(out))
     if not backend.launches(u):
         return gelu_forward_reference(u, row_scale, out)
-    B, T, F = u.shape
-    _gelu_kernel[B * T, triton.cdiv(F, BLOCK)](
-        u, row_scale, out, T, F, *u.stride()[:2], *out.stride()[:2],
-        CODES=row_scale is not None, BLOCK=BLOCK,
-    )  # fmt: skip
+    launch_gelu(u, row_scale, out)
     return out
 
 
-def gelu_quantize(u: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """u [B, T, F] -> gelu(u), int8 codes of u [B, T, F], row_scale fp32 [B, T, 2] = (step, low)."""
+def gelu_rows(
+    u: Tensor,
+    saved_bits: int = 16,
+    products: str = "",
+    rotation: int = 0,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Rows | None]:
+    """u [B, T, F] -> gelu(u); int8 codes of u [B, T, F] and row_scale fp32 [B, T, 2] = (step, low),
+    both empty unless saved_bits is 8; gelu(u)'s rows for 8-bit products where a kernel wrote them.
+    """
+    codes = _no_codes(u)
     if not backend.launches(u):
-        return gelu_forward(u, out=out), *gelu_quantize_reference(u)
+        codes = codes if saved_bits == 16 else gelu_quantize_reference(u)
+        return gelu_forward(u, out=out), *codes, None
+    if saved_bits == 16 and not products:
+        return gelu_forward(u, out=out), *codes, None
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if out is None else out
-    codes = torch.empty(u.shape, dtype=torch.int8, device=u.device)
-    B, T, F = u.shape
-    row_scale = torch.empty(B, T, 2, dtype=torch.float32, device=u.device)
-    _gelu_quantize_kernel[(B * T,)](
-        u, out, codes, row_scale, T, F, *u.stride()[:2], *out.stride()[:2],
-        BLOCK=QUANTIZE_BLOCK, num_warps=8,
-    )  # fmt: skip
-    return out, codes, row_scale
+    if saved_bits == 8:
+        codes = (
+            torch.empty(u.shape, dtype=torch.int8, device=u.device),
+            u.new_empty(*u.shape[:2], 2, dtype=torch.float32),
+        )
+    rows = empty_rows(u, products) if products else None
+    launch_gelu_rows(u, out, codes if saved_bits == 8 else None, rows, rotation)
+    return out, *codes, rows
 
 
 def gelu_backward(u: Tensor, row_scale: Tensor | None, dx: Tensor, out: Tensor) -> Tensor:
     """gelu'(u)·dx into `out` [B, T, F], which may be dx itself. u as for `gelu_forward`."""
     if not backend.launches(u):
         return gelu_backward_reference(u, row_scale, dx, out)
-    B, T, F = u.shape
-    _gelu_backward_kernel[B * T, triton.cdiv(F, BLOCK)](
-        u, row_scale, dx, out, T, F, *u.stride()[:2], *dx.stride()[:2], *out.stride()[:2],
-        CODES=row_scale is not None, BLOCK=BLOCK,
-    )  # fmt: skip
+    launch_gelu_backward(u, row_scale, dx, out)
     return out
 
 
@@ -235,21 +127,24 @@ def _gelu_lora_linear(
     gate: Tensor | None,
     residual: Tensor | None,
     saved_bits: int,
+    products: str,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, codes of u, row_scale; the last two empty with saved_bits=16."""
-    if saved_bits == 8:
-        x, codes, row_scale = gelu_quantize(u)
-    else:
-        x, codes, row_scale = gelu_forward(u), *_no_codes(u)
-    xs = [x] if head is None else [head, x]
+    x, codes, row_scale, rows = gelu_rows(u, saved_bits, products, rotation)
     (y,) = linear_forward(
-        xs, weight, bias, lora_a, lora_b, parts, lora_scale, gate=gate, residual=residual
-    )
+        [x] if head is None else [head, x], weight, bias, lora_a, lora_b, parts, lora_scale,
+        gate=gate, residual=residual, products=products, rotation=rotation,
+        rows=[rows] if head is None else [None, rows],
+    )  # fmt: skip
     return y, codes, row_scale
 
 
 @_gelu_lora_linear.register_fake
-def _(u, weight, bias, lora_a, lora_b, parts, lora_scale, head, gate, residual, saved_bits):
+def _(
+    u, weight, bias, lora_a, lora_b, parts, lora_scale, head, gate, residual, saved_bits,
+    products, rotation,
+):  # fmt: skip
     B, T, K = u.shape
     N, _ = weight_shape(weight, K + (0 if head is None else head.shape[2]))
     y = u.new_empty(B, T, N)
@@ -272,15 +167,19 @@ def _gelu_lora_linear_backward(
     head: Tensor | None,
     gate: Tensor | None,
     need_dx: bool,
+    products: str,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> du, d_head, da, db; empty where there is none. u: int8 codes where row_scale is given."""
-    d_y = backend.last_stride_1(d_out if gate is None else gate * d_out)
     if lora_a is not None:
-        x = gelu_forward(u, row_scale, dtype=d_y.dtype)
+        x = gelu_forward(u, row_scale, dtype=d_out.dtype)
     else:  # only the LoRA gradients read x; without them its shape and dtype are enough
-        x = u if row_scale is None else torch.empty_like(u, dtype=d_y.dtype)
+        x = u if row_scale is None else torch.empty_like(u, dtype=d_out.dtype)
     xs = [x] if head is None else [head, x]
-    dxs, da, db = linear_backward([d_y], xs, weight, lora_a, lora_b, parts, lora_scale, need_dx)
+    dxs, da, db = linear_backward(
+        [backend.last_stride_1(d_out)], xs, weight, lora_a, lora_b, parts, lora_scale, need_dx,
+        gate, products, rotation,
+    )  # fmt: skip
     del x, xs
     du = None if dxs is None else gelu_backward(u, row_scale, dxs[-1], dxs[-1])
     d_head = None if dxs is None or head is None else dxs[0]
@@ -289,7 +188,10 @@ def _gelu_lora_linear_backward(
 
 
 @_gelu_lora_linear_backward.register_fake
-def _(d_out, u, row_scale, weight, lora_a, lora_b, parts, lora_scale, head, gate, need_dx):
+def _(
+    d_out, u, row_scale, weight, lora_a, lora_b, parts, lora_scale, head, gate, need_dx,
+    products, rotation,
+):  # fmt: skip
     du = d_out.new_empty(u.shape if need_dx else 0)
     d_head = d_out.new_empty(head.shape if need_dx and head is not None else 0)
     da, db = (d_out.new_empty(0) if m is None else torch.empty_like(m) for m in (lora_a, lora_b))
@@ -297,13 +199,13 @@ def _(d_out, u, row_scale, weight, lora_a, lora_b, parts, lora_scale, head, gate
 
 
 def _setup_context(ctx, inputs, output):
-    u, weight, _, lora_a, lora_b, parts, lora_scale, head, gate, _, saved_bits = inputs
+    u, weight, _, lora_a, lora_b, parts, lora_scale, head, gate, _, saved_bits, *how = inputs
     _, codes, row_scale = output
     ctx.mark_non_differentiable(codes, row_scale)
     ctx.set_materialize_grads(False)
     saved = (u, None) if saved_bits == 16 else (codes, row_scale)
     ctx.save_for_backward(*saved, lora_a, lora_b, head, gate)
-    ctx.weight, ctx.parts, ctx.lora_scale = weight, parts, lora_scale
+    ctx.weight, ctx.parts, ctx.lora_scale, ctx.how = weight, parts, lora_scale, how
 
 
 def _backward(ctx, d_out, *_):
@@ -314,7 +216,7 @@ def _backward(ctx, d_out, *_):
     if d_out is not None:
         du, d_head, da, db = _gelu_lora_linear_backward(
             d_out, u, row_scale, ctx.weight, lora_a, lora_b, ctx.parts, ctx.lora_scale, head, gate,
-            need["u"] or need["head"],
+            need["u"] or need["head"], *ctx.how,
         )  # fmt: skip
         gradients = {"u": du, "head": d_head, "lora_a": da, "lora_b": db, "residual": d_out}
         found |= {name: gradient for name, gradient in gradients.items() if need[name]}
@@ -322,7 +224,7 @@ def _backward(ctx, d_out, *_):
 
 
 _INPUTS = ("u", "weight", "bias", "lora_a", "lora_b", "parts", "lora_scale", "head", "gate",
-           "residual", "saved_bits")  # fmt: skip
+           "residual", "saved_bits", "products", "rotation")  # fmt: skip
 _gelu_lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
@@ -338,13 +240,16 @@ def gelu_lora_linear(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     saved_bits: int = 16,
+    products: str = "",
+    rotation: int = 0,
 ) -> Tensor:
     """[head, gelu(u)] through a frozen linear with LoRA -> y [B, T, N] in u's dtype, contiguous.
 
-    u [B, T, F], head [B, T, K0]: fp32, bf16 or fp16. weight, bias, lora_a, lora_b, parts: as
-    `lora_linear` takes them, K = K0 + F. With gate [B, 1, N] and residual [B, T, N] the result is
-    residual + gate·y. saved_bits: 16 saves u as it is, 8 in codes of 8 bits. Gradients: u, head,
-    residual, lora_a, lora_b. Raises ValueError, naming the argument, for what does not fit.
+    u [B, T, F], head [B, T, K0]: fp32, bf16 or fp16. weight, bias, lora_a, lora_b, parts, products,
+    rotation: as `lora_linear` takes them, K = K0 + F; 8-bit products give head and gelu(u) a scale
+    a row each. With gate [B, 1, N] and residual [B, T, N] the result is residual + gate·y.
+    saved_bits: 16 saves u as it is, 8 in codes of 8 bits. Gradients: u, head, residual, lora_a,
+    lora_b. Raises ValueError, naming the argument, for what does not fit.
     """
     check_dtype("u", u)
     check(u.ndim == 3 and u.stride(2) == 1, "u", "[B, T, F] with last stride 1", _layout(u))
@@ -361,11 +266,13 @@ def gelu_lora_linear(
         if tensor is not None:
             check_dtype(name, tensor, (u.dtype,))
     check(saved_bits in (8, 16), "saved_bits", "8 or 16", saved_bits)
+    check_products(products, rotation, weight, u, [u.shape[2], K - u.shape[2]])
     trained = (u, head, lora_a, lora_b)
     trains = any(tensor is not None and tensor.requires_grad for tensor in trained)
     return _gelu_lora_linear(
         u, weight, bias, lora_a, lora_b, list(parts), lora_scale, head, gate, residual,
         saved_bits if trains and torch.is_grad_enabled() else 16,  # codes are for backward alone
+        products, rotation,
     )[0]  # fmt: skip
 
 
@@ -405,9 +312,10 @@ def _decode(codes: Tensor, row_scale: Tensor) -> Tensor:
 
 
 def gelu_lora_linear_reference(
-    u, weight, bias, lora_a, lora_b, parts, lora_scale, head=None, gate=None, residual=None
+    u, weight, bias, lora_a, lora_b, parts, lora_scale, head=None, gate=None, residual=None, **how
 ) -> Tensor:
     """`gelu_lora_linear` with saved_bits=16 in ordinary, differentiable torch operations."""
     x = torch.nn.functional.gelu(u, approximate="tanh")
-    x = x if head is None else torch.cat([head, x], -1)
-    return lora_linear_reference(x, weight, bias, lora_a, lora_b, parts, lora_scale, gate, residual)
+    xs = [x] if head is None else [head, x]
+    given = (weight, bias, lora_a, lora_b, parts, lora_scale, gate, residual)
+    return lora_linear_reference(xs, *given, **how)

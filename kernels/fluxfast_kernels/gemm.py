@@ -23,21 +23,22 @@ width is not, tensors of another shape, dtype or device.
 """
 
 from collections.abc import Iterator
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from fluxfast_kernels import dispatch
 from fluxfast_kernels.backend import KernelCase, check, tl, triton
 from fluxfast_kernels.gemm_checks import (
+    check_down,
+    check_gated,
     check_parts,
     check_reach,
     check_side_by_side,
     check_weight,
     outputs,
 )
-from fluxfast_kernels.nf4 import BLOCK, CODE, dynamic_map
+from fluxfast_kernels.gemm_epilogue import finish, rank_block, rows_at, tile_at
+from fluxfast_kernels.nf4 import BLOCK, code_table, dynamic_map
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _weight_tile(
         else:
             tile = tl.load(at)
     else:
-        tile = _nf4_tile(
+        tile = nf4_tile(
             w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
             COLUMNS, MASKED, OFFSETS,
         )  # fmt: skip
@@ -62,7 +63,7 @@ def _weight_tile(
 
 
 @triton.jit
-def _nf4_tile(
+def nf4_tile(
     w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
     COLUMNS: tl.constexpr, MASKED: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
@@ -104,15 +105,6 @@ def _nf4_tile(
 
 
 @triton.jit
-def _rows(x, m_first, m, T, stride_b, stride_t):
-    """-> (address of row m_first, 32-bit distances of the rows m from it); row m is token m % T of
-    batch m // T. (64 bits a row in the main loop cost the registers that 4 warps do not have.)"""
-    batch, token = m_first // T, m_first % T
-    distance = (m // T - batch) * stride_b + (m % T - token) * stride_t
-    return x + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t, distance.to(tl.int32)
-
-
-@triton.jit
 def _product(
     total, x, x_rows, count, before, w, absmax, nested, offset, code, table, w_row, n_first, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -142,26 +134,6 @@ def _product(
 
 
 @triton.jit
-def _rank_product(
-    total, down, up, m, n, n_from, n_to, down_row, down_first, up_n, up_r, up_first, scale, dtype,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """total + down[m, down_first:][RANK]·(scale·up)ᵀ for the columns n_from <= n < n_to."""
-    inside = ((n >= n_from) & (n < n_to))[None, :]
-    up_rows = (n - n_from + up_first) * up_n
-    # a loop, neither unrolled nor pipelined: unrolled, rank 128 spills
-    for i in tl.range(0, (RANK + BLOCK_R - 1) // BLOCK_R, num_stages=1):
-        r = i * BLOCK_R + tl.arange(0, BLOCK_R)
-        real = r < RANK
-        down_at = down + m.to(tl.int64)[:, None] * down_row + (down_first + r)[None, :]
-        down_tile = tl.load(down_at, real[None, :], other=0.0).to(dtype)
-        up_at = up + up_rows[None, :] + (r * up_r)[:, None]
-        up_tile = tl.load(up_at, real[:, None] & inside, other=0.0).to(tl.float32) * scale
-        total = tl.dot(down_tile, up_tile.to(dtype), total, input_precision="ieee")
-    return total
-
-
-@triton.jit
 def _gemm_kernel(
     x0, x1, w, absmax, nested, offset, code, table, bias, down, up, gate, residual, y0, y1,
     M, N, T, K0, K1, split, scale,
@@ -171,14 +143,7 @@ def _gemm_kernel(
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART_COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # GROUP_M rows of tiles share their columns of W in L2
-    program = tl.program_id(0)
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_tile = program // in_group * GROUP_M
-    group_rows = tl.minimum(m_tiles - first_tile, GROUP_M)
-    m_first = (first_tile + program % in_group % group_rows) * BLOCK_M
-    n_first = program % in_group // group_rows * BLOCK_N
+    m_first, n_first = tile_at(M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     # rows past the end repeat the last one: they are never stored
     m = tl.minimum(m_first + tl.arange(0, BLOCK_M), M - 1)
@@ -188,62 +153,23 @@ def _gemm_kernel(
     if table is not None:
         table = tl.load(table + tl.arange(0, 256))
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x0_first, rows = _rows(x0, m_first, m, T, x0_b, x0_t)
+    x0_first, rows = rows_at(x0, m_first, m, T, x0_b, x0_t)
     total = _product(
         total, x0_first, rows, K0, 0, w, absmax, nested, offset, code, table, w_row,
         n_first, N, K0 + K1, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, OFFSETS,
     )  # fmt: skip
     if x1 is not None:
-        x1_first, rows = _rows(x1, m_first, m, T, x1_b, x1_t)
+        x1_first, rows = rows_at(x1, m_first, m, T, x1_b, x1_t)
         total = _product(
             total, x1_first, rows, K1, K0, w, absmax, nested, offset, code, table, w_row,
             n_first, N, K0 + K1, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, OFFSETS,
         )  # fmt: skip
 
-    n = n_first + tl.arange(0, BLOCK_N)
-    if RANK > 0:
-        dtype = x0.dtype.element_ty
-        if PART_COUNT == 0:
-            total = _rank_product(
-                total, down, up, m, n, 0, N, down_row, 0, up_n, up_r, 0, scale, dtype, RANK, BLOCK_R
-            )
-        for i in tl.static_range(PART_COUNT):
-            start, end = PARTS[4 * i], PARTS[4 * i + 1]
-            if (n_first < end) & (n_first + BLOCK_N > start):
-                total = _rank_product(
-                    total, down, up, m, n, start, end, down_row, PARTS[4 * i + 2] * RANK,
-                    up_n, up_r, PARTS[4 * i + 3], scale, dtype, RANK, BLOCK_R,
-                )  # fmt: skip
-
-    in_n = n < N
-    if bias is not None:
-        total += tl.load(bias + n, in_n, other=0.0).to(tl.float32)[None, :]
-    inside = (m_first + tl.arange(0, BLOCK_M) < M)[:, None] & in_n[None, :]
-    if gate is not None:
-        gate_first, rows = _rows(gate, m_first, m, T, gate_b, 0)
-        gate_tile = tl.load(gate_first + rows[:, None] + n[None, :], inside, other=0.0)
-        total *= gate_tile.to(tl.float32)
-    if residual is not None:
-        residual_first, rows = _rows(residual, m_first, m, T, residual_b, residual_t)
-        residual_tile = tl.load(residual_first + rows[:, None] + n[None, :], inside, other=0.0)
-        total += residual_tile.to(tl.float32)
-    y_tile = total.to(y0.dtype.element_ty)
-    y0_first, rows = _rows(y0, m_first, m, T, y0_b, y0_t)
-    if y1 is None:
-        tl.store(y0_first + rows[:, None] + n[None, :], y_tile, inside)
-    else:
-        y1_first, y1_rows = _rows(y1, m_first, m, T, y1_b, y1_t)
-        if n_first < split:
-            at = y0_first + rows[:, None] + n[None, :]
-            tl.store(at, y_tile, inside & (n < split)[None, :])
-        if n_first + BLOCK_N > split:
-            at = y1_first + y1_rows[:, None] + (n - split)[None, :]
-            tl.store(at, y_tile, inside & (n >= split)[None, :])
-
-
-@cache
-def _code(device: torch.device) -> Tensor:
-    return torch.tensor(CODE, dtype=torch.float32, device=device)
+    finish(
+        total, bias, down, up, gate, residual, y0, y1, m, m_first, n_first, M, N, T, split, scale,
+        down_row, up_n, up_r, gate_b, residual_b, residual_t, y0_b, y0_t, y1_b, y1_t,
+        x0.dtype.element_ty, RANK, BLOCK_R, PARTS, PART_COUNT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def _launch(
@@ -283,7 +209,7 @@ def _launch(
     grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
     _gemm_kernel[grid](
         x0, x1, packed, absmax, nested, offset,
-        None if dense else _code(device), None if nested is None else dynamic_map(device),
+        None if dense else code_table(device), None if nested is None else dynamic_map(device),
         bias, down, up, gate, residual, y0, y1,
         M, N, T, widths[0], widths[1] if x1 is not None else 0, y0.shape[2], float(scale), *strides,
         TRANSPOSED=transposed, MASKED=masked, OFFSETS=offset is not None and offset.numel() > 1,
@@ -292,11 +218,6 @@ def _launch(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return ys
-
-
-def rank_block(rank: int) -> int:
-    """Columns of the rank that one product takes: 16 (the least `tl.dot` takes) or 32."""
-    return 16 if rank <= 16 else 32
 
 
 def lora_gemm(
@@ -328,23 +249,14 @@ def lora_gemm(
         check(all(w % BLOCK == 0 for w in widths), "xs", f"{BLOCK} columns times a whole", widths)
     check(0 <= split < N, "split", f"within 0..{N}", split)
     ys = outputs("out", out, B, T, [split, N - split] if split else [N], xs[0])
-    check(bias is None or bias.shape == (N,) and bias.stride(0) == 1, "bias", f"[{N}]",
-          None if bias is None else tuple(bias.shape))  # fmt: skip
+    check_gated(bias, gate, residual, B, T, N)
     check((down is None) == (lora_b is None), "down", "given with lora_b", down is not None)
     triples, up_strides = (), (0, 0)
     if down is not None:
         triples = check_parts(parts, N, lora_b)
-        columns = lora_b.shape[1] * (max(index for _, _, index, _ in triples) + 1)
-        fits = down.ndim == 2 and down.shape[0] == B * T and down.shape[1] >= columns
-        check(fits and down.stride(1) == 1, "down", f"[{B * T}, P·R]", tuple(down.shape))
+        check_down(down, B * T, lora_b.shape[1] * (max(t[2] for t in triples) + 1))
         check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
         up_strides = lora_b.stride()
-    if gate is not None:
-        check(gate.shape in ((B, 1, N), (B, N)), "gate", f"[{B}, 1, {N}]", tuple(gate.shape))
-        check(gate.stride(-1) == 1, "gate", "of last stride 1", gate.stride())
-    if residual is not None:
-        check(residual.shape == (B, T, N), "residual", f"[{B}, {T}, {N}]", tuple(residual.shape))
-        check(residual.stride(2) == 1, "residual", "of last stride 1", residual.stride())
     return _launch(
         "lora_gemm", xs, weight, ys, N, K, tile, True, bias, down, lora_b, up_strides, triples,
         scale, gate, residual,
@@ -376,9 +288,7 @@ def lora_gemm_dx(
     if d_down is not None:
         check(lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous(), "lora_a",
               f"contiguous [P·R, {K}]", tuple(lora_a.shape))  # fmt: skip
-        fits = d_down.shape == (B * T, lora_a.shape[0])
-        check(fits and d_down.stride(1) == 1, "d_down", f"[{B * T}, {lora_a.shape[0]}]",
-              tuple(d_down.shape))  # fmt: skip
+        check_down(d_down, B * T, lora_a.shape[0], "d_down")
         up, up_strides = lora_a, (1, K)
     return _launch(
         "lora_gemm_dx", dys, weight, dxs, K, N, tile, False, None, d_down, up, up_strides

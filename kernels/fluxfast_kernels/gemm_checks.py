@@ -69,3 +69,23 @@ def check_reach(tensor: Tensor | None, T: int, rows: int) -> None:
         reach += min(rows, T) * tensor.stride(1) + tensor.shape[2]
         check(reach < 2**31, "every [B, T, width] tensor", f"of nearer rows ({rows} a tile)",
               tensor.stride())  # fmt: skip
+
+
+def check_gated(
+    bias: Tensor | None, gate: Tensor | None, residual: Tensor | None, B: int, T: int, N: int
+) -> None:
+    """Raise ValueError unless what follows a product of N columns has its shape."""
+    check(bias is None or bias.shape == (N,) and bias.stride(0) == 1, "bias", f"[{N}]",
+          None if bias is None else tuple(bias.shape))  # fmt: skip
+    if gate is not None:
+        check(gate.shape in ((B, 1, N), (B, N)), "gate", f"[{B}, 1, {N}]", tuple(gate.shape))
+        check(gate.stride(-1) == 1, "gate", "of last stride 1", gate.stride())
+    if residual is not None:
+        check(residual.shape == (B, T, N), "residual", f"[{B}, {T}, {N}]", tuple(residual.shape))
+        check(residual.stride(2) == 1, "residual", "of last stride 1", residual.stride())
+
+
+def check_down(down: Tensor, M: int, columns: int, name: str = "down") -> None:
+    """Raise ValueError unless `down` is [M, at least `columns`] of last stride 1."""
+    fits = down.ndim == 2 and down.shape[0] == M and down.shape[1] >= columns
+    check(fits and down.stride(1) == 1, name, f"[{M}, {columns}]", tuple(down.shape))

@@ -10,6 +10,10 @@ Two kernels: `_skinny_kernel` (M stays) and `_grads_kernel` (M is summed over; w
 leave the card idle, M is cut in fixed ranges whose fp32 sums a second, ordered sum adds). Both walk
 segments: runs of columns of one tensor that belong to one A. No atomics: two runs give equal bits.
 
+The first two also write the 8-bit rows (`rows_8bit.py`) of X, or of dY times a channel's factor, on
+their way: they read all of it in any case, so that quantising what another op made is no pass of
+its own.
+
 Products are of the compute dtype (x's), sums fp32; A, B, down and d_down are rounded to the
 compute dtype as they are loaded. Nothing is saved here.
 
@@ -27,23 +31,93 @@ from torch import Tensor
 from fluxfast_kernels import dispatch
 from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
 from fluxfast_kernels.gemm_checks import check_parts, check_side_by_side
+from fluxfast_kernels.hadamard import rotated
+from fluxfast_kernels.rows_8bit import (
+    TOP,
+    Rows,
+    encoded,
+    magnitude,
+    scale_and_inverse,
+    top_of,
+)
+
+BLOCK_Q = 128  # columns that are quantised at once; a rotation's block where that is larger
 
 
 @triton.jit
 def _skinny_kernel(
-    x0, x1, w, out, M, T, scale, x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
+    x0, x1, w, out, codes0, codes1, scale0, scale1, channel, M, T, K0, K1, scale,
+    x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
     RANK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[m, index·RANK + r] = scale·Σ x[m, c]·w[c, r] over the segments of one index."""
+    """out[m, index·RANK + r] = scale·Σ x[m, c]·w[c, r] over the segments of one index.
+
+    SLOTS 1: a program makes one block of one index's ranks. Else it makes all SLOTS of them, and
+    codes and scales of its rows of x0 and x1, where these are given, in blocks of BLOCK_Q columns.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank_blocks: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
-    index = tl.program_id(1) // rank_blocks
-    r = tl.program_id(1) % rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = (r < RANK)[None, :]
     row = tl.minimum(m, M - 1)
     batch = (row // T).to(tl.int64)
     token = (row % T).to(tl.int64)
+    if codes0 is not None:
+        at = x0 + (batch * x0_b + token * x0_t)[:, None]
+        _quantize(at, codes0, scale0, channel, m, M, K0, TOP, ROTATION, BLOCK_M, BLOCK_Q)
+    if codes1 is not None:
+        at = x1 + (batch * x1_b + token * x1_t)[:, None]
+        beyond = channel if channel is None else channel + K0
+        _quantize(at, codes1, scale1, beyond, m, M, K1, TOP, ROTATION, BLOCK_M, BLOCK_Q)
+    for slot in tl.static_range(SLOTS):
+        _skinny_block(
+            x0, x1, w, out, M, scale, m, batch, token, slot if SLOTS > 1 else tl.program_id(1),
+            x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
+            RANK, SEGMENTS, SEGMENT_COUNT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize(
+    x_at, codes, row_scale, channel, m, M, K,
+    TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Rows of `rows_8bit.py`; the second sweep reads them from the cache, as the product does."""
+    most = tl.zeros((BLOCK_M, BLOCK_Q), tl.int32)
+    for i in range(0, tl.cdiv(K, BLOCK_Q)):
+        v = _row_block(x_at, channel, i * BLOCK_Q, K, ROTATION, BLOCK_Q)
+        most = tl.maximum(most, magnitude(v))
+    scale, inverse = scale_and_inverse(tl.max(most, axis=1), TOP)
+    tl.store(row_scale + m, scale, m < M)
+    codes_at = codes + m.to(tl.int64)[:, None] * K
+    for i in range(0, tl.cdiv(K, BLOCK_Q)):
+        v = _row_block(x_at, channel, i * BLOCK_Q, K, ROTATION, BLOCK_Q)
+        code = encoded(v * inverse[:, None], TOP, codes.dtype.element_ty)
+        c = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        tl.store(codes_at + c[None, :], code, (m < M)[:, None] & (c < K)[None, :])
+
+
+@triton.jit
+def _row_block(x_at, channel, first, K, ROTATION: tl.constexpr, BLOCK_Q: tl.constexpr):
+    c = first + tl.arange(0, BLOCK_Q)[None, :]
+    v = tl.load(x_at + c, c < K, other=0.0).to(tl.float32)
+    if channel is not None:
+        v *= tl.load(channel + c, c < K, other=0.0)
+    if ROTATION:
+        v = rotated(v, ROTATION)
+    return v
+
+
+@triton.jit
+def _skinny_block(
+    x0, x1, w, out, M, scale, m, batch, token, slot, x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
+    RANK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of `out`: the ranks that `slot` stands for."""
+    rank_blocks: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
+    index = slot // rank_blocks
+    r = slot % rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = (r < RANK)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(SEGMENT_COUNT):
         if index == SEGMENTS[5 * i + 3]:
@@ -129,7 +203,10 @@ def _tile(op: str, xs: list[Tensor], M: int, N: int, K: int, tile: dispatch.Tile
     return dispatch.choose(op, dispatch.arch_of(xs[0].device), xs[0].dtype, "dense", M, N, K).tile
 
 
-def _skinny(xs, w, w_strides, parts, rank, indices, scale, out, tile) -> Tensor:
+def _skinny(
+    xs, w, w_strides, parts, rank, indices, scale, out, tile, rows=None, channel=None, rotation=0
+) -> Tensor:
+    """rows: per input the Rows to fill, or None."""
     B, T, widths = check_side_by_side("xs", xs)
     M, device = B * T, xs[0].device
     if out is None:
@@ -141,15 +218,22 @@ def _skinny(xs, w, w_strides, parts, rank, indices, scale, out, tile) -> Tensor:
           [w.device, out.device])  # fmt: skip
     if M == 0:
         return out
-    tile = _tile("lora_skinny", xs, M, rank, sum(widths), tile)
+    rows = [*(rows or [None] * len(xs)), None][:2]
+    given = [row for row in rows if row is not None]
+    tile = _tile("lora_skinny_8bit" if given else "lora_skinny", xs, M, rank, sum(widths), tile)
     block_n = _power_of_two(rank, tile.block_n)
     segments = _segments(parts, widths)
     x1 = xs[1] if len(xs) == 2 else None
-    grid = (triton.cdiv(M, tile.block_m), indices * triton.cdiv(rank, block_n))
-    _skinny_kernel[grid](
-        xs[0], x1, w, out, M, T, float(scale), *xs[0].stride()[:2],
+    blocks = indices * triton.cdiv(rank, block_n)
+    slots = blocks if given else 1
+    _skinny_kernel[(triton.cdiv(M, tile.block_m), blocks // slots)](
+        xs[0], x1, w, out, *(None if row is None else row.codes for row in rows),
+        *(None if row is None else row.scale for row in rows), channel,
+        M, T, widths[0], widths[1] if x1 is not None else 0, float(scale), *xs[0].stride()[:2],
         *(x1.stride()[:2] if x1 is not None else (0, 0)), *w_strides, out.stride(0),
-        RANK=rank, SEGMENTS=sum(segments, ()), SEGMENT_COUNT=len(segments),
+        RANK=rank, SEGMENTS=sum(segments, ()), SEGMENT_COUNT=len(segments), SLOTS=slots,
+        TOP=top_of(given[0] if given else None), ROTATION=rotation,
+        BLOCK_Q=max(BLOCK_Q, rotation),
         BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -195,14 +279,22 @@ def _grads(xs, skinny, parts, rank, scale, out, strides, tile) -> Tensor:
 
 
 def lora_down(
-    xs: list[Tensor], lora_a: Tensor, out: Tensor | None = None, tile: dispatch.Tile | None = None
+    xs: list[Tensor],
+    lora_a: Tensor,
+    out: Tensor | None = None,
+    tile: dispatch.Tile | None = None,
+    rows: list[Rows | None] | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """X·Aᵀ. xs: one or two [B, T, K_i]; lora_a: [P·R, K] contiguous, any compute dtype; out:
-    [B·T, P·R] to write into. -> [B·T, P·R] in x's dtype (or out's). One launch."""
+    [B·T, P·R] to write into; rows: per input its 8-bit Rows to fill, rotated, or None.
+    -> [B·T, P·R] in x's dtype (or out's). One launch."""
     K = sum(x.shape[-1] for x in xs)
     fits = lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous()
     check(fits, "lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
-    return _skinny(xs, lora_a, (1, K), [(0, K, 0, 0)], lora_a.shape[0], 1, 1.0, out, tile)
+    rank = lora_a.shape[0]
+    given = (out, tile, rows, None, rotation)
+    return _skinny(xs, lora_a, (1, K), [(0, K, 0, 0)], rank, 1, 1.0, *given)
 
 
 def lora_d_down(
@@ -213,15 +305,18 @@ def lora_d_down(
     indices: int,
     out: Tensor | None = None,
     tile: dispatch.Tile | None = None,
+    rows: list[Rows | None] | None = None,
+    channel: Tensor | None = None,
 ) -> Tensor:
     """s·Σ dY_part·B_part, per index of A. dys: one or two [B, T, N_i]; lora_b: [N', R] contiguous;
-    indices: P; out: [B·T, P·R]. -> [B·T, P·R] in dy's dtype (or out's); zero where no part names
-    an index. One launch."""
+    indices: P; out: [B·T, P·R]; rows: per dY the 8-bit Rows of dY·channel (fp32 [N]) to fill, or
+    None. -> [B·T, P·R] in dy's dtype (or out's); zero where no part names an index. One launch."""
     triples = check_parts(parts, sum(dy.shape[-1] for dy in dys), lora_b)
     check(max(t[2] for t in triples) < indices, "parts", f"with an index below {indices}", parts)
     check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
     rank = lora_b.shape[1]
-    return _skinny(dys, lora_b, (rank, 1), triples, rank, indices, scale, out, tile)
+    given = (out, tile, rows, channel)
+    return _skinny(dys, lora_b, (rank, 1), triples, rank, indices, scale, *given)
 
 
 def lora_da(
@@ -271,7 +366,9 @@ def kernel_cases() -> Iterator[KernelCase]:
                     if op == "lora_skinny":
                         types = {"x0": f"*{dtype}", "w": "*fp32", "out": f"*{dtype}"}
                         kernel = _skinny_kernel
-                        blocks |= {"SEGMENTS": (0, 0, 3072, 0, 0), "x1": None}
+                        blocks |= {"SEGMENTS": (0, 0, 3072, 0, 0), "x1": None, "SLOTS": 1}
+                        blocks |= {"TOP": 127.0, "ROTATION": 0, "BLOCK_Q": BLOCK_Q}
+                        blocks |= dict.fromkeys(_ROWS)
                     else:
                         types = {"x": f"*{dtype}", "skinny": f"*{dtype}", "out": "*fp32"}
                         kernel = _grads_kernel
@@ -280,3 +377,37 @@ def kernel_cases() -> Iterator[KernelCase]:
                     yield KernelCase(
                         name, kernel, signature, blocks, tile.num_warps, tile.num_stages, matrix
                     )
+    for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
+        for dtype in ("bf16", "fp16", "fp32"):
+            for towards in ("x", "dy"):
+                yield from _quantizing_cases(kind, code, dtype, towards)
+
+
+_ROWS = ("codes0", "codes1", "scale0", "scale1", "channel")
+
+
+def _quantizing_cases(kind: str, code: str, dtype: str, towards: str) -> Iterator[KernelCase]:
+    """x: two inputs, the first quantised and rotated; dy: two of three parts, both with scales."""
+    wide = "fp32" if dtype == "fp32" else "half"
+    for tile in dispatch.shipped("lora_skinny_8bit", "dense", wide):
+        rank = 48 if towards == "x" else 16
+        block_n = _power_of_two(rank, tile.block_n)
+        types = dict.fromkeys(("x0", "x1", "out"), f"*{dtype}") | {"w": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(("codes0", "codes1"), f"*{code}")
+        types |= dict.fromkeys(("scale0", "scale1", "channel"), "*fp32")
+        segments = (0, 0, 3072, 0, 0, 1, 0, 12288, 0, 3072)
+        if towards == "dy":
+            segments = (0, 0, 3072, 0, 0, 0, 3072, 6144, 1, 3072, 1, 0, 12288, 2, 6144)
+        blocks = {
+            "RANK": rank, "SEGMENTS": segments, "SEGMENT_COUNT": len(segments) // 5,
+            "SLOTS": 1 if towards == "x" else 3, "TOP": TOP[kind],
+            "ROTATION": 256 if towards == "x" else 0, "BLOCK_Q": 256 if towards == "x" else BLOCK_Q,
+            "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": tile.block_k,
+        }  # fmt: skip
+        absent = ("codes1", "scale1", "channel") if towards == "x" else ()
+        yield KernelCase(
+            f"lora_skinny.{kind}.{dtype}.{towards}", _skinny_kernel,
+            dict.fromkeys(_skinny_kernel.arg_names, "i32") | types, blocks | dict.fromkeys(absent),
+            tile.num_warps, tile.num_stages, dtype != "fp32",
+            least_arch=89 if kind == "fp8" else 80,
+        )  # fmt: skip

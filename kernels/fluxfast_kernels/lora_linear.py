@@ -4,10 +4,15 @@
 
 Layouts: x [B, T, K], or several inputs side by side whose widths add up to K; the last stride is 1,
 the others are free, so that one stream's tokens of a joint tensor go in as they lie. y [B, T, N].
-weight is a list: [W [N, K]] in fp32, bf16 or fp16, or NF4's [packed, absmax] and, where absmax is
-itself quantised, [packed, absmax, nested_absmax, offset] (see `nf4.py`). lora_a fp32 [P·R, K]
+weight is a list: [W [N, K]] in fp32, bf16 or fp16, [codes, scale] in 8 bits, or NF4's [packed,
+absmax] and, where absmax is itself quantised, [packed, absmax, nested_absmax, offset] (see
+`frozen.py`). lora_a fp32 [P·R, K]
 stacks one A per part; lora_b fp32 [N', R] has the parts' rows one after the other; parts is flat
 (start, end, which A): never a block-diagonal matrix, and one A for all parts is P = 1.
+
+products: "" multiplies in x's dtype, "int8" and "fp8" in 8-bit codes, forward and towards x, over
+any form of weight (see `linear_8bit.py`); the update stays in x's dtype. rotation: the weight is
+that of the rotated input, W·H (see `hadamard.py`); 0 for none, and only with 8-bit products.
 
 Saved for backward: x (as given), A and B. The dense weight and x Aᵀ are made again.
 
@@ -17,250 +22,26 @@ residual, writes y. FLOP: 2·M·N·K + 2·M·R·(P·K + N'), M = B·T; backward 
 twice the low-rank part for dA and dB.
 
 Refused with ValueError: shapes that do not fit, an update given by halves, parts out of range, and
-a gate that wants a gradient (its gradient needs y, which is not kept: use `gate_residual`).
+a gate that wants a gradient (its gradient needs y, which is not kept: use `gate_residual`), int8
+products of an fp8 weight and the reverse, fp8 on a card that has none (below sm_89).
 Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 """
 
-from collections.abc import Iterator, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxfast_kernels import backend, dispatch, gemm, gemm_grads
+from fluxfast_kernels import backend, dispatch
 from fluxfast_kernels.backend import check
-from fluxfast_kernels.nf4 import BLOCK, NF4Tensor, check_nf4, nf4_decode
-
-# ---------------------------------------------------------------- the frozen weight
-
-
-def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
-    """[N, K] of a weight whose input width is K. Raises ValueError where they do not fit."""
-    if len(weight) == 1:
-        check(weight[0].ndim == 2, "weight", "[N, K]", tuple(weight[0].shape))
-        check(weight[0].shape[1] == K, "weight", f"[N, {K}] for this x", tuple(weight[0].shape))
-        return tuple(weight[0].shape)
-    check(len(weight) in (2, 4), "weight", "a list of 1, 2 or 4 tensors", len(weight))
-    count = 2 * weight[0].numel()
-    fits = K % BLOCK == 0 and count % K == 0
-    check(fits, "weight", f"NF4 of [N, {K}], {K} a multiple of {BLOCK}", f"{count} values")
-    packed, absmax, *nested = weight
-    check_nf4(NF4Tensor(packed, absmax, (count // K, K), *nested))
-    return count // K, K
-
-
-def dense_weight(weight: Sequence[Tensor], K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`, decoded into the scratch where it is quantised: read it before the next
-    decode."""
-    if len(weight) == 1:
-        return weight[0].to(dtype)
-    packed, absmax, *nested = weight
-    shape = weight_shape(weight, K)
-    out = backend.scratch(shape[0] * K, dtype, packed.device)
-    return nf4_decode(NF4Tensor(packed, absmax, shape, *nested), dtype, out)
-
-
-def lora_slices(
-    parts: Sequence[int], rank: int
-) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
-    """Per part: its (start, end) rows of y, of B, and of A."""
-    row = 0
-    for start, end, index in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        yield (start, end), (row, row + end - start), (index * rank, (index + 1) * rank)
-        row += end - start
-
-
-# ---------------------------------------------------------------- forward and backward, no autograd
-
-
-def _without_autocast(function):
-    """Products stay in x's dtype: inside an op autocast would round some of them and not others."""
-
-    @wraps(function)
-    def run(tensors: Sequence[Tensor], *arguments, **named):
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return function(tensors, *arguments, **named)
-
-    return run
-
-
-@_without_autocast
-def linear_forward(
-    xs: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    parts: Sequence[int],
-    scale: float,
-    split: int = 0,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> list[Tensor]:
-    """-> [y [B, T, N]] or, with a split, [y[..., :split], y[..., split:]], each contiguous.
-
-    xs: inputs side by side, each [B, T, K_i]. gate [B, 1, N] and residual [B, T, N] go together.
-    """
-    K, dtype, shape = sum(x.shape[-1] for x in xs), xs[0].dtype, xs[0].shape[:-1]
-    N = weight_shape(weight, K)[0]
-    check(bias is None or bias.shape == (N,), "bias", f"[{N}]", bias is not None and bias.shape)
-    bias = None if bias is None else bias.to(dtype)
-    down = None
-    if backend.launches(xs[0]):
-        xs = [_batched(x) for x in xs]
-        down = gemm_grads.lora_down(xs, lora_a) if lora_a is not None else None
-        weight, fused = _resident(weight, "lora_gemm", xs, N, K)
-        if fused:
-            residual = None if residual is None else _batched(residual)
-            given = (bias, down, lora_b, parts, scale, split, gate, residual)
-            return [_like(shape, y) for y in gemm.lora_gemm(xs, weight, *given)]
-    flat = [_rows(x) for x in xs]
-    W = dense_weight(weight, K, dtype)
-    if lora_a is not None and down is None:
-        down = _times_transposed(flat, lora_a.to(dtype), None)
-    cuts = [0, split, N] if split else [0, N]
-    ys = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
-        y = _times_transposed(flat, W[low:high], None if bias is None else bias[low:high])
-        if down is not None:
-            up = lora_b.to(dtype) * scale
-            for (start, end), (b_start, _), (a_start, a_end) in lora_slices(parts, up.shape[1]):
-                first, last = max(start, low), min(end, high)
-                if first < last:
-                    rows = up[b_start + first - start : b_start + last - start]
-                    y[:, first - low : last - low].addmm_(down[:, a_start:a_end], rows.T)
-        ys.append(_like(shape, y))
-    if residual is not None:
-        torch.addcmul(residual, gate, ys[0], out=ys[0])
-    return ys
-
-
-@_without_autocast
-def linear_backward(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    parts: Sequence[int],
-    scale: float,
-    need_dx: bool,
-) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
-    """-> ([dx_i [B, T, K_i]] or None, dA and dB in fp32 or None). dys, xs as in `linear_forward`.
-
-    No weight ([]): the gradients of the update alone.
-    """
-    dtype, shapes = xs[0].dtype, [x.shape for x in xs]
-    widths = [shape[-1] for shape in shapes]
-    launched = backend.launches(xs[0])
-    if launched:
-        xs, dys = [_batched(x) for x in xs], [_batched(dy) for dy in dys]
-    flat, grads = [_rows(x) for x in xs], [_rows(dy) for dy in dys]
-    d_down = da = db = None
-    if lora_a is not None:
-        update = _launched_update if launched else _plain_update
-        da, db, d_down = update(xs, dys, flat, grads, lora_a, lora_b, parts, scale)
-    if not need_dx:
-        return None, da, db
-    if weight and launched:
-        N = sum(dy.shape[-1] for dy in dys)
-        weight, fused = _resident(weight, "lora_gemm_dx", dys, sum(widths), N)
-        if fused:
-            dxs = gemm.lora_gemm_dx(dys, weight, d_down, lora_a, widths)
-            return [dx.view(shape) for dx, shape in zip(dxs, shapes, strict=True)], da, db
-    pairs = []
-    if weight:
-        W = dense_weight(weight, sum(widths), dtype)
-        products = zip(grads, _column_ranges(grads), strict=True)
-        pairs = [(dy, W[first:last]) for dy, (first, last) in products]
-    if d_down is not None:
-        pairs.append((d_down, lora_a.to(dtype)))
-    dxs = []
-    for shape, (low, high) in zip(shapes, _column_ranges(flat), strict=True):
-        (left, right), *more = pairs
-        dx = left @ right[:, low:high]
-        for left, right in more:
-            dx.addmm_(left, right[:, low:high])
-        dxs.append(dx.view(shape))
-    return dxs, da, db
-
-
-def _launched_update(xs, dys, flat, grads, lora_a, lora_b, parts, scale):
-    """-> dA, dB, and s·Σ dY_part·B_part [M, P·R] in the compute dtype."""
-    rank = lora_b.shape[1]
-    down = gemm_grads.lora_down(xs, lora_a)
-    d_down = gemm_grads.lora_d_down(dys, lora_b, parts, scale, lora_a.shape[0] // rank)
-    db = gemm_grads.lora_db(dys, down, parts, scale, rank)
-    return gemm_grads.lora_da(xs, d_down), db, d_down
-
-
-def _plain_update(xs, dys, flat, grads, lora_a, lora_b, parts, scale):
-    dtype, rank = flat[0].dtype, lora_b.shape[1]
-    down = _times_transposed(flat, lora_a.to(dtype), None)
-    d_down, up, db = torch.zeros_like(down), lora_b.to(dtype), torch.empty_like(lora_b)
-    for dy, (low, high) in zip(grads, _column_ranges(grads), strict=True):
-        for (start, end), (b_start, _), (a_start, a_end) in lora_slices(parts, rank):
-            first, last = max(start, low), min(end, high)
-            if first < last:
-                rows = slice(b_start + first - start, b_start + last - start)
-                dy_part = dy[:, first - low : last - low]
-                db[rows] = dy_part.T @ down[:, a_start:a_end]
-                d_down[:, a_start:a_end].addmm_(dy_part, up[rows])
-    d_down *= scale
-    da = torch.empty_like(lora_a)
-    for x, (low, high) in zip(flat, _column_ranges(flat), strict=True):
-        da[:, low:high] = d_down.T @ x
-    return da, db.mul_(scale), d_down
-
-
-def _resident(
-    weight: Sequence[Tensor], op: str, xs: Sequence[Tensor], N: int, K: int
-) -> tuple[list[Tensor], bool]:
-    """What dispatch decides for a product of N outputs over K: the weight as it goes in (NF4 as it
-    is, or dense in the compute dtype), and whether our kernel does it (else torch's matmul)."""
-    M, dtype = xs[0].shape[0] * xs[0].shape[1], xs[0].dtype
-    arch = dispatch.arch_of(xs[0].device)
-    nf4 = len(weight) > 1
-    if nf4 and dispatch.choose(op, arch, dtype, "nf4", M, N, K).kind == "fused":
-        return list(weight), True
-    width = K if op == "lora_gemm" else N
-    dense = [dense_weight(weight, width, dtype)]
-    return dense, dispatch.choose(op, arch, dtype, "dense", M, N, K).kind == "fused"
-
-
-def _batched(x: Tensor) -> Tensor:
-    """[..., C] as the launchers take it: [B, T, C]."""
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
-
-
-def _like(shape: torch.Size, y: Tensor) -> Tensor:
-    return y.view(*shape, y.shape[-1])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., C] as [M, C]. A copy only where a batch of slices cannot be seen as one matrix."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _column_ranges(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    ends = [0]
-    for tensor in tensors:
-        ends.append(ends[-1] + tensor.shape[1])
-    return list(zip(ends, ends[1:], strict=False))
-
-
-def _times_transposed(xs: Sequence[Tensor], W: Tensor, bias: Tensor | None) -> Tensor:
-    """[x_0, x_1, ...] Wᵀ + bias -> [M, N], the inputs side by side but never joined."""
-    y = None
-    for x, (low, high) in zip(xs, _column_ranges(xs), strict=True):
-        if y is None:
-            y = F.linear(x, W[:, low:high], bias)
-        else:
-            y.addmm_(x, W[:, low:high].T)
-    return y
-
+from fluxfast_kernels.frozen import dense_weight, storage_of, weight_shape
+from fluxfast_kernels.hadamard import check_rotation
+from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.linear_8bit import product_reference
+from fluxfast_kernels.linear_dense import lora_slices
+from fluxfast_kernels.rows_8bit import TOP
 
 # ---------------------------------------------------------------- the op
 
@@ -276,15 +57,18 @@ def _lora_linear(
     scale: float,
     gate: Optional[Tensor],  # noqa: UP045
     residual: Optional[Tensor],  # noqa: UP045
+    products: str,
+    rotation: int,
 ) -> Tensor:
     (y,) = linear_forward(
-        [x], weight, bias, lora_a, lora_b, parts, scale, gate=gate, residual=residual
-    )
+        [x], weight, bias, lora_a, lora_b, parts, scale, gate=gate, residual=residual,
+        products=products, rotation=rotation,
+    )  # fmt: skip
     return y
 
 
 @_lora_linear.register_fake
-def _(x, weight, bias, lora_a, lora_b, parts, scale, gate, residual):
+def _(x, weight, bias, lora_a, lora_b, parts, scale, gate, residual, products, rotation):
     return x.new_empty(*x.shape[:-1], weight_shape(weight, x.shape[-1])[0])
 
 
@@ -299,9 +83,12 @@ def _lora_linear_backward(
     scale: float,
     gate: Optional[Tensor],  # noqa: UP045
     need_dx: bool,
+    products: str,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy = dout if gate is None else dout * gate
-    dxs, da, db = linear_backward([dy], [x], weight, lora_a, lora_b, parts, scale, need_dx)
+    dxs, da, db = linear_backward(
+        [dout], [x], weight, lora_a, lora_b, parts, scale, need_dx, gate, products, rotation
+    )
     return (
         dxs[0] if dxs else dout.new_empty(0),
         da if da is not None else dout.new_empty(0, dtype=torch.float32),
@@ -310,7 +97,7 @@ def _lora_linear_backward(
 
 
 @_lora_linear_backward.register_fake
-def _(dout, x, weight, lora_a, lora_b, parts, scale, gate, need_dx):
+def _(dout, x, weight, lora_a, lora_b, parts, scale, gate, need_dx, products, rotation):
     return (
         x.new_empty(x.shape) if need_dx else dout.new_empty(0),
         torch.empty_like(lora_a) if lora_a is not None else dout.new_empty(0, dtype=torch.float32),
@@ -319,9 +106,9 @@ def _(dout, x, weight, lora_a, lora_b, parts, scale, gate, need_dx):
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, parts, scale, gate, _ = inputs
+    x, weight, _, lora_a, lora_b, parts, scale, gate, _, products, rotation = inputs
     ctx.save_for_backward(x, lora_a, lora_b, gate)
-    ctx.weight, ctx.parts, ctx.scale = weight, parts, scale
+    ctx.weight, ctx.parts, ctx.scale, ctx.how = weight, parts, scale, (products, rotation)
 
 
 def _differentiate(ctx, dout: Tensor):
@@ -337,6 +124,7 @@ def _differentiate(ctx, dout: Tensor):
         ctx.scale,
         gate,
         needs[0],
+        *ctx.how,
     )
     return (
         dx if needs[0] else None,
@@ -348,6 +136,8 @@ def _differentiate(ctx, dout: Tensor):
         None,
         None,
         dout if needs[8] else None,
+        None,
+        None,
     )
 
 
@@ -364,6 +154,8 @@ def lora_linear(
     scale: float = 1.0,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    products: str = "",
+    rotation: int = 0,
 ) -> Tensor:
     """x [..., K] -> [..., N] in x's dtype (fp32, bf16 or fp16); see the file's head.
 
@@ -374,7 +166,27 @@ def lora_linear(
     N, K = weight_shape(weight, x.shape[-1])
     check_update(lora_a, lora_b, parts, N, K)
     check_gate(gate, residual, x, N)
-    return _lora_linear(x, weight, bias, lora_a, lora_b, list(parts), scale, gate, residual)
+    check_products(products, rotation, weight, x, [K])
+    return _lora_linear(
+        x, weight, bias, lora_a, lora_b, list(parts), scale, gate, residual, products, rotation
+    )
+
+
+def check_products(
+    products: str, rotation: int, weight: Sequence[Tensor], x: Tensor, widths: Sequence[int]
+) -> None:
+    """Raise ValueError unless x's device multiplies so, and the weight is kept fitly. widths: of
+    the inputs side by side."""
+    check(products in ("", *TOP), "products", "'', 'int8' or 'fp8'", repr(products))
+    check(products or not rotation, "rotation", "0 without 8-bit products", rotation)
+    check_rotation(rotation, *widths)
+    if products:
+        other = "fp8" if products == "int8" else "int8"
+        fits = storage_of(weight) != other
+        check(fits, "products", f"{other} or '' for a weight kept in {other}", products)
+        arch = dispatch.arch_of(x.device)
+        fits = products != "fp8" or not arch or arch >= 89
+        check(fits, "products", "int8 or '' on a card before sm_89", f"fp8 on sm_{arch}")
 
 
 def check_update(
@@ -419,7 +231,7 @@ def check_gate(gate: Tensor | None, residual: Tensor | None, x: Tensor, N: int) 
 
 
 def lora_linear_reference(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
@@ -428,11 +240,21 @@ def lora_linear_reference(
     scale: float = 1.0,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    products: str = "",
+    rotation: int = 0,
 ) -> Tensor:
-    """The same in ordinary torch operations, differentiable in everything, in x's dtype."""
+    """The same in ordinary torch operations, differentiable in everything, in x's dtype. 8-bit
+    products differentiate as the op does: dx is a product of codes too. x: one input or several
+    side by side."""
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    x = torch.cat(xs, -1)
     K = x.shape[-1]
-    W = weight[0] if len(weight) == 1 else dense_weight(weight, K, torch.float32).clone()
-    y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if products:
+        y = product_reference(xs, weight, products, rotation)
+        y = y if bias is None else y + bias.to(x.dtype)
+    else:
+        W = weight[0] if len(weight) == 1 else dense_weight(weight, K, torch.float32).clone()
+        y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if lora_a is not None:
         pieces, at = [], 0
         for (start, end), (b_start, b_end), (a_start, a_end) in lora_slices(parts, lora_b.shape[1]):

@@ -1,7 +1,7 @@
-"""The C++ library in `lib/` (made of `csrc/nf4.cpp`), reached by ctypes; its absence is no error.
+"""The C++ library in `lib/` (made of `csrc/`), reached by ctypes; its absence is no error.
 
 `setup.py` builds it where a compiler is found. Without it, or with one built for another interface,
-`isa()` is None and NF4 on the CPU runs as plain PyTorch.
+`isa()` is None, and NF4 and int8 rows on the CPU run as plain PyTorch.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1  # fluxfast_abi() of csrc/nf4.cpp
+ABI = 2  # fluxfast_abi() of csrc/nf4.cpp
 LIBRARY = Path(__file__).parent / "lib" / "native.so"  # a folder: an .so beside would be a module
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,6 +31,12 @@ def _library() -> ctypes.CDLL | None:
         *[_pointer] * 5, _long, _pointer, _long, _pointer, _int, _int, _int
     ]  # fmt: skip
     library.fluxfast_nf4_quantize.argtypes = [_pointer, _int, _long, _pointer, _pointer, _int, _int]
+    library.fluxfast_rows_int8.argtypes = [
+        _pointer, _int, _long, _long, _long, *[_pointer] * 3, _int, _int
+    ]  # fmt: skip
+    library.fluxfast_nf4_int8.argtypes = [
+        _pointer, _pointer, _long, _long, _pointer, _pointer, _int, _int
+    ]  # fmt: skip
     return library
 
 
@@ -92,6 +98,77 @@ def nf4_quantize(weight: Tensor, with_isa: str | None = None) -> tuple[Tensor, T
         with_isa=with_isa,
     )
     return packed, absmax
+
+
+def rows_int8(
+    x: Tensor, channel: Tensor | None = None, with_isa: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] fp32, bf16 or fp16 of last stride 1, times channel fp32 [K], contiguous
+    -> codes int8 [M, K], scale fp32 [M].
+
+    code = round(v * (127 / amax)), scale = amax * (1 / 127); amax is the row's largest |v|, at
+    least 1e-30. NaN or infinity in a row makes its scale NaN and its codes 0. All on the CPU.
+    with_isa: one of ISAS, for tests.
+    """
+    assert x.ndim == 2 and x.is_cpu and x.dtype in TYPES, (x.shape, x.device, x.dtype)
+    M, K = x.shape
+    assert x.stride(1) == 1 or K == 1, x.stride()
+    if channel is not None:
+        assert channel.shape == (K,) and channel.dtype == torch.float32, channel
+        assert channel.is_cpu and channel.is_contiguous(), "channel: contiguous, on the CPU"
+    codes = torch.empty((M, K), dtype=torch.int8, device="cpu")
+    scale = torch.empty(M, dtype=torch.float32, device="cpu")
+    _run(
+        "fluxfast_rows_int8",
+        _at(x),
+        TYPES[x.dtype],
+        M,
+        K,
+        x.stride(0),
+        _at(channel),
+        _at(codes),
+        _at(scale),
+        with_isa=with_isa,
+    )
+    return codes, scale
+
+
+def nf4_int8(
+    packed: Tensor,
+    absmax: Tensor,
+    rows: int,
+    columns: int,
+    out: Tensor | None = None,
+    with_isa: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """packed uint8 [rows * columns / 2], absmax fp32 [rows * columns / 64]
+    -> codes int8 [rows, columns], scale fp32 [rows].
+
+    As decoding to fp32 and `rows_int8`, but with a row's largest |absmax| as its largest magnitude.
+    columns is a multiple of 64. codes: a view of `out` where given, int8, of at least as many
+    values. All contiguous and on the CPU. with_isa: one of ISAS, for tests.
+    """
+    count = rows * columns
+    out = torch.empty(count, dtype=torch.int8, device="cpu") if out is None else out
+    tensors, dtypes = (packed, absmax, out), (torch.uint8, torch.float32, torch.int8)
+    assert all(t.is_contiguous() and t.is_cpu for t in tensors), "contiguous, on the CPU"
+    assert all(t.dtype == dtype for t, dtype in zip(tensors, dtypes, strict=True)), dtypes
+    assert columns % 64 == 0 and out.numel() >= count, (rows, columns, out.shape)
+    sizes = (packed.numel() * 2, absmax.numel() * 64)
+    assert sizes == (count, count), (rows, columns, packed.shape, absmax.shape)
+    codes = out.view(-1)[:count].view(rows, columns)
+    scale = torch.empty(rows, dtype=torch.float32, device="cpu")
+    _run(
+        "fluxfast_nf4_int8",
+        _at(packed),
+        _at(absmax),
+        rows,
+        columns,
+        _at(codes),
+        _at(scale),
+        with_isa=with_isa,
+    )
+    return codes, scale
 
 
 def _run(name: str, *arguments, with_isa: str | None) -> None:

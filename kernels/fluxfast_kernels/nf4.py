@@ -60,7 +60,8 @@ class NF4Tensor:
 
 
 @cache
-def _code(device: torch.device) -> Tensor:
+def code_table(device: torch.device) -> Tensor:
+    """The 16 values, fp32."""
     return torch.tensor(CODE, dtype=torch.float32, device=device)
 
 
@@ -68,7 +69,7 @@ def _code(device: torch.device) -> Tensor:
 def _pairs(device: torch.device) -> Tensor:
     """fp32 [256, 2]: a byte's two values, high nibble first."""
     byte = torch.arange(256, device=device)
-    code = _code(device)
+    code = code_table(device)
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
 
 
@@ -112,7 +113,7 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
 
 def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """-> packed uint8 [n / 2, 1], absmax fp32 [n / 64], in plain PyTorch."""
-    code = _code(weight.device)
+    code = code_table(weight.device)
     bounds = (code[:-1] + code[1:]) / 2
     blocks = weight.reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(dim=1)
@@ -207,7 +208,9 @@ def launch_decode(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
     """packed uint8 [n / 2], absmax fp32 [n / 64] -> out [n], all contiguous."""
     blocks = absmax.numel()
     grid = (triton.cdiv(blocks, BLOCKS),)
-    _decode_kernel[grid](packed, absmax, _code(packed.device), out, blocks, BLOCKS, num_warps=WARPS)
+    _decode_kernel[grid](
+        packed, absmax, code_table(packed.device), out, blocks, BLOCKS, num_warps=WARPS
+    )
 
 
 def kernel_cases() -> Iterator[KernelCase]:

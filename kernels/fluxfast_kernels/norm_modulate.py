@@ -39,32 +39,33 @@ from torch import Tensor
 
 from fluxfast_kernels import backend
 from fluxfast_kernels.backend import check, last_stride_1
-from fluxfast_kernels.lora_linear import (
-    check_update,
-    linear_backward,
-    linear_forward,
-    lora_linear_reference,
-    weight_shape,
-)
+from fluxfast_kernels.frozen import weight_shape
+from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.lora_linear import check_products, check_update, lora_linear_reference
 from fluxfast_kernels.norm_modulate_triton import (
     EPS,
     launch_norm_modulate,
     launch_norm_modulate_backward,
 )
+from fluxfast_kernels.rows_8bit import Rows, empty_rows
 
 MAX_WIDTH = 16384
 
 # ---------------------------------------------------------------- forward and backward, no autograd
 
 
-def norm_modulate_forward(h: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (x [B, T, D] contiguous, mean and rstd fp32 [B, T])."""
+def norm_modulate_forward(
+    h: Tensor, shift: Tensor, scale: Tensor, products: str = "", rotation: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Rows | None]:
+    """-> (x [B, T, D] contiguous, mean and rstd fp32 [B, T], x's 8-bit rows where the kernel wrote
+    them for such products)."""
     B, T, D = h.shape
     if backend.launches(h):
         x = h.new_empty(B, T, D)
         mean, rstd = (torch.empty(B, T, device=h.device) for _ in range(2))
-        launch_norm_modulate(h, shift, scale, x, mean, rstd, rebuild=False)
-        return x, mean, rstd
+        rows = empty_rows(x, products) if products else None
+        launch_norm_modulate(h, shift, scale, x, mean, rstd, False, rows, rotation)
+        return x, mean, rstd, rows
     # the modulation as LayerNorm's affine, which may be fp32 beside a bf16 h: one pass per sample,
     # rounded once, and fp32 mean and rstd
     made = [
@@ -74,7 +75,7 @@ def norm_modulate_forward(h: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tens
     x, mean, rstd = (
         each[0][None] if B == 1 else torch.stack(each) for each in zip(*made, strict=True)
     )
-    return x, mean[..., 0], rstd[..., 0]
+    return x, mean[..., 0], rstd[..., 0], None
 
 
 def norm_modulate_rebuild(
@@ -135,7 +136,7 @@ def norm_modulate_backward(
 
 @torch.library.custom_op("fluxfast::norm_modulate", mutates_args=())
 def _norm_modulate(h: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return norm_modulate_forward(h, shift, scale)
+    return norm_modulate_forward(h, shift, scale)[:3]
 
 
 @_norm_modulate.register_fake
@@ -235,15 +236,22 @@ def _norm_modulate_lora_linear(
     parts: Sequence[int],
     lora_scale: float,
     split: int,
+    products: str,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (y0, y1 (of no columns without a split), mean, rstd)."""
-    x, mean, rstd = norm_modulate_forward(h, shift, scale)
-    ys = linear_forward([x], weight, bias, lora_a, lora_b, parts, lora_scale, split=split)
+    x, mean, rstd, rows = norm_modulate_forward(h, shift, scale, products, rotation)
+    ys = linear_forward(
+        [x], weight, bias, lora_a, lora_b, parts, lora_scale, split=split,
+        products=products, rotation=rotation, rows=[rows],
+    )  # fmt: skip
     return ys[0], ys[1] if split else h.new_empty(*h.shape[:2], 0), mean, rstd
 
 
 @_norm_modulate_lora_linear.register_fake
-def _(h, shift, scale, weight, bias, lora_a, lora_b, parts, lora_scale, split):
+def _(
+    h, shift, scale, weight, bias, lora_a, lora_b, parts, lora_scale, split, products, rotation
+):  # fmt: skip
     N, _ = weight_shape(weight, h.shape[2])
     widths = (split, N - split) if split else (N, 0)
     return *(h.new_empty(*h.shape[:2], width) for width in widths), *_fake_statistics(h)
@@ -264,6 +272,8 @@ def _norm_modulate_lora_linear_backward(
     lora_scale: float,
     need_dh: bool,
     need_d_modulation: bool,
+    products: str,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (dh, dshift, dscale, dA, dB), without elements where not needed or not there.
 
@@ -272,8 +282,9 @@ def _norm_modulate_lora_linear_backward(
     x = h if lora_a is None else norm_modulate_rebuild(h, shift, scale, mean, rstd)
     need_dx = need_dh or need_d_modulation
     dxs, da, db = linear_backward(
-        [last_stride_1(dy) for dy in dys], [x], weight, lora_a, lora_b, parts, lora_scale, need_dx
-    )
+        [last_stride_1(dy) for dy in dys], [x], weight, lora_a, lora_b, parts, lora_scale, need_dx,
+        None, products, rotation,
+    )  # fmt: skip
     del x
     gradients = [h.new_empty(0) for _ in range(3)]
     if need_dx:
@@ -286,7 +297,8 @@ def _norm_modulate_lora_linear_backward(
 
 @_norm_modulate_lora_linear_backward.register_fake
 def _(
-    dys, h, shift, scale, mean, rstd, weight, lora_a, lora_b, parts, lora_scale, need_dh, need_d_mod
+    dys, h, shift, scale, mean, rstd, weight, lora_a, lora_b, parts, lora_scale, need_dh,
+    need_d_mod, products, rotation,
 ):  # fmt: skip
     updates = (
         h.new_empty(0 if each is None else each.shape, dtype=torch.float32)
@@ -296,13 +308,13 @@ def _(
 
 
 def _keep_with_linear(ctx, inputs, output) -> None:
-    h, shift, scale, weight, _, lora_a, lora_b, parts, lora_scale, split = inputs
+    h, shift, scale, weight, _, lora_a, lora_b, parts, lora_scale, split, *how = inputs
     y0, y1, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     shift = shift if lora_a is not None else None
     ctx.save_for_backward(h, shift, scale, mean, rstd, lora_a, lora_b)
-    ctx.weight, ctx.parts, ctx.lora_scale = weight, parts, lora_scale
+    ctx.weight, ctx.parts, ctx.lora_scale, ctx.how = weight, parts, lora_scale, how
     ctx.widths = (y0.shape[2], y1.shape[2]) if split else (y0.shape[2],)
 
 
@@ -310,7 +322,13 @@ def _differentiate_with_linear(ctx, dy0: Tensor | None, dy1: Tensor | None, *_):
     h, shift, scale, mean, rstd, lora_a, lora_b = ctx.saved_tensors
     needs_h, needs_shift, needs_scale, _, _, needs_a, needs_b = ctx.needs_input_grad[:7]
     frozen = [None] * len(ctx.weight), None
-    rest = (None if ctx.parts else [], None, None)  # an empty list has no gradient to be None
+    rest = (
+        None if ctx.parts else [],
+        None,
+        None,
+        None,
+        None,
+    )  # an empty list has no gradient to be None
     if dy0 is None and dy1 is None:
         return None, None, None, *frozen, None, None, *rest
     dys = [
@@ -319,7 +337,7 @@ def _differentiate_with_linear(ctx, dy0: Tensor | None, dy1: Tensor | None, *_):
     ]
     dh, dshift, dscale, da, db = _norm_modulate_lora_linear_backward(
         dys, h, shift, scale, mean, rstd, ctx.weight, lora_a, lora_b, ctx.parts, ctx.lora_scale,
-        needs_h, needs_shift or needs_scale,
+        needs_h, needs_shift or needs_scale, *ctx.how,
     )  # fmt: skip
     return (
         dh if needs_h else None,
@@ -348,6 +366,8 @@ def norm_modulate_lora_linear(
     parts: Sequence[int] = (),
     lora_scale: float = 1.0,
     split: int = 0,
+    products: str = "",
+    rotation: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The linear layer of LayerNorm(h) · (1 + scale) + shift; see the file's head.
 
@@ -359,9 +379,11 @@ def norm_modulate_lora_linear(
     N, K = weight_shape(weight, h.shape[2])
     check_update(lora_a, lora_b, parts, N, K)
     check(0 <= split < N, "split", f"in 0..{N - 1}", split)
+    check_products(products, rotation, weight, h, [K])
     y0, y1, *_ = _norm_modulate_lora_linear(
-        h, shift, scale, list(weight), bias, lora_a, lora_b, list(parts), lora_scale, split
-    )
+        h, shift, scale, list(weight), bias, lora_a, lora_b, list(parts), lora_scale, split,
+        products, rotation,
+    )  # fmt: skip
     return (y0, y1) if split else y0
 
 

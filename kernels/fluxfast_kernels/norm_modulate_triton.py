@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.backend import KernelCase, tl, triton
+from fluxfast_kernels.hadamard import rotated
+from fluxfast_kernels.rows_8bit import (
+    TOP,
+    Rows,
+    encoded,
+    magnitude,
+    scale_and_inverse,
+    top_of,
+)
 
 EPS = 1e-6
 STEPS = 8  # tiles a program sums for dshift and dscale: 16 rows at D = 3072
@@ -22,10 +31,12 @@ STEPS = 8  # tiles a program sums for dshift and dscale: 16 rows at D = 3072
 @triton.jit
 def _norm_modulate_kernel(
     H, SHIFT, SCALE, X, MEAN, RSTD, h_batch, h_token, shift_batch, scale_batch, T,
+    CODES, ROW_SCALE,
     D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    REBUILD: tl.constexpr,
+    REBUILD: tl.constexpr, TOP: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """REBUILD: mean and rstd are read; otherwise they are formed and written."""
+    """REBUILD: mean and rstd are read; otherwise they are formed and written. CODES, ROW_SCALE: x's
+    rows in 8 bits, where given."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK)[None, :]
@@ -45,7 +56,16 @@ def _norm_modulate_kernel(
         tl.store(MEAN + b * T + t, mean, real)
         tl.store(RSTD + b * T + t, rstd, real)
     x = (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
-    tl.store(X + (b * T + t[:, None]) * D + d, x.to(X.dtype.element_ty), inside)
+    x = x.to(X.dtype.element_ty)
+    tl.store(X + (b * T + t[:, None]) * D + d, x, inside)
+    if CODES is not None:
+        v = tl.where(inside, x.to(tl.float32), 0.0)
+        if ROTATION:
+            v = rotated(v, ROTATION)
+        row_scale, inverse = scale_and_inverse(tl.max(magnitude(v), axis=1), TOP)
+        tl.store(ROW_SCALE + b * T + t, row_scale, real)
+        codes = encoded(v * inverse[:, None], TOP, CODES.dtype.element_ty)
+        tl.store(CODES + (b * T + t[:, None]) * D + d, codes, inside)
 
 
 @triton.jit
@@ -96,23 +116,34 @@ def _norm_modulate_backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def tile(D: int) -> tuple[int, int, int]:
+def tile(D: int, rotation: int = 0) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: whole rows, two at FLUX's 3072, which share their
-    modulation."""
+    modulation. One where they are rotated: two spill (sm_90, Triton 3.7.1)."""
     block = triton.next_power_of_2(D)
-    rows = max(1, min(16, 8192 // block))
+    rows = max(1, min(16, (4096 if rotation else 8192) // block))
     return rows, block, max(4, min(16, rows * block // 1024))
 
 
 def launch_norm_modulate(
-    h: Tensor, shift: Tensor, scale: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, rebuild: bool
+    h: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rebuild: bool,
+    rows: Rows | None = None,
+    rotation: int = 0,
 ) -> None:
-    """Overwrites x [B, T, D], contiguous, and, unless it is a rebuild, mean and rstd [B, T]."""
+    """Overwrites x [B, T, D], contiguous, unless it is a rebuild mean and rstd [B, T], and x's rows
+    where they are given."""
     B, T, D = h.shape
-    rows, block, warps = tile(D)
-    _norm_modulate_kernel[(triton.cdiv(T, rows), B)](
+    tile_rows, block, warps = tile(D, rotation)
+    _norm_modulate_kernel[(triton.cdiv(T, tile_rows), B)](
         h, shift, scale, x, mean, rstd, *h.stride()[:2], shift.stride(0), scale.stride(0), T,
-        D=D, EPS=EPS, ROWS=rows, BLOCK=block, REBUILD=rebuild, num_warps=warps,
+        *((rows.codes, rows.scale) if rows else (None, None)),
+        D=D, EPS=EPS, ROWS=tile_rows, BLOCK=block, REBUILD=rebuild, TOP=top_of(rows),
+        ROTATION=rotation, num_warps=warps,
     )  # fmt: skip
 
 
@@ -153,10 +184,23 @@ def kernel_cases() -> Iterator[KernelCase]:
         rows, block, warps = tile(D)
         types = fixed | dict.fromkeys(("H", "SHIFT", "SCALE", "X", "DX", "DH"), f"*{dtype}")
         shape = {"D": D, "ROWS": rows, "BLOCK": block}
+        none = {"CODES": None, "ROW_SCALE": None}
         for rebuild in (False, True):
             name = f"norm_modulate {'rebuild ' * rebuild}{dtype} {D}"
-            constants = shape | {"EPS": EPS, "REBUILD": rebuild}
-            yield KernelCase(name, _norm_modulate_kernel, types, constants, warps)
+            constants = shape | {"EPS": EPS, "REBUILD": rebuild, "TOP": 127.0, "ROTATION": 0}
+            yield KernelCase(name, _norm_modulate_kernel, types, constants | none, warps)
+        for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
+            for rotation in (0, min(256, D)):
+                rows, block, warps = tile(D, rotation)
+                constants = {"D": D, "ROWS": rows, "BLOCK": block, "EPS": EPS}
+                constants |= {"REBUILD": False, "TOP": TOP[kind]}
+                yield KernelCase(
+                    f"norm_modulate {kind} {rotation} {dtype} {D}", _norm_modulate_kernel,
+                    types | {"CODES": f"*{code}", "ROW_SCALE": "*fp32"},
+                    constants | {"ROTATION": rotation}, warps,
+                    least_arch=89 if kind == "fp8" else 80,
+                )  # fmt: skip
+        rows, block, warps = tile(D)
         for has_dh, has_sums in ((True, False), (True, True), (False, True)):
             constants = shape | {"STEPS": STEPS if has_sums else 1}
             constants |= {"HAS_DH": has_dh, "HAS_SUMS": has_sums}

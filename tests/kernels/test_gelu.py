@@ -70,7 +70,7 @@ def test_quantise(device, dtype):
     u = strided(B, T, 2100, device=device, dtype=dtype, shift=-1).clone()  # two blocks of 2048
     u[0, 0], u[0, 1], u[0, 2, ::2] = 0.75, -9, -30  # constant, all below the range, half of it
     wide = poisoned(B, T, 2100 + 8, dtype=dtype, device=device)
-    x, codes, row_scale = gelu.gelu_quantize(u, out=wide[..., 8:])
+    x, codes, row_scale, _ = gelu.gelu_rows(u, 8, out=wide[..., 8:])
     truth = F.gelu(u.double(), approximate="tanh")
     assert_as_exact("gelu", x, F.gelu(u, approximate="tanh"), truth)
     assert codes.dtype == torch.int8 and row_scale.shape == (B, T, 2)
@@ -90,7 +90,7 @@ def test_kernels_on_codes(device, dtype):
     """What is rebuilt from the codes is as exact as eager on the decoded u."""
     u = draw(B, T, WIDTH, device=device, dtype=dtype, shift=-1)
     dx = strided(B, T, WIDTH, device=device, dtype=dtype, seed=1)
-    _, codes, row_scale = gelu.gelu_quantize(u)
+    _, codes, row_scale, _ = gelu.gelu_rows(u, 8)
     decoded = decode(codes, row_scale)
     x = gelu.gelu_forward(codes, row_scale, dtype=dtype)
     assert x.dtype == dtype
@@ -237,7 +237,7 @@ def test_op_saving_8_bits(device, dtype, launch):
     with backend.cpu_launches(launch):
         found = with_gradients(lambda m: gelu.gelu_lora_linear(**m, saved_bits=8), made)
         exact = with_gradients(lambda m: gelu.gelu_lora_linear(**m), made)
-        _, codes, row_scale = gelu.gelu_quantize(made["u"].detach())
+        _, codes, row_scale, _ = gelu.gelu_rows(made["u"].detach(), 8)
     assert torch.equal(found["y"], exact["y"])
     decoded = decode(codes, row_scale).requires_grad_()
     at_decoded = made | {"u": decoded}
@@ -306,13 +306,13 @@ def test_opcheck(device, saved_bits):
         for options in ({}, {"head": 0, "gated": False}, {"rank": 0}):
             made = inputs(device, torch.float32, **options)
             torch.library.opcheck(
-                torch.ops.fluxfast.gelu_lora_linear.default, (*made.values(), saved_bits)
+                torch.ops.fluxfast.gelu_lora_linear.default, (*made.values(), saved_bits, "", 0)
             )
             u, row_scale = made["u"].detach(), None
             if saved_bits == 8:
-                _, u, row_scale = gelu.gelu_quantize(u)
+                _, u, row_scale, _ = gelu.gelu_rows(u, 8)
             shared = [made[k] for k in ("weight", "lora_a", "lora_b", "parts", "lora_scale")]
-            rest = made["head"], made["gate"], True
+            rest = made["head"], made["gate"], True, "", 0
             d_out = draw(B, T, 96, device=device)
             torch.library.opcheck(
                 torch.ops.fluxfast.gelu_lora_linear_backward.default,

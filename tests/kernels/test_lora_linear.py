@@ -3,13 +3,8 @@
 import pytest
 import torch
 from fluxfast_kernels import backend
-from fluxfast_kernels.lora_linear import (
-    _lora_linear,
-    linear_backward,
-    linear_forward,
-    lora_linear,
-    lora_linear_reference,
-)
+from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.lora_linear import _lora_linear, lora_linear, lora_linear_reference
 from fluxfast_kernels.nf4 import nf4_decode, nf4_quantize
 from numerics import assert_as_exact
 
@@ -154,9 +149,8 @@ def test_gradcheck():
         leaves = [*wanted, given["lora_a"].clone(), given["lora_b"].clone()]
 
         def run(x, residual, a, b):
-            return _lora_linear(
-                x, given["weight"], given["bias"], a, b, PARTS, 0.5, given["gate"], residual
-            )
+            given_ = (given["weight"], given["bias"], a, b, PARTS, 0.5, given["gate"], residual)
+            return _lora_linear(x, *given_, "", 0)
 
         inputs = [leaf.requires_grad_() for leaf in leaves]
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
@@ -165,7 +159,8 @@ def test_gradcheck():
 def test_opcheck(device):
     given = arguments(torch.float32, device, "nf4")
     x, a, b = (given[n].clone().requires_grad_() for n in ("x", "lora_a", "lora_b"))
-    inputs = (x, given["weight"], given["bias"], a, b, PARTS, 0.5, given["gate"], given["residual"])
+    update = (given["bias"], a, b, PARTS, 0.5, given["gate"], given["residual"])
+    inputs = (x, given["weight"], *update, "", 0)
     torch.library.opcheck(_lora_linear, inputs)
 
 

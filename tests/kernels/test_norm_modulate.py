@@ -202,7 +202,7 @@ def test_opcheck(device):
     h, shift, scale, dx = inputs((2, 5, 128), torch.float32, device)
     leaves = tuple(x.detach().requires_grad_() for x in (h, shift, scale))
     torch.library.opcheck(ops._norm_modulate, leaves)
-    _, mean, rstd = ops.norm_modulate_forward(h, shift, scale)
+    _, mean, rstd, _ = ops.norm_modulate_forward(h, shift, scale)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops._norm_modulate_backward, (dx, h, scale, mean, rstd, *needs))
 
@@ -215,13 +215,14 @@ def test_opcheck_with_linear(update, device):
     leaves = [x.detach().requires_grad_() for x in (h, shift, scale)]
     trained = [None if x is None else x.detach().requires_grad_() for x in low_rank]
     for split in (0, 64):
-        arguments = (*leaves, weight, bias, *trained, parts, 0.7, split)
+        arguments = (*leaves, weight, bias, *trained, parts, 0.7, split, "", 0)
         torch.library.opcheck(ops._norm_modulate_lora_linear, arguments)
-    _, mean, rstd = ops.norm_modulate_forward(h, shift, scale)
+    _, mean, rstd, _ = ops.norm_modulate_forward(h, shift, scale)
     dy = inputs((2, 5, N), torch.float32, device)[3]
     arguments = ([dy], h, shift, scale, mean, rstd, weight, *low_rank, parts, 0.7)
     for needs in ((True, True), (False, False)) if update else ((True, False),):
-        torch.library.opcheck(ops._norm_modulate_lora_linear_backward, (*arguments, *needs))
+        given = (*arguments, *needs, "", 0)
+        torch.library.opcheck(ops._norm_modulate_lora_linear_backward, given)
 
 
 def test_compiles_as_one_graph(device):
