@@ -1,10 +1,12 @@
-"""Writes the table of kernels/README.md: formula, shapes, bytes, FLOP and floor of every op.
+"""Writes the tables of kernels/README.md: formula, shapes, bytes, FLOP and floor of every op, and
+what quantising costs a step.
 
     python bench/catalogue.py          rewrites the table
     python bench/catalogue.py --check  exits with 1 where the file does not hold it
 
-The floor is the larger of bytes over bandwidth and FLOP over dense bf16 peak, of one launch on an
-RTX 4090 (1008 GB/s, 165 TFLOP/s) at one 1024 px picture: calculated from the datasheet, not timed.
+The floor is the larger of bytes over bandwidth and FLOP over dense peak, of one launch on an RTX
+4090 (1008 GB/s, bf16 165 TFLOP/s, int8 661 TOP/s) at one 1024 px picture: calculated from the
+datasheet, not timed.
 """
 
 import argparse
@@ -14,7 +16,8 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
 BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
-BANDWIDTH, PEAK = 1008e9, 165e12
+BEGIN_STEP, END_STEP = "<!-- step: begin -->", "<!-- step: end -->"
+BANDWIDTH, PEAK, INT8_PEAK = 1008e9, 165e12, 661e12
 T, D, F, H, C, R = 4608, 3072, 12288, 24, 128, 16
 E = 2  # bytes of a bf16 value
 NF4 = 0.5 + 4 / 64  # bytes a weight
@@ -31,9 +34,10 @@ class Op:
     saved: str
     bytes_moved: float
     flop: float
+    peak: float = PEAK
 
     def floor_us(self) -> float:
-        return 1e6 * max(self.bytes_moved / BANDWIDTH, self.flop / PEAK)
+        return 1e6 * max(self.bytes_moved / BANDWIDTH, self.flop / self.peak)
 
 
 def linear(n: int, k: int, parts: int = 1, extra: float = 0.0) -> tuple[float, float]:
@@ -46,6 +50,13 @@ OPS = [
        (NF4 + E) * F * D, F * D),
     Op("lora_linear", "lora_linear", "x Wᵀ + b + s (x Aᵀ) Bᵀ; residual + gate · that",
        "x [B, T, 3072] to [B, T, 3072]", "x", *linear(D, D, extra=2 * E * T * D)),
+    Op("lora_linear", "lora_linear(products=\"int8\")", "the same, x and W in codes of 8 bits",
+       "x [B, T, 3072] to [B, T, 3072]", "x", *linear(D, D, extra=2 * E * T * D + 2 * T * D),
+       INT8_PEAK),
+    Op("rows_8bit", "quantize_rows", "round(v · 127 / amax); v = gate · x · channel",
+       "x [B, T, 3072]", "nothing", (E + 1) * T * D, 4.0 * T * D),
+    Op("hadamard", "hadamard_rotate", "x · H, blocks of 256", "x [B, T, 3072]", "nothing",
+       2 * E * T * D, 9.0 * T * D),
     Op("norm_modulate", "norm_modulate", "LayerNorm(h) (1 + scale) + shift", "h [B, T, 3072]",
        "h, mean, rstd", 2 * E * T * D + 8 * T, 8.0 * T * D),
     Op("norm_modulate", "norm_modulate_lora_linear", "the linear of norm_modulate(h)",
@@ -79,6 +90,30 @@ def table() -> str:
     return "\n".join([BEGIN, *lines, END])
 
 
+def step_table() -> str:
+    """Bytes that the linears' inputs and gradients move in one step of FLUX.1-dev at 1024 px.
+
+    Per input value: its maker writes it in bf16, the update reads it; codes are one byte. Per
+    gradient value: the update reads it twice (A's and B's gradients). As a pass of its own,
+    quantising reads the bf16 again; fused, the maker or the update writes the codes on its way.
+    """
+    inputs = 19 * (3 * D + F) + 38 * (D + D + F)  # K of every linear, per token
+    gradients = 19 * (5 * D + F) + 38 * (4 * D + F)  # N
+    ways = [
+        ("bf16 products", 2 + 2 + 2, 2 + 2 + 2),
+        ("8-bit products, quantised in a pass of its own", 2 + 2 + 1 + 1 + 2, 2 + 2 + 2 + 1 + 1),
+        ("8-bit products, codes from the maker or the update", 2 + 1 + 1 + 2, 2 + 2 + 1 + 1),
+    ]
+    lines = [
+        "| | bytes an input value | bytes a gradient value | GB a step | ms at 1008 GB/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, x, dy in ways:
+        moved = T * (x * inputs + dy * gradients)
+        lines.append(f"| {name} | {x} | {dy} | {moved / 1e9:.1f} | {1e3 * moved / BANDWIDTH:.0f} |")
+    return "\n".join([BEGIN_STEP, *lines, END_STEP])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     text = README.read_text(encoding="utf-8")
     wanted = text.split(BEGIN)[0] + table() + text.split(END)[1]
+    wanted = wanted.split(BEGIN_STEP)[0] + step_table() + wanted.split(END_STEP)[1]
     if not check:
         README.write_text(wanted, encoding="utf-8")
     return int(check and wanted != text)

@@ -1,7 +1,7 @@
-"""Puts the newest rows of bench/results/ into the README: a table and a chart, never typed.
+"""Puts the newest rows of bench/results/ into the README: tables and charts, never typed.
 
-    python bench/chart.py          writes bench/results/step-DEVICE.svg and the README's table
-    python bench/chart.py --check  exits with 1 where the README does not say what the rows say
+    PYTHONPATH=.:kernels python bench/chart.py   writes bench/results/*.svg and the README's tables
+    … --check                                    exits with 1 where the README says otherwise
 
 The newest run of each (device, pixels, batch) counts; a row that is not "ok" is shown with its
 reason.
@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from bench import quality_chart
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
@@ -21,6 +23,10 @@ NAMES = {
     "diffusers-dense-compile": "diffusers + peft, bf16, compiled",
     "fluxfast-nf4": "fluxfast",
     "fluxfast-dense": "fluxfast, bf16 base",
+    "fluxfast-nf4-int8": "fluxfast, int8 products",
+    "fluxfast-nf4-fp8": "fluxfast, fp8 products",
+    "fluxfast-int8-int8": "fluxfast, int8 base and products",
+    "fluxfast-fp8-fp8": "fluxfast, fp8 base and products",
 }
 
 
@@ -98,14 +104,18 @@ def main(arguments: list[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    wanted = before + readme_block() + after
+    wanted = text.split(BEGIN)[0] + readme_block() + text.split(END)[1]
+    measured = quality_chart.newest()
+    before, after = wanted.split(quality_chart.BEGIN)[0], wanted.split(quality_chart.END)[1]
+    wanted = before + quality_chart.block(measured) + after
     if check:
-        print("the README's table is up to date" if wanted == text else "run python bench/chart.py")
+        said = "the README's tables are up to date"
+        print(said if wanted == text else "run python bench/chart.py")
         return wanted != text
     readme.write_text(wanted, encoding="utf-8")
     for path in sorted(RESULTS.glob("step-*.jsonl")):
         draw(newest(path), path.with_suffix(".svg"))
+    quality_chart.draw(measured, quality_chart.RESULTS.with_suffix(".svg"))
     return 0
 
 

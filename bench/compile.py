@@ -58,10 +58,10 @@ def compile_one(index: int, arch: int) -> tuple[str, str | None]:
         compiled = compile_for(case.fn, case.signature, case.constants, arch, **settings)
         cost = resources(compiled)
     except Exception as error:  # one kernel's failure is a row too
-        return f"{case.name:44} sm_{arch}", f"failed: {str(error).strip().splitlines()[0]}"
+        return f"{case.name:60} sm_{arch}", f"failed: {str(error).strip().splitlines()[0]}"
     used = " ".join(f"{opcode} {n}" for opcode, n in sorted(tensor_core(cost).items())) or "-"
     figures = f"{cost['registers']:4} {cost['stack']:5} {cost['shared']:7}"
-    return f"{case.name:44} sm_{arch:<3} {figures}  {used}", verdict(case, cost, arch)
+    return f"{case.name:60} sm_{arch:<3} {figures}  {used}", verdict(case, cost, arch)
 
 
 _CASES: list = []  # filled before the workers are forked: a kernel cannot be sent to a process
@@ -80,11 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
         (index, arch)
         for index, case in enumerate(_CASES)
         for arch in options.arch
-        if arch >= case.least_arch
+        if arch >= case.least_arch and (case.archs is None or arch in case.archs)
     ]
 
     wrong = 0
-    print(f"{'kernel':44} arch  regs stack  shared  tensor-core instructions")
+    print(f"{'kernel':60} arch  regs stack  shared  tensor-core instructions")
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         for row, problem in pool.map(compile_one, *zip(*work, strict=True), chunksize=4):

@@ -1,5 +1,6 @@
 """Does a candidate take the same step? Loss and LoRA gradients against a reference; bytes saved."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -40,18 +41,26 @@ def kept_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in kept)
 
 
-def tolerance(spec: FluxSpec, compute: torch.dtype) -> float:
+# what one 8-bit product errs by, relative, on normal values: two operands of 1.2 or 2.6 % each
+PRODUCT_ERROR = {"": 0.0, "int8": 0.018, "fp8": 0.038}
+
+
+def tolerance(spec: FluxSpec, compute: torch.dtype, products: str = "") -> float:
     """Largest relative difference that rounding explains.
 
     About 30 roundings of a value per block, forward and backward; errors add in quadrature,
     doubled for two sides that each make them. bf16 products sum in fp32, so their sums are exact
     beside bf16's 2^-9; in fp32 a sum of K terms itself errs by sqrt(K) roundings of 2^-24, K = 15
-    360 being the longest.
+    360 being the longest. 8-bit products add their own.
     """
-    roundings = 30 * (spec.depth + spec.depth_single_blocks)
+    blocks = spec.depth + spec.depth_single_blocks
+    roundings = 30 * blocks
+    # four products on a value's way through a block, and as many on its gradient's way back
+    coded = 2 * PRODUCT_ERROR[products] * (8 * blocks) ** 0.5
     if compute == torch.bfloat16:
-        return 2 * 2**-9 * roundings**0.5
-    return 2 * 2**-24 * (roundings * (spec.hidden_size + spec.mlp_hidden)) ** 0.5
+        return math.hypot(2 * 2**-9 * roundings**0.5, coded)
+    summed = 2 * 2**-24 * (roundings * (spec.hidden_size + spec.mlp_hidden)) ** 0.5
+    return math.hypot(summed, coded)
 
 
 def evidence(candidate: Candidate, batch: Batch) -> dict[str, Tensor]:

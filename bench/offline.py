@@ -53,17 +53,22 @@ def _cuobjdump(flag, path):
     ).stdout
 
 
-def resources(kernel):
-    """-> registers, stack (bytes a thread spills or indexes), shared (bytes a block),
-    instructions, sass {opcode: count}."""
+def _sass(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+        return _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);", re.M)
+
+
+def resources(kernel):
+    """-> registers, stack (bytes a thread spills or indexes), shared (bytes a block),
+    instructions, sass {opcode: count}."""
+    usage, sass = _sass(kernel)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    opcodes = collections.Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.M)
-    )
+    opcodes = collections.Counter(opcode for _, opcode, _ in _INSTRUCTION.findall(sass))
     return dict(
         registers=registers,
         stack=stack,
@@ -71,3 +76,20 @@ def resources(kernel):
         instructions=sum(opcodes.values()),
         sass=dict(opcodes),
     )
+
+
+def hot_loop(kernel, marks=("IMMA", "QMMA", "HMMA", "IGMMA", "QGMMA", "HGMMA")):
+    """-> {opcode: count} of the innermost loop that holds most of the instructions in `marks`."""
+    found = [
+        (int(at, 16), opcode, rest) for at, opcode, rest in _INSTRUCTION.findall(_sass(kernel)[1])
+    ]
+    best, best_key = collections.Counter(), (0, 0)
+    for end, opcode, rest in found:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if opcode != "BRA" or not target or int(target[1], 16) > end:
+            continue
+        body = collections.Counter(o for at, o, _ in found if int(target[1], 16) <= at <= end)
+        key = (sum(body[mark] for mark in marks), -sum(body.values()))
+        if key > best_key:
+            best, best_key = body, key
+    return dict(best)

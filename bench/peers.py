@@ -203,15 +203,23 @@ def _fill(model: nn.Module, name: str, value: Tensor, compute: torch.dtype, nf4:
 
 
 def build_fluxfast(
-    weights: BaseWeights, storage: str, compute: torch.dtype, rank: int
+    weights: BaseWeights, storage: str, compute: torch.dtype, rank: int, products: str = ""
 ) -> Candidate:
-    """fluxfast's FLUX. storage: "nf4", "dense" (all in `compute`), or another that `Flux` knows."""
+    """fluxfast's FLUX. storage: "nf4", "dense" (all in `compute`), or another that `Flux` knows;
+    products: "int8" or "fp8" where the blocks multiply so."""
     from fluxfast.model.flux import Flux, fill
     from fluxfast.model.lora import inject_lora, lora_layers
+    from fluxfast.model.precision import layer_precisions
 
     model = Flux(weights.spec, compute)
     dense = "bf16" if compute == torch.bfloat16 else "fp32"
-    fill(model, weights, dense if storage == "dense" else storage, device=weights.device)
+    kept = dense if storage == "dense" else storage
+    fill(
+        model,
+        weights,
+        layer_precisions(weights.spec, kept, products or dense),
+        device=weights.device,
+    )
     inject_lora(model, rank=rank, alpha=rank, targets="attn+mlp")
     model.to(weights.device).train()
     adapters = {}

@@ -41,6 +41,7 @@ def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[st
     from fluxfast.model.flux import Flux, fill, rope_tables
     from fluxfast.model.lora import inject_lora
     from fluxfast.model.names import linear_shape
+    from fluxfast.model.precision import layer_precisions
 
     def zeros(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
@@ -50,7 +51,7 @@ def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[st
         return torch.zeros(shape if kind == "weight" else shape[:1], dtype=torch.bfloat16)
 
     model = Flux(spec, torch.bfloat16)
-    fill(model, zeros, "bf16")
+    fill(model, zeros, layer_precisions(spec, "bf16", "bf16"))
     inject_lora(model, RANK, targets=targets)
     model.train()
     vec = torch.zeros(1, spec.hidden_size, dtype=torch.bfloat16)

@@ -33,16 +33,25 @@ CANDIDATES = {  # name -> storage of the base, how to build it
     "diffusers-nf4": ("nf4", {}),
     "diffusers-nf4-checkpoint": ("nf4", {"checkpointing": True}),
     "diffusers-dense-compile": ("dense", {"compiled": True}),
-    "fluxfast-nf4": ("nf4", None),
-    "fluxfast-dense": ("dense", None),
+    "fluxfast-nf4": ("nf4", {}),
+    "fluxfast-dense": ("dense", {}),
+    "fluxfast-nf4-int8": ("nf4", {"products": "int8"}),
+    "fluxfast-nf4-fp8": ("nf4", {"products": "fp8"}),
+    "fluxfast-int8-int8": ("int8", {"products": "int8"}),
+    "fluxfast-fp8-fp8": ("fp8", {"products": "fp8"}),
 }
+# 8-bit storage is made of the dense weights, so that is what its results are held to
+REFERENCES = {"int8": "dense", "fp8": "dense"}
 DEFAULTS = {
-    "cpu": ["diffusers-nf4", "diffusers-nf4-checkpoint", "fluxfast-nf4"],
+    "cpu": ["diffusers-nf4", "diffusers-nf4-checkpoint", "fluxfast-nf4", "fluxfast-nf4-int8"],
     "cuda": [
         "diffusers-nf4",
         "diffusers-nf4-checkpoint",
         "diffusers-dense-compile",
         "fluxfast-nf4",
+        "fluxfast-nf4-int8",
+        "fluxfast-nf4-fp8",
+        "fluxfast-int8-int8",
     ],
 }
 CPU_SPEC = replace(DEV, depth=1, depth_single_blocks=2)
@@ -119,8 +128,8 @@ def build(name: str, settings: Settings) -> Candidate:
     """Build one candidate. Raises ImportError for a missing library."""
     storage, options = CANDIDATES[name]
     weights = BaseWeights(settings.spec, SEED, settings.device)
-    if options is None:
-        return build_fluxfast(weights, storage, settings.compute, settings.rank)
+    if name.startswith("fluxfast"):
+        return build_fluxfast(weights, storage, settings.compute, settings.rank, **options)
     return build_diffusers(weights, storage, settings.compute, settings.rank, **options)
 
 
@@ -167,11 +176,12 @@ def measure(settings: Settings, names: list[str], references: Path, report: Repo
             candidate = built[name]
             reset_adapters(candidate)
             found = evidence(candidate, batch)
-            path = references / f"{CANDIDATES[name][0]}-{shape[0]}-{shape[1]}.pt"
+            storage, options = CANDIDATES[name]
+            kept = REFERENCES.get(storage, storage)
+            path = references / f"{kept}-{shape[0]}-{shape[1]}.pt"
             reference = torch.load(path) if path.exists() else None
-            wrong, compared = disagreement(
-                found, reference, tolerance(settings.spec, settings.compute)
-            )
+            allowed = tolerance(settings.spec, settings.compute, options.get("products", ""))
+            wrong, compared = disagreement(found, reference, allowed)
             if reference is None and wrong is None and name.startswith("diffusers"):
                 torch.save(found, path)
             details[name] |= compared | {"saved_bytes": saved_bytes(candidate, batch)}
@@ -226,6 +236,7 @@ def row_settings(settings: Settings, name: str, pixels: int, batch: int) -> dict
         "bench": "step",
         "storage": storage if storage != "dense" else compute,
         "compute": compute,
+        "products": options.get("products") or compute,
         "hidden": spec.hidden_size,
         "double_blocks": spec.depth,
         "single_blocks": spec.depth_single_blocks,
@@ -237,9 +248,9 @@ def row_settings(settings: Settings, name: str, pixels: int, batch: int) -> dict
         "lora_targets": "attn+mlp",
         "lora_dtype": "float32",
         "optimizer": "torch AdamW, fused",
-        "checkpointing": bool(options and options.get("checkpointing")),
-        "compiled": bool(options and options.get("compiled")),
-        "autocast": options is not None and settings.compute == torch.bfloat16,
+        "checkpointing": options.get("checkpointing", False),
+        "compiled": options.get("compiled", False),
+        "autocast": name.startswith("diffusers") and settings.compute == torch.bfloat16,
         "warmup": settings.warmup,
         "interleaved": not settings.apart,
     }

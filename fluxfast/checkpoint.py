@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fluxfast.config import Config
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
 from fluxfast.optim import Ema
@@ -32,6 +33,21 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
         if match and (folder / "state.pt").is_file():
             found.append((int(match[1]), folder))
     return sorted(found)
+
+
+def identity_of(config: Config) -> dict:
+    """What a checkpoint's weights depend on in shape and meaning. Not the base's precision: a run
+    may go on in another.
+    """
+    return {
+        "model.path": config.model.path,
+        "lora": config.lora.model_dump(mode="json"),
+        "train.optimizer": config.train.optimizer,
+        "train.optimizer_args": config.train.optimizer_args,
+        "train.batch_size": config.train.batch_size,
+        "train.gradient_accumulation": config.train.gradient_accumulation,
+        "seed": config.seed,
+    }
 
 
 def drop_partials(run_dir: Path) -> None:
@@ -89,16 +105,9 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(
-    folder: Path,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    identity: dict,
-) -> int:
-    """Restore everything in place. -> the number of steps done.
+def load_weights(folder: Path, parameters: list[nn.Parameter], identity: dict) -> dict:
+    """Restore the LoRA's weights in place. -> everything that was saved: step, optimizer, ema, …
 
-    An EMA that the checkpoint does not have starts from its weights.
     Raises FluxfastError for an unreadable file or a run that trains something else.
     """
     try:
@@ -119,6 +128,22 @@ def load_checkpoint(
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(saved)
+    return state
+
+
+def load_checkpoint(
+    folder: Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    identity: dict,
+) -> int:
+    """Restore everything in place. -> the number of steps done.
+
+    An EMA that the checkpoint does not have starts from its weights. Raises FluxfastError as
+    `load_weights` does.
+    """
+    state = load_weights(folder, parameters, identity)
     optimizer.load_state_dict(state["optimizer"])
     if ema is not None:
         if state["ema"] is not None:

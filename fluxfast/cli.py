@@ -90,6 +90,37 @@ def cache(
 
 
 @app.command()
+def check(
+    target: Target,
+    set_: Set = [],  # noqa: B006
+    model: Model = None,
+    encoders: Encoders = None,
+    trigger: Trigger = None,
+    name: Name = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="relative error that a layer may have; default 0.03 in int8, 0.05 in fp8"
+        ),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="of the data, to measure on")] = 4,
+) -> None:
+    """Measure what 8-bit products cost each layer, and choose which are rotated or kept in bf16.
+
+    Example: `fluxfast check examples/nano/zorb.yaml --set model.compute=int8`. Prints a table:
+    relative errors of the storage alone, of y and dx in 8 bits, and of both behind a Hadamard
+    rotation, the cosine of the LoRA's gradients with the true ones, the choice. The choices go to
+    RUN_DIR/check.yaml, which `--set model.layers=` takes.
+    """
+    config = _config(target, set_, model, encoders, trigger, name)
+    from fluxfast.check import check as run
+    from fluxfast.layer_errors import table
+
+    with _interruptible():
+        print("\n".join(table(run(config, limit, batches))))
+
+
+@app.command()
 def sample(
     model: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or Hub id")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
@@ -103,8 +134,8 @@ def sample(
     guidance: Annotated[float, typer.Option(help="for models that embed it")] = 3.5,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     encoders: Encoders = None,
-    storage: Annotated[str, typer.Option(help="auto, fp32, bf16 or nf4")] = "auto",
-    compute: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    storage: Annotated[str, typer.Option(help="auto, fp32, bf16, nf4, int8 or fp8")] = "auto",
+    compute: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp8")] = "auto",
 ) -> None:
     """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
 

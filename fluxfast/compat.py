@@ -220,7 +220,7 @@ def _precision(job: _Job) -> None:
     job.note(
         "model.quantize",
         "read as storage auto: 4-bit NF4 on a GPU where ai-toolkit keeps 8-bit floats, fp32 on a "
-        "CPU (--set model.storage=bf16 keeps the base unrounded)",
+        "CPU (--set model.storage=fp8 keeps 8-bit floats too, bf16 the base unrounded)",
     )
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.errors import ConfigError
 from fluxfast.kohya import KohyaFiles
+from fluxfast.settings import apply_override, dump_yaml, insert_layers, read_mapping
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -40,12 +40,22 @@ class ModelConfig(Section):
         description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
         "tokenizers; needed when `path` is a single file",
     )
-    storage: Literal["auto", "fp32", "bf16", "nf4"] = Field(
-        "auto", description="how the frozen base is kept; auto: nf4 on a GPU, fp32 on a CPU"
+    storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
+        "auto",
+        description="how the frozen base is kept; auto: fp32 on a CPU; nf4 on a GPU, from 40 GiB "
+        "the 8 bits of compute",
     )
     double_quant: bool = Field(False, description="nf4 only: quantise the block scales as well")
-    compute: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the hardware multiplies it, else fp32"
+    compute: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
+        "auto",
+        description="int8, fp8: the blocks' linears multiply 8-bit codes, all else is bf16 or "
+        "fp32; auto: on a GPU by its generation, on a CPU bf16 where it multiplies that, else fp32",
+    )
+    layers: dict[str, Literal["8bit", "rotate", "bf16"]] = Field(
+        {},
+        description="name or glob (quoted where it starts with *) -> 8bit, rotate (8 bits, behind "
+        "a Hadamard rotation) or bf16 (dense); the last match wins; or the path of what "
+        "`fluxfast check` wrote",
     )
     max_sequence_length: Positive | None = Field(
         None,
@@ -254,18 +264,7 @@ def load_config(
     line for each key of theirs that is ignored or read differently. Raises ConfigError for an
     unreadable file, an unknown key (naming the nearest one) or a bad value.
     """
-    path = Path(path)
-    try:
-        raw = _parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {error.strerror or error}"
-        ) from None
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        got = "nothing" if raw is None else type(raw).__name__
-        raise ConfigError(f"{path} must hold a mapping of settings, got {got}")
+    raw = read_mapping(Path(path), "the configuration")
     if not is_ai_toolkit(raw):
         return build_config(raw, overrides, source=str(path), announce=announce)
     try:
@@ -288,7 +287,7 @@ def build_config(
     """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError.
 
     A .toml named in `data` is read as kohya's data set; announce gets a line for each key of it
-    that is ignored or read differently.
+    that is ignored or read differently. A path in `model.layers` is replaced by that file's layers.
     """
     files = KohyaFiles()
     for override in overrides:
@@ -296,8 +295,11 @@ def build_config(
             files = KohyaFiles()
         elif override.startswith("data."):  # which may reach into what a .toml says
             files.insert(raw)
-        _apply_override(raw, override)
+        elif override.startswith("model.layers."):  # likewise
+            insert_layers(raw)
+        apply_override(raw, override)
     files.insert(raw)
+    insert_layers(raw)
     files.settle(raw)
     try:
         config = Config.model_validate(raw)
@@ -313,61 +315,9 @@ def build_config(
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 1e-4 is a number and not a word."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a word that `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-# a date such as 2024-13-45 raises a bare ValueError, as text that is not UTF-8 does
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-def _apply_override(raw: dict, override: str) -> None:
-    if isinstance(raw.get("data"), dict) and re.match(r"data\.\d", override):
-        raw["data"] = [raw["data"]]  # one folder may be written without the list
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set takes KEY=VALUE, got {override!r}", hint="--set train.steps=500")
-    node: Any = raw
-    parts = key.split(".")
-    if not all(parts):
-        raise ConfigError(
-            f"--set {key}: a name is missing beside a dot", hint="--set train.steps=500"
-        )
-    for part, following in zip(parts, parts[1:] + [""], strict=True):
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                raise ConfigError(f"--set {key}: {part!r} is not an index of a list of {len(node)}")
-            part = int(part)
-        elif not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
-        if not following:
-            try:
-                node[part] = _parse(value)
-            except _YAML_ERRORS:
-                raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
-        elif isinstance(node, dict):
-            if not isinstance(node.get(part), dict | list):
-                node[part] = {}
-            node = node[part]
-        else:
-            node = node[part]
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _describe(item: dict) -> str:

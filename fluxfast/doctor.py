@@ -41,16 +41,19 @@ def _torch_lines() -> list[str]:
     import torch
     from fluxfast_kernels import native
 
-    from fluxfast.load import multiplies_bf16, resolve_precision
+    from fluxfast.load import multiplies_8_bits, resolve_precision
+    from fluxfast.model.precision import activation_dtype, multiplies_bf16
 
     lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
         bf16 = "bf16" if multiplies_bf16(device) else "no bf16"
+        capability = properties.major, properties.minor
         lines.append(
             f"GPU {index}            {properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
-            f"sm_{properties.major}{properties.minor}, {bf16}"
+            f"sm_{properties.major}{properties.minor}, "
+            + ", ".join([bf16, *multiplies_8_bits(capability)])
         )
     if not lines:
         built = torch.version.cuda or "none: a CPU build"
@@ -64,11 +67,15 @@ def _torch_lines() -> list[str]:
     )
     isa = native.isa()
     lines.append(
-        f"NF4 on the CPU   {f'C++, {isa}' if isa else 'plain PyTorch: csrc/ was not built'}"
+        f"NF4, int8 (CPU)  {f'C++, {isa}' if isa else 'plain PyTorch: csrc/ was not built'}"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     storage, compute = resolve_precision("auto", "auto", device)
-    lines.append(f"auto means       device {device.type}, storage {storage}, compute {compute}")
+    dtype = str(activation_dtype(compute, "auto", device)).removeprefix("torch.")
+    lines.append(
+        f"auto means       device {device.type}, storage {storage}, compute {compute}, "
+        f"activations {dtype}"
+    )
     return lines
 
 

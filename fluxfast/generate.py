@@ -8,7 +8,7 @@ import torch
 from fluxfast.config import ModelConfig
 from fluxfast.encoders.text import TextEncoders
 from fluxfast.formats.lora import load_lora
-from fluxfast.load import load_transformer, resolve_device
+from fluxfast.load import load_transformer, resolve_device, resolve_precision
 from fluxfast.prepare import encoder_dtype, resolve_parts
 from fluxfast.sample import Picture, draw_pictures, save_picture
 
@@ -24,9 +24,11 @@ def generate(
     """Draw `pictures` and save them as PNG in `out`, each with its prompt and settings in the file.
 
     Text encoders, transformer and VAE are loaded one after the other. -> the files.
-    Raises FluxfastError for a model or LoRA that cannot be used, and ConfigError for a size.
+    Raises FluxfastError for a model or LoRA that cannot be used, and ConfigError for a size or a
+    precision.
     """
     place = resolve_device(device)
+    resolve_precision(model.storage, model.compute, place)  # before the encoders take their time
     base, root, length = resolve_parts(model)
     dtype = encoder_dtype(place)
     encoders = TextEncoders(root, place, dtype)
@@ -34,7 +36,12 @@ def generate(
     t5, pooled = t5.cpu(), pooled.cpu()
     encoders.close()
     flux = load_transformer(
-        base, model.storage, model.compute, place, double_quant=model.double_quant
+        base,
+        model.storage,
+        model.compute,
+        place,
+        layers=model.layers,
+        double_quant=model.double_quant,
     )
     if lora is not None:
         load_lora(flux, lora, strength)

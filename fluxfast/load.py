@@ -1,15 +1,29 @@
 """load_transformer: a base checkpoint on disk becomes a Flux on a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
-from fluxfast.model.flux import DTYPES, Flux, fill
+from fluxfast.model.flux import Flux, fill
+from fluxfast.model.precision import (
+    COMPUTES,
+    IN_8_BITS,
+    STORAGES,
+    activation_dtype,
+    layer_precisions,
+    multiplies_bf16,
+)
 
-STORAGES = ("fp32", "bf16", "nf4")
+# What `auto` chooses on a GPU. Assumed from data sheets and from the formats' errors on a CPU: no
+# GPU has timed it yet. A100 (8.0) multiplies int8 at twice the rate of bf16, GeForce (8.6, 8.9,
+# 12.x) at four times, as its bf16 with fp32 sums runs at half rate; Hopper (9.x) has fp8 as fast as
+# int8, and fp8 bears outliers better. From 40 GiB on, a base in 8 bits (12 GB) leaves room enough.
+_INT8_CARDS = ((8, 0), (8, 6), (8, 9))
+_ROOMY_GIB = 40
+_LEAST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capability that has such products
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -32,27 +46,67 @@ def resolve_device(device: str = "auto") -> torch.device:
     return resolved
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware there.
-
-    Without it a CPU falls back to a scalar loop: 400 times slower than fp32 on an AVX2 Zen machine.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def resolve_precision(storage: str, compute: str, device: torch.device) -> tuple[str, str]:
-    """Replace `auto`: storage is nf4 on a GPU and fp32 on a CPU, compute bf16 where it is fast."""
+    """Replace `auto` by what suits the device, see `choose_precision`."""
+    bf16 = multiplies_bf16(device)
+    if device.type != "cuda":
+        return choose_precision(storage, compute, None, 0.0, bf16)
+    card = torch.cuda.get_device_properties(device)
+    gib = card.total_memory / 2**30
+    return choose_precision(storage, compute, (card.major, card.minor), gib, bf16)
+
+
+def choose_precision(
+    storage: str, compute: str, capability: tuple[int, int] | None, memory_gib: float, bf16: bool
+) -> tuple[str, str]:
+    """-> (storage, compute) without `auto`. capability: of the GPU, None for a CPU; bf16: whether
+    its products are in hardware.
+
+    compute on a GPU: int8 for 8.0, 8.6, 8.9 and 12.x, fp8 for 9.x; a base asked for in 8 bits
+    decides the kind where the card has it. Otherwise, and on a CPU (whose int8 is there to study
+    quality): bf16 where it is fast, else fp32. storage: fp32 on a CPU; on a GPU nf4, from 40 GiB on
+    the 8 bits of compute.
+
+    Raises ConfigError for an unknown word, products that the GPU lacks, and two kinds of 8 bits.
+    """
+    for what, got, known in (("storage", storage, STORAGES), ("compute", compute, COMPUTES)):
+        if got not in ("auto", *known):
+            raise ConfigError(f"{what} {got!r} is not one of auto, {', '.join(known)}")
     if compute == "auto":
-        compute = "bf16" if multiplies_bf16(device) else "fp32"
+        compute = _auto_kind(storage, capability) or ("bf16" if bf16 else "fp32")
     if storage == "auto":
-        storage = "nf4" if device.type == "cuda" else "fp32"
-    if storage not in STORAGES:
-        raise ConfigError(f"storage {storage!r} is not one of {', '.join(STORAGES)}")
-    if compute not in DTYPES:
-        raise ConfigError(f"compute {compute!r} is not one of {', '.join(DTYPES)}")
+        in_codes = compute in IN_8_BITS and memory_gib >= _ROOMY_GIB
+        storage = "fp32" if capability is None else compute if in_codes else "nf4"
+    if {storage, compute} == set(IN_8_BITS):
+        raise ConfigError(
+            f"storage {storage} and compute {compute} do not go together: the codes that are kept "
+            "are the codes that are multiplied",
+            hint=f"--set model.compute={storage}, or --set model.storage=nf4",
+        )
+    if capability and compute in IN_8_BITS and compute not in multiplies_8_bits(capability):
+        least, has = (".".join(map(str, pair)) for pair in (_LEAST[compute], capability))
+        raise ConfigError(
+            f"compute {compute} needs a GPU of compute capability {least}, this one has {has}",
+            hint="--set model.compute=auto takes what it has",
+        )
     return storage, compute
+
+
+def multiplies_8_bits(capability: tuple[int, int]) -> list[str]:
+    """The kinds of 8-bit products that a GPU has."""
+    return [kind for kind, least in _LEAST.items() if capability >= least]
+
+
+def _auto_kind(storage: str, capability: tuple[int, int] | None) -> str:
+    """int8 or fp8 where the GPU gains by it, else nothing."""
+    if capability is None:
+        return ""
+    kind = "fp8" if capability[0] == 9 else ""
+    if capability in _INT8_CARDS or capability[0] == 12:
+        kind = "int8"
+    if kind and storage in IN_8_BITS:
+        return storage if storage in multiplies_8_bits(capability) else ""
+    return kind
 
 
 def load_transformer(
@@ -61,6 +115,8 @@ def load_transformer(
     compute: str = "auto",
     device: str | torch.device = "auto",
     *,
+    activations: str = "auto",
+    layers: Mapping[str, str] | None = None,
     double_quant: bool = False,
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -68,16 +124,20 @@ def load_transformer(
     """Load a FLUX.1 transformer, frozen, tensor by tensor (one dense matrix in memory at a time).
 
     path: a diffusers pipeline folder or its `transformer/`, or one BFL .safetensors file.
-    storage: fp32, bf16 or nf4 for the blocks' matrices; compute: fp32 or bf16; `auto` chooses by
-    device. announce gets one line per thing that was done otherwise than asked; progress gets
-    (done, total). Raises FluxfastError (ConfigError for a wrong argument).
+    storage: fp32, bf16, nf4, int8 or fp8 for the blocks' matrices; compute: fp32, bf16, or int8 or
+    fp8 for products of 8-bit codes in the blocks; `auto` chooses by device. activations: fp32 or
+    bf16 beside 8-bit products, `auto` by device. layers: name or glob -> 8bit, rotate or bf16, see
+    `model.precision`. announce gets one line per thing that was done otherwise than asked; progress
+    gets (done, total). Raises FluxfastError (ConfigError for a wrong argument).
     """
     device = resolve_device(str(device))
     storage, compute = resolve_precision(storage, compute, device)
+    dtype = activation_dtype(compute, activations, device)
     with open_base(path) as base:
-        model = Flux(base.spec, DTYPES[compute])
+        precisions = layer_precisions(base.spec, storage, compute, layers)
+        model = Flux(base.spec, dtype)
         kept = fill(
-            model, base.read, storage, nested=double_quant, device=device, progress=progress
+            model, base.read, precisions, nested=double_quant, device=device, progress=progress
         )
     if kept and announce:
         announce(

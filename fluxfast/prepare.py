@@ -18,7 +18,9 @@ from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import open_base, tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
+from fluxfast.load import resolve_precision
 from fluxfast.metrics import say
+from fluxfast.model.precision import layer_precisions
 from fluxfast.validation import hold_out
 
 _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "encoding images"}
@@ -43,9 +45,14 @@ class Prepared:
 def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too.
 
-    Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk.
+    Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk;
+    ConfigError for a precision that cannot be.
     """
+    # what the model is to be kept and multiplied in must be possible before anything is encoded
+    precision = resolve_precision(config.model.storage, config.model.compute, device)
     base, root, length = resolve_parts(config.model)
+    with open_base(base) as checkpoint:
+        layer_precisions(checkpoint.spec, *precision, config.model.layers)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fluxfast import __version__
-from fluxfast.checkpoint import checkpoints, drop_partials, load_checkpoint, save_checkpoint
+from fluxfast.checkpoint import (
+    checkpoints,
+    drop_partials,
+    identity_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import FluxfastError
@@ -23,6 +30,7 @@ from fluxfast.load import load_transformer, resolve_device
 from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.precision import linears, multiplies_in_8_bits
 from fluxfast.objective import flow_loss, noise_batch
 from fluxfast.optim import (
     Ema,
@@ -157,6 +165,7 @@ def build(config: Config, base: Path, device: torch.device, console: Console) ->
             config.model.storage,
             config.model.compute,
             device,
+            layers=config.model.layers,
             double_quant=config.model.double_quant,
             announce=lambda line: say(console, f"note: {line}"),
         )
@@ -188,9 +197,19 @@ def build(config: Config, base: Path, device: torch.device, console: Console) ->
 
 
 def _precision(model: Flux) -> str:
-    layer = next(iter(lora_layers(model).values()))
-    stored = "nf4" if layer.weight is None else str(layer.weight.dtype).removeprefix("torch.")
-    return f"base in {stored}, computed in {str(model.compute_dtype).removeprefix('torch.')}"
+    """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
+    layers = {name: model.get_submodule(name) for name in linears(model.spec)}
+    blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
+    coded = [layer for layer in blocks if layer.products]
+    stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]
+    dtype = "fp32" if model.compute_dtype == torch.float32 else "bf16"
+    if not coded:
+        return f"base in {stored}, computed in {dtype}"
+    line = f"base in {stored}, {coded[0].products} products, activations in {dtype}"
+    rotated = sum(layer.rotation > 0 for layer in layers.values())
+    line += f", {rotated} {'layer' if rotated == 1 else 'layers'} rotated" if rotated else ""
+    dense = [layer for layer in blocks if not layer.products]
+    return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
 
 
 def _check_fits(model: Flux, batch: Batch) -> None:
@@ -209,25 +228,12 @@ def _check_fits(model: Flux, batch: Batch) -> None:
             )
 
 
-def _identity(config: Config) -> dict:
-    """What a checkpoint's weights depend on in shape and meaning."""
-    return {
-        "model.path": config.model.path,
-        "lora": config.lora.model_dump(mode="json"),
-        "train.optimizer": config.train.optimizer,
-        "train.optimizer_args": config.train.optimizer_args,
-        "train.batch_size": config.train.batch_size,
-        "train.gradient_accumulation": config.train.gradient_accumulation,
-        "seed": config.seed,
-    }
-
-
 def _resume(run: Training, console: Console) -> int:
     found = checkpoints(run.config.run_dir)
     if not found:
         return 0
     folder = found[-1][1]
-    step = load_checkpoint(folder, run.parameters, run.optimizer, run.ema, _identity(run.config))
+    step = load_checkpoint(folder, run.parameters, run.optimizer, run.ema, identity_of(run.config))
     say(console, f"resuming {run.config.run_dir} at step {step}")
     return step
 
@@ -296,7 +302,7 @@ def _save(run: Training, step: int) -> None:
         run.parameters,
         run.optimizer,
         run.ema,
-        _identity(run.config),
+        identity_of(run.config),
         lambda folder: _write_lora(run, folder, step),
         run.config.save.keep,
     )

@@ -26,13 +26,14 @@ fluxfast.compat_table    errors
 fluxfast.compat          compat_table errors
 fluxfast.kohya_table     compat_table
 fluxfast.kohya           kohya_table compat_table errors
-fluxfast.config          compat kohya errors
+fluxfast.settings        errors
+fluxfast.config          compat kohya settings errors
 fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*
 fluxfast.optim           config errors
 fluxfast.metrics         errors files
-fluxfast.checkpoint      optim files errors
+fluxfast.checkpoint      config optim files errors
 fluxfast.formats.*       model.* files errors
 fluxfast.load            formats.base model.* errors
 fluxfast.encoders.*      encoders.* errors
@@ -48,12 +49,14 @@ fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation files
-fluxfast.prepare         data.cache data.captions data.store formats.base hub config metrics validation errors
+fluxfast.prepare         data.cache data.captions data.store formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.train           config checkpoint data.loader errors files formats.lora load metrics model.* objective optim prepare report watch
-fluxfast.doctor          load fluxfast_kernels.native
-fluxfast.cli             config doctor errors generate load prepare sample train
+fluxfast.layer_errors    model.* fluxfast_kernels.linear
+fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
+fluxfast.doctor          load model.precision fluxfast_kernels.native
+fluxfast.cli             check config doctor errors generate layer_errors load prepare sample train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data
@@ -140,7 +143,8 @@ def test_the_sources_are_found():
     assert {"fluxfast", "fluxfast.model.flux", "fluxfast.data.loader"} <= set(MODULES)
     assert "fluxfast_kernels.nf4" in MODULES
     assert _ours(_imports(_tree("fluxfast.load"))) == {
-        "fluxfast.errors", "fluxfast.formats.base", "fluxfast.model.flux"
+        "fluxfast.errors", "fluxfast.formats.base", "fluxfast.model.flux",
+        "fluxfast.model.precision",
     }  # fmt: skip
 
 

@@ -296,6 +296,25 @@ def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path):
     assert lines[0].startswith("11 matrices")
 
 
+def test_layers_and_activations_reach_the_model(diffusers_folder):
+    """8-bit products over a quantised base, with choices for single layers."""
+    layers = {"single_blocks.*.linear2": "rotate", "double_blocks.0.txt_mlp.0": "bf16"}
+    model = load(
+        diffusers_folder / "whole",
+        storage="int8",
+        compute="int8",
+        activations="bf16",
+        layers=layers,
+    )
+    assert model.compute_dtype == torch.bfloat16
+    assert model.single_blocks[1].linear2.rotation == 64
+    assert model.single_blocks[1].linear1.storage() == "int8"
+    dense = model.double_blocks[0].txt_mlp[0]
+    assert (dense.storage(), dense.products) == ("bf16", "")
+    with pytest.raises(ConfigError, match="matches no linear"):
+        load(diffusers_folder / "whole", compute="int8", layers={"linear3": "bf16"})
+
+
 def test_nothing_is_announced_where_all_fits(diffusers_folder):
     lines = []
     for storage in ("fp32", "bf16", "nf4"):
@@ -315,7 +334,10 @@ def test_the_base_is_frozen(diffusers_folder):
     "options, parts",
     [
         ({"storage": "int3"}, ["'int3'", "fp32, bf16, nf4"]),
-        ({"compute": "fp64"}, ["'fp64'", "fp32, bf16"]),
+        ({"compute": "fp64"}, ["'fp64'", "fp32, bf16, int8, fp8"]),
+        ({"compute": "int8", "storage": "fp8"}, ["fp8", "int8", "do not go together"]),
+        ({"activations": "bf16"}, ["activations bf16", "compute fp32"]),
+        ({"compute": "int8", "activations": "fp16"}, ["'fp16'", "fp32, bf16"]),
         ({"device": "cuda:7"}, ["'cuda:7'", "GPU"]),
         ({"device": "warp drive"}, ["'warp drive'", "cpu, cuda"]),
         ({"device": "meta"}, ["'meta'"]),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_help_is_light(tmp_path, arguments):
 def test_help_names_commands_options_and_an_example(fluxfast):
     general = fluxfast("--help")
     assert general.code == 0
-    for command in ("train", "cache", "doctor"):
+    for command in ("train", "cache", "check", "sample", "doctor"):
         assert command in general.out
         result = fluxfast(command, "--help")
         assert result.code == 0 and "Example" in result.out
@@ -144,14 +145,14 @@ def test_a_call_that_typer_refuses(fluxfast):
         assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("command", ["train", "cache"])
+@pytest.mark.parametrize("command", ["train", "cache", "check"])
 def test_a_target_that_does_not_exist(fluxfast, command):
     result = fluxfast(command, "absent.yaml")
     assert result.code == 2
     assert "absent.yaml does not exist" in result.error and "hint: " in result.err
 
 
-@pytest.mark.parametrize("command", ["train", "cache"])
+@pytest.mark.parametrize("command", ["train", "cache", "check"])
 def test_a_folder_needs_a_model(fluxfast, photos, command):
     result = fluxfast(command, "photos")
     assert result.code == 2
@@ -206,6 +207,44 @@ def test_a_gpu_that_is_not_there(fluxfast, tmp_path, monkeypatch):
     config(tmp_path / "c.yaml", device="cuda:7")
     result = fluxfast("train", "c.yaml")
     assert result.code == 2 and "cuda:7" in result.error
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "check"])
+def test_two_kinds_of_8_bits(fluxfast, tmp_path, command):
+    """Refused before anything is looked for, the model too."""
+    config(tmp_path / "c.yaml", model={"path": "absent", "storage": "int8", "compute": "fp8"})
+    result = fluxfast(command, "c.yaml", "--set", "device=cpu")
+    assert result.code == 2 and "storage int8 and compute fp8" in result.error
+    assert "--set model.compute=int8" in result.err
+    assert not (tmp_path / "runs" / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    "option, word, part",
+    [("--storage", "int3", "int8, fp8"), ("--compute", "nf4", "bf16, int8, fp8")],
+)
+def test_a_picture_in_an_unknown_precision(fluxfast, option, word, part):
+    result = fluxfast("sample", "--model", "absent", "--prompt", "a", option, word)
+    assert result.code == 2
+    assert f"{option[2:]} {word!r} is not one of auto, fp32, " in result.error
+    assert part in result.error
+
+
+@pytest.mark.parametrize(
+    "layers, part",
+    [
+        ({"single_blocks.0.liner1": "rotate"}, "did you mean 'single_blocks.0.linear1'"),
+        ({"*.linear1": "rotate"}, "model.compute=int8"),
+    ],
+)
+def test_layers_that_the_model_has_not(fluxfast, photos, nano_model, layers, part):
+    result = fluxfast(
+        "train", "photos", "--model", nano_model, "--set", "data.resolution=64",
+        "--set", "model.compute=fp32", "--set", f"model.layers={json.dumps(layers)}",
+        "--set", "device=cpu",
+    )  # fmt: skip
+    assert result.code == 2 and result.error.startswith("error: model.layers: ")
+    assert part in result.err and "encoding" not in result.err
 
 
 # ---------------------------------------------------------------- exit code 1: it failed
@@ -344,9 +383,20 @@ def test_a_folder_of_any_name_gives_a_run_name(monkeypatch, fluxfast, tmp_path, 
 def test_doctor(fluxfast):
     result = fluxfast("doctor")
     assert result.code == 0, result.out
-    for word in ("torch", "python", "CPU", "auto means", "Hub cache"):
+    for word in ("torch", "python", "CPU", "auto means", "activations", "Hub cache"):
         assert word in result.out
     assert torch.__version__.split("+")[0] in result.out
+
+
+def test_doctor_tells_what_a_gpu_multiplies(fluxfast, monkeypatch):
+    card = SimpleNamespace(name="a card", total_memory=47 << 30, major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    said = fluxfast("doctor").out
+    assert "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in said
+    assert "device cuda, storage int8, compute int8, activations bfloat16" in said
 
 
 def test_doctor_reports_what_is_missing(fluxfast, monkeypatch):

@@ -323,7 +323,7 @@ def test_every_documented_key():
 
 
 def _loader():
-    from fluxfast.config import _Loader
+    from fluxfast.settings import _Loader
 
     return _Loader
 

@@ -24,9 +24,41 @@ def test_compiles_for_the_real_cards():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if " sm_" in line]
-    assert len(rows) > 200 and {"sm_89", "sm_90"} == {row[45:50] for row in rows}
-    for op in ("lora_gemm", "attention", "qk_norm_rope", "norm_modulate", "gelu", "gate_residual"):
+    assert len(rows) > 200 and {"sm_89", "sm_90"} == {row[61:66] for row in rows}
+    for op in (
+        "lora_gemm",
+        "gemm_8bit",
+        "quantize_rows",
+        "nf4_codes",
+        "hadamard",
+        "attention",
+        "qk_norm_rope",
+        "norm_modulate",
+        "gelu",
+        "gate_residual",
+    ):
         assert any(op in row for row in rows), op
+
+
+def test_a_transposed_weight_is_the_shortest_way_to_dx():
+    """What `bench/LOG.md` says of the three ways, and what the dispatch's rows rest on."""
+    done = subprocess.run(
+        [sys.executable, "bench/dx_layouts.py", "--arch", "89"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("int8", "fp8"))]
+    a_product = {line[:18].strip(): float(line.split()[-1]) for line in lines}
+    assert len(a_product) == 6
+    for kind in ("int8", "fp8"):
+        kept, swapped, transposed = (
+            next(n for name, n in a_product.items() if name.startswith(kind) and way in name)
+            for way in ("as kept", "swapped", "transposed")
+        )
+        assert 2 * transposed < kept < swapped, (kind, a_product)
 
 
 @pytest.mark.parametrize(

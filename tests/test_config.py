@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxfast.config import Config, build_config, load_config
+from fluxfast.config import Config, build_config, dump_config, load_config
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,7 @@ def test_defaults():
     assert config.run_dir == Path("runs/lora")
     assert config.cache_path == Path("runs/cache")
     assert (config.model.storage, config.model.compute) == ("auto", "auto")
+    assert config.model.layers == {}
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (16, None, "attn+mlp")
     assert (config.train.steps, config.train.lr, config.train.guidance) == (2000, None, 1.0)
     assert [entry.resolution for entry in config.data] == [[1024]]
@@ -145,6 +146,9 @@ def test_every_mistake_is_named_at_once():
         (minimal(model={"path": ""}), ["model.path"]),
         (minimal(model="m"), ["model takes a mapping", "'m'"]),
         (minimal(model={"path": "m", "storage": "int3"}), ["model.storage", "'nf4'", "'int3'"]),
+        (minimal(model={"path": "m", "compute": "nf4"}), ["model.compute", "'fp8'", "'nf4'"]),
+        (minimal(model={"path": "m", "layers": {"a": "fp8"}}), ["model.layers.a", "'8bit'"]),
+        (minimal(model={"path": "m", "layers": ["a"]}), ["model.layers", "dict"]),
         (minimal(data=[]), ["data", "at least 1"]),
         (minimal(data="photos"), ["data", "'photos'"]),
         (minimal(data=["photos"]), ["data.0 takes a mapping", "'photos'"]),
@@ -247,6 +251,59 @@ def test_overrides_are_validated():
     assert "train.steps" in refused(minimal(), "train.steps.x=5")
 
 
+# ---------------------------------------------------------------- single layers
+
+
+def test_layers_keep_their_order(tmp_path):
+    """The last match wins, so the order is read, overridden and written as it is given."""
+    layers = {"single_blocks.*": "rotate", "img_in": "8bit", "*.linear2": "bf16"}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal(model={"path": "m", "layers": layers}), sort_keys=False))
+    assert list(load_config(file).model.layers.items()) == list(layers.items())
+    sets = ["model.layers.img_in=bf16", "model.layers.double_blocks.*.img_mlp.2=rotate"]
+    config = load_config(file, sets)
+    expected = {"single_blocks.*": "rotate", "*.linear2": "bf16", "img_in": "bf16",
+                "double_blocks.*.img_mlp.2": "rotate"}  # fmt: skip
+    assert list(config.model.layers.items()) == list(expected.items())
+    file.write_text(dump_config(config))
+    assert list(load_config(file).model.layers.items()) == list(expected.items())
+
+
+def test_layers_from_a_file(tmp_path):
+    """As `fluxfast check` writes it: read at once, and further overrides go on top."""
+    file = tmp_path / "check.yaml"
+    file.write_text("# measured\nlayers:\n  single_blocks.0.linear2: 8bit\n  img_in: bf16\n")
+    raw = minimal(model={"path": "m", "layers": str(file)})
+    expected = {"single_blocks.0.linear2": "8bit", "img_in": "bf16"}
+    assert build_config(raw).model.layers == expected
+    assert build_config(minimal(), [f"model.layers={file}"]).model.layers == expected
+    more = [f"model.layers={file}", "model.layers.img_in=rotate"]
+    assert build_config(minimal(), more).model.layers == expected | {"img_in": "rotate"}
+    file.write_text("layers: {}\nother: 1\n")
+    assert build_config(minimal(), [f"model.layers={file}"]).model.layers == {}
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (None, "cannot read model.layers"),
+        ("", "got nothing"),
+        ("a: b: c", "not valid YAML"),
+        ("- img_in", "got list"),
+        ("img_in: bf16", "holds no mapping `layers`"),
+        ("layers: [img_in]", "holds no mapping `layers`"),
+        ("layers: {img_in: int4}", "model.layers.img_in: input should be '8bit', 'rotate' or"),
+        ("layers: {img_in: {a: 1}}", "model.layers.img_in"),
+        ("layers: {1: bf16}", "model.layers.1"),
+    ],
+)
+def test_a_file_of_layers_that_is_none(tmp_path, content, part):
+    file = tmp_path / "check.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert part in refused(minimal(), f"model.layers={file}")
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -313,8 +370,6 @@ def test_the_configuration_may_not_be_extended():
 
 def test_dump_reads_back(tmp_path):
     """Words that look like numbers stay words."""
-    from fluxfast.config import dump_config
-
     raw = {"name": "1e4", "trigger": "12e-3", "model": {"path": "1e4"}, "data": {"folder": "x"}}
     config = build_config(raw, ["data.0.flip=true", "train.lr=1e-4"])
     assert config.data[0].flip and config.train.lr == 1e-4

@@ -7,7 +7,7 @@ linears.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import fluxfast_kernels as fk
 import torch
@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fluxfast.model.linear import DropoutClock, LoRALinear
 from fluxfast.model.names import linear_shape, tensor_sources
+from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
 from fluxfast.model.spec import FluxSpec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
@@ -160,7 +159,10 @@ class LastLayer(nn.Module):
 
 
 class Flux(nn.Module):
-    """The transformer of FLUX.1: packed latents and prompt embeddings in, velocity out."""
+    """The transformer of FLUX.1: packed latents and prompt embeddings in, velocity out.
+
+    compute_dtype: of the activations, and of every product that is not in 8 bits.
+    """
 
     def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -220,20 +222,20 @@ class Flux(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
-    def set_tensor(self, name: str, tensor: Tensor, storage: str, nested: bool = False) -> bool:
+    def set_tensor(
+        self, name: str, tensor: Tensor, precisions: Mapping[str, Precision], nested: bool = False
+    ) -> bool:
         """Fill one tensor by its BFL name, on the tensor's own device.
 
-        Linears inside the blocks are kept in `storage` (fp32, bf16, nf4); those around the blocks
-        as bf16 unless storage is fp32; biases and norms in the compute dtype. -> False where a
-        matrix that was to be nf4 stayed bf16.
+        A linear's matrix is kept as `precisions` says; biases and norms in the compute dtype. ->
+        False where a matrix that was to be nf4 stayed bf16.
         """
         module_name, _, kind = name.rpartition(".")
         module = self.get_submodule(module_name)
         if kind == "weight":
-            inside = "_blocks." in name
-            return module.set_weight(
-                tensor, storage if inside or storage == "fp32" else "bf16", nested
-            )
+            precision = precisions[module_name]
+            module.products, module.rotation = precision.products, precision.rotation
+            return module.set_weight(tensor, precision.storage, nested)
         setattr(module, kind, tensor.to(self.compute_dtype, copy=True))
         return True
 
@@ -241,21 +243,21 @@ class Flux(nn.Module):
 def fill(
     model: Flux,
     read: Callable[[str], Tensor],
-    storage: str,
+    precisions: Mapping[str, Precision],
     *,
     nested: bool = False,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Fill every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever
-    dense.
+    dense. precisions: of every linear, see `layer_precisions`.
 
     -> the names that were to be nf4 and stayed bf16, because their K is not a multiple of 64.
     """
     names = list(tensor_sources(model.spec))
     kept = []
     for index, name in enumerate(names):
-        if not model.set_tensor(name, read(name).to(device), storage, nested):
+        if not model.set_tensor(name, read(name).to(device), precisions, nested):
             kept.append(name)
         if progress:
             progress(index + 1, len(names))
@@ -268,9 +270,14 @@ def random_flux(
     compute: str = "fp32",
     device: str | torch.device = "cpu",
     seed: int = 0,
+    *,
+    activations: str = "auto",
+    layers: Mapping[str, str] | None = None,
 ) -> Flux:
     """A Flux with random weights made on the device, layer by layer: for benchmarks and tests.
 
+    storage, compute, activations, layers: as `load_transformer` takes them, without `auto` for the
+    first two.
     Matrices are N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -286,6 +293,6 @@ def random_flux(
             mean, std = 0.0, shape[1] ** -0.5
         return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
 
-    model = Flux(spec, DTYPES[compute])
-    fill(model, read, storage, device=device)
+    model = Flux(spec, activation_dtype(compute, activations, torch.device(device)))
+    fill(model, read, layer_precisions(spec, storage, compute, layers), device=device)
     return model

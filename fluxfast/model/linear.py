@@ -1,5 +1,5 @@
-"""LoRALinear: a frozen linear layer in fp32, bf16 or NF4, with a trainable low-rank update on some
-of its rows.
+"""LoRALinear: a frozen linear layer in fp32, bf16, NF4, int8 or fp8, with a trainable low-rank
+update on some of its rows.
 
     y = x Wᵀ + b;   y[:, rows of part p] += scale · (x A_pᵀ) B_pᵀ
 
@@ -10,25 +10,26 @@ is P = 1 with several row ranges.
 
 The work is done by the fused ops of `fluxfast_kernels`, with what comes before the product (norm
 and modulation, GELU) or after it (gate and residual). Autograd then keeps the op's input and
-nothing in between. LoRA dropout takes a path of its own that is not fused.
+nothing in between. LoRA dropout takes a path of its own that is not fused, and so does a probe.
 """
 
 import math
+from collections.abc import Callable
 
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.lora_linear import (
-    dense_weight,
-    linear_backward,
-    linear_forward,
-    lora_slices,
-)
+from fluxfast_kernels.frozen import dense_weight, rotate_weight, storage_of
+from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.linear_dense import lora_slices
 from fluxfast_kernels.nf4 import BLOCK
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fluxfast import draws
+
+# the buffers of a quantised weight, in the order in which the ops take them
+_QUANTIZED = ("codes", "row_scale", "packed", "absmax", "nested_absmax", "offset")
 
 
 class DropoutClock:
@@ -47,8 +48,10 @@ class LoRALinear(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        for name in ("weight", "bias", "packed", "absmax", "nested_absmax", "offset"):
+        for name in ("weight", "bias", *_QUANTIZED):
             self.register_buffer(name, None)
+        self.products = ""  # "int8", "fp8": multiplied in codes of 8 bits; "" in x's dtype
+        self.rotation = 0  # columns a block of the Hadamard rotation that the weight is kept in
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.lora_parts: list[list[tuple[int, int]]] = []  # per A: the row ranges that it feeds
@@ -57,33 +60,45 @@ class LoRALinear(nn.Module):
         self.dropout = 0.0
         self.dropout_stream = ""
         self.clock: DropoutClock | None = None
+        # sees x of every pass; what it returns (or None) sees y's gradient. Changes no result
+        self.probe: Callable[[Tensor], Callable[[Tensor], None] | None] | None = None
 
     def set_weight(self, weight: Tensor, storage: str = "fp32", nested: bool = False) -> bool:
-        """Keep `weight` [N, K] as fp32, bf16 or nf4. -> False where nf4 had to stay bf16 (K %
-        64).
+        """Keep `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated where the layer is. ->
+        False where nf4 had to stay bf16 (K % 64).
         """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
-        if storage not in ("fp32", "bf16", "nf4"):
-            raise ValueError(f"storage must be fp32, bf16 or nf4, got {storage!r}")
-        if storage == "nf4" and self.in_features % BLOCK == 0:
-            self.weight = None
-            for name, tensor in fk.nf4_quantize(weight, nested).tensors().items():
-                setattr(self, name, tensor)
+        if storage not in ("fp32", "bf16", "nf4", "int8", "fp8"):
+            raise ValueError(f"storage must be fp32, bf16, nf4, int8 or fp8, got {storage!r}")
+        weight = rotate_weight(weight, self.rotation)
+        kept = {}
+        if storage in ("int8", "fp8"):
+            kept = dict(zip(("codes", "row_scale"), fk.quantize_8bit(weight, storage), strict=True))
+        elif storage == "nf4" and self.in_features % BLOCK == 0:
+            kept = fk.nf4_quantize(weight, nested).tensors()
+        for name in ("weight", *_QUANTIZED):
+            setattr(self, name, kept.get(name))
+        if kept:
             return True
         # a copy: a slice of a file's memory map would keep the whole file's pages alive
         self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
         return storage != "nf4"
 
     def frozen(self) -> list[Tensor]:
-        """The frozen weight as the fused ops take it: [W], or NF4's two or four tensors."""
-        if self.weight is not None:
-            return [self.weight]
-        kept = (self.packed, self.absmax, self.nested_absmax, self.offset)
+        """The frozen weight as the fused ops take it: one to four tensors."""
+        kept = [self.weight, *(getattr(self, name) for name in _QUANTIZED)]
         return [tensor for tensor in kept if tensor is not None]
 
+    def storage(self) -> str:
+        """fp32, bf16, nf4, int8 or fp8: how the weight is kept."""
+        if self.weight is None:
+            return storage_of(self.frozen())
+        return "fp32" if self.weight.dtype == torch.float32 else "bf16"
+
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A copy of the frozen weight [N, K] in `dtype`."""
-        return dense_weight(self.frozen(), self.in_features, dtype).clone()
+        """A copy of the frozen weight [N, K] in `dtype`, rotated back where it is kept rotated."""
+        weight = dense_weight(self.frozen(), self.in_features, dtype).clone()
+        return rotate_weight(weight, self.rotation).to(dtype)  # its own inverse
 
     def add_lora(
         self,
@@ -99,7 +114,7 @@ class LoRALinear(nn.Module):
 
         parts: per independent A, the row ranges [(start, end)] it feeds. -> [A, B].
         """
-        device = self.packed.device if self.weight is None else self.weight.device
+        device = self.frozen()[0].device
         rows = sum(end - start for ranges in parts for start, end in ranges)
         uniform = draws.uniform(
             seed, f"{stream}.lora_A", 0, (len(parts) * rank, self.in_features), device
@@ -119,21 +134,23 @@ class LoRALinear(nn.Module):
         self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """x [..., K] in the compute dtype -> y [..., N], or residual + gate · y."""
-        if self._drops():
-            return _gated(self._dropped(x), gate, residual)
+        if self._apart():
+            return _gated(self._product(x), gate, residual)
         if _trains(gate):
-            return _gated(fk.lora_linear(x, *self._arguments()), gate, residual)
-        return fk.lora_linear(x, *self._arguments(), gate=gate, residual=residual)
+            return _gated(fk.lora_linear(x, *self._arguments(), **self._how()), gate, residual)
+        given = {"gate": gate, "residual": residual}
+        return fk.lora_linear(x, *self._arguments(), **given, **self._how())
 
     def of_norm(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0):
         """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
 
         -> y [B, T, N], or with a split the tensors of y's columns before and after it.
         """
-        if self._drops():
-            y = self._dropped(fk.norm_modulate(h, shift, scale))
+        if self._apart():
+            y = self._product(fk.norm_modulate(h, shift, scale))
             return y.tensor_split([split], dim=-1) if split else y
-        return fk.norm_modulate_lora_linear(h, shift, scale, *self._arguments(), split=split)
+        given = (h, shift, scale, *self._arguments())
+        return fk.norm_modulate_lora_linear(*given, split=split, **self._how())
 
     def of_gelu(
         self,
@@ -146,13 +163,15 @@ class LoRALinear(nn.Module):
 
         u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N].
         """
-        if self._drops():
+        if self._apart():
             x = F.gelu(u, approximate="tanh")
             x = x if head is None else torch.cat([head, x], dim=-1)
-            return _gated(self._dropped(x), gate, residual)
+            return _gated(self._product(x), gate, residual)
         if _trains(gate):
-            return _gated(fk.gelu_lora_linear(u, *self._arguments(), head=head), gate, residual)
-        return fk.gelu_lora_linear(u, *self._arguments(), head=head, gate=gate, residual=residual)
+            y = fk.gelu_lora_linear(u, *self._arguments(), head=head, **self._how())
+            return _gated(y, gate, residual)
+        given = {"head": head, "gate": gate, "residual": residual}
+        return fk.gelu_lora_linear(u, *self._arguments(), **given, **self._how())
 
     def _arguments(self) -> tuple:
         """weight, bias, A, B, parts, scale: what every fused linear takes."""
@@ -161,6 +180,10 @@ class LoRALinear(nn.Module):
         scale = self.lora_scale * self.lora_strength
         return self.frozen(), self.bias, self.lora_A, self.lora_B, self._parts(), scale
 
+    def _how(self) -> dict:
+        """How the product is formed: what every fused linear takes by name."""
+        return {"products": self.products, "rotation": self.rotation}
+
     def _parts(self) -> list[int]:
         return [
             number
@@ -168,6 +191,20 @@ class LoRALinear(nn.Module):
             for start, end in ranges
             for number in (start, end, index)
         ]
+
+    def _apart(self) -> bool:
+        """Whether the product's input and output must exist by themselves: nothing is fused."""
+        return self.probe is not None or self._drops()
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._drops():
+            y = self._dropped(x)
+        else:
+            y = fk.lora_linear(x, *self._arguments(), **self._how())
+        see_gradient = self.probe(x) if self.probe is not None else None
+        if see_gradient is not None and y.requires_grad:
+            y.register_hook(see_gradient)
+        return y
 
     def _drops(self) -> bool:
         wanted = self.training and self.dropout > 0
@@ -189,11 +226,10 @@ class LoRALinear(nn.Module):
         return (u >= self.dropout).to(x.dtype) / (1 - self.dropout)
 
     def extra_repr(self) -> str:
-        kind = "nf4" if self.packed is not None else None
-        if self.weight is not None:
-            kind = str(self.weight.dtype).removeprefix("torch.")
+        how = f", {self.products} products" if self.products else ""
+        how += f", rotated by {self.rotation}" if self.rotation else ""
         rank = f", rank={self.lora_B.shape[1]}" if self.lora_B is not None else ""
-        return f"{self.in_features} -> {self.out_features}, {kind}{rank}"
+        return f"{self.in_features} -> {self.out_features}, {self.storage()}{how}{rank}"
 
 
 def _trains(gate: Tensor | None) -> bool:
@@ -213,7 +249,7 @@ class _DroppedLinear(torch.autograd.Function):
         # as they are now: the strength may be another by the time of the backward pass
         ctx.layer, ctx.indices, ctx.parts, ctx.scale = layer, indices, parts, scale
         ctx.save_for_backward(x, a, b)
-        (y,) = linear_forward([x], weight, bias, None, None, [], 1.0)
+        (y,) = linear_forward([x], weight, bias, None, None, [], 1.0, **layer._how())
         down = F.linear(x * layer.dropout_mask(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
@@ -229,5 +265,6 @@ class _DroppedLinear(torch.autograd.Function):
         mask = layer.dropout_mask(x, ctx.indices)
         masked = [x * mask]
         dx_lora, da, db = linear_backward([dy], masked, [], a, b, ctx.parts, ctx.scale, True)
-        dxs, _, _ = linear_backward([dy], [x], layer.frozen(), None, None, [], 1.0, True)
+        frozen = (layer.frozen(), None, None, [], 1.0, True)
+        dxs, _, _ = linear_backward([dy], [x], *frozen, **layer._how())
         return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None

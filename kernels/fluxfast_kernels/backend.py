@@ -32,6 +32,7 @@ except ImportError:
     triton = tl = _Absent()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CONTIGUOUS = torch.contiguous_format
 
 _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -71,7 +72,8 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = DT
 def last_stride_1(gradient: Tensor) -> Tensor:
     """A gradient as it came, or copied where its last stride is not 1 (that of a sum is expanded
     from one number): autograd, not the caller, chose its strides."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    # cloned: to `contiguous` a tensor of no rows is contiguous whatever its strides
+    return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=_CONTIGUOUS)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class KernelCase:
 
     signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32");
     constants: value per constexpr argument; matrix: whether it must use tensor cores; least_arch:
-    the oldest compute capability that has what it needs (fp8: 89).
+    the oldest compute capability that has what it needs (fp8: 89); archs: those whose rows choose
+    it, None for all.
     """
 
     name: str
@@ -92,6 +95,7 @@ class KernelCase:
     matrix: bool = False
     options: dict[str, object] = field(default_factory=dict)
     least_arch: int = 80
+    archs: tuple[int, ...] | None = None
 
 
 class _PerThread(threading.local):

@@ -28,6 +28,7 @@ OPS = (
     "lora_skinny_8bit", "lora_grads",
 )  # fmt: skip
 STORAGES = ("dense", "nf4")
+ARCHITECTURES = (80, 86, 89, 90, 120)  # the cards that configurations are shipped for
 _KINDS = {torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
@@ -56,6 +57,10 @@ class Choice:
     tile: Tile
     kind_source: str
     tile_source: str
+
+
+def _tile(row: dict) -> Tile:
+    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__})
 
 
 @cache
@@ -103,15 +108,27 @@ def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int,
     tile = next(row for row in table["tiles"] if _matches(row, M, **wanted))
     most = limit["fused_up_to_m"]
     fused = most is None or most >= M
-    shape = Tile(**{name: tile[name] for name in Tile.__dataclass_fields__})
-    return Choice("fused" if fused else "decode", shape, limit["source"], tile["source"])
+    return Choice("fused" if fused else "decode", _tile(tile), limit["source"], tile["source"])
+
+
+def shipped_to(op: str, storage: str, dtype: str) -> dict[Tile, tuple[int, ...]]:
+    """Every tile that `choose` can give `op` -> the cards where it does. dtype: as in the rows."""
+    found: dict[Tile, tuple[int, ...]] = {}
+    for arch in ARCHITECTURES:
+        for row in rows(arch)["tiles"]:
+            if _matches(row, 0, op=op, storage=storage, dtype=dtype):
+                tile = _tile(row)
+                found[tile] = (*found.get(tile, ()), arch)
+                if not {"m_max", "n", "k"} & row.keys():  # nothing comes past this row
+                    break
+    return found
 
 
 def shipped(op: str, storage: str, dtype: str) -> list[Tile]:
     """Every tile that some shipped row gives `op`, each once. dtype: as in the rows."""
     found = {}
-    for arch in (0, 80, 86, 89, 90, 120):
+    for arch in (0, *ARCHITECTURES):
         for row in rows(arch)["tiles"]:
             if _matches(row, 0, op=op, storage=storage, dtype=dtype):
-                found[Tile(**{name: row[name] for name in Tile.__dataclass_fields__})] = None
+                found[_tile(row)] = None
     return list(found)

@@ -63,11 +63,15 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
         first = weight[0]
         check(first.ndim == 2, "weight", "[N, K]", tuple(first.shape))
         check(first.shape[1] == K, "weight", f"[N, {K}] for this x", tuple(first.shape))
-        if storage != "dense":
+        if storage == "dense":  # codes that came without their scales are not
+            fits = first.dtype in (*backend.DTYPES, torch.float64)
+            check(fits, "weight", "float32, bfloat16 or float16", first.dtype)
+        else:
             check(first.is_contiguous(), "weight (codes)", "contiguous", first.stride())
             fits = weight[1].shape == first.shape[:1] and weight[1].dtype == torch.float32
-            check(fits and len(weight) == 2, "weight (scale)", f"fp32 [{first.shape[0]}]",
-                  (weight[1].dtype, tuple(weight[1].shape)))  # fmt: skip
+            fits &= len(weight) == 2 and weight[1].is_contiguous()
+            check(fits, "weight (scale)", f"contiguous fp32 [{first.shape[0]}]",
+                  (weight[1].dtype, tuple(weight[1].shape), weight[1].stride()))  # fmt: skip
         return tuple(first.shape)
     count = 2 * weight[0].numel()
     fits = K % BLOCK == 0 and count % K == 0
@@ -239,10 +243,11 @@ def weight_codes(
         launch_nf4_codes(as_nf4(weight, N, K), out, scale, transposed)
         return out, scale
     if storage == "nf4":
-        rows = nf4_codes_reference(as_nf4(weight, N, K), kind, out)
+        rows = nf4_codes_reference(as_nf4(weight, N, K), kind, None if transposed else out)
     elif launched and not transposed:
         rows = Rows(out, torch.empty(N, dtype=torch.float32, device=device))
         dense = dense_weight(weight, K, torch.float32) if storage != "dense" else weight[0]
+        check(dense.stride(1) == 1 or K == 1, "weight", "of last stride 1", dense.stride())
         launch_quantize(dense[None], rows, None, None, None, 0)
     else:
         dense = dense_weight(weight, K, torch.float32) if storage != "dense" else weight[0]

@@ -5,7 +5,7 @@
 
 X8 and G8: one or two tensors of codes side by side, [B, T, width] contiguous, int8 or e4m3, each
 with one fp32 scale a row; W8 [N, K] codes with one fp32 scale a row, of the same kind. int8 sums
-are exact in int32 (at most 2³¹ / 127² = 133 152 columns), e4m3 sums fp32. Two inputs have scales of
+are exact in int32 (at most 2³¹ / 127² = 133 144 columns), e4m3 sums fp32. Two inputs have scales of
 their own: each sum is scaled as it ends. The rest is `gemm_epilogue.py`'s: fp32, one rounding.
 
 W may be NF4, decoded to codes tile by tile from the row scales of `frozen.nf4_scales`: for few
@@ -94,7 +94,10 @@ def _product(
                 w, absmax, code, inverse, w_row, before + k, n_first, before + count, N,
                 dtype, BLOCK_N, MASKED, TOP,
             )  # fmt: skip
-        total = tl.dot(x_tile, w_tile, total, out_dtype=SUM)
+        if dtype == tl.int8:
+            total = tl.dot(x_tile, w_tile, total, out_dtype=SUM)
+        else:  # sm_90 adds e4m3 products in 14 bits: no further than one tile
+            total = tl.dot(x_tile, w_tile, total, out_dtype=SUM, max_num_imprecise_acc=BLOCK_K)
     return total.to(tl.float32)
 
 
@@ -119,6 +122,11 @@ def _gemm_8bit_kernel(
         first, rows, K0, 0, w, absmax, code, inverse, w_row, n_first, N,
         BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, TOP, SUM,
     )  # fmt: skip
+    # the weight's scale first: times that of a row of 1e38 the sum of codes would overflow
+    if w_scale is not None:
+        n = n_first + tl.arange(0, BLOCK_N)
+        by_column = tl.load(w_scale + n, n < N, other=0.0)[None, :]
+        total *= by_column
     total *= tl.load(s0 + m)[:, None]
     if x1 is not None:
         first, rows = rows_at(x1, m_first, m, T, T * K1, K1)
@@ -126,10 +134,9 @@ def _gemm_8bit_kernel(
             first, rows, K1, K0, w, absmax, code, inverse, w_row, n_first, N,
             BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, TOP, SUM,
         )  # fmt: skip
+        if w_scale is not None:
+            more *= by_column
         total += more * tl.load(s1 + m)[:, None]
-    if w_scale is not None:
-        n = n_first + tl.arange(0, BLOCK_N)
-        total *= tl.load(w_scale + n, n < N, other=0.0)[None, :]
     finish(
         total, bias, down, up, gate, residual, y0, y1, m, m_first, n_first, M, N, T, split, scale,
         down_row, up_n, up_r, gate_b, residual_b, residual_t, y0_b, y0_t, y1_b, y1_t,
@@ -322,18 +329,22 @@ def kernel_cases() -> Iterator[KernelCase]:
     for kind in DTYPE:
         for storage in dispatch.STORAGES:
             for full in (False, True):
-                for tile in dispatch.shipped("gemm_8bit", storage, kind):
-                    yield _case("gemm_8bit", kind, storage, tile, full, True)
+                for tile, archs in dispatch.shipped_to("gemm_8bit", storage, kind).items():
+                    yield _case("gemm_8bit", kind, storage, tile, full, True, archs)
+                    if not full:
+                        yield _case("gemm_8bit", kind, storage, tile, full, True, archs, "fp32")
                 op = "gemm_8bit_dx_pair" if full else "gemm_8bit_dx"
-                for tile in dispatch.shipped(op, storage, kind):
-                    yield _case(op, kind, storage, tile, full, False)
+                for tile, archs in dispatch.shipped_to(op, storage, kind).items():
+                    yield _case(op, kind, storage, tile, full, False, archs)
+                    if not full:
+                        yield _case(op, kind, storage, tile, full, False, archs, "fp32")
                     if storage == "dense":
-                        yield _case(op, kind, storage, tile, full, True)
+                        yield _case(op, kind, storage, tile, full, True, archs)
 
 
 def _case(
     op: str, kind: str, storage: str, tile: dispatch.Tile, full: bool, transposed: bool,
-    product: str = "bf16",
+    archs: tuple[int, ...] | None = None, product: str = "bf16",
 ) -> KernelCase:  # fmt: skip
     """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""
     forward, nf4 = op == "gemm_8bit", storage == "nf4"
@@ -361,7 +372,8 @@ def _case(
     shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}.{tile.num_warps}w{tile.num_stages}"
     way = "" if forward else f".{'transposed' if transposed else 'as_kept'}"
     return KernelCase(
-        f"{op}.{kind}.{storage}{way}.{shape}{'.full' * full}", _gemm_8bit_kernel, signature,
+        f"{op}.{kind}.{storage}{way}.{shape}{'.full' * full}{'.fp32' * (product == 'fp32')}",
+        _gemm_8bit_kernel, signature,
         constants | dict.fromkeys(absent), tile.num_warps, tile.num_stages, matrix=True,
-        least_arch=89 if kind == "fp8" else 80,
+        least_arch=89 if kind == "fp8" else 80, archs=archs,
     )  # fmt: skip

@@ -82,6 +82,7 @@ def hadamard_rotate(x: Tensor, rotation: int, out: Tensor | None = None) -> Tens
     check(rotation > 0, "rotation", "a power of two", rotation)
     check_rotation(rotation, x.shape[-1])
     out = torch.empty_like(x) if out is None else out
+    check(out.shape == x.shape, "out", f"{tuple(x.shape)} as x is", tuple(out.shape))
     if not backend.launches(x):
         return out.copy_(hadamard_reference(x.float(), rotation))
     check(x.is_contiguous() and out.is_contiguous(), "x", "contiguous", x.stride())

@@ -73,9 +73,9 @@ def forward(
     y = None
     for x, given, (low, high) in zip(flat, rows, column_ranges(flat), strict=True):
         row = given.flat() if given else quantize_rows_reference(x, kind, rotation=rotation)
-        part = multiply_codes(row.codes, codes[:, low:high].T).mul_(row.scale[:, None])
+        part = multiply_codes(row.codes, codes[:, low:high].T)
+        part.mul_(w_scale).mul_(row.scale[:, None])  # in this order 1e38 does not overflow
         y = part if y is None else y.add_(part)
-    y.mul_(w_scale)
     if bias is not None:
         y.add_(bias)
     if lora_a is not None:
@@ -87,7 +87,8 @@ def forward(
     if residual is not None:
         y = torch.addcmul(residual.float(), gate.float(), y)
     cuts = [0, split, N] if split else [0, N]
-    return [y[..., low:high].to(dtype) for low, high in zip(cuts, cuts[1:], strict=False)]
+    pieces = [y[..., low:high] for low, high in zip(cuts, cuts[1:], strict=False)]
+    return [piece.to(dtype).contiguous() for piece in pieces]  # an op's results share no memory
 
 
 def backward(
@@ -126,13 +127,13 @@ def backward(
         dx = hadamard_reference(dx, rotation)
     if d_down is not None:
         dx.addmm_(d_down.float(), lora_a.to(dtype).float())
-    dx = dx.to(dtype)
-    ranges = column_ranges(flat)
-    return (
-        [dx[:, low:high].reshape(shape) for shape, (low, high) in zip(shapes, ranges, strict=True)],
-        da,
-        db,
-    )
+    return _cut(dx.to(dtype), shapes), da, db
+
+
+def _cut(dx: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """dx [M, K] -> one tensor per input, contiguous: an op's results share no memory."""
+    pieces = dx.split([shape[-1] for shape in shapes], 1)
+    return [piece.contiguous().view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 # ---------------------------------------------------------------- by the launchers
@@ -162,7 +163,8 @@ def _launched_forward(xs, weight, bias, update, split, gate, residual, kind, rot
         codes = as_nf4(weight, N, K)
     else:
         codes, w_scale = weight_codes(weight, K, kind)
-        if not _choose("gemm_8bit", arch, kind, "dense", M, N, K) and _torch_can(dtype, N, K):
+        pieces = [*(x.shape[2] for x in xs), split, N - split]
+        if not _choose("gemm_8bit", arch, kind, "dense", M, N, K) and _torch_can(dtype, pieces):
 
             def multiply(low: int, high: int) -> Tensor:
                 b = None if bias is None else bias[low:high]
@@ -199,7 +201,7 @@ def _launched_backward(dys, xs, weight, update, need_dx, gate, kind, rotation):
     if need_dx:
         codes, w_scale, inverse, transposed = _weight_towards_x(weight, dys, N, K, kind)
     if gate is not None and need_dx:
-        row, dy = quantize_rows(dys[0], kind, w_scale, gate=gate)
+        row, dy = quantize_rows(dys[0], kind, w_scale, gate=gate.reshape(dys[0].shape[0], 1, N))
         rows, dys = [row], [dy]
     elif gate is not None:
         dys = [dys[0] * gate]
@@ -219,14 +221,13 @@ def _launched_backward(dys, xs, weight, update, need_dx, gate, kind, rotation):
         return None, da, db
     M, arch = dys[0].shape[0] * dys[0].shape[1], dispatch.arch_of(xs[0].device)
     by_torch = transposed and not _choose("gemm_8bit", arch, kind, "dense", M, K, N)
-    if by_torch and _torch_can(dtype, N, K):
+    if by_torch and _torch_can(dtype, [K, *(dy.shape[2] for dy in dys)]):
         ones = torch.ones(K, dtype=torch.float32, device=codes.device)
         dx = _scaled_mm(rows, codes, ones, None, dtype)
         dx = hadamard_rotate(dx, rotation, out=dx) if rotation else dx
         if d_down is not None:
             dx.addmm_(d_down.to(dtype), lora_a.to(dtype))
-        parts_of_dx = dx.split(widths, 1)
-        return [p.reshape(s) for p, s in zip(parts_of_dx, shapes, strict=True)], da, db
+        return _cut(dx, shapes), da, db
     # a rotated layer's dx is rotated back, its update with it, before it is rounded
     given = {"dtype": torch.float32 if rotation else dtype, "product": dtype}
     a = hadamard_rotate(lora_a, rotation) if rotation and lora_a is not None else lora_a
@@ -258,9 +259,9 @@ def _choose(op: str, arch: int, kind: str, storage: str, M: int, N: int, K: int)
     return dispatch.choose(op, arch, DTYPE[kind], storage, M, N, K).kind == "fused"
 
 
-def _torch_can(dtype: torch.dtype, N: int, K: int) -> bool:
-    """Rowwise scales give bf16 only, and both widths are multiples of 16."""
-    return dtype == torch.bfloat16 and N % 16 == 0 and K % 16 == 0
+def _torch_can(dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Rowwise scales give bf16 only, and the widths of each of its operands are multiples of 16."""
+    return dtype == torch.bfloat16 and not any(width % 16 for width in widths)
 
 
 def _scaled_mm(rows: Sequence[Rows], codes: Tensor, scale: Tensor, bias, dtype) -> Tensor:

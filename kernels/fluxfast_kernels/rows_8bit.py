@@ -183,6 +183,7 @@ def empty_rows(x: Tensor, kind: str) -> Rows:
     return Rows(codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device))
 
 
+@torch.no_grad()
 def quantize_rows(
     x: Tensor,
     kind: str,
@@ -195,8 +196,8 @@ def quantize_rows(
     """
     check(kind in TOP, "kind", "int8 or fp8", kind)
     check_dtype("x", x)
-    check(x.ndim == 3 and x.stride(2) == 1 or x.shape[-1] == 1, "x",
-          "[B, T, K] of last stride 1", (tuple(x.shape), x.stride()))  # fmt: skip
+    fits = x.ndim == 3 and x.shape[2] > 0 and (x.stride(2) == 1 or x.shape[2] == 1)
+    check(fits, "x", "[B, T, K] of last stride 1", (tuple(x.shape), x.stride()))
     check_rotation(rotation, x.shape[-1])
     if channel is not None:
         fits = channel.shape == (x.shape[-1],) and channel.dtype == torch.float32
@@ -204,7 +205,8 @@ def quantize_rows(
               (channel.dtype, tuple(channel.shape), channel.stride()))  # fmt: skip
     if gate is not None:
         fits = gate.shape == (x.shape[0], 1, x.shape[-1]) and gate.stride(-1) == 1
-        check(fits, "gate", f"[{x.shape[0]}, 1, {x.shape[-1]}]", tuple(gate.shape))
+        check(fits and gate.dtype == x.dtype, "gate", f"{x.dtype} [{x.shape[0]}, 1, {x.shape[-1]}]",
+              (gate.dtype, tuple(gate.shape), gate.stride()))  # fmt: skip
     if backend.launches(x):
         rows = empty_rows(x, kind)
         dy = None if gate is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -214,6 +216,7 @@ def quantize_rows(
     return quantize_rows_reference(x, kind, channel, rotation), x
 
 
+@torch.no_grad()
 def quantize_rows_reference(
     x: Tensor, kind: str, channel: Tensor | None = None, rotation: int = 0
 ) -> Rows:
@@ -264,7 +267,8 @@ def multiply_codes(left: Tensor, right: Tensor) -> Tensor:
     """left [M, K] · right [K, N] of codes -> fp32 [M, N]. int8: the exact sum, rounded once."""
     if left.dtype != torch.int8:
         return left.float() @ right.float()
-    if left.device.type == "cpu" and _int_mm_is_exact():
+    # of one column it reads beyond a transposed right operand (torch 2.13: both strides are 1)
+    if left.device.type == "cpu" and left.shape[1] > 1 and _int_mm_is_exact():
         return torch._int_mm(left, right).float()
     total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.int32, device=left.device)
     for k in range(0, left.shape[1], 1024):  # 1024 · 127² is below 2^24: exact in fp32

@@ -5,7 +5,9 @@ the norm of its difference over the norm of the truth; a floor of half a unit in
 the dtype keeps a lucky eager result (a single rounding, say) from being the yardstick.
 """
 
+import pytest
 import torch
+from fluxfast_kernels.rows_8bit import Rows, encode_reference
 from torch import Tensor
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -32,3 +34,38 @@ def assert_as_exact(
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     """An output full of NaN: what a kernel forgets to write shows."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def skip_without_fp8(kind: str, device: str) -> None:
+    """e4m3 needs sm_89; on a CPU it is emulated everywhere."""
+    if kind == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3 on this GPU: it needs sm_89")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """As whole numbers of the same size: NaN equals NaN, -0 differs from 0."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def assert_rows(name: str, found: Rows, v: Tensor, kind: str) -> None:
+    """`found` are the rows of v (fp32 [..., K], after gate, channel and rotation): on a CPU bit for
+    bit.
+
+    On a GPU a producer may form v again for its codes, one unit in the last place (2^-23) from what
+    it stored, its largest too; v · (top / amax) rounds twice more. So the scaled value is known to
+    4 · 2^-23 < 1e-6 of itself, and a code may be its neighbour where the value lies that near to
+    the middle of both: within 1e-5, for good measure.
+    """
+    expected = encode_reference(v, v.abs().amax(-1), kind)
+    finite = expected.scale.isfinite()  # elsewhere the codes are unspecified
+    assert torch.equal(found.scale.isfinite(), finite), name
+    if found.codes.device.type == "cpu":
+        assert torch.equal(found.scale[finite], expected.scale[finite]), f"{name}: scale"
+        differ = (bits(found.codes) != bits(expected.codes))[finite]
+        assert not differ.any(), f"{name}: {int(differ.sum())} of {differ.numel()} codes"
+        return
+    torch.testing.assert_close(found.scale, expected.scale, rtol=2.0**-21, atol=0, equal_nan=True)
+    scaled = (v.double() / expected.scale.double()[..., None])[finite]
+    codes, wanted = found.codes.double()[finite], expected.codes.double()[finite]
+    aside = ((codes + wanted) / 2 - scaled).abs() > 1e-5 * scaled.abs()
+    assert not (aside & (codes != wanted)).any(), f"{name}: codes differ away from a tie"

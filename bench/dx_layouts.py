@@ -1,0 +1,94 @@
+"""Three ways to multiply dY·W with 8-bit codes when W is kept as [N, K], compared by their code.
+
+    PYTHONPATH=.:kernels python bench/dx_layouts.py [--arch 89]
+
+The contraction runs along N, across W's rows; the tensor cores of sm_80 to sm_120 want four bytes
+along the contraction in a register, and ldmatrix transposes only 16-bit pairs. Compiled offline,
+per step of the inner loop of a 128x128x64 tile (8 warps, 3 stages), without update:
+
+    as kept      W's tile is read byte by byte and permuted (gemm_8bit_dx)
+    swapped      dXᵀ = Wᵀ·dYᵀ: the operands change roles, in a kernel of this file
+    transposed   W as [K, N], written so when NF4 is decoded, else by a pass of 2 bytes a weight
+
+Fewer instructions per tensor-core instruction is better; nothing is timed here.
+"""
+
+import argparse
+import sys
+
+import triton
+import triton.language as tl
+from fluxfast_kernels import dispatch
+from fluxfast_kernels.gemm_8bit import _case
+
+from bench.offline import compile_for, hot_loop, resources
+
+TILE = dispatch.Tile(128, 128, 64, 8, 8, 3)
+
+
+@triton.jit
+def _swapped_kernel(
+    dy, w, s, dx, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """dx[m, k] = s[m]·Σ dy[m, n]·w[n, k], formed as the transpose. BLOCK_K runs along n."""
+    m = tl.minimum(tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    for i in range(0, tl.cdiv(N, BLOCK_K)):
+        n = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        left = tl.trans(tl.load(w + n[:, None] * K + k[None, :]))
+        right = tl.trans(tl.load(dy + m[:, None] * N + n[None, :]))
+        total = tl.dot(left, right, total, out_dtype=SUM)
+    y = tl.trans(total).to(tl.float32) * tl.load(s + m)[:, None]
+    tl.store(dx + m[:, None] * K + k[None, :], y.to(dx.dtype.element_ty))
+
+
+def compiled(way: str, kind: str, arch: int):
+    """One of the three for one card."""
+    if way == "swapped":
+        code = "*i8" if kind == "int8" else "*fp8e4nv"
+        types = {"dy": code, "w": code, "s": "*fp32", "dx": "*bf16"}
+        types |= dict.fromkeys(("M", "N", "K"), "i32")
+        constants = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k}
+        constants["SUM"] = tl.int32 if kind == "int8" else tl.float32
+        return compile_for(_swapped_kernel, types, constants, arch, TILE.num_warps, TILE.num_stages)
+    case = _case("gemm_8bit_dx", kind, "dense", TILE, False, way == "transposed")
+    constants = case.constants | {"RANK": 0, "down": None, "up": None}
+    return compile_for(case.fn, case.signature, constants, arch, TILE.num_warps, TILE.num_stages)
+
+
+def rows(arch: int) -> list[list]:
+    """[kind, way, registers, MMA, PRMT, LDS, LDSM, all, all per MMA] each, of the inner loop."""
+    table = []
+    for kind in ("int8", "fp8") if arch >= 89 else ("int8",):
+        for way in ("as kept", "swapped", "transposed"):
+            kernel = compiled(way, kind, arch)
+            cost = resources(kernel)
+            assert not cost["stack"], (kind, way, cost["stack"])
+            loop = hot_loop(kernel)
+            mma = sum(n for opcode, n in loop.items() if opcode.endswith("MMA"))
+            counts = [loop.get(opcode, 0) for opcode in ("PRMT", "LDS", "LDSM")]
+            every = sum(loop.values())
+            table.append([kind, way, cost["registers"], mma, *counts, every, every / max(mma, 1)])
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 120), default=89)
+    arch = parser.parse_args(arguments).arch
+    print(f"sm_{arch}, Triton {triton.__version__}: inner loop of a 128x128x64 tile")
+    print(f"{'codes':6}{'W':12}{'regs':>5}{'MMA':>5}{'PRMT':>6}{'LDS':>5}{'LDSM':>6}{'all':>6}"
+          f"{'a MMA':>7}")  # fmt: skip
+    for kind, way, *counts, ratio in rows(arch):
+        widths = (5, 5, 6, 5, 6, 6)
+        figures = "".join(f"{n:{width}}" for n, width in zip(counts, widths, strict=True))
+        print(f"{kind:6}{way:12}{figures}{ratio:7.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

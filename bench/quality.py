@@ -1,0 +1,233 @@
+"""What 8-bit products do to training: the same runs in bf16, NF4, int8 and fp8, paired.
+
+    PYTHONPATH=.:kernels python bench/quality.py            three seeds, 300 steps; 1 past a limit
+    PYTHONPATH=.:kernels python bench/quality.py --short    one seed, few steps: that it runs
+
+Each mode (storage/compute) teaches the pretrained nano model the zorb of `examples/nano/zorb.yaml`,
+from the same drawings, noise, timesteps and LoRA start for a seed, so that two modes differ by
+their arithmetic alone; activations are bf16 (fp32 on a CPU without it). Held-out drawings are
+judged every 25 steps at fixed noise. A mode's best validation loss is compared with that of its
+reference, the same storage (or bf16 for int8 storage) with bf16 products, seed by seed.
+
+Then, at the LoRA that the first seed's bf16 run trained, the gradient of every layer's LoRA with
+8-bit products and everything else in fp32 is compared with the same in fp32, as a cosine.
+
+Rows go to bench/results/quality.jsonl with --save; `python bench/chart.py` draws them.
+"""
+
+import argparse
+import io
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import timing
+from fluxfast.config import Config, load_config
+from fluxfast.data.loader import Loader
+from fluxfast.formats.lora import load_lora
+from fluxfast.load import load_transformer
+from fluxfast.model.lora import lora_layers
+from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.prepare import prepare
+from fluxfast.train import train
+from fluxfast.validation import best, read_validations
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
+ZORB = ROOT / "examples" / "nano" / "zorb.yaml"
+MODES = {
+    "bf16/bf16": ("bf16", "bf16"),
+    "nf4/bf16": ("nf4", "bf16"),
+    "int8/int8": ("int8", "int8"),
+    "nf4/int8": ("nf4", "int8"),
+    "nf4/fp8": ("nf4", "fp8"),
+}
+REFERENCE = {"int8/int8": "bf16/bf16", "nf4/int8": "nf4/bf16", "nf4/fp8": "nf4/bf16"}
+LIMITS = {"int8/int8": 0.01, "nf4/int8": 0.01}  # best loss over the reference's, mean of the seeds
+LEAST_COSINE = {"int8": 0.99}
+QUIET = Console(file=io.StringIO())
+
+
+def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
+    """One run's configuration."""
+    storage, compute = MODES[mode]
+    sets = {
+        "name": f"{mode.replace('/', '-')}-{seed}",
+        "seed": seed,
+        "output_dir": folder,
+        "cache_dir": folder / "cache",
+        "device": "cpu",
+        "model.path": ROOT / "examples/nano/pretrained",
+        "model.storage": storage,
+        # auto: fp32 where a CPU does not multiply bf16
+        "model.compute": "auto" if compute == "bf16" else compute,
+        "data.0.folder": ROOT / "examples/nano/zorb/train",
+        "data.1.folder": ROOT / "examples/nano/zorb/others",
+        "validation.folder": ROOT / "examples/nano/zorb/held_out",
+        "validation.every": min(25, steps),
+        "train.steps": steps,
+        "train.warmup_steps": min(10, steps),
+        "sample.prompts": [],
+        "save.every": 0,
+    }
+    return load_config(ZORB, [f"{key}={value}" for key, value in sets.items()])
+
+
+def run(mode: str, seed: int, steps: int, folder: Path) -> dict:
+    """Train once -> a row: the validation curve [[step, loss], …], its best, its time."""
+    config = settings(mode, seed, steps, folder)
+    start = time.perf_counter()
+    train(config, restart=True, console=QUIET)
+    seconds = time.perf_counter() - start
+    measured = read_validations(config.run_dir / "validation.jsonl")
+    lowest = best(measured)
+    return {
+        "bench": "quality",
+        "mode": mode,
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "base_loss": lowest.base_loss,
+        "best_loss": lowest.loss,
+        "best_step": lowest.step,
+        "curve": [[row.step, row.loss] for row in measured],
+    }
+
+
+def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
+    """Per layer its LoRA's gradients, A's and B's in one vector."""
+    device = torch.device("cpu")
+    for layer in lora_layers(model).values():
+        layer.lora_A.grad = layer.lora_B.grad = None
+    noisy = noise_batch(
+        batch.mean, batch.std, batch.mask, batch.t5.shape[1], batch.indices, config.seed,
+        config.train.timesteps, config.train.timestep_bias,
+    )  # fmt: skip
+    guidance = torch.full_like(noisy.timesteps, config.train.guidance, device=device)
+    prediction = model(
+        noisy.noisy, noisy.img_ids, batch.t5, noisy.txt_ids, noisy.timesteps, batch.pooled, guidance
+    )
+    flow_loss(prediction, noisy).mean().backward()
+    return {
+        name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def cosines(config: Config, kinds: list[str]) -> list[dict]:
+    """At the LoRA that `config`'s run left: the cosine per layer of the gradients with 8-bit
+    products in the layers that `compute` gives them, against fp32 throughout."""
+    device = torch.device("cpu")
+    batch = Loader(prepare(config, device, QUIET).dataset, config.train.batch_size, 7).batch(0)
+    file = config.run_dir / f"{config.name}.safetensors"
+    found = {}
+    for kind in ["fp32", *kinds]:
+        model = load_transformer(config.model.path, "fp32", kind, device, activations="fp32")
+        load_lora(model, file)
+        found[kind] = gradients(model, config, batch)
+    rows = []
+    for kind in kinds:
+        layers = {
+            name: torch.cosine_similarity(found[kind][name].double(), truth.double(), dim=0).item()
+            for name, truth in found["fp32"].items()
+        }
+        rows.append({"bench": "quality-cosine", "products": kind, "cosines": layers})
+    return rows
+
+
+def ratios(rows: list[dict], mode: str) -> list[float]:
+    """A mode's best loss over its reference's, less one, per seed."""
+    of = {(row["mode"], row["seed"]): row["best_loss"] for row in rows if row["bench"] == "quality"}
+    pairs = [(of[mode, seed], of.get((REFERENCE[mode], seed))) for m, seed in of if m == mode]
+    return [loss / reference - 1 for loss, reference in pairs if reference]
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for one value)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def over_limits(rows: list[dict]) -> list[str]:
+    """What is past a limit, one line each."""
+    wrong = []
+    for mode, limit in LIMITS.items():
+        found = ratios(rows, mode)
+        if found and spread(found)[0] > limit:
+            wrong.append(f"{mode}: best loss {spread(found)[0]:+.2%} over {REFERENCE[mode]}'s, "
+                         f"at most {limit:+.0%}")  # fmt: skip
+    for row in rows:
+        if row["bench"] == "quality-cosine" and row["products"] in LEAST_COSINE:
+            name, least = min(row["cosines"].items(), key=lambda item: (item[1] >= 0, item[1]))
+            if not least >= LEAST_COSINE[row["products"]]:
+                wrong.append(f"{row['products']}: gradient cosine {least:.4f} in {name}, "
+                             f"at least {LEAST_COSINE[row['products']]}")  # fmt: skip
+    return wrong
+
+
+def table(rows: list[dict]) -> str:
+    """What was found, for a terminal."""
+    lines = [f"{'mode':12}{'best loss':>20}{'over its reference':>32}{'s a run':>10}"]
+    for mode in MODES:
+        own = [row for row in rows if row.get("mode") == mode]
+        if not own:
+            continue
+        mean, deviation = spread([row["best_loss"] for row in own])
+        beside = ""
+        if mode in REFERENCE and ratios(rows, mode):
+            values = ratios(rows, mode)
+            each = " ".join(f"{value:+.2%}" for value in values)
+            beside = f"{spread(values)[0]:+.2%} ({each})"
+        seconds = spread([row["seconds"] for row in own])[0]
+        lines.append(f"{mode:12}{f'{mean:.4f} ± {deviation:.4f}':>20}{beside:>32}{seconds:>10.1f}")
+    for row in rows:
+        if row["bench"] == "quality-cosine":
+            values = sorted(row["cosines"].items(), key=lambda item: item[1])
+            middle = values[len(values) // 2][1]
+            lines.append(
+                f"{row['products']} products: gradient cosine per layer, least {values[0][1]:.5f} "
+                f"({values[0][0]}), median {middle:.5f}"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each mode")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--short", action="store_true", help="one seed, 8 steps, no limits on loss")
+    parser.add_argument("--save", action="store_true", help=f"append rows to {RESULTS.name}")
+    options = parser.parse_args(arguments)
+    if options.short:
+        options.seeds, options.steps = 1, 8
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(1, options.seeds + 1):
+            for mode in options.modes:
+                rows.append(run(mode, seed, options.steps, Path(folder)))
+                print(f"{mode} seed {seed}: best {rows[-1]['best_loss']:.4f} at step "
+                      f"{rows[-1]['best_step']}, {rows[-1]['seconds']:.0f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
+        trained = settings(options.modes[0], 1, options.steps, Path(folder))
+        rows += cosines(trained, ["int8", "fp8"])
+    print(table(rows))
+    wrong = over_limits([r for r in rows if not options.short or r["bench"] != "quality"])
+    print("\n".join(wrong) if wrong else "within the limits")
+    if options.save:
+        noted = timing.conditions("cpu")
+        timing.append_rows(RESULTS, [row | noted for row in rows])
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

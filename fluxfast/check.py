@@ -1,0 +1,306 @@
+"""`fluxfast check`: which layers bear 8-bit products on the configured data, which are better
+rotated, and which are to stay in bf16.
+
+A few of the run's own batches go forward and backward through the model with dense products; every
+linear that would multiply in 8 bits gives some rows of its input x and of its output's gradient dY.
+`layer_errors.py` measures and chooses on these. The same batches with 8-bit products tell how far
+the LoRA's gradients turn.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fluxfast import __version__, draws
+from fluxfast.checkpoint import checkpoints, identity_of, load_weights
+from fluxfast.config import Config
+from fluxfast.data.loader import Batch, Loader
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.files import sole_user, write_atomic
+from fluxfast.formats.base import open_base
+from fluxfast.layer_errors import LIMITS, Measured, measure, table
+from fluxfast.load import load_transformer, resolve_device, resolve_precision
+from fluxfast.metrics import say
+from fluxfast.model.flux import Flux
+from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.precision import (
+    DTYPES,
+    IN_8_BITS,
+    activation_dtype,
+    layer_precisions,
+    multiplies_in_8_bits,
+)
+from fluxfast.model.spec import FluxSpec
+from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.prepare import prepare
+from fluxfast.settings import dump_yaml
+
+ROWS = 256  # of a layer, over all batches
+FRESH_B = 0.01  # deviation of B in a LoRA that was never trained: B = 0 would make dA 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured where. kind: int8 or fp8; dtype: of the activations."""
+
+    config: Config
+    storage: str
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    console: Console
+
+
+def check(
+    config: Config,
+    limit: float | None = None,
+    batches: int = 4,
+    console: Console | None = None,
+) -> list[Measured]:
+    """Measure every layer that would multiply in 8 bits, write RUN_DIR/check.yaml. -> the layers.
+
+    limit: relative error, default `LIMITS`. The LoRA is that of the run's newest checkpoint, or a
+    fresh one. Raises FluxfastError as training does, ConfigError where compute is not in 8 bits.
+    """
+    console = console or Console(stderr=True)
+    device = resolve_device(config.device)
+    storage, kind = resolve_precision(config.model.storage, config.model.compute, device)
+    if kind not in IN_8_BITS:
+        raise ConfigError(
+            f"compute is {kind}: there are no 8-bit products to check",
+            hint="--set model.compute=int8 (or fp8)",
+        )
+    dtype = activation_dtype(kind, "auto", device)
+    setting = Setting(config, storage, kind, device, dtype, console)
+    with sole_user(config.run_dir):
+        try:
+            return _check(setting, LIMITS[kind] if limit is None else limit, batches)
+        except torch.OutOfMemoryError as error:
+            raise FluxfastError(
+                f"the GPU's memory is full: {str(error).splitlines()[0]}",
+                hint="--set train.batch_size=1, or a lower data.resolution",
+            ) from None
+
+
+def _check(setting: Setting, limit: float, count: int) -> list[Measured]:
+    config, storage, kind = setting.config, setting.storage, setting.kind
+    prepared = prepare(config, setting.device, setting.console)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    batches = [loader.batch(index) for index in range(count)]
+    layers = []
+    with open_base(prepared.base) as base:
+        spec = base.spec
+        # what is said of single layers is no reason not to measure them
+        now = layer_precisions(spec, storage, kind, config.model.layers)
+        names = [n for n, p in now.items() if p.products or multiplies_in_8_bits(n)]
+        rows, cosines, step = _run_model(setting, prepared.base, names, batches)
+        plain = layer_precisions(spec, storage, kind, dict.fromkeys(names, "8bit"))
+        with _progress(setting.console, "measuring layers", len(names)) as advance:
+            for name in names:
+                tensors = (base.read(f"{name}.weight"), *rows.pop(name))
+                weight, x, dy = (
+                    None if tensor is None else tensor.to(setting.device, torch.float32)
+                    for tensor in tensors
+                )
+                how = (plain[name], limit, setting.dtype, config.model.double_quant)
+                layer = measure(name, spec, weight, x, dy, *how)
+                layers.append(replace(layer, cosine=cosines.get(name)))
+                advance()
+    conditions = (
+        f"fluxfast {__version__}: {kind} products, base in {storage}, limit {limit:g}, "
+        f"{count} batches of {config.train.batch_size}, LoRA of step {step}"
+    )
+    _write(setting, spec, layers, conditions)
+    return layers
+
+
+# ---------------------------------------------------------------- the model's passes
+
+
+def _run_model(
+    setting: Setting, base: Path, names: list[str], batches: list[Batch]
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, float], int]:
+    """-> rows of x and dY of the layers `names`, the gradients' cosine of the layers with a LoRA,
+    and the step that the LoRA is of.
+    """
+    config, console = setting.config, setting.console
+    with console.status("loading the transformer"):
+        model = load_transformer(
+            base,
+            setting.storage,
+            next(word for word, dtype in DTYPES.items() if dtype == setting.dtype),
+            setting.device,
+            double_quant=config.model.double_quant,
+            announce=lambda line: say(console, f"note: {line}"),
+        )
+    parameters = inject_lora(model, **config.lora.model_dump(), seed=config.seed)
+    step = _set_lora(setting, model, parameters)
+    # the probed path keeps more than the fused one, so it always computes blocks twice
+    model.gradient_checkpointing = True
+    model.train()
+    layers = {name: model.get_submodule(name) for name in names}
+    capture = _Capture(config.seed, max(1, ROWS // len(batches)))
+    with _progress(console, "running batches", 2 * len(batches)) as advance:
+        for name, layer in layers.items():
+            layer.probe = capture.probe(name)
+        true = _gradients(setting, model, batches, capture, advance)
+        for layer in layers.values():
+            layer.probe, layer.products = None, setting.kind
+        coded = _gradients(setting, model, batches, capture, advance)
+    return capture.rows(), {name: _cosine(true[name], coded[name]) for name in true}, step
+
+
+def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> int:
+    """The newest checkpoint's, or a fresh one with a small B. -> its step."""
+    config = setting.config
+    found = checkpoints(config.run_dir)
+    if found:
+        step, folder = found[-1]
+        load_weights(folder, parameters, identity_of(config))
+        say(setting.console, f"the LoRA is that of step {step}")
+        return step
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            stream, shape = f"check/{name}.lora_B", tuple(layer.lora_B.shape)
+            drawn = draws.normal(config.seed, stream, 0, shape, setting.device)[0]
+            layer.lora_B.copy_(FRESH_B * drawn)
+    return 0
+
+
+def _gradients(
+    setting: Setting,
+    model: Flux,
+    batches: list[Batch],
+    capture: "_Capture",
+    advance: Callable[[], None],
+) -> dict[str, Tensor]:
+    """BFL name -> dA and dB of all batches, flat, fp32 on the CPU."""
+    model.zero_grad(set_to_none=True)
+    for index, batch in enumerate(batches):
+        capture.batch = index
+        _loss(setting, model, batch).backward()
+        advance()
+    return {
+        name: torch.cat([p.grad.flatten() for p in (layer.lora_A, layer.lora_B)]).cpu()
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def _loss(setting: Setting, model: Flux, batch: Batch) -> Tensor:
+    """A batch's mean loss, with the draws that training makes."""
+    train, device = setting.config.train, setting.device
+    mean, std, t5, pooled = (
+        tensor.to(device) for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
+    )
+    mask = None if batch.mask is None else batch.mask.to(device)
+    draw = (batch.indices, setting.config.seed, train.timesteps, train.timestep_bias)
+    noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
+    model.dropout_clock.indices = batch.indices
+    prediction = model(
+        noisy.noisy,
+        noisy.img_ids,
+        t5,
+        noisy.txt_ids,
+        noisy.timesteps,
+        pooled,
+        torch.full_like(noisy.timesteps, train.guidance),
+    )
+    return flow_loss(prediction, noisy).mean()
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+class _Capture:
+    """Collects rows of x and dY of probed layers: the same tokens of both, fp32 on the CPU."""
+
+    def __init__(self, seed: int, count: int):
+        self.seed, self.count = seed, count  # rows of a layer and batch
+        self.batch = 0
+        self._x: dict[str, list[Tensor]] = {}
+        self._dy: dict[str, list[Tensor]] = {}
+        self._seen: set[tuple[str, int]] = set()
+
+    def probe(self, name: str) -> Callable:
+        """What a `LoRALinear.probe` is set to."""
+
+        def see(x: Tensor):
+            if (name, self.batch) in self._seen:
+                return None  # the block is computed again, for its backward
+            self._seen.add((name, self.batch))
+            flat = x.detach().flatten(0, -2)
+            order = draws.permutation(self.seed, f"check/{name}", self.batch, len(flat))
+            tokens = torch.tensor(order[: self.count], device=x.device)
+            self._x.setdefault(name, []).append(flat[tokens].float().cpu())
+            if not x.requires_grad:
+                return None  # there is no dx to get wrong
+            kept = self._dy.setdefault(name, [])
+            return lambda dy: kept.append(dy.flatten(0, -2)[tokens].float().cpu())
+
+        return see
+
+    def rows(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        return {
+            name: (torch.cat(x), torch.cat(self._dy[name]) if self._dy.get(name) else None)
+            for name, x in self._x.items()
+        }
+
+
+# ---------------------------------------------------------------- what comes of it
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int):
+    """Gives a function to call after each of `total` things; a bar where there is a terminal."""
+    if not console.is_terminal:
+        say(console, f"{what}: {total}")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda: bars.advance(task)
+
+
+def _write(setting: Setting, spec: FluxSpec, layers: list[Measured], conditions: str) -> None:
+    """check.yaml, and the words about it."""
+    config, console = setting.config, setting.console
+    wanted = _merged(setting, spec, {layer.name: layer.choice for layer in layers})
+    path = config.run_dir / "check.yaml"
+    comments = [conditions, "relative errors; see `fluxfast check --help`", "", *table(layers)]
+    text = "".join(f"# {line}".rstrip() + "\n" for line in comments)
+    write_atomic(path, (text + dump_yaml({"layers": wanted})).encode())
+    beyond = [
+        layer.name
+        for layer in layers
+        if layer.choice == "rotate" and layer.rotated.worst > layer.bound
+    ]
+    if beyond:
+        say(
+            console,
+            f"note: rotated, and still above the limit: {', '.join(beyond)}. bf16 in their place "
+            f"in {path} leaves no such error, for memory and time",
+        )
+    counts = Counter(layer.choice for layer in layers)
+    say(
+        console,
+        f"{counts['8bit']} layers in plain {setting.kind}, {counts['rotate']} rotated, "
+        f"{counts['bf16']} in bf16; train so with --set model.layers={path}",
+    )
+
+
+def _merged(setting: Setting, spec: FluxSpec, choices: dict[str, str]) -> dict[str, str]:
+    """What the configuration says of single layers, then the layers that came out otherwise, so
+    that the file stands alone.
+    """
+    given = setting.config.model.layers
+    now = layer_precisions(spec, setting.storage, setting.kind, given)
+    then = layer_precisions(spec, setting.storage, setting.kind, choices)
+    changed = {name: choice for name, choice in choices.items() if now[name] != then[name]}
+    return {name: choice for name, choice in given.items() if name not in changed} | changed

@@ -1,0 +1,148 @@
+"""What a way to keep and multiply costs one linear, in relative error on real rows, and which way
+is chosen for it.
+
+The truth is x Wᵀ and dY W in fp32, with the checkpoint's own W. An error is ‖got − true‖ / ‖true‖
+over all rows together. Three ways are measured: dense products, which have the storage's error
+alone; 8-bit products; 8-bit products of the rotated weight and input.
+
+A layer stays plain where neither error of its 8-bit products is above the limit or 1.25 times the
+storage's own, whichever is more. Else it is rotated, where that brings both within the same bound
+or takes a fifth at least off the larger one; else it is kept dense in bf16.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from fluxfast_kernels.linear import linear_backward, linear_forward
+from torch import Tensor
+
+from fluxfast.model.linear import LoRALinear
+from fluxfast.model.precision import Precision, input_widths, rotation_of
+from fluxfast.model.spec import FluxSpec
+
+LIMITS = {"int8": 0.03, "fp8": 0.05}  # normal values make 0.013 in int8 and 0.037 in fp8
+OWN = 1.25
+GAIN = 0.8  # of the plain error: a rotation that leaves more is not worth its pass over dx
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of one way. dx is None where nothing before the layer trains."""
+
+    forward: float
+    dx: float | None
+
+    @property
+    def worst(self) -> float:
+        return max(self.forward, self.dx or 0.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer. own: with dense products; rotated: None where no rotation fits. cosine: between
+    the LoRA's gradients with 8-bit products in all layers and those with none, None without a LoRA.
+    """
+
+    name: str
+    own: Errors
+    plain: Errors
+    rotated: Errors | None
+    limit: float
+    cosine: float | None = None
+
+    @property
+    def bound(self) -> float:
+        return max(self.limit, OWN * self.own.worst)
+
+    @property
+    def choice(self) -> str:
+        """8bit, rotate or bf16; see the file's head."""
+        if self.plain.worst <= self.bound:
+            return "8bit"
+        if self.rotated is None:
+            return "bf16"
+        helps = self.rotated.worst <= max(self.bound, GAIN * self.plain.worst)
+        return "rotate" if helps else "bf16"
+
+
+@torch.no_grad()
+def measure(
+    name: str,
+    spec: FluxSpec,
+    weight: Tensor,
+    x: Tensor,
+    dy: Tensor | None,
+    plain: Precision,
+    limit: float,
+    dtype: torch.dtype,
+    nested: bool = False,
+) -> Measured:
+    """Measure one layer on its device. weight [N, K], x [rows, K], dy [rows, N], all fp32.
+
+    plain: as the layer would be kept and multiplied unrotated; dtype: of the activations; nested:
+    of an NF4 storage.
+    """
+    truth = x @ weight.T, None if dy is None else dy @ weight
+
+    def errors(way: Precision) -> Errors:
+        y, dx = _products(name, spec, weight, x, dy, way, dtype, nested)
+        return Errors(_relative(y, truth[0]), None if dx is None else _relative(dx, truth[1]))
+
+    rotation = rotation_of(name, spec)
+    return Measured(
+        name,
+        own=errors(replace(plain, products="")),
+        plain=errors(plain),
+        rotated=errors(replace(plain, rotation=rotation)) if rotation else None,
+        limit=limit,
+    )
+
+
+def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
+    """-> y and dx as the model forms them: linear2's inputs and linear1's gradients come in two
+    parts side by side, each with scales of its own.
+    """
+    N, K = weight.shape
+    layer = LoRALinear(K, N)
+    layer.rotation = way.rotation
+    layer.set_weight(weight, way.storage, nested)
+    update = (None, None, [], 1.0)
+    how = {"products": way.products, "rotation": way.rotation}
+    xs = x[None].to(dtype).split(input_widths(name, spec), -1)
+    (y,) = linear_forward(xs, layer.frozen(), None, *update, **how)
+    if dy is None:
+        return y[0], None
+    qkv = 3 * spec.hidden_size
+    dys = dy[None].to(dtype).split((qkv, N - qkv) if name.endswith("linear1") else (N,), -1)
+    dxs, _, _ = linear_backward(dys, xs, layer.frozen(), *update, True, **how)
+    return y[0], torch.cat(dxs, -1)[0]
+
+
+def _relative(got: Tensor, true: Tensor) -> float:
+    """‖got − true‖ / ‖true‖; infinite where that is no number."""
+    difference, size = (got.float() - true).norm().item(), true.norm().item()
+    if difference == 0:
+        return 0.0
+    error = difference / size if size else math.inf
+    return error if math.isfinite(error) else math.inf
+
+
+def table(layers: Sequence[Measured]) -> list[str]:
+    """Lines: a heading, then one layer each."""
+    width = max(len(layer.name) for layer in layers)
+    heading = ("storage", "y", "dx", "rotated y", "dx", "gradient", "choice")
+    lines = [f"{'layer':{width}} " + " ".join(f"{word:>9}" for word in heading)]
+    for layer in layers:
+        rotated = layer.rotated or Errors(math.nan, None)
+        numbers = (layer.own.worst, layer.plain.forward, layer.plain.dx, rotated.forward)
+        cells = [_number(number) for number in (*numbers, rotated.dx, layer.cosine)]
+        lines.append(
+            f"{layer.name:{width}} " + " ".join(f"{cell:>9}" for cell in (*cells, layer.choice))
+        )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,395 @@
+"""The product of 8-bit codes against exact sums: int64 or fp64 of the given codes and scales."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from fluxfast_kernels import dispatch, frozen
+from fluxfast_kernels.backend import DTYPES
+from fluxfast_kernels.gemm_8bit import MOST, gemm_8bit, gemm_8bit_dx
+from fluxfast_kernels.nf4 import nf4_quantize
+from fluxfast_kernels.rows_8bit import DTYPE, Rows
+from numerics import bits, skip_without_fp8
+
+KINDS = ("int8", "fp8")
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear K -> N over [B, T] tokens, its input cut at `cut`, its output at `split`."""
+
+    K: int = 96
+    N: int = 144
+    B: int = 2
+    T: int = 37
+    rank: int = 16
+    parts: tuple[int, ...] = ()
+    cut: int = 0
+    split: int = 0
+    nf4: bool = False
+    gate: bool = False
+    lora: bool = True
+    bias: bool = True
+
+
+CASES = {
+    "whole": Case(),
+    "odd everywhere": Case(K=97, N=51, T=3, rank=1, cut=32, split=13),
+    "two inputs, two outputs, parts that straddle tiles, each with its A": Case(
+        K=164, cut=36, N=200, split=72, rank=4, T=35, parts=(0, 70, 1, 100, 200, 0)
+    ),
+    "one A twice, the rest without": Case(rank=40, N=150, T=5, parts=(8, 64, 0, 64, 100, 0)),
+    "rank 128": Case(rank=128, T=3),
+    "gate and residual over two inputs": Case(gate=True, bias=False, T=40, K=64, cut=17, N=40),
+    "gate, residual, bias, two outputs": Case(gate=True, T=3, N=70, split=64),
+    "bias alone": Case(lora=False, T=1, K=65),
+    "the product alone": Case(lora=False, bias=False, N=130, T=3),
+    "nf4": Case(nf4=True, K=192, T=5, parts=(0, 100, 1, 100, 144, 0)),
+    "nf4, two inputs and outputs": Case(nf4=True, K=192, cut=128, T=20, N=130, split=65, gate=True),
+}
+
+
+class Linear:
+    """A drawn case: codes, scales, and fp64 copies of all that goes in."""
+
+    def __init__(self, case: Case, kind: str, dtype: torch.dtype, device: str):
+        self.case, self.kind, self.dtype, self.device = case, kind, dtype, device
+        self.generator = torch.Generator().manual_seed(0)
+        K, N, B, T, rank = case.K, case.N, case.B, case.T, case.rank
+        self.inputs = [case.cut, K - case.cut] if case.cut else [K]
+        self.outputs = [case.split, N - case.split] if case.split else [N]
+        self.rows = [self.draw_rows(width) for width in self.inputs]
+        self.d_rows = [self.draw_rows(width) for width in self.outputs]
+        self.inverse = None
+        if case.nf4:
+            stored = nf4_quantize(self.normal(N, K).cpu())
+            parts = [part.to(device) for part in stored.tensors().values()]
+            self.weight = frozen.as_nf4(parts, N, K)
+            self.w_scale, self.inverse = frozen.nf4_scales(parts, N, K, kind)
+            self.codes = frozen.nf4_codes_reference(self.weight, kind).codes
+        else:
+            self.weight = self.codes = self.draw_codes(N, K)
+            self.w_scale = self.positive(N)
+        self.parts = list(case.parts or (0, N, 0))
+        parts = list(zip(self.parts[::3], self.parts[1::3], self.parts[2::3], strict=True))
+        indices, fed = 1 + max(self.parts[2::3]), sum(end - start for start, end, _ in parts)
+        self.scale = 0.7
+        self.down = self.a = self.b = self.bias = self.gate = self.residual = None
+        if case.lora:
+            size = K**0.5 * 0.02
+            self.down = self.normal(B * T, indices * rank).mul(size).to(dtype)
+            self.a, self.b = self.normal(indices * rank, K), self.normal(fed, rank)
+        if case.bias:
+            self.bias = self.normal(N).to(dtype)
+        if case.gate:
+            self.gate = self.normal(B, 1, 3 * N).to(dtype).chunk(3, -1)[1]
+            self.residual = self.normal(B, T + 2, N + 3).to(dtype)[:, 2:, 3:]
+        self.slices, row = [], 0
+        for start, end, index in parts:
+            columns = slice(index * rank, (index + 1) * rank)
+            self.slices.append((slice(start, end), slice(row, row + end - start), columns))
+            row += end - start
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator).to(self.device)
+
+    def positive(self, *shape):
+        return (torch.rand(*shape, generator=self.generator) * 0.02 + 1e-3).to(self.device)
+
+    def draw_codes(self, *shape):
+        if self.kind == "int8":
+            codes = torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8)
+        else:
+            codes = torch.randn(*shape, generator=self.generator).mul(100).to(DTYPE["fp8"])
+        return codes.to(self.device)
+
+    def draw_rows(self, width):
+        shape = (self.case.B, self.case.T)
+        return Rows(self.draw_codes(*shape, width), self.positive(*shape))
+
+
+def sums(rows: list[Rows], weights, widths: list[int]):
+    """Σ scale · codes · weight in fp64, the same of magnitudes, and Σ |scaled sum| per input."""
+    total = exact = ends = 0
+    for row, weight in zip(rows, weights.split(widths), strict=True):
+        part = row.codes.double() @ weight * row.scale.double()[..., None]
+        total, ends = total + part, ends + part.abs()
+        exact = exact + row.codes.double().abs() @ weight.abs() * row.scale.double()[..., None]
+    return total, exact, ends
+
+
+def sum_error(kind: str, width: int, device: str, magnitudes, ends):
+    """By how much a sum of codes may be off. int8: not at all, its conversion to fp32 rounds. e4m3:
+    every one of `width` fp32 additions rounds; tensor cores (sm_89, sm_90) keep 13 bits behind the
+    leading one and cut the rest off, once in 32 products."""
+    if kind == "int8":
+        return ends * 2**-24
+    if device == "cpu":
+        return magnitudes * (width * 2**-24)
+    return magnitudes * ((width / 32 + 2) * 2**-13)
+
+
+def bound(linear: Linear, truth, sum_off, magnitude):
+    """sum_off, then R + 8 fp32 roundings (scales, the rank's sum, bias, gate, residual) of at most
+    `magnitude`, then one of the result: with the last two together at most a unit in the last
+    place. A GPU's 16-bit products also cut off below fp32: 4 times."""
+    roundings = (linear.case.rank * linear.case.lora + 8) * (1 if linear.device == "cpu" else 4)
+    tiny = 2.0**-25 if linear.dtype == torch.float16 else 0.0
+    return sum_off + roundings * 2**-24 * magnitude + HALF_ULP[linear.dtype] * truth.abs() + tiny
+
+
+def forward_truth(linear: Linear):
+    """-> y fp64, and how far from it a result may be."""
+    w = linear.w_scale.double()
+    y, magnitudes, ends = sums(linear.rows, linear.codes.double().T, linear.inputs)
+    off = sum_error(linear.kind, linear.case.K, linear.device, magnitudes, ends) * w
+    y, ends = y * w, ends * w
+    magnitude = ends.clone()
+    if linear.down is not None:
+        up = (linear.b * linear.scale).to(linear.dtype).double()
+        down = linear.down.double().view(linear.case.B, linear.case.T, -1)
+        for columns, rows, ranks in linear.slices:
+            y[..., columns] += down[..., ranks] @ up[rows].T
+            magnitude[..., columns] += down[..., ranks].abs() @ up[rows].abs().T
+    if linear.bias is not None:
+        y, magnitude = y + linear.bias.double(), magnitude + linear.bias.double().abs()
+    if linear.gate is not None:
+        gate, residual = linear.gate.double(), linear.residual.double()
+        y, off = residual + gate * y, off * gate.abs()
+        magnitude = residual.abs() + gate.abs() * magnitude
+    return y, bound(linear, y, off, magnitude)
+
+
+def dx_truth(linear: Linear, d_down):
+    dx, magnitudes, ends = sums(linear.d_rows, linear.codes.double(), linear.outputs)
+    off = sum_error(linear.kind, linear.case.N, linear.device, magnitudes, ends)
+    magnitude = ends.clone()
+    if d_down is not None:
+        a = linear.a.to(linear.dtype).double()
+        shape = (linear.case.B, linear.case.T, -1)
+        dx += (d_down.double() @ a).view(shape)
+        magnitude += (d_down.double().abs() @ a.abs()).view(shape)
+    return dx, bound(linear, dx, off, magnitude)
+
+
+def poisoned_outputs(linear: Linear, widths, dtype=None):
+    """Column and token ranges of NaN, and a check that what is around them stays NaN."""
+    B, T, dtype = linear.case.B, linear.case.T, dtype or linear.dtype
+    wide = [
+        torch.full((B, T + 2, n + 7), torch.nan, dtype=dtype, device=linear.device) for n in widths
+    ]
+    outs = [each[:, 1:-1, 3:-4] for each in wide]
+
+    def check():
+        for each, out in zip(wide, outs, strict=True):
+            assert not out.isnan().any()
+            out.zero_()
+            assert int(each.isnan().sum()) == each.numel() - out.numel()
+
+    return outs, check
+
+
+def forward(linear: Linear, tile=None, weight=None, inverse=None):
+    outs, check = poisoned_outputs(linear, linear.outputs)
+    made = gemm_8bit(
+        linear.rows, linear.weight if weight is None else weight, linear.w_scale, linear.bias,
+        linear.down, linear.b, linear.parts, linear.scale, linear.dtype, linear.case.split,
+        linear.gate, linear.residual, linear.inverse if weight is None else inverse, outs, tile,
+    )  # fmt: skip
+    assert all(y.data_ptr() == out.data_ptr() for y, out in zip(made, outs, strict=True))
+    y = torch.cat(outs, -1)
+    check()
+    return y
+
+
+def towards_x(linear: Linear, tile=None, way="as kept", dtype=None):
+    """dx by one of three: the weight as it is kept (NF4 too), its codes, its codes transposed."""
+    outs, check = poisoned_outputs(linear, linear.inputs, dtype)
+    weight, given = linear.weight, {"inverse": linear.inverse}
+    if way == "codes":
+        weight, given = linear.codes, {}
+    if way == "transposed":
+        weight, given = linear.codes.T.contiguous(), {"transposed": True}
+    gemm_8bit_dx(
+        linear.d_rows, weight, d_down(linear), linear.a, linear.inputs, dtype or linear.dtype,
+        linear.dtype, out=outs, tile=tile, **given,
+    )  # fmt: skip
+    dx = torch.cat(outs, -1)
+    check()
+    return dx
+
+
+def d_down(linear: Linear):
+    return None if linear.down is None else linear.down.flip(0).contiguous()
+
+
+def assert_within(found, truth, allowed):
+    over = ((found.double() - truth).abs() / allowed.clamp(min=1e-300)).max()
+    assert over <= 1, f"{float(over):.2f} times what the roundings allow"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*(("int8", dtype) for dtype in DTYPES), ("fp8", torch.float32)]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_both_products_are_the_exact_sums_rounded(device, name, kind, dtype):
+    skip_without_fp8(kind, device)
+    linear = Linear(CASES[name], kind, dtype, device)
+    assert_within(forward(linear), *forward_truth(linear))
+    truth = dx_truth(linear, d_down(linear))
+    found = {way: towards_x(linear, way=way) for way in ("as kept", "codes", "transposed")}
+    for dx in found.values():
+        assert_within(dx, *truth)
+    if kind == "int8" or device == "cuda":  # e4m3's sums may run in another order in numpy
+        assert torch.equal(bits(found["codes"]), bits(found["transposed"]))
+        assert torch.equal(bits(found["codes"]), bits(found["as kept"]))
+    if linear.case.nf4:
+        decoded = forward(linear, weight=linear.codes)
+        if kind == "int8":
+            assert torch.equal(bits(decoded), bits(forward(linear)))
+        assert_within(decoded, *forward_truth(linear))
+
+
+def test_dx_may_stay_in_fp32_over_a_16_bit_update(device):
+    """As a rotated layer asks for it: A and d_down multiply in bf16, the sum is not rounded."""
+    linear = Linear(CASES["odd everywhere"], "int8", torch.bfloat16, device)
+    truth, _ = dx_truth(linear, d_down(linear))
+    found = towards_x(linear, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    assert float((found - truth).norm() / truth.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
+def test_15360_columns_of_the_largest_codes(device, signs):
+    """247 741 440: far above 2^24, below 2^31. The sum is exact, its conversion rounds once."""
+    left, right = (torch.full((3, 15360), 127 * sign, dtype=torch.int8) for sign in signs)
+    left[1, 7], right[2, ::5] = 126, 3
+    left, right = left.to(device), right.to(device)
+    ones = torch.ones(1, 3, device=device)
+    exact = (left.double() @ right.double().T).float()
+    (y,) = gemm_8bit(
+        [Rows(left[None], ones)], right, ones[0], None, None, None, [], 1.0, torch.float32
+    )
+    assert torch.equal(y[0], exact)
+    for weight, transposed in ((right.T.contiguous(), False), (right, True)):
+        rows = [Rows(left[None], ones)]
+        (dx,) = gemm_8bit_dx(rows, weight, None, None, [3], torch.float32, transposed=transposed)
+        assert torch.equal(dx[0], exact)
+
+
+def test_small_sums_are_whole_numbers(device):
+    """Scales of 1 and sums below 2^24: fp32 has no rounding to hide behind, in any tile."""
+    linear = Linear(Case(K=130, N=70, T=34, cut=65, split=33, lora=False, bias=False), "int8",
+                    torch.float32, device)  # fmt: skip
+    for row in (*linear.rows, *linear.d_rows):
+        row.scale.fill_(1.0)
+    linear.w_scale.fill_(1.0)
+    y, dx = forward_truth(linear)[0].float(), dx_truth(linear, None)[0].float()
+    for tile in dispatch.shipped("gemm_8bit", "dense", "int8"):
+        assert torch.equal(forward(linear, tile), y), tile
+    for tile in dispatch.shipped("gemm_8bit_dx_pair", "dense", "int8"):
+        assert torch.equal(towards_x(linear, tile), dx), tile
+        assert torch.equal(towards_x(linear, tile, "transposed"), dx), tile
+
+
+@pytest.mark.parametrize("storage", dispatch.STORAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shipped_tile(device, kind, storage):
+    skip_without_fp8(kind, device)
+    case = Case(K=128, N=150, T=33, cut=64, split=50, rank=4, nf4=storage == "nf4")
+    linear = Linear(case, kind, torch.bfloat16, device)
+    y, dx = forward_truth(linear), dx_truth(linear, d_down(linear))
+    for tile in dispatch.shipped("gemm_8bit", storage, kind):
+        assert_within(forward(linear, tile), *y)
+    for tile in dispatch.shipped("gemm_8bit_dx_pair", storage, kind):
+        assert_within(towards_x(linear, tile), *dx)
+    alone = Linear(replace(case, cut=0, split=0), kind, torch.bfloat16, device)
+    dx = dx_truth(alone, d_down(alone))
+    for tile in dispatch.shipped("gemm_8bit_dx", storage, kind):
+        assert_within(towards_x(alone, tile), *dx)
+
+
+def test_two_runs_are_equal(device):
+    linear = Linear(CASES["nf4, two inputs and outputs"], "int8", torch.bfloat16, device)
+    assert torch.equal(forward(linear), forward(linear))
+    assert torch.equal(towards_x(linear), towards_x(linear))
+
+
+def test_no_rows(device):
+    linear = Linear(Case(T=0), "int8", torch.float32, device)
+    assert forward(linear).shape == (2, 0, 144) and towards_x(linear).shape == (2, 0, 96)
+
+
+def test_refusals(device):
+    linear = Linear(Case(gate=True, T=5), "int8", torch.float32, device)
+    nf4 = Linear(CASES["nf4"], "int8", torch.float32, device)
+    (row,), w, w_scale, bias = linear.rows, linear.codes, linear.w_scale, linear.bias
+    (d_row,), a, down = linear.d_rows, linear.a, linear.down
+    fp8 = Rows(row.codes.float().to(DTYPE["fp8"]), row.scale)
+    long = torch.zeros(1, 1, MOST + 1, dtype=torch.int8, device=device)
+    long = Rows(long, long[..., 0].float())
+
+    def y(rows=(row,), weight=w, w_scale=w_scale, bias=bias, down=down, b=linear.b,
+          parts=linear.parts, gate=linear.gate, residual=linear.residual, **more):  # fmt: skip
+        given = (list(rows), weight, w_scale, bias, down, b, parts, 1.0, torch.float32)
+        return gemm_8bit(*given, gate=gate, residual=residual, **more)
+
+    def dx(rows=(d_row,), weight=w, down=down, a=a, widths=(96,), **more):
+        return gemm_8bit_dx(list(rows), weight, down, a, list(widths), torch.float32, **more)
+
+    cut = Rows(nf4.rows[0].codes[..., :100].contiguous(), nf4.rows[0].scale)
+    rest = Rows(nf4.rows[0].codes[..., 100:].contiguous(), nf4.rows[0].scale)
+    refused = {
+        "rows": [
+            lambda: y(rows=(row, row, row)),
+            lambda: y(rows=(row, row)),
+            lambda: y(rows=(Rows(row.codes.int(), row.scale),)),
+            lambda: y(rows=(Rows(row.codes[0], row.scale[0]),)),
+            lambda: y(rows=(Rows(row.codes.mT.contiguous().mT, row.scale),)),
+            lambda: y(rows=(Rows(row.codes[..., :95], row.scale),)),
+            lambda: y(rows=(row, fp8)),
+            lambda: y(rows=(Rows(row.codes, row.scale.double()),)),
+            lambda: y(rows=(Rows(row.codes, row.scale[:, 1:]),)),
+            lambda: y(rows=(Rows(row.codes, row.scale.mT.contiguous().mT),)),
+            lambda: y(rows=(long,), weight=long.codes[0], w_scale=long.scale[0], bias=None,
+                      down=None, b=None, gate=None, residual=None),
+            lambda: dx(rows=(long,), weight=long.codes[0].T.contiguous(), down=None, a=None,
+                       widths=(1,)),
+            lambda: y(rows=(cut, rest), weight=nf4.weight, w_scale=nf4.w_scale,
+                      inverse=nf4.inverse, gate=None, residual=None),
+        ],
+        "weight": [
+            lambda: y(rows=(fp8,)),
+            lambda: y(weight=w.T.contiguous().T),
+            lambda: y(weight=w.float()),
+            lambda: dx(weight=w[1:]),
+            lambda: dx(weight=w, transposed=True),
+        ],
+        "w_scale": [
+            lambda: y(w_scale=w_scale[1:]),
+            lambda: y(w_scale=w_scale.half()),
+            lambda: y(w_scale=w_scale.repeat(2)[::2]),
+        ],
+        "inverse": [lambda: y(rows=nf4.rows, weight=nf4.weight, w_scale=nf4.w_scale)],
+        "bias": [lambda: y(bias=bias[1:])],
+        "down": [lambda: y(down=None), lambda: y(down=down[:, 1:]), lambda: y(down=down[1:])],
+        "lora_b": [lambda: y(b=linear.b[1:])],
+        "parts": [lambda: y(parts=[0, 145, 0])],
+        "split": [lambda: y(split=144)],
+        "gate": [lambda: y(gate=bias)],
+        "residual": [lambda: y(residual=linear.residual[:, 1:])],
+        "out": [lambda: y(out=[linear.residual[..., 1:]]), lambda: y(out=[linear.residual.half()])],
+        "widths": [lambda: dx(widths=(32, 32, 32)), lambda: dx(widths=(96, 0))],
+        "d_down": [lambda: dx(down=None), lambda: dx(down=down[1:])],
+        "lora_a": [lambda: dx(a=a[:, 1:]), lambda: dx(a=a.T.contiguous().T)],
+        "transposed": [
+            lambda: dx(nf4.d_rows, nf4.weight, None, None, (192,), transposed=True,
+                       inverse=nf4.inverse)
+        ],
+    }  # fmt: skip
+    for name, calls in refused.items():
+        for index, call in enumerate(calls):
+            with pytest.raises(ValueError) as raised:
+                call()
+            assert str(raised.value).startswith(name), (name, index, str(raised.value))

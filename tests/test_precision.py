@@ -1,0 +1,359 @@
+"""How layers are kept and multiplied: the choices as a pure function, and that the model obeys."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from small import SMALL
+from test_lora import inputs, randomise
+
+from fluxfast.errors import ConfigError
+from fluxfast.load import choose_precision, multiplies_8_bits
+from fluxfast.model.flux import random_flux
+from fluxfast.model.linear import LoRALinear
+from fluxfast.model.lora import inject_lora
+from fluxfast.model.names import block_linears
+from fluxfast.model.precision import (
+    COMPUTES,
+    STORAGES,
+    Precision,
+    activation_dtype,
+    layer_precisions,
+    linears,
+    multiplies_in_8_bits,
+)
+from fluxfast.model.spec import DEV
+from fluxfast.train import train
+
+CPU = torch.device("cpu")
+CLASH = [("int8", "fp8"), ("fp8", "int8")]
+PAIRS = [(s, c) for s in STORAGES for c in COMPUTES if (s, c) not in CLASH]
+MODULATION = ("double_blocks.0.img_mod.lin", "single_blocks.1.modulation.lin")
+OUTER = ("img_in", "time_in.in_layer", "final_layer.linear", "final_layer.adaLN_modulation.1")
+
+
+def refused(*arguments) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        layer_precisions(*arguments)
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+# ---------------------------------------------------------------- which layer is what
+
+
+@pytest.mark.parametrize("storage, compute", PAIRS)
+def test_without_choices(storage, compute):
+    found = layer_precisions(SMALL, storage, compute)
+    kind = compute if compute in ("int8", "fp8") else ""
+    assert list(found) == linears(SMALL) and set(block_linears(SMALL)) < set(found)
+    for name, precision in found.items():
+        if name in MODULATION:
+            assert precision == Precision(storage)
+        if name in OUTER:
+            assert precision == Precision("fp32" if storage == "fp32" else "bf16")
+    in_8_bits = [name for name, precision in found.items() if precision.products]
+    expected = [name for name in block_linears(SMALL) if "mod" not in name]
+    assert in_8_bits == (expected if kind else [])
+    assert all(found[name] == Precision(storage, kind) for name in in_8_bits)
+
+
+def test_dev_has_as_many_layers_in_8_bits_as_it_has_linears_on_tokens():
+    """8 of each double block, 2 of each single one."""
+    assert sum(map(multiplies_in_8_bits, linears(DEV))) == 19 * 8 + 38 * 2
+
+
+def test_the_last_match_wins():
+    choices = {
+        "*": "rotate",
+        "single_blocks.*": "bf16",
+        "single_blocks.1.linear?": "8bit",
+        "txt_in": "bf16",
+    }
+    found = layer_precisions(SMALL, "nf4", "int8", choices)
+    assert found["double_blocks.0.img_attn.qkv"] == Precision("nf4", "int8", 64)
+    assert found["double_blocks.0.img_mod.lin"] == Precision("nf4", "int8", 64)
+    assert found["single_blocks.0.linear1"] == found["single_blocks.1.modulation.lin"]
+    assert found["single_blocks.0.linear1"] == found["txt_in"] == Precision("bf16")
+    assert found["single_blocks.1.linear1"] == Precision("nf4", "int8")
+    assert found["img_in"] == Precision("bf16", "int8", 16)
+    dense = layer_precisions(SMALL, "fp32", "bf16", {"*.linear1": "bf16"})
+    assert dense["single_blocks.0.linear1"] == Precision("fp32")
+
+
+def test_the_rotation_divides_every_input():
+    """linear2 takes attention's output and the MLP's side by side: 96 = 32·3, 480 would take 32."""
+    spec = replace(SMALL, hidden_size=96, num_heads=3, mlp_ratio=2)
+    found = layer_precisions(spec, "fp32", "fp8", {"*": "rotate"})
+    assert found["single_blocks.0.linear2"].rotation == 32  # of 96 and 192
+    assert found["double_blocks.0.img_mlp.2"].rotation == 64  # of 192
+    dev = layer_precisions(DEV, "nf4", "int8", {"*": "rotate"})
+    assert {dev[name].rotation for name in linears(DEV)} == {256, 64}
+    assert dev["img_in"].rotation == 64  # 64 channels
+
+
+def test_bad_choices():
+    error = refused(SMALL, "nf4", "int8", {"single_blocks.0.liner1": "rotate"})
+    assert "matches no linear" in error.message and "'single_blocks.0.linear1'" in error.hint
+    error = refused(SMALL, "nf4", "int8", {"*": "8bit", "*.linear3": "bf16"})
+    assert "'*.linear3'" in error.message and "glob" in error.hint
+    for choice in ("8bit", "rotate"):
+        error = refused(SMALL, "nf4", "bf16", {"*.linear1": choice})
+        assert f"single_blocks.0.linear1 is to be {choice}" in error.message
+        assert "compute is bf16" in error.message and "model.compute=int8" in error.hint
+    error = refused(replace(SMALL, context_in_dim=25), "nf4", "int8", {"txt_in": "rotate"})
+    assert "txt_in cannot be rotated" in error.message and "25" in error.message
+    assert "'int4'" in refused(SMALL, "nf4", "int8", {"*": "int4"}).message
+
+
+# ---------------------------------------------------------------- what auto means
+
+
+@pytest.mark.parametrize(
+    "capability, gib, storage, compute",
+    [
+        (None, 0, "fp32", "bf16"),
+        ((7, 5), 16, "nf4", "fp32"),
+        ((8, 0), 39.4, "nf4", "int8"),
+        ((8, 0), 79.1, "int8", "int8"),
+        ((8, 6), 23.7, "nf4", "int8"),
+        ((8, 7), 61, "nf4", "bf16"),  # Jetson Orin: nothing is assumed of it
+        ((8, 9), 23.6, "nf4", "int8"),
+        ((8, 9), 47.5, "int8", "int8"),
+        ((9, 0), 79.1, "fp8", "fp8"),
+        ((10, 0), 179, "nf4", "bf16"),
+        ((12, 0), 31.4, "nf4", "int8"),
+        ((12, 1), 95, "int8", "int8"),
+    ],
+)
+def test_auto(capability, gib, storage, compute):
+    bf16 = capability is None or capability >= (8, 0)
+    assert choose_precision("auto", "auto", capability, gib, bf16) == (storage, compute)
+
+
+def test_auto_follows_what_is_given():
+    assert choose_precision("int8", "auto", (9, 0), 80, True) == ("int8", "int8")
+    assert choose_precision("fp8", "auto", (8, 9), 24, True) == ("fp8", "fp8")
+    assert choose_precision("fp8", "auto", (8, 6), 24, True) == ("fp8", "bf16")
+    assert choose_precision("auto", "int8", (9, 0), 80, True) == ("int8", "int8")
+    assert choose_precision("auto", "bf16", (9, 0), 80, True) == ("nf4", "bf16")
+    assert choose_precision("auto", "fp8", None, 0, False) == ("fp32", "fp8")
+    assert choose_precision("auto", "auto", None, 0, False) == ("fp32", "fp32")
+
+
+@pytest.mark.parametrize(
+    "capability, kinds", [((7, 5), []), ((8, 0), ["int8"]), ((8, 9), ["int8", "fp8"])]
+)
+def test_products_that_a_card_lacks(capability, kinds):
+    assert multiplies_8_bits(capability) == kinds
+    for kind in {"int8", "fp8"} - set(kinds):
+        with pytest.raises(ConfigError, match=f"compute {kind} needs .* this one has") as caught:
+            choose_precision("nf4", kind, capability, 24, True)
+        assert "model.compute=auto" in caught.value.hint
+
+
+@pytest.mark.parametrize("storage, compute", CLASH)
+def test_two_kinds_of_8_bits(storage, compute):
+    for capability in (None, (9, 0)):
+        with pytest.raises(ConfigError, match="do not go together") as caught:
+            choose_precision(storage, compute, capability, 24, True)
+        assert f"model.compute={storage}" in caught.value.hint
+
+
+def test_activations():
+    for compute, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert activation_dtype(compute, "auto", CPU) == dtype
+        assert activation_dtype(compute, compute, CPU) == dtype
+        assert activation_dtype("int8", compute, CPU) == dtype
+    assert activation_dtype("fp8", "auto", CPU) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ConfigError, match="do not go with compute bf16"):
+        activation_dtype("bf16", "fp32", CPU)
+    with pytest.raises(ConfigError, match="'fp16' is not one of"):
+        activation_dtype("int8", "fp16", CPU)
+
+
+# ---------------------------------------------------------------- the model obeys
+
+
+def run(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its output, and the gradients of a LoRA that does something, flat."""
+    parameters = inject_lora(model, 2)
+    randomise(model)
+    y = model(*inputs(model.spec))
+    y.float().square().mean().backward()
+    return y.detach().float(), torch.cat([p.grad.flatten() for p in parameters])
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ‖difference‖ / ‖true‖ over the whole small model: what one layer makes (0.09 in nf4, 0.013 in int8
+# products, 0.037 in fp8's), times three for the layers one after another
+BOUND = {"fp32": 0.0, "bf16": 0.03, "nf4": 0.3, "int8": 0.04, "fp8": 0.12}
+
+
+@pytest.fixture(scope="module")
+def true():
+    return run(random_flux(SMALL, seed=3))
+
+
+@pytest.mark.parametrize("storage, compute", PAIRS)
+def test_every_pair_runs(storage, compute, true):
+    kept = random_flux(SMALL, storage, compute, seed=3)
+    for name, precision in layer_precisions(SMALL, storage, compute).items():
+        layer = kept.get_submodule(name)
+        found = Precision(layer.storage(), layer.products, layer.rotation)
+        assert found == precision, name
+    bound = max(BOUND[storage], BOUND[compute], 1e-6)
+    for found, expected in zip(run(kept), true, strict=True):
+        assert found.isfinite().all() and apart(found, expected) < bound
+
+
+@pytest.mark.parametrize("activations", ["fp32", "bf16"])
+def test_activations_beside_8_bit_products(activations, true):
+    model = random_flux(SMALL, "fp32", "int8", seed=3, activations=activations)
+    y, gradients = run(model)
+    assert model.compute_dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[activations]
+    assert model(*inputs(SMALL)).dtype == model.compute_dtype
+    assert 1e-3 < apart(y, true[0]) < BOUND["int8"] and gradients.dtype == torch.float32
+
+
+@pytest.mark.parametrize("storage", ["fp32", "nf4", "int8"])
+def test_choices_are_set_on_the_layers(storage, true):
+    layers = {"*.linear?": "rotate", "single_blocks.0.linear1": "bf16", "img_in": "8bit"}
+    model = random_flux(SMALL, storage, "int8", seed=3, layers=layers)
+    double, (first, second) = model.double_blocks[0], model.single_blocks
+    assert (second.linear1.products, second.linear1.rotation) == ("int8", 64)
+    assert (second.linear2.products, second.linear2.rotation) == ("int8", 64)
+    assert (first.linear1.products, first.linear1.rotation) == ("", 0)
+    assert first.linear1.storage() == ("fp32" if storage == "fp32" else "bf16")
+    assert (model.img_in.products, double.img_mod.lin.products) == ("int8", "")
+    assert (double.img_attn.qkv.products, double.img_attn.qkv.rotation) == ("int8", 0)
+    # kept rotated, and rotated back in `dense`
+    bound = max(BOUND[storage], BOUND["int8"])
+    plain = random_flux(SMALL, "fp32", "fp32", seed=3).single_blocks[1].linear2.weight
+    assert apart(second.linear2.dense(torch.float32), plain) < bound
+    for found, expected in zip(run(model), true, strict=True):
+        assert apart(found, expected) < bound
+
+
+def test_a_rotated_layer_computes_the_same():
+    """Forward and dx of one layer: plain and rotated differ by int8's rounding, not by more."""
+    torch.manual_seed(0)
+    weight, x, dy = torch.randn(48, 128), torch.randn(1, 40, 128), torch.randn(1, 40, 48)
+    found = []
+    for rotation in (0, 128):
+        layer = LoRALinear(128, 48)
+        layer.products, layer.rotation = "int8", rotation
+        layer.set_weight(weight, "fp32")
+        x.requires_grad_()
+        y = layer(x)
+        found.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
+    true = x.detach() @ weight.T, dy @ weight
+    for plain, rotated, exact in zip(*found, true, strict=True):
+        assert 1e-3 < apart(plain, exact) < 0.02 and 1e-3 < apart(rotated, exact) < 0.02
+        assert not torch.equal(plain, rotated)
+
+
+def test_an_input_width_that_nf4_does_not_take():
+    spec = replace(SMALL, hidden_size=96, num_heads=3)
+    model = random_flux(spec, "nf4", "int8")
+    layer = model.double_blocks[0].img_attn.qkv
+    assert (layer.storage(), layer.products) == ("bf16", "int8")
+    wide = model.double_blocks[0].img_mlp[2]  # 4·96 = 6·64
+    assert (wide.storage(), wide.products) == ("nf4", "int8")
+
+
+# ---------------------------------------------------------------- the probe
+
+
+@pytest.mark.parametrize("compute", ["fp32", "int8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_probe_sees_and_changes_nothing(compute, dropout):
+    """Results differ by the roundings that a fused op spares; without it they are the same bits."""
+    seen: dict[str, list] = {}
+
+    def results(probed: bool):
+        model = random_flux(SMALL, "fp32", compute, seed=3, activations="fp32")
+        parameters = inject_lora(model, 2, dropout=dropout)
+        randomise(model)
+        model.train()
+        model.dropout_clock.indices = [0, 1]
+        for name in linears(SMALL) if probed else ():
+
+            def probe(x, name=name):
+                kept = seen.setdefault(name, [x.detach()])
+                return kept.append
+
+            model.get_submodule(name).probe = probe
+        y = model(*inputs(SMALL))
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad for p in parameters)]
+
+    plain, probed = results(False), results(True)
+    bound = 1e-5 if compute == "fp32" else 0.02  # a last bit can turn a code
+    for a, b in zip(plain, probed, strict=True):
+        assert apart(b, a) < bound
+    assert all(torch.equal(a, b) for a, b in zip(plain, results(False), strict=True))
+    x, dy = seen["single_blocks.0.linear2"]
+    assert x.shape == (2, 10, 64 + 256) and dy.shape == (2, 10, 64)
+    assert len(seen["double_blocks.0.img_mod.lin"]) == 1  # nothing before it trains
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure):
+    """NF4 base, int8 products, one layer rotated, one in bf16: the same bytes twice, and after a
+    stop at half way."""
+    layers = {"single_blocks.0.linear2": "rotate", "single_blocks.1.linear2": "bf16"}
+    common = {
+        "model__storage": "nf4",
+        "model__compute": "int8",
+        "model__layers": layers,
+        "data__default_caption": "noise",
+    }
+    whole, again, parts = (configure(name=name, **common) for name in ("whole", "again", "parts"))
+    console = Console(file=io.StringIO(), width=300)
+    files = [train(config, console=console) for config in (whole, again)]
+    line = "base in nf4, int8 products, activations in "
+    said = console.file.getvalue()
+    assert line in said and "1 layer rotated, 1 in bf16" in said
+    train(parts, console=console)
+    (parts.run_dir / "parts.safetensors").unlink()
+    (parts.run_dir / "checkpoints" / "step-00000004").rename(parts.run_dir / "gone")
+    files.append(train(parts, console=console))
+    assert "resuming" in console.file.getvalue()
+    first, *others = map(load_file, files)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    rows = (whole.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 4]
+
+
+def test_a_run_may_go_on_in_another_precision(configure):
+    train(configure(train__steps=2, data__default_caption="noise"), console=Console(quiet=True))
+    console = Console(file=io.StringIO(), width=300)
+    changes = {"model__storage": "int8", "model__compute": "int8"}
+    train(configure(train__steps=3, data__default_caption="noise", **changes), console=console)
+    said = console.file.getvalue()
+    assert "base in int8, int8 products" in said and "at step 2" in said
