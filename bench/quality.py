@@ -32,7 +32,7 @@ from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
 from fluxfast.load import load_transformer
 from fluxfast.model.lora import lora_layers
-from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.objective import flow_loss, noise_batch, predict
 from fluxfast.prepare import prepare
 from fluxfast.train import train
 from fluxfast.validation import best, read_validations
@@ -101,17 +101,12 @@ def run(mode: str, seed: int, steps: int, folder: Path) -> dict:
 
 def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
     """Per layer its LoRA's gradients, A's and B's in one vector."""
-    device = torch.device("cpu")
     for layer in lora_layers(model).values():
         layer.lora_A.grad = layer.lora_B.grad = None
-    noisy = noise_batch(
-        batch.mean, batch.std, batch.mask, batch.t5.shape[1], batch.indices, config.seed,
-        config.train.timesteps, config.train.timestep_bias,
-    )  # fmt: skip
-    guidance = torch.full_like(noisy.timesteps, config.train.guidance, device=device)
-    prediction = model(
-        noisy.noisy, noisy.img_ids, batch.t5, noisy.txt_ids, noisy.timesteps, batch.pooled, guidance
-    )
+    train = config.train
+    drawn = (batch.indices, config.seed, train.timesteps, train.timestep_bias)
+    noisy = noise_batch(batch.mean, batch.std, batch.mask, batch.t5.shape[1], *drawn)
+    prediction = predict(model, noisy, batch.t5, batch.pooled, train.guidance)
     flow_loss(prediction, noisy).mean().backward()
     return {
         name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])

@@ -38,7 +38,7 @@ from fluxfast.model.precision import (
     multiplies_in_8_bits,
 )
 from fluxfast.model.spec import FluxSpec
-from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.objective import flow_loss, noise_batch, predict
 from fluxfast.prepare import prepare
 from fluxfast.settings import dump_yaml
 
@@ -203,16 +203,7 @@ def _loss(setting: Setting, model: Flux, batch: Batch) -> Tensor:
     draw = (batch.indices, setting.config.seed, train.timesteps, train.timestep_bias)
     noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
     model.dropout_clock.indices = batch.indices
-    prediction = model(
-        noisy.noisy,
-        noisy.img_ids,
-        t5,
-        noisy.txt_ids,
-        noisy.timesteps,
-        pooled,
-        torch.full_like(noisy.timesteps, train.guidance),
-    )
-    return flow_loss(prediction, noisy).mean()
+    return flow_loss(predict(model, noisy, t5, pooled, train.guidance), noisy).mean()
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ Shape legend: B batch, C latent channels, h, w latent rows and columns, T = h/2 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import fluxfast_kernels as fk
@@ -147,6 +148,24 @@ def noise_batch(
         mask=mask,
         img_ids=image_ids(*shape[1:], device),
         txt_ids=text_ids(text_length, device),
+    )
+
+
+def predict(
+    model: Callable[..., Tensor], noisy: NoisyBatch, t5: Tensor, pooled: Tensor, guidance: float
+) -> Tensor:
+    """The model's velocity [B, T, 4C] for a noised batch.
+
+    t5 [B, L, 4096], pooled [B, 768]; guidance: one number for the whole batch.
+    """
+    return model(
+        noisy.noisy,
+        noisy.img_ids,
+        t5,
+        noisy.txt_ids,
+        noisy.timesteps,
+        pooled,
+        torch.full_like(noisy.timesteps, guidance),
     )
 
 

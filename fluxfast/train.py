@@ -31,7 +31,7 @@ from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
-from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.objective import flow_loss, noise_batch, predict
 from fluxfast.optim import (
     Ema,
     build_optimizer,
@@ -91,15 +91,7 @@ def train_step(
         )
 
         model.dropout_clock.indices = batch.indices
-        prediction = model(
-            noisy.noisy,
-            noisy.img_ids,
-            t5,
-            noisy.txt_ids,
-            noisy.timesteps,
-            pooled,
-            torch.full_like(noisy.timesteps, train.guidance),
-        )
+        prediction = predict(model, noisy, t5, pooled, train.guidance)
 
         # every batch counts the same, so accumulation is one larger batch
         loss = flow_loss(prediction, noisy).mean() / len(batches)

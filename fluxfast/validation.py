@@ -21,7 +21,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.files import write_atomic
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_lora_strength
-from fluxfast.objective import flow_loss, noise_batch
+from fluxfast.objective import flow_loss, noise_batch, predict
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,7 @@ class Validator:
                         stream="validation/",
                         timesteps=t[None].to(device),
                     )
-                    guidance = torch.full_like(noisy.timesteps, self.guidance)
-                    prediction = model(
-                        noisy.noisy,
-                        noisy.img_ids,
-                        t5,
-                        noisy.txt_ids,
-                        noisy.timesteps,
-                        pooled,
-                        guidance,
-                    )
+                    prediction = predict(model, noisy, t5, pooled, self.guidance)
                     loss = flow_loss(prediction, noisy).item()  # sync: validation reads its result
                     per_picture.setdefault(sample.name, []).append(loss)
         finally:
