@@ -23,7 +23,7 @@ from fluxfast.checkpoint import checkpoints, identity_of, load_weights
 from fluxfast.config import Config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.files import sole_user, write_atomic
+from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.base import open_base
 from fluxfast.layer_errors import LIMITS, Measured, measure, table
 from fluxfast.load import load_transformer, resolve_device, resolve_precision
@@ -93,18 +93,17 @@ def _check(setting: Setting, limit: float, count: int) -> list[Measured]:
     config, storage, kind = setting.config, setting.storage, setting.kind
     prepared = prepare(config, setting.device, setting.console)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    batches = [loader.batch(index) for index in range(count)]
     layers = []
     with open_base(prepared.base) as base:
         spec = base.spec
         # what is said of single layers is no reason not to measure them
         now = layer_precisions(spec, storage, kind, config.model.layers)
         names = [n for n, p in now.items() if p.products or multiplies_in_8_bits(n)]
-        rows, cosines, step = _run_model(setting, prepared.base, names, batches)
+        rows, cosines, step = _run_model(setting, prepared.base, names, loader, count)
         plain = layer_precisions(spec, storage, kind, dict.fromkeys(names, "8bit"))
         with _progress(setting.console, "measuring layers", len(names)) as advance:
             for name in names:
-                tensors = (base.read(f"{name}.weight"), *rows.pop(name))
+                tensors = _finite(name, base.read(f"{name}.weight"), *rows.pop(name))
                 weight, x, dy = (
                     None if tensor is None else tensor.to(setting.device, torch.float32)
                     for tensor in tensors
@@ -121,11 +120,28 @@ def _check(setting: Setting, limit: float, count: int) -> list[Measured]:
     return layers
 
 
+def _finite(name: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Weight, x and dy as they are. FluxfastError where they are no numbers to measure on."""
+    for what, tensor in zip(("weight", "input", "gradient"), tensors, strict=True):
+        if tensor is not None and not tensor.isfinite().all():
+            raise FluxfastError(
+                f"NaN or infinity in the {what} of {name}: nothing can be measured on it",
+                hint="the LoRA or the base is broken; --set name=NEW measures a fresh LoRA",
+            )
+    return tensors
+
+
+def _shaping(identity: dict) -> dict:
+    """Of a run's identity what a LoRA's weights mean anything by: not how they are trained."""
+    lora = {key: value for key, value in identity["lora"].items() if key != "dropout"}
+    return {"model.path": identity["model.path"], "lora": lora}
+
+
 # ---------------------------------------------------------------- the model's passes
 
 
 def _run_model(
-    setting: Setting, base: Path, names: list[str], batches: list[Batch]
+    setting: Setting, base: Path, names: list[str], loader: Loader, count: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, float], int]:
     """-> rows of x and dY of the layers `names`, the gradients' cosine of the layers with a LoRA,
     and the step that the LoRA is of.
@@ -146,14 +162,15 @@ def _run_model(
     model.gradient_checkpointing = True
     model.train()
     layers = {name: model.get_submodule(name) for name in names}
-    capture = _Capture(config.seed, max(1, ROWS // len(batches)))
-    with _progress(console, "running batches", 2 * len(batches)) as advance:
+    capture = _Capture(config.seed, max(1, ROWS // count))
+    run = (setting, model, loader, count, capture)
+    with _progress(console, "running batches", 2 * count) as advance:
         for name, layer in layers.items():
             layer.probe = capture.probe(name)
-        true = _gradients(setting, model, batches, capture, advance)
+        true = _gradients(*run, advance)
         for layer in layers.values():
             layer.probe, layer.products = None, setting.kind
-        coded = _gradients(setting, model, batches, capture, advance)
+        coded = _gradients(*run, advance)
     return capture.rows(), {name: _cosine(true[name], coded[name]) for name in true}, step
 
 
@@ -163,9 +180,13 @@ def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> 
     found = checkpoints(config.run_dir)
     if found:
         step, folder = found[-1]
-        load_weights(folder, parameters, identity_of(config))
-        say(setting.console, f"the LoRA is that of step {step}")
-        return step
+        try:
+            load_weights(folder, parameters, identity_of(config), _shaping)
+        except FluxfastError as error:
+            say(setting.console, f"note: a fresh LoRA is measured: {error.message}")
+        else:
+            say(setting.console, f"the LoRA is that of step {step}")
+            return step
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             stream, shape = f"check/{name}.lora_B", tuple(layer.lora_B.shape)
@@ -177,15 +198,16 @@ def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> 
 def _gradients(
     setting: Setting,
     model: Flux,
-    batches: list[Batch],
+    loader: Loader,
+    count: int,
     capture: "_Capture",
     advance: Callable[[], None],
 ) -> dict[str, Tensor]:
     """BFL name -> dA and dB of all batches, flat, fp32 on the CPU."""
     model.zero_grad(set_to_none=True)
-    for index, batch in enumerate(batches):
+    for index in range(count):
         capture.batch = index
-        _loss(setting, model, batch).backward()
+        _loss(setting, model, loader.batch(index)).backward()
         advance()
     return {
         name: torch.cat([p.grad.flatten() for p in (layer.lora_A, layer.lora_B)]).cpu()
@@ -263,7 +285,7 @@ def _write(setting: Setting, spec: FluxSpec, layers: list[Measured], conditions:
     """check.yaml, and the words about it."""
     config, console = setting.config, setting.console
     wanted = _merged(setting, spec, {layer.name: layer.choice for layer in layers})
-    path = config.run_dir / "check.yaml"
+    path = config.run_dir / CHECK_FILE
     comments = [conditions, "relative errors; see `fluxfast check --help`", "", *table(layers)]
     text = "".join(f"# {line}".rstrip() + "\n" for line in comments)
     write_atomic(path, (text + dump_yaml({"layers": wanted})).encode())

@@ -105,9 +105,15 @@ def save_checkpoint(
     return folder
 
 
-def load_weights(folder: Path, parameters: list[nn.Parameter], identity: dict) -> dict:
+def load_weights(
+    folder: Path,
+    parameters: list[nn.Parameter],
+    identity: dict,
+    part: Callable[[dict], dict] = lambda identity: identity,
+) -> dict:
     """Restore the LoRA's weights in place. -> everything that was saved: step, optimizer, ema, …
 
+    part: what of an identity has to be the same.
     Raises FluxfastError for an unreadable file or a run that trains something else.
     """
     try:
@@ -117,7 +123,7 @@ def load_weights(folder: Path, parameters: list[nn.Parameter], identity: dict) -
             f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}",
             hint=f"move {folder.name} away to go on from the one before it",
         ) from None
-    theirs = state["identity"]
+    theirs, identity = part(state["identity"]), part(identity)
     changed = [key for key in identity if identity[key] != theirs.get(key)]
     if changed:
         raise FluxfastError(

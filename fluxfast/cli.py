@@ -103,12 +103,12 @@ def check(
             min=0.0, help="relative error that a layer may have; default 0.03 in int8, 0.05 in fp8"
         ),
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="of the data, to measure on")] = 4,
+    batches: Annotated[int, typer.Option(min=1, max=256, help="of the data, to measure on")] = 4,
 ) -> None:
     """Measure what 8-bit products cost each layer, and choose which are rotated or kept in bf16.
 
     Example: `fluxfast check examples/nano/zorb.yaml --set model.compute=int8`. Prints a table:
-    relative errors of the storage alone, of y and dx in 8 bits, and of both behind a Hadamard
+    relative errors without 8-bit products, of y and dx in 8 bits, and of both behind a Hadamard
     rotation, the cosine of the LoRA's gradients with the true ones, the choice. The choices go to
     RUN_DIR/check.yaml, which `--set model.layers=` takes.
     """
@@ -136,6 +136,9 @@ def sample(
     encoders: Encoders = None,
     storage: Annotated[str, typer.Option(help="auto, fp32, bf16, nf4, int8 or fp8")] = "auto",
     compute: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp8")] = "auto",
+    layers: Annotated[
+        Path | None, typer.Option(help="what `fluxfast check` wrote, if trained with it")
+    ] = None,
 ) -> None:
     """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
 
@@ -145,11 +148,15 @@ def sample(
     from fluxfast.config import ModelConfig
     from fluxfast.generate import generate
     from fluxfast.sample import Picture
+    from fluxfast.settings import read_layers
 
     if not model.strip():
         raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
     parts = ModelConfig(path=model, encoders=encoders)
-    parts = parts.model_copy(update={"storage": storage, "compute": compute})
+    update = {"storage": storage, "compute": compute}
+    if layers is not None:
+        update["layers"] = ModelConfig(path=model, layers=read_layers(layers)).layers
+    parts = parts.model_copy(update=update)
     pictures = [
         Picture(text, seed + walk_seed * index, width, height, steps, guidance)
         for index, text in enumerate(prompt)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fluxfast.errors import FluxfastError
 
+CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
+
 
 def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, put it in place.

@@ -63,7 +63,8 @@ class Measured:
             return "8bit"
         if self.rotated is None:
             return "bf16"
-        helps = self.rotated.worst <= max(self.bound, GAIN * self.plain.worst)
+        most = max(self.bound, GAIN * self.plain.worst)
+        helps = math.isfinite(self.rotated.worst) and self.rotated.worst <= most
         return "rotate" if helps else "bf16"
 
 
@@ -132,7 +133,7 @@ def _relative(got: Tensor, true: Tensor) -> float:
 def table(layers: Sequence[Measured]) -> list[str]:
     """Lines: a heading, then one layer each."""
     width = max(len(layer.name) for layer in layers)
-    heading = ("storage", "y", "dx", "rotated y", "dx", "gradient", "choice")
+    heading = ("dense", "y", "dx", "rotated y", "dx", "gradient", "choice")
     lines = [f"{'layer':{width}} " + " ".join(f"{word:>9}" for word in heading)]
     for layer in layers:
         rotated = layer.rotated or Errors(math.nan, None)

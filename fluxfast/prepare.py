@@ -48,11 +48,7 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
     Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk;
     ConfigError for a precision that cannot be.
     """
-    # what the model is to be kept and multiplied in must be possible before anything is encoded
-    precision = resolve_precision(config.model.storage, config.model.compute, device)
-    base, root, length = resolve_parts(config.model)
-    with open_base(base) as checkpoint:
-        layer_precisions(checkpoint.spec, *precision, config.model.layers)
+    base, root, length = check_model(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -79,6 +75,15 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
         pictures = len({sample.name for sample in held_out})
         say(console, f"validation: {pictures} pictures held out")
     return Prepared(dataset, held_out, base, root, files)
+
+
+def check_model(model: ModelConfig, device: torch.device) -> tuple[Path, Path, int]:
+    """`resolve_parts`, and ConfigError where the model cannot be kept and multiplied as asked."""
+    precision = resolve_precision(model.storage, model.compute, device)
+    parts = resolve_parts(model)
+    with open_base(parts[0]) as checkpoint:
+        layer_precisions(checkpoint.spec, *precision, model.layers)
+    return parts
 
 
 def _hold_out(config: Config, dataset, root, length, device, dtype, progress):

@@ -27,6 +27,9 @@ for _side in (_Loader, _Dumper):
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
+LARGEST = 1_000_000  # bytes of a file of layers: a name and a choice of each take 60
+
+
 def _parse(text: str) -> Any:
     return yaml.load(text, _Loader)
 
@@ -56,16 +59,23 @@ def insert_layers(raw: dict) -> None:
     Raises ConfigError for a file that cannot be read or has no such mapping.
     """
     model = raw.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("layers"), str):
-        return
-    path = Path(model["layers"])
+    if isinstance(model, dict) and isinstance(model.get("layers"), str):
+        model["layers"] = read_layers(Path(model["layers"]))
+    elif isinstance(model, dict) and model.get("layers", ...) is None:
+        model["layers"] = {}
+
+
+def read_layers(path: Path) -> dict:
+    """The mapping `layers` of a file that `fluxfast check` wrote. Raises ConfigError without."""
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise ConfigError(f"model.layers: {path} is larger than {LARGEST} bytes")
     layers = read_mapping(path, "model.layers").get("layers")
     if not isinstance(layers, dict):
         raise ConfigError(
             f"model.layers: {path} holds no mapping `layers`",
             hint="`fluxfast check CONFIG` writes such a file",
         )
-    model["layers"] = layers
+    return layers
 
 
 def apply_override(raw: dict, override: str) -> None:

@@ -24,7 +24,7 @@ from fluxfast.checkpoint import (
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import FluxfastError
-from fluxfast.files import sole_user, write_atomic
+from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.lora import save_lora
 from fluxfast.load import load_transformer, resolve_device
 from fluxfast.metrics import RunLog, say
@@ -42,7 +42,7 @@ from fluxfast.optim import (
     set_lr,
     set_mode,
 )
-from fluxfast.prepare import prepare
+from fluxfast.prepare import check_model, prepare
 from fluxfast.report import write_report
 from fluxfast.watch import Watch
 
@@ -116,6 +116,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     """
     console = console or Console(stderr=True)
     if restart and config.run_dir.exists():
+        check_model(config.model, resolve_device(config.device))  # before anything is moved
         with sole_user(config.run_dir):
             _move_aside(config.run_dir, console)
     with sole_user(config.run_dir):
@@ -366,3 +367,6 @@ def _move_aside(run_dir: Path, console: Console) -> None:
     except OSError:
         shutil.move(run_dir, target)
     say(console, f"the earlier run is kept as {target}")
+    checked = target / CHECK_FILE  # what the next run may be configured with
+    if checked.is_file():
+        write_atomic(run_dir / CHECK_FILE, checked.read_bytes())

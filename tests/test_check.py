@@ -133,7 +133,8 @@ def test_linear1_and_linear2_come_in_two_parts():
         ((0.002, 0.002), (0.031, 0.01), None, "bf16"),
         ((0.09, 0.08), (0.11, 0.11), (0.09, 0.09), "8bit"),  # the storage costs that already
         ((0.09, 0.08), (0.12, 0.11), (0.10, 0.11), "rotate"),
-        ((0.0, 0.0), (math.inf, 0.01), (math.inf, 0.01), "rotate"),
+        ((0.0, 0.0), (math.inf, 0.01), (math.inf, 0.01), "bf16"),
+        ((0.0, 0.0), (math.inf, 0.01), (0.01, 0.01), "rotate"),
     ],
 )
 def test_the_choice(own, plain, rotated, choice):
@@ -240,9 +241,43 @@ def test_the_newest_checkpoint_is_what_is_measured(configure):
     train(config, console=Console(quiet=True))
     trained, said, _ = checked(config, batches=1)
     assert "that of step 2" in said and trained != fresh
-    with pytest.raises(FluxfastError, match="lora was"):
-        checked(in_8_bits(configure, lora__rank=3), batches=1)
-    assert "step 2" in (config.run_dir / "check.yaml").read_text()
+    # how it is trained does not matter, another LoRA does
+    same, said, _ = checked(in_8_bits(configure, train__lr=1.0, lora__dropout=0.2), batches=1)
+    assert "that of step 2" in said and same.keys() == trained.keys()
+    assert "LoRA of step 2" in (config.run_dir / "check.yaml").read_text()
+    _, said, _ = checked(in_8_bits(configure, lora__rank=3), batches=1)
+    assert "a fresh LoRA is measured" in said and "lora was" in said
+    assert "LoRA of step 0" in (config.run_dir / "check.yaml").read_text()
+
+
+def test_what_is_no_number_is_not_measured(configure, outlier_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(outlier_model, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    (name,) = diffusers_parts("double_blocks.1.txt_mlp.0")
+    tensors[f"{name}.weight"][3, 5] = float("inf")
+    save_file(tensors, file)
+    config = in_8_bits(configure, model__path=str(folder), name="broken")
+    with pytest.raises(FluxfastError, match="NaN or infinity in the "):
+        checked(config, batches=1)
+    assert not (config.run_dir / "check.yaml").exists()
+
+
+def test_a_restart_keeps_the_file_and_moves_nothing_for_a_bad_one(configure):
+    config = in_8_bits(configure, train__steps=1)
+    checked(config, batches=1)
+    file = config.run_dir / "check.yaml"
+    written = file.read_bytes()
+    again = in_8_bits(configure, train__steps=1, model__layers=str(file))
+    for _ in range(2):
+        train(again, restart=True, console=Console(quiet=True))
+        assert file.read_bytes() == written
+    runs = sorted(config.run_dir.parent.iterdir())
+    with pytest.raises(ConfigError, match="matches no linear"):
+        bad = in_8_bits(configure, model__layers={"nothing*": "bf16"})
+        train(bad, restart=True, console=Console(quiet=True))
+    assert sorted(config.run_dir.parent.iterdir()) == runs
 
 
 def test_what_is_captured(configure, monkeypatch):
@@ -271,7 +306,9 @@ def test_without_8_bit_products_there_is_nothing_to_check(configure):
     assert "model.compute=int8" in caught.value.hint and not config.run_dir.exists()
 
 
-@pytest.mark.parametrize("option", [["--limit", "-0.1"], ["--batches", "0"], ["--nothing"]])
+@pytest.mark.parametrize(
+    "option", [["--limit", "-0.1"], ["--batches", "0"], ["--batches", "257"], ["--nothing"]]
+)
 def test_a_bad_option(option):
     assert CliRunner().invoke(app, ["check", "x.yaml", *option]).exit_code == 2
 

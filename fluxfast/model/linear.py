@@ -19,6 +19,7 @@ from collections.abc import Callable
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
+from fluxfast_kernels.backend import last_stride_1
 from fluxfast_kernels.frozen import dense_weight, rotate_weight, storage_of
 from fluxfast_kernels.linear import linear_backward, linear_forward
 from fluxfast_kernels.linear_dense import lora_slices
@@ -260,7 +261,7 @@ class _DroppedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        layer = ctx.layer
+        layer, dy = ctx.layer, last_stride_1(dy)
         x, a, b = ctx.saved_tensors
         mask = layer.dropout_mask(x, ctx.indices)
         masked = [x * mask]

@@ -285,11 +285,12 @@ class _Product(torch.autograd.Function):
     """Sums in fp64, so exact for int8: the truth that tests compare with."""
 
     @staticmethod
-    def forward(ctx, weight, kind, rotation, *xs):
+    def forward(ctx, weight, kind, rotation, split, *xs):
         K = sum(x.shape[-1] for x in xs)
         codes, w_scale = (tensor.clone() for tensor in weight_codes(weight, K, kind))
         ctx.codes, ctx.w_scale, ctx.kind, ctx.rotation = codes, w_scale, kind, rotation
         ctx.widths = [x.shape[-1] for x in xs]
+        ctx.outputs = [split, len(codes) - split] if split else [len(codes)]
         y = 0
         for x, columns in zip(xs, codes.double().split(ctx.widths, 1), strict=True):
             row = quantize_rows_reference(x, kind, rotation=rotation)
@@ -298,14 +299,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        row = quantize_rows_reference(dy, ctx.kind, ctx.w_scale)
-        dx = row.codes.double() @ ctx.codes.double() * row.scale[..., None]
+        dx = 0
+        pieces = (dy.split(ctx.outputs, -1), ctx.codes.double().split(ctx.outputs))
+        for piece, codes, channel in zip(*pieces, ctx.w_scale.split(ctx.outputs), strict=True):
+            row = quantize_rows_reference(piece, ctx.kind, channel)
+            dx = dx + row.codes.double() @ codes * row.scale[..., None]
         dx = hadamard_reference(dx, ctx.rotation) if ctx.rotation else dx
-        return None, None, None, *dx.to(dy.dtype).split(ctx.widths, -1)
+        return None, None, None, None, *dx.to(dy.dtype).split(ctx.widths, -1)
 
 
 def product_reference(
-    xs: Sequence[Tensor], weight: Sequence[Tensor], kind: str, rotation: int = 0
+    xs: Sequence[Tensor], weight: Sequence[Tensor], kind: str, rotation: int = 0, split: int = 0
 ) -> Tensor:
-    """[x_0, x_1, …] Wᵀ [..., N] of 8-bit codes, without bias or update, differentiable in xs."""
-    return _Product.apply(list(weight), kind, rotation, *xs)
+    """[x_0, x_1, …] Wᵀ [..., N] of 8-bit codes, without bias or update, differentiable in xs: the
+    gradients of its columns before and after a split have a scale a row each."""
+    return _Product.apply(list(weight), kind, rotation, split, *xs)

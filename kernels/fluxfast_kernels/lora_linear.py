@@ -242,15 +242,17 @@ def lora_linear_reference(
     residual: Tensor | None = None,
     products: str = "",
     rotation: int = 0,
+    split: int = 0,
 ) -> Tensor:
     """The same in ordinary torch operations, differentiable in everything, in x's dtype. 8-bit
     products differentiate as the op does: dx is a product of codes too. x: one input or several
-    side by side."""
+    side by side; split: where an op gives y in two, whose gradients' codes have scales of their
+    own."""
     xs = [x] if isinstance(x, Tensor) else list(x)
     x = torch.cat(xs, -1)
     K = x.shape[-1]
     if products:
-        y = product_reference(xs, weight, products, rotation)
+        y = product_reference(xs, weight, products, rotation, split)
         y = y if bias is None else y + bias.to(x.dtype)
     else:
         W = weight[0] if len(weight) == 1 else dense_weight(weight, K, torch.float32).clone()

@@ -62,7 +62,7 @@ def norm_modulate_forward(
     B, T, D = h.shape
     if backend.launches(h):
         x = h.new_empty(B, T, D)
-        mean, rstd = (torch.empty(B, T, device=h.device) for _ in range(2))
+        mean, rstd = _fake_statistics(h)
         rows = empty_rows(x, products) if products else None
         launch_norm_modulate(h, shift, scale, x, mean, rstd, False, rows, rotation)
         return x, mean, rstd, rows
@@ -400,5 +400,5 @@ def norm_modulate_lora_linear_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same in ordinary torch operations; `linear`, `more`: as `lora_linear_reference`'s."""
     x = norm_modulate_reference(h, shift, scale)
-    y = lora_linear_reference(x, *linear, **more)
+    y = lora_linear_reference(x, *linear, split=split, **more)
     return tuple(y.tensor_split([split], dim=-1)) if split else y

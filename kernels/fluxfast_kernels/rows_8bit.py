@@ -161,6 +161,7 @@ def launch_quantize(
 ) -> None:
     """Overwrites rows and, with a gate, dy. x [B, T, K]; the others contiguous, gate [B, 1, K]."""
     B, T, K = x.shape
+    check(x.stride(2) == 1 or K == 1, "x", "of last stride 1", x.stride())
     if B * T:
         _quantize_kernel[(B * T,)](
             x, gate, channel, dy, rows.codes, rows.scale, T, K, *x.stride()[:2],

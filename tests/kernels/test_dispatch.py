@@ -12,6 +12,8 @@ FILES = sorted(
     (path for path in CONFIGS.iterdir() if path.name.startswith("gemm_")),
     key=lambda path: path.name,
 )
+CARDS = [0, 75, 80, 86, 89, 90, 100, 120]
+IN_8_BITS = [torch.int8, torch.float8_e4m3fn]
 FILTERS = {"op", "storage", "dtype", "m_max", "n", "k"}
 
 
@@ -26,12 +28,12 @@ def test_rows_are_well_formed(path):
             assert needed[kind] <= set(row) <= needed[kind] | FILTERS, row
             assert row.get("op") in (None, *dispatch.OPS)
             assert row.get("storage") in (None, *dispatch.STORAGES)
-            assert row.get("dtype") in (None, "half", "fp32")
+            assert row.get("dtype") in (None, "half", "fp32", "int8", "fp8")
             # a measured row is named by its file below bench/results
             assert row["source"].startswith(("assumed: ", "bench/results/")), row["source"]
 
 
-@pytest.mark.parametrize("arch", [0, 75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("arch", CARDS)
 def test_every_question_has_an_answer(arch):
     for op in dispatch.OPS:
         for storage in dispatch.STORAGES:
@@ -58,6 +60,55 @@ def test_thresholds():
     assert kind(89, "dense", 1, torch.float32) == "decode"
     assert kind(75, "dense", 1) == "decode"  # a card without rows of its own
     assert kind(0, "nf4", 10**6, torch.float32) == "fused"  # the interpreter
+
+
+def in_8_bits(op, arch, dtype, storage, M):
+    return dispatch.choose(op, arch, dtype, storage, M, 3072, 12288)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_rows_that_name_an_op_go_first_and_of_each_sort_a_cards_own(arch):
+    """So a card's row for NF4 or fp32 in general does not hide the default's for 8-bit products."""
+    names = [f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json", "gemm_default.json"]
+    files = [CONFIGS / name for name in names if (CONFIGS / name).is_file()]
+    assert len(files) == (1 if arch in (75, 100) else 2)
+    for kind, found in dispatch.rows(arch).items():
+        all_rows = [row for path in files for row in json.loads(path.read_text())[kind]]
+        named, others = (
+            [row for row in all_rows if ("op" in row) == with_op] for with_op in (1, 0)
+        )
+        assert list(found) == named + others and len(named) > 4
+
+
+@pytest.mark.parametrize("dtype", IN_8_BITS)
+@pytest.mark.parametrize("arch", CARDS)
+def test_8_bit_products_of_every_card(arch, dtype):
+    fp8_by_torch = arch == 90 and dtype == torch.float8_e4m3fn
+    for M in (1, 64, 65, 512, 4608, 1 << 20):
+        forward = in_8_bits("gemm_8bit", arch, dtype, "dense", M)
+        assert forward.kind == ("decode" if fp8_by_torch and M > 64 else "fused")
+        for op in ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair"):
+            choice = in_8_bits(op, arch, dtype, "nf4", M)
+            # few rows: NF4 in the product's own tiles; in 16 bits sm_89 does so up to 256
+            assert choice.kind == ("fused" if M <= 64 else "decode"), (op, M)
+            for tile in (choice.tile, in_8_bits(op, arch, dtype, "dense", M).tile):
+                assert tile.block_m >= 16 and tile.block_n % 64 == tile.block_k % 64 == 0
+            pair = op.endswith("pair") and M > 128  # a scaled sum waits for the other's: 64 columns
+            assert not pair or tile.block_n == 64
+        for of_x in (torch.bfloat16, torch.float32):
+            assert in_8_bits("lora_skinny_8bit", arch, of_x, "dense", M).kind == "fused"
+
+
+@pytest.mark.parametrize("op", ["gemm_8bit_dx", "gemm_8bit_dx_pair"])
+def test_towards_x_codes_are_transposed_above_a_threshold(op):
+    rows = json.loads((CONFIGS / "gemm_default.json").read_text())["thresholds"]
+    (row,) = [row for row in rows if row.get("op") == op and row["storage"] == "dense"]
+    most = row["fused_up_to_m"]
+    assert 64 < most < 4608  # 1024 px are above it
+    for arch in CARDS:
+        for dtype in IN_8_BITS:
+            asked = [in_8_bits(op, arch, dtype, "dense", M).kind for M in (most, most + 1)]
+            assert asked == ["fused", "decode"], arch
 
 
 def test_the_first_row_that_matches_counts(monkeypatch):

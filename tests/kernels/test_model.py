@@ -11,8 +11,8 @@ from fluxfast.model.lora import inject_lora
 from fluxfast.objective import image_ids, text_ids
 
 
-def small_flux(storage: str, compute: str, device: str, targets: str) -> Flux:
-    model = random_flux(SMALL, storage, compute, device, seed=3)
+def small_flux(storage: str, compute: str, device: str, targets: str, **how) -> Flux:
+    model = random_flux(SMALL, storage, compute, device, seed=3, **how)
     parameters = inject_lora(model, 4, targets=targets)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -51,3 +51,34 @@ def test_launchers_and_references_agree(device, storage, compute, tolerance, tar
     assert relative_error(launched[0].cpu(), reference[0]) < tolerance
     for found, expected in zip(launched[1], reference[1], strict=True):
         assert relative_error(found.cpu(), expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("storage", "layers"), [("int8", None), ("nf4", {"single_blocks.*.linear2": "rotate"})]
+)
+def test_int8_products_launched_and_in_plain_torch_agree(device, storage, layers):
+    """Equal inputs give equal codes; the inputs of later layers are equal but for fp32's rounding.
+
+    That is 2e-5 as above, unless a value lies so near to a tie that its code falls to the other
+    side: 1e5 codes, each within 127 · 1e-7 of one with a chance of 1e-5: about one a step. One unit
+    of one code is 1/127 of its token's largest, so at most about 1 % of that token's share in a
+    gradient that sums over 22 tokens, and a weight's norm less in the velocity: 5e-3 at the most
+    (seen: 1.7e-3), a fifth of the 2.5e-2 that int8 products themselves change.
+    """
+    how = {"activations": "fp32", "layers": layers}
+    model = small_flux(storage, "int8", device, "attn+mlp", **how)
+    launched = step(model, device)
+    with backend.cpu_launches(False):
+        reference = step(model.cpu() if device == "cuda" else model, "cpu")
+        for module in model.modules():
+            if getattr(module, "products", ""):
+                assert module.rotation == (64 if layers and module.in_features == 320 else 0)
+                module.products, module.rotation = "", 0
+        exact = step(model, "cpu") if layers is None else None
+    errors = [relative_error(launched[0].cpu(), reference[0])]
+    for found, expected in zip(launched[1], reference[1], strict=True):
+        errors.append(relative_error(found.cpu(), expected))
+    assert max(errors) < 5e-3, errors
+    if exact is not None:  # the products were in 8 bits: what that changes is far above
+        changed = [relative_error(a, b) for a, b in zip(reference[1], exact[1], strict=True)]
+        assert 1e-2 < max(changed) < 5e-2, changed
