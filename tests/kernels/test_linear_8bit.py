@@ -35,7 +35,7 @@ CASES = [
     case("linear", storage="nested", rotation=32, dtype=FP16, parts=(0, 144, 0)),
     case("linear", kind="fp8", storage="fp8", parts=(), gate=True),
     case("linear", kind="fp8", storage="nf4", rotation=128, dtype=BF16, parts=(0, 70, 0)),
-    case("linear", storage="int8", parts=(), bias=False, dtype=FP16),
+    case("linear", storage="int8", parts=(), bias=False, dtype=FP16, rotation=16),
     case("norm", storage="int8", split=80),
     case("norm", storage="int8", split=48, dtype=BF16, rotation=128),
     case("norm", storage="nested", dtype=FP16, parts=(0, 72, 0, 72, 144, 0)),
@@ -44,7 +44,7 @@ CASES = [
     case("gelu", storage="int8", gate=True, head=48),
     case("gelu", storage="int8", head=64, gate=True, dtype=BF16, rotation=64),
     case("gelu", storage="nf4", dtype=FP16, rotation=32, parts=()),
-    case("gelu", storage="nested", head=64, parts=(), gate=True),
+    case("gelu", storage="nested", head=64, parts=(), gate=True, rotation=64),
     case("gelu", kind="fp8", storage="fp8", head=64, dtype=BF16, rotation=32),
 ]
 
@@ -53,9 +53,13 @@ def check_against_truth(drawn: Drawn, found: dict) -> None:
     """At most twice the error of the same reference run in the dtype, whose sums of codes are fp64
     and whose roundings are more (each of bias, update, gate and residual rounds).
 
-    e4m3 on a GPU: 16 times in 16 bits, 2^-13 · K/32 relative of sums that keep 13 bits."""
+    In fp32 with a rotation four times: dx is rotated back in fp32, which rounds once a stage, seven
+    times for 64 columns; the reference's in fp64. e4m3 on a GPU, judged in 16 bits alone, eight
+    times: tensor cores keep 13 bits of a sum and cut it 128 / 32 times, 4 · 2^-13 of its largest
+    beside 2^-9 of one rounding in bf16 and 2^-12 in fp16."""
     case = drawn.case
-    times = 16.0 if case.kind == "fp8" and drawn.device == "cuda" else 2.0
+    times = 4.0 if case.rotation and case.dtype == torch.float32 else 2.0
+    times = 8.0 if case.kind == "fp8" and drawn.device == "cuda" else times
     with backend.cpu_launches(False):
         truth = drawn.gradients(drawn.reference, torch.float64)
         eager = drawn.gradients(drawn.reference, case.dtype)
@@ -212,8 +216,13 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=
     assert all(s.dtype == torch.float32 and s.is_contiguous() for s in (scale_a, scale_b))
     assert out_dtype == torch.bfloat16 and use_fast_accum is False
     assert bias is None or bias.dtype == torch.bfloat16 and bias.shape == (N,)
+    if a.is_cuda:
+        return torch_scaled_mm(a, b, scale_a, scale_b, bias, None, out_dtype)
     y = (a.float() @ b.float()) * scale_a * scale_b
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+torch_scaled_mm = torch._scaled_mm
 
 
 @pytest.mark.parametrize(
@@ -230,10 +239,11 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=
         (Case("linear", "int8", "int8", dtype=BF16), (0, 0)),
     ],
 )
-def test_torchs_fp8_product_takes_its_place(monkeypatch, case, calls):
+def test_torchs_fp8_product_takes_its_place(monkeypatch, device, case, calls):
     """On sm_90 above the thresholds: forward a call a piece of x and of y, towards x one a piece of
     dy. (fp8 there is bf16 alone; each call rounds, where our kernel rounds once: still twice.)"""
-    drawn, seen = Drawn(case, "cpu"), []
+    skip_without_fp8(case.kind, device)
+    drawn, seen = Drawn(case, device), []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **b: seen.append(0) or scaled_mm(*a, **b))
     monkeypatch.setattr(dispatch, "arch_of", lambda device: 90)
     monkeypatch.setattr(linear_8bit, "_choose", lambda op, arch, kind, storage, *_: (

@@ -204,6 +204,34 @@ def test_a_matrix_of_tokens_with_a_gate(path, device):
     assert all(torch.equal(a, b[0]) for a, b in zip(found, expected, strict=True))
 
 
+# ---------------------------------------------------------------- gradients that are not asked for
+
+
+@pytest.mark.parametrize("op", ["linear", "norm", "gelu"])
+def test_the_updates_gradients_without_dx(path, device, op):
+    """Nothing is quantised then; A and B get the same."""
+    drawn = Drawn(Case(op, "int8", "int8", gate=op != "norm", rotation=32), device)
+    whole = drawn.gradients(drawn.call)
+    leaves = {
+        name: leaf.clone().requires_grad_() if "lora" in name else leaf
+        for name, leaf in drawn.leaves.items()
+    }
+    a, b = torch.autograd.grad(drawn.call(leaves), (leaves["lora_a"], leaves["lora_b"]), drawn.dys)
+    torch.testing.assert_close(a, whole["lora_a"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b, whole["lora_b"], rtol=1e-5, atol=1e-6)
+
+
+def test_one_output_that_is_not_used(path, device):
+    """Its gradient is zeros: a scale of 1e-30 / 127 and codes of 0."""
+    drawn = Drawn(Case("norm", "int8", "int8", split=80), device)
+    drawn.dys[1] = torch.zeros_like(drawn.dys[1])
+    expected = drawn.gradients(drawn.call)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in drawn.leaves.items()}
+    found = torch.autograd.grad(drawn.call(leaves)[0], list(leaves.values()), drawn.dys[0])
+    for name, value in zip(leaves, found, strict=True):
+        assert torch.equal(value, expected[name]) and value.any(), name
+
+
 # ---------------------------------------------------------------- outliers
 
 
@@ -271,11 +299,11 @@ def test_refusals(path):
                 call()
 
 
-def test_a_launch_refuses_a_dense_weight_of_other_strides():
+def test_a_launch_refuses_a_dense_weight_of_other_strides(device):
     """Which its kernel would read as if they were not there."""
-    W = normal(40, 96).T.contiguous().T
+    W = normal(40, 96).to(device).T.contiguous().T
     with pytest.raises(ValueError, match="^weight must be of last stride 1"):
-        lora_linear(normal(2, 3, 96), [W], products="int8")
+        lora_linear(normal(2, 3, 96).to(device), [W], products="int8")
 
 
 def test_fp8_is_refused_before_sm_89(monkeypatch):
