@@ -56,7 +56,7 @@ fluxfast.train           config checkpoint data.loader errors files formats.lora
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors generate layer_errors load prepare sample train
+fluxfast.cli             check config doctor errors generate layer_errors load prepare sample settings train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data

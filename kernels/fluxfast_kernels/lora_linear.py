@@ -184,8 +184,9 @@ def check_products(
         other = "fp8" if products == "int8" else "int8"
         fits = storage_of(weight) != other
         check(fits, "products", f"{other} or '' for a weight kept in {other}", products)
+    if products == "fp8":
         arch = dispatch.arch_of(x.device)
-        fits = products != "fp8" or not arch or arch >= 89
+        fits = not arch or arch >= 89
         check(fits, "products", "int8 or '' on a card before sm_89", f"fp8 on sm_{arch}")
 
 
