@@ -5,14 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from small import SMALL
+from small import SMALL, noise_pictures
 from typer.testing import CliRunner
 
 from fluxfast import check as module
@@ -31,13 +29,7 @@ OUTLIER = "double_blocks.1.img_mlp.2"  # whose input has a channel 40 times the 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"noise of the kind {i}")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, "noise of the kind")
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from small import SMALL
+from small import SMALL, noise_pictures
 from test_lora import inputs, randomise
 
 from fluxfast.errors import ConfigError
@@ -313,12 +311,7 @@ def test_a_probe_sees_and_changes_nothing(compute, dropout):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4)
 
 
 def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure):

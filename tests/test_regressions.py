@@ -7,11 +7,10 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
+from small import noise_pictures
 
 from fluxfast import draws
 from fluxfast.checkpoint import checkpoints, drop_partials
@@ -29,12 +28,7 @@ QUIET = Console(file=io.StringIO())
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 3)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import noise_pictures
 
 from fluxfast.config import build_config
 from fluxfast.data.store import Dataset, Sample
@@ -32,13 +33,7 @@ QUIET = Console(file=io.StringIO())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(1)
-    for i in range(5):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(out / f"{i}.png")
-        (out / f"{i}.txt").write_text(f"picture {i}")
-    return out
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), 5, "picture", seed=1)
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ from fluxfast_kernels.nf4 import (
 )
 from fluxfast_kernels.rows_8bit import (
     DTYPE,
-    LEAST,
     TOP,
     Rows,
     encode_reference,
@@ -44,6 +43,7 @@ from fluxfast_kernels.rows_8bit import (
     launch_quantize,
     quantize_rows_reference,
     scale_and_inverse,
+    scale_and_inverse_reference,
     top_of,
 )
 
@@ -260,9 +260,7 @@ def weight_codes(
 def nf4_scales(weight: Sequence[Tensor], N: int, K: int, kind: str) -> tuple[Tensor, Tensor]:
     """scale and inverse scale fp32 [N] of `weight_codes` of an NF4 weight, without its codes."""
     amax = nf4_absmax(as_nf4(weight, N, K)).view(N, -1).abs().amax(1)
-    floor = amax.clamp(min=LEAST)
-    scale = torch.where(amax.isfinite(), floor * (1.0 / TOP[kind]), torch.nan)
-    return scale, torch.full_like(floor, TOP[kind]) / floor
+    return scale_and_inverse_reference(amax, kind)
 
 
 def nf4_codes_reference(weight: NF4Tensor, kind: str, out: Tensor | None = None) -> Rows:

@@ -42,7 +42,7 @@ from fluxfast_kernels.nf4 import BLOCK, code_table, dynamic_map
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
     COLUMNS: tl.constexpr, MASKED: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
@@ -119,13 +119,13 @@ def _product(
             x_tile = tl.load(x + x_rows[:, None] + k[None, :])
         if TRANSPOSED:
             n = tl.minimum(n_first + tl.arange(0, BLOCK_N), N - 1)
-            w_tile = _weight_tile(
+            w_tile = weight_tile(
                 w, absmax, nested, offset, code, table, w_row, n, before + i * BLOCK_K,
                 N, before + count, BLOCK_K, MASKED, OFFSETS,
             )  # fmt: skip
             w_tile = tl.trans(w_tile.to(x_tile.dtype))
         else:
-            w_tile = _weight_tile(
+            w_tile = weight_tile(
                 w, absmax, nested, offset, code, table, w_row, before + k, n_first,
                 before + count, N, BLOCK_N, MASKED, OFFSETS,
             ).to(x_tile.dtype)  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fluxfast_kernels import dispatch
 from fluxfast_kernels.backend import KernelCase, check, tl, triton
-from fluxfast_kernels.gemm import nf4_tile
+from fluxfast_kernels.gemm import weight_tile
 from fluxfast_kernels.gemm_checks import (
     check_down,
     check_gated,
@@ -51,18 +51,11 @@ def _codes_tile(
     COLUMNS: tl.constexpr, MASKED: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """W8[rows, first:first + COLUMNS]."""
-    if absmax is None:
-        columns = first + tl.arange(0, COLUMNS)[None, :]
-        at = w + rows[:, None] * w_row + columns
-        if MASKED:
-            tile = tl.load(at, (rows < n_rows)[:, None] & (columns < n_columns), other=0.0)
-        else:
-            tile = tl.load(at)
-    else:
-        tile = nf4_tile(
-            w, absmax, None, None, code, None, w_row, rows, first, n_rows, n_columns,
-            COLUMNS, MASKED, False,
-        )  # fmt: skip
+    tile = weight_tile(
+        w, absmax, None, None, code, None, w_row, rows, first, n_rows, n_columns,
+        COLUMNS, MASKED, False,
+    )  # fmt: skip
+    if absmax is not None:
         factor = tl.load(inverse + tl.minimum(rows, n_rows - 1))
         tile = encoded(tile * factor[:, None], TOP, dtype)
     return tile

@@ -164,7 +164,8 @@ def _launched_forward(xs, weight, bias, update, split, gate, residual, kind, rot
     else:
         codes, w_scale = weight_codes(weight, K, kind)
         pieces = [*(x.shape[2] for x in xs), split, N - split]
-        if not _choose("gemm_8bit", arch, kind, "dense", M, N, K) and _torch_can(dtype, pieces):
+        ours = _choose("gemm_8bit", arch, kind, "dense", M, N, K)
+        if not ours and _torch_can(kind, dtype, pieces):
 
             def multiply(low: int, high: int) -> Tensor:
                 b = None if bias is None else bias[low:high]
@@ -173,21 +174,8 @@ def _launched_forward(xs, weight, bias, update, split, gate, residual, kind, rot
             given = (parts, scale, split, gate, residual)
             return with_update(multiply, shape, N, down, lora_b, *given)
     residual = None if residual is None else batched(residual)
-    ys = gemm_8bit(
-        rows,
-        codes,
-        w_scale,
-        bias,
-        down,
-        lora_b,
-        parts,
-        scale,
-        dtype,
-        split,
-        gate,
-        residual,
-        inverse,
-    )
+    after = (bias, down, lora_b, parts, scale, dtype, split, gate, residual, inverse)
+    ys = gemm_8bit(rows, codes, w_scale, *after)
     return [like(shape, y) for y in ys]
 
 
@@ -221,7 +209,7 @@ def _launched_backward(dys, xs, weight, update, need_dx, gate, kind, rotation):
         return None, da, db
     M, arch = dys[0].shape[0] * dys[0].shape[1], dispatch.arch_of(xs[0].device)
     by_torch = transposed and not _choose("gemm_8bit", arch, kind, "dense", M, K, N)
-    if by_torch and _torch_can(dtype, [K, *(dy.shape[2] for dy in dys)]):
+    if by_torch and _torch_can(kind, dtype, [K, *(dy.shape[2] for dy in dys)]):
         ones = torch.ones(K, dtype=torch.float32, device=codes.device)
         dx = _scaled_mm(rows, codes, ones, None, dtype)
         dx = hadamard_rotate(dx, rotation, out=dx) if rotation else dx
@@ -259,9 +247,10 @@ def _choose(op: str, arch: int, kind: str, storage: str, M: int, N: int, K: int)
     return dispatch.choose(op, arch, DTYPE[kind], storage, M, N, K).kind == "fused"
 
 
-def _torch_can(dtype: torch.dtype, widths: Sequence[int]) -> bool:
-    """Rowwise scales give bf16 only, and the widths of each of its operands are multiples of 16."""
-    return dtype == torch.bfloat16 and not any(width % 16 for width in widths)
+def _torch_can(kind: str, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Of e4m3 codes; rowwise scales give bf16 only, and the widths of each of its operands are
+    multiples of 16."""
+    return kind == "fp8" and dtype == torch.bfloat16 and not any(width % 16 for width in widths)
 
 
 def _scaled_mm(rows: Sequence[Rows], codes: Tensor, scale: Tensor, bias, dtype) -> Tensor:

@@ -62,7 +62,7 @@ def norm_modulate_forward(
     B, T, D = h.shape
     if backend.launches(h):
         x = h.new_empty(B, T, D)
-        mean, rstd = _fake_statistics(h)
+        mean, rstd = _statistics(h)
         rows = empty_rows(x, products) if products else None
         launch_norm_modulate(h, shift, scale, x, mean, rstd, False, rows, rotation)
         return x, mean, rstd, rows
@@ -141,10 +141,10 @@ def _norm_modulate(h: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Ten
 
 @_norm_modulate.register_fake
 def _(h, shift, scale):
-    return h.new_empty(h.shape), *_fake_statistics(h)
+    return h.new_empty(h.shape), *_statistics(h)
 
 
-def _fake_statistics(h: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(h: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(h.new_empty(h.shape[:2], dtype=torch.float32) for _ in range(2))
 
 
@@ -254,7 +254,7 @@ def _(
 ):  # fmt: skip
     N, _ = weight_shape(weight, h.shape[2])
     widths = (split, N - split) if split else (N, 0)
-    return *(h.new_empty(*h.shape[:2], width) for width in widths), *_fake_statistics(h)
+    return *(h.new_empty(*h.shape[:2], width) for width in widths), *_statistics(h)
 
 
 @torch.library.custom_op("fluxfast::norm_modulate_lora_linear_backward", mutates_args=())

@@ -235,15 +235,19 @@ def quantize_rows_reference(
 
 def encode_reference(v: Tensor, amax: Tensor, kind: str) -> Rows:
     """fp32 [..., K] and the largest magnitude of each row -> Rows."""
-    amax, top = amax[..., None], TOP[kind]
-    floor = amax.clamp(min=LEAST)
+    scale, inverse = scale_and_inverse_reference(amax, kind)
     # NaN stays out of the codes: its conversion to an integer is undefined
-    # number / tensor would be the rounded reciprocal times the number
-    inverse = torch.full_like(floor, top) / floor
-    scaled = (v * inverse).nan_to_num_(0.0).clamp_(-top, top)
+    scaled = (v * inverse[..., None]).nan_to_num_(0.0).clamp_(-TOP[kind], TOP[kind])
     codes = (scaled.round_() if kind == "int8" else scaled).to(DTYPE[kind])
+    return Rows(codes, scale)
+
+
+def scale_and_inverse_reference(amax: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes, fp32 -> scales (NaN where these are not finite), top / amax."""
+    floor, top = amax.clamp(min=LEAST), TOP[kind]
     scale = torch.where(amax.isfinite(), floor * (1.0 / top), torch.nan)
-    return Rows(codes, scale[..., 0])
+    # number / tensor would be the rounded reciprocal times the number
+    return scale, torch.full_like(floor, top) / floor
 
 
 # ---------------------------------------------------------------- products of codes on a CPU

@@ -22,3 +22,11 @@ def launchers(request):
         pytest.skip("no NVIDIA GPU")
     with backend.cpu_launches(not torch.cuda.is_available()):
         yield
+
+
+@pytest.fixture(params=["reference", "launched"])
+def path(request):
+    """Both of what an op does: the plain-torch path of a CPU (in C++ where that was built), and the
+    launchers."""
+    with backend.cpu_launches(request.param == "launched"):
+        yield request.param

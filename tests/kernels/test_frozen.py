@@ -10,13 +10,6 @@ from numerics import GUARD, bits, guarded, skip_without_fp8
 KINDS = ("int8", "fp8")
 
 
-@pytest.fixture(params=["reference", "launched"])
-def path(request):
-    """The plain-torch path of a CPU (for int8 in C++, where it was built), and the launchers."""
-    with backend.cpu_launches(request.param == "launched"):
-        yield request.param
-
-
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from fluxfast_kernels import backend
 from fluxfast_kernels.backend import DTYPES
 from fluxfast_kernels.frozen import rotate_weight
 from fluxfast_kernels.hadamard import hadamard_reference, hadamard_rotate, largest_rotation
 from numerics import bits
 
 ROTATIONS = [2, 4, 8, 16, 32, 64, 128, 256]
-
-
-@pytest.fixture(params=["reference", "launched"])
-def path(request):
-    """Both of what it does: the plain-torch path of a CPU, and the launcher."""
-    with backend.cpu_launches(request.param == "launched"):
-        yield request.param
 
 
 def draw(*shape, seed=0):

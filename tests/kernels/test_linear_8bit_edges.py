@@ -13,13 +13,6 @@ from numerics import relative_error, skip_without_fp8
 KINDS = ("int8", "fp8")
 
 
-@pytest.fixture(params=["reference", "launched"])
-def path(request):
-    """Both of what an op does: the plain-torch path of a CPU, and the launchers."""
-    with backend.cpu_launches(request.param == "launched"):
-        yield request.param
-
-
 def normal(*shape, seed=0, std=1.0):
     return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -13,13 +13,6 @@ PARTS = [0, 64, 0, 96, 192, 1]  # rows 64 to 96 have no update
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["reference", "launched"])
-def path(request):
-    """Both of what an op does: the plain-torch path of a CPU, and the launchers."""
-    with backend.cpu_launches(request.param == "launched"):
-        yield request.param
-
-
 def normal(*shape: int, seed: int, std: float = 1.0) -> torch.Tensor:
     return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

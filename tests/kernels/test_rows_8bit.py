@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from fluxfast_kernels import backend, frozen, gelu, gemm_grads, rows_8bit
+from fluxfast_kernels import frozen, gelu, gemm_grads, rows_8bit
 from fluxfast_kernels.backend import DTYPES
 from fluxfast_kernels.hadamard import hadamard_reference
 from fluxfast_kernels.rows_8bit import (
@@ -196,13 +196,6 @@ def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer,
 
 
 # ---------------------------------------------------------------- the formula
-
-
-@pytest.fixture(params=["reference", "launched"])
-def path(request):
-    """The plain-torch path of a CPU (for int8 in C++, where it was built), and the launchers."""
-    with backend.cpu_launches(request.param == "launched"):
-        yield request.param
 
 
 @pytest.mark.parametrize(
