@@ -54,14 +54,22 @@ def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[st
     fill(model, zeros, layer_precisions(spec, "bf16", "bf16"))
     inject_lora(model, RANK, targets=targets)
     model.train()
-    vec = torch.zeros(1, spec.hidden_size, dtype=torch.bfloat16)
+    double_mod, single_mod = (
+        torch.zeros(1, 1, count * spec.hidden_size, dtype=torch.bfloat16) for count in (6, 3)
+    )
+    for modulation in (double_mod, single_mod):
+        modulation.requires_grad_(targets == "all")
 
     tables = {n: rope_tables(torch.zeros(1, 2 * n, 3), spec.axes_dim, spec.theta) for n in LENGTHS}
     double, single = model.double_blocks[0], model.single_blocks[0]
     return {
-        "double": per_token(double, tables, lambda n: double(*_inputs(spec, n), vec, tables[n])),
+        "double": per_token(
+            double,
+            tables,
+            lambda n: double(*_inputs(spec, n), double_mod, double_mod, tables[n]),
+        ),
         "single": per_token(
-            single, tables, lambda n: single(*_inputs(spec, 2 * n, 1), vec, tables[n])
+            single, tables, lambda n: single(*_inputs(spec, 2 * n, 1), single_mod, tables[n])
         ),
     }
 

@@ -159,7 +159,7 @@ def _run_model(
     parameters = inject_lora(model, **config.lora.model_dump(), seed=config.seed)
     step = _set_lora(setting, model, parameters)
     # the probed path keeps more than the fused one, so it always computes blocks twice
-    model.gradient_checkpointing = True
+    model.policies = ["replay"] * len(model.policies)
     model.train()
     layers = {name: model.get_submodule(name) for name in names}
     capture = _Capture(config.seed, max(1, ROWS // count))

@@ -8,17 +8,21 @@ linears.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fluxfast.model.linear import DropoutClock, LoRALinear
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
+from fluxfast.model.saving import KEEP, BlockRunner, Offload
 from fluxfast.model.spec import FluxSpec
+
+# rows of the modulation's products: 16 is the least that fills a tensor core's tile
+MODULATION_ROWS = 16
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
@@ -41,6 +45,11 @@ def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
         angles.append(ids[..., axis, None].double() / theta**exponent)
     angles = torch.cat(angles, dim=-1)[:, :, None, :]
     return angles.cos().float(), angles.sin().float()
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[n, ...] -> [MODULATION_ROWS, ...], zeros below."""
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, MODULATION_ROWS - len(x)))
 
 
 class RMSNorm(nn.Module):
@@ -70,15 +79,13 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vec [B, D] -> `count` tensors [B, 1, D]: shift, scale, gate (twice in a double block)."""
+    """The linear of a stream's modulation: shift, scale, gate (twice in a double block), which
+    `Flux.modulation` forms for all blocks before they run.
+    """
 
     def __init__(self, hidden: int, count: int):
         super().__init__()
-        self.count = count
         self.lin = LoRALinear(hidden, count * hidden)
-
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.count, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -104,9 +111,11 @@ class DoubleStreamBlock(nn.Module):
             layers = [LoRALinear(hidden, mlp), nn.GELU(approximate="tanh"), LoRALinear(mlp, hidden)]
             self.add_module(f"{stream}_mlp", nn.Sequential(*layers))
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope) -> tuple[Tensor, Tensor]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+    def forward(
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope, saving=KEEP
+    ) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
         # both streams' heads, text first
         txt_qkv = self.txt_attn.qkv.of_norm(txt, txt_shift1, txt_scale1)
@@ -122,8 +131,10 @@ class DoubleStreamBlock(nn.Module):
 
         # each stream's own MLP
         (img_in, _, img_out), (txt_in, _, txt_out) = self.img_mlp, self.txt_mlp
-        img = img_out.of_gelu(img_in.of_norm(img, img_shift2, img_scale2), img_gate2, residual=img)
-        txt = txt_out.of_gelu(txt_in.of_norm(txt, txt_shift2, txt_scale2), txt_gate2, residual=txt)
+        img_u = saving.remade(img_in.of_norm, img, img_shift2, img_scale2)
+        txt_u = saving.remade(txt_in.of_norm, txt, txt_shift2, txt_scale2)
+        img = img_out.of_gelu(img_u, img_gate2, residual=img, saved_bits=saving.u_bits)
+        txt = txt_out.of_gelu(txt_u, txt_gate2, residual=txt, saved_bits=saving.u_bits)
         return img, txt
 
 
@@ -139,11 +150,12 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm()
         self.linear2 = LoRALinear(hidden + mlp, hidden)
 
-    def forward(self, x: Tensor, vec: Tensor, rope) -> Tensor:
-        shift, scale, gate = self.modulation(vec)
-        qkv, u = self.linear1.of_norm(x, shift, scale, split=self.split)
+    def forward(self, x: Tensor, modulation: Tensor, rope, saving=KEEP) -> Tensor:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        of_norm = partial(self.linear1.of_norm, split=self.split)
+        qkv, u = saving.remade(of_norm, x, shift, scale)
         attn = fk.qk_norm_rope_attention([qkv], self.norm.scales(), *rope, self.heads)
-        return self.linear2.of_gelu(u, gate, residual=x, head=attn)
+        return self.linear2.of_gelu(u, gate, residual=x, head=attn, saved_bits=saving.u_bits)
 
 
 class LastLayer(nn.Module):
@@ -153,8 +165,8 @@ class LastLayer(nn.Module):
         layers = [nn.SiLU(), LoRALinear(spec.hidden_size, 2 * spec.hidden_size)]
         self.adaLN_modulation = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.linear.of_norm(x, shift, scale)
 
 
@@ -168,7 +180,9 @@ class Flux(nn.Module):
         super().__init__()
         hidden = spec.hidden_size
         self.spec, self.compute_dtype = spec, compute_dtype
-        self.gradient_checkpointing = False
+        # per block, the double ones first, how it keeps what backward needs: see `saving.py`
+        self.policies = ["keep"] * (spec.depth + spec.depth_single_blocks)
+        self.offload: Offload | None = None  # where blocks of that policy send their activations
         self.dropout_clock = DropoutClock()
         self.img_in = LoRALinear(spec.in_channels, hidden)
         self.txt_in = LoRALinear(spec.context_in_dim, hidden)
@@ -189,38 +203,77 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        modulation: Tensor | None = None,
     ) -> Tensor:
         """BFL's signature. Returns the velocity [B, T_img, in_channels] in the compute dtype.
 
         img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5
         states; txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768]
         pooled CLIP; guidance [B], required where the model embeds it. Raises ValueError without it.
+        modulation: what `modulation` gives for these timesteps, y and guidance, if it is there.
         """
         dtype = self.compute_dtype
-        vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y.to(dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
-            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+        if modulation is None:
+            modulation = self.modulation(timesteps, y, guidance)
+        mods = iter(self._modulation_pieces(modulation))
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         rope = rope_tables(
             torch.cat([txt_ids, img_ids], dim=1), self.spec.axes_dim, self.spec.theta
         )
+        length = txt.shape[1]
+        run = BlockRunner(self.policies, self.offload, (img, txt), self.spec.num_heads)
 
         for block in self.double_blocks:
-            img, txt = self._run(block, img, txt, vec, rope)
+            img, txt = run(block, (img, txt), next(mods), next(mods), rope)
 
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = self._run(block, x, vec, rope)
+            x = run(block, (x,), next(mods), rope)
 
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        run.done()
+        return self.final_layer(x[:, length:], next(mods))
 
-    def _run(self, block: nn.Module, *inputs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # no global generator is drawn from, so there is no state to keep
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Shifts, scales and gates of all blocks and the last layer, [B, modulation_width()].
+
+        timesteps, guidance [B], y [B, 768], as in `forward`. They hang on nothing else, so that the
+        outputs of samples to come may be formed together. Always MODULATION_ROWS rows at a time,
+        padded where fewer are left: one row's result is then the same bits in any company.
+        """
+        if self.guidance_in is not None and guidance is None:
+            raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
+        count, pieces = len(timesteps), []
+        for start in range(0, count, MODULATION_ROWS):
+            rows = slice(start, start + MODULATION_ROWS)
+            t, pooled = _padded(timesteps[rows]), _padded(y[rows])
+            g = None if self.guidance_in is None else _padded(guidance[rows])
+            pieces.append(self._modulation_rows(t, pooled, g)[: count - start])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _modulation_rows(self, t: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        dtype = self.compute_dtype
+        vec = self.time_in(timestep_embedding(t).to(dtype)) + self.vector_in(y.to(dtype))
+        if guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+        vec = F.silu(vec)
+        return torch.cat([layer(vec) for layer in self.modulation_linears()], dim=-1)
+
+    def modulation_linears(self) -> list[LoRALinear]:
+        """In the order of the modulation's columns."""
+        doubles = [mod.lin for b in self.double_blocks for mod in (b.img_mod, b.txt_mod)]
+        singles = [block.modulation.lin for block in self.single_blocks]
+        return [*doubles, *singles, self.final_layer.adaLN_modulation[1]]
+
+    def modulation_width(self) -> int:
+        """Columns of the modulation: 1.06 M of FLUX.1-dev."""
+        return sum(layer.out_features for layer in self.modulation_linears())
+
+    def _modulation_pieces(self, modulation: Tensor) -> list[Tensor]:
+        """[B, 1, N] per linear; without a gradient where it is frozen, though others are not."""
+        layers = self.modulation_linears()
+        pieces = modulation[:, None, :].split([layer.out_features for layer in layers], dim=-1)
+        pairs = zip(layers, pieces, strict=True)
+        return [piece if layer.trains() else piece.detach() for layer, piece in pairs]
 
     def set_tensor(
         self, name: str, tensor: Tensor, precisions: Mapping[str, Precision], nested: bool = False

@@ -63,6 +63,8 @@ class LoRALinear(nn.Module):
         self.clock: DropoutClock | None = None
         # sees x of every pass; what it returns (or None) sees y's gradient. Changes no result
         self.probe: Callable[[Tensor], Callable[[Tensor], None] | None] | None = None
+        # gives the frozen tensors where they are kept on the host: see `memory/host.py`
+        self.lender: Callable[[LoRALinear], list[Tensor]] | None = None
 
     def set_weight(self, weight: Tensor, storage: str = "fp32", nested: bool = False) -> bool:
         """Keep `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated where the layer is. ->
@@ -87,13 +89,17 @@ class LoRALinear(nn.Module):
 
     def frozen(self) -> list[Tensor]:
         """The frozen weight as the fused ops take it: one to four tensors."""
+        return self.kept() if self.lender is None else self.lender(self)
+
+    def kept(self) -> list[Tensor]:
+        """The frozen tensors where they lie, on the host where the layer has a lender."""
         kept = [self.weight, *(getattr(self, name) for name in _QUANTIZED)]
         return [tensor for tensor in kept if tensor is not None]
 
     def storage(self) -> str:
         """fp32, bf16, nf4, int8 or fp8: how the weight is kept."""
         if self.weight is None:
-            return storage_of(self.frozen())
+            return storage_of(self.kept())
         return "fp32" if self.weight.dtype == torch.float32 else "bf16"
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -115,7 +121,7 @@ class LoRALinear(nn.Module):
 
         parts: per independent A, the row ranges [(start, end)] it feeds. -> [A, B].
         """
-        device = self.frozen()[0].device
+        device = self.kept()[0].device
         rows = sum(end - start for ranges in parts for start, end in ranges)
         uniform = draws.uniform(
             seed, f"{stream}.lora_A", 0, (len(parts) * rank, self.in_features), device
@@ -125,6 +131,10 @@ class LoRALinear(nn.Module):
         self.lora_parts = [list(ranges) for ranges in parts]
         self.lora_scale = alpha / rank
         return [self.lora_A, self.lora_B]
+
+    def trains(self) -> bool:
+        """Whether its update takes part."""
+        return self.lora_A is not None and self.lora_strength != 0
 
     def lora_slices(self):
         """Yields (rows of y, rows of B, rows of A) as slices, one per part and range."""
@@ -159,24 +169,27 @@ class LoRALinear(nn.Module):
         gate: Tensor,
         residual: Tensor,
         head: Tensor | None = None,
+        saved_bits: int = 16,
     ) -> Tensor:
         """residual + gate · y, y the layer of [head, GELU-tanh(u)].
 
-        u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N].
+        u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N]. saved_bits: 8
+        keeps u for backward in codes of 8 bits (not where LoRA dropout or a probe takes it apart).
         """
         if self._apart():
             x = F.gelu(u, approximate="tanh")
             x = x if head is None else torch.cat([head, x], dim=-1)
             return _gated(self._product(x), gate, residual)
         if _trains(gate):
-            y = fk.gelu_lora_linear(u, *self._arguments(), head=head, **self._how())
+            given = {"head": head, "saved_bits": saved_bits}
+            y = fk.gelu_lora_linear(u, *self._arguments(), **given, **self._how())
             return _gated(y, gate, residual)
-        given = {"head": head, "gate": gate, "residual": residual}
+        given = {"head": head, "gate": gate, "residual": residual, "saved_bits": saved_bits}
         return fk.gelu_lora_linear(u, *self._arguments(), **given, **self._how())
 
     def _arguments(self) -> tuple:
         """weight, bias, A, B, parts, scale: what every fused linear takes."""
-        if self.lora_A is None or self.lora_strength == 0:
+        if not self.trains():
             return self.frozen(), self.bias, None, None, [], 1.0
         scale = self.lora_scale * self.lora_strength
         return self.frozen(), self.bias, self.lora_A, self.lora_B, self._parts(), scale
@@ -208,8 +221,7 @@ class LoRALinear(nn.Module):
         return y
 
     def _drops(self) -> bool:
-        wanted = self.training and self.dropout > 0
-        return wanted and self.lora_A is not None and self.lora_strength != 0
+        return self.training and self.dropout > 0 and self.trains()
 
     def _dropped(self, x: Tensor) -> Tensor:
         indices = tuple(self.clock.indices)
