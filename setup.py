@@ -63,7 +63,7 @@ def compile_library(sources: list[str], target: str) -> str | None:
 setup(
     packages=[*find_packages(include=["fluxfast", "fluxfast.*"]), *find_packages("kernels")],
     package_dir={"": ".", "fluxfast_kernels": "kernels/fluxfast_kernels"},
-    package_data={"fluxfast_kernels": ["configs/*.json"]},
+    package_data={"fluxfast": ["memory/*.json"], "fluxfast_kernels": ["configs/*.json"]},
     ext_modules=[
         Extension(
             "fluxfast_kernels.lib.native",

@@ -5,8 +5,8 @@ what quantising costs a step.
     python bench/catalogue.py --check  exits with 1 where the file does not hold it
 
 The floor is the larger of bytes over bandwidth and FLOP over dense peak, of one launch on an RTX
-4090 (1008 GB/s, bf16 165 TFLOP/s, int8 661 TOP/s) at one 1024 px picture: calculated from the
-datasheet, not timed.
+4090 (1008 GB/s, bf16 165 TFLOP/s, int8 661 TOP/s: whole TFLOP/s) at one 1024 px picture:
+calculated from the datasheet by the cost model (`fluxfast/memory/cost.py`), not timed.
 """
 
 import argparse
@@ -14,13 +14,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxfast.memory.cards import card
+from fluxfast.memory.cost import NF4, attention_op, linear_op
+
 README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
 BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
 BEGIN_STEP, END_STEP = "<!-- step: begin -->", "<!-- step: end -->"
-BANDWIDTH, PEAK, INT8_PEAK = 1008e9, 165e12, 661e12
+CARD = card("RTX 4090")
+BANDWIDTH = CARD.bandwidth
+PEAK, INT8_PEAK = (1e12 * round(CARD.peaks[kind] / 1e12) for kind in ("bf16", "int8"))
 T, D, F, H, C, R = 4608, 3072, 12288, 24, 128, 16
 E = 2  # bytes of a bf16 value
-NF4 = 0.5 + 4 / 64  # bytes a weight
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,12 @@ class Op:
 
 
 def linear(n: int, k: int, parts: int = 1, extra: float = 0.0) -> tuple[float, float]:
-    moved = E * T * (n + k) + NF4 * n * k + 4 * R * (n + parts * k) + extra
-    return moved, 2.0 * T * n * k + 2.0 * T * R * (parts * k + n)
+    """-> bytes, FLOP of one launch over NF4 weights, with an update of all n rows."""
+    op = linear_op("", "bf16", T, n, k, NF4, E, (parts, n, R), extra)
+    return op.bytes, op.flop
+
+
+ATTENTION = attention_op(1, T, D, E)
 
 
 OPS = [
@@ -63,9 +71,10 @@ OPS = [
        "h [B, T, 3072] to [B, T, 9216 + 12288]", "h, mean, rstd",
        *linear(3 * D + F, D, 4, 2 * E * T * D)),
     Op("qk_norm_rope", "qk_norm_rope_attention", "attention of RMSNorm and RoPE of q and k",
-       "qkv [B, T, 9216] to [B, T, 3072]", "qkv, o, lse", 10 * E * T * D, 4.0 * T * T * D),
+       "qkv [B, T, 9216] to [B, T, 3072]", "qkv, o, lse", 6 * E * T * D + ATTENTION.bytes,
+       ATTENTION.flop),
     Op("attention", "attention", "softmax(q kᵀ / √C) v", "q, k, v [B, 24, T, 128]",
-       "q, k, v, o, lse", 4 * E * T * D, 4.0 * T * T * D),
+       "q, k, v, o, lse", ATTENTION.bytes, ATTENTION.flop),
     Op("gelu", "gelu_lora_linear", "the linear of [head, GELU-tanh(u)]; residual + gate · that",
        "u [B, T, 12288], head [B, T, 3072]", "u (16 or 8 bits), head",
        *linear(D, F + D, extra=2 * E * T * F + 2 * E * T * D)),

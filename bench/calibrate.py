@@ -1,0 +1,111 @@
+"""Writes fluxfast/memory/measured.json: how much longer a step takes than the cost model predicts.
+
+    PYTHONPATH=.:kernels python bench/calibrate.py           from bench/results/step-cuda.jsonl
+    PYTHONPATH=.:kernels python bench/calibrate.py --dry-run  prints, writes nothing
+
+Per card and compute kind: the median over rows of measured / predicted, of the fluxfast candidates
+that ran ("ok") over full-width blocks on a card of the table. Predicted is the whole step, eager
+launches and AdamW with it, from the shipped shares: an older measured.json plays no part. Without
+such rows nothing is written, and the exit code is 0.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from fluxfast.errors import ConfigError
+from fluxfast.memory.cards import MEASURED, card
+from fluxfast.memory.cost import (
+    Shape,
+    Work,
+    lora_of,
+    optimizer_ops,
+    step_ops,
+    total_seconds,
+)
+from fluxfast.model.spec import DEV
+
+ROWS = Path(__file__).resolve().parent / "results" / "step-cuda.jsonl"
+WORDS = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+def usable(row: dict) -> bool:
+    return (
+        row.get("bench") == "step"
+        and row["device"] == "cuda"
+        and row["name"].startswith("fluxfast")
+        and row["status"] == "ok"
+        and row["hidden"] == DEV.hidden_size
+        and not row["checkpointing"]
+    )
+
+
+def work_of(row: dict) -> tuple[Work, Shape]:
+    """What a row of bench/step.py was timed on."""
+    blocks = {"depth": row["double_blocks"], "depth_single_blocks": row["single_blocks"]}
+    spec = replace(DEV, **blocks)
+    storage, products, activations = (
+        WORDS.get(row[key], row[key]) for key in ("storage", "products", "compute")
+    )
+    lora = lora_of(spec, row["rank"], row["lora_targets"])
+    shape = Shape(row["batch"], row["image_tokens"], row["text_tokens"])
+    return Work(spec, storage, products, activations, lora), shape
+
+
+def factor(row: dict) -> float:
+    """Measured over predicted time of a row's step. Raises ConfigError for an unknown card."""
+    work, shape = work_of(row)
+    ops = step_ops(work, shape) + optimizer_ops(work, "adamw", guard=False)
+    shipped = replace(card(row["device_name"]), factors={})
+    return row["median_ms"] / 1e3 / total_seconds(ops, shipped, launches=True)
+
+
+def calibrate(rows: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """-> ({card: {compute kind: {factor, source}}}, device names that are not in the table)."""
+    found, unknown = defaultdict(list), {}
+    for row in filter(usable, rows):
+        try:
+            known = card(row["device_name"]).name
+        except ConfigError:
+            unknown[row["device_name"]] = None
+            continue
+        found[known, work_of(row)[0].compute].append(row)
+    table: dict[str, dict[str, dict]] = defaultdict(dict)
+    for (known, compute), group in sorted(found.items()):
+        commits = ", ".join(dict.fromkeys((row["commit"] or "unknown")[:7] for row in group))
+        table[known][compute] = {
+            "factor": round(median(factor(row) for row in group), 3),
+            "source": f"measured: commit {commits}, {group[0]['device_name']}, {len(group)} rows",
+        }
+    return dict(table), list(unknown)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=ROWS, help="JSON lines of bench/step.py")
+    parser.add_argument("--out", type=Path, default=MEASURED)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    lines = options.rows.read_text(encoding="utf-8") if options.rows.is_file() else ""
+    table, unknown = calibrate([json.loads(line) for line in lines.splitlines() if line.strip()])
+    for name in unknown:
+        print(f"{name}: not in fluxfast/memory/cards.json, its rows are left out", file=sys.stderr)
+    if not table:
+        print(f"{options.rows}: no rows of fluxfast on a known GPU; nothing written")
+        return 0
+    for known, kinds in table.items():
+        for compute, row in kinds.items():
+            print(f"{known}, {compute}: {row['factor']:.3f} of the prediction ({row['source']})")
+    if not options.dry_run:
+        options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,143 @@
+"""GPUs that the cost model knows: peaks, bandwidth, and the share of them that real kernels reach.
+
+`cards.json` holds data-sheet peaks and assumed shares, each with its source. `measured.json`, where
+`python bench/calibrate.py` has written one, holds per card and compute kind how much longer a whole
+step took than it was predicted to. A step's time says nothing of single ops, so that factor
+stretches whole predictions (`cost.total_seconds`) and leaves the shares as they are.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fluxfast.errors import ConfigError
+
+MEASURED = Path(__file__).with_name("measured.json")
+KINDS = (
+    *("bf16", "int8", "fp8", "fp32"),
+    *("attention_forward", "attention_backward", "element", "copy"),
+)
+_OLDEST = (8, 0)  # compute capability: the first with bf16 products
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A share of a peak (0..1) or, as a measured factor, measured over predicted step time.
+
+    source: "data sheet: ...", "assumed: why" or "measured: commit, device".
+    """
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU model.
+
+    vram_gib: nominal, torch sees a little less. capability: (major, minor). peaks: FLOP/s of dense
+    products with sums in fp32 (int32 for int8) by "bf16", "fp8", "int8" and "fp32" (no tensor
+    cores); 0 where it has none. bandwidth: bytes/s of its memory. pcie: bytes/s of copies with
+    pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind (KINDS);
+    "element" is a share of the bandwidth, "copy" of pcie, the rest of a peak. sources: of the other
+    figures. factors: compute kind -> what a predicted step is multiplied by, empty until measured.
+    """
+
+    name: str
+    vram_gib: float
+    capability: tuple[int, int]
+    peaks: Mapping[str, float]
+    bandwidth: float
+    pcie: float
+    launch_s: float
+    efficiency: Mapping[str, Efficiency]
+    sources: Mapping[str, str]
+    factors: Mapping[str, Efficiency] = field(default_factory=dict)
+
+
+def _shipped() -> tuple[Card, ...]:
+    table = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
+    cards = []
+    for name, row in table.items():
+        row["capability"] = tuple(row["capability"])
+        row["efficiency"] = {kind: Efficiency(**pair) for kind, pair in row["efficiency"].items()}
+        cards.append(Card(name, **row))
+    return tuple(cards)
+
+
+CARDS = _shipped()  # as shipped, without measured factors
+
+
+def _words(name: str) -> tuple[str, int | None]:
+    """-> (model, GB that the name gives): ("4060ti", 16) of "NVIDIA GeForce RTX 4060 Ti 16 GB".
+
+    What is left beside the model ("Laptop GPU", "PCIe", "D") is another chip or another memory and
+    stays in it.
+    """
+    name = name.lower()
+    memory = re.search(r"\b(\d+) ?gi?b\b", name)
+    name = re.sub(r"\b\d+ ?gi?b\b|nvidia|geforce|\brtx|\bsxm\d?\b|\bhbm\d?e?\b", " ", name)
+    return re.sub(r"[^a-z0-9]", "", name), int(memory[1]) if memory else None
+
+
+def card(name: str, measured: Path = MEASURED) -> Card:
+    """The card of that name, with its measured factors where there are any.
+
+    name: as people write it ("4090", "rtx4090", "4060ti") or as torch.cuda.get_device_name gives it
+    ("NVIDIA H100 80GB HBM3"). A name says nothing of memory where one model is sold with two (RTX
+    4060 Ti, RTX 3060): ask the device. Raises ConfigError for one that is not in the table, as a
+    laptop's or a PCIe version: `closest` finds it a stand-in.
+    """
+    model, memory = _words(name)
+    for known in CARDS:
+        known_model = _words(known.name)[0]
+        if model == known_model and memory in (None, known.vram_gib):
+            return _with_factors(known, measured)
+    names = [known.name for known in CARDS]
+    models = {_words(known)[0]: known for known in names}
+    near = difflib.get_close_matches(model, models, n=1, cutoff=0.0)
+    raise ConfigError(
+        f"card {name!r} is not in the table ({', '.join(names)})",
+        hint=f"the nearest is {models[near[0]]!r}",
+    )
+
+
+def closest(capability: tuple[int, int], vram_gib: float, measured: Path = MEASURED) -> Card:
+    """A stand-in for a GPU that is not in the table: of its generation, with the nearest memory.
+
+    Of the same compute capability; else of the same major version; else of the next older one. Of
+    two that are as near, the slower. Raises ConfigError before 8.0, which has no bf16 products.
+    """
+    if capability < _OLDEST:
+        raise ConfigError(
+            f"compute capability {capability[0]}.{capability[1]} has no bf16 products: 8.0 and "
+            "above are known"
+        )
+    same = [c for c in CARDS if c.capability == capability]
+    same = same or [c for c in CARDS if c.capability[0] == capability[0]]
+    if not same:
+        newest = max(c.capability for c in CARDS if c.capability < capability)
+        same = [c for c in CARDS if c.capability == newest]
+    near = min(same, key=lambda c: (abs(c.vram_gib - vram_gib), c.peaks["bf16"]))
+    return _with_factors(near, measured)
+
+
+def _with_factors(known: Card, measured: Path) -> Card:
+    if not measured.is_file():
+        return known
+    try:
+        rows = json.loads(measured.read_text(encoding="utf-8")).get(known.name, {})
+        factors = {
+            kind: Efficiency(float(row["factor"]), row["source"]) for kind, row in rows.items()
+        }
+        if any(not factor.value > 0 for factor in factors.values()):
+            raise ValueError("a factor that is not above 0")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{measured}: not as bench/calibrate.py writes it ({error})",
+            hint="write it again with bench/calibrate.py, or delete it",
+        ) from None
+    return replace(known, factors=factors)

@@ -1,0 +1,332 @@
+"""One CUDA graph per bucket shape for a training step's forward and backward.
+
+A step launches thousands of kernels, as long on the host as a fast card computes at 512 px; a graph
+is one launch. Captured is what happens between the drawn batch and the gradients; drawing, clipping
+and the optimiser stay outside. Source: PyTorch's notes on CUDA graphs, whole-network capture.
+
+A graph repeats kernels on addresses: what Python did between them is not done again. So `work`
+- reads what changes from step to step from its inputs alone, never from Python: a number, a list of
+  sample indices, or a mask drawn from them stays what it was at capture;
+- does not write into its inputs: graphs of the same shapes read the same memory;
+- never waits for the device (`.item()`, a copy to the host) and never copies from the host;
+- adds into gradients that exist already (`flat_gradients`), since a `.grad` made during capture
+  would lie in the graphs' memory;
+- returns a detached loss, keeps no other tensor, and leaves no autograd graph alive.
+
+All graphs share one pool of memory, in which each lays out its own activations: a replay overwrites
+what the other graphs left there.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Inputs = Mapping[str, Tensor | None]
+Work = Callable[[Inputs], Tensor]
+
+ON_CPU = "the device is a CPU"
+
+
+def why_not(
+    device: torch.device, *, lora_dropout: bool = False, offload: bool = False
+) -> str | None:
+    """What is known to rule graphs out before anything is tried, or None.
+
+    lora_dropout: masks are drawn from sample indices, which the host holds. offload: activations go
+    to host memory by a second stream whose copies the host waits for.
+    """
+    if device.type != "cuda":
+        return ON_CPU
+    if lora_dropout:
+        return "LoRA dropout draws its masks from sample indices on the host"
+    if offload:
+        return "offloaded activations wait for copies on the host"
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+        return "CUDA_LAUNCH_BLOCKING is set"
+    return None
+
+
+class NotCapturable(RuntimeError):
+    """`work` does something that a graph cannot hold; the message says what."""
+
+
+class Recording(Protocol):
+    output: Tensor  # good until the next replay of any recording of the same recorder
+
+    def replay(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """Turns a function without arguments into a recording of what it did on the device."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Run it for real, so that what happens only at first is done. Raises NotCapturable where
+        it can be told that recording would fail, and whatever `run` raises."""
+
+    def record(self, run: Callable[[], Tensor]) -> Recording:
+        """Record it without executing it. Raises where that is not possible."""
+
+    def release(self) -> None:
+        """Give the memory back, once all recordings are forgotten, or after a failure."""
+
+
+class Graphs:
+    """Replays `work` per key as a graph; runs it as it is where that is not possible.
+
+    work(inputs) runs forward and backward on the inputs and returns the loss, a detached scalar;
+    what it may not do stands at the top of this file. gradients: the flat buffer that it adds into.
+    announce: told once, in a line, why there are no graphs. reason: known beforehand, see
+    `why_not`. recorder: a CudaRecorder unless given.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        gradients: Tensor,
+        announce: Callable[[str], None],
+        reason: str | None = None,
+        recorder: Recorder | None = None,
+    ):
+        self.reason: str | None = None  # why everything runs eagerly
+        self._work, self._gradients, self._announce = work, gradients, announce
+        self._recorder = recorder
+        # (input, shape, dtype) -> where every graph reads it from: they run one after the other
+        self._static: dict[tuple, Tensor] = {}
+        self._inputs: dict[Hashable, dict[str, Tensor | None]] = {}
+        self._recordings: dict[Hashable, Recording] = {}
+        if reason is not None:
+            self._run_eagerly(reason)
+        elif recorder is None:
+            self._recorder = CudaRecorder(gradients.device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is any graph."""
+        return bool(self._recordings)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether this key is replayed."""
+        return key in self._recordings
+
+    def capture(
+        self,
+        examples: Mapping[Hashable, Inputs],
+        size: Callable[[Inputs], float] | None = None,
+    ) -> None:
+        """Capture a graph per key, in place of all earlier ones, from the largest example down (by
+        `size`, else by bytes), so that the pool is as large as the largest needs.
+
+        Only the examples' shapes, dtypes and which of them are None matter later; work runs on them
+        twice each. The gradients come out as they went in. Give all keys at once: warming up needs
+        room for eager activations, and there is none beside a full pool. Raises what `work` raises
+        when it runs eagerly, out of memory included.
+        """
+        self.drop()
+        if self.reason is not None:
+            return
+        order = sorted(examples, key=lambda key: (size or _nbytes)(examples[key]), reverse=True)
+        # sync: waits, and on the host, so that it costs no device memory
+        before = self._gradients.to("cpu", copy=True)
+        failure = None
+        try:
+            for key in order:
+                self._inputs[key] = self._make_static(examples[key])
+            for key in order:
+                self._recorder.warm_up(self._run(key))
+            gc.collect()
+            failure = self._record(order)
+        except NotCapturable as error:
+            failure = _first_line(error)
+        except BaseException:
+            self.drop()
+            raise
+        finally:
+            self._gradients.copy_(before)
+        if failure is not None:
+            gc.collect()  # the error's frames hold the activations
+            self.drop()
+            self._run_eagerly(failure)
+
+    def __call__(self, key: Hashable, inputs: Inputs) -> Tensor:
+        """Forward and backward on these inputs. -> the loss, a scalar of its own.
+
+        A key that was not captured runs eagerly, in memory beside the graphs'. Inputs on another
+        device than the gradients' are copied over where a graph is replayed. Raises ValueError,
+        naming the tensor, for inputs that are not like the example's.
+        """
+        if key not in self._recordings:
+            return self._work(inputs)
+        _fill(self._inputs[key], inputs, key)
+        recording = self._recordings[key]
+        recording.replay()
+        # another graph's replay may write over it
+        return recording.output.clone()
+
+    def drop(self, key: Hashable | None = None) -> None:
+        """Forget one key's graph, or all; with the last one the pool's memory is given back."""
+        for table in (self._recordings, self._inputs):
+            if key is None:
+                table.clear()
+            else:
+                table.pop(key, None)
+        if not self._recordings:
+            self._inputs.clear()
+            self._static.clear()
+            if self._recorder is not None:
+                self._recorder.release()
+
+    def _record(self, order: list[Hashable]) -> str | None:
+        """-> why it failed."""
+        for key in order:
+            try:
+                self._recordings[key] = self._recorder.record(self._run(key))
+            # whatever it was: eagerly it has just worked
+            except Exception as error:
+                return _first_line(error)
+        return None
+
+    def _run(self, key: Hashable) -> Callable[[], Tensor]:
+        return lambda: self._work(self._inputs[key])
+
+    def _run_eagerly(self, reason: str) -> None:
+        self.reason = reason
+        if reason != ON_CPU:
+            self._announce(f"CUDA graphs are off: {reason}")
+
+    def _make_static(self, example: Inputs) -> dict[str, Tensor | None]:
+        static: dict[str, Tensor | None] = {}
+        for name, tensor in example.items():
+            if tensor is None:
+                static[name] = None
+                continue
+            kind = name, tuple(tensor.shape), tensor.dtype
+            if kind not in self._static:
+                made = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._gradients.device)
+                self._static[kind] = made.copy_(tensor)
+            static[name] = self._static[kind]
+        return static
+
+
+def _nbytes(inputs: Inputs) -> int:
+    return sum(tensor.nbytes for tensor in inputs.values() if tensor is not None)
+
+
+def _fill(static: Mapping[str, Tensor | None], inputs: Inputs, key: Hashable) -> None:
+    """Copy the inputs to where the graph of `key` reads them."""
+    if static.keys() != inputs.keys():
+        odd = sorted(static.keys() ^ inputs.keys())
+        raise ValueError(f"the graph of {key} was captured with other inputs: {', '.join(odd)}")
+    for name, held in static.items():
+        given = inputs[name]
+        if _kind(given) != _kind(held):
+            raise ValueError(
+                f"{name} must be as the graph of {key} was captured, {_kind(held)}, "
+                f"got {_kind(given)}"
+            )
+    for name, held in static.items():
+        if held is not None:
+            held.copy_(inputs[name], non_blocking=True)
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "None"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class _CudaRecording:
+    def __init__(self, graph: "torch.cuda.CUDAGraph", output: Tensor):
+        self.replay, self.output = graph.replay, output
+
+
+class CudaRecorder:
+    """CUDA graphs, all captured on one stream and in one pool. Replays on the current stream."""
+
+    def __init__(self, device: torch.device):
+        # also the warm-up's, so that what a library keeps per stream (cuBLAS's workspace) exists
+        # before it would be taken from the pool
+        self._stream = torch.cuda.Stream(device)
+        self._pool: tuple[int, int] | None = None
+        self._failed: torch.cuda.CUDAGraph | None = None
+
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Twice: compile kernels and fill caches, then with every wait for the device an error.
+
+        A wait during capture would cost more: CUDA then invalidates the capture.
+        """
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        mode = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+                torch.cuda.set_sync_debug_mode("error")
+                run()
+        except RuntimeError as error:
+            if "called a synchronizing CUDA operation" in str(error):
+                raise NotCapturable("the step waits for the GPU") from None
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self._stream)
+
+    def record(self, run: Callable[[], Tensor]) -> Recording:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            # the outer one: `graph` leaves its stream current where it cannot end the capture.
+            # thread_local: the loader's thread goes on allocating page-locked memory meanwhile
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                try:
+                    output = run()
+                except Exception as error:
+                    cause = error
+                    raise
+        except BaseException as error:
+            self._failed = graph
+            # ending a capture that failed fails again, and says less
+            raise cause or error from None
+        return _CudaRecording(graph, output)
+
+    def release(self) -> None:
+        torch.cuda.synchronize(self._stream.device)  # sync: a graph may still run
+        if self._failed is not None and self._pool is not None:
+            self._mend(self._failed, self._pool)
+        # the warm-up's memory too: it is of another stream than the eager steps'
+        torch.cuda.empty_cache()
+        self._pool = None
+
+    def _mend(self, graph: "torch.cuda.CUDAGraph", pool: tuple[int, int]) -> None:
+        """Undo what a failed capture leaves behind.
+
+        torch before 2.13 goes on allocating from the pool (pytorch#180395), and torch up to 2.13
+        never gives the pool back (pytorch#190348). The graph itself is kept: until the first is put
+        right, the allocator asks it which streams are its own.
+        """
+        device = self._stream.device.index
+        graph.reset()
+        with suppress(RuntimeError):  # there is nothing to end
+            torch._C._cuda_endAllocateToPool(device, pool)
+        torch.cuda.empty_cache()
+        if any(segment["segment_pool_id"] == pool for segment in torch.cuda.memory_snapshot()):
+            with suppress(RuntimeError):
+                torch._C._cuda_releasePool(device, pool)

@@ -1,0 +1,368 @@
+"""What a run needs and how it is made to fit: one plan for all its batch shapes.
+
+Bytes are those that torch's allocator hands out; a card also loses CONTEXT to CUDA itself, and a
+share MARGIN is left free for what no model predicts: fragmentation, and its own error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fluxfast.errors import ConfigError
+from fluxfast.memory import saved
+from fluxfast.memory.cards import Card
+from fluxfast.memory.choose import Choice, Chooser
+from fluxfast.memory.cost import modulation_ops, optimizer_ops, outer_ops
+from fluxfast.memory.ops import Op, seconds, total_seconds
+from fluxfast.memory.work import Shape, Work
+from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.saving import EXACT
+
+GIB = 2**30
+CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
+MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
+OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimiser's temporaries
+
+# parameters, counted from the published configurations
+T5_PARAMETERS = 4_762_310_656
+CLIP_PARAMETERS = 123_060_480
+VAE_PARAMETERS = 83_819_683
+# bytes a pixel that the VAE's widest part holds: four maps of 256 channels in bf16 (assumed)
+VAE_BYTES_A_PIXEL = 4 * 256 * 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, and what the user has decided.
+
+    shapes: label -> batch shape, one per bucket. saved_8bit: "none", "u" or "all" of the
+    activations may be kept in 8 bits. policy: "auto", or one of `saving.POLICIES` for all blocks.
+    modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
+    preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
+    encoded on this card first.
+    """
+
+    work: Work
+    shapes: Mapping[str, Shape]
+    optimizer: str = "adamw"
+    ema: bool = False
+    double_quant: bool = False
+    saved_8bit: str = "u"
+    policy: str = "auto"
+    modulation: str = "auto"
+    optimizer_state: str = "auto"
+    graphs: bool = True
+    preview_pixels: int = 0
+    encodes: bool = True
+
+    @property
+    def modulation_trained(self) -> bool:
+        names = saved.modulation_names(self.work)
+        return any(name in self.work.lora.modules for name in names)
+
+    def allowed(self) -> list[str]:
+        """The policies that may be chosen from."""
+        if self.policy != "auto":
+            return [self.policy]
+        in_8_bits = {"none": (), "u": ("u8",), "all": ("u8", "8bit")}[self.saved_8bit]
+        return [*EXACT, *in_8_bits]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape's part of a plan. seconds: of a micro-batch with its share of the modulation."""
+
+    shape: Shape
+    choice: Choice
+    bytes: int  # allocated at the most while it trains
+    seconds: float
+    graphed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """static: name -> bytes that are always there. modulation: "in_place", "ahead" (formed for
+    coming samples together) or "host" (ahead, its weights in host memory). phases: name -> bytes
+    allocated at the most. step_seconds: of the optimiser and what moves once per step.
+    """
+
+    request: Request
+    card: Card
+    limit: int  # bytes that may be allocated
+    static: Mapping[str, int]
+    modulation: str
+    optimizer_state: str
+    buckets: Mapping[str, Bucket]
+    step_seconds: float
+    phases: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Bytes allocated at the most while training."""
+        return max(bucket.bytes for bucket in self.buckets.values())
+
+    @property
+    def host(self) -> int:
+        """Pinned bytes on the host."""
+        return self.static.get("host", 0) + max(b.choice.host for b in self.buckets.values())
+
+    def seconds(self, label: str, accumulation: int = 1) -> float:
+        """Of one optimiser step of that bucket."""
+        return self.buckets[label].seconds * accumulation + self.step_seconds
+
+
+def usable(vram_gib: float) -> int:
+    """Bytes that a run may allocate on a card of so many GiB that nobody else uses."""
+    return int(vram_gib * GIB * (1 - MARGIN)) - CONTEXT
+
+
+def make_plan(request: Request, card: Card, limit: int, host: int | None = None) -> Plan:
+    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones.
+
+    Raises ConfigError where there is none, naming the nearest settings that would fit.
+    """
+    plan = _best(request, card, limit, host)
+    if plan is None:
+        least = _least_bytes(request, card)
+        raise ConfigError(
+            f"this does not fit: it needs at least {least / GIB:.1f} GiB, "
+            f"{limit / GIB:.1f} GiB may be used on the {card.name}",
+            hint=_cures(request, card, limit, host),
+        )
+    return plan
+
+
+def _best(request: Request, card: Card, limit: int, host: int | None) -> Plan | None:
+    plans = (
+        _plan(request, card, limit, host, modulation, state)
+        for modulation in _modulations(request)
+        for state in _states(request)
+    )
+    return min((p for p in plans if p), key=_mean_seconds, default=None)
+
+
+def _mean_seconds(plan: Plan) -> float:
+    return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
+
+
+def _modulations(request: Request) -> list[str]:
+    if request.modulation_trained:
+        if request.modulation in ("ahead", "host"):
+            raise ConfigError(
+                f"memory.modulation: {request.modulation} needs frozen modulation, and "
+                "lora.targets: all trains it",
+                hint="memory.modulation: auto, or lora.targets: attn+mlp",
+            )
+        return ["in_place"]
+    return ["ahead", "host"] if request.modulation == "auto" else [request.modulation]
+
+
+def _states(request: Request) -> list[str]:
+    given = request.optimizer_state
+    return ["device", "host"] if given == "auto" else [given]
+
+
+def _plan(request, card, limit, host, modulation: str, state: str) -> Plan | None:
+    static = static_bytes(request, modulation, state)
+    on_host = static.get("host", 0)
+    room = None if host is None else host - on_host
+    if room is not None and room < 0:
+        return None
+    always = sum(value for name, value in static.items() if name != "host")
+    buckets, staging = {}, 0
+    for _ in range(2):  # staging buffers are the largest bucket's, for all of them
+        for label, shape in request.shapes.items():
+            bucket = _bucket(request, card, shape, limit - always, room, modulation, staging)
+            if bucket is None:
+                return None
+            buckets[label] = replace(bucket, bytes=bucket.bytes + always)
+        most = max(bucket.choice.staging for bucket in buckets.values())
+        if most == staging:
+            break
+        staging = most
+    step = _step_seconds(request, card, static, state)
+    phases = _phases(request, always, max(b.bytes for b in buckets.values()))
+    phases["optimiser step"] = always + _on_host_bytes(request, "optimiser", state)
+    plan = Plan(request, card, limit, static, modulation, state, buckets, step, phases)
+    return plan if max(phases.values()) <= limit else None
+
+
+def _on_host_bytes(request: Request, part: str, where: str) -> int:
+    return saved.trained(request.work, request.optimizer, False)[part] if where == "host" else 0
+
+
+def _bucket(request, card, shape, budget, host, modulation, staging) -> Bucket | None:
+    """staging: of other buckets, which this one must leave room for."""
+    allowed = request.allowed()
+    found = []
+    for graphed in (True, False) if request.graphs else (False,):
+        words = [p for p in allowed if not (graphed and p == "offload")]
+        if not words:
+            continue
+        chooser = Chooser(request.work, shape, card, launches=not graphed)
+        if request.policy != "auto":
+            choice = chooser.fixed([request.policy] * len(chooser.blocks))
+            choice = choice if choice.bytes <= budget else None
+        else:
+            choice = chooser.choose(budget - (staging if graphed else 0), words, host)
+        if choice is None:
+            continue
+        more = max(0, staging - choice.staging)
+        if choice.bytes + more > budget:
+            choice = chooser.choose(budget - more, words, host)
+            if choice is None:
+                continue
+        outer = outer_ops(request.work, shape)
+        each = total_seconds(
+            [*outer.forward, *outer.backward], card, request.work.compute, not graphed
+        )
+        each += choice.seconds + _modulation_seconds(request, card, shape, modulation)
+        found.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
+    return min(found, key=lambda bucket: bucket.seconds, default=None)
+
+
+def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: str) -> float:
+    """Per micro-batch. Ahead: one pass of MODULATION_ROWS rows serves several."""
+    rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
+    ops = modulation_ops(request.work, rows)
+    total = total_seconds([*ops.forward, *ops.backward], card, request.work.compute, True)
+    if modulation == "in_place":
+        return total
+    if modulation == "host":
+        moved = saved.weights(request.work, request.double_quant)["modulation"]
+        total = max(total, seconds(Op("modulation in", "copy", 0.0, moved), card))
+    return total / max(1, MODULATION_ROWS // shape.batch)
+
+
+def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state: str) -> float:
+    ops = optimizer_ops(request.work, request.optimizer, request.ema)
+    total = total_seconds(ops, card, request.work.compute, True)
+    if state == "host":
+        moved = _on_host_bytes(request, "optimiser", state)
+        total += 2 * seconds(Op("optimiser state", "copy", 0.0, moved), card)
+    return total
+
+
+def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int]:
+    """What is always on the card by name; "host": what lies in host memory instead."""
+    work = request.work
+    found = {f"weights: {k}": v for k, v in saved.weights(work, request.double_quant).items()}
+    found |= saved.trained(work, request.optimizer, request.ema)
+    found |= {"scratch": saved.scratch(work), "other": OTHER, "host": 0}
+    if modulation == "host":
+        found["host"] += found.pop("weights: modulation")
+        found["modulation staging"] = 2 * saved.largest_modulation(work, request.double_quant)
+    if state == "host":
+        found["host"] += found.pop("optimiser")
+    return found
+
+
+def _phases(request: Request, always: int, training: int) -> dict[str, int]:
+    found = {"training": training}
+    if request.encodes:
+        found["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+        pixels = max(256 * s.image_tokens for s in request.shapes.values())
+        found["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
+    if request.preview_pixels:
+        vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
+        found["previews"] = always + vae
+    return found
+
+
+# ---------------------------------------------------------------- what would fit
+
+
+def _least_bytes(request: Request, card: Card) -> int:
+    """The least that any plan of this request allocates."""
+    least = []
+    for modulation in _modulations(request):
+        for state in _states(request):
+            static = static_bytes(request, modulation, state)
+            always = sum(value for name, value in static.items() if name != "host")
+            for shape in request.shapes.values():
+                chooser = Chooser(request.work, shape, card, launches=False)
+                words = request.allowed()
+                ways = [chooser.fixed([word] * len(chooser.blocks)) for word in words]
+                least.append(always + min(way.bytes for way in ways))
+    per_shape = len(request.shapes)
+    variants = [max(least[i : i + per_shape]) for i in range(0, len(least), per_shape)]
+    smallest = min(variants)
+    return max(smallest, *_phases(request, 0, 0).values())
+
+
+def _cures(request: Request, card: Card, limit: int, host: int | None) -> str:
+    """The nearest settings that would fit, each alone, then together, in words for a hint."""
+    work, found = request.work, []
+    batch = max(shape.batch for shape in request.shapes.values())
+    changes: list[tuple[str, Request]] = []
+    if request.policy != "auto":
+        changes.append(("memory.policy: auto", replace(request, policy="auto")))
+    if work.storage != "nf4":
+        smaller = replace(work, storage="nf4")
+        changes.append(("model.storage: nf4", replace(request, work=smaller)))
+    if request.optimizer == "prodigy":
+        changes.append(("train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")))
+    while batch > 1:
+        batch //= 2
+        shapes = {k: replace(s, batch=min(s.batch, batch)) for k, s in request.shapes.items()}
+        words = f"train.batch_size: {batch} with gradient_accumulation"
+        changes.append((words, replace(request, shapes=shapes)))
+    for side in (1024, 768, 512, 256):
+        tokens = (side // 16) ** 2
+        shapes = {
+            k: replace(s, image_tokens=min(s.image_tokens, tokens), batch=batch)
+            for k, s in request.shapes.items()
+        }
+        if shapes != dict(request.shapes):
+            words = f"data.resolution: {side}" + (", train.batch_size: 1" if batch > 1 else "")
+            changes.append((words, replace(request, shapes=shapes)))
+    for words, changed in changes:
+        if _best(changed, card, limit, host) is not None:
+            found.append(words)
+        if len(found) == 2:
+            break
+    for gib in (12, 16, 24, 32, 48, 80):
+        if usable(gib) > limit and _best(request, card, usable(gib), host) is not None:
+            found.append(f"a card of {gib} GiB")
+            break
+    return "what fits: " + "; or ".join(found) if found else "no single setting makes it fit"
+
+
+# ---------------------------------------------------------------- a notch leaner
+
+
+def leaner(plan: Plan, label: str) -> Plan | None:
+    """The same plan with one bucket's policies a notch leaner, by exact ones alone; None where it
+    is as lean as it goes. Its other buckets stay as they are.
+    """
+    bucket = plan.buckets[label]
+    chooser = Chooser(plan.request.work, bucket.shape, plan.card, launches=True)
+    policies = leaner_policies(bucket.choice.policies)
+    if policies is None:
+        return None
+    choice = chooser.fixed(policies)
+    changed = replace(
+        bucket,
+        choice=choice,
+        bytes=bucket.bytes - bucket.choice.bytes + choice.bytes,
+        seconds=bucket.seconds - bucket.choice.seconds + choice.seconds,
+    )
+    return replace(plan, buckets={**plan.buckets, label: changed})
+
+
+NOTCH = 0.125  # of the blocks
+IN_MEMORY = ("keep", "u8", "8bit")
+
+
+def leaner_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
+    """An eighth of the blocks, the foremost that can be leaner, become so: first fc1, then replay.
+    A block that is offloaded or replayed is as lean as it gets.
+    """
+    count = max(1, round(NOTCH * len(policies)))
+    changed = list(policies)
+    for word, weaker in (("fc1", IN_MEMORY), ("replay", (*IN_MEMORY, "fc1"))):
+        able = [i for i, policy in enumerate(changed) if policy in weaker]
+        for index in able[:count]:
+            changed[index] = word
+        if able:
+            return tuple(changed)
+    return None

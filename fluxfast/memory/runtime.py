@@ -1,0 +1,152 @@
+"""Carries a plan out while a model trains: each bucket's policies, the offload engine, what lives
+on the host, and the step back to leaner policies where memory runs out all the same.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from fluxfast_kernels import backend
+
+from fluxfast.errors import FluxfastError
+from fluxfast.memory import saved
+from fluxfast.memory.copies import Copies, CudaCopies, SimulatedCopies
+from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
+from fluxfast.memory.offload import Offload
+from fluxfast.memory.plan import Plan, leaner, leaner_policies
+from fluxfast.memory.work import Work
+from fluxfast.model.flux import Flux
+
+CURE = "memory.policy: replay, a lower data.resolution, or train.batch_size: 1 with accumulation"
+
+
+class _Bound:
+    """The offload engine as one bucket's forward passes see it."""
+
+    def __init__(self, engine: Offload, key: Hashable):
+        self._engine, self._key = engine, key
+
+    def begin(self) -> None:
+        self._engine.begin(self._key)
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+
+class MemoryRuntime:
+    """What a training run asks before each batch.
+
+    plan: None on a CPU, where every block keeps what it saves. policies: bucket -> policy per
+    block, for runs without a plan too. say: gets a line for what a user should know.
+    """
+
+    def __init__(
+        self,
+        model: Flux,
+        plan: Plan | None,
+        policies: Mapping[str, tuple[str, ...]],
+        device: torch.device,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.model, self.plan, self.policies, self.say = model, plan, dict(policies), say
+        self.device = device
+        self._copies: Copies | None = None
+        self._engine: Offload | None = None
+        self._weights: WeightsOnHost | None = None
+        self._optimizer: OptimizerOnHost | None = None
+        if plan is not None:
+            if plan.modulation == "host":
+                self._weights = WeightsOnHost(model.modulation_linears(), self.copies)
+                for layer in model.modulation_linears():
+                    layer.lender = self._weights.borrow
+            if device.type == "cuda":
+                _reserve_scratch(plan.request.work, model.compute_dtype, device)
+        for label in self.policies:
+            self._prepare(label)
+
+    @property
+    def copies(self) -> Copies:
+        """By streams on a GPU; on a CPU they only take their order from the engine."""
+        if self._copies is None:
+            cuda = self.device.type == "cuda"
+            self._copies = CudaCopies(self.device) if cuda else SimulatedCopies()
+        return self._copies
+
+    @property
+    def offloads(self) -> bool:
+        return any("offload" in policies for policies in self.policies.values())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the optimiser's state on the host between steps, where the plan says so."""
+        if self.plan is not None and self.plan.optimizer_state == "host":
+            self._optimizer = OptimizerOnHost(optimizer, self.copies)
+
+    def stepping(self) -> AbstractContextManager:
+        """What the optimiser's step, and loading or saving its state, run inside."""
+        return nullcontext() if self._optimizer is None else self._optimizer.resident()
+
+    def use(self, label: str) -> None:
+        """The next pass is one of this bucket's."""
+        policies = self.policies[label]
+        self.model.policies = list(policies)
+        offloads = "offload" in policies
+        self.model.offload = _Bound(self._engine, (label, policies)) if offloads else None
+
+    def out_of_memory(self, label: str, message: str) -> None:
+        """Make the bucket's policies a notch leaner, by exact ones alone.
+
+        Raises FluxfastError where they are as lean as they get. The caller has let go of the step's
+        tensors.
+        """
+        first = message.splitlines()[0] if message else "out of memory"
+        before = self.policies[label]
+        if self.plan is not None:
+            plan = leaner(self.plan, label)
+            policies = None if plan is None else plan.buckets[label].choice.policies
+            self.plan = plan or self.plan
+        else:
+            policies = leaner_policies(before)
+        if policies is None:
+            raise FluxfastError(f"the GPU's memory is full: {first}", hint=CURE)
+        self.policies[label] = policies
+        if self._engine is not None:
+            self._engine.abandon()
+        self._prepare(label)
+        changed = sum(a != b for a, b in zip(before, policies, strict=True))
+        word = next(b for a, b in zip(before, policies, strict=True) if a != b)
+        self.say(
+            f"out of memory at {label}: {changed} more blocks go over to {word} from now on, and "
+            "the step is taken again"
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prepare(self, label: str) -> None:
+        policies = self.policies[label]
+        if "offload" not in policies:
+            return
+        if self.plan is None:
+            raise FluxfastError(
+                "memory.policy: offload needs a plan", hint="set memory.limit_gib on a CPU"
+            )
+        if self._engine is None:
+            self._engine = Offload(self.copies, announce=self.say)
+        work, shape = self.plan.request.work, self.plan.buckets[label].shape
+        sizes = {
+            index: saved.block_saved(work, block, shape, "offload").host
+            for index, (block, policy) in enumerate(
+                zip(saved.blocks_of(work), policies, strict=True)
+            )
+            if policy == "offload"
+        }
+        self._engine.prepare((label, policies), sizes)
+
+
+def _reserve_scratch(work: Work, dtype: torch.dtype, device: torch.device) -> None:
+    """As large as it will ever be, at once: one that grows leaves its smaller ones behind."""
+    for kind, count in saved.scratch_counts(work).items():
+        if count:
+            backend.scratch(count, dtype if kind == "dense" else _CODES[kind], device)
+
+
+_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -1,0 +1,378 @@
+"""The cost model, held to what others count: torch's FLOP counter over diffusers' blocks, tensors'
+own bytes, the parameters that injection makes."""
+
+import math
+from dataclasses import replace
+
+import fluxfast_kernels as fk
+import pytest
+import torch
+from small import SMALL
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fluxfast.errors import ConfigError
+from fluxfast.memory import cost
+from fluxfast.memory.cards import card
+from fluxfast.memory.cost import (
+    Lora,
+    Op,
+    Shape,
+    Work,
+    attention_op,
+    block_ops,
+    codes_ops,
+    linear_op,
+    lora_of,
+    modulation_ops,
+    optimizer_ops,
+    outer_ops,
+    seconds,
+    shape_of,
+    step_ops,
+    total_bytes,
+    total_flop,
+    total_seconds,
+)
+from fluxfast.model.flux import random_flux
+from fluxfast.model.linear import DropoutClock
+from fluxfast.model.lora import inject_lora
+from fluxfast.model.precision import linears
+from fluxfast.model.spec import DEV
+
+ONE_EACH = replace(DEV, depth=1, depth_single_blocks=1)
+BLOCKS = ("double_blocks.0", "single_blocks.0")
+
+
+def work(storage="bf16", compute="bf16", spec=ONE_EACH, activations="bf16", **other) -> Work:
+    return Work(spec, storage, compute, activations, other.pop("lora", lora_of(spec, 16)), **other)
+
+
+def products(ops: list[Op], *without: str) -> list[Op]:
+    """Matrix products and attention: what torch counts."""
+    return [op for op in ops if op.kind != "element" and not op.name.endswith(without)]
+
+
+# ---------------------------------------------------------------- FLOP
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """diffusers' full-width blocks with peft's LoRA of rank 16 on attention and MLP, on meta."""
+    from diffusers.models.transformers import transformer_flux
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out net.0.proj net.2"
+    config = LoraConfig(r=16, target_modules=[*targets.split(), "proj_mlp", "proj_out"])
+    with torch.device("meta"):
+        double = transformer_flux.FluxTransformerBlock(3072, 24, 128)
+        single = transformer_flux.FluxSingleTransformerBlock(3072, 24, 128)
+    blocks = [
+        inject_adapter_in_model(config, block.requires_grad_(False)) for block in (double, single)
+    ]
+    return dict(zip(BLOCKS, blocks, strict=True))
+
+
+def counted(block, shape: Shape) -> tuple[int, int]:
+    """-> FLOP forward, FLOP backward, as torch counts them: of products alone."""
+    with torch.device("meta"):
+        tokens = (shape.image_tokens, shape.text_tokens)
+        img, txt = (torch.randn(shape.batch, n, 3072, requires_grad=True) for n in tokens)
+        temb = torch.randn(shape.batch, 3072)  # modulation is frozen: no gradient goes there
+        rope = torch.randn(shape.tokens, 128), torch.randn(shape.tokens, 128)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made = block(img, txt, temb, rope)
+        forward = counter.get_total_flops()
+        sum(each.sum() for each in made).backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 256, 128), Shape(2, 256, 128), Shape(2, 1024, 512)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_flop_are_those_of_diffusers_blocks(theirs, block, shape):
+    """Where the two differ: diffusers' block has its modulation linears inside; the MATH backend
+    keeps the scores that flash makes again; peft keeps x·Aᵀ, which our backward makes again."""
+    ours = block_ops(work(), block, shape, recompute_scores=False)
+    inside = [op for op in modulation_ops(work(), shape.batch).forward if op.name.startswith(block)]
+    forward, backward = counted(theirs[block], shape)
+    assert total_flop(products(ours.forward + inside)) == pytest.approx(forward, rel=1e-4)
+    assert total_flop(products(ours.backward, "down again")) == pytest.approx(backward, rel=1e-4)
+    # and whole, without taking anything out
+    whole = total_flop(products(ours.forward + inside + ours.backward))
+    assert whole == pytest.approx(forward + backward, rel=0.01)
+
+
+def test_flash_makes_the_scores_again():
+    shape = Shape(2, 1024, 512)
+    for block in BLOCKS:
+        flash, kept = (block_ops(work(), block, shape, again).backward for again in (True, False))
+        assert total_flop(flash) - total_flop(kept) == 2 * 2 * 1536**2 * 3072
+
+
+# linears and attention of the whole FLUX.1-dev without an update, 512 text tokens, as calculated in
+# the project's performance notes: TFLOP of a step, ms at the rates assumed there
+ARITHMETIC = {
+    512: (45.4, {("4090", "bf16"): 311, ("4090", "int8"): 139, ("h100", "bf16"): 70}),
+    768: (92.1, {("4090", "bf16"): 643, ("4090", "int8"): 327, ("h100", "fp8"): 103}),
+    1024: (171.0, {("4090", "bf16"): 1216, ("4090", "int8"): 699, ("h100", "fp8"): 211}),
+}
+
+
+@pytest.mark.parametrize("pixels", ARITHMETIC)
+def test_a_steps_arithmetic(pixels):
+    tflop, milliseconds = ARITHMETIC[pixels]
+    for (name, compute), wanted in milliseconds.items():
+        plan = work("bf16", compute, DEV, lora=Lora(16, {}))
+        shape = shape_of(pixels, pixels, 1, 512)
+        ops = []
+        for block, count in zip(BLOCKS, (19, 38), strict=True):
+            one = block_ops(plan, block, shape)
+            ops += count * products(one.forward + one.backward)
+        assert total_flop(ops) / 1e12 == pytest.approx(tflop, rel=0.002)
+        assert 1e3 * total_seconds(ops, card(name)) == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    shape, plan = Shape(2, 64, 16), work("nf4", "int8", SMALL)
+    parts = [block_ops(plan, "double_blocks.0", shape)]
+    parts += [block_ops(plan, f"single_blocks.{i}", shape) for i in range(2)]
+    parts += [modulation_ops(plan, 2), outer_ops(plan, shape)]
+    ops = [op for part in parts for op in part.forward + part.backward]
+    assert total_bytes(step_ops(plan, shape)) == pytest.approx(total_bytes(ops))
+    assert total_flop(step_ops(plan, shape)) == pytest.approx(total_flop(ops))
+
+
+def test_replaying_fc1_is_a_part_of_the_forward():
+    D, F, M, plan = 3072, 12288, 2 * 384, work()
+    for block, rows in (("double_blocks.0", F), ("single_blocks.0", 3 * D + F)):
+        ops = block_ops(plan, block, Shape(2, 256, 128))
+        assert set(ops.fc1) < set(ops.forward)
+        assert total_flop(products(ops.fc1, "down", "up")) == 2 * M * D * rows
+        norms = [op.name for op in ops.fc1 if op.name.endswith("norm")]
+        assert len(norms) == (2 if block.startswith("double") else 1)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def size(*tensors: torch.Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_bytes_are_those_of_the_tensors():
+    M, N, K, R = 48, 256, 128, 4
+    x, y = (torch.empty(M, width, dtype=torch.bfloat16) for width in (K, N))
+    a, b = torch.empty(2 * R, K), torch.empty(N, R)
+    nf4 = list(fk.nf4_quantize(torch.randn(N, K)).tensors().values())
+    op = linear_op("", "bf16", M, N, K, cost.NF4, 2, (2, N, R))
+    assert op.bytes == size(x, y, a, b, *nf4)
+
+    q = torch.empty(2, 24, 100, 32, dtype=torch.bfloat16)
+    assert attention_op(2, 100, 24 * 32, 2).bytes == size(*[q] * 4)
+    assert attention_op(2, 100, 24 * 32, 2, 5).bytes == size(*[q] * 8)
+
+    pack, unpack = codes_ops(x.numel(), 2)
+    codes, scales = torch.empty(M, K, dtype=torch.int8), torch.empty(M * K // 128)
+    assert pack.bytes == unpack.bytes == size(x, codes, scales)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("compute", ["bf16", "int8", "fp8"])
+def test_a_weight_is_made_ready_for_its_product(storage, compute):
+    """Bytes of the pass that writes what the product reads, against real weights' bytes."""
+    if {storage, compute} == {"int8", "fp8"}:
+        return
+    name, N, K = "single_blocks.0.linear1", 448, 64  # of SMALL
+    W = torch.randn(N, K)
+    kept = {"bf16": [W.bfloat16()], "nf4": list(fk.nf4_quantize(W).tensors().values())}
+    kept |= {kind: list(fk.quantize_8bit(W, kind)) for kind in ("int8", "fp8")}
+    bare = Lora(4, {})
+    for tokens in (128, 4096):  # from 2048 rows 8-bit weights are transposed towards x
+        shape = Shape(1, tokens - 16, 16)
+        ops = block_ops(work(storage, compute, SMALL, lora=bare), "single_blocks.0", shape)
+        for side, product in ((ops.forward, "product"), (ops.backward, "dx")):
+            found = {
+                op.name.removeprefix(f"{name} "): op for op in side if op.name.startswith(name)
+            }
+            each = 2 if compute == "bf16" else 1
+            wanted = 0 if storage == compute else size(*kept[storage]) + each * N * K
+            if storage == compute != "bf16" and product == "dx" and tokens == 4096:
+                wanted = 2 * N * K
+            passes = [op.bytes for key, op in found.items() if key in ("decode", "transpose")]
+            assert passes == ([wanted] if wanted else [])
+            # the product: its operand and the weight in `each` bytes, y (or dx) in bf16
+            wide, narrow = (K, N) if product == "product" else (N, K)
+            scales = 4 * N if storage == compute != "bf16" and not passes else 0
+            moved = tokens * (each * wide + 2 * narrow) + each * N * K + scales
+            assert found[product].bytes == moved
+
+
+def test_where_nf4_does_not_fit_bf16_is_kept():
+    spec = replace(SMALL, hidden_size=96, num_heads=3)  # K 96 is no multiple of 64, mlp's 384 is
+    layers = {"single_blocks.1.linear2": "bf16"}
+    model = random_flux(spec, "nf4", "bf16", layers=layers)
+    plan = work("nf4", "bf16", spec, layers=layers)
+    kept = {name: model.get_submodule(name).storage() for name in linears(spec)}
+    assert {name: plan.kept(name) for name in linears(spec)} == kept
+    assert {kept["double_blocks.0.img_mlp.2"], kept["img_in"]} == {"nf4", "bf16"}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the tensors that every operation takes and gives, and how many operations ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.calls = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+            self.bytes += size(*tensors)
+            self.calls += 1
+        return made
+
+
+def test_a_dropout_mask_costs_its_random_bits():
+    layer = random_flux(SMALL).double_blocks[0].img_mlp[0]
+    layer.clock, layer.dropout = DropoutClock(), 0.1
+    x = torch.zeros(1, 256, 64, dtype=torch.bfloat16)
+    with Traffic() as traffic:
+        layer.dropout_mask(x, (0,))
+    assert traffic.bytes / x.numel() == pytest.approx(cost.MASK_BYTES + 3 * 2, rel=0.1)
+    assert traffic.calls == pytest.approx(cost.MASK_LAUNCHES, rel=0.15)
+
+
+def test_dropout_draws_a_mask_in_each_direction():
+    plain, dropped = work(), work(dropout=True)
+    for block in BLOCKS:
+        ops = block_ops(dropped, block, Shape(1, 256, 128))
+        for side in (ops.forward, ops.backward):
+            drawn = sum(op.launches == cost.MASK_LAUNCHES for op in side)
+            assert drawn == (8 if block.startswith("double") else 2)
+        before = block_ops(plain, block, Shape(1, 256, 128))
+        extra = total_flop(products(ops.backward)) - total_flop(products(before.backward))
+        assert extra == 0  # element-wise work alone
+
+
+# ---------------------------------------------------------------- LoRA and optimiser
+
+
+@pytest.mark.parametrize("share_a", [False, True])
+@pytest.mark.parametrize(
+    "targets, include, exclude",
+    [
+        ("attn", [], []),
+        ("attn+mlp", [], []),
+        ("all", [], []),
+        ("attn+mlp", ["single_blocks.*"], ["proj_mlp", "to_k"]),
+    ],
+)
+def test_parameters_are_those_that_injection_makes(targets, include, exclude, share_a):
+    chosen = {"include": include, "exclude": exclude, "share_a": share_a}
+    made = inject_lora(random_flux(SMALL), rank=3, targets=targets, **chosen)
+    lora = lora_of(SMALL, 3, targets, **chosen)
+    assert lora.parameters == sum(p.numel() for p in made)
+    assert 2 * len(lora.modules) == len(made)
+
+
+def test_an_update_costs_only_where_it_is():
+    shape = Shape(1, 256, 128)
+    attention = work(lora=lora_of(ONE_EACH, 16, "attn"))
+    of_mlp = [op for op in _both(attention, shape) if "mlp" in op.name or "linear2" in op.name]
+    names = {op.name.split(" ", 1)[1] for op in of_mlp}
+    assert names.isdisjoint({"down", "up", "down again", "d_down", "dA", "dB", "dx up"})
+    assert names.isdisjoint(
+        {"norm again", "gelu again"}
+    )  # rebuilt for the update's gradients alone
+    # linear1 has q, k and v, not the MLP's rows
+    (up,) = [op for op in _both(attention, shape) if op.name == "single_blocks.0.linear1 up"]
+    assert up.flop == 2 * 384 * 16 * 3 * 3072
+
+
+def _both(plan: Work, shape: Shape) -> list[Op]:
+    blocks = [block_ops(plan, block, shape) for block in BLOCKS]
+    return [op for ops in blocks for op in ops.forward + ops.backward]
+
+
+def test_trained_modulation_keeps_y_and_trains_its_linears():
+    frozen, trained = work(), work(lora=lora_of(ONE_EACH, 16, "all"))
+    shape = Shape(1, 256, 128)
+    assert not modulation_ops(frozen, 1).backward
+    names = [op.name for op in modulation_ops(trained, 1).backward]
+    assert sum(name.endswith("dA") for name in names) == 3
+    assert not any(name.endswith("dx") for name in names)  # nothing before them is trained
+    # h + gate · y in a pass of its own: y is read and the sum written, forward; y read, backward
+    more = [total_bytes(_both(plan, shape)) for plan in (frozen, trained)]
+    assert more[1] - more[0] == 3 * 384 * 3072 * 2 * (2 + 1)
+
+
+def test_an_optimizer_moves_its_states():
+    model = random_flux(SMALL)
+    parameters = inject_lora(model, rank=4)
+    plan = work(spec=SMALL, lora=lora_of(SMALL, 4))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    states = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    gradients = [p.grad for p in parameters]
+    moved = size(*parameters, *gradients, *states) + size(*parameters, *states)
+    (adamw,) = optimizer_ops(plan, "adamw", guard=False)
+    assert adamw.bytes == moved
+    averaged = optimizer_ops(plan, "adamw", ema=True, guard=False)
+    assert total_bytes(averaged) - adamw.bytes == 3 * size(*parameters)
+    (eight,) = optimizer_ops(plan, "adamw8bit", guard=False)
+    assert eight.bytes < 0.6 * adamw.bytes
+
+
+# ---------------------------------------------------------------- time and errors
+
+
+def test_time_is_the_longer_of_products_and_memory():
+    gpu = card("4090")
+    by_flop, by_bytes = Op("", "bf16", 1e12, 1e6), Op("", "bf16", 1e9, 1e9, 2)
+    assert seconds(by_flop, gpu) == pytest.approx(1e12 / (165.2e12 * 0.909))
+    assert seconds(by_bytes, gpu) == pytest.approx(1e9 / (1008e9 * 0.91))
+    assert seconds(by_bytes, gpu, launches=True) - seconds(by_bytes, gpu) == pytest.approx(1e-5)
+    assert seconds(Op("", "copy", 0, 25e9), gpu) == pytest.approx(1)
+    assert seconds(Op("", "element", 1.0, 1008e9), gpu) == pytest.approx(1 / 0.91)
+    fast, slow = (
+        seconds(Op("", "attention_" + way, 1e12, 0), gpu) for way in ("forward", "backward")
+    )
+    assert slow / fast == pytest.approx(0.909 / 0.697)
+
+
+def test_products_that_a_card_lacks_are_an_error():
+    ops = step_ops(work("nf4", "fp8"), Shape(1, 256, 128))
+    assert math.isfinite(total_seconds(ops, card("4090")))
+    with pytest.raises(ConfigError, match="RTX 3090 has no fp8"):
+        total_seconds(ops, card("3090"))
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: work("q4"), "storage 'q4' is not one of"),
+        (lambda: work(compute="fp16"), "compute 'fp16' is not one of"),
+        (lambda: work(activations="fp32"), "activations fp32 do not go with compute bf16"),
+        (lambda: work("fp8", "int8"), "cannot multiply a base kept in fp8"),
+        (lambda: work(lora=Lora(4, {"nothing": (1, 1)})), "'nothing' is no linear"),
+        (lambda: work(layers={"nothing": "bf16"}).precisions, "matches no linear"),
+        (lambda: shape_of(1000, 1024, 1, 512), "multiples of 16"),
+        (lambda: shape_of(1024, 1024, 0, 512), "at least 1"),
+        (lambda: block_ops(work(), "double_blocks.1", Shape(1, 4, 4)), "double_blocks.0 to"),
+        (lambda: block_ops(work(), "img_in", Shape(1, 4, 4)), "'img_in' is not one of"),
+        (lambda: optimizer_ops(work(), "sgd"), "'sgd' is not one of adamw"),
+    ],
+)
+def test_errors_say_what_is_wrong(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_shapes_in_tokens():
+    assert shape_of(1024, 768, 2, 512) == Shape(2, 64 * 48, 512)
+    assert shape_of(1024, 768, 2, 512).tokens == 3584

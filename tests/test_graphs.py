@@ -1,0 +1,423 @@
+"""A step's forward and backward replayed per bucket: the same numbers as eagerly, and when not to.
+
+Without a GPU a recorder stands in for CUDA's. It writes down the operations that a capture runs,
+with the tensors that they ran on, and replays them into the same memory, where all recordings lay
+out their activations over each other's. What a graph gets wrong it gets wrong too.
+"""
+
+import pytest
+import torch
+from small import SMALL
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fluxfast.memory.graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
+from fluxfast.model.flux import random_flux
+from fluxfast.model.lora import inject_lora
+from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
+from fluxfast.optim import flat_gradients
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Tape(TorchDispatchMode):
+    """Writes down every operation below autograd, and undoes at its end what they changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.made: dict[int, Tensor] = {}  # by address: memory that is the graph's own
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in self._written(func, args, kwargs):
+            if _address(tensor) not in self.made:
+                self._before.setdefault(_address(tensor), (tensor, tensor.clone()))
+        results = func(*args, **kwargs)
+        for tensor in _tensors(results):
+            if _address(tensor) not in given:
+                self.made[_address(tensor)] = tensor
+        self.calls.append((func, args, kwargs, results))
+        return results
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, before in self._before.values():
+                tensor.copy_(before)
+
+    @staticmethod
+    def _written(func, args, kwargs) -> list[Tensor]:
+        named = zip(func._schema.arguments, args, strict=False)
+        pairs = [*named, *((a, kwargs.get(a.name)) for a in func._schema.arguments)]
+        return _tensors([v for a, v in pairs if a.alias_info is not None and a.alias_info.is_write])
+
+
+class Replay:
+    def __init__(self, tape: Tape, output: Tensor, pool: list[Tape]):
+        self.tape, self.output, self.pool = tape, output, pool
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for tape in self.pool:
+            for tensor in tape.made.values():
+                tensor.untyped_storage().fill_(255)  # NaN as a float, whichever
+        for func, args, kwargs, results in self.tape.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(_tensors(results), _tensors(again), strict=True):
+                if _address(old) != _address(new):
+                    old.copy_(new)
+
+
+class ReplayRecorder:
+    """What CudaRecorder is to a GPU, and a log of what was asked of it."""
+
+    def __init__(self):
+        self.pool: list[Tape] = []
+        self.log: list[str] = []
+
+    def warm_up(self, run):
+        self.log.append("warm up")
+        run()
+        run()
+
+    def record(self, run):
+        self.log.append("record")
+        with Tape() as tape:
+            output = run()
+        self.pool.append(tape)
+        return Replay(tape, output, self.pool)
+
+    def release(self):
+        self.log.append("release")
+        self.pool.clear()
+
+
+class Step:
+    """A small FLUX with a LoRA, its flat gradients, and the work of a training step."""
+
+    def __init__(self, device: str = "cpu", targets: str = "attn+mlp"):
+        self.model = random_flux(SMALL, device=device)
+        self.parameters = inject_lora(self.model, rank=2, targets=targets)
+        generator = torch.Generator(device).manual_seed(1)
+        for parameter in self.parameters:  # B too: with zeros A would have no gradient
+            parameter.data.normal_(0, 0.1, generator=generator)
+        self.gradients = flat_gradients(self.parameters)
+        self.calls = 0
+
+    def work(self, inputs) -> Tensor:
+        self.calls += 1
+        noisy = NoisyBatch(**{name: inputs[name] for name in NAMES})
+        prediction = predict(self.model, noisy, inputs["t5"], inputs["pooled"], 1.0)
+        loss = flow_loss(prediction, noisy).mean() / 2
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for parameter in self.parameters:
+            parameter.sub_(parameter.grad, alpha=0.1)
+
+
+NAMES = ("noisy", "target", "timesteps", "weight", "mask", "img_ids", "txt_ids")
+# of samples in pairs: latent rows, columns, and whether there is a mask
+BUCKETS = {"small": (4, 4, False), "wide": (4, 8, True), "tall": (8, 4, False)}
+
+
+def draw(bucket: str, index: int, device: str = "cpu") -> dict[str, Tensor | None]:
+    """The inputs of sample `index` and the next."""
+    rows, columns, masked = BUCKETS[bucket]
+    g = torch.Generator().manual_seed(index)
+    mean = torch.randn(2, SMALL.in_channels // 4, rows, columns, generator=g).to(device)
+    mask = torch.rand(2, rows, columns, generator=g).to(device) if masked else None
+    noisy = noise_batch(mean, torch.ones_like(mean), mask, 3, [index, index + 1], seed=0)
+    t5 = torch.randn(2, 3, SMALL.context_in_dim, generator=g).to(device)
+    pooled = torch.randn(2, SMALL.vec_in_dim, generator=g).to(device)
+    return {**{name: getattr(noisy, name) for name in NAMES}, "t5": t5, "pooled": pooled}
+
+
+ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]
+
+
+def compare(device: str, recorder, tolerance: float, targets: str) -> None:
+    """Four steps of two batches each, replayed against eager ones, from the same weights."""
+    eager, graphed = Step(device, targets), Step(device, targets)
+    said = []
+    graphs = Graphs(graphed.work, graphed.gradients, said.append, recorder=recorder)
+    graphs.capture({bucket: draw(bucket, 90, device) for bucket in BUCKETS})
+    calls = graphed.calls
+    for step in range(4):
+        eager.gradients.zero_()
+        graphed.gradients.zero_()
+        losses = []
+        for index in (2 * step, 2 * step + 1):
+            inputs = draw(ORDER[index], 2 * index, device)
+            losses.append((graphs(ORDER[index], inputs), eager.work(inputs)))
+        # looked at after the next replay
+        for replayed, truth in losses:
+            assert torch.isfinite(truth) and (replayed - truth).abs() <= tolerance * truth.abs()
+        largest = eager.gradients.abs().max()
+        assert largest > 0
+        assert (graphed.gradients - eager.gradients).abs().max() <= tolerance * largest
+        eager.descend()
+        graphed.descend()
+    assert graphed.calls == calls and graphs.reason is None and not said
+
+
+@pytest.mark.parametrize("targets", ["attn+mlp", "all"])
+def test_replayed_steps_are_the_eager_ones(targets):
+    """Bit for bit: losses, and gradients summed over two batches of different buckets, while the
+    weights move; and Python runs none of it."""
+    compare("cpu", ReplayRecorder(), 0.0, targets)
+
+
+def test_capture_changes_no_training_state():
+    step = Step()
+    step.gradients.normal_(generator=torch.Generator().manual_seed(2))
+    before = [step.gradients.clone(), *(p.detach().clone() for p in step.parameters)]
+    graphs = Graphs(step.work, step.gradients, print, recorder=ReplayRecorder())
+    graphs.capture({"small": draw("small", 0)})
+    after = [step.gradients, *step.parameters]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert "small" in graphs and all(
+        p.grad.untyped_storage().data_ptr() == step.gradients.data_ptr() for p in step.parameters
+    )
+
+
+class Line:
+    """loss = sum(w · x · factor), its gradient x · factor; factor is Python's."""
+
+    def __init__(self):
+        self.w = nn.Parameter(torch.ones(3))
+        self.gradients = flat_gradients([self.w])
+        self.factor, self.ran = 1.0, []
+
+    def work(self, inputs) -> Tensor:
+        x, shift = inputs["x"], inputs.get("shift")
+        self.ran.append(tuple(x.shape))
+        loss = (self.w * x * self.factor).sum()
+        if shift is not None:
+            loss = loss + shift.sum()
+        loss.backward()
+        return loss.detach()
+
+
+def line(*counts: int, recorder=None) -> tuple[Line, Graphs, ReplayRecorder]:
+    """Captured with x [count, 3] per count."""
+    step, recorder = Line(), recorder or ReplayRecorder()
+    graphs = Graphs(step.work, step.gradients, print, recorder=recorder)
+    graphs.capture({count: {"x": torch.ones(count, 3), "shift": None} for count in counts})
+    return step, graphs, recorder
+
+
+def test_largest_first_and_nothing_runs_eagerly_beside_a_pool():
+    step, graphs, recorder = line(2, 5, 1)
+    assert step.ran == [(5, 3), (5, 3), (2, 3), (2, 3), (1, 3), (1, 3), (5, 3), (2, 3), (1, 3)]
+    assert recorder.log == ["release", *["warm up"] * 3, *["record"] * 3]
+    step.ran.clear()
+    graphs.capture({n: {"x": torch.ones(n, 3)} for n in (1, 2)}, size=lambda x: -len(x["x"]))
+    assert step.ran[-2:] == [(1, 3), (2, 3)] and 5 not in graphs
+
+
+def test_the_stand_in_goes_wrong_where_a_graph_does():
+    """It freezes what Python said, and a loss of the last replay is gone after the next."""
+    step, graphs, _ = line(1, 2)
+    ones = {"x": torch.ones(1, 3), "shift": None}
+    step.factor = 7.0
+    assert graphs(1, ones) == 3.0  # not 21
+    raw = graphs._recordings[1].output
+    assert raw == 3.0
+    graphs(2, {"x": torch.ones(2, 3), "shift": None})
+    assert torch.isnan(raw)
+
+
+def test_inputs_that_the_graph_was_not_captured_with():
+    step, graphs, _ = line(2)
+    x = torch.ones(2, 3)
+    for odd, message in (
+        ({"x": torch.ones(4, 3), "shift": None}, r"x .* graph of 2 .* \[2, 3\], got .*\[4, 3\]"),
+        ({"x": x.double(), "shift": None}, "x .* float32 .* got float64"),
+        ({"x": x, "shift": x}, r"shift .* graph of 2 .* None, got float32 \[2, 3\]"),
+        ({"x": None, "shift": None}, "x .* got None"),
+        ({"x": x}, "graph of 2 .*: shift"),
+        ({"x": x, "shift": None, "more": x}, "graph of 2 .*: more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graphs(2, odd)
+    assert (step.gradients == 0).all()
+    assert graphs(2, {"x": x, "shift": None}) == 6.0
+
+
+def test_a_shape_that_was_not_captured_runs_eagerly():
+    step, graphs, _ = line(2)
+    step.ran.clear()
+    assert graphs(3, {"x": torch.ones(3, 3)}) == 9.0 and step.ran == [(3, 3)]
+    assert graphs(2, {"x": torch.ones(2, 3), "shift": None}) == 6.0 and step.ran == [(3, 3)]
+    assert step.gradients[:3].tolist() == [5.0, 5.0, 5.0]
+
+
+def test_dropping():
+    step, graphs, recorder = line(1, 2)
+    recorder.log.clear()
+    graphs.drop(1)
+    assert 1 not in graphs and 2 in graphs and not recorder.log
+    graphs.drop()
+    assert 2 not in graphs and recorder.log == ["release"]
+    step.factor = 7.0
+    assert graphs(2, {"x": torch.ones(2, 3)}) == 42.0  # eagerly
+
+
+def test_a_step_that_waits_is_run_eagerly_and_said_so_once():
+    """A capture that fails halfway through backward leaves neither gradients nor graphs."""
+    step, said = Line(), []
+
+    def work(inputs):
+        loss = step.work(inputs)
+        return loss * loss.item() if len(inputs["x"]) == 1 else loss
+
+    recorder = ReplayRecorder()
+    graphs = Graphs(work, step.gradients, said.append, recorder=recorder)
+    step.gradients.fill_(5.0)
+    graphs.capture({n: {"x": torch.ones(n, 3)} for n in (1, 2)})
+    assert (step.gradients == 5.0).all()
+    assert graphs.reason == "operation not permitted when stream is capturing"
+    assert said == [f"CUDA graphs are off: {graphs.reason}"]
+    assert 2 not in graphs and not recorder.pool and recorder.log[-1] == "release"
+    assert graphs(1, {"x": 2 * torch.ones(1, 3)}) == 36.0
+    recorder.log.clear()
+    graphs.capture({2: {"x": torch.ones(2, 3)}})  # not tried again
+    assert "record" not in recorder.log and 2 not in graphs and len(said) == 1
+
+
+def test_what_the_warm_up_finds_out_is_a_reason_too():
+    class Strict(ReplayRecorder):
+        def warm_up(self, run):
+            run()
+            raise NotCapturable("the step waits for the GPU")
+
+    step, graphs, recorder = line(1, recorder=Strict())
+    assert graphs.reason == "the step waits for the GPU" and "record" not in recorder.log
+    assert (step.gradients == 0).all()
+
+
+def test_an_error_of_the_step_itself_is_raised():
+    step, said = Line(), []
+
+    def work(inputs):
+        step.work(inputs)
+        raise torch.OutOfMemoryError("full")
+
+    graphs = Graphs(work, step.gradients, said.append, recorder=ReplayRecorder())
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.capture({1: {"x": torch.ones(1, 3)}})
+    assert (step.gradients == 0).all() and graphs.reason is None and not said
+
+
+def test_reasons_known_beforehand(monkeypatch):
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert why_not(gpu) is None and why_not(cpu, lora_dropout=True) == ON_CPU
+    assert "dropout" in why_not(gpu, lora_dropout=True) and "copies" in why_not(gpu, offload=True)
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert "CUDA_LAUNCH_BLOCKING" in why_not(gpu)
+
+
+@pytest.mark.parametrize("reason", [ON_CPU, "LoRA dropout"])
+def test_a_known_reason_is_announced_except_of_a_cpu(reason):
+    step, said = Line(), []
+    graphs = Graphs(step.work, step.gradients, said.append, reason)
+    graphs.capture({1: {"x": torch.ones(1, 3)}})
+    assert not step.ran and graphs(1, {"x": torch.ones(1, 3)}) == 3.0
+    assert said == ([] if reason == ON_CPU else ["CUDA graphs are off: LoRA dropout"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("targets", ["attn+mlp", "all"])
+def test_replayed_steps_on_a_gpu(targets):
+    # attention's backward may add its parts up in another order: a few roundings of fp32
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    compare("cuda", recorder, 1e-4, targets)
+
+
+class Wide:
+    """n activations of 16 MiB, all kept for backward."""
+
+    def __init__(self):
+        self.w = nn.Parameter(torch.ones(4 << 20, device="cuda"))
+        self.gradients = flat_gradients([self.w])
+        self.spoil = lambda: None
+
+    def work(self, inputs) -> Tensor:
+        y = self.w
+        for row in inputs["x"]:
+            y = torch.sin(y * row)
+        self.spoil()
+        loss = y.sum()
+        loss.backward()
+        return loss.detach()
+
+    def examples(self, *counts: int):
+        return {n: {"x": torch.ones(n, 1, device="cuda")} for n in counts}
+
+
+def _reserved() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.gpu
+def test_the_pool_is_the_largest_buckets():
+    step = Wide()
+    graphs = Graphs(step.work, step.gradients, print)
+    base = _reserved()
+    graphs.capture(step.examples(12))
+    largest = _reserved() - base
+    graphs.capture(step.examples(6, 12, 10, 8))
+    assert largest > 12 * 16 << 20 and _reserved() - base < 1.2 * largest
+    step.gradients.zero_()
+    for n in (6, 12, 8, 10):
+        step.w.grad.zero_()
+        loss, replayed = graphs(n, step.examples(n)[n]), step.w.grad.clone()
+        step.w.grad.zero_()
+        truth = step.work(step.examples(n)[n])
+        assert torch.equal(loss, truth) and torch.equal(replayed, step.w.grad)
+    graphs.drop()
+    del loss, replayed, truth
+    assert _reserved() <= base + (2 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_wait_leaves_the_gpu_usable(hidden):
+    """One that the warm-up finds, and one that shows only in the capture itself."""
+    step, said = Wide(), []
+
+    def spoil():
+        if not hidden or torch.cuda.is_current_stream_capturing():
+            step.w.sum().item()
+
+    step.spoil = spoil
+    graphs = Graphs(step.work, step.gradients, said.append)
+    base = _reserved()
+    graphs.capture(step.examples(4, 8))
+    assert len(said) == 1 and graphs.reason and (step.gradients == 0).all()
+    assert _reserved() <= base + (2 << 20)  # the failed capture's memory is given back
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.isfinite(graphs(4, step.examples(4)[4]))
+
+    step.spoil = lambda: None
+    other = Graphs(step.work, step.gradients, said.append)
+    other.capture(step.examples(4))
+    assert 4 in other and len(said) == 1

@@ -1,0 +1,253 @@
+"""Predicted bytes beside those that autograd, the model and the optimisers really keep."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from small import SMALL
+
+import fluxfast.model.saving as saving
+from bench.gate import kept_bytes
+from fluxfast.config import TrainConfig
+from fluxfast.memory import saved
+from fluxfast.memory.cost import Shape, Work, lora_of
+from fluxfast.model.flux import Flux, random_flux, rope_tables
+from fluxfast.model.lora import inject_lora
+from fluxfast.model.saving import POLICIES
+from fluxfast.model.spec import NANO, FluxSpec, rope_axes
+from fluxfast.objective import image_ids, text_ids
+from fluxfast.optim import build_optimizer, flat_gradients
+
+WIDE = FluxSpec(
+    in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=256, num_heads=2, depth=2,
+    depth_single_blocks=1, axes_dim=rope_axes(128),
+)  # fmt: skip
+
+
+def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, include=()):
+    model = random_flux(spec, storage, compute, activations="auto")
+    inject_lora(model, rank, targets=targets, dropout=dropout, include=include)
+    activations = "bf16" if model.compute_dtype == torch.bfloat16 else "fp32"
+    lora = lora_of(spec, rank, targets, include)
+    work = Work(spec, storage, compute, activations, lora, dropout=dropout > 0)
+    return model.train(), work
+
+
+def arguments(spec: FluxSpec, batch: int, side: int, text: int) -> dict:
+    return {
+        "img": torch.randn(batch, side * side // 4, spec.in_channels),
+        "img_ids": image_ids(side, side),
+        "txt": torch.randn(batch, text, spec.context_in_dim),
+        "txt_ids": text_ids(text),
+        "timesteps": torch.linspace(0.2, 0.8, batch),
+        "y": torch.randn(batch, spec.vec_in_dim),
+        "guidance": torch.ones(batch),
+    }
+
+
+class Arena:
+    """An offload engine that counts what it is given; its copies are the host's."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def put(self, flat):
+        self.bytes += -(-flat.nbytes // 256) * 256
+        return flat
+
+    def get(self, flat):
+        return flat
+
+    def block(self, index):
+        return self
+
+    def begin(self):
+        self.bytes = 0
+
+    def block_forward_done(self, index): ...
+    def forward_done(self): ...
+    def block_backward_done(self, index): ...
+
+
+def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
+    """Bytes that a pass leaves on the card. What hooks of ours keep instead is added to what those
+    outside see."""
+    model.policies, model.offload = policies, Arena()
+    inside: dict[int, torch.Tensor] = {}
+    known = [*model.parameters(), *model.buffers(), *x.values()]
+    own = {t.untyped_storage().data_ptr() for t in known}
+    codes = []
+
+    class Recorded(saving.CodesKeeper):
+        def put(self, flat):
+            handle = super().put(flat)
+            codes.extend(handle[:2])
+            return handle
+
+    plain = saving.saved_tensors_hooks
+
+    def hooks(pack, unpack):
+        def seen(tensor):
+            packed = pack(tensor)
+            if isinstance(packed, torch.Tensor):
+                storage = packed.untyped_storage()
+                inside[storage.data_ptr()] = packed
+            return packed
+
+        return plain(seen, unpack)
+
+    monkeypatch.setattr(saving, "CodesKeeper", Recorded)
+    monkeypatch.setattr(saving, "saved_tensors_hooks", hooks)
+    outside = []
+
+    def forward():
+        outside.append(model(**x))
+
+    total = kept_bytes(known, forward)
+    monkeypatch.undo()
+    # the modulation is saved by blocks with hooks and without: it counts once
+    shapes = sum(t.untyped_storage().nbytes() for p, t in inside.items()
+                 if p not in own and not _is_modulation(model, t))  # fmt: skip
+    return total + shapes + sum(t.nbytes for t in codes)
+
+
+def _is_modulation(model: Flux, tensor: torch.Tensor) -> bool:
+    rows = tensor.untyped_storage().nbytes() / tensor.element_size() / model.modulation_width()
+    return rows == 16
+
+
+def predicted(work: Work, shape: Shape, policies) -> int:
+    blocks = zip(saved.blocks_of(work), policies, strict=True)
+    kept = sum(saved.block_saved(work, block, shape, policy).device for block, policy in blocks)
+    return kept + saved.outer_saved(work, shape)
+
+
+SHAPES = [(1, 12, 20), (2, 8, 9), (3, 8, 30)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """`built`, each model once."""
+    return cache(built)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
+@pytest.mark.parametrize("spec", [SMALL, WIDE, NANO], ids=["small", "wide", "nano"])
+def test_saved_bytes_per_bucket(spec, targets, policy, models, monkeypatch):
+    """Of whole passes: within 2 % for every shape, in fp32 and in bf16."""
+    for rank, compute, shapes in ((2, "fp32", SHAPES[:1]), (5, "bf16", SHAPES)):
+        model, work = models(spec, targets, rank, compute=compute)
+        for batch, side, text in shapes:
+            x, shape = arguments(spec, batch, side, text), Shape(batch, side * side // 4, text)
+            policies = [policy] * len(model.policies)
+            truth = counted(model, x, policies, monkeypatch)
+            assert predicted(work, shape, policies) == pytest.approx(truth, rel=0.02)
+            if policy == "offload":
+                blocks = saved.blocks_of(work)
+                host = [saved.block_saved(work, b, shape, policy).host for b in blocks]
+                assert model.offload.bytes == sum(host)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_saved_bytes_per_block(kind, policy, monkeypatch):
+    """One block more at a time: the difference is that block's, within 2 %."""
+    shape = Shape(2, 64, 24)
+    field = {"double": "depth", "single": "depth_single_blocks"}[kind]
+    truths = []
+    for count in (1, 2):
+        spec = replace(WIDE, **{"depth": 1, "depth_single_blocks": 1, field: count})
+        model, work = built(spec, "all", 4, compute="bf16")
+        x = arguments(spec, 2, 16, 24)
+        policies = [policy] * len(model.policies)
+        width = model.modulation_width() * 2 * 16
+        truths.append(counted(model, x, policies, monkeypatch) - width)
+    block = saved.block_saved(work, f"{kind}_blocks.1", shape, policy)
+    assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_saved_bytes_under_dropout(policy, monkeypatch):
+    model, work = built(WIDE, "attn+mlp", 4, dropout=0.2)
+    model.dropout_clock.indices = [0, 1]
+    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    policies = [policy] * 3
+    truth = counted(model, x, policies, monkeypatch)
+    assert predicted(work, shape, policies) == pytest.approx(truth, rel=0.02)
+
+
+def test_blocks_before_the_first_lora_keep_nothing(monkeypatch):
+    model, work = built(WIDE, "attn+mlp", 4, include=("single_blocks",))
+    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    assert saved.block_saved(work, "double_blocks.1", shape, "keep").device == 0
+    truth = counted(model, x, ["keep"] * 3, monkeypatch)
+    assert predicted(work, shape, ["keep"] * 3) == pytest.approx(truth, rel=0.02)
+
+
+def test_8_bit_products_keep_what_dense_ones_do(monkeypatch):
+    model, work = built(WIDE, "attn+mlp", 4, storage="int8", compute="int8")
+    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    truth = counted(model, x, ["u8"] * 3, monkeypatch)
+    assert predicted(work, shape, ["u8"] * 3) == pytest.approx(truth, rel=0.02)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])
+def test_weights_are_as_large_as_the_model(storage):
+    compute = {"int8": "int8", "fp8": "fp8", "fp32": "fp32"}.get(storage, "bf16")
+    model, work = built(WIDE, "attn+mlp", 4, storage=storage, compute=compute)
+    truth = sum(buffer.nbytes for buffer in model.buffers())
+    assert sum(saved.weights(work).values()) == truth
+
+
+def test_nested_scales_are_counted():
+    model, work = built(WIDE, "attn", 4, storage="nf4", compute="bf16")
+    for name in saved.modulation_names(work)[:3]:
+        layer = model.get_submodule(name)
+        layer.set_weight(layer.dense(torch.float32), "nf4", nested=True)
+        truth = sum(buffer.nbytes for buffer in layer.buffers())
+        assert saved.weight_bytes(work, name, double_quant=True) == truth
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
+)
+def test_trained_bytes_are_those_of_the_optimisers(optimizer):
+    model, work = built(replace(WIDE, hidden_size=512, num_heads=4), "all", 8)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = flat_gradients(parameters)
+    built_optimizer = build_optimizer(TrainConfig(optimizer=optimizer), parameters)
+    gradients.normal_()
+    if hasattr(built_optimizer, "train"):
+        built_optimizer.train()
+    built_optimizer.step()
+    state = sum(
+        value.nbytes
+        for each in built_optimizer.state.values()
+        for key, value in each.items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap") and value.numel() > 1
+    )
+    found = saved.trained(work, optimizer, ema=True)
+    assert found["LoRA"] == found["EMA"] == sum(p.nbytes for p in parameters)
+    assert found["gradients"] == gradients.nbytes
+    assert found["optimiser"] == pytest.approx(state, rel=0.01)
+
+
+def test_peak_counts_what_is_alive_together():
+    """Replayed blocks in front cost nothing at the peak, which is the last block's backward."""
+    _, work = built(WIDE, "attn+mlp", 4, compute="bf16")
+    shape = Shape(1, 256, 64)
+    keep = saved.step_peak(work, shape, ["keep"] * 3)
+    front = saved.step_peak(work, shape, ["replay", "keep", "keep"])
+    back = saved.step_peak(work, shape, ["keep", "keep", "replay"])
+    full = saved.block_saved(work, "double_blocks.0", shape, "keep").device
+    inputs = saved.block_saved(work, "double_blocks.0", shape, "replay").device
+    assert keep - front == full - inputs
+    assert back == keep  # made again just where everything else is there
+
+
+def test_rope_tables_are_the_only_thing_shared():
+    """They are no saved tensors: blocks hold them as they are."""
+    cos, sin = rope_tables(torch.zeros(1, 8, 3), WIDE.axes_dim, WIDE.theta)
+    assert cos.nbytes == sin.nbytes == 4 * 8 * 64
