@@ -166,6 +166,36 @@ def sample(
 
 
 @app.command()
+def plan(
+    target: Annotated[
+        Path | None, typer.Argument(help="a configuration (.yaml); FLUX.1-dev without one")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    vram: Annotated[
+        float | None, typer.Option(min=1.0, help="GiB of the card; default: the named card's own")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="4090, 3090, 5090, 4060 Ti, 3060, L40S, A100 or H100")
+    ] = None,
+) -> None:
+    """Predict what a run needs and how fast it is on a card, before there is one.
+
+    Examples: `fluxfast plan`, `fluxfast plan --gpu 4090 --set lora.targets=all`, `fluxfast plan
+    examples/ai-toolkit/flux_dev_24gb.yaml --vram 24`. Without a card: 12, 16, 24 and 80 GB.
+    """
+    from fluxfast.config import build_config
+    from fluxfast.planning import plan_rows, table
+
+    if target is not None:
+        config = _config(target, set_, None, None, None, None)
+    else:
+        raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
+        raw["data"]["resolution"] = [512, 768, 1024]
+        config = build_config(raw, set_)
+    print("\n".join(table(plan_rows(config, vram, gpu))))
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine offers: libraries, GPU, precision, memory, disk, Hub access.
 

@@ -105,7 +105,6 @@ MAPPED = {
     "logging.log_every": ("log_every", whole, None),
     "train.batch_size": ("train.batch_size", whole, 1),
     "train.steps": ("train.steps", whole, 1000),
-    "train.gradient_checkpointing": ("train.gradient_checkpointing", flag, True),
     "train.content_or_style": ("train.timestep_bias", bias, "balanced"),
     "train.max_grad_norm": ("train.max_grad_norm", number, 1.0),
     "train.cfg_scale": ("train.guidance", number, 1.0),
@@ -173,6 +172,8 @@ IGNORED = {
     "ignored, the targets are every linear of the blocks": "network.all_layers",
     _START: "network.pretrained_lora_path model.lora_path model.inference_lora_path "
     "train.start_step",
+    "ignored, a plan for the card decides which blocks are computed again; --set "
+    "memory.policy=replay computes all": "train.gradient_checkpointing",
     _MEMORY: "model.low_vram model.layer_offloading model.layer_offloading_transformer_percent "
     "model.layer_offloading_text_encoder_percent network.layer_offloading "
     "model.split_model_over_gpus model.split_model_other_module_param_count_scale",

@@ -148,9 +148,6 @@ class TrainConfig(Section):
     gradient_accumulation: Positive = Field(
         1, description="batches whose gradients are added per step"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute every block in backward: less memory, more time"
-    )
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="default 1e-4; 1.0 for prodigy"
     )
@@ -208,6 +205,28 @@ class ValidationConfig(Section):
         return self
 
 
+class MemoryConfig(Section):
+    limit_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the card that a run may fill; default: what is free at its start"
+    )
+    policy: Literal["auto", "keep", "u8", "8bit", "fc1", "offload", "replay"] = Field(
+        "auto",
+        description="what every block does with its activations; auto: the fastest mix that fits. "
+        "keep them, u8: the MLP's in 8 bits, 8bit: all of them, fc1: make these again in backward, "
+        "offload: to the host, replay: compute the block again",
+    )
+    saved_8bit: Literal["none", "u", "all"] = Field(
+        "u", description="which activations auto may keep in 8 bits: those of the MLP's GELU, all"
+    )
+    modulation: Literal["auto", "in_place", "ahead", "host"] = Field(
+        "auto",
+        description="frozen modulation is formed ahead for coming samples; host: with its weights "
+        "in host memory",
+    )
+    optimizer_state: Literal["auto", "device", "host"] = "auto"
+    graphs: bool = Field(True, description="CUDA graphs, one per picture size")
+
+
 class Config(Section):
     name: str = Field(
         "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
@@ -230,6 +249,14 @@ class Config(Section):
     save: SaveConfig = SaveConfig()
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
+    memory: MemoryConfig = Field(
+        MemoryConfig(), description="auto, or a mapping of what is decided otherwise"
+    )
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _auto_is_nothing(cls, value):
+        return {} if value == "auto" else value
 
     @field_validator("data", mode="before")
     @classmethod
@@ -352,6 +379,8 @@ _SYNONYMS = {
     "shuffle_tokens": "data.shuffle_captions",
     "save_every": "save.every",
     "name_or_path": "model.path",
+    "gradient_checkpointing": "memory.policy",
+    "low_vram": "memory.limit_gib",
 }
 
 

@@ -152,11 +152,17 @@ def noise_batch(
 
 
 def predict(
-    model: Callable[..., Tensor], noisy: NoisyBatch, t5: Tensor, pooled: Tensor, guidance: float
+    model: Callable[..., Tensor],
+    noisy: NoisyBatch,
+    t5: Tensor,
+    pooled: Tensor,
+    guidance: float,
+    modulation: Tensor | None = None,
 ) -> Tensor:
     """The model's velocity [B, T, 4C] for a noised batch.
 
-    t5 [B, L, 4096], pooled [B, 768]; guidance: one number for the whole batch.
+    t5 [B, L, 4096], pooled [B, 768]; guidance: one number for the whole batch; modulation: what
+    `Flux.modulation` made of these, where it was formed ahead.
     """
     return model(
         noisy.noisy,
@@ -166,6 +172,7 @@ def predict(
         noisy.timesteps,
         pooled,
         torch.full_like(noisy.timesteps, guidance),
+        modulation,
     )
 
 

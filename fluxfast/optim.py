@@ -43,7 +43,9 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
 
 
 def _adamw(parameters, lr, args, train):
-    return torch.optim.AdamW(parameters, lr=lr, **{"fused": parameters[0].is_cuda, **args})
+    # on a CPU too: only the fused step can be masked, see `step_unless`
+    fused = not (args.get("foreach") or args.get("differentiable"))
+    return torch.optim.AdamW(parameters, lr=lr, **{"fused": fused, **args})
 
 
 def _adamw8bit(parameters, lr, args, train):
@@ -130,7 +132,8 @@ def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, T
     """Clip all gradients (flat) to a total norm, and zero them where it is not finite, on the
     device.
 
-    A bad batch then moves nothing by its own gradient, and nobody waits for the device to find out.
+    A bad batch then moves nothing by its own gradient, and nobody waits for the device to find out;
+    `step_unless` keeps what came before it from moving anything either.
     -> (norm before clipping, 1.0 where it was not finite else 0.0), both fp32 scalars.
     """
     norm = torch.linalg.vector_norm(gradients)
@@ -141,26 +144,51 @@ def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, T
     return norm, (~finite).float()
 
 
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """One optimiser step, masked on the device where `bad` (fp32 scalar, see `clip_and_guard`) is
+    1.0. Waits for nothing.
+
+    Fused AdamW then leaves parameters, moments and its step count as they are, bit for bit: torch's
+    `found_inf`, as its GradScaler uses it. The other optimisers count their steps on the host and
+    know no such mask: they take a step on the gradients that `clip_and_guard` has zeroed, moved by
+    momentum and weight decay alone. So does AdamW that was asked, or restored from a checkpoint,
+    not to be fused.
+    """
+    # torch's other AdamW steps assert that there is no found_inf
+    masked = all(group.get("fused") for group in optimizer.param_groups)
+    if masked:
+        optimizer.found_inf = bad
+    optimizer.step()
+    if masked:
+        del optimizer.found_inf
+
+
 class Ema:
     """An exponential moving average of the parameters, kept beside them in fp32.
 
     average += (1 − decay)·(parameter − average) after every step; the decay warms up as (1 + n)/(10
-    + n), so that a short run's average is not its starting point.
+    + n), so that a short run's average is not its starting point. n is counted on the device, since
+    only there it is known which steps were skipped.
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.updates = torch.zeros((), device=parameters[0].device)
         self.average = [p.detach().clone().float() for p in parameters]
 
     @torch.no_grad()
-    def update(self, parameters: list[nn.Parameter]) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in parameters], 1 - decay)
+    def update(self, parameters: list[nn.Parameter], bad: Tensor | None = None) -> None:
+        """Follow one step; not at all where `bad` (fp32 scalar on the device) is 1.0."""
+        taken = torch.ones_like(self.updates) if bad is None else 1 - bad
+        self.updates += taken
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        weight = (1 - decay) * taken
+        for mine, theirs in zip(self.average, parameters, strict=True):
+            mine.lerp_(theirs.float(), weight)
 
     def restart(self, parameters: list[nn.Parameter]) -> None:
         """Begin anew from these values."""
-        self.updates = 0
+        self.updates.zero_()
         for mine, theirs in zip(self.average, parameters, strict=True):
             mine.copy_(theirs.detach())
 
@@ -168,6 +196,6 @@ class Ema:
         return {"decay": self.decay, "updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
+        self.updates.fill_(state["updates"])
         for mine, theirs in zip(self.average, state["average"], strict=True):
             mine.copy_(theirs)

@@ -1,4 +1,4 @@
-"""train(config): prepare, build, resume, loop. train_step(): one optimiser step on one page."""
+"""train(config): prepare, plan, build, resume, loop. The step itself: `step.py`."""
 
 import os
 import shutil
@@ -6,14 +6,13 @@ import signal
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from fluxfast import __version__
+from fluxfast.ahead import Ahead
 from fluxfast.checkpoint import (
     checkpoints,
     drop_partials,
@@ -23,88 +22,23 @@ from fluxfast.checkpoint import (
 )
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.lora import save_lora
 from fluxfast.load import load_transformer, resolve_device
+from fluxfast.memory.plan import Plan
+from fluxfast.memory.runtime import CURE, MemoryRuntime
+from fluxfast.memory.work import Shape
 from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
-from fluxfast.objective import flow_loss, noise_batch, predict
-from fluxfast.optim import (
-    Ema,
-    build_optimizer,
-    clip_and_guard,
-    default_lr,
-    flat_gradients,
-    lr_multiplier,
-    set_lr,
-    set_mode,
-)
+from fluxfast.optim import Ema, build_optimizer, flat_gradients, set_mode
+from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
 from fluxfast.report import write_report
+from fluxfast.step import Training, train_step
 from fluxfast.watch import Watch
-
-
-@dataclass
-class Training:
-    """What a step works on."""
-
-    config: Config
-    device: torch.device
-    model: Flux
-    parameters: list[nn.Parameter]
-    gradients: Tensor  # flat; every parameter's .grad is a view of it
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
-
-
-def train_step(
-    run: Training, batches: list[Batch], step: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """One optimiser step (counted from 0) on the mean loss of `batches`. Waits for nothing.
-
-    -> loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on the
-    device), and the learning rate.
-    """
-    train, device, model = run.config.train, run.device, run.model
-    run.gradients.zero_()
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        mean, std, t5, pooled = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
-        )
-        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
-
-        # x_t and what is to be predicted
-        noisy = noise_batch(
-            mean,
-            std,
-            mask,
-            t5.shape[1],
-            batch.indices,
-            run.config.seed,
-            train.timesteps,
-            train.timestep_bias,
-        )
-
-        model.dropout_clock.indices = batch.indices
-        prediction = predict(model, noisy, t5, pooled, train.guidance)
-
-        # every batch counts the same, so accumulation is one larger batch
-        loss = flow_loss(prediction, noisy).mean() / len(batches)
-        loss.backward()
-        total += loss.detach()
-
-    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm)
-    lr = default_lr(train) * lr_multiplier(step, train)
-    set_lr(run.optimizer, lr)
-    run.optimizer.step()
-    if run.ema:
-        run.ema.update(run.parameters)
-    return total, norm, bad, lr
 
 
 def train(config: Config, *, restart: bool = False, console: Console | None = None) -> Path:
@@ -130,7 +64,10 @@ def _train(config: Config, console: Console) -> Path:
     loader = Loader(
         prepared.dataset, config.train.batch_size, config.seed, pin=device.type == "cuda"
     )
-    run = build(config, prepared.base, device, console)
+    plan = plan_run(config, prepared.base, bucket_shapes(loader), device)
+    for line in run_lines(plan) if plan else []:
+        say(console, line)
+    run = build(config, prepared.base, loader, device, console, plan)
     _check_fits(run.model, loader.batch(0))
     first = _resume(run, console)
     write_atomic(
@@ -142,16 +79,38 @@ def _train(config: Config, console: Console) -> Path:
             watch = Watch(config, run.model, prepared, device, console)
             _loop(run, loader, watch, first, console)
         except torch.OutOfMemoryError as error:
-            raise FluxfastError(
-                f"the GPU's memory is full: {str(error).splitlines()[0]}",
-                hint="train.gradient_checkpointing: true, a lower data.resolution, or "
-                "train.batch_size: 1 with gradient_accumulation",
-            ) from None
+            # not in a gradient pass, which takes leaner policies and goes on
+            first_line = str(error).splitlines()[0]
+            raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
     return _finish(run, console)
 
 
-def build(config: Config, base: Path, device: torch.device, console: Console) -> Training:
-    """The frozen model with its LoRA, and everything that trains it."""
+def bucket_labels(loader: Loader) -> dict[int, str]:
+    """Image tokens of a sample -> the name of the buckets of so many: the first one's size."""
+    labels: dict[int, str] = {}
+    for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
+        labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
+    return labels
+
+
+def bucket_shapes(loader: Loader) -> dict[str, Shape]:
+    """Label -> batch shape."""
+    labels = bucket_labels(loader)
+    return {
+        label: Shape(loader.batch_size, tokens, loader.text_length)
+        for tokens, label in labels.items()
+    }
+
+
+def build(
+    config: Config,
+    base: Path,
+    loader: Loader,
+    device: torch.device,
+    console: Console,
+    plan: Plan | None = None,
+) -> Training:
+    """The frozen model with its LoRA, and everything that trains it as planned."""
     with console.status("loading the transformer"):
         model = load_transformer(
             base,
@@ -176,7 +135,6 @@ def build(config: Config, base: Path, device: torch.device, console: Console) ->
     )
     if lora.dropout:
         say(console, "note: LoRA dropout takes the path that is not fused: slower, more memory")
-    model.gradient_checkpointing = config.train.gradient_checkpointing
     model.train()
     trained = sum(p.numel() for p in parameters)
     say(
@@ -186,7 +144,51 @@ def build(config: Config, base: Path, device: torch.device, console: Console) ->
     )
     ema = Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None
     optimizer = build_optimizer(config.train, parameters)
-    return Training(config, device, model, parameters, flat_gradients(parameters), optimizer, ema)
+    labels, policies = bucket_labels(loader), _policies(config, model, loader, plan)
+
+    def announce(line: str) -> None:
+        say(console, f"note: {line}")
+
+    memory = MemoryRuntime(model, plan, policies, device, announce)
+    memory.attach(optimizer)
+    run = Training(
+        config, device, model, parameters, flat_gradients(parameters), optimizer, ema, memory,
+        labels, loader, announce,
+    )  # fmt: skip
+    if _forms_ahead(config, model, plan):
+        run.ahead = Ahead(model, loader, config, device)
+    return run
+
+
+def _policies(
+    config: Config, model: Flux, loader: Loader, plan: Plan | None
+) -> dict[str, tuple[str, ...]]:
+    """Bucket -> policy per block: the plan's, else the configured one for all."""
+    if plan is not None:
+        return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
+    memory = config.memory
+    if (
+        memory.policy == "offload"
+        or memory.modulation == "host"
+        or memory.optimizer_state == "host"
+    ):
+        raise ConfigError(
+            "memory: what goes to the host is planned, and on a CPU there is no plan",
+            hint="set memory.limit_gib to try one",
+        )
+    word = "keep" if memory.policy == "auto" else memory.policy
+    return {label: (word,) * len(model.policies) for label in bucket_labels(loader).values()}
+
+
+def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:
+    if plan is not None:
+        return plan.modulation != "in_place"
+    trained = any(layer.trains() for layer in model.modulation_linears())
+    if trained and config.memory.modulation == "ahead":
+        raise ConfigError(
+            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
+        )
+    return not trained and config.memory.modulation != "in_place"
 
 
 def _precision(model: Flux) -> str:
@@ -226,7 +228,10 @@ def _resume(run: Training, console: Console) -> int:
     if not found:
         return 0
     folder = found[-1][1]
-    step = load_checkpoint(folder, run.parameters, run.optimizer, run.ema, identity_of(run.config))
+    with run.memory.stepping():
+        step = load_checkpoint(
+            folder, run.parameters, run.optimizer, run.ema, identity_of(run.config)
+        )
     say(console, f"resuming {run.config.run_dir} at step {step}")
     return step
 
@@ -239,6 +244,7 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
     log = RunLog(config.run_dir, first, train.steps, config.log_every, run.device, console)
     if first == 0:
         _look(run, watch, 0)
+    run.capture()
     with log, _stop_on_interrupt() as stop:
         for step in range(first, train.steps):
             loss, norm, bad, lr = train_step(
@@ -259,7 +265,8 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
 def _look(run: Training, watch: Watch, done: int) -> None:
     """Validation and previews, with the weights that would be saved; the best ones are."""
     set_mode(run.optimizer, training=False)
-    row = watch.look(done)
+    with run.without_graphs():
+        row = watch.look(done)
     if row is not None:
         meta = {**_metadata(run, done), "validation_loss": f"{row.loss:.6f}"}
         path = run.config.run_dir / f"{run.config.name}_best.safetensors"
@@ -289,16 +296,17 @@ def _stop_on_interrupt():
 
 def _save(run: Training, step: int) -> None:
     set_mode(run.optimizer, training=False)
-    save_checkpoint(
-        run.config.run_dir,
-        step,
-        run.parameters,
-        run.optimizer,
-        run.ema,
-        identity_of(run.config),
-        lambda folder: _write_lora(run, folder, step),
-        run.config.save.keep,
-    )
+    with run.memory.stepping():
+        save_checkpoint(
+            run.config.run_dir,
+            step,
+            run.parameters,
+            run.optimizer,
+            run.ema,
+            identity_of(run.config),
+            lambda folder: _write_lora(run, folder, step),
+            run.config.save.keep,
+        )
     set_mode(run.optimizer, training=True)
 
 

@@ -31,6 +31,19 @@ fluxfast.config          compat kohya settings errors
 fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*
+fluxfast.memory.cards    errors
+fluxfast.memory.ops      memory.cards errors
+fluxfast.memory.work     model.* errors
+fluxfast.memory.cost     memory.ops memory.work memory.cards model.* errors
+fluxfast.memory.saved    memory.work model.*
+fluxfast.memory.timeline
+fluxfast.memory.copies   errors
+fluxfast.memory.offload  memory.copies memory.timeline
+fluxfast.memory.host     memory.copies memory.timeline
+fluxfast.memory.graphs
+fluxfast.memory.choose   memory.* model.names
+fluxfast.memory.plan     memory.* model.* errors
+fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
 fluxfast.optim           config errors
 fluxfast.metrics         errors files
 fluxfast.checkpoint      config optim files errors
@@ -44,6 +57,9 @@ fluxfast.data.store      files errors
 fluxfast.data.scan       files data.images data.buckets data.store config errors
 fluxfast.data.loader     data.store draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors
+fluxfast.ahead           data.loader model.flux objective config
+fluxfast.planning        memory.* model.* data.buckets formats.base load config errors
+fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
@@ -52,11 +68,11 @@ fluxfast.report          plots validation files
 fluxfast.prepare         data.cache data.captions data.store formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
-fluxfast.train           config checkpoint data.loader errors files formats.lora load metrics model.* objective optim prepare report watch
+fluxfast.train           ahead config checkpoint data.loader errors files formats.lora load memory.plan memory.runtime memory.work metrics model.* optim planning prepare report step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors generate layer_errors load prepare sample settings train
+fluxfast.cli             check config doctor errors generate layer_errors load planning prepare sample settings train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data

@@ -65,7 +65,7 @@ STOCK = {
     }],
     "train": {
         "steps": 2000, "batch_size": 1, "gradient_accumulation": 1,
-        "gradient_checkpointing": True, "lr": 1e-4, "optimizer": "adamw8bit",
+        "lr": 1e-4, "optimizer": "adamw8bit",
         "optimizer_args": {"eps": 1e-6}, "lr_schedule": "constant", "warmup_steps": 0,
         "max_grad_norm": 1.0, "timesteps": "sigmoid", "timestep_bias": "balanced",
         "guidance": 1.0, "ema": {"enabled": True, "decay": 0.99},
@@ -77,7 +77,8 @@ STOCK = {
     },
 }  # fmt: skip
 STOCK_NOTES = {
-    "meta", "model.quantize", "train.ema_config.use_ema", "datasets[0].cache_latents_to_disk"
+    "meta", "model.quantize", "train.ema_config.use_ema", "datasets[0].cache_latents_to_disk",
+    "train.gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def test_what_a_file_leaves_out_takes_their_default():
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (4, 4, "all")
     train = config.train
     assert (train.steps, train.lr, train.optimizer) == (1000, 1e-6, "adamw")
-    assert (train.timesteps, train.gradient_checkpointing) == ("sigmoid", True)
+    assert (train.timesteps, config.memory.policy) == ("sigmoid", "auto")
     assert not train.ema.enabled
     assert (config.save.every, config.save.keep, config.save.dtype) == (1000, 5, "fp16")
     assert (config.model.compute, config.model.storage) == ("fp32", "fp32")
@@ -309,7 +310,7 @@ def test_every_documented_key():
         ],
         "train": {
             "steps": 25, "batch_size": 2, "gradient_accumulation": 4, "lr": 1.0,
-            "gradient_checkpointing": False, "optimizer": "prodigy",
+            "optimizer": "prodigy",
             "optimizer_args": {"eps": 1e-6, "weight_decay": 0.01}, "lr_schedule": "cosine",
             "warmup_steps": 10, "max_grad_norm": 0.5, "timesteps": "sigmoid",
             "timestep_bias": "style", "guidance": 2.0, "ema": {"enabled": True, "decay": 0.9},
@@ -538,7 +539,7 @@ def test_unknown_keys_outside_the_process():
         ({"train__steps": 0}, "train.steps"),
         ({"train__lr": [1]}, "train.lr takes a number"),
         ({"train__lr": -1}, "train.lr"),
-        ({"train__gradient_checkpointing": "yes please"}, "takes true or false"),
+        ({"sample__walk_seed": "yes please"}, "takes true or false"),
         ({"train__optimizer": 8}, "train.optimizer takes text, got 8"),
         ({"train__optimizer": "lion"}, "'lion' has no equivalent"),
         ({"train__optimizer_params": [1]}, "train.optimizer_params takes a mapping"),

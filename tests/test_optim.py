@@ -16,6 +16,7 @@ from fluxfast.optim import (
     lr_multiplier,
     set_lr,
     set_mode,
+    step_unless,
 )
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
@@ -27,8 +28,13 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(n, generator=g)) for n in (8192, 70)]
 
 
-def descend(train: TrainConfig, steps: int, start: int = 0, state=None, values=None):
-    """Minimise the square of every parameter. -> (parameters, optimiser)."""
+def descend(
+    train: TrainConfig, steps: int, start: int = 0, state=None, values=None, poisoned=None, ema=None
+):
+    """Minimise the square of every parameter. -> (parameters, optimiser).
+
+    poisoned: a step at which one gradient is infinite.
+    """
     params = parameters()
     if values:
         for p, v in zip(params, values, strict=True):
@@ -41,9 +47,13 @@ def descend(train: TrainConfig, steps: int, start: int = 0, state=None, values=N
     for step in range(start, start + steps):
         gradients.zero_()
         sum(p.square().sum() for p in params).backward()
-        clip_and_guard(gradients, 1.0)
+        if step == poisoned:
+            gradients[7] = math.inf
+        _, bad = clip_and_guard(gradients, 1.0)
         set_lr(optimizer, default_lr(train) * lr_multiplier(step, train))
-        optimizer.step()
+        step_unless(optimizer, bad)
+        if ema:
+            ema.update(params, bad)
     set_mode(optimizer, training=False)
     return params, optimizer
 
@@ -67,6 +77,47 @@ def test_state_goes_through_a_file_and_on(name, tmp_path):
     for a, b in zip(whole, resumed, strict=True):
         # schedule-free's eval and train points are turned into each other in fp32, which rounds
         assert torch.allclose(a, b, atol=1e-6 if name == "schedulefree" else 0.0, rtol=0)
+
+
+def everything(params, optimizer, ema) -> list[torch.Tensor]:
+    """Parameters, the optimiser's state (moments and step counts) and the average."""
+    state = optimizer.state_dict()["state"]
+    kept = [state[i][key] for i in sorted(state) for key in sorted(state[i])]
+    return [*(p.detach() for p in params), *kept, *ema.average, ema.updates]
+
+
+@pytest.mark.parametrize("poisoned", [0, 4, 8])
+def test_a_bad_step_leaves_no_trace(poisoned):
+    """Nine steps, one of them with an infinite gradient, are eight: the first, the last, or one in
+    the middle, when the moments would move the parameters."""
+    train = TrainConfig(optimizer="adamw", lr=0.01, optimizer_args={"weight_decay": 0.1})
+    runs = []
+    for steps, at in ((9, poisoned), (8, None), (9, None)):
+        ema = Ema(parameters(), 0.9)
+        params, optimizer = descend(train, steps, poisoned=at, ema=ema)
+        runs.append(everything(params, optimizer, ema))
+    for bad, without, whole in zip(*runs, strict=True):
+        assert torch.equal(bad, without) and not torch.equal(bad, whole)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bad_step_leaves_finite_numbers(name):
+    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
+    params, _ = descend(train, 8, poisoned=4)
+    assert all(torch.isfinite(p).all() for p in params)
+    moved = [(p - q).abs().max() for p, q in zip(params, parameters(), strict=True)]
+    assert min(moved) > 0
+
+
+def test_adamw_that_is_not_fused_steps_on_zeros():
+    """Asked for, or from a checkpoint of a run that was not fused: no mask, and no error."""
+    plain = TrainConfig(optimizer="adamw", lr=0.01, optimizer_args={"foreach": True})
+    params, optimizer = descend(plain, 6, poisoned=3)
+    assert all(torch.isfinite(p).all() for p in params)
+    assert all(state["step"] == 6 for state in optimizer.state.values())
+    fused = TrainConfig(optimizer="adamw", lr=0.01)
+    restored, _ = descend(fused, 3, 6, optimizer.state_dict(), [p.detach() for p in params], 7)
+    assert all(torch.isfinite(p).all() for p in restored)
 
 
 def test_bad_arguments_are_named():

@@ -114,7 +114,7 @@ def test_what_it_says(run_dir):
         "8 held-out pictures",
         "dog.safetensors 3.0 MiB",
         "A column per step: 0, 100; a row per prompt",
-        "gradient_checkpointing false",
+        "policy auto",
         "resolution 1024",
     ):
         assert words in text, words

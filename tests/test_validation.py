@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from small import noise_pictures
 
 from fluxfast.config import build_config
+from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
 from fluxfast.prepare import prepare
@@ -108,7 +109,8 @@ def test_measurement_is_fixed_and_paired(configure):
     device = torch.device("cpu")
     prepared = prepare(config, device, QUIET)
     assert len(prepared.held_out) == 2
-    run = build(config, prepared.base, device, QUIET)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    run = build(config, prepared.base, loader, device, QUIET)
     validator = Validator(prepared.held_out, 1, 3, 1.0)
     first = validator.measure(run.model, device, 0)
     assert first.difference == 0 and first.low == first.high == 0 and first.pictures == 2

@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,11 +63,38 @@ class Loader:
     def batches_per_epoch(self) -> int:
         return sum(-(-len(members) // self.batch_size) for members in self._buckets.values())
 
-    def batch(self, step: int) -> Batch:
-        """The batch of step `step` >= 0 (steps here are batches: one per accumulation step)."""
+    @cached_property
+    def latent_sizes(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(w, h) in pixels of every bucket -> (rows, columns) of its latents."""
+        samples = self.dataset.samples
+        firsts = {size: samples[members[0]] for size, members in self._buckets.items()}
+        shapes = {size: self._latents(first, 0)["mean"].shape for size, first in firsts.items()}
+        return {size: tuple(shape[-2:]) for size, shape in shapes.items()}
+
+    @cached_property
+    def text_length(self) -> int:
+        """T5 tokens of every caption."""
+        return self._cached_text(self.dataset.samples[0].texts[0])["t5"].shape[0]
+
+    def peek(self, step: int) -> tuple[list[int], int, Tensor]:
+        """Of the batch of step `step`: its global sample indices, the image tokens of a sample, and
+        the pooled CLIP states [B, P]. Reads no latents.
+        """
+        samples, indices = self._members(step)
+        rows, columns = self.latent_sizes[samples[0].size]
+        pairs = zip(samples, indices, strict=True)
+        pooled = [self._text(*pair)["pooled"] for pair in pairs]
+        return indices, (rows // 2) * (columns // 2), torch.stack(pooled)
+
+    def _members(self, step: int) -> tuple[list[Sample], list[int]]:
         epoch, place = divmod(step, self.batches_per_epoch)
         samples = [self.dataset.samples[i] for i in self._epoch_order(epoch)[place]]
         indices = [step * self.batch_size + position for position in range(self.batch_size)]
+        return samples, indices
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step` >= 0 (steps here are batches: one per accumulation step)."""
+        samples, indices = self._members(step)
         latents = [self._latents(*pair) for pair in zip(samples, indices, strict=True)]
         texts = [self._text(*pair) for pair in zip(samples, indices, strict=True)]
         return Batch(
@@ -78,6 +106,15 @@ class Loader:
             indices=indices,
             names=[sample.name for sample in samples],
         )
+
+    def examples(self) -> Iterator[Batch]:
+        """One batch of every size, the first of each in the first epoch."""
+        seen = set()
+        for step in range(self.batches_per_epoch):
+            samples, _ = self._members(step)
+            if samples[0].size not in seen:
+                seen.add(samples[0].size)
+                yield self.batch(step)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start to stop - 1 in order, read ahead by one background thread.

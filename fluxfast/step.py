@@ -1,0 +1,141 @@
+"""One optimiser step on one page, and what it works on."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.ahead import Ahead
+from fluxfast.config import Config
+from fluxfast.data.loader import Batch, Loader
+from fluxfast.memory.graphs import Graphs, Inputs, why_not
+from fluxfast.memory.runtime import MemoryRuntime
+from fluxfast.model.flux import Flux
+from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
+from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
+
+
+@dataclass
+class Training:
+    """What a step works on. labels: image tokens of a sample -> the bucket's name in the plan."""
+
+    config: Config
+    device: torch.device
+    model: Flux
+    parameters: list[nn.Parameter]
+    gradients: Tensor  # flat; every parameter's .grad is a view of it
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    memory: MemoryRuntime
+    labels: dict[int, str]
+    loader: Loader
+    announce: Callable[[str], None]
+    ahead: Ahead | None = None
+    graphs: Graphs = field(init=False)
+
+    def __post_init__(self):
+        dropout, offload = self.config.lora.dropout > 0, self.memory.offloads
+        reason = why_not(self.device, lora_dropout=dropout, offload=offload)
+        if reason is None and not self.config.memory.graphs:
+            reason = "memory.graphs is false"
+        self.graphs = Graphs(self.gradient_pass, self.gradients, self.announce, reason)
+
+    def gradient_pass(self, inputs: Inputs) -> Tensor:
+        """Forward and backward of one batch into the gradients. -> its loss, detached."""
+        self.memory.use(self.labels[inputs["noisy"].shape[1]])
+        noisy = NoisyBatch(**{each.name: inputs[each.name] for each in fields(NoisyBatch)})
+        train = self.config.train
+        prediction = predict(
+            self.model,
+            noisy,
+            inputs["t5"],
+            inputs["pooled"],
+            train.guidance,
+            inputs["modulation"],
+        )
+        # every batch counts the same, so accumulation is one larger batch
+        loss = flow_loss(prediction, noisy).mean() / train.gradient_accumulation
+        loss.backward()
+        return loss.detach()
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        """A batch on the device, noised: x_t, and what is to be predicted."""
+        train, device = self.config.train, self.device
+        mean, std, t5, pooled = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
+        )
+        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+        draw = (batch.indices, self.config.seed, train.timesteps, train.timestep_bias)
+        noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
+        self.model.dropout_clock.indices = batch.indices
+        number = batch.indices[0] // len(batch.indices)
+        modulation = self.ahead(number) if self.ahead else None
+        return {**vars(noisy), "t5": t5, "pooled": pooled, "modulation": modulation}
+
+    def capture(self) -> None:
+        """One graph per bucket, where there are graphs."""
+        if self.graphs.reason is None:
+            examples = (self.inputs(batch) for batch in self.loader.examples())
+            self.graphs.capture({_key(inputs): inputs for inputs in examples})
+
+    @contextmanager
+    def without_graphs(self):
+        """Their memory is there for something else inside."""
+        captured = self.graphs.captured
+        self.graphs.drop()
+        yield
+        if captured:
+            self.capture()
+
+
+def _key(inputs: Inputs) -> tuple:
+    """What a graph is captured for: shapes, and whether there is a mask."""
+    return tuple(inputs["noisy"].shape), inputs["t5"].shape[1], inputs["mask"] is None
+
+
+def train_step(
+    run: Training, batches: list[Batch], step: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """One optimiser step (counted from 0) on the mean loss of `batches`. Waits for nothing.
+
+    -> loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on the
+    device), and the learning rate. Where memory runs out before the optimiser has begun, the whole
+    window is taken again with leaner policies.
+    """
+    while (total := _accumulate(run, batches)) is None:
+        pass
+    train = run.config.train
+    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm)
+    lr = default_lr(train) * lr_multiplier(step, train)
+    set_lr(run.optimizer, lr)
+    with run.memory.stepping():
+        step_unless(run.optimizer, bad)
+    if run.ema:
+        run.ema.update(run.parameters, bad)
+    return total, norm, bad, lr
+
+
+def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
+    """The summed loss of a window, its gradients in `run.gradients`; None where memory ran out and
+    leaner policies are in force."""
+    run.gradients.zero_()
+    total = torch.zeros((), device=run.device)
+    failed = None
+    for batch in batches:
+        try:
+            inputs = run.inputs(batch)
+            total += run.graphs(_key(inputs), inputs)
+        except torch.OutOfMemoryError as error:
+            # the message alone: the error holds the frames, these the tensors
+            failed = str(error)
+            break
+    if failed is None:
+        return total
+    inputs = None
+    run.graphs.drop()
+    rows, columns = batch.mean.shape[-2:]
+    run.memory.out_of_memory(run.labels[(rows // 2) * (columns // 2)], failed)
+    return None
