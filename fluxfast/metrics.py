@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class RunLog:
 
     A line of metrics.jsonl: step, loss (mean of the interval), loss_smooth, grad_norm (mean), lr,
     it_per_s, s_per_it, eta_s, peak_memory_gib, skipped_steps (in the interval), epoch. Rates are
-    null until known.
+    null until known. on_interval gets the seconds of every interval, None of the first.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class RunLog:
         every: int,
         device: torch.device,
         console: Console,
+        on_interval: Callable[[float | None], None] | None = None,
     ):
+        self.on_interval, self._last = on_interval, None
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
         self.device, self.console = device, console
         self._first, self._results, self._paused = first, [], 0.0
@@ -159,6 +162,10 @@ class RunLog:
             if value is not None and key not in ("step", "eta_s"):
                 self._board.add_scalar(f"train/{key}", value, step)
         self._show(row)
+        now, before = self._clock(), self._last
+        self._last = now
+        if self.on_interval is not None:
+            self.on_interval(None if before is None else now - before)
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Over the last RATE_WINDOW steps that were timed, the warm-up left out."""

@@ -135,6 +135,11 @@ class Row:
     plan: Plan | None
     reason: str = ""
 
+    def seconds(self) -> float:
+        """Of an optimiser step, the mean over the plan's picture sizes."""
+        plan = self.plan
+        return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
+
 
 def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[Row]:
     """Plans of a configuration on the cards asked for, its pictures taken as squares.
@@ -205,10 +210,10 @@ def table(rows: list[Row]) -> list[str]:
             lines.append([*start, "does not fit", "", "", "", row.reason])
             continue
         plan = row.plan
-        seconds = sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
+        seconds = row.seconds()
         host = f"{plan.host / GIB:.1f}" if plan.host else "-"
         figures = [f"{(plan.peak + CONTEXT) / GIB:.2f}", host, f"{seconds:.3f}"]
-        lines.append([*start, *figures, f"{1 / seconds:.2f}", _what(plan)])
+        lines.append([*start, *figures, f"{1 / seconds:.2f}", what(plan)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     table = [
         "  ".join(
@@ -221,7 +226,8 @@ def table(rows: list[Row]) -> list[str]:
     return [*table, "", "All figures are predicted; speeds from " + "; ".join(notes) + "."]
 
 
-def _what(plan: Plan) -> str:
+def what(plan: Plan) -> str:
+    """How a plan goes about it; of several sizes, the largest."""
     work = plan.request.work
     words = [f"{work.storage} base, {work.compute} products"]
     if len(plan.buckets) == 1:

@@ -125,6 +125,9 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
     total = torch.zeros((), device=run.device)
     failed = None
     for batch in batches:
+        rows, columns = batch.mean.shape[-2:]
+        label = run.labels[(rows // 2) * (columns // 2)]
+        run.memory.expect(label)
         try:
             inputs = run.inputs(batch)
             total += run.graphs(_key(inputs), inputs)
@@ -134,8 +137,7 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
             break
     if failed is None:
         return total
-    inputs = None
+    inputs = None  # let go of what the failed pass was given
     run.graphs.drop()
-    rows, columns = batch.mean.shape[-2:]
-    run.memory.out_of_memory(run.labels[(rows // 2) * (columns // 2)], failed)
+    run.memory.out_of_memory(label, failed)
     return None

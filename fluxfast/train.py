@@ -28,6 +28,7 @@ from fluxfast.formats.lora import save_lora
 from fluxfast.load import load_transformer, resolve_device
 from fluxfast.memory.plan import Plan
 from fluxfast.memory.runtime import CURE, MemoryRuntime
+from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.memory.work import Shape
 from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
@@ -241,7 +242,14 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
     accumulation = train.gradient_accumulation
     batches = loader.iterate(first * accumulation, train.steps * accumulation)
     set_mode(run.optimizer, training=True)
-    log = RunLog(config.run_dir, first, train.steps, config.log_every, run.device, console)
+    spill = SpillWatch(lambda: run.device.type == "cuda" and card_is_full(run.device))
+
+    def judge(seconds: float | None) -> None:
+        expected = run.memory.take_expected()
+        if seconds is not None:
+            spill.interval(seconds, expected)
+
+    log = RunLog(config.run_dir, first, train.steps, config.log_every, run.device, console, judge)
     if first == 0:
         _look(run, watch, 0)
     run.capture()
@@ -250,8 +258,12 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
             loss, norm, bad, lr = train_step(
                 run, [next(batches) for _ in range(accumulation)], step
             )
-            log.step(step + 1, loss, norm, bad, lr, step * accumulation // loader.batches_per_epoch)
-            done = step + 1
+            done, epoch = step + 1, step * accumulation // loader.batches_per_epoch
+            try:
+                log.step(done, loss, norm, bad, lr, epoch)
+            except MemorySpills:
+                _save(run, done)
+                raise
             due = config.save.every and done % config.save.every == 0
             if due or done == train.steps or stop.is_set():
                 _save(run, done)

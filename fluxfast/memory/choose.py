@@ -18,6 +18,9 @@ from fluxfast.memory.timeline import Timeline, predict
 from fluxfast.memory.work import Shape, Work
 from fluxfast.model.names import linear_shape
 
+TRIED = 28  # numbers of offloaded blocks
+RELAXED = 3  # of the fastest choices, so many are looked at again
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -156,10 +159,37 @@ class Chooser:
         """
         found = [self._fill(budget, allowed, frozenset())]
         if "offload" in allowed and (found[0] is None or self._costs(found[0])):
-            for count in range(1, len(self.blocks) + 1):
+            most = len(self.blocks)
+            for count in {*range(1, most, max(1, most // TRIED)), most}:
                 found.append(self._fill(budget, allowed, _spread(count, len(self.blocks))))
         fits = [choice for choice in found if choice and (host is None or choice.host <= host)]
-        return min(fits, key=lambda choice: choice.seconds, default=None)
+        fits.sort(key=lambda choice: choice.seconds)
+        relaxed = [self._relaxed(choice, budget, allowed) for choice in fits[:RELAXED]]
+        return min(relaxed, key=lambda choice: choice.seconds, default=None)
+
+    def _relaxed(self, choice: Choice, budget: int, allowed: Sequence[str]) -> Choice:
+        """What the last move left over, spent: the dearest blocks first get a faster policy where
+        it still fits.
+        """
+        policies = list(choice.policies)
+        room = budget - (choice.bytes - self.peak(policies))
+
+        def cost(index: int, policy: str) -> float:
+            return sum(self.blocks[index].time[policy])
+
+        for index in sorted(range(len(policies)), key=lambda i: -cost(i, policies[i])):
+            current = policies[index]
+            if current == "offload":
+                continue
+            faster = [
+                p for p in allowed if p != "offload" and cost(index, p) < cost(index, current)
+            ]
+            for policy in sorted(faster, key=lambda p: cost(index, p)):
+                policies[index] = policy
+                if self.peak(policies) <= room:
+                    break
+                policies[index] = current
+        return self.fixed(policies)
 
     def _costs(self, choice: Choice) -> bool:
         return any(policy in ("fc1", "replay") for policy in choice.policies)

@@ -50,6 +50,7 @@ class MemoryRuntime:
     ):
         self.model, self.plan, self.policies, self.say = model, plan, dict(policies), say
         self.device = device
+        self.expected = 0.0  # seconds predicted for the passes since `take_expected`
         self._copies: Copies | None = None
         self._engine: Offload | None = None
         self._weights: WeightsOnHost | None = None
@@ -84,6 +85,15 @@ class MemoryRuntime:
     def stepping(self) -> AbstractContextManager:
         """What the optimiser's step, and loading or saving its state, run inside."""
         return nullcontext() if self._optimizer is None else self._optimizer.resident()
+
+    def expect(self, label: str) -> None:
+        """A pass of this bucket is being taken."""
+        self.expected += 1.0 if self.plan is None else self.plan.buckets[label].seconds
+
+    def take_expected(self) -> float:
+        """What was predicted since the last call, in seconds; without a plan a count."""
+        expected, self.expected = self.expected, 0.0
+        return expected
 
     def use(self, label: str) -> None:
         """The next pass is one of this bucket's."""

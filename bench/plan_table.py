@@ -1,0 +1,41 @@
+"""The README's table of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and
+for ai-toolkit's stock file. `bench/chart.py` puts it there; nothing in it is measured.
+"""
+
+from pathlib import Path
+
+from fluxfast.config import build_config, load_config
+from fluxfast.memory.plan import CONTEXT, GIB
+from fluxfast.planning import Row, plan_rows, what
+
+BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
+STOCK = Path(__file__).resolve().parent.parent / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
+
+
+def rows() -> list[tuple[str, Row]]:
+    """(what is trained, row): the defaults on every preset, the stock file on 24 GB."""
+    raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
+    raw["data"]["resolution"] = [512, 768, 1024]
+    plain = [("defaults", row) for row in plan_rows(build_config(raw), None, None)]
+    stock = [("ai-toolkit's stock file", row) for row in plan_rows(load_config(STOCK), 24, None)]
+    return [pair for pair in [*plain, *stock] if pair[1].label != "mixed"] + stock[-1:]
+
+
+def block() -> str:
+    lines = [
+        "| card | trained | picture | needs GiB | s/it | how |",
+        "|---|---|---|---|---|---|",
+    ]
+    for trained, row in rows():
+        start = [f"{row.card.name}", trained, row.label]
+        if row.plan is None:
+            figures = ["does not fit", "", row.reason]
+        else:
+            seconds = row.seconds()
+            figures = [f"{(row.plan.peak + CONTEXT) / GIB:.1f}", f"{seconds:.2f}", what(row.plan)]
+        lines.append("| " + " | ".join([*start, *figures]) + " |")
+    note = (
+        "Predicted, not measured: bytes counted from what the ops save, speeds from data sheets "
+        "and assumed shares of them; batch 1, 512 text tokens."
+    )
+    return "\n\n".join([BEGIN, "\n".join(lines), note, END])

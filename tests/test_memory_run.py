@@ -1,0 +1,312 @@
+"""A planned run on the CPU: the same losses whatever the plan, and whatever runs out on the way."""
+
+import io
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+import fluxfast.step
+import fluxfast.train
+from fluxfast.ahead import Ahead
+from fluxfast.data.loader import Loader
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.memory.offload import ArenaOverflow
+from fluxfast.memory.plan import GIB, make_plan
+from fluxfast.memory.spill import MemorySpills, SpillWatch
+from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.planning import plan_run
+from fluxfast.prepare import prepare
+from fluxfast.step import train_step
+from fluxfast.train import bucket_shapes, build, train
+
+QUIET = Console(file=io.StringIO())
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Six pictures in two shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(6):
+        size = (64, 64) if i % 2 else (96, 64)
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def start(config, plan=None):
+    prepared = prepare(config, CPU, QUIET)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    return build(config, prepared.base, loader, CPU, QUIET, plan), loader
+
+
+def losses(run, loader, steps=4):
+    accumulation = run.config.train.gradient_accumulation
+    found = []
+    for step in range(steps):
+        window = [loader.batch(step * accumulation + i) for i in range(accumulation)]
+        loss, norm, *_ = train_step(run, window, step)
+        found += [loss.item(), norm.item()]
+    return found
+
+
+def planned(config, share=None, **more):
+    """A plan whose limit is `share` of the way from the least to everything kept."""
+    prepared = prepare(config, CPU, QUIET)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    at_ease = config.model_copy(update={"memory": config.memory.model_copy(
+        update={"limit_gib": 100.0})})  # fmt: skip
+    plan = plan_run(at_ease, prepared.base, bucket_shapes(loader), CPU)
+    request = replace(plan.request, **more)
+    if share is None:
+        return make_plan(request, plan.card, plan.limit)
+    tight = make_plan(replace(request, policy="replay"), plan.card, plan.limit)
+    limit = tight.peak + int(share * (plan.peak - tight.peak))
+    return make_plan(request, plan.card, limit)
+
+
+# ---------------------------------------------------------------- plans change no result
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"policy": "offload"},
+        {"policy": "fc1", "modulation": "in_place"},
+        {"policy": "replay", "modulation": "host", "optimizer_state": "host"},
+    ],
+    ids=["offload", "fc1", "replay-host"],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_planned_run_is_the_plain_one(configure, more, optimizer):
+    config = configure(train__optimizer=optimizer, train__ema={"enabled": True})
+    plain = losses(*start(config))
+    run, loader = start(config, planned(config, **more))
+    assert set(run.model.policies) == {"keep"}  # until a pass begins
+    assert losses(run, loader) == plain
+    assert set(run.model.policies) == {more["policy"]}
+    if more["policy"] == "offload":
+        assert run.memory._engine.host_bytes == max(
+            b.choice.host for b in run.memory.plan.buckets.values()
+        )
+
+
+def test_a_tight_limit_mixes_exact_policies(configure):
+    config = configure()
+    plan = planned(config, 0.5, saved_8bit="none")
+    mixed = {policy for bucket in plan.buckets.values() for policy in bucket.choice.policies}
+    assert len(mixed) > 1 and mixed <= {"keep", "fc1", "offload", "replay"}
+    assert losses(*start(config, plan)) == losses(*start(config))
+
+
+def test_train_plans_and_says_so(configure):
+    """On a CPU a limit asks for a plan; its lines come before the first step."""
+    console = Console(file=io.StringIO(), width=200)
+    config = configure(memory__limit_gib=0.2, name="planned")
+    path = train(config, console=console)
+    said = console.file.getvalue()
+    assert "plan for the" in said and "(predicted)" in said and "blocks keep" in said
+    assert said.index("plan for the") < said.index("step 2/4")
+    assert load_file(train(configure(name="plain"), console=QUIET)).keys() == load_file(path).keys()
+    with pytest.raises(ConfigError, match="needs at least"):
+        train(configure(memory__limit_gib=0.01, name="tiny"), console=QUIET)
+    assert not (config.output_dir / "tiny" / "checkpoints").exists()
+
+
+def test_resume_with_the_optimiser_on_the_host(configure):
+    """Stopped and resumed, its state went through a checkpoint: the same bytes as in one go."""
+    common = {"memory__limit_gib": 1.0, "memory__optimizer_state": "host", "train__steps": 4}
+    whole = train(configure(name="whole", **common), console=QUIET)
+    parts = configure(name="parts", **common)
+    train(parts, console=QUIET)
+    (parts.run_dir / "checkpoints" / "step-00000004").rename(parts.run_dir / "gone")
+    (parts.run_dir / "parts.safetensors").unlink()
+    again = load_file(train(parts, console=QUIET))
+    assert all(torch.equal(again[key], value) for key, value in load_file(whole).items())
+
+
+def test_what_needs_a_plan_says_so(configure):
+    for changes in (
+        {"memory__policy": "offload"},
+        {"memory__modulation": "host"},
+        {"memory__optimizer_state": "host"},
+    ):
+        with pytest.raises(ConfigError, match="limit_gib"):
+            start(configure(**changes))
+    with pytest.raises(ConfigError, match="frozen modulation"):
+        start(configure(memory__modulation="ahead", lora__targets="all"))
+
+
+# ---------------------------------------------------------------- modulation ahead
+
+
+@pytest.mark.parametrize("timesteps", ["sigmoid", "flux_shift"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 20])
+def test_ahead_is_in_place_bit_for_bit(configure, batch_size, timesteps):
+    """More batches than one filling holds, captions and their dropout drawn ahead."""
+    changes = {
+        "train__batch_size": batch_size, "train__timesteps": timesteps,
+        "data__caption_dropout": 0.5, "train__gradient_accumulation": 2, "train__steps": 12,
+    }  # fmt: skip
+    steps = 2 if batch_size > 2 else 10
+    run, loader = start(configure(memory__modulation="in_place", **changes))
+    assert run.ahead is None
+    in_place = losses(run, loader, steps)
+    run, loader = start(configure(**changes))
+    assert isinstance(run.ahead, Ahead)
+    assert losses(run, loader, steps) == in_place
+
+
+def test_ahead_fills_as_many_rows_as_there_are(configure, monkeypatch):
+    run, loader = start(configure(train__batch_size=2, train__steps=11))
+    sizes = []
+    modulation = run.model.modulation
+
+    def counted(t, y, guidance):
+        sizes.append(len(t))
+        return modulation(t, y, guidance)
+
+    monkeypatch.setattr(run.model, "modulation", counted)
+    losses(run, loader, 11)
+    assert sizes == [MODULATION_ROWS, 6]  # and none is formed for batches after the end
+
+
+# ---------------------------------------------------------------- memory that runs out
+
+
+def failing(run, monkeypatch, when: set[int], at="backward"):
+    """The passes numbered `when` run out of memory, before or after their gradients are there."""
+    work, count = run.gradient_pass, [0]
+
+    def gradient_pass(inputs):
+        number, count[0] = count[0], count[0] + 1
+        if number in when and at == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        loss = work(inputs)
+        if number in when:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss
+
+    monkeypatch.setattr(run.graphs, "_work", gradient_pass)
+
+
+@pytest.mark.parametrize("at", ["forward", "backward"])
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_after_running_out_are_those_of_an_undisturbed_run(configure, monkeypatch, seed, at):
+    """At random passes, in the middle of accumulation windows too; with and without a plan."""
+    config = configure(train__gradient_accumulation=2, train__ema={"enabled": True})
+    plain = losses(*start(config), steps=6)
+    draw = random.Random(seed)
+    when = set(draw.sample(range(12), 2))
+    plan = planned(config, 0.9 if seed % 2 else None, saved_8bit="none") if seed else None
+    said = []
+    run, loader = start(config, plan)
+    run.memory.say = said.append
+    before = dict(run.memory.policies)
+    failing(run, monkeypatch, when, at)
+    assert losses(run, loader, steps=6) == plain
+    assert run.memory.policies != before
+    assert len(said) == 2 and all("out of memory at" in line for line in said)
+
+
+def test_the_optimiser_begun_is_not_begun_again(configure, monkeypatch):
+    run, loader = start(configure())
+
+    def step(*_):
+        raise torch.OutOfMemoryError("in the optimiser")
+
+    monkeypatch.setattr(fluxfast.step, "step_unless", step)
+    passes = []
+    work = run.graphs._work
+    monkeypatch.setattr(run.graphs, "_work", lambda x: passes.append(1) or work(x))
+    with pytest.raises(torch.OutOfMemoryError, match="in the optimiser"):
+        losses(run, loader, 1)
+    assert len(passes) == 1
+
+
+def test_as_lean_as_it_gets_ends_the_run(configure, monkeypatch):
+    run, loader = start(configure())
+    failing(run, monkeypatch, set(range(1000)))
+    with pytest.raises(FluxfastError, match="Tried to allocate") as caught:
+        losses(run, loader, 1)
+    assert "data.resolution" in caught.value.hint
+    assert set(next(iter(run.memory.policies.values()))) <= {"replay", "keep"}
+
+
+def test_train_goes_on_after_running_out(configure, monkeypatch):
+    """The whole of train(): the file is that of an undisturbed run."""
+    plain = load_file(train(configure(name="plain"), console=QUIET))
+    gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]
+
+    def once(run, inputs):
+        count[0] += 1
+        if count[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return gradient_pass(run, inputs)
+
+    monkeypatch.setattr(fluxfast.step.Training, "gradient_pass", once)
+    console = Console(file=io.StringIO(), width=200)
+    config = configure(name="disturbed")
+    disturbed = load_file(train(config, console=console))
+    assert all(torch.equal(disturbed[key], plain[key]) for key in plain)
+    assert "out of memory at" in console.file.getvalue() and count[0] == 5
+
+
+def test_an_arena_too_small_is_no_silent_growth(configure):
+    config = configure()
+    run, loader = start(config, planned(config, policy="offload"))
+    engine = run.memory._engine
+    for bucket in engine._buckets.values():
+        bucket.block_bytes = {index: 1024 for index in bucket.block_bytes}
+    with pytest.raises(ArenaOverflow, match="were prepared"):
+        losses(run, loader, 1)
+
+
+# ---------------------------------------------------------------- a driver that spills
+
+
+def test_spilling_is_slow_steps_on_a_full_card():
+    def watch(full=True):
+        return SpillWatch(lambda: full)
+
+    spills = watch()
+    for seconds in (1.0, 1.1, 0.9, 1.0, 1.2):
+        spills.interval(seconds, 1.0)
+    spills.interval(6.0, 2.0)  # three times as much to do
+    spills.interval(9.0, 1.0)  # a checkpoint
+    spills.interval(1.0, 1.0)
+    spills.interval(9.0, 1.0)
+    spills.interval(9.0, 1.0)
+    with pytest.raises(MemorySpills, match="9.0 times as long") as caught:
+        spills.interval(9.0, 1.0)
+    assert "limit_gib" in caught.value.hint
+    room = watch(full=False)
+    for seconds in (1.0, 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0):
+        room.interval(seconds, 1.0)
+
+
+def test_a_run_that_spills_is_saved_and_stopped(configure, monkeypatch):
+    monkeypatch.setattr(fluxfast.train, "card_is_full", lambda device: True)
+
+    class Slow(SpillWatch):
+        def __init__(self, full):
+            super().__init__(lambda: True)
+            self.count = 0
+
+        def interval(self, seconds, expected):
+            assert expected == 2.0  # without a plan a count of passes
+            self.count += 1
+            super().interval(1.0 if self.count < 5 else 50.0, expected)
+
+    monkeypatch.setattr(fluxfast.train, "SpillWatch", Slow)
+    config = configure(train__steps=100, log_every=2, save__every=0)
+    with pytest.raises(MemorySpills):
+        train(config, console=QUIET)
+    (saved,) = (config.run_dir / "checkpoints").iterdir()
+    assert saved.name == "step-00000016"
+    assert GIB == 2**30
