@@ -184,7 +184,7 @@ def plan(
     examples/ai-toolkit/flux_dev_24gb.yaml --vram 24`. Without a card: 12, 16, 24 and 80 GB.
     """
     from fluxfast.config import build_config
-    from fluxfast.planning import plan_rows, table
+    from fluxfast.planning import breakdown, plan_rows, table
 
     if target is not None:
         config = _config(target, set_, None, None, None, None)
@@ -192,7 +192,8 @@ def plan(
         raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
         raw["data"]["resolution"] = [512, 768, 1024]
         config = build_config(raw, set_)
-    print("\n".join(table(plan_rows(config, vram, gpu))))
+    rows = plan_rows(config, vram, gpu)
+    print("\n".join([*table(rows), *breakdown(rows)]))
 
 
 @app.command()

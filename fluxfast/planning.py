@@ -226,6 +226,24 @@ def table(rows: list[Row]) -> list[str]:
     return [*table, "", "All figures are predicted; speeds from " + "; ".join(notes) + "."]
 
 
+def breakdown(rows: list[Row]) -> list[str]:
+    """Where the GiB of the last plan go; nothing where more than one card is asked about."""
+    plans = [row.plan for row in rows if row.plan is not None]
+    if not plans or len({row.card.name for row in rows}) > 1:
+        return []
+    plan = plans[-1]
+    on_card = {name: size for name, size in plan.static.items() if size and name != "host"}
+    lines = ["", f"Where it goes ({', '.join(plan.buckets)}), GiB:"]
+    lines += [f"  {size / GIB:6.2f}  {name}" for name, size in on_card.items()]
+    for label, bucket in plan.buckets.items():
+        activations = bucket.bytes - sum(on_card.values())
+        lines.append(f"  {activations / GIB:6.2f}  activations and passes, {label}")
+    lines.append(f"  {CONTEXT / GIB:6.2f}  CUDA itself (assumed)")
+    lines += ["At the most, by phase, without CUDA itself:"]
+    lines += [f"  {size / GIB:6.2f}  {phase}" for phase, size in plan.phases.items()]
+    return lines
+
+
 def what(plan: Plan) -> str:
     """How a plan goes about it; of several sizes, the largest."""
     work = plan.request.work

@@ -27,7 +27,7 @@ from fluxfast.memory.plan import (
 from fluxfast.memory.work import Shape, Work, lora_of, shape_of
 from fluxfast.model.saving import EXACT
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
-from fluxfast.planning import plan_rows, table
+from fluxfast.planning import breakdown, plan_rows, table
 
 ROOT = Path(__file__).parent.parent
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
@@ -220,6 +220,20 @@ def test_table_has_a_row_per_card_and_size():
     assert not any("does not fit" in line for line in lines)
     small = table(plan_rows(defaults(model__storage="bf16"), 12, "3060"))
     assert all("does not fit" in line and "nf4" in line for line in small[1:5])
+
+
+def test_breakdown_adds_up():
+    rows = plan_rows(defaults(), None, "4090")
+    lines = breakdown(rows)
+    plan = rows[-1].plan
+    entries = (line for line in lines if line.startswith("  "))
+    figures = {line[10:]: float(line[:10]) for line in entries}
+    static = sum(v for k, v in figures.items() if k.split(":")[0] in
+                 ("weights", "LoRA", "gradients", "optimiser", "scratch", "other"))  # fmt: skip
+    total = static + figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
+    assert total == pytest.approx(needed(plan), abs=0.06)
+    assert figures["training"] == pytest.approx(plan.peak / GIB, abs=0.01)
+    assert breakdown(plan_rows(defaults(), None, None)[:5]) == []
 
 
 def test_command_line():
