@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import quality_chart
+from bench import plan_table, quality_chart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     measured = quality_chart.newest()
     before, after = wanted.split(quality_chart.BEGIN)[0], wanted.split(quality_chart.END)[1]
     wanted = before + quality_chart.block(measured) + after
+    before, after = wanted.split(plan_table.BEGIN)[0], wanted.split(plan_table.END)[1]
+    wanted = before + plan_table.block() + after
     if check:
         said = "the README's tables are up to date"
         print(said if wanted == text else "run python bench/chart.py")

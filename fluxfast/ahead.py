@@ -50,6 +50,9 @@ class Ahead:
             )
             pooled.append(states)
         t = torch.cat(timesteps)
-        y = torch.cat(pooled).to(self.device)
+        y = torch.cat(pooled)
+        if self.device.type == "cuda":
+            y = y.pin_memory()  # or the copy would wait for the GPU
+        y = y.to(self.device, non_blocking=True)
         made = self.model.modulation(t, y, torch.full_like(t, train.guidance))
         self._rows = dict(zip(numbers, made.split(train.batch_size), strict=True))

@@ -43,6 +43,10 @@ def resolve_device(device: str = "auto") -> torch.device:
             f"device {device!r} is not there: torch sees {torch.cuda.device_count()} NVIDIA GPUs",
             hint="`fluxfast doctor` shows what torch sees",
         )
+    if resolved.type == "cuda":
+        # by its number, as tensors name it; kernels, graphs and caches go by the current device
+        resolved = torch.device("cuda", resolved.index or 0)
+        torch.cuda.set_device(resolved)
     return resolved
 
 

@@ -139,8 +139,9 @@ def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, T
     norm = torch.linalg.vector_norm(gradients)
     finite = torch.isfinite(norm)
     factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # 0 · NaN is NaN: replaced, not multiplied
-    gradients.copy_(torch.where(finite, gradients * factor, 0.0))
+    # in place: beside a full pool of activations there is no room for copies. 0 · NaN is NaN, so
+    # what is not finite is replaced, not multiplied
+    gradients.mul_(factor).masked_fill_(~finite, 0.0)
     return norm, (~finite).float()
 
 

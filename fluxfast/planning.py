@@ -1,6 +1,6 @@
 """From a configuration to a memory plan, and what is printed of one."""
 
-import os
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +14,14 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
 from fluxfast.load import choose_precision, resolve_precision
 from fluxfast.memory.cards import Card, card, closest
-from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, make_plan, usable
-from fluxfast.memory.work import Shape, Work, lora_of, shape_of
+from fluxfast.memory.fitting import DoesNotFit, make_plan
+from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, usable
+from fluxfast.memory.work import Shape, Work, lora_of
 from fluxfast.model.precision import DTYPES, activation_dtype
-from fluxfast.model.spec import DEV, FluxSpec
+from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
 
 # memory in GiB -> the card that stands for it where none is named
+_STAND_IN = "H100 SXM 80 GB"  # it has products of every kind
 PRESETS = {12: "RTX 3060 12 GB", 16: "RTX 4060 Ti 16 GB", 24: "RTX 4090", 80: "H100 SXM 80 GB"}
 
 
@@ -48,6 +50,8 @@ def request_of(
         optimizer_state=memory.optimizer_state,
         graphs=memory.graphs and not dropout,
         preview_pixels=config.sample.width * config.sample.height * bool(config.sample.prompts),
+        encodes=spec.context_in_dim == DEV.context_in_dim,
+        accumulation=config.train.gradient_accumulation,
     )
 
 
@@ -72,11 +76,8 @@ def plan_run(
     precision = storage, compute, activations
     cuda = device.type == "cuda"
     request = replace(request_of(config, spec, precision, shapes, graphs=cuda), encodes=False)
-    if not cuda:  # a limit to try plans with; the card's speed only ranks the choices
-        known = card("RTX 4090")
-        if compute == "fp8":
-            known = card("H100 SXM 80 GB")
-        return make_plan(request, known, int(limit * GIB), host_memory())
+    if not cuda:  # a limit to try plans with; a card's speed only ranks the choices
+        return make_plan(request, card(_STAND_IN), int(limit * GIB), host_memory())
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
@@ -86,30 +87,41 @@ def plan_run(
         known = closest((properties.major, properties.minor), total / GIB)
     room = free - int(MARGIN * total)
     if limit is not None:
-        room = min(int(limit * GIB) - CONTEXT, free)
+        room = min(int(limit * GIB) - CONTEXT, room)
+    if room <= 0:
+        raise ConfigError(
+            f"{free / GIB:.2f} GiB of the GPU are free, and nothing of it may be used",
+            hint="close what else uses the GPU"
+            + (", or raise memory.limit_gib" if limit is not None else ""),
+        )
     return make_plan(request, known, room, host_memory())
 
 
 def host_memory() -> int:
-    """Bytes that may be pinned: half of what is free."""
+    """Bytes that may be pinned: half of what is free or can be freed."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return 16 * GIB
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2
+    except OSError:  # no Linux
+        pass
+    return 16 * GIB
 
 
-def run_lines(plan: Plan) -> list[str]:
+def run_lines(plan: Plan, on_gpu: bool) -> list[str]:
     """What `train` says of its plan before it starts."""
     where = {"in_place": "formed in place", "ahead": "formed ahead", "host": "ahead, from the host"}
     lines = [
-        f"plan for the {plan.card.name}: {plan.peak / GIB:.1f} of {plan.limit / GIB:.1f} GiB "
+        f"plan for the {plan.card.name}: {plan.peak / GIB:.3g} of {plan.limit / GIB:.3g} GiB "
         f"(predicted), modulation {where[plan.modulation]}"
         + (", optimiser state on the host" if plan.optimizer_state == "host" else "")
     ]
+    if not on_gpu:
+        lines[0] += "; the device is a CPU, times are those of that card"
     for label, bucket in plan.buckets.items():
         host = f", {bucket.choice.host / GIB:.1f} GiB on the host" if bucket.choice.host else ""
         lines.append(
-            f"  {label}: {summary(bucket.choice.policies)}; {bucket.bytes / GIB:.1f} GiB{host}, "
+            f"  {label}: {summary(bucket.choice.policies)}; {bucket.bytes / GIB:.3g} GiB{host}, "
             f"{plan.seconds(label):.3g} s/it (predicted)"
         )
     return lines
@@ -142,17 +154,18 @@ class Row:
 
 
 def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[Row]:
-    """Plans of a configuration on the cards asked for, its pictures taken as squares.
+    """Plans of a configuration on the cards asked for.
 
     Every picture size has a plan of its own; more than one have one of them together, too. Raises
     ConfigError for an unknown card, or a model on this disk that cannot be read.
     """
-    cards = _cards(vram_gib, gpu)
+    limit = config.memory.limit_gib or math.inf
+    cards = [(known, min(gib, limit)) for known, gib in _cards(vram_gib, gpu)]
     spec = _spec(config.model)
     sides = sorted({side for data in config.data for side in data.resolution})
     batch = config.train.batch_size
     text = config.model.max_sequence_length or spec.text_length
-    shapes = {f"{side} px": _square(side, batch, text) for side in sides}
+    shapes = {f"{side} px": _largest(side, batch, text) for side in sides}
     sets = [{label: shape} for label, shape in shapes.items()]
     sets += [shapes] if len(shapes) > 1 else []
     rows = []
@@ -161,11 +174,15 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
             label = next(iter(chosen)) if len(chosen) == 1 else "mixed"
             try:
                 precision = _precision(config.model, known, vram)
-                plan = make_plan(request_of(config, spec, precision, chosen), known, usable(vram))
-                rows.append(Row(known, vram, label, plan))
-            except ConfigError as error:
-                reason = error.hint or error.message
+                request = request_of(config, spec, precision, chosen)
+                rows.append(Row(known, vram, label, make_plan(request, known, usable(vram))))
+            except DoesNotFit as error:
+                reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"
                 rows.append(Row(known, vram, label, None, reason))
+            except ConfigError as error:
+                if len(cards) == 1:
+                    raise
+                rows.append(Row(known, vram, label, None, error.message))
     return rows
 
 
@@ -174,8 +191,9 @@ def _cards(vram_gib: float | None, gpu: str | None) -> list[tuple[Card, float]]:
         known = card(gpu)
         return [(known, vram_gib or known.vram_gib)]
     if vram_gib is not None:
-        nearest = min(PRESETS, key=lambda gib: abs(gib - vram_gib))
-        return [(card(PRESETS[nearest]), vram_gib)]
+        usual = PRESETS | {32: "RTX 5090", 48: "L40S"}
+        nearest = min(usual, key=lambda gib: abs(gib - vram_gib))
+        return [(card(usual[nearest]), vram_gib)]
     return [(card(name), gib) for gib, name in PRESETS.items()]
 
 
@@ -187,17 +205,17 @@ def _precision(model: ModelConfig, known: Card, vram_gib: float) -> tuple[str, s
 
 
 def _spec(model: ModelConfig) -> FluxSpec:
-    """The model's own where it is on this disk; FLUX.1-dev for a Hub id."""
+    """The model's own where it is on this disk; else FLUX.1-schnell or dev, by its name."""
     if not Path(model.path).exists():
-        return DEV
+        return SCHNELL if "schnell" in model.path.lower() else DEV
     with open_base(Path(model.path)) as checkpoint:
         return checkpoint.spec
 
 
-def _square(side: int, batch: int, text: int) -> Shape:
-    """Of the largest square that the buckets make of this resolution."""
-    side = max(STEP, side // STEP * STEP)
-    return shape_of(side, side, batch, text)
+def _largest(side: int, batch: int, text: int) -> Shape:
+    """Of the largest picture that a bucket of this resolution may hold, whatever its aspect."""
+    cells = max(1, side * side // STEP**2)
+    return Shape(batch, cells * (STEP // 16) ** 2, text)
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -223,7 +241,9 @@ def table(rows: list[Row]) -> list[str]:
         for line in lines
     ]
     notes = sorted({_basis(row.card) for row in rows})
-    return [*table, "", "All figures are predicted; speeds from " + "; ".join(notes) + "."]
+    pinned = " Host GiB are pinned: `train` takes half of what is free at most."
+    note = "All figures are predicted; speeds from " + "; ".join(notes) + "."
+    return [*table, "", note + (pinned if any(row.plan and row.plan.host for row in rows) else "")]
 
 
 def breakdown(rows: list[Row]) -> list[str]:

@@ -1,6 +1,6 @@
 """One optimiser step on one page, and what it works on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
@@ -11,7 +11,7 @@ from fluxfast.ahead import Ahead
 from fluxfast.config import Config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.memory.graphs import Graphs, Inputs, why_not
-from fluxfast.memory.runtime import MemoryRuntime
+from fluxfast.memory.runtime import MemoryRuntime, is_out_of_memory
 from fluxfast.model.flux import Flux
 from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
@@ -33,6 +33,7 @@ class Training:
     loader: Loader
     announce: Callable[[str], None]
     ahead: Ahead | None = None
+    updating: bool = False  # whether the optimiser has begun a step and not ended it
     graphs: Graphs = field(init=False)
 
     def __post_init__(self):
@@ -76,18 +77,38 @@ class Training:
         return {**vars(noisy), "t5": t5, "pooled": pooled, "modulation": modulation}
 
     def capture(self) -> None:
-        """One graph per bucket, where there are graphs."""
-        if self.graphs.reason is None:
-            examples = (self.inputs(batch) for batch in self.loader.examples())
-            self.graphs.capture({_key(inputs): inputs for inputs in examples})
+        """One graph per bucket, where there are graphs; with leaner policies where memory does not
+        do for them.
+        """
+        while self.graphs.reason is None:
+            examples = {_key(inputs): inputs for inputs in self._examples()}
+            failed = None
+            try:
+                self.graphs.capture(examples)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = str(error)
+            if failed is None:
+                return
+            (_, tokens, _), *_ = self.graphs.failed_key
+            del examples
+            self.memory.out_of_memory(self.labels[tokens], failed)
+
+    def _examples(self) -> Iterator[dict[str, Tensor | None]]:
+        for batch in self.loader.examples():
+            inputs = self.inputs(batch)
+            if inputs["modulation"] is not None:  # not the whole filling that it is a part of
+                inputs["modulation"] = inputs["modulation"].clone()
+            yield inputs
 
     @contextmanager
-    def without_graphs(self):
-        """Their memory is there for something else inside."""
+    def without_graphs(self, again: bool):
+        """Their memory is there for something else inside. again: they are captured anew after."""
         captured = self.graphs.captured
         self.graphs.drop()
         yield
-        if captured:
+        if captured and again:
             self.capture()
 
 
@@ -111,10 +132,12 @@ def train_step(
     norm, bad = clip_and_guard(run.gradients, train.max_grad_norm)
     lr = default_lr(train) * lr_multiplier(step, train)
     set_lr(run.optimizer, lr)
+    run.updating = True
     with run.memory.stepping():
         step_unless(run.optimizer, bad)
     if run.ema:
         run.ema.update(run.parameters, bad)
+    run.updating = False
     return total, norm, bad, lr
 
 
@@ -123,7 +146,7 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
     leaner policies are in force."""
     run.gradients.zero_()
     total = torch.zeros((), device=run.device)
-    failed = None
+    failed, captured = None, run.graphs.captured
     for batch in batches:
         rows, columns = batch.mean.shape[-2:]
         label = run.labels[(rows // 2) * (columns // 2)]
@@ -131,7 +154,9 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
         try:
             inputs = run.inputs(batch)
             total += run.graphs(_key(inputs), inputs)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # the message alone: the error holds the frames, these the tensors
             failed = str(error)
             break
@@ -140,4 +165,6 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
     inputs = None  # let go of what the failed pass was given
     run.graphs.drop()
     run.memory.out_of_memory(label, failed)
+    if captured:
+        run.capture()
     return None

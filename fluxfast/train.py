@@ -4,15 +4,14 @@ import os
 import shutil
 import signal
 import threading
-from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from fluxfast import __version__
-from fluxfast.ahead import Ahead
+from fluxfast.build import bucket_shapes, build
 from fluxfast.checkpoint import (
     checkpoints,
     drop_partials,
@@ -22,19 +21,16 @@ from fluxfast.checkpoint import (
 )
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
-from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.errors import FluxfastError
 from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.lora import save_lora
-from fluxfast.load import load_transformer, resolve_device
-from fluxfast.memory.plan import Plan
-from fluxfast.memory.runtime import CURE, MemoryRuntime
+from fluxfast.load import resolve_device
+from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
-from fluxfast.memory.work import Shape
 from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
-from fluxfast.model.lora import inject_lora, lora_layers
-from fluxfast.model.precision import linears, multiplies_in_8_bits
-from fluxfast.optim import Ema, build_optimizer, flat_gradients, set_mode
+from fluxfast.model.lora import lora_layers
+from fluxfast.optim import set_mode
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
 from fluxfast.report import write_report
@@ -66,146 +62,23 @@ def _train(config: Config, console: Console) -> Path:
         prepared.dataset, config.train.batch_size, config.seed, pin=device.type == "cuda"
     )
     plan = plan_run(config, prepared.base, bucket_shapes(loader), device)
-    for line in run_lines(plan) if plan else []:
+    for line in run_lines(plan, device.type == "cuda") if plan else []:
         say(console, line)
-    run = build(config, prepared.base, loader, device, console, plan)
-    _check_fits(run.model, loader.batch(0))
-    first = _resume(run, console)
-    write_atomic(
-        config.run_dir / "config.yaml",
-        dump_config(config).encode(),
-    )
-    if first < config.train.steps:
-        try:
+    try:
+        run = build(config, prepared.base, loader, device, console, plan)
+        _check_fits(run.model, loader.batch(0))
+        first = _resume(run, console)
+        write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
+        if first < config.train.steps:
             watch = Watch(config, run.model, prepared, device, console)
             _loop(run, loader, watch, first, console)
-        except torch.OutOfMemoryError as error:
-            # not in a gradient pass, which takes leaner policies and goes on
-            first_line = str(error).splitlines()[0]
-            raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # not in a gradient pass, which takes leaner policies and goes on
+        first_line = str(error).splitlines()[0]
+        raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
     return _finish(run, console)
-
-
-def bucket_labels(loader: Loader) -> dict[int, str]:
-    """Image tokens of a sample -> the name of the buckets of so many: the first one's size."""
-    labels: dict[int, str] = {}
-    for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
-        labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
-    return labels
-
-
-def bucket_shapes(loader: Loader) -> dict[str, Shape]:
-    """Label -> batch shape."""
-    labels = bucket_labels(loader)
-    return {
-        label: Shape(loader.batch_size, tokens, loader.text_length)
-        for tokens, label in labels.items()
-    }
-
-
-def build(
-    config: Config,
-    base: Path,
-    loader: Loader,
-    device: torch.device,
-    console: Console,
-    plan: Plan | None = None,
-) -> Training:
-    """The frozen model with its LoRA, and everything that trains it as planned."""
-    with console.status("loading the transformer"):
-        model = load_transformer(
-            base,
-            config.model.storage,
-            config.model.compute,
-            device,
-            layers=config.model.layers,
-            double_quant=config.model.double_quant,
-            announce=lambda line: say(console, f"note: {line}"),
-        )
-    lora = config.lora
-    parameters = inject_lora(
-        model,
-        lora.rank,
-        lora.alpha,
-        lora.targets,
-        include=lora.include,
-        exclude=lora.exclude,
-        share_a=lora.share_a,
-        dropout=lora.dropout,
-        seed=config.seed,
-    )
-    if lora.dropout:
-        say(console, "note: LoRA dropout takes the path that is not fused: slower, more memory")
-    model.train()
-    trained = sum(p.numel() for p in parameters)
-    say(
-        console,
-        f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
-        f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}",
-    )
-    ema = Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None
-    optimizer = build_optimizer(config.train, parameters)
-    labels, policies = bucket_labels(loader), _policies(config, model, loader, plan)
-
-    def announce(line: str) -> None:
-        say(console, f"note: {line}")
-
-    memory = MemoryRuntime(model, plan, policies, device, announce)
-    memory.attach(optimizer)
-    run = Training(
-        config, device, model, parameters, flat_gradients(parameters), optimizer, ema, memory,
-        labels, loader, announce,
-    )  # fmt: skip
-    if _forms_ahead(config, model, plan):
-        run.ahead = Ahead(model, loader, config, device)
-    return run
-
-
-def _policies(
-    config: Config, model: Flux, loader: Loader, plan: Plan | None
-) -> dict[str, tuple[str, ...]]:
-    """Bucket -> policy per block: the plan's, else the configured one for all."""
-    if plan is not None:
-        return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
-    memory = config.memory
-    if (
-        memory.policy == "offload"
-        or memory.modulation == "host"
-        or memory.optimizer_state == "host"
-    ):
-        raise ConfigError(
-            "memory: what goes to the host is planned, and on a CPU there is no plan",
-            hint="set memory.limit_gib to try one",
-        )
-    word = "keep" if memory.policy == "auto" else memory.policy
-    return {label: (word,) * len(model.policies) for label in bucket_labels(loader).values()}
-
-
-def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:
-    if plan is not None:
-        return plan.modulation != "in_place"
-    trained = any(layer.trains() for layer in model.modulation_linears())
-    if trained and config.memory.modulation == "ahead":
-        raise ConfigError(
-            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
-        )
-    return not trained and config.memory.modulation != "in_place"
-
-
-def _precision(model: Flux) -> str:
-    """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
-    layers = {name: model.get_submodule(name) for name in linears(model.spec)}
-    blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
-    coded = [layer for layer in blocks if layer.products]
-    stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]
-    dtype = "fp32" if model.compute_dtype == torch.float32 else "bf16"
-    if not coded:
-        return f"base in {stored}, computed in {dtype}"
-    line = f"base in {stored}, {coded[0].products} products, activations in {dtype}"
-    rotated = sum(layer.rotation > 0 for layer in layers.values())
-    line += f", {rotated} {'layer' if rotated == 1 else 'layers'} rotated" if rotated else ""
-    dense = [layer for layer in blocks if not layer.products]
-    return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
 
 
 def _check_fits(model: Flux, batch: Batch) -> None:
@@ -242,10 +115,15 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
     accumulation = train.gradient_accumulation
     batches = loader.iterate(first * accumulation, train.steps * accumulation)
     set_mode(run.optimizer, training=True)
+    judged = [0]  # how often policies had changed when intervals were last judged
     spill = SpillWatch(lambda: run.device.type == "cuda" and card_is_full(run.device))
 
     def judge(seconds: float | None) -> None:
         expected = run.memory.take_expected()
+        if judged[0] != run.memory.changes:
+            judged[0] = run.memory.changes
+            spill.restart()
+            return
         if seconds is not None:
             spill.interval(seconds, expected)
 
@@ -253,17 +131,13 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
     if first == 0:
         _look(run, watch, 0)
     run.capture()
-    with log, _stop_on_interrupt() as stop:
+    with log, _stop_on_interrupt() as stop, _saved_where_memory_ends(run, first) as progress:
         for step in range(first, train.steps):
             loss, norm, bad, lr = train_step(
                 run, [next(batches) for _ in range(accumulation)], step
             )
-            done, epoch = step + 1, step * accumulation // loader.batches_per_epoch
-            try:
-                log.step(done, loss, norm, bad, lr, epoch)
-            except MemorySpills:
-                _save(run, done)
-                raise
+            progress.done = done = step + 1
+            log.step(done, loss, norm, bad, lr, step * accumulation // loader.batches_per_epoch)
             due = config.save.every and done % config.save.every == 0
             if due or done == train.steps or stop.is_set():
                 _save(run, done)
@@ -274,10 +148,30 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
                 raise KeyboardInterrupt
 
 
+@dataclass
+class _Progress:
+    done: int
+
+
+@contextmanager
+def _saved_where_memory_ends(run: Training, first: int):
+    """Where memory runs out or spills, what was trained so far is saved before the error goes on,
+    unless it is an optimiser's step that was cut short."""
+    progress = _Progress(first)
+    try:
+        yield progress
+    except (RuntimeError, FluxfastError) as error:
+        ended = isinstance(error, MemorySpills | MemoryExhausted) or is_out_of_memory(error)
+        if ended and not run.updating and progress.done > first:
+            run.graphs.drop()
+            _save(run, progress.done)
+        raise
+
+
 def _look(run: Training, watch: Watch, done: int) -> None:
     """Validation and previews, with the weights that would be saved; the best ones are."""
     set_mode(run.optimizer, training=False)
-    with run.without_graphs():
+    with run.without_graphs(again=done < run.config.train.steps):
         row = watch.look(done)
     if row is not None:
         meta = {**_metadata(run, done), "validation_loss": f"{row.loss:.6f}"}

@@ -44,6 +44,7 @@ fluxfast.memory.graphs
 fluxfast.memory.spill    errors
 fluxfast.memory.choose   memory.* model.names
 fluxfast.memory.plan     memory.* model.* errors
+fluxfast.memory.fitting  memory.cards memory.plan errors
 fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
 fluxfast.optim           config errors
 fluxfast.metrics         errors files
@@ -69,7 +70,8 @@ fluxfast.report          plots validation files
 fluxfast.prepare         data.cache data.captions data.store formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
-fluxfast.train           ahead config checkpoint data.loader errors files formats.lora load memory.plan memory.runtime memory.spill memory.work metrics model.* optim planning prepare report step watch
+fluxfast.build           ahead data.loader load memory.plan memory.runtime memory.work metrics model.* optim step config errors
+fluxfast.train           build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native

@@ -8,8 +8,9 @@ import torch
 from fluxfast.memory import saved
 from fluxfast.memory.cards import card
 from fluxfast.memory.copies import CudaCopies
+from fluxfast.memory.fitting import make_plan
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.plan import Request, make_plan
+from fluxfast.memory.plan import Request
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.memory.work import Shape, Work, lora_of
 from fluxfast.model.flux import Flux, random_flux
@@ -63,9 +64,11 @@ def gradients(made: Flux, x: dict[str, torch.Tensor]) -> torch.Tensor:
     ("compute", "targets"), [("bf16", "attn+mlp"), ("int8", "attn+mlp"), ("bf16", "all")]
 )
 def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
+    planned, shape = work(compute, targets), Shape(batch, SIDE * SIDE // 4, TEXT)
+    # what stays in the process: scratch, and cuBLAS's workspaces
+    gradients(model(compute, targets), inputs(1))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    planned, shape = work(compute, targets), Shape(batch, SIDE * SIDE // 4, TEXT)
     made, x = model(compute, targets), inputs(batch)
     policies = (policy,) * BLOCKS
     request = Request(planned, {"512": shape}, policy=policy, graphs=False, encodes=False)
@@ -80,7 +83,7 @@ def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
     torch.cuda.synchronize()
     found = torch.cuda.max_memory_allocated() - before
     trained = saved.trained(planned, "adamw", ema=False)
-    always = sum(saved.weights(planned).values()) + saved.scratch(planned)
+    always = sum(saved.weights(planned).values())
     always += trained["LoRA"] + trained["gradients"] + sum(t.nbytes for t in x.values())
     predicted = always + plan.buckets["512"].choice.bytes
     assert predicted == pytest.approx(found, rel=0.05)

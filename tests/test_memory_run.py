@@ -1,6 +1,7 @@
 """A planned run on the CPU: the same losses whatever the plan, and whatever runs out on the way."""
 
 import io
+import math
 import random
 from dataclasses import replace
 
@@ -13,16 +14,19 @@ from safetensors.torch import load_file
 import fluxfast.step
 import fluxfast.train
 from fluxfast.ahead import Ahead
+from fluxfast.build import bucket_shapes, build
 from fluxfast.data.loader import Loader
 from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.memory.fitting import make_plan
 from fluxfast.memory.offload import ArenaOverflow
-from fluxfast.memory.plan import GIB, make_plan
+from fluxfast.memory.plan import GIB
+from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.planning import plan_run
 from fluxfast.prepare import prepare
 from fluxfast.step import train_step
-from fluxfast.train import bucket_shapes, build, train
+from fluxfast.train import train
 
 QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")
@@ -98,7 +102,8 @@ def test_a_planned_run_is_the_plain_one(configure, more, optimizer):
 
 def test_a_tight_limit_mixes_exact_policies(configure):
     config = configure()
-    plan = planned(config, 0.5, saved_8bit="none")
+    here = {"modulation": "ahead", "optimizer_state": "device"}
+    plan = planned(config, 0.5, saved_8bit="none", **here)
     mixed = {policy for bucket in plan.buckets.values() for policy in bucket.choice.policies}
     assert len(mixed) > 1 and mixed <= {"keep", "fc1", "offload", "replay"}
     assert losses(*start(config, plan)) == losses(*start(config))
@@ -114,7 +119,7 @@ def test_train_plans_and_says_so(configure):
     assert said.index("plan for the") < said.index("step 2/4")
     assert load_file(train(configure(name="plain"), console=QUIET)).keys() == load_file(path).keys()
     with pytest.raises(ConfigError, match="needs at least"):
-        train(configure(memory__limit_gib=0.01, name="tiny"), console=QUIET)
+        train(configure(memory__limit_gib=0.1, name="tiny"), console=QUIET)
     assert not (config.output_dir / "tiny" / "checkpoints").exists()
 
 
@@ -128,6 +133,23 @@ def test_resume_with_the_optimiser_on_the_host(configure):
     (parts.run_dir / "parts.safetensors").unlink()
     again = load_file(train(parts, console=QUIET))
     assert all(torch.equal(again[key], value) for key, value in load_file(whole).items())
+
+
+def test_a_lora_on_the_last_blocks_alone_offloads_those(configure):
+    config = configure(lora__include=["single_blocks"])
+    plain = losses(*start(config))
+    run, loader = start(config, planned(config, policy="offload"))
+    assert losses(run, loader) == plain
+    assert run.model.policies[:2] == ["keep"] * 2 and run.model.policies[2] == "offload"
+
+
+def test_dropout_on_the_modulation_trains(configure):
+    """Its masks are drawn for the batch's own samples: there is no padding to 16 rows."""
+    for batch in (2, 20):
+        config = configure(lora__targets="all", lora__dropout=0.3, train__batch_size=batch)
+        run, loader = start(config)
+        found = losses(run, loader, 1)
+        assert all(map(math.isfinite, found)) and found[1] > 0
 
 
 def test_what_needs_a_plan_says_so(configure):
@@ -203,7 +225,8 @@ def test_losses_after_running_out_are_those_of_an_undisturbed_run(configure, mon
     plain = losses(*start(config), steps=6)
     draw = random.Random(seed)
     when = set(draw.sample(range(12), 2))
-    plan = planned(config, 0.9 if seed % 2 else None, saved_8bit="none") if seed else None
+    exact = {"saved_8bit": "none", "modulation": "ahead", "optimizer_state": "device"}
+    plan = planned(config, 0.9 if seed % 2 else None, **exact) if seed else None
     said = []
     run, loader = start(config, plan)
     run.memory.say = said.append
@@ -232,10 +255,60 @@ def test_the_optimiser_begun_is_not_begun_again(configure, monkeypatch):
 def test_as_lean_as_it_gets_ends_the_run(configure, monkeypatch):
     run, loader = start(configure())
     failing(run, monkeypatch, set(range(1000)))
-    with pytest.raises(FluxfastError, match="Tried to allocate") as caught:
+    with pytest.raises(MemoryExhausted, match="Tried to allocate") as caught:
         losses(run, loader, 1)
     assert "data.resolution" in caught.value.hint
     assert set(next(iter(run.memory.policies.values()))) <= {"replay", "keep"}
+
+
+def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
+    """Of a run that has no checkpoint yet: in the passes and in a preview, not in the optimiser."""
+    gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]
+
+    def later_never(run, inputs):
+        count[0] += 1
+        if count[0] > 3:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return gradient_pass(run, inputs)
+
+    config = configure(name="passes", save__every=0, memory__policy="replay")
+    with monkeypatch.context() as patch:
+        patch.setattr(fluxfast.step.Training, "gradient_pass", later_never)
+        with pytest.raises(MemoryExhausted, match="ALLOC_FAILED"):
+            train(config, console=QUIET)
+    assert [f.name for f in (config.run_dir / "checkpoints").iterdir()] == ["step-00000003"]
+    plain = load_file(train(configure(name="plain"), console=QUIET))
+    again = load_file(train(config, console=QUIET))
+    assert all(torch.equal(again[key], value) for key, value in plain.items())
+
+    def out(*_):
+        raise torch.OutOfMemoryError("in a preview")
+
+    config = configure(name="looks", save__every=0, validation__share=0.3, validation__every=2)
+    with monkeypatch.context() as patch:
+        look = fluxfast.train.Watch.look
+        patch.setattr(fluxfast.train.Watch, "look", lambda w, n: out() if n else look(w, n))
+        with pytest.raises(FluxfastError, match="in a preview"):
+            train(config, console=QUIET)
+    assert [f.name for f in (config.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+
+    config = configure(name="optimiser", save__every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(fluxfast.step, "step_unless", out)
+        with pytest.raises(FluxfastError, match="memory is full"):
+            train(config, console=QUIET)
+    assert not (config.run_dir / "checkpoints").exists()
+
+
+def test_where_nothing_is_leaner_a_step_is_tried_once_more(configure, monkeypatch):
+    config = configure(memory__policy="replay")
+    plain = losses(*start(config))
+    run, loader = start(config)
+    said = []
+    run.memory.say = said.append
+    failing(run, monkeypatch, {2})
+    assert losses(run, loader) == plain
+    assert len(said) == 1 and "nothing is leaner" in said[0]
 
 
 def test_train_goes_on_after_running_out(configure, monkeypatch):

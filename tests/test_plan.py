@@ -15,13 +15,13 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory import saved
 from fluxfast.memory.cards import card
 from fluxfast.memory.choose import Chooser
+from fluxfast.memory.fitting import make_plan
 from fluxfast.memory.plan import (
     CONTEXT,
     GIB,
     Request,
     leaner,
     leaner_policies,
-    make_plan,
     usable,
 )
 from fluxfast.memory.work import Shape, Work, lora_of, shape_of
@@ -149,17 +149,65 @@ def test_what_does_not_fit_names_what_would():
     with pytest.raises(ConfigError) as caught:
         make_plan(request(policy="keep"), card("3060 12 GB"), usable(12))
     assert "needs at least" in str(caught.value) and "memory.policy: auto" in str(caught.value)
-    with pytest.raises(ConfigError) as caught:
-        make_plan(request(batch=64), card("3060 12 GB"), usable(12), host=GIB)
-    hint = caught.value.hint
-    assert "train.batch_size" in hint or "data.resolution" in hint
-    # and what it names does fit
-    words = hint.removeprefix("what fits: ").split("; or ")[0]
-    if words.startswith("train.batch_size"):
-        batch = int(words.split()[1].rstrip(","))
-        make_plan(request(batch=batch), card("3060 12 GB"), usable(12), host=GIB)
-    with pytest.raises(ConfigError, match="a card of"):
+    with pytest.raises(ConfigError, match="a card of 12 GiB"):
         make_plan(request(), card("3060 12 GB"), usable(6))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 64},
+        {"batch": 4, "sides": (2048,), "policy": "keep"},
+        {"batch": 2, "policy": "keep", "modulation": "ahead"},
+        {"sides": (512,), "optimizer_state": "device", "modulation": "ahead", "policy": "keep"},
+        {"preview_pixels": 5000**2},
+    ],
+)
+def test_what_a_refusal_names_does_fit(changes):
+    """Every setting that is named is tried as a user would, word by word."""
+    small, limit = card("3060 12 GB"), usable(12)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(request(**changes), small, limit)
+    named = caught.value.hint.removeprefix("what fits: ").split("; or ")
+    assert named and "no single" not in named[0]
+    for words in named:
+        again = dict(changes)
+        if words.startswith("a card of"):
+            make_plan(request(**again), small, usable(int(words.split()[3])))
+            continue
+        words = words.replace(" with gradient_accumulation", "").replace(" and ", ", ")
+        for setting in words.split(", "):
+            key, value = setting.split(": ")
+            if key == "memory":
+                again |= {"policy": "auto", "modulation": "auto", "optimizer_state": "auto"}
+            elif key.startswith("memory."):
+                again[key.removeprefix("memory.")] = value
+            elif key == "train.batch_size":
+                again["batch"] = int(value)
+            elif key == "data.resolution":
+                again["sides"] = (int(value),)
+            else:
+                assert key in ("sample.width", "sample.height"), key
+                again["preview_pixels"] = int(value) ** 2
+        make_plan(request(**again), small, limit)
+
+
+def test_a_refusal_says_what_is_short():
+    small, limit = card("3060 12 GB"), usable(12)
+    with pytest.raises(ConfigError, match="pinned host memory, of which 1 GiB"):
+        make_plan(request(policy="offload"), card("4090"), usable(24), host=GIB)
+    with pytest.raises(ConfigError, match="previews of this size"):
+        make_plan(request((512,), preview_pixels=5000**2), small, limit)
+    with pytest.raises(ConfigError, match="encoding captions needs 9.25 GiB"):
+        make_plan(request((512,), policy="replay"), small, usable(10))
+    with pytest.raises(ConfigError, match="loading needs"):
+        dense = request((512,), modulation="host")
+        dense = replace(dense, work=replace(dense.work, storage="bf16"))
+        make_plan(dense, card("4090"), usable(24))
+    with pytest.raises(ConfigError, match="nothing under lora.dropout"):
+        make_plan(
+            replace(request(policy="u8"), work=replace(request().work, dropout=True)), small, limit
+        )
 
 
 def test_pinned_memory_is_limited_too():
@@ -185,10 +233,30 @@ def test_a_notch_leaner_goes_on_until_nothing_is_left():
 
 def test_accumulation_and_batch_are_in_the_time():
     plan = make_plan(request((512,)), card("4090"), usable(24))
-    one, four = plan.seconds("512"), plan.seconds("512", accumulation=4)
+    one = plan.seconds("512")
+    four = make_plan(request((512,), accumulation=4), card("4090"), usable(24)).seconds("512")
     assert four == pytest.approx(4 * one - 3 * plan.step_seconds)
     batch = make_plan(request((512,), batch=4), card("4090"), usable(80)).seconds("512")
     assert 2 * one < batch < 4 * one
+
+
+def test_blocks_that_save_nothing_are_never_offloaded():
+    """A LoRA on the single blocks alone: the double ones have nothing to bring away."""
+    lora = lora_of(DEV, 16, "attn+mlp", ["single_blocks"])
+    only = replace(request(), work=replace(request().work, lora=lora))
+    for each in (only, replace(only, policy="offload")):
+        policies = make_plan(each, card("3060 12 GB"), usable(12)).buckets["1024"].choice.policies
+        assert set(policies[:19]) == {"keep"} and "offload" in policies[19:]
+
+
+def test_graphs_keep_their_pool_through_the_optimisers_step():
+    plan = make_plan(request((512,), optimizer_state="host"), card("4090"), usable(24))
+    state = saved.trained(plan.request.work, "adamw", ema=False)["optimiser"]
+    assert plan.buckets["512"].graphed
+    assert plan.phases["optimiser step"] == plan.peak + state
+    eager = make_plan(request((512,), optimizer_state="host", graphs=False), card("4090"),
+                      usable(24))  # fmt: skip
+    assert eager.phases["optimiser step"] < eager.peak
 
 
 def test_layers_kept_dense_are_dearer_and_known():
@@ -220,6 +288,30 @@ def test_table_has_a_row_per_card_and_size():
     assert not any("does not fit" in line for line in lines)
     small = table(plan_rows(defaults(model__storage="bf16"), 12, "3060"))
     assert all("does not fit" in line and "nf4" in line for line in small[1:5])
+
+
+def test_rows_say_what_is_planned():
+    (row,) = plan_rows(defaults(data__0__resolution=[540]), None, "4090")
+    assert row.plan.buckets["540 px"].shape.image_tokens == 284 * 4  # as wide a bucket as there is
+    (row,) = plan_rows(
+        defaults(model__path="black-forest-labs/FLUX.1-schnell", data__0__resolution=[512]),
+        None, "4090",
+    )  # fmt: skip
+    assert row.plan.request.work.spec.guidance_embed is False
+    assert row.plan.buckets["512 px"].shape.text_tokens == 256
+    (row,) = plan_rows(defaults(memory__limit_gib=8, data__0__resolution=[512]), 24, None)
+    assert row.vram_gib == 8
+    with pytest.raises(ConfigError, match="needs a GPU of compute capability 8.9"):
+        plan_rows(defaults(model__compute="fp8"), None, "3090")
+    mixed = plan_rows(defaults(model__compute="fp8"), None, None)
+    assert [row.plan is None for row in mixed if row.label == "512 px"] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    with pytest.raises(ConfigError, match="matches no module"):
+        plan_rows(defaults(lora__include=["nothing"]), None, "4090")
 
 
 def test_breakdown_adds_up():

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fluxfast.build import build
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
@@ -23,7 +24,7 @@ from fluxfast.load import resolve_device
 from fluxfast.metrics import RunLog
 from fluxfast.prepare import prepare
 from fluxfast.step import train_step
-from fluxfast.train import build, train
+from fluxfast.train import train
 
 ROOT = Path(__file__).parent.parent
 QUIET = Console(file=io.StringIO())

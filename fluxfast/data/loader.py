@@ -108,13 +108,23 @@ class Loader:
         )
 
     def examples(self) -> Iterator[Batch]:
-        """One batch of every size, the first of each in the first epoch."""
+        """The first batch of every size in the first epoch, where some have masks with and without
+        one.
+        """
         seen = set()
         for step in range(self.batches_per_epoch):
             samples, _ = self._members(step)
-            if samples[0].size not in seen:
-                seen.add(samples[0].size)
-                yield self.batch(step)
+            size = samples[0].size
+            if (size, True) in seen or ((size, False) in seen and not self._has_masks):
+                continue
+            batch = self.batch(step)
+            if (size, batch.mask is not None) not in seen:
+                seen.add((size, batch.mask is not None))
+                yield batch
+
+    @cached_property
+    def _has_masks(self) -> bool:
+        return any("mask" in self._latents(s, 0) for s in self.dataset.samples)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start to stop - 1 in order, read ahead by one background thread.

@@ -142,7 +142,12 @@ class Chooser:
         )
 
     def fixed(self, policies: Sequence[str]) -> Choice:
-        """What these policies take."""
+        """What these policies take. A block that saves nothing is kept, not offloaded."""
+        pairs = zip(self.blocks, policies, strict=True)
+        policies = [
+            "keep" if policy == "offload" and not block.kept[policy].host else policy
+            for block, policy in pairs
+        ]
         line = self.timeline(policies)
         besides = line.staging_bytes + line.in_flight_bytes
         return Choice(
@@ -159,9 +164,11 @@ class Chooser:
         """
         found = [self._fill(budget, allowed, frozenset())]
         if "offload" in allowed and (found[0] is None or self._costs(found[0])):
-            most = len(self.blocks)
-            for count in {*range(1, most, max(1, most // TRIED)), most}:
-                found.append(self._fill(budget, allowed, _spread(count, len(self.blocks))))
+            able = [i for i, block in enumerate(self.blocks) if block.kept["offload"].host]
+            most = len(able)
+            for count in sorted({*range(1, most + 1, max(1, most // TRIED)), most} - {0}):
+                spread = frozenset(able[place] for place in _spread(count, most))
+                found.append(self._fill(budget, allowed, spread))
         fits = [choice for choice in found if choice and (host is None or choice.host <= host)]
         fits.sort(key=lambda choice: choice.seconds)
         relaxed = [self._relaxed(choice, budget, allowed) for choice in fits[:RELAXED]]

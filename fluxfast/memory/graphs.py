@@ -93,6 +93,7 @@ class Graphs:
         recorder: Recorder | None = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
+        self.failed_key: Hashable = None  # whose warm-up or recording raised last
         self._work, self._gradients, self._announce = work, gradients, announce
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
@@ -137,6 +138,7 @@ class Graphs:
             for key in order:
                 self._inputs[key] = self._make_static(examples[key])
             for key in order:
+                self.failed_key = key
                 self._recorder.warm_up(self._run(key))
             gc.collect()
             failure = self._record(order)
@@ -183,8 +185,11 @@ class Graphs:
     def _record(self, order: list[Hashable]) -> str | None:
         """-> why it failed."""
         for key in order:
+            self.failed_key = key
             try:
                 self._recordings[key] = self._recorder.record(self._run(key))
+            except torch.OutOfMemoryError:
+                raise
             # whatever it was: eagerly it has just worked
             except Exception as error:
                 return _first_line(error)

@@ -22,6 +22,10 @@ CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
 MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
 OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimiser's temporaries
 
+LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantised: assumed
+# copies of the gradients that a step makes and drops; fused AdamW and bitsandbytes make none
+STEP_COPIES = {"prodigy": 1, "schedulefree": 2, "adafactor": 1}  # assumed, from their source
+
 # parameters, counted from the published configurations
 T5_PARAMETERS = 4_762_310_656
 CLIP_PARAMETERS = 123_060_480
@@ -38,7 +42,7 @@ class Request:
     activations may be kept in 8 bits. policy: "auto", or one of `saving.POLICIES` for all blocks.
     modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
     preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
-    encoded on this card first.
+    encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step.
     """
 
     work: Work
@@ -53,6 +57,7 @@ class Request:
     graphs: bool = True
     preview_pixels: int = 0
     encodes: bool = True
+    accumulation: int = 1
 
     @property
     def modulation_trained(self) -> bool:
@@ -63,6 +68,8 @@ class Request:
         """The policies that may be chosen from."""
         if self.policy != "auto":
             return [self.policy]
+        if self.work.dropout:  # its path forms u and GELU apart: there is no op to keep codes
+            return list(EXACT)
         in_8_bits = {"none": (), "u": ("u8",), "all": ("u8", "8bit")}[self.saved_8bit]
         return [*EXACT, *in_8_bits]
 
@@ -105,9 +112,9 @@ class Plan:
         """Pinned bytes on the host."""
         return self.static.get("host", 0) + max(b.choice.host for b in self.buckets.values())
 
-    def seconds(self, label: str, accumulation: int = 1) -> float:
+    def seconds(self, label: str) -> float:
         """Of one optimiser step of that bucket."""
-        return self.buckets[label].seconds * accumulation + self.step_seconds
+        return self.buckets[label].seconds * self.request.accumulation + self.step_seconds
 
 
 def usable(vram_gib: float) -> int:
@@ -115,28 +122,21 @@ def usable(vram_gib: float) -> int:
     return int(vram_gib * GIB * (1 - MARGIN)) - CONTEXT
 
 
-def make_plan(request: Request, card: Card, limit: int, host: int | None = None) -> Plan:
-    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones.
-
-    Raises ConfigError where there is none, naming the nearest settings that would fit.
+def best_plan(request: Request, card: Card, limit: float, host: int | None) -> Plan | None:
+    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None where
+    nothing fits. Raises ConfigError for settings that contradict each other.
     """
-    plan = _best(request, card, limit, host)
-    if plan is None:
-        least = _least_bytes(request, card)
+    if request.policy == "u8" and request.work.dropout:
         raise ConfigError(
-            f"this does not fit: it needs at least {least / GIB:.1f} GiB, "
-            f"{limit / GIB:.1f} GiB may be used on the {card.name}",
-            hint=_cures(request, card, limit, host),
+            "memory.policy: u8 does nothing under lora.dropout, whose path forms GELU apart",
+            hint="memory.policy: auto, or lora.dropout: 0",
         )
-    return plan
-
-
-def _best(request: Request, card: Card, limit: int, host: int | None) -> Plan | None:
-    plans = (
-        _plan(request, card, limit, host, modulation, state)
+    choosers: dict[tuple[Shape, bool], Chooser] = {}
+    plans = [
+        _plan(request, card, limit, host, modulation, state, choosers)
         for modulation in _modulations(request)
         for state in _states(request)
-    )
+    ]
     return min((p for p in plans if p), key=_mean_seconds, default=None)
 
 
@@ -161,7 +161,7 @@ def _states(request: Request) -> list[str]:
     return ["device", "host"] if given == "auto" else [given]
 
 
-def _plan(request, card, limit, host, modulation: str, state: str) -> Plan | None:
+def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> Plan | None:
     static = static_bytes(request, modulation, state)
     on_host = static.get("host", 0)
     room = None if host is None else host - on_host
@@ -171,7 +171,8 @@ def _plan(request, card, limit, host, modulation: str, state: str) -> Plan | Non
     buckets, staging = {}, 0
     for _ in range(2):  # staging buffers are the largest bucket's, for all of them
         for label, shape in request.shapes.items():
-            bucket = _bucket(request, card, shape, limit - always, room, modulation, staging)
+            given = (limit - always, room, modulation, staging, choosers)
+            bucket = _bucket(request, card, shape, *given)
             if bucket is None:
                 return None
             buckets[label] = replace(bucket, bytes=bucket.bytes + always)
@@ -181,7 +182,14 @@ def _plan(request, card, limit, host, modulation: str, state: str) -> Plan | Non
         staging = most
     step = _step_seconds(request, card, static, state)
     phases = _phases(request, always, max(b.bytes for b in buckets.values()))
-    phases["optimiser step"] = always + _on_host_bytes(request, "optimiser", state)
+    # graphs keep their pool through it
+    graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
+    phases["optimiser step"] = max(graphed, default=always)
+    phases["optimiser step"] += _on_host_bytes(request, "optimiser", state)
+    phases["optimiser step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
+    weights = saved.weights(request.work, request.double_quant)
+    phases["loading"] = sum(weights.values()) + static["LoRA"]
+    phases["loading"] += LOADING * saved.largest_matrix(request.work)
     plan = Plan(request, card, limit, static, modulation, state, buckets, step, phases)
     return plan if max(phases.values()) <= limit else None
 
@@ -190,7 +198,7 @@ def _on_host_bytes(request: Request, part: str, where: str) -> int:
     return saved.trained(request.work, request.optimizer, False)[part] if where == "host" else 0
 
 
-def _bucket(request, card, shape, budget, host, modulation, staging) -> Bucket | None:
+def _bucket(request, card, shape, budget, host, modulation, staging, choosers) -> Bucket | None:
     """staging: of other buckets, which this one must leave room for."""
     allowed = request.allowed()
     found = []
@@ -198,19 +206,22 @@ def _bucket(request, card, shape, budget, host, modulation, staging) -> Bucket |
         words = [p for p in allowed if not (graphed and p == "offload")]
         if not words:
             continue
-        chooser = Chooser(request.work, shape, card, launches=not graphed)
-        if request.policy != "auto":
+        if (shape, graphed) not in choosers:
+            choosers[shape, graphed] = Chooser(request.work, shape, card, launches=not graphed)
+        chooser, fixed = choosers[shape, graphed], request.policy != "auto"
+        room = budget - (staging if graphed else 0)
+        if fixed:
             choice = chooser.fixed([request.policy] * len(chooser.blocks))
-            choice = choice if choice.bytes <= budget else None
         else:
-            choice = chooser.choose(budget - (staging if graphed else 0), words, host)
-        if choice is None:
+            choice = chooser.choose(room, words, host)
+        more = max(0, staging - choice.staging) if choice else 0
+        if choice and not fixed and choice.bytes + more > budget:
+            choice = chooser.choose(budget - staging, words, host)
+            more = max(0, staging - choice.staging) if choice else 0
+        if choice is None or choice.bytes + more > budget:
             continue
-        more = max(0, staging - choice.staging)
-        if choice.bytes + more > budget:
-            choice = chooser.choose(budget - more, words, host)
-            if choice is None:
-                continue
+        if host is not None and choice.host > host:
+            continue
         outer = outer_ops(request.work, shape)
         each = total_seconds(
             [*outer.forward, *outer.backward], card, request.work.compute, not graphed
@@ -268,65 +279,6 @@ def _phases(request: Request, always: int, training: int) -> dict[str, int]:
     return found
 
 
-# ---------------------------------------------------------------- what would fit
-
-
-def _least_bytes(request: Request, card: Card) -> int:
-    """The least that any plan of this request allocates."""
-    least = []
-    for modulation in _modulations(request):
-        for state in _states(request):
-            static = static_bytes(request, modulation, state)
-            always = sum(value for name, value in static.items() if name != "host")
-            for shape in request.shapes.values():
-                chooser = Chooser(request.work, shape, card, launches=False)
-                words = request.allowed()
-                ways = [chooser.fixed([word] * len(chooser.blocks)) for word in words]
-                least.append(always + min(way.bytes for way in ways))
-    per_shape = len(request.shapes)
-    variants = [max(least[i : i + per_shape]) for i in range(0, len(least), per_shape)]
-    smallest = min(variants)
-    return max(smallest, *_phases(request, 0, 0).values())
-
-
-def _cures(request: Request, card: Card, limit: int, host: int | None) -> str:
-    """The nearest settings that would fit, each alone, then together, in words for a hint."""
-    work, found = request.work, []
-    batch = max(shape.batch for shape in request.shapes.values())
-    changes: list[tuple[str, Request]] = []
-    if request.policy != "auto":
-        changes.append(("memory.policy: auto", replace(request, policy="auto")))
-    if work.storage != "nf4":
-        smaller = replace(work, storage="nf4")
-        changes.append(("model.storage: nf4", replace(request, work=smaller)))
-    if request.optimizer == "prodigy":
-        changes.append(("train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")))
-    while batch > 1:
-        batch //= 2
-        shapes = {k: replace(s, batch=min(s.batch, batch)) for k, s in request.shapes.items()}
-        words = f"train.batch_size: {batch} with gradient_accumulation"
-        changes.append((words, replace(request, shapes=shapes)))
-    for side in (1024, 768, 512, 256):
-        tokens = (side // 16) ** 2
-        shapes = {
-            k: replace(s, image_tokens=min(s.image_tokens, tokens), batch=batch)
-            for k, s in request.shapes.items()
-        }
-        if shapes != dict(request.shapes):
-            words = f"data.resolution: {side}" + (", train.batch_size: 1" if batch > 1 else "")
-            changes.append((words, replace(request, shapes=shapes)))
-    for words, changed in changes:
-        if _best(changed, card, limit, host) is not None:
-            found.append(words)
-        if len(found) == 2:
-            break
-    for gib in (12, 16, 24, 32, 48, 80):
-        if usable(gib) > limit and _best(request, card, usable(gib), host) is not None:
-            found.append(f"a card of {gib} GiB")
-            break
-    return "what fits: " + "; or ".join(found) if found else "no single setting makes it fit"
-
-
 # ---------------------------------------------------------------- a notch leaner
 
 
@@ -335,7 +287,8 @@ def leaner(plan: Plan, label: str) -> Plan | None:
     is as lean as it goes. Its other buckets stay as they are.
     """
     bucket = plan.buckets[label]
-    chooser = Chooser(plan.request.work, bucket.shape, plan.card, launches=True)
+    launches = not bucket.graphed
+    chooser = Chooser(plan.request.work, bucket.shape, plan.card, launches)
     policies = leaner_policies(bucket.choice.policies)
     if policies is None:
         return None

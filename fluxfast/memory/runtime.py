@@ -13,11 +13,26 @@ from fluxfast.memory import saved
 from fluxfast.memory.copies import Copies, CudaCopies, SimulatedCopies
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.plan import Plan, leaner, leaner_policies
+from fluxfast.memory.plan import MARGIN, Plan, leaner, leaner_policies
 from fluxfast.memory.work import Work
 from fluxfast.model.flux import Flux
 
-CURE = "memory.policy: replay, a lower data.resolution, or train.batch_size: 1 with accumulation"
+CURE = (
+    "a lower data.resolution, train.batch_size: 1 with gradient_accumulation, or a lower "
+    "memory.limit_gib, so that more is planned for"
+)
+
+
+class MemoryExhausted(FluxfastError):
+    """Memory ran out, and no policy is leaner. What was trained up to here is whole."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error; cuBLAS and Triton raise plain RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 class _Bound:
@@ -50,6 +65,8 @@ class MemoryRuntime:
     ):
         self.model, self.plan, self.policies, self.say = model, plan, dict(policies), say
         self.device = device
+        self.changes = 0  # how often policies became leaner
+        self._tried_again: set[str] = set()
         self.expected = 0.0  # seconds predicted for the passes since `take_expected`
         self._copies: Copies | None = None
         self._engine: Offload | None = None
@@ -62,6 +79,10 @@ class MemoryRuntime:
                     layer.lender = self._weights.borrow
             if device.type == "cuda":
                 _reserve_scratch(plan.request.work, model.compute_dtype, device)
+                # past the plan an error, which this run knows how to take, not a driver that spills
+                total = torch.cuda.get_device_properties(device).total_memory
+                share = (plan.limit + MARGIN * total / 2) / total
+                torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         for label in self.policies:
             self._prepare(label)
 
@@ -103,11 +124,13 @@ class MemoryRuntime:
         self.model.offload = _Bound(self._engine, (label, policies)) if offloads else None
 
     def out_of_memory(self, label: str, message: str) -> None:
-        """Make the bucket's policies a notch leaner, by exact ones alone.
+        """Make the bucket's policies a notch leaner, by exact ones alone; where they are as lean as
+        they get, once in a run leave them as they are.
 
-        Raises FluxfastError where they are as lean as they get. The caller has let go of the step's
-        tensors.
+        Raises MemoryExhausted after that. The caller has let go of the step's tensors.
         """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         first = message.splitlines()[0] if message else "out of memory"
         before = self.policies[label]
         if self.plan is not None:
@@ -117,8 +140,15 @@ class MemoryRuntime:
         else:
             policies = leaner_policies(before)
         if policies is None:
-            raise FluxfastError(f"the GPU's memory is full: {first}", hint=CURE)
+            if label in self._tried_again:
+                raise MemoryExhausted(f"the GPU's memory is full: {first}", hint=CURE)
+            self._tried_again.add(label)
+            self.say(f"out of memory at {label}: the step is taken again once, nothing is leaner")
+            if self._engine is not None:
+                self._engine.abandon()
+            return
         self.policies[label] = policies
+        self.changes += 1
         if self._engine is not None:
             self._engine.abandon()
         self._prepare(label)
@@ -128,8 +158,6 @@ class MemoryRuntime:
             f"out of memory at {label}: {changed} more blocks go over to {word} from now on, and "
             "the step is taken again"
         )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _prepare(self, label: str) -> None:
         policies = self.policies[label]

@@ -156,18 +156,18 @@ def outer_saved(work: Work, shape: Shape) -> int:
 
 
 def transient(work: Work, block: str, shape: Shape) -> int:
-    """The most that a block's backward holds beyond what is saved: gradients between its ops,
-    rebuilt inputs, and the codes of 8-bit products.
+    """The most that a block's backward holds beyond what is saved.
 
-    Single: attention's backward, with the residual's gradient (D), du (F), do, q and k, their
-    gradients and v's, dqkv. Double: the same without du. The MLP's backward needs less than either.
+    That is in the MLP's last linear, while nothing of the block is let go yet: the gradient that
+    comes in, with and without the gate (2 D), gelu(u) made again (F), the gradients towards it and
+    towards attention (F + D), and half a D of what is small. Attention's own needs 10 D: q, k, v
+    and their gradients, do, dqkv, the residual's, but u is gone then. 8-bit products: the codes of
+    the gradient and of what an epilogue reads.
     """
     D, F = work.spec.hidden_size, work.spec.mlp_hidden
     M = shape.batch * shape.tokens
-    columns = D + D + 2 * D + 3 * D + 3 * D
-    columns += F if block.startswith("single") else D
-    codes = (F + D) if work.compute in ("int8", "fp8") else 0
-    return M * (work.width * columns + codes)
+    codes = 2 * D if work.compute in ("int8", "fp8") else 0
+    return M * (work.width * (2 * F + 3 * D + D // 2) + codes)
 
 
 def made_again(work: Work, block: str, shape: Shape, policy: str) -> int:
@@ -277,6 +277,12 @@ def scratch(work: Work) -> int:
     """Bytes of these."""
     counts = scratch_counts(work)
     return work.width * counts["dense"] + counts["int8"] + counts["fp8"]
+
+
+def largest_matrix(work: Work) -> int:
+    """Elements of the largest linear."""
+    shapes = (linear_shape(name, work.spec) for name in linears(work.spec))
+    return max(N * K for N, K in shapes)
 
 
 def largest_modulation(work: Work, double_quant: bool = False) -> int:

@@ -34,6 +34,11 @@ class SpillWatch:
         self._ratios: list[float] = []  # measured over expected seconds, of intervals not slow
         self._slow = 0
 
+    def restart(self) -> None:
+        """Steps are not what they were: policies have changed."""
+        self._ratios.clear()
+        self._slow = 0
+
     def interval(self, seconds: float, expected: float) -> None:
         """An interval took so long; expected: what it was predicted to take, in any unit, so that
         large pictures are no slow ones.

@@ -242,6 +242,9 @@ class Flux(nn.Module):
         """
         if self.guidance_in is not None and guidance is None:
             raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
+        if any(layer.drops() for layer in self.modulation_linears()):
+            # masks are drawn for the batch's own samples; never formed ahead
+            return self._modulation_rows(timesteps, y, guidance if self.guidance_in else None)
         count, pieces = len(timesteps), []
         for start in range(0, count, MODULATION_ROWS):
             rows = slice(start, start + MODULATION_ROWS)

@@ -208,10 +208,10 @@ class LoRALinear(nn.Module):
 
     def _apart(self) -> bool:
         """Whether the product's input and output must exist by themselves: nothing is fused."""
-        return self.probe is not None or self._drops()
+        return self.probe is not None or self.drops()
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._drops():
+        if self.drops():
             y = self._dropped(x)
         else:
             y = fk.lora_linear(x, *self._arguments(), **self._how())
@@ -220,7 +220,8 @@ class LoRALinear(nn.Module):
             y.register_hook(see_gradient)
         return y
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
+        """Whether LoRA dropout takes part: no path of it is fused."""
         return self.training and self.dropout > 0 and self.trains()
 
     def _dropped(self, x: Tensor) -> Tensor:

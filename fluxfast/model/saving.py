@@ -231,9 +231,12 @@ class BlockRunner:
         self.index += 1
         if policy == "replay":
             # no global generator is drawn from, so there is no state to keep
-            return checkpoint(
+            outputs = checkpoint(
                 block, *streams, *inputs, use_reentrant=False, preserve_rng_state=False
             )
+            if self.offload:
+                self.offload.block_forward_done(index)
+            return outputs
         keeper = CodesKeeper() if policy == "8bit" else None
         if policy == "offload":
             keeper = self.offload.block(index)

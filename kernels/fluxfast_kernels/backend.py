@@ -117,6 +117,8 @@ def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     an NF4 product's time; on a GPU an older, smaller scratch is kept, since a captured graph may
     hold its address.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cpu":
         known = _cpu_scratch.known.get(dtype)
     else:

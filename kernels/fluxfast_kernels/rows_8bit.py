@@ -139,15 +139,17 @@ def kernel_cases() -> Iterator[KernelCase]:
         for dtype in ("bf16", "fp16", "fp32"):
             types = dict.fromkeys(("X", "GATE", "DY"), f"*{dtype}") | sizes
             types |= {"CHANNEL": "*fp32", "SCALE": "*fp32", "CODES": f"*{code}"}
-            for name, absent, rotation in (
-                ("plain", ("GATE", "CHANNEL", "DY"), 0),
-                ("rotated", ("GATE", "CHANNEL", "DY"), 256),
-                ("gated", (), 0),
+            for name, absent, rotation, block in (
+                ("plain", ("GATE", "CHANNEL", "DY"), 0, BLOCK),
+                ("short", ("GATE", "CHANNEL", "DY"), 0, 128),
+                ("rotated", ("GATE", "CHANNEL", "DY"), 256, BLOCK),
+                ("gated", (), 0, BLOCK),
             ):
-                constants = {"TOP": TOP[kind], "ROTATION": rotation, "BLOCK": BLOCK}
+                constants = {"TOP": TOP[kind], "ROTATION": rotation, "BLOCK": block}
                 yield KernelCase(
                     f"quantize_rows.{kind}.{dtype}.{name}", _quantize_kernel, types,
-                    constants | dict.fromkeys(absent), least_arch=89 if kind == "fp8" else 80,
+                    constants | dict.fromkeys(absent), num_warps=warps(block),
+                    least_arch=89 if kind == "fp8" else 80,
                 )  # fmt: skip
 
 
@@ -162,12 +164,18 @@ def launch_quantize(
     """Overwrites rows and, with a gate, dy. x [B, T, K]; the others contiguous, gate [B, 1, K]."""
     B, T, K = x.shape
     check(x.stride(2) == 1 or K == 1, "x", "of last stride 1", x.stride())
+    block = min(BLOCK, triton.next_power_of_2(K))
     if B * T:
         _quantize_kernel[(B * T,)](
             x, gate, channel, dy, rows.codes, rows.scale, T, K, *x.stride()[:2],
             0 if gate is None else gate.stride(0),
-            TOP=top_of(rows), ROTATION=rotation, BLOCK=BLOCK,
+            TOP=top_of(rows), ROTATION=rotation, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
+
+
+def warps(block: int) -> int:
+    """Of a program that holds so many values: rows as short as a head's need one."""
+    return 4 if block > 256 else 1
 
 
 def top_of(rows: Rows | None) -> float:

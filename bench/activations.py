@@ -1,0 +1,385 @@
+"""What activations saved in 8 bits cost training, beside the memory that they free.
+
+    PYTHONPATH=.:kernels python bench/activations.py            measures; 1 past a limit
+    PYTHONPATH=.:kernels python bench/activations.py --short    one short run: that it works
+    … --save     keeps the rows in bench/results/activations.jsonl and writes the README's table
+    … --write    writes the table of the newest rows
+    … --check    exits with 1 where the README says otherwise
+
+On the pretrained nano model and the zorb of `examples/nano/zorb.yaml`, every block under one policy
+of `fluxfast/model/saving.py`: keep, u8 (the MLP's u), 8bit (u, h, q, k, v and o).
+
+Gradients: at the LoRA that the first seed's `keep` run trained, every layer's LoRA gradient over a
+few batches beside `keep`'s of the same batch and noise, as a cosine and as a relative error. All is
+fp32, so that only the saved bits differ. Training: whole runs in fp32, alike but for the policy;
+best held-out loss over `keep`'s, seed by seed. Bytes: what autograd keeps of one forward pass in
+bf16, counted, beside what `fluxfast.memory.saved` predicts of it and of FLUX.1-dev.
+
+Limits, and why these:
+
+- The error is rounding, known beforehand: u's codes err by at most 0.9 % in gelu and gelu', groups
+  of 128 in int8 by about 0.7 %, and a gradient is formed of a few of them. `tests/test_saving.py`
+  bounds the sum by 2 % (u8) and 3 % (8bit) in three blocks of random weights. Independent errors
+  add in quadrature, and here are six blocks: 2.8 % and 4.2 %, which are cosines of 0.9996 and
+  0.9991 (1 - e²/2). int8 products cost more by themselves (`bench/quality.py`: 0.9974).
+- The held-out loss may move by 1 % either way, as in `bench/quality.py`. What is smaller a run of
+  this size does not tell from the choice of a seed.
+- Predicted bytes may be off by 2 %, as in `tests/test_memory_saved.py`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench import quality, timing
+from bench.quality import QUIET, ROOT, gradients, spread
+from fluxfast.config import Config, MemoryConfig
+from fluxfast.data.loader import Loader
+from fluxfast.formats.lora import load_lora
+from fluxfast.load import load_transformer
+from fluxfast.memory.saved import block_saved, blocks_of, outer_saved
+from fluxfast.memory.work import Shape, Work, lora_of, shape_of
+from fluxfast.model import saving
+from fluxfast.model.spec import DEV
+from fluxfast.objective import noise_batch, predict
+from fluxfast.prepare import prepare
+from fluxfast.train import train
+from fluxfast.validation import best, read_validations
+
+RESULTS = ROOT / "bench" / "results" / "activations.jsonl"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
+POLICIES = ("keep", "u8", "8bit")
+LEAST_COSINE = {"u8": 0.9996, "8bit": 0.9991}
+LOSS_LIMIT = 0.01  # best loss beside keep's, mean of the seeds, either way
+BYTES_LIMIT = 0.02  # predicted beside counted
+RANK = 16
+FLUX_PIXELS = 1024
+
+
+def settings(policy: str, seed: int, steps: int, folder: Path) -> Config:
+    """One run's configuration: fp32 throughout."""
+    config = quality.settings("bf16/bf16", seed, steps, folder)
+    model = config.model.model_copy(update={"storage": "fp32", "compute": "fp32"})
+    memory = MemoryConfig(policy=policy)
+    changes = {"name": f"{policy}-{seed}", "model": model, "memory": memory}
+    return config.model_copy(update=changes)
+
+
+def run(config: Config) -> dict:
+    """Train once -> a row: the validation curve [[step, loss], …] and its best."""
+    train(config, restart=True, console=QUIET)
+    measured = read_validations(config.run_dir / "validation.jsonl")
+    lowest = best(measured)
+    return {
+        "bench": "activations-loss",
+        "policy": config.memory.policy,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "base_loss": lowest.base_loss,
+        "best_loss": lowest.loss,
+        "best_step": lowest.step,
+        "curve": [[row.step, row.loss] for row in measured],
+    }
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def batches_of(config: Config, count: int) -> list:
+    """The first `count` batches of the configuration's drawings."""
+    dataset = prepare(config, torch.device("cpu"), QUIET).dataset
+    loader = Loader(dataset, config.train.batch_size, config.seed)
+    return [loader.batch(index) for index in range(count)]
+
+
+def gradient_rows(config: Config, batches: list, lora: Path | None) -> list[dict]:
+    """A row for u8 and 8bit: per layer, its LoRA's gradient beside `keep`'s, per batch.
+
+    lora: the file of a trained LoRA. error: the difference's norm over that of `keep`'s gradient.
+    """
+    model = load_transformer(config.model.path, "fp32", "fp32", "cpu")
+    load_lora(model, lora)
+    rows = {
+        policy: {"bench": "activations-gradients", "policy": policy, "cosines": {}, "errors": {}}
+        for policy in POLICIES[1:]
+    }
+    for batch in batches:
+        found = {}
+        for policy in POLICIES:
+            model.policies = [policy] * len(model.policies)
+            found[policy] = gradients(model, config, batch)
+        for policy, row in rows.items():
+            for name, truth in found["keep"].items():
+                truth, rounded = truth.double(), found[policy][name].double()
+                cosine = torch.cosine_similarity(rounded, truth, dim=0)
+                error = (rounded - truth).norm() / truth.norm()
+                row["cosines"].setdefault(name, []).append(cosine.item())
+                row["errors"].setdefault(name, []).append(error.item())
+    return list(rows.values())
+
+
+def every(per_layer: dict[str, list[float]]) -> list[float]:
+    """Of all layers and batches."""
+    return [value for values in per_layer.values() for value in values]
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of `forward`, each storage once, those of `known` left out.
+
+    As `bench.gate.kept_bytes`, for models whose blocks hook what is saved themselves: hooks outside
+    do not see through those, so what they return is counted, and the codes they make.
+    """
+    seen = {t.untyped_storage().data_ptr() for t in known}
+    kept = {}  # address -> storage, alive until the sum is taken: its address cannot come back
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            kept[storage.data_ptr()] = storage
+
+    def outside(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor.detach()
+
+    plain_pack, plain_put = saving.Saving._pack, saving.CodesKeeper.put
+
+    def inside(self, tensor: Tensor):
+        packed = plain_pack(self, tensor)
+        if isinstance(packed, Tensor):
+            note(packed)
+        return packed
+
+    def put(self, flat: Tensor) -> tuple:
+        codes, scale, dtype = plain_put(self, flat)
+        note(codes)
+        note(scale)
+        return codes, scale, dtype
+
+    with (
+        patch.object(saving.Saving, "_pack", inside),
+        patch.object(saving.CodesKeeper, "put", put),
+        torch.autograd.graph.saved_tensors_hooks(outside, lambda tensor: tensor),
+    ):
+        result = forward()  # held until the sum is taken, and the graph with it
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
+
+
+def predicted(work: Work, shape: Shape, policy: str) -> int:
+    """Bytes that autograd keeps of one forward pass, every block under the policy."""
+    blocks = sum(block_saved(work, block, shape, policy).device for block in blocks_of(work))
+    return blocks + outer_saved(work, shape)
+
+
+def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
+    """A row per policy: of the nano model's pass over `batch` in bf16 counted and predicted, of
+    FLUX.1-dev's predicted."""
+    model = load_transformer(config.model.path, "bf16", "bf16", "cpu")
+    load_lora(model, lora)
+    train = config.train
+    noisy = noise_batch(batch.mean, batch.std, batch.mask, batch.t5.shape[1], batch.indices,
+                        config.seed, train.timesteps, train.timestep_bias)  # fmt: skip
+    given = [batch.t5, batch.pooled, *(v for v in vars(noisy).values() if isinstance(v, Tensor))]
+    known = [*model.parameters(), *model.buffers(), *given]
+    targets = config.lora.targets
+    nano = Work(model.spec, "bf16", "bf16", "bf16", lora_of(model.spec, config.lora.rank, targets))
+    dev = Work(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
+    shape = Shape(len(batch.indices), noisy.noisy.shape[1], batch.t5.shape[1])
+    dev_shape = shape_of(FLUX_PIXELS, FLUX_PIXELS, 1, DEV.text_length)
+    rows = []
+    for policy in POLICIES:
+        model.policies = [policy] * len(model.policies)
+        counted = kept_with_policies(
+            known, lambda: predict(model, noisy, batch.t5, batch.pooled, train.guidance)
+        )
+        rows.append({
+            "bench": "activations-bytes",
+            "policy": policy,
+            "batch_size": shape.batch,
+            "tokens": shape.tokens,
+            "counted": counted,
+            "predicted": predicted(nano, shape, policy),
+            "flux_dev_predicted": predicted(dev, dev_shape, policy),
+            "flux_dev_pixels": FLUX_PIXELS,
+            "lora_rank": RANK,
+            "lora_targets": targets,
+        })  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------- what was found
+
+
+def of(rows: list[dict], kind: str, policy: str) -> list[dict]:
+    """The rows of one kind (loss, gradients, bytes) and policy."""
+    return [r for r in rows if r["bench"] == f"activations-{kind}" and r["policy"] == policy]
+
+
+def ratios(rows: list[dict], policy: str) -> list[float]:
+    """A policy's best loss over keep's, less one, per seed."""
+    kept = {row["seed"]: row["best_loss"] for row in of(rows, "loss", "keep")}
+    own = [row for row in of(rows, "loss", policy) if row["seed"] in kept]
+    return [row["best_loss"] / kept[row["seed"]] - 1 for row in own]
+
+
+def over_limits(rows: list[dict]) -> list[str]:
+    """What is past a limit, one line each."""
+    wrong = []
+    for policy, limit in LEAST_COSINE.items():
+        for row in of(rows, "gradients", policy):
+            pairs = [(value, name) for name, values in row["cosines"].items() for value in values]
+            least, name = min(pairs, key=lambda pair: (pair[0] == pair[0], pair[0]))  # NaN first
+            if not least >= limit:
+                wrong.append(f"{policy}: gradient cosine {least:.5f} in {name}, at least {limit}")
+        found = ratios(rows, policy)
+        if found and not abs(spread(found)[0]) <= LOSS_LIMIT:
+            mean = spread(found)[0]
+            wrong.append(f"{policy}: best loss {mean:+.2%} beside keep's, at most {LOSS_LIMIT:.0%}")
+    for policy in POLICIES:
+        for row in of(rows, "bytes", policy):
+            off = row["predicted"] / row["counted"] - 1
+            if not abs(off) <= BYTES_LIMIT:
+                wrong.append(f"{policy}: predicted bytes off by {off:+.1%}, at most "
+                             f"{BYTES_LIMIT:.0%}")  # fmt: skip
+    return wrong
+
+
+def percent(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.2%}"  # + 0.0: no -0.00%
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Markdown: one line a policy."""
+    lines = [
+        "| saved in 8 bits | FLUX.1-dev keeps (predicted) | nano keeps (counted / predicted) | "
+        "least gradient cosine | gradient error, median (largest) | held-out loss over `keep`'s |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {"keep": "`keep`: nothing", "u8": "`u8`: u", "8bit": "`8bit`: u, h, q, k, v, o"}
+    for policy in POLICIES:
+        (held,) = of(rows, "bytes", policy)
+        cells = [
+            names[policy],
+            f"{held['flux_dev_predicted'] / 1e9:.1f} GB",
+            f"{held['counted'] / 1e6:.2f} / {held['predicted'] / 1e6:.2f} MB",
+        ]
+        if policy == "keep":
+            cells += ["", "", ""]
+        else:
+            (row,) = of(rows, "gradients", policy)
+            errors, values = every(row["errors"]), ratios(rows, policy)
+            cells += [
+                f"{min(every(row['cosines'])):.5f}",
+                f"{statistics.median(errors):.2%} ({max(errors):.2%})",
+                f"{percent(spread(values)[0])} ({percent(min(values))} to {percent(max(values))})"
+                if values
+                else "",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def block(rows: list[dict]) -> str:
+    """The README's table and its caption."""
+    runs, (held,) = of(rows, "loss", "keep"), of(rows, "bytes", "keep")
+    losses = [row["best_loss"] for row in runs]
+    (row,) = of(rows, "gradients", "u8")
+    batches = len(next(iter(row["cosines"].values())))
+    caption = (
+        f"FLUX.1-dev at {held['flux_dev_pixels']} px, batch 1, rank {held['lora_rank']} on "
+        f"{held['lora_targets']}, and the nano model at batch {held['batch_size']} with "
+        f"{held['tokens']} tokens a picture: bytes that autograd keeps of one pass in bf16, the "
+        f"last layer's and the modulation included. Gradients: each "
+        f"of {len(row['cosines'])} layers' LoRA over {batches} batches in fp32, at a trained LoRA, "
+        f"beside `keep`'s of the same noise. Held-out loss: best of {runs[0]['steps']} steps in "
+        f"fp32, {len(runs)} seeds (`keep`: {min(losses):.4f} to {max(losses):.4f}), mean and "
+        f"range. {runs[0]['device_name']}, {runs[0]['threads']} threads; torch "
+        f"{runs[0]['torch']}, commit {runs[0]['commit'][:7]}."
+    )
+    return "\n".join([BEGIN, "", *table(rows), "", caption, "", END])
+
+
+def newest(path: Path) -> list[dict]:
+    """The rows of the last run: those with the last row's date."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def with_block(text: str, rows: list[dict]) -> str:
+    """A README's text with the rows' block between its markers."""
+    return text.split(BEGIN)[0] + block(rows) + text.split(END)[1]
+
+
+def say_or_write(check: bool) -> int:
+    """Put the newest rows' block into the README; check: only say whether it is there, else 1."""
+    text = README.read_text(encoding="utf-8")
+    wanted = with_block(text, newest(RESULTS))
+    if check:
+        said = "the README's table is up to date"
+        print(said if wanted == text else "run python bench/activations.py --write")
+        return int(wanted != text)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> list[dict]:
+    """Rows of everything. policies: to train under; the first one's LoRA is the one at which
+    gradients are compared."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(1, seeds + 1):
+            for policy in policies:
+                rows.append(run(settings(policy, seed, steps, Path(folder))))
+                print(f"{policy} seed {seed}: best {rows[-1]['best_loss']:.4f} at step "
+                      f"{rows[-1]['best_step']}", file=sys.stderr, flush=True)  # fmt: skip
+        config = settings(policies[0], 1, steps, Path(folder))
+        lora = config.run_dir / f"{config.name}.safetensors"
+        drawn = batches_of(config, batches)
+        rows += gradient_rows(config, drawn, lora)
+        rows += byte_rows(config, drawn[0], lora)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each policy")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batches", type=int, default=4, help="that gradients are compared over")
+    parser.add_argument("--short", action="store_true", help="one run of 4 steps, no loss compared")
+    parser.add_argument("--save", action="store_true", help=f"append rows to {RESULTS.name}")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.check or options.write:
+        return say_or_write(options.check)
+    policies = POLICIES
+    if options.short:  # no two runs to compare: the losses of so few steps prove nothing
+        options.seeds, options.steps, options.batches, policies = 1, 4, 1, ("8bit",)
+    rows = measure(options.seeds, options.steps, options.batches, policies)
+    print("\n".join(table(rows)))
+    wrong = over_limits(rows)
+    print("\n".join(wrong) if wrong else "within the limits")
+    if options.save:
+        noted = timing.conditions("cpu")
+        timing.append_rows(RESULTS, [row | noted for row in rows])
+        say_or_write(False)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
