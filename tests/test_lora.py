@@ -136,6 +136,11 @@ def test_fp16_that_overflows_is_kept_in_fp32(tmp_path):
     with torch.no_grad():
         model.single_blocks[0].linear2.lora_B.fill_(1e6)
     state = load_file(save_lora(model, tmp_path / "b.safetensors", dtype="fp16"))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}  # A takes its share
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    with torch.no_grad():
+        model.single_blocks[0].linear2.lora_B.fill_(1e12)
+    state = load_file(save_lora(model, tmp_path / "b.safetensors", dtype="fp16"))
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 

@@ -1,46 +1,57 @@
-"""LoRA files in diffusers' form, as ai-toolkit writes them too: `transformer.….lora_A.weight`,
-split by part.
+"""LoRA files and a model: put files of any format on it, write what it carries in any format.
 
-alpha is folded into B (diffusers drops an alpha it is not asked for), so a file always means scale
-1.
+alpha is folded in on both ways: what a file means is B A.
 """
 
-from collections import defaultdict
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import write_atomic
+from fluxfast.formats.lora_convert import read_all
+from fluxfast.formats.lora_pieces import (
+    Lora,
+    Piece,
+    balanced,
+    fused,
+    grouped,
+    merged,
+    split,
+    split_scale,
+)
+from fluxfast.formats.lora_read import read_lora
+from fluxfast.formats.lora_write import DTYPES, known_format, to_bytes, to_state
 from fluxfast.model.flux import Flux
+from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import lora_layers
-from fluxfast.model.names import block_linears, diffusers_parts, part_rows
+from fluxfast.model.names import part_rows
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PREFIX = "transformer."
+__all__ = ["DTYPES", "init_lora", "load_assistant", "load_lora", "lora_of", "save_lora"]
 
 
-def lora_state(
-    model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None
-) -> dict[str, Tensor]:
-    """diffusers key -> fp32 tensor, alpha folded into B, one A and B per trained part.
+def lora_of(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None) -> Lora:
+    """What the model carries, on the CPU in fp32.
 
-    tensors: BFL name -> (A, B) to write instead of the model's own (an average of them, say).
+    tensors: BFL name -> (A, B) to take instead of the model's own (an average of them, say).
     """
-    state = {}
-    for name, layer in lora_layers(model).items():
-        a, b = (tensors or {}).get(name, (layer.lora_A, layer.lora_B))
-        parts = dict(zip(part_rows(name, model.spec), diffusers_parts(name), strict=True))
-        for y_rows, b_rows, a_rows in layer.lora_slices():
-            part = parts[(y_rows.start, y_rows.stop)]
-            state[f"{_PREFIX}{part}.lora_A.weight"] = a[a_rows].detach().float().cpu()
-            state[f"{_PREFIX}{part}.lora_B.weight"] = (
-                b[b_rows].detach().float().cpu() * layer.lora_scale
-            )
-    return state
+    lora = Lora(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
+    for module, layer in lora_layers(model).items():
+        a, b = (tensors or {}).get(module, (layer.lora_A, layer.lora_B))
+        a, b = (tensor.detach().float().cpu() for tensor in (a, b))
+        for_a, for_b = split_scale(layer.lora_scale)
+        slices = list(layer.lora_slices())
+        for parts in _parts(model, module, layer):
+            mine, slices = slices[: len(parts)], slices[len(parts) :]
+            rows = torch.cat([b[b_rows] for _, b_rows, _ in mine])
+            piece = Piece(parts, a[mine[0][2]] * for_a, rows * for_b)
+            lora.pieces.setdefault(module, []).append(piece)
+    return lora
 
 
 def save_lora(
@@ -54,80 +65,204 @@ def save_lora(
 ) -> Path:
     """Write the model's LoRA, whole or not at all (a temporary file beside it, then a rename).
 
-    dtype: fp32, fp16 or bf16; a tensor that fp16 cannot hold makes the whole file fp32.
-    Raises FluxfastError where there is no LoRA or the disk refuses.
+    format: diffusers, kohya, comfyui, xlabs or bfl. dtype: fp32, fp16 or bf16; a tensor that fp16
+    cannot hold makes the whole file fp32. tensors: see `lora_of`. Raises ConfigError for a format
+    that is unknown or has no place for some of the layers, FluxfastError where there is no LoRA or
+    the disk refuses.
     """
-    if format != "diffusers":
-        raise FluxfastError(f"LoRA format {format!r} is not one of diffusers")
-    state = lora_state(model, tensors)
-    if not state:
+    known_format(format)
+    lora = lora_of(model, tensors)
+    if not lora.pieces:
         raise FluxfastError("the model carries no LoRA to save")
-    # clones: a shared A stands under several names, which safetensors refuses for one storage
-    cast = {key: tensor.to(DTYPES[dtype]).clone() for key, tensor in state.items()}
-    if not all(tensor.isfinite().all() for tensor in cast.values()):
-        cast = {key: tensor.clone() for key, tensor in state.items()}
-    write_atomic(Path(path), save(cast, {"format": "pt", **(metadata or {})}))
+    lora = balanced(lora) if dtype == "fp16" else lora
+    content = to_bytes(to_state(lora, format), dtype, metadata or {})
+    write_atomic(Path(path), content)
     return Path(path)
 
 
-def load_lora(model: Flux, path: Path | str, strength: float = 1.0) -> list[torch.nn.Parameter]:
-    """Put the LoRA of a diffusers-form file on `model`, in place of one it may carry. -> its
-    parameters.
+def load_lora(
+    model: Flux,
+    path: Path | str | Sequence[Path | str],
+    strength: float | Sequence[float] = 1.0,
+    *,
+    say: Callable[[str], None] = warnings.warn,
+) -> list[nn.Parameter]:
+    """Put LoRA files of any format on `model`, in place of what it may carry. -> the parameters.
 
-    Ranks may differ between modules. An `.alpha` beside a module is honoured (scale = alpha /
-    rank). Raises FluxfastError for an unreadable file, another format, or modules that this model
-    does not have.
+    Several files are summed by stacking their ranks, each times its strength (one for all, or one
+    each); that of a single file stays adjustable (`set_lora_strength`). Ranks may differ between
+    modules. say gets a line for text encoder parts, which a transformer has no place for. Raises
+    ConfigError for files that cannot be read or are not of this model.
     """
-    try:
-        with safe_open(Path(path), framework="pt") as file:
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise FluxfastError(f"cannot read the LoRA {path}: {error}") from None
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in state.items():
-        module, _, kind = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        pairs[module][kind] = tensor
-
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    strengths = [strength] if isinstance(strength, int | float) else list(strength)
+    alone = len(paths) == 1 and len(strengths) == 1
+    lora = merged(read_all(paths, [] if alone else strengths))
+    name = ", ".join(map(str, paths))
+    _check_fits(model, lora, name)
+    if lora.text:
+        say(f"{name}: what it changes of the text encoders is not applied")
     for layer in lora_layers(model).values():
         layer.lora_A = layer.lora_B = None
     parameters = []
-    for name in block_linears(model.spec):
-        rows = dict(zip(diffusers_parts(name), part_rows(name, model.spec), strict=True))
-        found = {part: pairs.pop(part) for part in rows if part in pairs}
-        if found:
-            parameters += _put(model, name, rows, found, strength, path)
-    if pairs or not parameters:
-        raise FluxfastError(
-            f"{path} is not a LoRA for this model in diffusers' form: "
-            + (
-                f"it has modules such as {next(iter(pairs))!r}"
-                if pairs
-                else "it names no module of it"
-            )
+    for module, pieces in lora.pieces.items():
+        layer, heights = model.get_submodule(module), lora.heights(module)
+        parameters += _put(layer, grouped(pieces, heights), _rows(model, module))
+        layer.lora_strength = strengths[0] if alone else 1.0
+    return parameters
+
+
+def init_lora(model: Flux, path: Path | str, *, say: Callable[[str], None] = warnings.warn) -> None:
+    """Start the LoRA that `model` carries from a file of any format. Where the file has less than
+    the model (a linear, a rank), the model keeps what it has, which changes nothing.
+
+    Raises ConfigError naming the setting that would take the file: rank, targets, share_a.
+    """
+    lora = read_lora(path)
+    _check_fits(model, lora, str(path))
+    if lora.text:
+        say(f"{path}: what it changes of the text encoders is left out")
+    layers = lora_layers(model)
+    rank = max(layer.lora_B.shape[1] for layer in layers.values())
+    if lora.rank() != rank:
+        raise ConfigError(
+            f"lora.init_from: {path} has rank {lora.rank()}, lora.rank is {rank}",
+            hint=f"--set lora.rank={lora.rank()}",
         )
-    return parameters
+    for module, pieces in lora.pieces.items():
+        if module not in layers:
+            raise ConfigError(
+                f"lora.init_from: {path} has {module}, which is not among the targets",
+                hint="lora.targets: all, or include and exclude without it",
+            )
+        _fill(model, module, layers[module], pieces, lora, path)
 
 
-def _put(model, name, rows, found, strength, path) -> list[torch.nn.Parameter]:
-    layer = model.get_submodule(name)
-    for part, pair in found.items():
-        a, b = pair.get("lora_A"), pair.get("lora_B")
-        height = rows[part][1] - rows[part][0]
-        if (
-            a is None
-            or b is None
-            or tuple(a.shape) != (b.shape[1], layer.in_features)
-            or b.shape[0] != height
-        ):
-            raise FluxfastError(f"{path}: lora_A and lora_B of {part} do not fit this model")
-    rank = max(pair["lora_A"].shape[0] for pair in found.values())
-    parameters = layer.add_lora(rank, rank, [[rows[part]] for part in found])
+def load_assistant(
+    model: Flux, path: Path | str, *, say: Callable[[str], None] = warnings.warn
+) -> None:
+    """Put a LoRA file on `model` as a frozen part of its linears, beside the LoRA that it carries
+    already: it acts while training (`set_assisted`) and is not among what is saved.
+
+    Raises ConfigError for a file that cannot be read or is not of this model.
+    """
+    lora = read_lora(path)
+    _check_fits(model, lora, str(path))
+    if lora.text:
+        say(f"{path}: what it changes of the text encoders is not applied")
+    for module, pieces in lora.pieces.items():
+        layer, heights = model.get_submodule(module), lora.heights(module)
+        trained = _parts(model, module, layer) if layer.lora_A is not None else []
+        single = [
+            part for piece in pieces for part in (split(piece, heights) if heights else [piece])
+        ]
+        free = {piece.parts for piece in single} - {(p,) for parts in trained for p in parts}
+        parts = sorted([*trained, *free])
+        if any(one[-1] >= other[0] for one, other in itertools.pairwise(parts)):
+            raise ConfigError(
+                f"model.assistant_lora changes a part of {module} that lies between parts trained "
+                "with one A",
+                hint="lora.share_a: false",
+            )
+        stacked = []
+        for own in parts:
+            mine = [piece for piece in single if piece.parts[0] in own]
+            rows = sum(heights[part] for part in own) if heights else layer.out_features
+            empty = Piece(own, torch.zeros(0, layer.in_features), torch.zeros(rows, 0))
+            stacked.append(fused(mine, heights, own) if mine else empty)
+        rank = max(piece.rank for piece in stacked)
+        a = torch.stack([F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in stacked])
+        b = torch.cat([F.pad(piece.b, (0, rank - piece.rank)) for piece in stacked])
+        rows = _rows(model, module)
+        layer.set_assistant(a, b, [[rows[part] for part in own] for own in parts])
+
+
+# ---------------------------------------------------------------- between pieces and layers
+
+
+def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
+    if "_blocks." in module:
+        return part_rows(module, model.spec)
+    return [(0, model.get_submodule(module).out_features)]
+
+
+def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]:
+    """Per A of the layer: the parts that it feeds."""
+    rows = _rows(model, module)
+    return [tuple(rows.index(tuple(pair)) for pair in ranges) for ranges in layer.lora_parts]
+
+
+def _check_fits(model: Flux, lora: Lora, name: str) -> None:
+    spec = model.spec
+    if lora.biases or lora.norms:
+        extra = next(iter([*(f"{m}.bias" for m in lora.biases), *lora.norms]))
+        raise ConfigError(
+            f"{name} also sets {extra}, which is no low-rank update (a control LoRA): it cannot be "
+            "loaded onto a text-to-image model"
+        )
+    if not lora.pieces:
+        raise ConfigError(f"{name} changes the text encoders only, nothing of the transformer")
+    if lora.hidden and (lora.hidden, lora.mlp) != (spec.hidden_size, spec.mlp_hidden):
+        raise ConfigError(
+            f"the factors of {name} do not fit this model: they are of a transformer {lora.hidden} "
+            f"wide with an MLP of {lora.mlp}, this one has {spec.hidden_size} and {spec.mlp_hidden}"
+        )
+    for module, pieces in lora.pieces.items():
+        try:
+            layer = model.get_submodule(module)
+        except AttributeError:
+            raise ConfigError(
+                f"{name} has {module}, which this model (with {spec.depth} double and "
+                f"{spec.depth_single_blocks} single blocks) has not"
+            ) from None
+        for piece in pieces:
+            whole = "_blocks." in module or piece.b.shape[0] == layer.out_features
+            if piece.a.shape[1] != layer.in_features or not whole:
+                raise ConfigError(f"the factors of {name} for {module} do not fit this model")
+
+
+def _put(layer: LoRALinear, pieces: list[Piece], rows: list[tuple[int, int]]) -> list[nn.Parameter]:
+    """Pieces that share no row, as the layer's LoRA, lower ranks padded with zeros."""
+    rank = max(piece.rank for piece in pieces)
+    ranges = [[rows[part] for part in piece.parts] for piece in pieces]
+    parameters = layer.add_lora(rank, rank, ranges)
     with torch.no_grad():
-        for (_, b_rows, a_rows), pair in zip(layer.lora_slices(), found.values(), strict=True):
-            a, b = pair["lora_A"], pair["lora_B"]
-            own = a.shape[0]
-            scale = float(pair["alpha"]) / own if "alpha" in pair else 1.0
-            layer.lora_A[a_rows].zero_()[:own] = a
-            layer.lora_B[b_rows].zero_()[:, :own] = b * scale
-    layer.lora_strength = strength
+        layer.lora_A.zero_(), layer.lora_B.zero_()
+        start = 0
+        for index, piece in enumerate(pieces):
+            layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
+            layer.lora_B[start : start + piece.b.shape[0], : piece.rank] = piece.b
+            start += piece.b.shape[0]
     return parameters
+
+
+def _fill(model, module, layer, pieces, lora, path) -> None:
+    """The layer's own factors from the file's."""
+    heights, rank = lora.heights(module), layer.lora_B.shape[1]
+    trained = _parts(model, module, layer)
+    if heights is not None:
+        pieces = [part for piece in grouped(pieces, heights) for part in split(piece, heights)]
+    left = {part for p in pieces for part in p.parts} - {part for ps in trained for part in ps}
+    if left:
+        raise ConfigError(
+            f"lora.init_from: {path} has a part of {module} (of q, k, v, mlp the number "
+            f"{min(left)}) that is not among the targets",
+            hint="lora.targets: all, or include and exclude without it",
+        )
+    start = 0
+    for index, parts in enumerate(trained):
+        height = sum(heights[part] for part in parts) if heights else layer.out_features
+        mine = [piece for piece in pieces if piece.parts[0] in parts]
+        if mine:
+            piece = fused(mine, heights, parts)
+            if piece.rank > rank:
+                raise ConfigError(
+                    f"lora.init_from: {path} has an A for each part of {module}, with "
+                    "lora.share_a there is one",
+                    hint="--set lora.share_a=false",
+                )
+            with torch.no_grad():
+                layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
+                b = piece.b / layer.lora_scale
+                layer.lora_B[start : start + height, : piece.rank] = b
+        start += height

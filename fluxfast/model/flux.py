@@ -13,9 +13,11 @@ from functools import partial
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
+from fluxfast_kernels.nf4 import NF4Tensor
+from fluxfast_kernels.rows_8bit import Rows
 from torch import Tensor, nn
 
-from fluxfast.model.linear import DropoutClock, LoRALinear
+from fluxfast.model.linear import DropoutClock, LoRALinear, moved
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
 from fluxfast.model.saving import KEEP, BlockRunner, Offload
@@ -279,12 +281,16 @@ class Flux(nn.Module):
         return [piece if layer.trains() else piece.detach() for layer, piece in pairs]
 
     def set_tensor(
-        self, name: str, tensor: Tensor, precisions: Mapping[str, Precision], nested: bool = False
+        self,
+        name: str,
+        tensor: Tensor | NF4Tensor | Rows,
+        precisions: Mapping[str, Precision],
+        nested: bool = False,
     ) -> bool:
         """Fill one tensor by its BFL name, on the tensor's own device.
 
-        A linear's matrix is kept as `precisions` says; biases and norms in the compute dtype. ->
-        False where a matrix that was to be nf4 stayed bf16.
+        A linear's matrix, dense or in a file's codes, is kept as `precisions` says; biases and
+        norms in the compute dtype. -> False where a matrix that was to be nf4 stayed bf16.
         """
         module_name, _, kind = name.rpartition(".")
         module = self.get_submodule(module_name)
@@ -298,7 +304,7 @@ class Flux(nn.Module):
 
 def fill(
     model: Flux,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Tensor | NF4Tensor | Rows],
     precisions: Mapping[str, Precision],
     *,
     nested: bool = False,
@@ -313,7 +319,7 @@ def fill(
     names = list(tensor_sources(model.spec))
     kept = []
     for index, name in enumerate(names):
-        if not model.set_tensor(name, read(name).to(device), precisions, nested):
+        if not model.set_tensor(name, moved(read(name), device), precisions, nested):
             kept.append(name)
         if progress:
             progress(index + 1, len(names))

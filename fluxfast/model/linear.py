@@ -15,6 +15,7 @@ nothing in between. LoRA dropout takes a path of its own that is not fused, and 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import fluxfast_kernels as fk
 import torch
@@ -23,7 +24,8 @@ from fluxfast_kernels.backend import last_stride_1
 from fluxfast_kernels.frozen import dense_weight, rotate_weight, storage_of
 from fluxfast_kernels.linear import linear_backward, linear_forward
 from fluxfast_kernels.linear_dense import lora_slices
-from fluxfast_kernels.nf4 import BLOCK
+from fluxfast_kernels.nf4 import BLOCK, NF4Tensor
+from fluxfast_kernels.rows_8bit import Rows
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -58,6 +60,9 @@ class LoRALinear(nn.Module):
         self.lora_parts: list[list[tuple[int, int]]] = []  # per A: the row ranges that it feeds
         self.lora_scale = 1.0
         self.lora_strength = 1.0  # 0 switches the update off: the base model's own output
+        # a frozen update that acts in training only: A [P', Ra, K], B [rows, Ra], their row ranges
+        self.assistant: tuple[Tensor, Tensor, list[list[tuple[int, int]]]] | None = None
+        self.assisted = False  # whether it acts now
         self.dropout = 0.0
         self.dropout_stream = ""
         self.clock: DropoutClock | None = None
@@ -66,19 +71,26 @@ class LoRALinear(nn.Module):
         # gives the frozen tensors where they are kept on the host: see `memory/host.py`
         self.lender: Callable[[LoRALinear], list[Tensor]] | None = None
 
-    def set_weight(self, weight: Tensor, storage: str = "fp32", nested: bool = False) -> bool:
+    def set_weight(
+        self, weight: Tensor | NF4Tensor | Rows, storage: str = "fp32", nested: bool = False
+    ) -> bool:
         """Keep `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated where the layer is. ->
         False where nf4 had to stay bf16 (K % 64).
+
+        A weight in codes of that very storage (a file's) is kept as it is, not copied; in other
+        codes it is decoded and quantised anew.
         """
-        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        assert _shape(weight) == (self.out_features, self.in_features), _shape(weight)
         if storage not in ("fp32", "bf16", "nf4", "int8", "fp8"):
             raise ValueError(f"storage must be fp32, bf16, nf4, int8 or fp8, got {storage!r}")
-        weight = rotate_weight(weight, self.rotation)
-        kept = {}
-        if storage in ("int8", "fp8"):
-            kept = dict(zip(("codes", "row_scale"), fk.quantize_8bit(weight, storage), strict=True))
-        elif storage == "nf4" and self.in_features % BLOCK == 0:
-            kept = fk.nf4_quantize(weight, nested).tensors()
+        kept = {} if self.rotation else _codes_of(weight, storage)
+        if not kept:
+            weight = rotate_weight(dense(weight), self.rotation)
+            if storage in ("int8", "fp8"):
+                codes = fk.quantize_8bit(weight, storage)
+                kept = dict(zip(("codes", "row_scale"), codes, strict=True))
+            elif storage == "nf4" and self.in_features % BLOCK == 0:
+                kept = fk.nf4_quantize(weight, nested).tensors()
         for name in ("weight", *_QUANTIZED):
             setattr(self, name, kept.get(name))
         if kept:
@@ -131,6 +143,44 @@ class LoRALinear(nn.Module):
         self.lora_parts = [list(ranges) for ranges in parts]
         self.lora_scale = alpha / rank
         return [self.lora_A, self.lora_B]
+
+    def set_assistant(self, a: Tensor, b: Tensor, parts: list[list[tuple[int, int]]]) -> None:
+        """Add a frozen update, apart from the trained one: it acts while `assisted` says so.
+
+        a: [P', Ra, K]; b: [rows of the parts, Ra]; parts: ascending, the trained parts among them.
+        """
+        assert all(ranges in parts for ranges in self.lora_parts), (self.lora_parts, parts)
+        device = self.kept()[0].device
+        self.assistant = (a.to(device), b.to(device), parts)
+        self.assisted = True
+
+    def _with_assistant(self) -> tuple:
+        """A, B, parts, scale of the trained and the frozen update in one: their ranks side by
+        side.
+        """
+        a, b, parts = self.assistant
+        flat = _flat(parts)
+        if not self.trains():
+            return a.flatten(0, 1), b, flat, 1.0
+        rank = self.lora_B.shape[1]
+        own_a = self.lora_A.view(-1, rank, self.in_features)
+        own_b = self.lora_B * (self.lora_scale * self.lora_strength)
+        if len(own_a) < len(a):  # parts that are not trained get rows of zero
+            blocks = iter(own_b.split([_rows(ranges) for ranges in self.lora_parts]))
+            columns = iter(own_a)
+            trained = [ranges in self.lora_parts for ranges in parts]
+            own_a = torch.stack(
+                [next(columns) if t else torch.zeros_like(own_a[0]) for t in trained]
+            )
+            own_b = torch.cat([
+                next(blocks) if t else own_b.new_zeros(_rows(ranges), rank)
+                for t, ranges in zip(trained, parts, strict=True)
+            ])  # fmt: skip
+        both = torch.cat([own_a, a], dim=1).flatten(0, 1), torch.cat([own_b, b], dim=1)
+        return *both, flat, 1.0
+
+    def _helps(self) -> bool:
+        return self.assisted and self.assistant is not None
 
     def trains(self) -> bool:
         """Whether its update takes part."""
@@ -189,6 +239,8 @@ class LoRALinear(nn.Module):
 
     def _arguments(self) -> tuple:
         """weight, bias, A, B, parts, scale: what every fused linear takes."""
+        if self._helps():
+            return self.frozen(), self.bias, *self._with_assistant()
         if not self.trains():
             return self.frozen(), self.bias, None, None, [], 1.0
         scale = self.lora_scale * self.lora_strength
@@ -198,13 +250,15 @@ class LoRALinear(nn.Module):
         """How the product is formed: what every fused linear takes by name."""
         return {"products": self.products, "rotation": self.rotation}
 
+    def _frozen_update(self) -> tuple:
+        """A, B, parts, scale of what acts and is not trained."""
+        if not self._helps():
+            return None, None, [], 1.0
+        a, b, parts = self.assistant
+        return a.flatten(0, 1), b, _flat(parts), 1.0
+
     def _parts(self) -> list[int]:
-        return [
-            number
-            for index, ranges in enumerate(self.lora_parts)
-            for start, end in ranges
-            for number in (start, end, index)
-        ]
+        return _flat(self.lora_parts)
 
     def _apart(self) -> bool:
         """Whether the product's input and output must exist by themselves: nothing is fused."""
@@ -246,6 +300,49 @@ class LoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.storage()}{how}{rank}"
 
 
+def _flat(parts: list[list[tuple[int, int]]]) -> list[int]:
+    return [
+        number
+        for index, ranges in enumerate(parts)
+        for start, end in ranges
+        for number in (start, end, index)
+    ]
+
+
+def _rows(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def moved(weight: Tensor | NF4Tensor | Rows, device: str | torch.device):
+    """The weight on `device`, dense or in codes."""
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    parts = {
+        name: part.to(device) for name, part in vars(weight).items() if isinstance(part, Tensor)
+    }
+    return replace(weight, **parts)
+
+
+def _shape(weight: Tensor | NF4Tensor | Rows) -> tuple[int, ...]:
+    return tuple(weight.codes.shape if isinstance(weight, Rows) else weight.shape)
+
+
+def _codes_of(weight: Tensor | NF4Tensor | Rows, storage: str) -> dict[str, Tensor]:
+    """The tensors to keep where the weight is in codes of `storage`, else nothing."""
+    if isinstance(weight, NF4Tensor):
+        return weight.tensors() if storage == "nf4" else {}
+    if isinstance(weight, Rows) and storage_of([weight.codes, weight.scale]) == storage:
+        return {"codes": weight.codes, "row_scale": weight.scale}
+    return {}
+
+
+def dense(weight: Tensor | NF4Tensor | Rows) -> Tensor:
+    """Codes to fp32 [N, K]; a tensor as it is."""
+    if isinstance(weight, NF4Tensor):
+        return fk.nf4_decode(weight)
+    return weight.codes.float() * weight.scale[:, None] if isinstance(weight, Rows) else weight
+
+
 def _trains(gate: Tensor | None) -> bool:
     return gate is not None and gate.requires_grad and torch.is_grad_enabled()
 
@@ -259,11 +356,13 @@ class _DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: LoRALinear, indices) -> Tensor:
-        weight, bias, _, _, parts, scale = layer._arguments()
+        weight, bias = layer.frozen(), layer.bias
+        parts, scale = layer._parts(), layer.lora_scale * layer.lora_strength
+        ctx.fixed = layer._frozen_update()
         # as they are now: the strength may be another by the time of the backward pass
         ctx.layer, ctx.indices, ctx.parts, ctx.scale = layer, indices, parts, scale
         ctx.save_for_backward(x, a, b)
-        (y,) = linear_forward([x], weight, bias, None, None, [], 1.0, **layer._how())
+        (y,) = linear_forward([x], weight, bias, *ctx.fixed, **layer._how())
         down = F.linear(x * layer.dropout_mask(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
@@ -279,6 +378,6 @@ class _DroppedLinear(torch.autograd.Function):
         mask = layer.dropout_mask(x, ctx.indices)
         masked = [x * mask]
         dx_lora, da, db = linear_backward([dy], masked, [], a, b, ctx.parts, ctx.scale, True)
-        frozen = (layer.frozen(), None, None, [], 1.0, True)
+        frozen = (layer.frozen(), *ctx.fixed, True)
         dxs, _, _ = linear_backward([dy], [x], *frozen, **layer._how())
         return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None

@@ -9,7 +9,7 @@ from torch import nn
 from fluxfast.errors import ConfigError
 from fluxfast.model.flux import Flux
 from fluxfast.model.linear import LoRALinear
-from fluxfast.model.names import block_linears, diffusers_parts, part_rows
+from fluxfast.model.names import block_linears, diffusers_parts, outer_linears, part_rows
 
 PRESETS = ("attn", "attn+mlp", "all")
 
@@ -114,9 +114,15 @@ def lora_layers(model: Flux) -> dict[str, LoRALinear]:
     """BFL name -> layer, of the layers that carry a LoRA, in model order."""
     return {
         name: layer
-        for name in block_linears(model.spec)
+        for name in [*block_linears(model.spec), *outer_linears(model.spec)]
         if (layer := model.get_submodule(name)).lora_A is not None
     }
+
+
+def set_assisted(model: Flux, assisted: bool) -> None:
+    """Whether the assistants act: in training they do, in previews and validation not."""
+    for name in [*block_linears(model.spec), *outer_linears(model.spec)]:
+        model.get_submodule(name).assisted = assisted
 
 
 def set_lora_strength(model: Flux, strength: float) -> None:

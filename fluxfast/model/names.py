@@ -8,7 +8,7 @@ diffusers': see SWAPPED.
 from fluxfast.model.spec import FluxSpec
 
 # BFL module inside a block -> diffusers modules inside its block, in row order
-_DOUBLE = {
+DOUBLE_PARTS = {
     "img_mod.lin": ["norm1.linear"],
     "txt_mod.lin": ["norm1_context.linear"],
     "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
@@ -20,19 +20,19 @@ _DOUBLE = {
     "txt_mlp.0": ["ff_context.net.0.proj"],
     "txt_mlp.2": ["ff_context.net.2"],
 }
-_SINGLE = {
+SINGLE_PARTS = {
     "modulation.lin": ["norm.linear"],
     "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
     "linear2": ["proj_out"],
 }
-_DOUBLE_NORMS = {
+DOUBLE_NORMS = {
     "img_attn.norm.query_norm": "attn.norm_q",
     "img_attn.norm.key_norm": "attn.norm_k",
     "txt_attn.norm.query_norm": "attn.norm_added_q",
     "txt_attn.norm.key_norm": "attn.norm_added_k",
 }
-_SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
-_OUTER = {
+SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+OUTER = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
@@ -49,18 +49,22 @@ SWAPPED = "final_layer.adaLN_modulation.1"
 
 def block_linears(spec: FluxSpec) -> list[str]:
     """BFL names of every linear inside the blocks, in model order."""
-    names = [f"double_blocks.{i}.{name}" for i in range(spec.depth) for name in _DOUBLE]
-    return names + [
-        f"single_blocks.{i}.{name}" for i in range(spec.depth_single_blocks) for name in _SINGLE
-    ]
+    names = [f"double_blocks.{i}.{name}" for i in range(spec.depth) for name in DOUBLE_PARTS]
+    singles = range(spec.depth_single_blocks)
+    return names + [f"single_blocks.{i}.{name}" for i in singles for name in SINGLE_PARTS]
+
+
+def outer_linears(spec: FluxSpec) -> list[str]:
+    """BFL names of the linears outside the blocks."""
+    return [name for name in OUTER if spec.guidance_embed or not name.startswith("guidance_in")]
 
 
 def diffusers_parts(module: str) -> list[str]:
     """diffusers names of a block linear's parts, in row order. `module` is a BFL name."""
     group, index, name = module.split(".", 2)
     if group == "double_blocks":
-        return [f"transformer_blocks.{index}.{part}" for part in _DOUBLE[name]]
-    return [f"single_transformer_blocks.{index}.{part}" for part in _SINGLE[name]]
+        return [f"transformer_blocks.{index}.{part}" for part in DOUBLE_PARTS[name]]
+    return [f"single_transformer_blocks.{index}.{part}" for part in SINGLE_PARTS[name]]
 
 
 def part_rows(module: str, spec: FluxSpec) -> list[tuple[int, int]]:
@@ -111,14 +115,14 @@ def tensor_sources(spec: FluxSpec) -> dict[str, list[str]]:
         for kind in ("weight", "bias"):
             sources[f"{module}.{kind}"] = [f"{part}.{kind}" for part in diffusers_parts(module)]
     for index in range(spec.depth):
-        for ours, theirs in _DOUBLE_NORMS.items():
+        for ours, theirs in DOUBLE_NORMS.items():
             name = f"transformer_blocks.{index}.{theirs}.weight"
             sources[f"double_blocks.{index}.{ours}.scale"] = [name]
     for index in range(spec.depth_single_blocks):
-        for ours, theirs in _SINGLE_NORMS.items():
+        for ours, theirs in SINGLE_NORMS.items():
             name = f"single_transformer_blocks.{index}.{theirs}.weight"
             sources[f"single_blocks.{index}.{ours}.scale"] = [name]
-    for ours, theirs in _OUTER.items():
+    for ours, theirs in OUTER.items():
         if spec.guidance_embed or not ours.startswith("guidance_in"):
             for kind in ("weight", "bias"):
                 sources[f"{ours}.{kind}"] = [f"{theirs}.{kind}"]

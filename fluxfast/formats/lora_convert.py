@@ -1,0 +1,86 @@
+"""`fluxfast convert`: LoRA files of any format into one file of another."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load
+from torch import Tensor
+
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.files import write_atomic
+from fluxfast.formats.lora_pieces import Lora, balanced, difference, merged, scaled
+from fluxfast.formats.lora_read import from_tensors, read_lora
+from fluxfast.formats.lora_write import known_format, to_bytes, to_state
+
+# what rounding to the file's dtype may change, as a share of the largest |ΔW| of the layer
+_ROUNDING = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+
+
+def convert(
+    sources: list[Path],
+    format: str,
+    target: Path,
+    *,
+    strengths: list[float] = (),
+    scale: float = 1.0,
+    dtype: str = "fp32",
+    drop: bool = False,
+    verify: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Write the sum of `sources`, each times its strength, all times scale. -> with verify a line
+    per layer: what writing changed of its ΔW.
+
+    Exact but for the rounding to dtype: files are summed by stacking their ranks. drop leaves out,
+    and says, what the format has no place for. Raises ConfigError for files that cannot be taken
+    and FluxfastError where the disk refuses or verify finds more than rounding; nothing is written
+    then.
+    """
+    known_format(format)
+    if Path(target).is_dir():
+        raise ConfigError(f"{target} is a folder", hint="name the file to write")
+    loras = read_all(sources, strengths, drop=drop, say=say)
+    total = scaled(merged(loras), scale)
+    for source, lora in zip(sources, loras, strict=True):
+        say(f"{source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
+    even = balanced(total) if dtype == "fp16" else total
+    state = to_state(even, format, drop=drop, say=say)
+    metadata = loras[0].metadata if len(loras) == 1 else {}
+    kept = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
+    content = to_bytes(state, dtype, kept)
+    lines = _compare(total, load(content), Path(target), dtype) if verify else []
+    write_atomic(Path(target), content, hint="free some space, or choose another folder")
+    return lines
+
+
+def read_all(
+    sources: list[Path],
+    strengths: list[float] = (),
+    *,
+    drop: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Lora]:
+    """Each file times its strength; no strengths: 1, one strength: that for all."""
+    if len(strengths) not in (0, 1, len(sources)):
+        raise ConfigError(f"{len(strengths)} strengths for {len(sources)} LoRAs: give one for each")
+    strengths = list(strengths or [1.0]) * (1 if len(strengths) > 1 else len(sources))
+    pairs = zip(sources, strengths, strict=True)
+    return [scaled(read_lora(path, drop=drop, say=say), strength) for path, strength in pairs]
+
+
+def _compare(total: Lora, content: dict[str, Tensor], target: Path, dtype: str) -> list[str]:
+    """A line per layer. What was dropped is not compared: to_state has named it."""
+    written = from_tensors(content, {}, target)
+    lines, worst = [], (0.0, "")
+    for table in ("pieces", "text"):
+        for module, pieces in getattr(written, table).items():
+            kept = {part for piece in pieces for part in piece.parts}
+            change, size = difference(total, written, table, module, kept)
+            lines.append(f"{module}  {change:.3g} of {size:.3g}")
+            worst = max(worst, (change / size if size else change, module))
+    if worst[0] > _ROUNDING[dtype]:
+        raise FluxfastError(
+            f"{worst[1]} would change by {worst[0]:.2g} of its size: nothing is written",
+            hint=None if dtype == "fp32" else "--dtype fp32 rounds least",
+        )
+    return [*lines, f"max |ΔW difference| relative to the layer: {worst[0]:.3g} ({worst[1]})"]

@@ -1,0 +1,317 @@
+"""LoRA files in: whatever their format, one `Lora`. What is told apart is told by keys and shapes,
+never by a file's name.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fluxfast.errors import ConfigError
+from fluxfast.formats.lora_names import Place, foreign_kind, form_of, parse
+from fluxfast.formats.lora_pieces import Lora, Piece, split_scale, widths
+from fluxfast.model.names import linear_shape
+from fluxfast.model.spec import FluxSpec, rope_axes
+
+_IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_LONGEST_HEADER = 100_000_000  # bytes: what safetensors itself allows
+_OTHER_MODELS = [
+    ("FLUX.2", r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj"),
+    ("Chroma", r"distilled_guidance_layer"),
+    ("Stable Diffusion 3", r"joint_blocks"),
+    (
+        "Stable Diffusion 1.5 or SDXL",
+        r"(down|up|input|output)_blocks|mid_block|middle_block|lora_te2_text_model",
+    ),
+]
+_SD3_WIDTHS = (1536, 2432)  # medium, large
+
+
+def read_lora(
+    path: Path | str, *, drop: bool = False, say: Callable[[str], None] = lambda line: None
+) -> Lora:
+    """Read a LoRA file of any format, fp32, alpha folded in.
+
+    path: a .safetensors file, or a folder that peft or diffusers saved one into. drop: leave out
+    keys that have no place in FLUX.1, and say so, instead of refusing them. Raises ConfigError for
+    a file that cannot be read or is no LoRA of FLUX.1, naming what it is where that can be told.
+    """
+    path = _file(Path(path))
+    tensors, metadata = _read(path)
+    return from_tensors(tensors, metadata, path, drop=drop, say=say)
+
+
+def from_tensors(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    path: Path | str,
+    *,
+    drop: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Lora:
+    """The same of what a file holds; `path` is named in errors."""
+    places, unknown = _place(path, tensors)
+    if unknown and drop and places:
+        say(f"{path}: left out {_some(unknown)}: no place in FLUX.1")
+    elif unknown or not any(role == "down" for role, _ in places.values()):
+        raise ConfigError(*_unknown(path, unknown or list(tensors)))
+    lora = _assemble(path, tensors, places, _peft_scale(path, metadata))
+    lora.metadata = metadata
+    _check_shapes(path, lora)
+    return lora
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _IN_A_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(f"{path} is a folder without {' or '.join(_IN_A_FOLDER)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """-> (key -> tensor as stored, metadata). Nothing is ever unpickled."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"cannot read the LoRA {path}: {error.strerror or error}") from None
+    if not size:
+        raise ConfigError(f"cannot read the LoRA {path}: the file is empty")
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise ConfigError(
+            f"{path} is a pickle (.pt, .ckpt, .bin), which may run any code when it is opened: "
+            "not read",
+            hint="convert it to .safetensors with the tool that it came from, or get it so",
+        )
+    length = int.from_bytes(head, "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise ConfigError(
+            f"cannot read the LoRA {path}: no safetensors file, or cut off (its header claims "
+            f"{length} bytes, the file has {size})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"cannot read the LoRA {path}: {' '.join(str(error).split())}",
+            hint="the file is truncated, damaged or not safetensors",
+        ) from None
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _place(path: Path, tensors: dict) -> tuple[dict[str, tuple[str, Place]], list[str]]:
+    """-> (key -> role and place, keys without one)."""
+    places, unknown, taken = {}, [], {}
+    for key in tensors:
+        if kind := foreign_kind(key):
+            raise ConfigError(
+                f"{path} is a {kind} (it has {key}), not a plain LoRA: it cannot be read",
+                hint="its trainer may export a plain LoRA of the same training",
+            )
+        found = parse(key)
+        if found is None:
+            unknown.append(key)
+            continue
+        role, place = found
+        if other := taken.get((role, place.module, place.parts)):
+            raise ConfigError(f"{path} says the same twice: {other} and {key}")
+        taken[role, place.module, place.parts] = key
+        places[key] = role, place
+    return places, unknown
+
+
+def _unknown(path: Path, keys: list[str]) -> tuple[str, str | None]:
+    for model, pattern in _OTHER_MODELS:
+        if any(re.search(pattern, key) for key in keys):
+            return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(keys)})", None
+    return (
+        f"{path} is not a LoRA of FLUX.1: no place here for {_some(keys)}",
+        "`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
+    )
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+    return ", ".join(keys[:2]) + more
+
+
+# ---------------------------------------------------------------- alpha that peft keeps elsewhere
+
+
+def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
+    """(key, rank) -> scale where there is no alpha beside the factors: from the configuration that
+    peft saves in the same folder, or diffusers in the header; else 1.
+    """
+    config, prefixes, path = {}, ("",), Path(path)
+    file = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+        elif "lora_adapter_metadata" in metadata:
+            config = json.loads(metadata["lora_adapter_metadata"])
+            prefixes = ("transformer.", "text_encoder.")
+        scales = {prefix: _scale_of(config, prefix) for prefix in prefixes}
+        dora = any(config.get(f"{prefix}use_dora") for prefix in prefixes)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: its peft configuration cannot be read: {error}") from None
+    if dora:
+        raise ConfigError(f"{path} is a DoRA (its peft configuration says so), not a plain LoRA")
+
+    def scale(key: str, rank: int) -> float:
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        return 1.0 if prefix is None else scales[prefix](key, rank)
+
+    return scale
+
+
+def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
+    if config.get(f"{prefix}use_dora"):
+        raise ConfigError(
+            "the LoRA is a DoRA (use_dora in its peft configuration): it cannot be read"
+        )
+    alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
+    alpha = None if alpha is None else float(alpha)
+    patterns = {str(name): float(value) for name, value in patterns.items()}
+    root = bool(config.get(f"{prefix}use_rslora"))
+
+    def scale(key: str, rank: int) -> float:
+        module = key.partition(".lora_A")[0]
+        own = (v for name, v in patterns.items() if re.match(rf"(.*\.)?({name})$", module))
+        value = next(own, alpha)
+        return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
+
+    return scale
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lora:
+    lora = Lora(form=form_of([p for _, p in places.values()], {r for r, _ in places.values()}))
+    found: dict[Place, dict[str, str]] = defaultdict(dict)
+    for key, (role, place) in places.items():
+        if role == "norm":
+            lora.norms[place.module] = _number(path, key, tensors)
+        elif role != "shape":
+            found[place][role] = key
+    found_in: dict[tuple, dict[str, str]] = defaultdict(dict)
+    swaps = set()
+    for place, roles in found.items():  # alpha may be spelt otherwise than the factors
+        found_in[place.module, place.parts] |= roles
+        if place.swapped:
+            swaps.add((place.module, place.parts))
+    for (module, parts), keys in found_in.items():
+        order = _swap if (module, parts) in swaps else (lambda tensor: tensor)
+        if "bias" in keys:
+            bias = order(_number(path, keys["bias"], tensors))
+            lora.biases.setdefault(module, []).append((parts, bias))
+        if keys.keys() <= {"bias"}:
+            continue
+        if not {"down", "up"} <= keys.keys():
+            raise ConfigError(
+                f"{path}: {next(iter(keys.values()))} has no partner: a LoRA has two factors for "
+                "each linear"
+            )
+        a, b = (_matrix(path, keys[role], tensors) for role in ("down", "up"))
+        if a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise ConfigError(
+                f"{path}: {keys['down']} {list(a.shape)} and {keys['up']} {list(b.shape)} do not "
+                "fit each other"
+            )
+        rank = a.shape[0]
+        scale = _alpha(path, keys["alpha"], tensors) / rank if "alpha" in keys else None
+        for_a, for_b = split_scale(scale_of(keys["down"], rank) if scale is None else scale)
+        table = lora.text if "/" in module else lora.pieces
+        others = {part for piece in table.get(module, []) for part in piece.parts}
+        if others & set(parts):  # some files hold one LoRA in two formats
+            raise ConfigError(f"{path} says the same twice: {module}, under {keys['down']} too")
+        table.setdefault(module, []).append(Piece(parts, a * for_a, order(b) * for_b))
+    return lora
+
+
+def _number(path: Path, key: str, tensors: dict) -> Tensor:
+    tensor = tensors[key]
+    if not tensor.is_floating_point():
+        raise ConfigError(f"{path}: {key} is stored as {tensor.dtype}, which is no LoRA's")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ConfigError(f"{path}: {key} holds NaN or infinity")
+    return tensor
+
+
+def _matrix(path: Path, key: str, tensors: dict) -> Tensor:
+    tensor = _number(path, key, tensors)
+    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a 1x1 convolution is a linear
+        tensor = tensor[:, :, 0, 0]
+    if tensor.ndim != 2:
+        raise ConfigError(f"{path}: {key} has shape {list(tensor.shape)}, not two dimensions")
+    return tensor
+
+
+def _alpha(path: Path, key: str, tensors: dict) -> float:
+    if tensors[key].numel() != 1 or not math.isfinite(value := tensors[key].float().item()):
+        raise ConfigError(f"{path}: {key} is not one number")
+    return value
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    """[scale, shift] <-> [shift, scale], along the rows."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _check_shapes(path: Path, lora: Lora) -> None:
+    """Fill in the widths; every factor must have those of one and the same FLUX.1."""
+    shapes = {
+        module: [(piece.parts, piece.b.shape[0], piece.a.shape[1]) for piece in pieces]
+        for module, pieces in lora.pieces.items()
+    }
+    hidden, mlp = widths(shapes)
+    if hidden in _SD3_WIDTHS and not any(name.startswith("single_") for name in lora.pieces):
+        raise ConfigError(f"{path} is a LoRA of Stable Diffusion 3, not of FLUX.1")
+    if not hidden:
+        return
+    if hidden % 2 or mlp < 1:
+        raise ConfigError(f"{path} does not fit FLUX.1: a hidden size of {hidden}, an MLP of {mlp}")
+    lora.hidden, lora.mlp = hidden, mlp
+    spec = FluxSpec(
+        hidden_size=hidden, mlp_ratio=mlp / hidden, num_heads=1, axes_dim=rope_axes(hidden)
+    )
+    for module, found in shapes.items():
+        rows, columns = linear_shape(module, spec)
+        for parts, got_rows, got_columns in found:
+            heights = lora.heights(module)
+            want = sum(heights[part] for part in parts) if heights else rows
+            # what lies outside the blocks has inputs that variants of the model widen
+            free = "_blocks." not in module
+            if (got_rows != want and module != "final_layer.linear") or (
+                got_columns != columns and not free
+            ):
+                raise ConfigError(
+                    f"{path} does not fit FLUX.1: {module} takes {columns} and gives {want} in a "
+                    f"transformer {hidden} wide, its factors {got_columns} and {got_rows}"
+                )
+    for module, biases in lora.biases.items():
+        heights = lora.heights(module)
+        for parts, bias in biases:
+            want = sum(heights[p] for p in parts) if heights else linear_shape(module, spec)[0]
+            if bias.shape != (want,) and module != "final_layer.linear":
+                raise ConfigError(f"{path}: the bias of {module} has shape {list(bias.shape)}")

@@ -1,0 +1,598 @@
+"""Every LoRA format means the same update after it is written and read, and what is no LoRA of
+FLUX.1 is refused in one clear message.
+"""
+
+import json
+import random
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from small import SMALL
+
+from fluxfast.errors import ConfigError
+from fluxfast.formats.lora import init_lora, load_lora, lora_of, save_lora
+from fluxfast.formats.lora_names import parse
+from fluxfast.formats.lora_pieces import Lora, Piece, balanced
+from fluxfast.formats.lora_read import from_tensors, read_lora
+from fluxfast.formats.lora_write import FORMATS, to_bytes, to_state
+from fluxfast.model.flux import random_flux
+from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.names import linear_shape, part_rows
+
+ROUNDING = 1e-6  # of fp32, relative to the largest entry of a layer's ΔW
+
+
+def trained(targets="attn+mlp", share_a=False, rank=3, alpha=5.0, seed=1, **patterns):
+    model = random_flux(SMALL)
+    inject_lora(model, rank, alpha, targets, share_a=share_a, seed=seed, **patterns)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g))
+    return model
+
+
+def update(model) -> dict[str, torch.Tensor]:
+    """BFL name -> ΔW, straight from the layers."""
+    deltas = {}
+    for name, layer in lora_layers(model).items():
+        delta = torch.zeros(layer.out_features, layer.in_features)
+        for y_rows, b_rows, a_rows in layer.lora_slices():
+            delta[y_rows] = layer.lora_scale * (layer.lora_B[b_rows] @ layer.lora_A[a_rows])
+        deltas[name] = delta.detach()
+    return deltas
+
+
+def meaning(lora: Lora, spec=SMALL) -> dict[str, torch.Tensor]:
+    """BFL name -> ΔW of what was read."""
+    deltas = {}
+    for name, pieces in lora.pieces.items():
+        delta = deltas[name] = torch.zeros(linear_shape(name, spec))
+        ranges = part_rows(name, spec) if "_blocks." in name else [(0, delta.shape[0])]
+        for piece in pieces:
+            product, start = piece.b @ piece.a, 0
+            for part in piece.parts:
+                first, last = ranges[part]
+                delta[first:last] += product[start : start + last - first]
+                start += last - first
+    return deltas
+
+
+def same(got: dict, expected: dict) -> None:
+    for name in got.keys() | expected.keys():
+        size = expected[name].abs().max() if name in expected else 0.0
+        if not size:  # padding, or nothing at all
+            assert name not in got or not got[name].any(), name
+            continue
+        assert (got[name] - expected[name]).abs().max() <= ROUNDING * size, name
+
+
+def through(lora: Lora, format: str, drop=False) -> Lora:
+    """Written and read back, as bytes of a file would be."""
+    return from_tensors(to_state(lora, format, drop=drop), {}, format)
+
+
+def held_by_xlabs(deltas: dict) -> dict:
+    kept = {}
+    for name, delta in deltas.items():
+        if name.endswith(("_attn.qkv", "_attn.proj", "linear1", "linear2")):
+            kept[name] = delta.clone()
+            if name.endswith("linear1"):
+                kept[name][3 * SMALL.hidden_size :] = 0
+    return kept
+
+
+@pytest.mark.parametrize("share_a", [False, True], ids=["split", "shared"])
+@pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
+def test_every_pair_of_formats_means_the_same(targets, share_a):
+    model = trained(targets, share_a)
+    truth = update(model)
+    start = lora_of(model)
+    for first in FORMATS:
+        once = through(start, first, drop=True)
+        expected = held_by_xlabs(truth) if first == "xlabs" else truth
+        same(meaning(once), expected)
+        for second in FORMATS:
+            last = held_by_xlabs(expected) if second == "xlabs" else expected
+            same(meaning(through(once, second, drop=True)), last)
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "bfl"])
+def test_fused_and_back_keeps_every_rank(format):
+    """Split A's come back as blocks, of a shared A there is one again: no rank is gained."""
+    for share_a in (False, True):
+        lora = lora_of(trained("all", share_a))
+        state = to_state(lora, format)
+        (down,) = [t for k, t in state.items() if "single_blocks" in k and "1" in k[14:] and
+                   "0" in k and "linear1" in k and ("down" in k or "lora_A" in k)]  # fmt: skip
+        assert down.shape[0] == (3 if share_a else 4 * 3)
+        back = to_state(from_tensors(state, {}, format), "diffusers")
+        assert {t.shape[0] for k, t in back.items() if "lora_A" in k} == {3}
+        again = to_state(from_tensors(back, {}, "diffusers"), format)
+        assert {k: t.shape for k, t in again.items()} == {k: t.shape for k, t in state.items()}
+
+
+def test_parts_that_are_not_trained_stay_out():
+    lora = lora_of(trained(include=["to_k", "proj_mlp"]))
+    names = set(to_state(lora, "diffusers"))
+    assert names == set(to_state(through(lora, "kohya"), "diffusers"))
+    assert not any("to_q" in name or "to_v" in name for name in names)
+
+
+def test_kohya_alpha_and_default_scale():
+    """alpha / rank scales; without an alpha the scale is 1. Both are right for odd numbers too."""
+    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    for alpha, scale in ((None, 1.0), (4.0, 1.0), (1.0, 0.25), (3.0, 0.75), (64.0, 16.0)):
+        more = {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+        lora = from_tensors({**state, **more}, {}, "x")
+        truth = scale * (b.double() @ a.double())
+        (piece,) = lora.pieces["double_blocks.0.img_attn.proj"]
+        assert (piece.b @ piece.a - truth).abs().max() <= ROUNDING * truth.abs().max()
+        again = to_state(lora, "kohya")
+        assert again[f"{name}.alpha"] == 4.0
+
+
+def test_fp16_survives_a_small_alpha():
+    """Factors that fp16 holds badly once alpha is folded into them keep their digits."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 64, generator=g), torch.randn(64, 64, generator=g) * 1e-4
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b,
+             f"{name}.alpha": torch.tensor(2.0**-4)}  # fmt: skip
+    written = to_state(balanced(from_tensors(state, {}, "x")), "diffusers")
+    up, down = (next(t for k, t in written.items() if w in k) for w in ("lora_B", "lora_A"))
+    truth = (b.double() @ a.double()) * 2.0**-10
+    error = (up.half().double() @ down.half().double() - truth).abs().max() / truth.abs().max()
+    assert error < 2e-3
+    folded = (b * 2.0**-10).half().double() @ a.half().double()
+    assert (folded - truth).abs().max() / truth.abs().max() > 0.05  # the naive way loses it
+
+
+def outer_and_text() -> Lora:
+    g = torch.Generator().manual_seed(3)
+
+    def piece(rows, columns):
+        return Piece((0,), torch.randn(2, columns, generator=g), torch.randn(rows, 2, generator=g))
+
+    lora = lora_of(trained("attn"))
+    for name in ("img_in", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
+        lora.pieces[name] = [piece(*linear_shape(name, SMALL))]
+    lora.text = {
+        "clip/text_model.encoder.layers.3.self_attn.out_proj": [piece(8, 8)],
+        "clip/text_model.encoder.layers.3.mlp.fc1": [piece(16, 8)],
+        "t5/encoder.block.2.layer.0.SelfAttention.q": [piece(8, 8)],
+        "t5/encoder.block.2.layer.1.DenseReluDense.wi_0": [piece(16, 8)],
+    }
+    return lora
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui"])
+def test_outside_the_blocks_and_text_encoders(format):
+    lora = outer_and_text()
+    back = through(lora, format)
+    same(meaning(back), meaning(lora))
+    assert back.text.keys() == lora.text.keys()
+    for name, (piece,) in back.text.items():
+        assert torch.equal(piece.b @ piece.a, lora.text[name][0].b @ lora.text[name][0].a)
+
+
+def test_norm_out_halves_are_swapped():
+    lora = outer_and_text()
+    (ours,) = lora.pieces["final_layer.adaLN_modulation.1"]
+    state = to_state(lora, "diffusers")
+    b = state["transformer.norm_out.linear.lora_B.weight"]
+    assert torch.equal(b[:64], ours.b[64:]) and torch.equal(b[64:], ours.b[:64])
+    assert torch.equal(state["transformer.norm_out.linear.lora_A.weight"], ours.a)
+
+
+def test_what_has_no_place_is_named():
+    said = []
+    with pytest.raises(ConfigError, match="xlabs files have no place for .*img_mlp.0.* more") as e:
+        to_state(lora_of(trained("all")), "xlabs")
+    assert "--drop" in e.value.hint
+    to_state(outer_and_text(), "bfl", drop=True, say=said.append)
+    assert len(said) == 1 and "clip/text_model" in said[0]
+    with pytest.raises(ConfigError, match="nothing of this LoRA"):
+        to_state(lora_of(trained("all", include=["mod"])), "xlabs", drop=True)
+
+
+def test_xlabs_file_has_one_rank_and_whole_blocks():
+    """x-flux's own loader builds every processor of a block at one rank."""
+    lora = lora_of(trained("attn", include=["single_blocks.1", "img_attn"]))
+    state = to_state(lora, "xlabs")
+    names = {f"double_blocks.0.processor.{n}" for n in
+             ("qkv_lora1", "proj_lora1", "qkv_lora2", "proj_lora2")}  # fmt: skip
+    names |= {f"single_blocks.1.processor.{n}" for n in ("qkv_lora", "proj_lora")}
+    assert set(state) == {f"{name}.{way}.weight" for name in names for way in ("up", "down")}
+    assert {t.shape[0] for k, t in state.items() if "down" in k} == {9}
+
+
+# ---------------------------------------------------------------- spellings of other programs
+
+
+def respelt(state: dict, rename) -> dict:
+    return {rename(key): tensor for key, tensor in state.items()}
+
+
+def onetrainer(key: str) -> str:
+    """Legacy names: `lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight`."""
+    name, _, factor = key.removesuffix(".weight").rpartition(".")
+    suffix = {"lora_A": "lora_down", "lora_B": "lora_up"}[factor]
+    return f"lora_{name.replace('.', '_')}.{suffix}.weight"
+
+
+SPELLINGS = {
+    "peft": ("diffusers", lambda k: k.replace("transformer.", "base_model.model.", 1)),
+    "peft adapter": ("diffusers", lambda k: k.replace("transformer.", "base_model.model.", 1)
+                     .replace(".weight", ".default.weight")),
+    "peft bfl": ("bfl", lambda k: f"base_model.model.{k}"),
+    "bare diffusers": ("diffusers", lambda k: k.removeprefix("transformer.")),
+    "simpletuner": ("diffusers", lambda k: k.replace("transformer.", "diffusion_model.", 1)),
+    "comfyui lora_A": ("bfl", lambda k: f"diffusion_model.{k}"),
+    "comfyui _lora.up": ("bfl", lambda k: k.replace(".lora_A", "_lora.down")
+                         .replace(".lora_B", "_lora.up")),
+    "comfyui lora.up": ("bfl", lambda k: k.replace(".lora_A", ".lora.down")
+                        .replace(".lora_B", ".lora.up")),
+    "comfyui no weight": ("bfl", lambda k: f"diffusion_model.{k.removesuffix('.weight')}"),
+    "linear_layer": ("diffusers", lambda k: k.replace(".lora_A", ".lora_linear_layer.down")
+                     .replace(".lora_B", ".lora_linear_layer.up")),
+    "onetrainer legacy": ("diffusers", onetrainer),
+    "lycoris": ("diffusers", lambda k: onetrainer(k).replace("lora_transformer_", "lycoris_")),
+    "onetrainer original": ("comfyui", lambda k: k.removeprefix("diffusion_model.")),
+    "xlabs in comfyui": ("xlabs", lambda k: f"diffusion_model.{k}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling):
+    format, rename = SPELLINGS[spelling]
+    lora = lora_of(trained("attn" if format == "xlabs" else "all"))
+    state = to_state(lora, format)
+    again = respelt(state, rename)
+    assert again.keys() != state.keys()
+    same(meaning(from_tensors(again, {}, spelling)), meaning(lora))
+
+
+def test_omi_numbers_the_parts():
+    state = to_state(lora_of(trained("attn")), "diffusers")
+    names = {"attn.to_q": "linear1.0", "attn.to_k": "linear1.1", "attn.to_v": "linear1.2"}
+    for theirs, omi in names.items():
+        key = f"transformer.single_transformer_blocks.0.{theirs}.lora_A.weight"
+        place = parse(key)[1]
+        again = parse(f"transformer.single_blocks.0.{omi}.lora_A.weight")[1]
+        assert key in state and (place.module, place.parts) == (again.module, again.parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha",
+         "clip/text_model.encoder.layers.11.mlp.fc2"),
+        ("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight",
+         "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
+        ("lora_te3_encoder_block_23_layer_0_SelfAttention_v.lora_up.weight",
+         "t5/encoder.block.23.layer.0.SelfAttention.v"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
+         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
+    ],
+)  # fmt: skip
+def test_text_encoder_names(key, module):
+    assert parse(key)[1].module == module
+
+
+def test_peft_configuration_beside_the_file(tmp_path):
+    """peft keeps alpha in adapter_config.json; a pattern overrides it, rslora takes the root."""
+    lora = lora_of(trained("attn", rank=4, alpha=4.0))
+    state = respelt(to_state(lora, "diffusers"), SPELLINGS["peft"][1])
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_out.0": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    got, plain = meaning(read_lora(tmp_path)), meaning(lora)
+    for name, delta in plain.items():
+        plain[name] = delta * (0.5 if name.endswith("img_attn.proj") else 2.0)
+    same(got, plain)
+    config = {"r": 4, "lora_alpha": 8, "use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    same(meaning(read_lora(tmp_path)), {k: v * 4.0 for k, v in meaning(lora).items()})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(ConfigError, match="DoRA"):
+        read_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="peft configuration"):
+        read_lora(tmp_path)
+
+
+def test_control_lora():
+    """Biases and norms are kept where a format has them, and named where not."""
+    lora = lora_of(trained("all"))
+    g = torch.Generator().manual_seed(4)
+    for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
+        parts = tuple(range(len(part_rows(name, SMALL))))
+        bias = torch.randn(linear_shape(name, SMALL)[0], generator=g)
+        lora.biases[name] = [(parts, bias)]
+    lora.norms["double_blocks.0.txt_attn.norm.key_norm"] = torch.randn(32, generator=g)
+    lora.norms["single_blocks.0.norm.query_norm"] = torch.randn(32, generator=g)
+    lora.pieces["img_in"] = [Piece((0,), torch.randn(2, 32), torch.randn(64, 2))]
+    state = to_state(lora, "bfl")
+    assert "double_blocks.0.img_attn.qkv.lora_B.bias" in state
+    assert "single_blocks.0.norm.query_norm.scale" in state
+    for format in ("bfl", "comfyui", "diffusers"):
+        back = through(through(lora, format), "bfl")
+        assert back.norms.keys() == lora.norms.keys()
+        assert all(torch.equal(back.norms[k], lora.norms[k]) for k in lora.norms)
+        for name, ((_, bias),) in lora.biases.items():
+            ((parts, got),) = back.biases[name]
+            assert torch.equal(got, bias) and len(parts) == len(part_rows(name, SMALL))
+    assert from_tensors(state, {}, "x").form == "bfl control"
+    with pytest.raises(ConfigError, match=r"kohya files have no place for .*qkv.bias"):
+        to_state(lora, "kohya")
+    with pytest.raises(ConfigError, match="control LoRA"):
+        load_state(random_flux(SMALL), lora)
+
+
+def load_state(model, lora, folder=None):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(to_bytes(to_state(lora, "bfl"), "fp32", {}))
+        return load_lora(model, file)
+
+
+# ---------------------------------------------------------------- on a model
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_saved_and_loaded(format, tmp_path):
+    preset = "attn" if format == "xlabs" else "all"
+    for share_a in (False, True):
+        model = trained(preset, share_a)
+        path = save_lora(model, tmp_path / "x.safetensors", format)
+        other = random_flux(SMALL)
+        load_lora(other, path)
+        same(update(other), update(model))
+        for name, layer in lora_layers(model).items():  # no rank is gained on the way
+            if format != "xlabs":
+                loaded = other.get_submodule(name)
+                assert loaded.lora_A.shape == layer.lora_A.shape, name
+                assert loaded.lora_parts == layer.lora_parts
+
+
+def test_linears_outside_the_blocks_act(tmp_path):
+    from test_lora import inputs
+
+    lora = outer_and_text()
+    lora.text, lora.pieces = {}, {k: v for k, v in lora.pieces.items() if "_blocks" not in k}
+    lora.pieces["double_blocks.0.img_attn.proj"] = [
+        Piece((0,), torch.zeros(1, 64), torch.zeros(64, 1))
+    ]
+    model, x = random_flux(SMALL), inputs(SMALL)
+    with torch.no_grad():
+        before = model(*x)
+        load_state(model, lora)
+        with_lora = model(*x)
+        merged = random_flux(SMALL)
+        for name, delta in meaning(lora).items():
+            merged.get_submodule(name).weight.add_(delta)
+        assert (with_lora - (truth := merged(*x))).abs().max() < 1e-5 * truth.abs().max()
+        assert not torch.allclose(with_lora, before, atol=1e-3)
+
+
+def test_several_are_summed(tmp_path):
+    """Different formats, ranks, targets and kinds of A, each with its strength."""
+    one, two = trained("attn", True, rank=2), trained("attn+mlp", False, rank=3, seed=2)
+    files = [save_lora(one, tmp_path / "a.safetensors", "kohya"),
+             save_lora(two, tmp_path / "b.safetensors")]  # fmt: skip
+    model = random_flux(SMALL)
+    parameters = load_lora(model, files, [1.5, -0.5])
+    expected = {name: -0.5 * delta for name, delta in update(two).items()}
+    for name, delta in update(one).items():
+        expected[name] = expected[name] + 1.5 * delta
+    same(update(model), expected)
+    assert all(parameter.requires_grad for parameter in parameters)
+    with pytest.raises(ConfigError, match="3 strengths for 2 LoRAs"):
+        load_lora(model, files, [1, 2, 3])
+
+
+def test_text_encoder_parts_are_said_to_be_left_out(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(to_bytes(to_state(outer_and_text(), "kohya"), "fp32", {}))
+    with pytest.warns(UserWarning, match="text encoders is not applied"):
+        load_lora(random_flux(SMALL), file)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("share_a", [False, True])
+def test_training_starts_from_a_file(format, share_a, tmp_path):
+    old = trained("attn", share_a, rank=4, alpha=3.0)
+    file = save_lora(old, tmp_path / "old.safetensors", format)
+    model = random_flux(SMALL)
+    inject_lora(model, 4, 7.0, "attn+mlp", share_a=share_a, seed=9)
+    fresh = model.single_blocks[0].linear2.lora_A.clone()
+    shapes = {n: layer.lora_A.shape for n, layer in lora_layers(model).items()}
+    init_lora(model, file)
+    same(update(model), update(old))
+    assert {n: layer.lora_A.shape for n, layer in lora_layers(model).items()} == shapes
+    assert torch.equal(model.single_blocks[0].linear2.lora_A, fresh)  # and trains from nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"rank": 8}, "has rank 4, lora.rank is 8", "lora.rank=4"),
+        ({"targets": "attn"}, "not among the targets", "targets: all"),
+        ({"exclude": ["to_k"]}, "not among the targets", "exclude"),
+        ({"share_a": True}, "lora.share_a", "share_a=false"),
+    ],
+)
+def test_a_start_that_does_not_fit_names_the_setting(changes, message, hint, tmp_path):
+    file = save_lora(trained("attn+mlp", rank=4), tmp_path / "old.safetensors")
+    model = random_flux(SMALL)
+    inject_lora(model, **{"rank": 4, "targets": "attn+mlp", **changes})
+    with pytest.raises(ConfigError, match=message) as error:
+        init_lora(model, file)
+    assert hint in error.value.hint
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def ab(name: str, rows=64, columns=64, rank=2, down="lora_A", up="lora_B") -> dict:
+    return {f"{name}.{down}.weight": torch.ones(rank, columns),
+            f"{name}.{up}.weight": torch.ones(rows, rank)}  # fmt: skip
+
+
+PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
+REFUSED = {
+    "sdxl": (ab("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"), "SDXL"),
+    "sdxl diffusers": (ab("unet.down_blocks.1.attentions.0.proj_in"), "SDXL"),
+    "sdxl text": (ab("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
+    "sd3 kohya": (ab("lora_unet_joint_blocks_0_x_block_attn_qkv"), "Stable Diffusion 3"),
+    "sd3 diffusers": (ab(PROJ, 1536, 1536), "Stable Diffusion 3"),
+    "flux2": (ab("transformer.double_stream_modulation_img.linear"), "FLUX.2"),
+    "flux2 shapes": ({**ab("diffusion_model.single_blocks.0.linear1", 9 * 64),
+                      **ab("diffusion_model.single_blocks.0.linear2", 64, 4 * 64)}, "does not fit"),
+    "chroma": (ab("diffusion_model.distilled_guidance_layer.in_proj"), "Chroma"),
+    "other": (ab("blocks.0.cross_attn.q"), "not a LoRA of FLUX.1"),
+    "not lora": ({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, "not a LoRA of FLUX.1"),
+    "nothing": ({}, "not a LoRA of FLUX.1"),
+    "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+    "loha": ({"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+    "dora": ({**ab(PROJ), f"{PROJ}.dora_scale": torch.ones(64, 1)}, "DoRA"),
+    "dora peft": ({**ab(PROJ), f"{PROJ}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
+    "full": ({f"{PROJ}.diff": torch.ones(64, 64)}, "full weight differences"),
+    "half": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64)}, "no partner"),
+    "ranks": ({f"{PROJ}.lora_A.weight": torch.ones(3, 64),
+               f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "do not fit each other"),
+    "widths": ({**ab(PROJ), **ab("transformer.transformer_blocks.0.attn.to_q"),
+                **ab("transformer.transformer_blocks.0.attn.to_k", 64, 48)}, "does not fit"),
+    "tall": ({**ab(PROJ), **ab("transformer.transformer_blocks.0.attn.to_q", 65)}, "does not fit"),
+    "dimensions": ({f"{PROJ}.lora_A.weight": torch.ones(2),
+                    f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "two dimensions"),
+    "integers": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64).int(),
+                  f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "stored as"),
+    "nan": ({f"{PROJ}.lora_A.weight": torch.full((2, 64), torch.nan),
+             f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "NaN"),
+    "alpha": ({**ab(PROJ), f"{PROJ}.alpha": torch.ones(2)}, "not one number"),
+    "twice": ({**ab(PROJ), **ab("lora_unet_double_blocks_0_img_attn_proj")}, "the same twice"),
+    "two formats": ({**ab("lora_unet_double_blocks_0_img_attn_qkv", 192),
+                     **ab("transformer.transformer_blocks.0.attn.to_q")}, "the same twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tensors_that_are_refused(case, tmp_path):
+    state, message = REFUSED[case]
+    path = tmp_path / "flux_lora.safetensors"  # a name that promises what is not there
+    save_file(state, path)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_lora(path)
+    assert str(path) in error.value.message and "\n" not in error.value.message
+
+
+def header(content: dict, tail: bytes = b"") -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + tail
+
+
+WHOLE = save(ab(PROJ))
+FILES = {
+    "empty": (b"", "empty"),
+    "short": (b"abc", "no safetensors file"),
+    "text": (b"hello, this is no safetensors", "no safetensors file"),
+    "cut header": (WHOLE[:40], "cut off"),
+    "cut data": (WHOLE[:-100], "cannot read"),
+    "huge header": (struct.pack("<Q", 2**60) + b"{}", "header claims"),
+    "header past the end": (struct.pack("<Q", 10_000) + b"{}", "header claims"),
+    "bad json": (struct.pack("<Q", 4) + b"{a:}", "cannot read"),
+    "absurd shape": (header({"x": {"dtype": "F32", "shape": [2**40, 2**40],
+                                   "data_offsets": [0, 4]}}, b"0000"), "cannot read"),
+    "overlap": (header({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"},
+                       b"0000"), "cannot read"),
+    "zip pickle": (b"PK\x03\x04" + bytes(64), "pickle"),
+    "pickle": (b"\x80\x02}q\x00." + bytes(64), "pickle"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_refused(case, tmp_path):
+    content, message = FILES[case]
+    path = tmp_path / "flux_lora.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_lora(path)
+    assert "\n" not in error.value.message
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save(Bomb(), tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match="pickle"):
+        read_lora(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_lora(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="is a folder without"):
+        read_lora(tmp_path)
+
+
+WORDS = [
+    "transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "lora_te1_", "lycoris_",
+    "transformer_blocks.0.", "single_blocks.1.", "double_blocks_0_", "single_transformer_blocks.",
+    "attn.to_q", "linear1", "img_attn_qkv", "img_attn.qkv", "processor.qkv_lora", "proj_out", "0.",
+    ".lora_A", ".lora_B", ".lora_down", "_lora.up", ".weight", ".bias", ".alpha", ".default",
+    ".norm.query_norm.scale", "x_embedder", "norm_out.linear",
+    "text_model_encoder_layers_0_mlp_fc1",
+]  # fmt: skip
+
+
+def test_any_set_of_keys_is_read_or_refused():
+    read = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        state = {}
+        for _ in range(draw.randrange(6)):
+            key = "".join(draw.choices(WORDS, k=draw.randint(1, 6)))
+            state[key] = torch.ones([draw.randrange(5) for _ in range(draw.randrange(5))])
+        if draw.random() < 0.5:
+            state |= ab(PROJ)
+        try:
+            lora = from_tensors(state, {}, "x", drop=True)
+        except ConfigError as error:
+            assert error.message and "\n" not in error.message
+        else:
+            assert lora.pieces or lora.text
+            to_state(lora, "diffusers", drop=True)
+            read += 1
+    assert 100 < read < 300
+
+
+def test_any_damage_is_read_or_refused(tmp_path):
+    """Bytes changed anywhere, or the end cut off."""
+    path, read = tmp_path / "damaged.safetensors", 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        place, junk = draw.randrange(len(WHOLE)), draw.randbytes(draw.randint(1, 8))
+        cut = draw.random() < 0.3
+        path.write_bytes(
+            WHOLE[:place] if cut else WHOLE[:place] + junk + WHOLE[place + len(junk) :]
+        )
+        try:
+            lora = read_lora(path)
+        except ConfigError as error:
+            assert error.message and "\n" not in error.message
+        else:  # only numbers were hit, or the name of the one linear
+            assert not cut and len(lora.pieces) == 1
+            read += 1
+    assert 0 < read < 300

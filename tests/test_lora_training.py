@@ -1,0 +1,202 @@
+"""Training and LoRA files: an assistant that acts in training only, a start from a file, several
+formats at once, the command line's several LoRAs.
+"""
+
+import io
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from small import SMALL, noise_pictures
+from test_lora import inputs, randomise
+from test_lora_formats import meaning, same, trained, update
+from test_memory_run import losses, planned
+from test_memory_run import start as start_planned
+from test_train import metrics, start
+
+from fluxfast import cli
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.lora import load_assistant, load_lora, lora_of, save_lora
+from fluxfast.formats.lora_read import read_lora
+from fluxfast.load import load_transformer
+from fluxfast.model.flux import random_flux
+from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
+from fluxfast.train import train
+
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, "a thing")
+
+
+def loss_and_gradients(model, parameters, x):
+    loss = model(*x).square().mean()
+    return loss.item(), torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "own",
+    [{"targets": "attn+mlp"}, {"share_a": True}, {"include": ["to_k", "proj_mlp", "ff.net"]}],
+    ids=["split", "shared", "some"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["split", "shared"])
+def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path):
+    """Loss and every gradient, against a base that has the assistant's ΔW in its weights."""
+    helper = trained("all", kind == "shared", rank=2, alpha=0.5, seed=7)
+    file = save_lora(helper, tmp_path / "assistant.safetensors", "kohya")
+    ours, merged, x = random_flux(SMALL), random_flux(SMALL), inputs(SMALL)
+    for name, delta in update(helper).items():
+        merged.get_submodule(name).weight.add_(delta)
+    results = []
+    for model in (ours, merged):
+        parameters = inject_lora(model, 3, 5.0, dropout=dropout, seed=2, **own)
+        randomise(model)
+        model.train()
+        model.dropout_clock.indices = [4, 9]
+        if model is ours:
+            alone = loss_and_gradients(model, parameters, x)
+            load_assistant(model, file)
+        results.append(loss_and_gradients(model, parameters, x))
+    (loss, gradients), (expected, truths) = results
+    assert abs(loss - expected) < 1e-5 * expected < 1e-2 * abs(loss - alone[0])
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert (gradient - truth).abs().max() < 2e-4 * truth.abs().max()
+
+    set_lora_strength(ours, 0.0), set_lora_strength(merged, 0.0)
+    with torch.no_grad():
+        assert torch.allclose(ours(*x), merged(*x), rtol=1e-4, atol=1e-4)
+    set_lora_strength(ours, 1.0)
+    set_assisted(ours, False)
+    off = loss_and_gradients(ours, lora_parameters(ours), x)
+    assert off[0] == alone[0]
+    assert all(torch.equal(a, b) for a, b in zip(off[1], alone[1], strict=True))
+    assert lora_of(ours).rank() == 3  # what would be saved knows nothing of it
+
+
+def lora_parameters(model):
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def test_an_assistant_of_another_model_is_refused(tmp_path, configure):
+    file = save_lora(trained("attn"), tmp_path / "small.safetensors")
+    with pytest.raises(ConfigError, match="do not fit this model"):
+        train(configure(model__assistant_lora=str(file)), console=QUIET)
+    with pytest.raises(FluxfastError, match="does not exist"):
+        train(configure(model__assistant_lora="none.safetensors", name="b"), console=QUIET)
+
+
+def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
+    model = load_transformer(nano_model, "fp32", "fp32", "cpu")
+    inject_lora(model, rank, seed=5, **more)
+    randomise(model)
+    return save_lora(model, path, format)
+
+
+def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
+    """It changes what is learnt, not what is saved or drawn: the run's own preview before the first
+    step is the base model's.
+    """
+    file = nano_lora(nano_model, tmp_path / "assistant.safetensors", "kohya", targets="all")
+    sample = {"prompts": ["a thing"], "every": 0, "width": 64, "height": 64, "steps": 2}
+    plain = configure(name="plain", sample=sample)
+    helped = configure(name="helped", sample=sample, model__assistant_lora=str(file))
+    train(plain, console=QUIET), train(helped, console=QUIET)
+    assert metrics(plain)[0]["loss"] != metrics(helped)[0]["loss"]
+    a, b = (load_file(c.run_dir / f"{c.name}.safetensors") for c in (plain, helped))
+    assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
+    pictures = [sorted((c.run_dir / "samples").glob("*-step00000000.png")) for c in (plain, helped)]
+    assert pictures[0]
+    for ours, theirs in zip(*pictures, strict=True):
+        assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
+
+
+def test_a_run_that_starts_from_a_file(nano_model, tmp_path, configure):
+    file = nano_lora(nano_model, tmp_path / "old.safetensors", "kohya")
+    run, _ = start(configure(lora__init_from=str(file)))
+    same_meaning(lora_of(run.model), read_lora(file), run.model.spec)
+    with pytest.raises(ConfigError, match="has rank 2, lora.rank is 4"):
+        start(configure(lora__init_from=str(file), lora__rank=4, name="b"))
+
+
+def test_a_resumed_run_does_not_start_again(nano_model, tmp_path, configure):
+    """The checkpoint is what it goes on from; the file may even be gone."""
+    file = nano_lora(nano_model, tmp_path / "old.safetensors")
+    config = configure(lora__init_from=str(file), train__steps=2)
+    first = load_file(train(config, console=QUIET))
+    file.unlink()
+    again = load_file(train(config, console=QUIET))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def same_meaning(one, other, spec):
+    same(meaning(one, spec), meaning(other, spec))
+
+
+def test_several_formats(configure):
+    config = configure(
+        save__formats=["diffusers", "kohya", "comfyui", "bfl", "kohya"],
+        train__ema={"enabled": True}, train__steps=2,
+    )  # fmt: skip
+    path = train(config, console=QUIET)
+    names = {file.name for file in config.run_dir.glob("*.safetensors")}
+    stems = {f"small{ema}{form}" for ema in ("", "_ema")
+             for form in ("", "_kohya", "_comfyui", "_bfl")}  # fmt: skip
+    assert names == {f"{stem}.safetensors" for stem in stems}
+    spec = load_transformer(config.model.path, "fp32", "fp32", "cpu").spec
+    for form in ("kohya", "comfyui", "bfl"):
+        other = read_lora(path.with_stem(f"{path.stem}_{form}"))
+        assert other.form == form
+        same_meaning(other, read_lora(path), spec)
+
+
+def test_a_format_that_cannot_hold_the_targets_is_refused_before_training(configure):
+    config = configure(save__formats=["diffusers", "xlabs"])
+    with pytest.raises(ConfigError, match="xlabs files have no place for"):
+        train(config, console=QUIET)
+    assert not list(config.run_dir.glob("**/*.safetensors"))
+    train(configure(save__formats=["xlabs"], lora__targets="attn", name="b"), console=QUIET)
+
+
+def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
+    """`--lora A --lora B --strength 1 --strength 0.5` draws what their sum draws."""
+    a = nano_lora(nano_model, tmp_path / "a.safetensors", "kohya", share_a=True)
+    b = nano_lora(nano_model, tmp_path / "b.safetensors", "comfyui", rank=3, targets="all")
+    model = load_transformer(nano_model, "fp32", "fp32", "cpu")
+    load_lora(model, [a, b], [1.0, 0.5])
+    total = save_lora(model, tmp_path / "total.safetensors")
+
+    def draw(folder, *more):
+        words = ["fluxfast", "sample", "--model", nano_model, "--prompt", "a cat", "--width", 64,
+                 "--height", 64, "--steps", 2, "--storage", "fp32", "--compute", "fp32", "--out",
+                 tmp_path / folder, *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, capsys.readouterr().err
+        return torch.frombuffer(
+            bytearray(Image.open(capsys.readouterr().out.strip()).tobytes()), dtype=torch.uint8
+        ).float()
+
+    two = draw("two", "--lora", a, "--lora", b, "--strength", 1, "--strength", 0.5)
+    one, first = draw("one", "--lora", total), draw("first", "--lora", a)
+    assert (two - one).abs().max() <= 1 and (two - first).abs().max() > 1
+    with pytest.raises(AssertionError, match="2 strengths for 1 LoRAs"):
+        draw("none", "--lora", a, "--strength", 1, "--strength", 2)
+
+
+@pytest.mark.parametrize("policy", ["offload", "fc1", "replay"])
+def test_no_way_of_keeping_activations_changes_an_assisted_step(
+    policy, nano_model, tmp_path, configure
+):
+    file = nano_lora(nano_model, tmp_path / "assistant.safetensors", targets="all")
+    config = configure(model__assistant_lora=str(file))
+    plain = losses(*start_planned(config))
+    assert losses(*start_planned(config, planned(config, policy=policy))) == plain
+    assert losses(*start_planned(configure())) != plain
