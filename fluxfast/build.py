@@ -7,9 +7,13 @@ import torch
 from rich.console import Console
 
 from fluxfast.ahead import Ahead
+from fluxfast.checkpoint import checkpoints
 from fluxfast.config import Config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import ConfigError
+from fluxfast.formats.lora import init_lora, load_assistant, lora_of
+from fluxfast.formats.lora_write import to_state
+from fluxfast.hub import resolve_lora
 from fluxfast.load import load_transformer
 from fluxfast.memory.plan import Plan
 from fluxfast.memory.runtime import MemoryRuntime
@@ -48,6 +52,7 @@ def build(
     plan: Plan | None = None,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
+    assistant = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
     with console.status("loading the transformer"):
         model = load_transformer(
             base,
@@ -70,6 +75,16 @@ def build(
         dropout=lora.dropout,
         seed=config.seed,
     )
+    if lora.init_from and not checkpoints(config.run_dir):
+        init_lora(model, lora.init_from, say=lambda line: say(console, f"note: {line}"))
+        say(console, f"starting from {lora.init_from}")
+    if "xlabs" in config.save.formats:  # it cannot hold everything: say so now
+        to_state(lora_of(model), "xlabs")
+    if assistant:
+        load_assistant(model, assistant, say=lambda line: say(console, f"note: {line}"))
+        say(
+            console, f"{config.model.assistant_lora} assists in training, not in previews and files"
+        )
     if lora.dropout:
         say(console, "note: LoRA dropout takes the path that is not fused: slower, more memory")
     model.train()

@@ -26,7 +26,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.base import open_base
 from fluxfast.layer_errors import LIMITS, Measured, measure, table
-from fluxfast.load import load_transformer, resolve_device, resolve_precision
+from fluxfast.load import load_transformer, resolve_device, resolve_precision, stored_as
 from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
@@ -90,8 +90,13 @@ def check(
 
 
 def _check(setting: Setting, limit: float, count: int) -> list[Measured]:
-    config, storage, kind = setting.config, setting.storage, setting.kind
+    config, kind = setting.config, setting.kind
     prepared = prepare(config, setting.device, setting.console)
+    with open_base(prepared.base) as base:
+        storage = stored_as(config.model.storage, kind, base.storage)
+    if storage != "auto":
+        setting = replace(setting, storage=storage)
+    storage = setting.storage
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
     layers = []
     with open_base(prepared.base) as base:
@@ -156,7 +161,9 @@ def _run_model(
             double_quant=config.model.double_quant,
             announce=lambda line: say(console, f"note: {line}"),
         )
-    parameters = inject_lora(model, **config.lora.model_dump(), seed=config.seed)
+    parameters = inject_lora(
+        model, **config.lora.model_dump(exclude={"init_from"}), seed=config.seed
+    )
     step = _set_lora(setting, model, parameters)
     # the probed path keeps more than the fused one, so it always computes blocks twice
     model.policies = ["replay"] * len(model.policies)

@@ -41,7 +41,7 @@ def identity_of(config: Config) -> dict:
     """
     return {
         "model.path": config.model.path,
-        "lora": config.lora.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json", exclude={"init_from"}),  # only a start
         "train.optimizer": config.train.optimizer,
         "train.optimizer_args": config.train.optimizer_args,
         "train.batch_size": config.train.batch_size,

@@ -29,7 +29,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override a setting: train.steps=500"),
 ]
 Model = Annotated[
-    str | None, typer.Option(help="diffusers folder, .safetensors file or Hub id (for a folder)")
+    str | None, typer.Option(help="diffusers folder, .safetensors or GGUF file, or Hub id")
 ]
 Encoders = Annotated[
     str | None,
@@ -124,8 +124,12 @@ def check(
 def sample(
     model: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or Hub id")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
-    lora: Annotated[Path | None, typer.Option(help="a LoRA file in diffusers' form")] = None,
-    strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base model")] = 1.0,
+    lora: Annotated[
+        list[Path], typer.Option(help="a LoRA file of any format; several are added up")
+    ] = [],  # noqa: B006
+    strength: Annotated[
+        list[float], typer.Option(help="of the LoRA; one for all or one each; 0 is the base model")
+    ] = [1.0],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0, help="of the first picture")] = 42,
     walk_seed: Annotated[bool, typer.Option(help="seed + 1 for each further prompt")] = False,
     width: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
@@ -143,13 +147,18 @@ def sample(
     """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
 
     Example: `fluxfast sample --model examples/nano/pretrained --lora runs/nano/nano.safetensors
-    --prompt "a zorb at the centre" --width 64 --height 64`.
+    --prompt "a zorb at the centre" --width 64 --height 64`. Two LoRAs: `--lora a.safetensors
+    --strength 1 --lora b.safetensors --strength 0.5`.
     """
     from fluxfast.config import ModelConfig
     from fluxfast.generate import generate
     from fluxfast.sample import Picture
     from fluxfast.settings import read_layers
 
+    if len(strength) not in (1, len(lora)):
+        raise ConfigError(
+            f"{len(strength)} strengths for {len(lora)} LoRAs", hint="give one --strength for each"
+        )
     if not model.strip():
         raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
     parts = ModelConfig(path=model, encoders=encoders)
@@ -162,7 +171,106 @@ def sample(
         for index, text in enumerate(prompt)
     ]
     with _interruptible():
-        print("\n".join(str(file) for file in generate(parts, pictures, out, lora, strength)))
+        files = generate(parts, pictures, out, lora, strength, say=_announce)
+        print("\n".join(map(str, files)))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        list[Path], typer.Argument(help="LoRA files of any format, then the file to write")
+    ],
+    to: Annotated[str, typer.Option(help="diffusers, kohya, comfyui, xlabs or bfl")],
+    strength: Annotated[
+        list[float], typer.Option(help="of each file that is added up; one for all or one each")
+    ] = [1.0],  # noqa: B006
+    scale: Annotated[float, typer.Option(help="of the whole")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    drop: Annotated[
+        bool, typer.Option("--drop", help="leave out what the format has no place for")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read it back: max |ΔW difference| per layer")
+    ] = False,
+) -> None:
+    """Turn LoRA files of any format into one of another; several are added up, exactly.
+
+    Examples: `fluxfast convert a.safetensors --to kohya b.safetensors --verify`, `fluxfast convert
+    a.safetensors b.safetensors --strength 1 --strength 0.5 --to diffusers sum.safetensors`. What
+    is read: diffusers, ai-toolkit, kohya, ComfyUI, XLabs, BFL (control too), OneTrainer, peft. The
+    new file's path is printed to stdout, after a line per layer with --verify.
+    """
+    *sources, target = source
+    if not sources:
+        raise ConfigError("convert takes a file to read and a file to write", hint="SRC … DST")
+    from fluxfast.formats.lora_convert import convert as run
+
+    given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
+    with _interruptible():
+        print(
+            "\n".join(
+                [*run(sources, to, target, **given, verify=verify, say=_announce), str(target)]
+            )
+        )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a .safetensors or GGUF file, or a model's folder")],
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="read what `quantize` wrote whole, and compare")
+    ] = False,
+) -> None:
+    """Say what a file is: format, model, depths, dtypes, keys missing or extra, size.
+
+    Example: `fluxfast inspect examples/nano/pretrained`. Base checkpoints and LoRA files alike;
+    only headers are read.
+    """
+    from fluxfast.formats.inspect import inspect as run
+
+    print("\n".join(run(file, checksum)))
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(help="a model's folder, .safetensors or GGUF file, or Hub id")
+    ],
+    destination: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
+    storage: Annotated[str, typer.Option(help="nf4, int8 or fp8")] = "nf4",
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="nf4 only: quantise the block scales as well")
+    ] = False,
+) -> None:
+    """Quantise a base checkpoint once, so that training starts from it at once.
+
+    Example: `fluxfast quantize examples/nano/pretrained nano-nf4.safetensors`. Any form that
+    `train` reads goes in; the file goes into `--model` (its text encoders and VAE come from
+    `--encoders`). Its path is printed to stdout.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fluxfast.formats.quantize import quantize as run
+    from fluxfast.hub import TRANSFORMER, resolve_model
+
+    console = Console(stderr=True)
+    columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+            task = bars.add_task("", total=None)
+            written = run(
+                resolve_model(source, TRANSFORMER),
+                destination,
+                storage,
+                double_quant=double_quant,
+                progress=lambda done, total: bars.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(written.line(), file=sys.stderr)
+    print(written.path)
 
 
 @app.command()
@@ -222,9 +330,6 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
     }
     options = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
 
-    def announce(line: str) -> None:
-        print(f"note: {line}", file=sys.stderr)
-
     if target.is_dir() or target.suffix.lower() == ".toml":
         if model is None and not any(item.startswith("model.path=") for item in overrides):
             raise ConfigError(
@@ -236,12 +341,16 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
         plain = re.sub(r"[^\w .+-]", "_", plain).lstrip(" .+-") or "lora"
         data = {"folder": str(target)} if target.is_dir() else str(target)
         raw = {"name": plain, "data": data, "model": {}}
-        return build_config(raw, [*options, *overrides], str(target), announce)
+        return build_config(raw, [*options, *overrides], str(target), _announce)
     if not target.exists():
         raise ConfigError(
             f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
         )
-    return load_config(target, [*options, *overrides], announce)
+    return load_config(target, [*options, *overrides], _announce)
+
+
+def _announce(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager

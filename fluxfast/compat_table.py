@@ -96,6 +96,7 @@ MAPPED = {
     "training_folder": ("output_dir", text, None),
     "device": ("device", text, None),
     "training_seed": ("seed", whole, None),
+    "network.pretrained_lora_path": ("lora.init_from", text, None),
     "network.dropout": ("lora.dropout", number, None),
     "network.network_kwargs.only_if_contains": ("lora.include", words, None),
     "network.network_kwargs.ignore_if_contains": ("lora.exclude", words, None),
@@ -109,6 +110,7 @@ MAPPED = {
     "train.max_grad_norm": ("train.max_grad_norm", number, 1.0),
     "train.cfg_scale": ("train.guidance", number, 1.0),
     "model.name_or_path": ("model.path", text, None),
+    "model.assistant_lora_path": ("model.assistant_lora", text, None),
     "model.extras_name_or_path": ("model.encoders", text, None),
     "sample.sample_every": ("sample.every", whole, 100),
     "sample.width": ("sample.width", whole, 512),
@@ -154,10 +156,6 @@ _OTHER_MODEL = "ignored, it has no effect on a FLUX LoRA of text to image"
 _LOADER = "ignored, one thread reads batches ahead from the cache"
 _START = "ignored, training starts from the base as it is and a LoRA of zero effect"
 _UPLOAD = "ignored, nothing is uploaded: `hf upload` does it afterwards"
-_ASSISTANT = (
-    "NOT APPLIED, an assistant LoRA is not supported: trained without it, schnell unlearns some of "
-    "its few-step drawing (a LoRA trained on FLUX.1-dev works on schnell too)"
-)
 _PREVIEW = "ignored, previews use the base settings of the sample section"
 
 # reason -> keys: said unless the value is one of QUIET's for the key, or of OFF
@@ -170,8 +168,7 @@ IGNORED = {
     "ignored, it belongs to LoKr": "network.lokr_full_rank network.lokr_factor "
     "network.old_lokr_format",
     "ignored, the targets are every linear of the blocks": "network.all_layers",
-    _START: "network.pretrained_lora_path model.lora_path model.inference_lora_path "
-    "train.start_step",
+    _START: "model.lora_path model.inference_lora_path train.start_step",
     "ignored, a plan for the card decides which blocks are computed again; --set "
     "memory.policy=replay computes all": "train.gradient_checkpointing",
     _MEMORY: "model.low_vram model.layer_offloading model.layer_offloading_transformer_percent "
@@ -187,7 +184,6 @@ IGNORED = {
     _COMPILE: "model.compile model.block_compile model.compile_mode model.compile_fullgraph "
     "model.compile_dynamic",
     "ignored, T5's padding is attended to as in BFL's own code": "model.attn_masking",
-    _ASSISTANT: "model.assistant_lora_path",
     _OTHER_MODEL: "model.use_flux_cfg model.refiner_name_or_path model.use_text_encoder_1 "
     "model.use_text_encoder_2 datasets.inpaint_path datasets.clip_image_path datasets.num_frames "
     "datasets.cache_clip_vision_to_disk datasets.controls train.train_refiner "

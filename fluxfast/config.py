@@ -33,7 +33,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = Field(
-        min_length=1, description="diffusers folder, one BFL .safetensors file, or a Hub id"
+        min_length=1, description="diffusers folder, one .safetensors or GGUF file, or a Hub id"
     )
     encoders: str | None = Field(
         None,
@@ -42,10 +42,13 @@ class ModelConfig(Section):
     )
     storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
         "auto",
-        description="how the frozen base is kept; auto: fp32 on a CPU; nf4 on a GPU, from 40 GiB "
-        "the 8 bits of compute",
+        description="how the frozen base is kept; auto: as a prequantised file has it, else fp32 "
+        "on a CPU; nf4 on a GPU, from 40 GiB the 8 bits of compute",
     )
-    double_quant: bool = Field(False, description="nf4 only: quantise the block scales as well")
+    double_quant: bool = Field(
+        False,
+        description="nf4 only: quantise the block scales as well; a file in NF4 keeps its own",
+    )
     compute: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
         "auto",
         description="int8, fp8: the blocks' linears multiply 8-bit codes, all else is bf16 or "
@@ -56,6 +59,11 @@ class ModelConfig(Section):
         description="name or glob (quoted where it starts with *) -> 8bit, rotate (8 bits, behind "
         "a Hadamard rotation) or bf16 (dense); the last match wins; or the path of what "
         "`fluxfast check` wrote",
+    )
+    assistant_lora: str | None = Field(
+        None,
+        min_length=1,
+        description="a LoRA file or Hub id that acts, frozen, in training only: what schnell needs",
     )
     max_sequence_length: Positive | None = Field(
         None,
@@ -78,6 +86,9 @@ class LoraConfig(Section):
     )
     exclude: list[str] = Field([], description="drop these; wins over include")
     share_a: bool = Field(False, description="one A for q, k, v (and mlp), as kohya has it")
+    init_from: Path | None = Field(
+        None, description="a LoRA file of any format, of the same rank, to start from"
+    )
 
 
 class DataConfig(Section):
@@ -172,6 +183,11 @@ class SaveConfig(Section):
     every: Annotated[int, Field(ge=0)] = Field(250, description="steps; 0: at the end only")
     keep: Positive = Field(4, description="newest checkpoints that stay")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of the LoRA file")
+    formats: list[Literal["diffusers", "kohya", "comfyui", "xlabs", "bfl"]] = Field(
+        ["diffusers"],
+        min_length=1,
+        description="the first is NAME.safetensors, others NAME_FORMAT.safetensors beside it",
+    )
 
 
 class SampleConfig(Section):
@@ -379,6 +395,10 @@ _SYNONYMS = {
     "shuffle_tokens": "data.shuffle_captions",
     "save_every": "save.every",
     "name_or_path": "model.path",
+    "assistant_lora_path": "model.assistant_lora",
+    "pretrained_lora_path": "lora.init_from",
+    "network_weights": "lora.init_from",
+    "save_format": "save.formats",
     "gradient_checkpointing": "memory.policy",
     "low_vram": "memory.limit_gib",
 }

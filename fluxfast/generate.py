@@ -1,6 +1,8 @@
 """`fluxfast sample`: prompts to pictures, with a LoRA or without."""
 
 import re
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +19,14 @@ def generate(
     model: ModelConfig,
     pictures: list[Picture],
     out: Path,
-    lora: Path | None = None,
-    strength: float = 1.0,
+    lora: Path | Sequence[Path] = (),
+    strength: float | Sequence[float] = 1.0,
     device: str = "auto",
+    say: Callable[[str], None] = warnings.warn,
 ) -> list[Path]:
     """Draw `pictures` and save them as PNG in `out`, each with its prompt and settings in the file.
+
+    lora: files of any format, added up, each times its strength (or one strength for all).
 
     Text encoders, transformer and VAE are loaded one after the other. -> the files.
     Raises FluxfastError for a model or LoRA that cannot be used, and ConfigError for a size or a
@@ -43,8 +48,8 @@ def generate(
         layers=model.layers,
         double_quant=model.double_quant,
     )
-    if lora is not None:
-        load_lora(flux, lora, strength)
+    if lora:
+        load_lora(flux, lora, strength, say=say)
     images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, place, dtype)
     del flux
     if place.type == "cuda":
@@ -52,9 +57,13 @@ def generate(
     files = []
     for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
         files.append(out / f"{index:02d}-seed{picture.seed}-{_slug(picture.prompt)}.png")
-        more = {} if lora is None else {"lora": str(lora), "strength": str(strength)}
+        more = {"lora": _words(lora), "strength": _words(strength)} if lora else {}
         save_picture(files[-1], image, picture, model=model.path, **more)
     return files
+
+
+def _words(values) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
 
 
 def _slug(prompt: str) -> str:

@@ -30,6 +30,23 @@ def resolve_model(path: str, components: tuple[str, ...]) -> Path:
     return _from_hub(path, components)
 
 
+def resolve_lora(path: str) -> Path:
+    """`path` if it exists here; else, for a Hub id, the snapshot folder with its LoRA file.
+
+    Raises FluxfastError as `resolve_model` does.
+    """
+    local = Path(path)
+    with contextlib.suppress(RuntimeError):
+        local = local.expanduser()
+    if local.exists():
+        return local
+    if not _HUB_ID.fullmatch(path) or path.endswith(".safetensors"):
+        raise FluxfastError(
+            f"the LoRA {path} does not exist", hint="give a .safetensors file or a Hub id"
+        )
+    return _from_hub(path, (), ("*.safetensors",))
+
+
 def _no_such_path(path: str) -> FluxfastError:
     return FluxfastError(
         f"model path {path} does not exist",
@@ -38,13 +55,14 @@ def _no_such_path(path: str) -> FluxfastError:
     )
 
 
-def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
+def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = ()) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["model_index.json", *(f"{name}/*" for name in components)]
+    patterns = [*files, "model_index.json", *(f"{name}/*" for name in components)]
     try:
         snapshot = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        if all(_complete(snapshot / name) for name in components):
+        whole = all(_complete(snapshot / name) for name in components)
+        if whole and all(any(snapshot.glob(pattern)) for pattern in files):
             return snapshot
     except errors.HFValidationError:  # ./model, ../model: a path after all
         raise _no_such_path(repo) from None
@@ -70,6 +88,7 @@ def _from_hub(repo: str, components: tuple[str, ...]) -> Path:
         ) from None
     # offline, huggingface_hub returns a folder that an interrupted download left unfinished
     lacking = [name for name in components if not _complete(snapshot / name)]
+    lacking += [pattern for pattern in files if not any(snapshot.glob(pattern))]
     if lacking:
         raise FluxfastError(
             f"{repo} has no complete {', '.join(lacking)} in {snapshot}",

@@ -96,6 +96,15 @@ def choose_precision(
     return storage, compute
 
 
+def stored_as(storage: str, compute: str, kept: str | None) -> str:
+    """What `auto` storage becomes for a file that is quantised already: kept, the storage it was
+    made for (None for another file). Not where compute asks for the other kind of 8 bits.
+    """
+    if storage != "auto" or kept is None or {kept, compute} == set(IN_8_BITS):
+        return storage
+    return kept
+
+
 def multiplies_8_bits(capability: tuple[int, int]) -> list[str]:
     """The kinds of 8-bit products that a GPU has."""
     return [kind for kind, least in _LEAST.items() if capability >= least]
@@ -127,21 +136,25 @@ def load_transformer(
 ) -> Flux:
     """Load a FLUX.1 transformer, frozen, tensor by tensor (one dense matrix in memory at a time).
 
-    path: a diffusers pipeline folder or its `transformer/`, or one BFL .safetensors file.
+    path: a diffusers pipeline folder or its `transformer/`, or one .safetensors or GGUF file.
     storage: fp32, bf16, nf4, int8 or fp8 for the blocks' matrices; compute: fp32, bf16, or int8 or
-    fp8 for products of 8-bit codes in the blocks; `auto` chooses by device. activations: fp32 or
-    bf16 beside 8-bit products, `auto` by device. layers: name or glob -> 8bit, rotate or bf16, see
-    `model.precision`. announce gets one line per thing that was done otherwise than asked; progress
-    gets (done, total). Raises FluxfastError (ConfigError for a wrong argument).
+    fp8 for products of 8-bit codes in the blocks; `auto` chooses by device, and storage by the file
+    where that is quantised. What a file has in codes of the storage asked for stays as it is (on a
+    CPU it even stays in the file, mapped). activations: fp32 or bf16 beside 8-bit products, `auto`
+    by device. layers: name or glob -> 8bit, rotate or bf16, see `model.precision`. announce gets
+    one line per thing that was done otherwise than asked; progress gets (done, total). Raises
+    FluxfastError (ConfigError for a wrong argument or a file that is no such model).
     """
     device = resolve_device(str(device))
-    storage, compute = resolve_precision(storage, compute, device)
-    dtype = activation_dtype(compute, activations, device)
+    resolve_precision(storage, compute, device)  # what cannot be is said before the file is opened
     with open_base(path) as base:
+        storage = stored_as(storage, compute, base.storage)
+        storage, compute = resolve_precision(storage, compute, device)
+        dtype = activation_dtype(compute, activations, device)
         precisions = layer_precisions(base.spec, storage, compute, layers)
         model = Flux(base.spec, dtype)
         kept = fill(
-            model, base.read, precisions, nested=double_quant, device=device, progress=progress
+            model, base.read_kept, precisions, nested=double_quant, device=device, progress=progress
         )
     if kept and announce:
         announce(

@@ -12,7 +12,7 @@ from fluxfast.config import Config, ModelConfig
 from fluxfast.data.buckets import STEP
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
-from fluxfast.load import choose_precision, resolve_precision
+from fluxfast.load import choose_precision, resolve_precision, stored_as
 from fluxfast.memory.cards import Card, card, closest
 from fluxfast.memory.fitting import DoesNotFit, make_plan
 from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, usable
@@ -68,11 +68,13 @@ def plan_run(
     limit = config.memory.limit_gib
     if device.type != "cuda" and limit is None:
         return None
-    storage, compute = resolve_precision(config.model.storage, config.model.compute, device)
+    with open_base(base) as checkpoint:
+        spec, kept = checkpoint.spec, checkpoint.storage
+    compute = config.model.compute
+    storage = stored_as(config.model.storage, compute, kept)
+    storage, compute = resolve_precision(storage, compute, device)
     dtype = activation_dtype(compute, "auto", device)
     activations = next(word for word, known in DTYPES.items() if known == dtype)
-    with open_base(base) as checkpoint:
-        spec = checkpoint.spec
     precision = storage, compute, activations
     cuda = device.type == "cuda"
     request = replace(request_of(config, spec, precision, shapes, graphs=cuda), encodes=False)
@@ -161,7 +163,7 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
     """
     limit = config.memory.limit_gib or math.inf
     cards = [(known, min(gib, limit)) for known, gib in _cards(vram_gib, gpu)]
-    spec = _spec(config.model)
+    spec, kept = _model(config.model)
     sides = sorted({side for data in config.data for side in data.resolution})
     batch = config.train.batch_size
     text = config.model.max_sequence_length or spec.text_length
@@ -173,7 +175,7 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
         for chosen in sets:
             label = next(iter(chosen)) if len(chosen) == 1 else "mixed"
             try:
-                precision = _precision(config.model, known, vram)
+                precision = _precision(config.model, kept, known, vram)
                 request = request_of(config, spec, precision, chosen)
                 rows.append(Row(known, vram, label, make_plan(request, known, usable(vram))))
             except DoesNotFit as error:
@@ -197,19 +199,21 @@ def _cards(vram_gib: float | None, gpu: str | None) -> list[tuple[Card, float]]:
     return [(card(name), gib) for gib, name in PRESETS.items()]
 
 
-def _precision(model: ModelConfig, known: Card, vram_gib: float) -> tuple[str, str, str]:
-    storage, compute = choose_precision(
-        model.storage, model.compute, known.capability, vram_gib, True
-    )
+def _precision(
+    model: ModelConfig, kept: str | None, known: Card, vram_gib: float
+) -> tuple[str, str, str]:
+    storage = stored_as(model.storage, model.compute, kept)
+    storage, compute = choose_precision(storage, model.compute, known.capability, vram_gib, True)
     return storage, compute, compute if compute in DTYPES else "bf16"
 
 
-def _spec(model: ModelConfig) -> FluxSpec:
-    """The model's own where it is on this disk; else FLUX.1-schnell or dev, by its name."""
+def _model(model: ModelConfig) -> tuple[FluxSpec, str | None]:
+    """-> sizes, and the storage that the file is quantised for; of what is not on this disk those
+    of FLUX.1-schnell or dev, by its name."""
     if not Path(model.path).exists():
-        return SCHNELL if "schnell" in model.path.lower() else DEV
+        return SCHNELL if "schnell" in model.path.lower() else DEV, None
     with open_base(Path(model.path)) as checkpoint:
-        return checkpoint.spec
+        return checkpoint.spec, checkpoint.storage
 
 
 def _largest(side: int, batch: int, text: int) -> Shape:

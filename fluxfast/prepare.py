@@ -18,7 +18,7 @@ from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import open_base, tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
-from fluxfast.load import resolve_precision
+from fluxfast.load import resolve_precision, stored_as
 from fluxfast.metrics import say
 from fluxfast.model.precision import layer_precisions
 from fluxfast.validation import hold_out
@@ -79,9 +79,11 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
 
 def check_model(model: ModelConfig, device: torch.device) -> tuple[Path, Path, int]:
     """`resolve_parts`, and ConfigError where the model cannot be kept and multiplied as asked."""
-    precision = resolve_precision(model.storage, model.compute, device)
+    resolve_precision(model.storage, model.compute, device)  # said before a model is looked for
     parts = resolve_parts(model)
     with open_base(parts[0]) as checkpoint:
+        storage = stored_as(model.storage, model.compute, checkpoint.storage)
+        precision = resolve_precision(storage, model.compute, device)
         layer_precisions(checkpoint.spec, *precision, model.layers)
     return parts
 

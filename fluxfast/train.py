@@ -29,7 +29,7 @@ from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.metrics import RunLog, say
 from fluxfast.model.flux import Flux
-from fluxfast.model.lora import lora_layers
+from fluxfast.model.lora import lora_layers, set_assisted
 from fluxfast.optim import set_mode
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
@@ -172,11 +172,12 @@ def _look(run: Training, watch: Watch, done: int) -> None:
     """Validation and previews, with the weights that would be saved; the best ones are."""
     set_mode(run.optimizer, training=False)
     with run.without_graphs(again=done < run.config.train.steps):
+        set_assisted(run.model, False)
         row = watch.look(done)
+        set_assisted(run.model, True)
     if row is not None:
         meta = {**_metadata(run, done), "validation_loss": f"{row.loss:.6f}"}
-        path = run.config.run_dir / f"{run.config.name}_best.safetensors"
-        save_lora(run.model, path, dtype=run.config.save.dtype, metadata=meta)
+        _save_formats(run, run.config.run_dir / f"{run.config.name}_best.safetensors", meta)
     set_mode(run.optimizer, training=True)
 
 
@@ -220,21 +221,22 @@ def _write_lora(run: Training, folder: Path, step: int) -> Path:
     """NAME.safetensors, and NAME_ema.safetensors where an average is kept."""
     config = run.config
     meta = _metadata(run, step)
-    dtype = config.save.dtype
     path = folder / f"{config.name}.safetensors"
-    save_lora(run.model, path, dtype=dtype, metadata=meta)
+    _save_formats(run, path, meta)
     if run.ema:
         pairs = zip(run.ema.average[::2], run.ema.average[1::2], strict=True)
         tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
         file = folder / f"{config.name}_ema.safetensors"
-        save_lora(
-            run.model,
-            file,
-            dtype=dtype,
-            metadata={**meta, "ema": str(run.ema.decay)},
-            tensors=tensors,
-        )
+        _save_formats(run, file, {**meta, "ema": str(run.ema.decay)}, tensors)
     return path
+
+
+def _save_formats(run: Training, path: Path, meta: dict[str, str], tensors=None) -> None:
+    """`path` in the first of save.formats, `path` with _FORMAT in its name in the others."""
+    save = run.config.save
+    for index, form in enumerate(dict.fromkeys(save.formats)):
+        file = path.with_stem(f"{path.stem}_{form}") if index else path
+        save_lora(run.model, file, form, dtype=save.dtype, metadata=meta, tensors=tensors)
 
 
 def _metadata(run: Training, step: int) -> dict[str, str]:

@@ -49,7 +49,7 @@ fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
 fluxfast.optim           config errors
 fluxfast.metrics         errors files
 fluxfast.checkpoint      config optim files errors
-fluxfast.formats.*       model.* files errors
+fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
 fluxfast.load            formats.base model.* errors
 fluxfast.encoders.*      encoders.* errors
 fluxfast.data.buckets    errors
@@ -70,12 +70,12 @@ fluxfast.report          plots validation files
 fluxfast.prepare         data.cache data.captions data.store formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
-fluxfast.build           ahead data.loader load memory.plan memory.runtime memory.work metrics model.* optim step config errors
+fluxfast.build           ahead checkpoint data.loader formats.lora formats.lora_write hub load memory.plan memory.runtime memory.work metrics model.* optim step config errors
 fluxfast.train           build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors generate layer_errors load planning prepare sample settings train
+fluxfast.cli             check config doctor errors formats.inspect formats.lora_convert formats.quantize generate hub layer_errors load planning prepare sample settings train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data
@@ -88,7 +88,7 @@ BARE = {"torch", "triton", *SOURCES, *sys.stdlib_module_names}
 # slow or absent: imported inside the functions that need them, never at the top
 LATE = {
     "transformers", "diffusers", "bitsandbytes", "huggingface_hub", "prodigyopt", "schedulefree",
-    "tensorboard", "matplotlib", "peft", "accelerate",
+    "tensorboard", "matplotlib", "peft", "accelerate", "gguf",
 }  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_read(fluxfast, photos, tmp_path):
     for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (tmp_path / "parts" / name).mkdir(parents=True)
     result = fluxfast("train", "photos", "--model", file, "--encoders", "parts")
-    assert result.code == 1
+    assert result.code == 2
     assert f"cannot read {file}" in result.error
 
 

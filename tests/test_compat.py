@@ -92,7 +92,7 @@ def test_the_stock_file_field_by_field(kind):
         expected["name"] = "my_schnell_lora"
         expected["model"]["path"] = "black-forest-labs/FLUX.1-schnell"
         expected["sample"] |= {"steps": 4, "guidance": 1.0}
-        said.add("model.assistant_lora_path")
+        expected["model"]["assistant_lora"] = "ostris/FLUX.1-schnell-training-adapter"
     assert config == build_config(expected)  # every field not named here is at its default
     assert len(config.sample.prompts) == 3
     assert sorted(keys(notes)) == sorted(said)
@@ -257,7 +257,7 @@ meta: {name: "[name]"}
 EVERY_NOTES = """
 meta performance_log_every torch_profiler log_dir trigger_word
 network.linear_alpha network.transformer_only network.lokr_full_rank network.lokr_factor
-network.old_lokr_format network.pretrained_lora_path network.all_layers network.layer_offloading
+network.old_lokr_format network.all_layers network.layer_offloading
 save.push_to_hub save.hf_repo_id save.hf_private
 datasets[0].shuffle_tokens datasets[0].token_dropout_rate datasets[0].cache_latents_to_disk
 datasets[0].cache_latents datasets[0].buckets datasets[0].bucket_tolerance datasets[0].random_crop
@@ -277,7 +277,7 @@ train.do_prior_divergence train.reg_weight train.max_loss train.unload_text_enco
 train.validation_config train.attention_backend
 model.quantize model.qtype model.quantize_te model.qtype_te model.low_vram model.layer_offloading
 model.compile model.block_compile model.compile_mode model.compile_fullgraph model.compile_dynamic
-model.split_model_over_gpus model.assistant_lora_path model.attn_masking
+model.split_model_over_gpus model.attn_masking
 sample.sampler sample.sample_start_step sample.samples sample.neg
 logging.use_wandb logging.use_ui_logger logging.project_name logging.run_name
 """
@@ -291,10 +291,12 @@ def test_every_documented_key():
     config = build_config(native)
     assert config == build_config({
         "name": "all", "output_dir": "out", "device": "cpu", "trigger": "ohwx", "log_every": 5,
-        "model": {"path": "m", "storage": "auto", "compute": "bf16"},
+        "model": {
+            "path": "m", "storage": "auto", "compute": "bf16", "assistant_lora": "x",
+        },
         "lora": {
             "rank": 8, "alpha": 4, "dropout": 0.1, "targets": "all", "include": ["attn"],
-            "exclude": ["norm"],
+            "exclude": ["norm"], "init_from": "x",
         },
         "data": [
             {

@@ -112,7 +112,7 @@ def test_an_unknown_key_names_the_nearest(raw, key, nearest):
 
 def test_an_unknown_key_like_nothing_lists_what_there_is():
     message = refused(minimal(save={"qqqqqq": 1}))
-    assert "unknown key 'save.qqqqqq'; known here: dtype, every, keep" in message
+    assert "unknown key 'save.qqqqqq'; known here: dtype, every, formats, keep" in message
 
 
 def test_every_mistake_is_named_at_once():

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from fluxfast.errors import FluxfastError
-from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
+from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_lora, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EVERYTHING = (*TRANSFORMER, *ENCODERS)
@@ -205,3 +205,20 @@ def test_what_is_neither_path_nor_hub_id(path, monkeypatch):
     error = refused(path)
     assert "does not exist" in error.message and path in error.message
     assert "black-forest-labs/FLUX.1-dev" in error.hint
+
+
+def test_a_lora_by_its_path_or_from_the_cache(cache, tmp_path):
+    """A cached repository without a LoRA file is not enough."""
+    (tmp_path / "mine.safetensors").write_bytes(b"weights")
+    assert resolve_lora("mine.safetensors") == Path("mine.safetensors")
+    folder = cache / "models--org--adapter" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text(COMMIT)
+    with pytest.raises(FluxfastError, match="org/adapter"):
+        resolve_lora("org/adapter")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    assert resolve_lora("org/adapter") == folder
+    for missing in ("none.safetensors", "a/none.safetensors"):
+        with pytest.raises(FluxfastError, match="does not exist"):
+            resolve_lora(missing)

@@ -1,87 +1,173 @@
-"""Base checkpoints in: a diffusers folder (sharded or not) or one BFL safetensors file, read tensor
-by tensor.
+"""Base checkpoints in, read tensor by tensor: a diffusers folder (sharded or not) or one file in
+Black Forest Labs' or diffusers' names, bare or inside an all-in-one file, dense, fp8, int8,
+bitsandbytes NF4 or GGUF.
 
-Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel`
-config and keys.
+What a file is, is told by its content (`base_detect.py`). Sources of the layouts: BFL's
+`flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel` config and keys.
 """
 
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from fluxfast_kernels.nf4 import NF4Tensor
+from fluxfast_kernels.rows_8bit import Rows
 from torch import Tensor
 
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats import base_8bit, base_bnb
+from fluxfast.formats.base_detect import (
+    Naming,
+    check_channels,
+    find_naming,
+    is_lora,
+    other_model,
+    read_spec,
+)
+from fluxfast.formats.base_gguf import BLOCK_TYPES
+from fluxfast.formats.opened import Files
+from fluxfast.model.linear import dense
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
+from fluxfast.model.precision import multiplies_in_8_bits
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_PREFIXES = ("", "model.diffusion_model.")  # bare, and as all-in-one files have it
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
+STORAGE_KEY = "fluxfast.storage"  # metadata of a prequantised file: the storage it was made for
 
 
 class BaseCheckpoint:
     """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context
     manager.
+
+    storage: nf4, int8 or fp8 where the file was quantised for it, else None.
     """
 
-    def __init__(self, path: Path, spec: FluxSpec, files: list[Path], split: bool, prefix: str):
-        self.path, self.spec, self._split, self._prefix = path, spec, split, prefix
-        self._handles = [_open(file) for file in files]
-        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
-        self._sources = tensor_sources(spec)
-        missing = [
-            source
-            for name, sources in self._sources.items()
-            for source in (sources if split else [prefix + name])
-            if source not in self._where
-        ]
-        if missing:
-            self.close()
-            raise FluxfastError(
-                f"{path} is not a complete FLUX.1 transformer: {len(missing)} tensors are missing, "
-                f"among them {', '.join(missing[:3])}"
+    def __init__(self, path: Path, spec: FluxSpec, files: Files, naming: Naming):
+        self.path, self.spec, self.files, self.naming = path, spec, files, naming
+        if max(spec.depth, spec.depth_single_blocks) > _MOST_BLOCKS:
+            raise ConfigError(
+                f"{path} is not a FLUX.1 transformer: it has {spec.depth} double and "
+                f"{spec.depth_single_blocks} single blocks"
             )
+        self._sources = tensor_sources(spec)
+        if absent := self.missing():
+            hint = "the file of another part, or a download that is not complete?"
+            if naming.split:
+                hint = "a diffusers model in several files is given by its folder"
+            raise ConfigError(
+                f"{path} is not a complete FLUX.1 transformer: {len(absent)} tensors are missing, "
+                f"among them {', '.join(absent[:3])}",
+                hint=hint,
+            )
+        self._states: dict[str, base_bnb.State | None] = {}
+        for name in self._sources:
+            self._check(name)
+        self.storage = self._storage()
+
+    def keys(self, name: str) -> list[str]:
+        """The file's tensors whose rows make the tensor of that BFL name."""
+        prefix = self.naming.prefix
+        if not self.naming.split:
+            return [prefix + name]
+        return [prefix + source for source in self._sources[name]]
+
+    def missing(self) -> list[str]:
+        """The tensors that the model needs and the file lacks, by the file's own names."""
+        keys = [key for name in self._sources for key in self.keys(name)]
+        return [key for key in keys if key not in self.files.entries]
 
     def read(self, name: str) -> Tensor:
-        """The tensor under its BFL name, fused, in the dtype that the file has.
-
-        Raises FluxfastError for a shape or dtype that does not belong there.
+        """The tensor under its BFL name, fused, dense: in the dtype that the file has, or fp32
+        where that is fp64 or quantised.
         """
-        sources = self._sources[name] if self._split else [self._prefix + name]
+        return dense(self.read_kept(name))
+
+    def read_kept(self, name: str) -> Tensor | NF4Tensor | Rows:
+        """As `read`, but a matrix that the file has in codes stays in them: NF4 of bitsandbytes,
+        fp8 (e4m3) or int8 with a scale a row.
+        """
+        module = name.rpartition(".")[0]
+        parts = [self._part(key) for key in self.keys(name)]
+        if len({_kind(part) for part in parts}) > 1 or module == SWAPPED:
+            parts = [dense(part) for part in parts]
+        if isinstance(parts[0], NF4Tensor):
+            return base_bnb.join_nf4(parts)
+        if isinstance(parts[0], Rows):
+            return base_8bit.join_rows(parts)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.naming.split and module == SWAPPED:
+            scale, shift = tensor.chunk(2)
+            tensor = torch.cat([shift, scale])
+        return tensor
+
+    def in_nf4(self, name: str) -> bool:
+        """Whether `read_kept` gives this matrix in NF4."""
+        states = [self._states[key] for key in self.keys(name)]
+        return not name.startswith(SWAPPED) and all(state and state.kept for state in states)
+
+    def in_nested_nf4(self, name: str) -> bool:
+        """Whether it does so with nested scales and one offset for all."""
+        keys = self.keys(name)
+        return self.in_nf4(name) and len(keys) == 1 and self._states[keys[0]].kept_nested
+
+    def _part(self, key: str) -> Tensor | NF4Tensor | Rows:
+        entry = self.files.entries[key]
+        if state := self._states.get(key):
+            return base_bnb.read_bnb(self.files, key, state)
+        if entry.dtype in (*_FP8, "I8"):
+            if len(entry.shape) == 2:
+                return base_8bit.read_8bit(self.files, key)
+            return self.files.read(key).to(torch.bfloat16)  # holds every value of both fp8 kinds
+        tensor = self.files.read(key)
+        return tensor.float() if entry.dtype == "F64" else tensor
+
+    def _check(self, name: str) -> None:
+        """Raise ConfigError for a shape or dtype that does not belong there."""
         module, _, kind = name.rpartition(".")
+        sources = self.keys(name)
         if kind == "scale":
             shapes = [(self.spec.head_dim,)]
         else:
             rows, *columns = linear_shape(module, self.spec)[: 2 if kind == "weight" else 1]
             parts = part_rows(module, self.spec) if len(sources) > 1 else [(0, rows)]
             shapes = [(end - start, *columns) for start, end in parts]
-        tensors = []
-        for source, needed in zip(sources, shapes, strict=True):
-            handle = self._where[source]
-            dtype, shape = _kind(handle, source)
-            if dtype not in _FLOATS:
-                raise FluxfastError(
-                    f"{self.path}: {source} is stored as {dtype}, which is not read here",
-                    hint="use a bf16, fp16 or fp32 checkpoint; storage: nf4 shrinks it on loading",
-                )
+        for key, needed in zip(sources, shapes, strict=True):
+            entry, state = self.files.entries[key], None
+            if kind == "weight":
+                state = self._states[key] = base_bnb.bnb_state(self.files, key)
+            shape = entry.shape if state is None else state.shape
+            if state is None:
+                self._check_dtype(key, entry.dtype, kind)
             if shape != needed:
-                raise FluxfastError(
-                    f"{self.path}: {source} has shape {shape}, this model needs {needed}"
+                raise ConfigError(
+                    f"{self.files.file_of(key)}: {key} has shape {shape}, this model needs {needed}"
                 )
-            tensors.append(handle.get_tensor(source))
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        if self._split and module == SWAPPED:
-            scale, shift = tensor.chunk(2)
-            tensor = torch.cat([shift, scale])
-        return tensor
+
+    def _check_dtype(self, key: str, dtype: str, kind: str) -> None:
+        coded = ("I8", *BLOCK_TYPES) if kind == "weight" else ()
+        if dtype not in (*_FLOATS, *_FP8, *coded):
+            raise ConfigError(
+                f"{self.files.file_of(key)}: {key} is stored as {dtype}, which is not read here",
+                hint="use a bf16, fp16, fp8, bitsandbytes NF4 or GGUF checkpoint; storage: nf4 "
+                "shrinks it on loading",
+            )
+        if dtype in (*_FP8, "I8") and kind == "weight":
+            base_8bit.check_8bit(self.files, key)
+
+    def _storage(self) -> str | None:
+        """By what most of the blocks' matrices are, those that 8-bit products would take."""
+        if said := self.files.metadata.get(STORAGE_KEY):
+            return said if said in ("nf4", "int8", "fp8") else None
+        modules = [n for n in self._sources if n.endswith(".weight")]
+        keys = [k for n in modules if multiplies_in_8_bits(n) for k in self.keys(n)]
+        kept = [key for key in keys if (state := self._states[key]) and state.kept]
+        return "nf4" if 2 * len(kept) > len(keys) else None
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.__exit__(None, None, None)
-        self._handles, self._where = [], {}
+        self.files.close()
 
     def __enter__(self):
         return self
@@ -90,15 +176,20 @@ class BaseCheckpoint:
         self.close()
 
 
-def open_base(path: Path | str) -> BaseCheckpoint:
-    """Open a diffusers pipeline folder, its `transformer/` folder, or one BFL .safetensors file.
+def _kind(part: Tensor | NF4Tensor | Rows) -> object:
+    return part.codes.dtype if isinstance(part, Rows) else type(part)
 
-    Raises FluxfastError where it does not exist, cannot be read, or is no FLUX.1 text-to-image
-    transformer.
+
+def open_base(path: Path | str) -> BaseCheckpoint:
+    """Open a diffusers pipeline folder, its `transformer/` folder, or one .safetensors or GGUF
+    file.
+
+    Raises FluxfastError where it does not exist, ConfigError where it cannot be read or is no
+    FLUX.1 text-to-image transformer.
     """
     path = Path(path)
     if path.is_file():
-        return _open_single_file(path)
+        return _opened(path, [path])
     if not path.is_dir():
         raise FluxfastError(
             f"model path {path} does not exist",
@@ -106,14 +197,61 @@ def open_base(path: Path | str) -> BaseCheckpoint:
             "black-forest-labs/FLUX.1-dev",
         )
     folder = path / "transformer" if (path / "transformer").is_dir() else path
-    return _open_diffusers(path, folder)
+    spec = folder_spec(path, folder)
+    files = weight_files(folder)
+    if not files:
+        raise ConfigError(f"{folder} holds no .safetensors weights")
+    return _opened(path, files, spec)
 
 
-def _open_diffusers(path: Path, folder: Path) -> BaseCheckpoint:
+def _opened(path: Path, paths: list[Path], spec: FluxSpec | None = None) -> BaseCheckpoint:
+    files = Files(paths)
+    try:
+        naming = Naming("", split=True)
+        if spec is None:
+            naming = find_naming(files.entries)
+            if naming is None:
+                raise not_flux(path, list(files.entries))
+            spec = spec_of(path, files, naming)
+        return BaseCheckpoint(path, spec, files, naming)
+    except BaseException:
+        files.close()
+        raise
+
+
+def not_flux(path: Path, keys: list[str]) -> ConfigError:
+    """The error for a file of something else, by name where it is known."""
+    if is_lora(keys):
+        hint = "a LoRA goes on top of a base model: --lora, or `fluxfast inspect` to see it"
+    else:
+        hint = "model.path wants FLUX.1-dev, FLUX.1-schnell or a fine-tune of either"
+    what = other_model(keys)
+    what = f": it is a {what}" if what else ""
+    return ConfigError(f"{path} does not hold a FLUX.1 transformer{what}", hint=hint)
+
+
+def spec_of(path: Path, files: Files, naming: Naming) -> FluxSpec:
+    """The sizes of a single file's model. Raises ConfigError where they cannot be."""
+
+    def shape(key: str) -> tuple[int, ...] | None:
+        if key not in files.entries:
+            return None
+        state = base_bnb.bnb_state(files, key)
+        return files.entries[key].shape if state is None else state.shape
+
+    try:
+        return read_spec(files.entries, naming, shape)
+    except ConfigError:
+        raise
+    except FluxfastError as error:
+        raise ConfigError(f"{path} is not a complete FLUX.1 transformer: {error.message}") from None
+
+
+def folder_spec(path: Path, folder: Path) -> FluxSpec:
     file = folder / "config.json"
     config = _json(file)
     if config.get("_class_name") != "FluxTransformer2DModel":
-        raise FluxfastError(
+        raise ConfigError(
             f"{folder} holds a {config.get('_class_name', 'model of unknown kind')}, "
             "not a FluxTransformer2DModel"
         )
@@ -123,50 +261,44 @@ def _open_diffusers(path: Path, folder: Path) -> BaseCheckpoint:
     # FLUX.1's own config.json leaves the axes out
     axes = config.get("axes_dims_rope") or rope_axes(head_dim)
     if not isinstance(axes, list | tuple) or [type(axis) for axis in axes] != [int] * 3:
-        raise FluxfastError(f"{file}: axes_dims_rope must be three integers, got {axes!r}")
-    spec = _spec(
-        path,
-        in_channels=size("in_channels"),
-        vec_in_dim=size("pooled_projection_dim"),
-        context_in_dim=size("joint_attention_dim"),
-        hidden_size=heads * head_dim,
-        num_heads=heads,
-        depth=size("num_layers"),
-        depth_single_blocks=size("num_single_layers"),
-        axes_dim=tuple(axes),
-        guidance_embed=guidance,
-        text_length=_text_length(path, guidance),
-    )
-    _check_in_channels(path, spec.in_channels, config.get("out_channels") or spec.in_channels)
-    files = _weight_files(folder)
-    if not files:
-        raise FluxfastError(f"{folder} holds no .safetensors weights")
-    return BaseCheckpoint(path, spec, files, split=True, prefix="")
+        raise ConfigError(f"{file}: axes_dims_rope must be three integers, got {axes!r}")
+    try:
+        spec = FluxSpec(
+            in_channels=size("in_channels"),
+            vec_in_dim=size("pooled_projection_dim"),
+            context_in_dim=size("joint_attention_dim"),
+            hidden_size=heads * head_dim,
+            num_heads=heads,
+            depth=size("num_layers"),
+            depth_single_blocks=size("num_single_layers"),
+            axes_dim=tuple(axes),
+            guidance_embed=guidance,
+            text_length=_text_length(path, guidance),
+        )
+        check_channels(spec.in_channels, config.get("out_channels") or spec.in_channels)
+    except ConfigError:
+        raise
+    except FluxfastError as error:
+        raise ConfigError(f"{path} is not a FLUX.1 transformer: {error.message}") from None
+    return spec
 
 
 def _size(file: Path, config: dict, key: str) -> int:
     if key not in config:
-        raise FluxfastError(f"{file} has no {key!r}")
+        raise ConfigError(f"{file} has no {key!r}")
     if type(config[key]) is not int or config[key] < 1:
-        raise FluxfastError(f"{file}: {key} must be a positive integer, got {config[key]!r}")
+        raise ConfigError(f"{file}: {key} must be a positive integer, got {config[key]!r}")
     return config[key]
 
 
-def _spec(path: Path, **sizes) -> FluxSpec:
-    try:
-        return FluxSpec(**sizes)
-    except FluxfastError as error:
-        raise FluxfastError(f"{path} is not a FLUX.1 transformer: {error.message}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The shards that the index names, or every .safetensors file where there is no index."""
     index = sorted(folder.glob("*.safetensors.index.json"))
     if not index:
         return sorted(folder.glob("*.safetensors"))
     shards = _json(index[0]).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise FluxfastError(f"{index[0]} does not map tensors to files under 'weight_map'")
+        raise ConfigError(f"{index[0]} does not map tensors to files under 'weight_map'")
     return [folder / name for name in sorted(set(shards.values()))]
 
 
@@ -184,76 +316,13 @@ def tokenizer_length(root: Path) -> int | None:
     return int(limit) if type(limit) in (int, float) and 1 <= limit < 1e9 else None
 
 
-def _open_single_file(path: Path) -> BaseCheckpoint:
-    with _open(path) as handle:
-        shapes = {key: _kind(handle, key)[1] for key in handle.keys()}  # noqa: SIM118
-    marker = "double_blocks.0.img_attn.norm.key_norm.scale"
-    prefix = next((p for p in _PREFIXES if p + marker in shapes), None)
-    if prefix is None:
-        raise FluxfastError(
-            f"{path} does not hold a FLUX.1 transformer in Black Forest Labs' layout",
-            hint="a diffusers model is given by its folder, not by one of its files",
-        )
-    shapes = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
-    blocks = Counter(".".join(key.split(".")[:2]) for key in shapes if "_blocks." in key)
-
-    def size(key: str, dim: int) -> int:
-        shape = shapes.get(key)
-        if shape is None or len(shape) <= dim or shape[dim] < 1:
-            what = "is missing" if shape is None else f"has shape {shape}"
-            raise FluxfastError(f"{path} is not a complete FLUX.1 transformer: {key} {what}")
-        return shape[dim]
-
-    hidden, head_dim = size("img_in.weight", 0), size(marker, 0)
-    guidance = "guidance_in.in_layer.weight" in shapes
-    spec = _spec(
-        path,
-        in_channels=size("img_in.weight", 1),
-        vec_in_dim=size("vector_in.in_layer.weight", 1),
-        context_in_dim=size("txt_in.weight", 1),
-        hidden_size=hidden,
-        mlp_ratio=size("double_blocks.0.img_mlp.0.weight", 0) / hidden,
-        num_heads=hidden // head_dim,
-        depth=sum(name.startswith("double_blocks.") for name in blocks),
-        depth_single_blocks=sum(name.startswith("single_blocks.") for name in blocks),
-        axes_dim=rope_axes(head_dim),
-        guidance_embed=guidance,
-        text_length=(DEV if guidance else SCHNELL).text_length,
-    )
-    _check_in_channels(path, spec.in_channels, size("final_layer.linear.weight", 0))
-    return BaseCheckpoint(path, spec, [path], split=False, prefix=prefix)
-
-
-def _check_in_channels(path: Path, in_channels: int, out_channels: int) -> None:
-    if in_channels != out_channels:
-        raise FluxfastError(
-            f"{path} takes {in_channels} channels and returns {out_channels}: an inpainting or "
-            "control variant of FLUX.1, which cannot be trained as text-to-image"
-        )
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise FluxfastError(
-            f"cannot read {path}: {error}", hint="the file is missing, truncated or not safetensors"
-        ) from None
-
-
-def _kind(handle, key: str) -> tuple[str, tuple[int, ...]]:
-    """dtype as the file names it, and shape."""
-    entry = handle.get_slice(key)
-    return entry.get_dtype(), tuple(entry.get_shape())
-
-
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FluxfastError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise FluxfastError(f"{path} is not valid JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise FluxfastError(f"{path} must hold a JSON object")
+        raise ConfigError(f"{path} must hold a JSON object")
     return content

@@ -1,0 +1,122 @@
+"""NF4 on a CPU beside bitsandbytes: quantise a bf16 matrix, and decode it to bf16.
+
+    PYTHONPATH=.:kernels python bench/quantize.py [--save]
+
+The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one process on the same
+threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
+fluxfast decodes into memory that it has had before, as a training step does; bitsandbytes has no
+such way on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1 where
+quantising is less than LEAST["quantize"] times as fast, or decoding less than LEAST["decode"].
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fluxfast_kernels as fk
+import torch
+from fluxfast_kernels import native
+
+from bench import timing
+
+SHAPE = (21504, 3072)
+LEAST = {"quantize": 30.0, "decode": 2.5}
+OURS, FRESH, THEIRS = "fluxfast", "fluxfast, fresh memory", "bitsandbytes"
+RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
+
+
+def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
+    """-> what ("quantize", "decode") -> name -> work; gate(what): None, or what is wrong."""
+    import bitsandbytes.functional as bnb
+
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    ours = fk.nf4_quantize(weight)
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    work = {
+        "quantize": {
+            THEIRS: lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"),
+            OURS: lambda: fk.nf4_quantize(weight),
+        },
+        "decode": {
+            THEIRS: lambda: bnb.dequantize_4bit(packed, state),
+            FRESH: lambda: fk.nf4_decode(ours, torch.bfloat16),
+            OURS: lambda: fk.nf4_decode(ours, torch.bfloat16, out),
+        },
+    }
+
+    def gate(what: str) -> str | None:
+        if what == "quantize":
+            same = torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
+            return None if same else "codes or scales differ"
+        same = torch.equal(work[what][OURS](), bnb.dequantize_4bit(packed, state))
+        return None if same else "decoded values differ"
+
+    return work, gate
+
+
+def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, object]]:
+    """-> one row a candidate."""
+    work, gate = candidates(shape)
+    rows = []
+    for what, named in work.items():
+        results = timing.compare(
+            named, rounds, warmup, lambda name, what=what: gate(what), baseline=THEIRS
+        )
+        for result in results.values():
+            rate = None
+            if result.median_ms:
+                rate = round(shape[0] * shape[1] / result.median_ms / 1e6, 4)
+            settings = {"bench": "quantize", "what": what, "shape": list(shape), "warmup": warmup}
+            more = {"gweights_per_s": rate, "isa": native.isa(), "interleaved": True}
+            rows.append(timing.row(result, **settings, **more, **timing.conditions("cpu")))
+    return rows
+
+
+def speedups(rows: list[dict[str, object]]) -> dict[str, float | None]:
+    """what -> how many times as fast ours is; None where either could not be timed."""
+    found = {}
+    for row in rows:
+        if row["name"] == OURS:
+            found[row["what"]] = 1 / row["ratio"] if row["ratio"] else None
+    return found
+
+
+def too_slow(rows: list[dict[str, object]], isa: str | None) -> list[str]:
+    """What misses LEAST, in words. Without AVX-512 only a failed comparison counts."""
+    missed = [f"{row['name']} {row['what']}: {row['reason']}" for row in rows if row["reason"]]
+    for what, times in speedups(rows).items():
+        if isa == "avx512" and times is not None and times < LEAST[what]:
+            missed.append(f"{what}: {times:.1f}x, not {LEAST[what]:g}x")
+    return missed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=SHAPE[0])
+    parser.add_argument("--columns", type=int, default=SHAPE[1])
+    parser.add_argument("--save", action="store_true", help=f"append to {RESULTS.name}")
+    given = parser.parse_args(arguments)
+    rows = run((given.rows, given.columns), given.rounds, warmup=2)
+    print(f"{'':10} {'':22} {'median ms':>10} {'G weights/s':>12} {'times':>7}")
+    for row in rows:
+        if row["median_ms"] is None:
+            print(f"{row['what']:10} {row['name']:22} {row['status']}: {row['reason']}")
+            continue
+        times = f"{1 / row['ratio']:.1f}" if row["ratio"] else "-"
+        columns = f"{row['median_ms']:10.1f} {row['gweights_per_s']:12.3f} {times:>7}"
+        print(f"{row['what']:10} {row['name']:22} {columns}")
+    print(f"{rows[0]['cpu_model']}, {rows[0]['threads']} threads, {native.isa()}")
+    missed = too_slow(rows, native.isa())
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    if given.save:
+        timing.append_rows(RESULTS, rows)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Matrices in 8 bits: ComfyUI's fp8, plain and scaled, and what `fluxfast quantize` writes.
+
+    X.weight           float8_e4m3fn or int8 [N, K]
+    X.scale_weight     fp32, one value (ComfyUI) or one a row ([N, 1], fluxfast); plain fp8 has none
+    X.weight_scale     the same in ComfyUI's newer files
+
+W = codes · scale. Both are the form that storage fp8 and int8 multiply in, so the codes stay as
+they are. float8_e5m2, which no product here takes, is decoded to fp32 without loss.
+
+Source: ComfyUI `comfy/ops.py` (scaled_fp8_ops) and `comfy/model_detection.py`.
+"""
+
+import torch
+from fluxfast_kernels.rows_8bit import Rows
+from torch import Tensor
+
+from fluxfast.errors import ConfigError
+from fluxfast.formats.opened import Files
+
+SCALES = ("scale_weight", "weight_scale")
+SIDE = (*SCALES, "scale_input", "input_scale", "comfy_quant")
+MARKER = "scaled_fp8"  # a tensor of ComfyUI's, beside the model's
+KEPT = {"F8_E4M3": "fp8", "I8": "int8"}
+
+
+def scale_key(files: Files, key: str) -> str | None:
+    """The name of the scale of the matrix `key` (….weight), None where there is none."""
+    module = key.removesuffix("weight")
+    return next((module + name for name in SCALES if module + name in files.entries), None)
+
+
+def check_8bit(files: Files, key: str) -> None:
+    """Raise ConfigError where the matrix has a scale that does not fit, or int8 has none."""
+    entry, scale = files.entries[key], scale_key(files, key)
+    if scale is None:
+        if entry.dtype == "I8":
+            raise ConfigError(
+                f"{files.file_of(key)}: {key} is stored as I8 without a scale that is known here",
+                hint="int8 files of other tools (quanto, LLM.int8) are not read: use a bf16 one",
+            )
+        return
+    found = files.entries[scale]
+    rows = entry.shape[0] if entry.shape else 1
+    fits = found.shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+    if not fits or found.dtype not in ("F32", "F16", "BF16"):
+        raise ConfigError(
+            f"{files.file_of(scale)}: {scale} should hold one value, or one a row of {rows}; "
+            f"it is {found.dtype} of shape {found.shape}"
+        )
+
+
+def read_8bit(files: Files, key: str) -> Rows | Tensor:
+    """Codes and one fp32 scale a row; fp32 [N, K] for float8_e5m2. On the CPU."""
+    codes, scale = files.read(key), scale_key(files, key)
+    rows = codes.shape[0]
+    if scale is None:
+        scales = torch.ones(rows)
+    else:
+        scales = files.read(scale).float().flatten().expand(rows).contiguous()
+    if codes.dtype == torch.float8_e5m2:
+        return codes.float() * scales[:, None]
+    return Rows(codes, scales)
+
+
+def join_rows(parts: list[Rows]) -> Rows:
+    """Stack the rows of several matrices of one kind, byte for byte."""
+    if len(parts) == 1:
+        return parts[0]
+    kind = parts[0].codes.dtype
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(kind)
+    return Rows(codes, torch.cat([part.scale for part in parts]))

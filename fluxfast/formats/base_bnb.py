@@ -1,0 +1,180 @@
+"""Matrices in bitsandbytes' 4-bit form, as lllyasviel's all-in-one files and diffusers save them.
+
+    X.weight                    uint8 [N * K / 2, 1], the first of a pair in the high nibble
+    X.weight.absmax             fp32 per block, or uint8 where it is itself quantised
+    X.weight.quant_map          fp32 [16]
+    X.weight.nested_absmax, X.weight.nested_quant_map     fp32 per 256 blocks, fp32 [256]
+    X.weight.quant_state.bitsandbytes__nf4     JSON in bytes: shape, blocksize, nested_offset, …
+
+What has NF4's table, blocks that hold whole 64s and rows that hold whole blocks of 64 stays as it
+is, bytes and all; the rest (FP4, other tables) is decoded to fp32.
+
+Source: bitsandbytes 0.50 `functional.QuantState.as_dict` and `dequantize_4bit`.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from fluxfast_kernels.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, code_table, dynamic_map, nf4_absmax
+from torch import Tensor
+
+from fluxfast.errors import ConfigError
+from fluxfast.formats.opened import Files
+
+KINDS = ("nf4", "fp4")
+SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE = "quant_state.bitsandbytes__"
+_LONGEST_STATE = 65536  # bytes
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class State:
+    """What the JSON of a matrix says. nested: blocksize and offset of its quantised absmax, None
+    where it is plain. kept: it may stay in its codes; kept_nested: its absmax too.
+    """
+
+    kind: str  # "nf4" or "fp4"
+    shape: tuple[int, int]
+    blocksize: int
+    nested: tuple[int, float] | None
+    kept: bool = False
+    kept_nested: bool = False
+
+    @property
+    def blocks(self) -> int:
+        return -(-math.prod(self.shape) // self.blocksize)
+
+    def fits(self) -> bool:
+        """Whether the sizes let it be kept in codes."""
+        whole = self.shape[1] % BLOCK == 0 and math.prod(self.shape) % self.blocksize == 0
+        return self.kind == "nf4" and whole and self.blocksize % BLOCK == 0
+
+    def fits_nested(self) -> bool:
+        return self.nested is not None and (self.blocksize, self.nested[0]) == (BLOCK, NESTED_BLOCK)
+
+
+def bnb_state(files: Files, key: str) -> State | None:
+    """The state of the matrix `key`, None where it is not in this form.
+
+    Raises ConfigError where the state or the tensors beside it do not fit together.
+    """
+    kind = next((kind for kind in KINDS if f"{key}.{_STATE}{kind}" in files.entries), None)
+    if kind is None:
+        return None
+    state = _parsed(files, key, kind)
+    entry = files.entries[key]
+    half = -(-math.prod(state.shape) // 2)
+    _check(files, key, entry.bytes == half, f"{half} bytes for {state.shape}", f"{entry.bytes}")
+    # one value per block; several of bitsandbytes' blocks of 64 never share one
+    _side(files, f"{key}.quant_map", "F32", 16)
+    _side(files, f"{key}.absmax", "U8" if state.nested else "F32", state.blocks)
+    if state.nested:
+        _side(files, f"{key}.nested_absmax", "F32", -(-state.blocks // state.nested[0]))
+        _side(files, f"{key}.nested_quant_map", "F32", 256)
+    kept = state.fits() and _holds(files, f"{key}.quant_map", code_table(_CPU))
+    nested = kept and state.fits_nested()
+    nested = nested and _holds(files, f"{key}.nested_quant_map", dynamic_map(_CPU))
+    return replace(state, kept=kept, kept_nested=nested)
+
+
+def _holds(files: Files, key: str, table: Tensor) -> bool:
+    return torch.equal(files.read(key).flatten(), table)
+
+
+def _parsed(files: Files, key: str, kind: str) -> State:
+    name = f"{key}.{_STATE}{kind}"
+    entry = files.entries[name]
+    known = entry.dtype == "U8" and entry.bytes <= _LONGEST_STATE
+    _check(files, name, known, f"at most {_LONGEST_STATE} bytes of JSON", f"{entry.bytes} bytes")
+    try:
+        said = json.loads(bytes(files.read(name).flatten().tolist()))
+        nested = None
+        if "nested_offset" in said:
+            nested = _size(said["nested_blocksize"]), float(said["nested_offset"])
+        rows, columns = said["shape"]
+        state = State(kind, (_size(rows), _size(columns)), _size(said["blocksize"]), nested)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        state = None
+    finite = state is not None and (state.nested is None or math.isfinite(state.nested[1]))
+    _check(files, name, finite, "JSON with shape [N, K], blocksize and nested_*", "something else")
+    return state
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 < value < 2**40:
+        raise ValueError(value)
+    return value
+
+
+def _side(files: Files, key: str, dtype: str, count: int) -> None:
+    entry = files.entries.get(key)
+    got = "nothing" if entry is None else f"{entry.dtype} of {entry.count} values"
+    wanted = f"{dtype} of {count} values"
+    _check(files, key, got == wanted, wanted, got)
+
+
+def _check(files: Files, key: str, fits: bool, wanted: str, got: str) -> None:
+    if not fits:
+        path = files.containers[0].path
+        raise ConfigError(f"{path}: {key} should hold {wanted}, has {got}")
+
+
+def read_bnb(files: Files, key: str, state: State) -> NF4Tensor | Tensor:
+    """The matrix in its codes where they may stay, else fp32 [N, K]. Both on the CPU."""
+    packed = files.read(key).reshape(-1).view(torch.uint8)
+    absmax = files.read(f"{key}.absmax").flatten()
+    if state.kept_nested:
+        nested = files.read(f"{key}.nested_absmax").flatten()
+        offset = torch.tensor(state.nested[1], dtype=torch.float32)
+        return NF4Tensor(packed[:, None], absmax, state.shape, nested, offset)
+    absmax = _unnested(files, key, state, absmax)
+    if state.kept:
+        times = state.blocksize // BLOCK
+        absmax = absmax.repeat_interleave(times) if times > 1 else absmax
+        return NF4Tensor(packed[:, None], absmax, state.shape)
+    count = math.prod(state.shape)
+    table = files.read(f"{key}.quant_map").flatten()
+    index = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count].int()
+    scale = absmax.repeat_interleave(state.blocksize)[:count]
+    return (table[index] * scale).view(state.shape)
+
+
+def _unnested(files: Files, key: str, state: State, absmax: Tensor) -> Tensor:
+    if state.nested is None:
+        return absmax
+    size, offset = state.nested
+    table = files.read(f"{key}.nested_quant_map").flatten()
+    scale = files.read(f"{key}.nested_absmax").flatten().repeat_interleave(size)[: len(absmax)]
+    return table[absmax.int()] * scale + offset
+
+
+def join_nf4(parts: list[NF4Tensor]) -> NF4Tensor:
+    """Stack the rows of several matrices, byte for byte. Nested scales stay so where all parts have
+    them and all but the last fill whole groups of 256; each group keeps its own part's offset.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    packed = torch.cat([part.packed for part in parts])
+    nested = all(part.nested_absmax is not None for part in parts)
+    if not nested or any(part.absmax.numel() % NESTED_BLOCK for part in parts[:-1]):
+        return NF4Tensor(packed, torch.cat([nf4_absmax(part) for part in parts]), shape)
+    absmax = torch.cat([part.absmax for part in parts])
+    groups = torch.cat([part.nested_absmax for part in parts])
+    offsets = [part.offset.expand(part.nested_absmax.numel()) for part in parts]
+    return NF4Tensor(packed, absmax, shape, groups, torch.cat(offsets))
+
+
+def state_json(weight: NF4Tensor) -> bytes:
+    """The JSON of a matrix kept here, as bitsandbytes writes it. dtype: what it decodes to."""
+    said = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": weight.shape}
+    if weight.nested_absmax is not None:
+        said |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": weight.offset.item(),
+        }
+    return json.dumps(said).encode()

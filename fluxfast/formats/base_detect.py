@@ -1,0 +1,157 @@
+"""What a set of tensors is, by the names and shapes in it: a FLUX.1 transformer in either naming,
+under whatever prefix, or something else that has a name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from fluxfast.errors import FluxfastError
+from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+
+# what the sizes are read from, in BFL's names and in diffusers'
+_SOURCES = {
+    "marker": (
+        "double_blocks.0.img_attn.norm.key_norm.scale", "transformer_blocks.0.attn.norm_k.weight",
+    ),
+    "img_in": ("img_in.weight", "x_embedder.weight"),
+    "txt_in": ("txt_in.weight", "context_embedder.weight"),
+    "vector_in": (
+        "vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight",
+    ),
+    "guidance_in": ("guidance_in.", "time_text_embed.guidance_embedder."),
+    "mlp": ("double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight"),
+    "out": ("final_layer.linear.weight", "proj_out.weight"),
+    "doubles": ("double_blocks.", "transformer_blocks."),
+    "singles": ("single_blocks.", "single_transformer_blocks."),
+}  # fmt: skip
+# an SD3 or Qwen-Image transformer has the marker in diffusers' naming too; FLUX has all of these
+_ALL_OF = ("marker", "img_in", "txt_in", "vector_in")
+
+# other models: every one of these strings is in some key. The first row that fits counts
+_OTHERS = (
+    ("FLUX.2 transformer", ["double_stream_modulation_img."]),
+    ("Chroma transformer", ["distilled_guidance_layer."]),
+    ("Hunyuan Video transformer", ["individual_token_refiner."]),
+    ("Nunchaku (SVDQuant) FLUX transformer", [".qweight", ".wscales"]),
+    ("Qwen-Image transformer", ["transformer_blocks.0.img_mod."]),
+    ("Stable Diffusion 3 transformer", ["joint_blocks.0."]),
+    ("Stable Diffusion 3 transformer", ["transformer_blocks.0.ff_context.", "pos_embed."]),
+    ("AuraFlow transformer", ["double_layers.0.", "single_layers.0."]),
+    ("Lumina 2 or Z-Image transformer", ["noise_refiner.0.", "cap_embedder."]),
+    ("Wan video transformer", ["blocks.0.self_attn.", "patch_embedding.", "text_embedding."]),
+    ("PixArt transformer", ["adaln_single.", "caption_projection."]),
+    ("Stable Diffusion XL checkpoint", ["input_blocks.0.", "label_emb."]),
+    ("Stable Diffusion XL checkpoint", ["down_blocks.0.", "add_embedding."]),
+    ("Stable Diffusion 1 or 2 checkpoint", ["input_blocks.0.", "output_blocks.0."]),
+    ("Stable Diffusion UNet", ["down_blocks.0.", "up_blocks.0.", "time_embedding."]),
+    ("T5 text encoder", ["block.0.layer.0.SelfAttention."]),
+    ("T5 text encoder", ["enc.blk.0."]),
+    ("CLIP text encoder", ["text_model.encoder.layers.0."]),
+    ("VAE", ["decoder.up.0.", "encoder.down.0."]),
+    ("VAE", ["decoder.up_blocks.0.", "encoder.down_blocks.0."]),
+)
+# in models that have FLUX.1's names otherwise
+_NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
+_LORA = (".lora_A", ".lora_B", ".lora_down.", ".lora_up.", "_lora1.", ".lokr_", ".hada_", "_lora.")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """prefix: before every key; split: diffusers' names, with q, k, v and mlp apart."""
+
+    prefix: str
+    split: bool
+
+    def key(self, part: str) -> str:
+        return self.prefix + _SOURCES[part][self.split]
+
+
+def find_naming(keys: Iterable[str]) -> Naming | None:
+    """How a FLUX.1 transformer's tensors are named among `keys`; None where there is none."""
+    keys = set(keys)
+    if is_lora(keys) or any(word in key for key in keys for word in _NEVER):
+        return None
+    for split in (False, True):
+        for prefix in PREFIXES:
+            naming = Naming(prefix, split)
+            needed = _ALL_OF if split else ("marker",)
+            if all(naming.key(part) in keys for part in needed):
+                return naming
+    return None
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether they are a LoRA's; SVDQuant keeps low-rank parts in a base model."""
+    keys = list(keys)
+    low_rank = any(word in key for key in keys for word in _LORA)
+    return low_rank and not any(key.endswith(".qweight") for key in keys)
+
+
+def other_model(keys: Iterable[str]) -> str | None:
+    """The name of what the keys belong to, where it is known."""
+    keys = list(keys)
+    if is_lora(keys):
+        return "LoRA"
+    for name, words in _OTHERS:
+        if all(any(word in key for key in keys) for word in words):
+            return name
+    return None
+
+
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """How many different indices follow `prefix`."""
+    return len({key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
+
+
+def read_spec(
+    keys: Mapping[str, object], naming: Naming, shape: Callable[[str], tuple[int, ...] | None]
+) -> FluxSpec:
+    """The sizes, from the shapes. shape(key): of a matrix as the model has it, None for no such
+    key. Raises FluxfastError naming the key that does not fit.
+    """
+
+    def size(part: str, dim: int) -> int:
+        key, sizes = naming.key(part), shape(naming.key(part))
+        if sizes is None or len(sizes) <= dim or sizes[dim] < 1:
+            what = "is missing" if sizes is None else f"has shape {sizes}"
+            raise FluxfastError(f"{key} {what}")
+        return sizes[dim]
+
+    hidden, head_dim = size("img_in", 0), size("marker", 0)
+    guidance = any(key.startswith(naming.key("guidance_in")) for key in keys)
+    in_channels, out_channels = size("img_in", 1), size("out", 0)
+    spec = FluxSpec(
+        in_channels=in_channels,
+        vec_in_dim=size("vector_in", 1),
+        context_in_dim=size("txt_in", 1),
+        hidden_size=hidden,
+        mlp_ratio=size("mlp", 0) / hidden,
+        num_heads=hidden // head_dim,
+        depth=count_blocks(keys, naming.key("doubles")),
+        depth_single_blocks=count_blocks(keys, naming.key("singles")),
+        axes_dim=rope_axes(head_dim),
+        guidance_embed=guidance,
+        text_length=(DEV if guidance else SCHNELL).text_length,
+    )
+    check_channels(in_channels, out_channels)
+    return spec
+
+
+def check_channels(in_channels: int, out_channels: int) -> None:
+    """Raise FluxfastError for a model that takes more channels than it returns."""
+    if in_channels != out_channels:
+        raise FluxfastError(
+            f"it takes {in_channels} channels and returns {out_channels}: an inpainting or "
+            "control variant of FLUX.1, which cannot be trained as text-to-image"
+        )
+
+
+def model_name(spec: FluxSpec) -> str:
+    """dev, schnell, or either's kind with sizes of its own."""
+    for name, known in (("FLUX.1-dev", DEV), ("FLUX.1-schnell", SCHNELL)):
+        if spec == known:
+            return f"{name} or a fine-tune of it"
+    kind = "dev" if spec.guidance_embed else "schnell"
+    return f"a FLUX.1 of other sizes, {kind}'s kind"

@@ -1,0 +1,212 @@
+"""GGUF files (city96's FLUX checkpoints and others): F32, F16, BF16 and ggml's block types.
+
+    "GGUF" | version u32 | tensors u64 | pairs u64 | pairs: key, type u32, value | tensors: name,
+    dimensions u32, [u64] innermost first, type u32, offset u64 | padding to `general.alignment` |
+    data;   a string is its length u64 and its bytes; all little-endian
+
+The header is read here, within bounds, as a length that lies would keep gguf's own reader in a loop
+for ever; block types are decoded by the `gguf` package, tensor by tensor.
+
+Source: ggml's docs/gguf.md, versions 2 and 3.
+"""
+
+import contextlib
+import math
+import mmap
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxfast.errors import ConfigError
+from fluxfast.formats.container import Entry
+
+HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_ROWS = 128  # decoded at once by one thread
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.int16, "F64": np.float64}
+BLOCK_TYPES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+
+
+class _Damaged(ValueError):
+    """Why the header cannot be read."""
+
+
+class Gguf:
+    """An open GGUF file. `read` gives fp32 [rows, columns] of a block type, else the file's own."""
+
+    kind = "GGUF"
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            header = _Header(self._map)
+            self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
+            self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
+        except _Damaged as error:
+            self._map.close()
+            raise ConfigError(
+                f"cannot read {path}: {error}", hint="download the file again"
+            ) from None
+        self.metadata = header.metadata
+
+    def read(self, key: str) -> Tensor:
+        entry = self.entries[key]
+        kind = _PLAIN.get(entry.dtype, np.uint8)
+        count = entry.bytes // np.dtype(kind).itemsize
+        data = np.frombuffer(self._map, kind, count, self._offsets[key])
+        if entry.dtype in _PLAIN:
+            # a copy: the map is read-only, and would be kept open by what looks into it
+            values = torch.from_numpy(data.copy()).view(entry.shape)
+            return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
+        if entry.dtype not in BLOCK_TYPES:
+            raise ConfigError(
+                f"{self.path}: {key} is stored as {entry.dtype}, which is not read here",
+                hint=f"read are F32, F16, BF16, {', '.join(BLOCK_TYPES)}",
+            )
+        rows = data.reshape(*entry.shape[:-1], -1)
+        return torch.from_numpy(_decoded(rows, entry.dtype, entry.shape))
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # an error on its way still looks into the map
+            self._map.close()
+
+
+def _decoded(rows: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 [rows, bytes] of a block type -> fp32 of `shape`. gguf decodes on one core, so the rows
+    are shared out among torch's threads.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[dtype]
+    out = np.empty(shape, np.float32)
+    flat, rows = out.reshape(-1, shape[-1]), rows.reshape(-1, rows.shape[-1])
+
+    def work(start: int) -> None:
+        piece = slice(start, start + _ROWS)
+        with np.errstate(all="ignore"):  # scales of infinity: the values say so
+            flat[piece] = dequantize(rows[piece], kind)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(0, len(rows), _ROWS)))
+    return out
+
+
+class _Header:
+    """metadata: key -> string; tensors: name -> (Entry, offset in the file)."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data, self._at = data, 4
+        self._end = min(len(data), HEADER_LIMIT)
+        version = self._number("I")
+        if version not in (2, 3):
+            raise _Damaged(f"GGUF version {version} is not 2 or 3")
+        tensors, pairs = self._number("Q"), self._number("Q")
+        self.metadata: dict[str, str] = {}
+        alignment = 32
+        for _ in range(pairs):
+            key, value = self._string(), self._value(self._number("I"))
+            if isinstance(value, str):
+                self.metadata[key] = value
+            elif key == "general.alignment":
+                alignment = value
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise _Damaged(f"its alignment {alignment!r} is no power of two")
+        infos = [self._tensor() for _ in range(tensors)]
+        start = -(-self._at // alignment) * alignment
+        self.tensors = {}
+        for name, entry, offset in infos:
+            if name in self.tensors:
+                raise _Damaged(f"tensor {name!r} is there twice")
+            self.tensors[name] = entry, start + offset
+        self._check_data(len(data))
+
+    def _check_data(self, size: int) -> None:
+        """All data inside the file, and no two tensors over each other."""
+        spans = sorted((at, at + entry.bytes, n) for n, (entry, at) in self.tensors.items())
+        previous = 0
+        for start, end, name in spans:
+            if end > size:
+                raise _Damaged(f"it is truncated: {name!r} ends at byte {end} of {size}")
+            if start < previous and end > start:
+                raise _Damaged(f"{name!r} lies over another tensor")
+            previous = max(previous, end)
+
+    def _take(self, count: int) -> bytes:
+        if count > self._end - self._at:
+            raise _Damaged("its header is damaged: it runs past the end")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def _number(self, code: str):
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _string(self) -> str:
+        try:
+            return self._take(self._number("Q")).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Damaged("its header is damaged: a name is not UTF-8") from None
+
+    def _value(self, kind: int):
+        """A number, bool or string; None for an array, which is walked over."""
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(_scalar(kind))
+        inner, count = self._number("I"), self._number("Q")
+        if inner == _STRING:
+            for _ in range(count):
+                self._take(self._number("Q"))
+        else:
+            self._take(count * struct.calcsize("<" + _scalar(inner)))
+        return None
+
+    def _tensor(self) -> tuple[str, Entry, int]:
+        name, dimensions = self._string(), self._number("I")
+        if dimensions > 4:
+            raise _Damaged(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        kind, offset = self._number("I"), self._number("Q")
+        dtype, size = _size(name, kind, shape)
+        return name, Entry(dtype, shape, size), offset
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise _Damaged(f"its header is damaged: no value is of type {kind}")
+    return _SCALARS[kind]
+
+
+def _size(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
+    """-> ggml's name of a type, and the bytes of a tensor."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        known = GGMLQuantizationType(kind)
+    except ValueError:
+        raise _Damaged(f"{name!r} is of an unknown type {kind}") from None
+    block, size = GGML_QUANT_SIZES[known]
+    if (shape[-1] if shape else 1) % block:
+        raise _Damaged(f"{name!r} has rows of {shape[-1]}, no multiple of {known.name}'s {block}")
+    return known.name, math.prod(shape) // block * size

@@ -1,0 +1,193 @@
+"""`fluxfast inspect`: what a file or folder is, told by its content. Only headers are read."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats import base_8bit, base_bnb
+from fluxfast.formats.base import STORAGE_KEY, folder_spec, not_flux, spec_of, weight_files
+from fluxfast.formats.base_detect import Naming, find_naming, is_lora, model_name, other_model
+from fluxfast.formats.opened import Files
+from fluxfast.formats.quantize import SHA_KEY, verify
+from fluxfast.model.names import tensor_sources
+from fluxfast.model.spec import FluxSpec
+
+# other parts of an all-in-one file, by a piece of their keys
+_PARTS = {
+    "CLIP-L": "text_model.encoder.layers.0.", "T5": "block.0.layer.0.SelfAttention.",
+    "VAE": "decoder.up.0.", "VAE (diffusers)": "decoder.up_blocks.0.",
+}  # fmt: skip
+_NAMED = 4  # keys named of those missing or extra
+
+
+def inspect(path: Path | str, checksum: bool = False) -> list[str]:
+    """Lines of `what  value` about a base checkpoint, a LoRA or another safetensors or GGUF file.
+
+    checksum: read a prequantised file whole and compare. Raises FluxfastError where there is no
+    such path, ConfigError where it cannot be read (or the checksum differs).
+    """
+    path = Path(path)
+    if path.is_file():
+        files, folder = Files([path]), None
+    elif path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        paths = weight_files(folder)
+        if not paths:
+            raise ConfigError(f"{folder} holds no .safetensors weights")
+        files = Files(paths)
+    else:
+        raise FluxfastError(f"{path} does not exist")
+    with files:
+        rows = [("file", f"{path}, {_size(files)}"), *_describe(path, folder, files)]
+        if SHA_KEY in files.metadata:
+            rows.append(("checksum", _checksum(path, files, checksum)))
+    return [f"{what:9} {value}" for what, value in rows]
+
+
+def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, str]]:
+    keys = list(files.entries)
+    if is_lora(keys):
+        return [("format", _container(files)), ("model", _lora(files)), ("dtypes", _dtypes(files))]
+    has_config = folder is not None and (folder / "config.json").is_file()
+    naming = Naming("", split=True) if has_config else find_naming(keys)
+    if naming is None:
+        what = other_model(keys)
+        if what is None:
+            raise not_flux(path, keys)
+        return [
+            ("format", _container(files)),
+            ("model", f"{what}: not a FLUX.1 transformer"),
+            ("dtypes", _dtypes(files)),
+        ]
+    spec = folder_spec(path, folder) if has_config else spec_of(path, files, naming)
+    return [
+        ("format", f"{_container(files)}, {_layout(files, naming, spec)}"),
+        ("model", f"{model_name(spec)}: {_sizes(spec)}"),
+        ("dtypes", _dtypes(files, lambda key: key.startswith(naming.prefix))),
+        *_keys(files, naming, spec),
+    ]
+
+
+def _container(files: Files) -> str:
+    count = len(files.containers)
+    return files.containers[0].kind + (f" in {count} files" if count > 1 else "")
+
+
+def _layout(files: Files, naming: Naming, spec: FluxSpec) -> str:
+    names = "diffusers names" if naming.split else "BFL names"
+    prefix = f" under {naming.prefix}" if naming.prefix else ""
+    kept = files.metadata.get(STORAGE_KEY)
+    if kept:
+        how = (
+            f"quantised to {kept} by fluxfast {files.metadata.get('fluxfast.version', '')}".strip()
+        )
+    else:
+        how = _encoding(files, naming)
+    return f"{names}{prefix}, {how}"
+
+
+def _encoding(files: Files, naming: Naming) -> str:
+    """How most of the blocks' matrices are kept."""
+    matrices = [
+        key
+        for key, entry in files.entries.items()
+        if "_blocks." in key and key.endswith(".weight") and len(entry.shape) == 2
+    ]
+    kinds = Counter(_kind(files, key) for key in matrices)
+    return kinds.most_common(1)[0][0] if kinds else "no matrices"
+
+
+def _kind(files: Files, key: str) -> str:
+    for kind in base_bnb.KINDS:
+        if f"{key}.quant_state.bitsandbytes__{kind}" in files.entries:
+            nested = f"{key}.nested_absmax" in files.entries
+            return f"bitsandbytes {kind.upper()}" + (" with nested scales" if nested else "")
+    dtype = files.entries[key].dtype
+    if dtype.startswith("F8"):
+        return "fp8, scaled" if base_8bit.scale_key(files, key) else "fp8, plain"
+    return dtype
+
+
+def _sizes(spec: FluxSpec) -> str:
+    guidance = "with guidance" if spec.guidance_embed else "without guidance"
+    return (
+        f"{spec.depth} double and {spec.depth_single_blocks} single blocks, hidden "
+        f"{spec.hidden_size}, {spec.num_heads} heads, {guidance}"
+    )
+
+
+def _dtypes(files: Files, chosen: Callable[[str], bool] = lambda key: True) -> str:
+    counts = Counter(entry.dtype for key, entry in files.entries.items() if chosen(key))
+    return ", ".join(f"{dtype} {count}" for dtype, count in counts.most_common())
+
+
+def _keys(files: Files, naming: Naming, spec: FluxSpec) -> list[tuple[str, str]]:
+    """What the model lacks, and what is there beside it."""
+    table = tensor_sources(spec)
+    names = [source for sources in table.values() for source in sources] if naming.split else table
+    needed = {naming.prefix + name for name in names}
+    missing = sorted(needed - files.entries.keys())
+    extra = [key for key in files.entries.keys() - needed if not _side(key, needed)]
+    own = [key for key in extra if naming.prefix and key.startswith(naming.prefix)]
+    others = [key for key in extra if key not in set(own)] if naming.prefix else []
+    parts = [name for name, piece in _PARTS.items() if any(piece in key for key in others)]
+    rows = [
+        ("missing", _named(missing)),
+        ("extra", _named(sorted(own if naming.prefix else extra))),
+    ]
+    if others:
+        rows.append(("beside", f"{', '.join(parts) or 'other tensors'} ({len(others)} tensors)"))
+    return rows
+
+
+def _side(key: str, needed: set[str]) -> bool:
+    """Whether it belongs to a matrix's codes."""
+    if match := re.match(
+        r"(.*\.weight)\.(?:\w+_quant_map|quant_map|\w*absmax|quant_state\.\w+)$", key
+    ):
+        return match[1] in needed
+    module, _, name = key.rpartition(".")
+    if name in base_8bit.SIDE:
+        return f"{module}.weight" in needed
+    return name == base_8bit.MARKER
+
+
+def _named(keys: list[str]) -> str:
+    if not keys:
+        return "none"
+    more = ", …" if len(keys) > _NAMED else ""
+    return f"{len(keys)}: {', '.join(keys[:_NAMED])}{more}"
+
+
+def _lora(files: Files) -> str:
+    """Ranks as they stand in the file: the rows of every A, or down, matrix."""
+    words = ("lora_A", "lora_down", ".down.", "lora.down")
+    ranks = Counter(
+        entry.shape[0]
+        for key, entry in files.entries.items()
+        if len(entry.shape) >= 2 and any(word in key for word in words)
+    )
+    listed = ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items())[:6])
+    return f"LoRA of {len(files.entries)} tensors" + (f", rank {listed}" if listed else "")
+
+
+def _checksum(path: Path, files: Files, wanted: bool) -> str:
+    if not wanted:
+        return "there; --checksum compares it"
+    if not verify(files):
+        raise ConfigError(
+            f"{path} is damaged: its checksum is not that of its tensors",
+            hint="quantise it again, or download it again",
+        )
+    return "right"
+
+
+def _size(files: Files) -> str:
+    size = sum(file.path.stat().st_size for file in files.containers)
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

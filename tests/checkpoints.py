@@ -1,0 +1,157 @@
+"""FLUX-shaped checkpoints in the forms that people have, small, from one set of BFL tensors."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fluxfast.model.names import linear_shape, part_rows, tensor_sources
+from fluxfast.model.spec import FluxSpec, rope_axes
+
+# hidden 256: ggml's K types take rows of 256, and q, k and v have 1024 blocks each, four groups
+WIDE = FluxSpec(
+    in_channels=64,
+    vec_in_dim=64,
+    context_in_dim=64,
+    hidden_size=256,
+    num_heads=4,
+    depth=1,
+    depth_single_blocks=1,
+    axes_dim=rope_axes(64),
+)
+PREFIX = "model.diffusion_model."
+
+
+def tensors_of(spec: FluxSpec = WIDE, dtype=torch.bfloat16, seed: int = 0):
+    """BFL name -> tensor: matrices N(0, 1/K), the rest near 0, norm scales near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in tensor_sources(spec):
+        module, _, kind = name.rpartition(".")
+        if kind == "scale":
+            shape, mean, std = (spec.head_dim,), 1.0, 0.02
+        elif kind == "bias":
+            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
+        else:
+            shape = linear_shape(module, spec)
+            mean, std = 0.0, shape[1] ** -0.5
+        tensors[name] = (torch.randn(shape, generator=generator) * std + mean).to(dtype)
+    return tensors
+
+
+def split_tensors(tensors, spec: FluxSpec = WIDE):
+    """The same in diffusers' names."""
+    split = {}
+    for name, sources in tensor_sources(spec).items():
+        tensor, module = tensors[name], name.rpartition(".")[0]
+        if "final_layer.adaLN_modulation" in name:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        rows = part_rows(module, spec) if len(sources) > 1 else [(0, len(tensor))]
+        parts = [tensor[start:end].clone() for start, end in rows]
+        split |= dict(zip(sources, parts, strict=True))
+    return split
+
+
+def config_of(spec: FluxSpec = WIDE) -> dict:
+    return {
+        "in_channels": spec.in_channels,
+        "num_layers": spec.depth,
+        "num_single_layers": spec.depth_single_blocks,
+        "attention_head_dim": spec.head_dim,
+        "num_attention_heads": spec.num_heads,
+        "joint_attention_dim": spec.context_in_dim,
+        "pooled_projection_dim": spec.vec_in_dim,
+        "guidance_embeds": spec.guidance_embed,
+        "axes_dims_rope": list(spec.axes_dim),
+    }
+
+
+def write_diffusers(folder: Path, tensors, spec: FluxSpec = WIDE) -> Path:
+    """By diffusers itself."""
+    from diffusers import FluxTransformer2DModel
+
+    dtype = next(iter(tensors.values())).dtype
+    model = FluxTransformer2DModel(**config_of(spec)).to(dtype)
+    model.load_state_dict(split_tensors(tensors, spec), strict=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_diffusers_nf4(folder: Path, source: Path, nested: bool, monkeypatch, **options) -> Path:
+    """By diffusers through bitsandbytes on the CPU, whose kernels need no GPU for it."""
+    from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+
+    monkeypatch.setattr(
+        BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **named: None
+    )
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = FluxTransformer2DModel.from_pretrained(
+        source, quantization_config=how, torch_dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def bnb_tensors(tensors, nested: bool, kind: str = "nf4", blocksize: int = 64, skip=()):
+    """BFL names, every matrix (but `skip`) in bitsandbytes' form, as lllyasviel's files have it."""
+    import bitsandbytes.functional as bnb
+
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or any(word in name for word in skip):
+            out[name] = tensor
+            continue
+        packed, state = bnb.quantize_4bit(
+            tensor, quant_type=kind, blocksize=blocksize, compress_statistics=nested
+        )
+        out[name] = packed
+        out |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    return out
+
+
+def fp8_tensors(tensors, scaled: bool, dtype=torch.float8_e4m3fn):
+    """ComfyUI's fp8: every tensor plain, or matrices with one scale each and a marker."""
+    out = {}
+    for name, tensor in tensors.items():
+        if not scaled:
+            out[name] = tensor.to(dtype)
+        elif tensor.ndim == 2:
+            scale = tensor.float().abs().max() / torch.finfo(dtype).max
+            out[name] = (tensor.float() / scale).to(dtype)
+            out[name.removesuffix("weight") + "scale_weight"] = scale
+            out[name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+        else:
+            out[name] = tensor
+    return out | ({"scaled_fp8": torch.zeros(2, dtype=dtype)} if scaled else {})
+
+
+def all_in_one(tensors):
+    """As ComfyUI has it: the transformer under its prefix, other networks beside it."""
+    others = {
+        "vae.decoder.up.0.block.0.conv1.weight": torch.zeros(3),
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": (
+            torch.zeros(2, 2).to(torch.float8_e4m3fn)
+        ),
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(2),
+    }
+    return {PREFIX + name: tensor for name, tensor in tensors.items()} | others
+
+
+def write(path: Path, tensors, metadata=None) -> Path:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def write_header(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file by hand. header: JSON or bytes; length: what the first 8 bytes say."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(text) if length is None else length
+    path.write_bytes(length.to_bytes(8, "little") + text + data)
+    return path

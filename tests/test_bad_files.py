@@ -1,0 +1,445 @@
+"""Files that are damaged, or made to do damage: one clear message, exit code 2, nothing written,
+nothing run, no large memory, no waiting."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import bnb_tensors, fp8_tensors, tensors_of, write, write_header
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from small import SMALL
+
+from fluxfast import cli
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.base import open_base
+from fluxfast.formats.base_detect import count_blocks, find_naming, other_model
+from fluxfast.formats.inspect import inspect
+from fluxfast.formats.quantize import quantize
+from fluxfast.model.names import tensor_sources
+
+NAME = "double_blocks.0.img_attn.qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tensors_of(SMALL)
+
+
+def refused(path: Path) -> str:
+    """The one message that every way in gives, and nothing left behind."""
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        open_base(path)
+    message = caught.value.message
+    assert str(path) in message and "\n" not in message and caught.value.exit_code == 2
+    with pytest.raises(ConfigError) as again:
+        quantize(path, path.parent / "out.safetensors")
+    assert again.value.message == message
+    assert sorted(path.parent.iterdir()) == before
+    return message
+
+
+# ---------------------------------------------------------------- pickles
+
+
+class Boom:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+def pickles(tmp_path: Path) -> list[Path]:
+    files = []
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        files.append(tmp_path / f"{protocol}.safetensors")
+        files[-1].write_bytes(pickle.dumps({"state_dict": Boom()}, protocol=protocol))
+    files.append(tmp_path / "new.ckpt")
+    torch.save({"double_blocks.0": torch.zeros(2)}, files[-1])
+    files.append(tmp_path / "old.pt")
+    torch.save({"a": torch.zeros(2)}, files[-1], _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "boom.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Boom()))
+    return [*files, tmp_path / "boom.pt"]
+
+
+def test_pickles_are_refused_and_never_loaded(tmp_path, monkeypatch):
+    def never(*arguments, **named):
+        raise AssertionError("unpickled")
+
+    files = pickles(tmp_path)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, never)
+    monkeypatch.setattr(torch, "load", never)
+    for file in files:
+        message = refused(file)
+        assert "pickle" in message, file
+        with pytest.raises(ConfigError, match="pickle"):
+            inspect(file)
+
+
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, tensors):
+    """0x…0280 bytes of header: the file's first two bytes are protocol 2's."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    length = int.from_bytes(content[:8], "little")
+    wanted = (length // 65536 + 1) * 65536 + 0x0280
+    header = content[8 : 8 + length].ljust(wanted)
+    file = tmp_path / "a"
+    file.write_bytes(wanted.to_bytes(8, "little") + header + content[8 + length :])
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    with open_base(file) as base:
+        assert base.spec.hidden_size == 64
+
+
+# ---------------------------------------------------------------- damaged safetensors
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"", "it is empty"),
+        (b"\0" * 7, "cannot read"),
+        (b"\0" * 4096, "cannot read"),
+        (b"<!doctype html><html>" * 20, "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
+        (b"GGUF", "cannot read"),
+        (b"\xff" * 4096, "cannot read"),
+    ],
+)
+def test_what_is_no_model_at_all(tmp_path, content, part):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content)
+    assert part in refused(file)
+    with pytest.raises(ConfigError):
+        inspect(file)
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "nf4"])
+def test_truncated(tmp_path, tensors, keep, form):
+    coded = {"bf16": tensors, "fp8": fp8_tensors(tensors, True), "nf4": bnb_tensors(tensors, True)}
+    file = write(tmp_path / "a", coded[form])
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    assert "cannot read" in refused(file)
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+BOMBS = {
+    "a header of 2^63 bytes": ({NAME: ENTRY}, 2**63 - 1),
+    "a header of 200 MB": ({NAME: ENTRY}, 200_000_000),
+    "a header longer than the file": ({NAME: ENTRY}, 5000),
+    "no JSON": (b"{" * 500, None),
+    "nested JSON": (b'{"a":' + b"[" * 100_000, None),
+    "a list": ([], None),
+    "overlapping": ({NAME: ENTRY, "b": ENTRY | {"data_offsets": [8, 24]}}, None),
+    "a hole": ({NAME: ENTRY, "b": ENTRY | {"data_offsets": [100, 116]}}, None),
+    "backwards": ({NAME: ENTRY | {"data_offsets": [16, 0]}}, None),
+    "past the end": ({NAME: ENTRY | {"shape": [2**20], "data_offsets": [0, 2**22]}}, None),
+    "absurd shapes": ({NAME: ENTRY | {"shape": [2**62, 2**62]}}, None),
+    "a product that wraps to 4": ({NAME: ENTRY | {"shape": [2**32, 2**32 + 1, 4]}}, None),
+    "negative shapes": ({NAME: ENTRY | {"shape": [-2, -2]}}, None),
+    "an unknown dtype": ({NAME: ENTRY | {"dtype": "F128"}}, None),
+    "shapes of text": ({NAME: ENTRY | {"shape": "many"}}, None),
+    "metadata of numbers": ({"__metadata__": {"a": 3}, NAME: ENTRY}, None),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_headers_made_to_do_damage(tmp_path, name):
+    header, length = BOMBS[name]
+    refused(write_header(tmp_path / "a", header, b"\0" * 16, length))
+
+
+def test_blocks_without_end(tmp_path):
+    """A small file whose names speak of ten thousand blocks: no table of them is built."""
+    tensors = dict(tensors_of(SMALL))
+    for index in range(10_000):
+        tensors[f"double_blocks.{index}.x"] = torch.zeros(0)
+    message = refused(write(tmp_path / "a", tensors))
+    assert "10000 double" in message
+
+
+@pytest.mark.parametrize("shape", [(192, 63), (191, 64), (64, 192), (192 * 64,), (192, 64, 1), ()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_wrong_shapes(tmp_path, tensors, shape, dtype):
+    changed = tensors | {NAME: torch.zeros(shape).to(dtype)}
+    message = refused(write(tmp_path / "a", changed))
+    assert NAME in message and str(shape) in message
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.zeros(3), torch.zeros(192, 2), torch.zeros(1, dtype=torch.int32)]
+)
+def test_wrong_scales(tmp_path, tensors, scale):
+    coded = fp8_tensors(tensors, True)
+    key = NAME.removesuffix("weight") + "scale_weight"
+    assert key in refused(write(tmp_path / "a", coded | {key: scale}))
+
+
+def test_int8_of_other_tools(tmp_path, tensors):
+    message = refused(write(tmp_path / "a", tensors | {NAME: tensors[NAME].to(torch.int8)}))
+    assert "I8" in message and NAME in message
+
+
+# ---------------------------------------------------------------- damaged GGUF
+
+
+def gguf_file(path: Path, tensors) -> bytes:
+    from test_base_formats import write_gguf
+
+    write_gguf(path, tensors, "F16")
+    return path.read_bytes()
+
+
+def header(*, version=3, count=0, pairs=0, body=b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, count, pairs) + body
+
+
+def string(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def info(name=b"a", dims=(2, 2), kind=0, offset=0) -> bytes:
+    sizes = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return string(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
+GGUF_BOMBS = {
+    "version 1": header(version=1),
+    "version of the other byte order": header(version=3 << 24),
+    "tensors without end": header(count=2**64 - 1),
+    "pairs without end": header(pairs=2**64 - 1),
+    "an endless string": header(pairs=1, body=string(b"a", 2**63)),
+    "an endless array": header(pairs=1, body=string(b"a") + struct.pack("<IIQ", 9, 0, 2**63)),
+    "an endless array of strings": header(
+        pairs=1, body=string(b"a") + struct.pack("<IIQ", 9, 8, 2**63)
+    ),
+    "an array of arrays": header(pairs=1, body=string(b"a") + struct.pack("<IIQ", 9, 9, 2)),
+    "an unknown value": header(pairs=1, body=string(b"a") + struct.pack("<I", 77)),
+    "a name that is no text": header(count=1, body=info(b"\xff\xfe")),
+    "many dimensions": header(count=1, body=string(b"a") + struct.pack("<I", 2**31)),
+    "absurd dimensions": header(count=1, body=info(dims=(2**62, 2**62))),
+    "a product that wraps to 0": header(count=1, body=info(dims=(2**32, 2**32))),
+    "past the end": header(count=1, body=info(offset=2**40)),
+    "an unknown type": header(count=1, body=info(kind=999)),
+    "rows that are no blocks": header(count=1, body=info(dims=(33, 1), kind=8)),
+    "twice": header(count=2, body=info() + info()),
+    "overlapping": header(count=2, body=info() + info(b"b", offset=8)),
+    "alignment 0": header(
+        pairs=1, body=string(b"general.alignment") + struct.pack("<II", 4, 0)
+    ),
+    "alignment of text": header(
+        pairs=1, body=string(b"general.alignment") + struct.pack("<I", 8) + string(b"x")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_BOMBS)
+def test_gguf_headers_made_to_do_damage(tmp_path, name):
+    file = tmp_path / "a"
+    file.write_bytes(GGUF_BOMBS[name] + (b"\0" * 64 if "endless" not in name else b""))
+    if name == "alignment of text":  # passed over: only a number is one
+        assert "does not hold a FLUX.1" in refused(file)
+        return
+    assert "cannot read" in refused(file)
+
+
+@pytest.mark.parametrize("keep", [0.0005, 0.01, 0.5, 0.999])
+def test_a_truncated_gguf(tmp_path, tensors, keep):
+    content = gguf_file(tmp_path / "a", tensors)
+    (tmp_path / "a").write_bytes(content[: int(len(content) * keep)])
+    assert "cannot read" in refused(tmp_path / "a")
+
+
+# ---------------------------------------------------------------- as a user meets it
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\0.", b"GGUF\x03", b"\0" * 300])
+def test_exit_code_2_and_one_line(tmp_path, monkeypatch, capfd, command, content):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content)
+    arguments = [command, str(file), *([str(tmp_path / "b")] if command == "quantize" else [])]
+    monkeypatch.setattr(sys, "argv", ["fluxfast", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: cannot read") and "Traceback" not in err
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error", "hint"]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_the_commands_work(tmp_path, tensors, monkeypatch, capfd):
+    file = write(tmp_path / "a", tensors)
+    for arguments in (["quantize", file, tmp_path / "b"], ["inspect", tmp_path / "b"]):
+        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+    out, err = capfd.readouterr()
+    assert out.splitlines()[0] == str(tmp_path / "b") and "quantised to nf4" in out
+    assert "GB/s" in err
+
+
+LIMITED = """
+import resource, sys
+import torch, gguf
+from fluxfast.errors import FluxfastError
+from fluxfast.formats.base import open_base
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+import pathlib
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(li.split()[1]) for li in lines if li.startswith("RssAnon")) / 1024
+before = anonymous()
+for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        open_base(file)
+        print("opened", file)
+    except FluxfastError:
+        pass
+print(anonymous() - before)
+"""
+
+
+def test_bombs_take_neither_memory_nor_time(tmp_path):
+    for index, (head, length) in enumerate(BOMBS.values()):
+        write_header(tmp_path / f"s{index}", head, b"\0" * 16, length)
+    for index, content in enumerate(GGUF_BOMBS.values()):
+        (tmp_path / f"g{index}").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (grown,) = done.stdout.splitlines()
+    assert float(grown) < 50
+
+
+# ---------------------------------------------------------------- whatever comes
+
+# the same examples in every run; HYPOTHESIS_EXAMPLES asks for more of them
+quickly = settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 60)),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+NAMES = sorted(tensor_sources(SMALL))
+words = st.sampled_from(
+    ["double_blocks", "single_blocks", "0", "1", "img_attn", "norm", "scale", "weight", "lora_A",
+     "transformer_blocks", "model", "diffusion_model", "", "x", "distilled_guidance_layer"]
+)  # fmt: skip
+keys = st.lists(words, min_size=1, max_size=6).map(".".join)
+
+
+def read_all(path: Path) -> None:
+    with open_base(path) as base:
+        for name in tensor_sources(base.spec):
+            base.read(name)
+
+
+def opens_or_says(path: Path) -> None:
+    """A model, every tensor of which can be read, or one clear error: nothing else is raised."""
+    for read in (read_all, inspect):
+        try:
+            read(path)
+        except FluxfastError as error:
+            assert str(path) in error.message and "\n" not in error.message
+
+
+@quickly
+@given(data=st.binary(max_size=400))
+def test_any_bytes(tmp_path, data):
+    for start in (b"", b"GGUF", b"GGUF\3\0\0\0", b"\x10\0\0\0\0\0\0\0{"):
+        (tmp_path / "a").write_bytes(start + data)
+        opens_or_says(tmp_path / "a")
+
+
+@quickly
+@given(
+    header=st.dictionaries(
+        keys,
+        st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "BF16", "U8", "F8_E4M3", "Q", "I64", 3]),
+                "shape": st.lists(st.integers(-1, 2**64), max_size=3) | st.just(None),
+                "data_offsets": st.lists(st.integers(-1, 2**64), max_size=3),
+            }
+        )
+        | st.none()
+        | st.integers(),
+        max_size=5,
+    ),
+    size=st.integers(0, 64),
+)
+def test_any_header(tmp_path, header, size):
+    opens_or_says(write_header(tmp_path / "a", header, b"\0" * size))
+
+
+@quickly
+@given(chosen=st.sets(st.sampled_from(NAMES)), more=st.sets(keys, max_size=8), shape=st.tuples(
+    st.integers(0, 3), st.integers(0, 3)))  # fmt: skip
+def test_any_set_of_keys(tmp_path, chosen, more, shape):
+    """Some of the model's tensors, in odd shapes, and keys that only look like them."""
+    tensors = {key: torch.zeros(shape) for key in {*chosen, *more} if key}
+    if tensors:
+        opens_or_says(write(tmp_path / "a", tensors))
+
+
+@quickly
+@given(gone=st.sets(st.sampled_from(NAMES), min_size=1, max_size=4))
+def test_what_is_missing_is_named(tmp_path, tensors, gone):
+    left = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    message = refused(write(tmp_path / "a", left))
+    if "tensors are missing" in message:
+        assert f"{len(gone)} tensors are missing" in message
+        assert sum(name in message for name in gone) == min(len(gone), 3)
+    else:  # one that the sizes are read from
+        assert any(name in message for name in gone) or "does not hold" in message
+
+
+@quickly
+@given(st.sets(keys, max_size=12))
+def test_detection_never_fails(names):
+    naming = find_naming(names)
+    assert naming is None or naming.key("marker") in names
+    other_model(names)
+    assert 0 <= count_blocks(names, "double_blocks.") <= len(names)
+
+
+@quickly
+@given(st.data())
+def test_any_damage_to_a_gguf(tmp_path, data):
+    """A whole file with bytes of its header changed: it opens, or says what is wrong."""
+    if not (tmp_path / "whole").exists():
+        gguf_file(tmp_path / "whole", tensors_of(SMALL))
+    content = bytearray((tmp_path / "whole").read_bytes())
+    for at in data.draw(st.lists(st.integers(4, 5000), min_size=1, max_size=6)):
+        content[at] = data.draw(st.integers(0, 255))
+    (tmp_path / "a").write_bytes(content)
+    opens_or_says(tmp_path / "a")
+
+
+@quickly
+@given(st.data())
+def test_any_damage_to_a_bitsandbytes_header(tmp_path, data):
+    if not (tmp_path / "whole").exists():
+        write(tmp_path / "whole", bnb_tensors(tensors_of(SMALL), True))
+    content = bytearray((tmp_path / "whole").read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + length])
+    assert text
+    for at in data.draw(st.lists(st.integers(8, 8 + length), min_size=1, max_size=4)):
+        content[at] = data.draw(st.integers(32, 126))
+    (tmp_path / "a").write_bytes(content)
+    opens_or_says(tmp_path / "a")

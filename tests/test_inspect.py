@@ -1,0 +1,188 @@
+"""`fluxfast inspect`, and what other files than FLUX.1's are called."""
+
+import re
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write
+
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.base import open_base
+from fluxfast.formats.base_detect import model_name
+from fluxfast.formats.inspect import inspect
+from fluxfast.formats.quantize import quantize
+from fluxfast.model.spec import DEV, SCHNELL
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tensors_of()
+
+
+def seen(path: Path, **options) -> dict[str, str]:
+    lines = inspect(path, **options)
+    return dict(re.fullmatch(r"(\w+) +(.*)", line).groups() for line in lines)
+
+
+@pytest.mark.parametrize(
+    "form, layout, how",
+    [
+        (lambda t: t, "", "BF16"),
+        (lambda t: all_in_one(t), PREFIX, "BF16"),
+        (lambda t: fp8_tensors(t, False), "", "fp8, plain"),
+        (lambda t: all_in_one(fp8_tensors(t, True)), PREFIX, "fp8, scaled"),
+        (lambda t: bnb_tensors(t, False), "", "bitsandbytes NF4"),
+        (lambda t: all_in_one(bnb_tensors(t, True)), PREFIX, "bitsandbytes NF4 with nested scales"),
+    ],
+)
+def test_base_checkpoints(tmp_path, tensors, form, layout, how):
+    file = write(tmp_path / "a.bin", form(tensors))
+    found = seen(file)
+    assert found["format"] == (
+        "safetensors, BFL names" + (f" under {layout}" if layout else "") + f", {how}"
+    )
+    assert found["model"].startswith("a FLUX.1 of other sizes, dev's kind: 1 double and 1 single")
+    assert "hidden 256, 4 heads, with guidance" in found["model"]
+    assert (found["missing"], found["extra"]) == ("none", "none")
+    assert ("beside" in found) is bool(layout)
+    if layout:
+        assert all(part in found["beside"] for part in ("CLIP-L", "T5", "VAE", "3 tensors"))
+    size = file.stat().st_size
+    assert found["file"] == f"{file}, {size / 1e6:.1f} MB"
+
+
+def test_dtypes_with_counts(tmp_path, tensors):
+    mixed = {k: v.float() if v.ndim == 1 else v for k, v in tensors.items()}
+    found = seen(write(tmp_path / "a", mixed))
+    vectors = sum(v.ndim == 1 for v in tensors.values())
+    counts = {f"F32 {vectors}", f"BF16 {len(tensors) - vectors}"}
+    assert set(found["dtypes"].split(", ")) == counts
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_missing_and_extra(tmp_path, tensors, split):
+    named = checkpoints.split_tensors(tensors) if split else dict(tensors)
+    gone = sorted(key for key in named if "single" in key and key.endswith("bias"))[:2]
+    for key in gone:
+        del named[key]
+    named["something.else"] = torch.zeros(1)
+    found = seen(write(tmp_path / "a", named))
+    assert found["missing"] == f"2: {', '.join(gone)}"
+    assert found["extra"] == "1: something.else"
+
+
+def test_folders_and_prequantised_files(tmp_path, tensors):
+    folder = checkpoints.write_diffusers(tmp_path / "d", tensors)
+    assert seen(folder)["format"] == "safetensors, diffusers names, BF16"
+    quantize(folder, tmp_path / "q", "fp8")
+    found = seen(tmp_path / "q")
+    assert "quantised to fp8 by fluxfast" in found["format"]
+    assert "--checksum" in found["checksum"]
+    assert seen(tmp_path / "q", checksum=True)["checksum"] == "right"
+    content = bytearray((tmp_path / "q").read_bytes())
+    content[-7] ^= 1
+    (tmp_path / "q").write_bytes(content)
+    with pytest.raises(ConfigError, match="is damaged"):
+        inspect(tmp_path / "q", checksum=True)
+
+
+def test_gguf(tmp_path, tensors):
+    from test_base_formats import write_gguf
+
+    write_gguf(tmp_path / "a", tensors, "Q8_0")
+    found = seen(tmp_path / "a")
+    assert found["format"] == "GGUF, BFL names, Q8_0"
+    assert "Q8_0 " in found["dtypes"] and "F32 " in found["dtypes"]
+
+
+def test_names_of_models():
+    assert model_name(DEV) == "FLUX.1-dev or a fine-tune of it"
+    assert model_name(SCHNELL) == "FLUX.1-schnell or a fine-tune of it"
+
+
+@pytest.mark.parametrize(
+    "keys, ranks",
+    [
+        (["transformer.x.lora_A.weight", "transformer.x.lora_B.weight"], "rank 4 (1)"),
+        (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "rank 4 (1)"),
+        (["double_blocks.0.processor.qkv_lora1.down.weight"], "rank 4 (1)"),
+        # BFL's control LoRA brings the norms of the model
+        (["img_in.lora_A.weight", "double_blocks.0.img_attn.norm.key_norm.scale"], "rank 4 (1)"),
+    ],
+)
+def test_lora_files(tmp_path, keys, ranks):
+    file = write(tmp_path / "a", {key: torch.zeros(4, 4) for key in keys})
+    found = seen(file)
+    assert found["model"] == f"LoRA of {len(keys)} tensors, {ranks}"
+    with pytest.raises(ConfigError, match="it is a LoRA"):
+        open_base(file)
+
+
+# keys that these models' files have, from their published layouts
+OTHERS = {
+    "Stable Diffusion XL checkpoint": [
+        "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.bias",
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
+        "first_stage_model.decoder.up.0.block.0.conv1.weight",
+    ],
+    "Stable Diffusion 1 or 2 checkpoint": [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.output_blocks.0.0.in_layers.0.bias",
+    ],
+    "Stable Diffusion 3 transformer": [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "model.diffusion_model.x_embedder.proj.weight",
+    ],
+    "Chroma transformer": [
+        "distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.norm.key_norm.scale",
+        "img_in.weight",
+    ],
+    "FLUX.2 transformer": [
+        "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight", "txt_in.weight",
+    ],
+    "Hunyuan Video transformer": [
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+    ],
+    "AuraFlow transformer": ["double_layers.0.attn.w1q.weight", "single_layers.0.attn.w1q.weight"],
+    "Qwen-Image transformer": [
+        "transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.norm_k.weight",
+        "txt_in.weight", "img_in.weight",
+    ],
+    "Nunchaku (SVDQuant) FLUX transformer": [
+        "transformer_blocks.0.qkv_proj.qweight", "transformer_blocks.0.qkv_proj.wscales",
+        "transformer_blocks.0.qkv_proj.lora_down",
+    ],
+    "T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
+    "CLIP text encoder": ["text_model.encoder.layers.0.mlp.fc1.bias"],
+    "VAE": ["decoder.up.0.block.0.conv1.weight", "encoder.down.0.block.0.conv1.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_have_names(tmp_path, name):
+    file = write(tmp_path / "flux1-dev.safetensors", {k: torch.zeros(2, 2) for k in OTHERS[name]})
+    with pytest.raises(ConfigError) as caught:
+        open_base(file)
+    assert caught.value.message.endswith(f"does not hold a FLUX.1 transformer: it is a {name}")
+    assert seen(file)["model"] == f"{name}: not a FLUX.1 transformer"
+    with pytest.raises(ConfigError):
+        quantize(file, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_file_of_nothing_known(tmp_path):
+    file = write(tmp_path / "a", {"weight": torch.zeros(2)})
+    for read in (open_base, inspect):
+        with pytest.raises(ConfigError, match=r"does not hold a FLUX.1 transformer\n"):
+            read(file)
+
+
+def test_paths_without_a_model(tmp_path):
+    with pytest.raises(FluxfastError, match="does not exist"):
+        inspect(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="holds no .safetensors"):
+        inspect(tmp_path)

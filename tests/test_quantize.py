@@ -1,0 +1,418 @@
+"""`fluxfast quantize`: what it writes loads to what loading with that storage makes, byte for byte;
+small in memory; whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import bnb_tensors, fp8_tensors, split_tensors, tensors_of, write
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fluxfast import load_transformer
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats import quantize as module
+from fluxfast.formats.base import open_base
+from fluxfast.formats.opened import Files
+from fluxfast.formats.quantize import checksum, quantize, verify
+from fluxfast.load import stored_as
+from fluxfast.memory.work import shape_of
+from fluxfast.model.spec import DEV, FluxSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tensors_of()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tensors) -> Path:
+    return write(tmp_path_factory.mktemp("source") / "flux.safetensors", tensors)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    from small import noise_pictures
+
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 2, "ohwx thing")
+
+
+def load(path: Path, storage: str = "auto", **options):
+    return load_transformer(path, storage, "fp32", "cpu", **options)
+
+
+def same_state(model, other) -> None:
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape, name
+        bits = (t.contiguous().view(torch.uint8) for t in (mine[name].flatten(), tensor.flatten()))
+        assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize(
+    "storage, nested", [("nf4", False), ("nf4", True), ("int8", False), ("fp8", False)]
+)
+def test_the_file_loads_to_what_loading_makes(tmp_path, source, storage, nested):
+    target = tmp_path / "q.safetensors"
+    written = quantize(source, target, storage, double_quant=nested)
+    assert written.path == target and written.bytes == target.stat().st_size
+    model = load(target)
+    assert model.single_blocks[0].linear1.storage() == storage
+    same_state(model, load(source, storage, double_quant=nested))
+
+
+SOURCES = {
+    "diffusers": lambda t: split_tensors(t),
+    "fp32": lambda t: {k: v.float() for k, v in t.items()},
+    "fp16": lambda t: {k: v.half() for k, v in t.items()},
+    "fp64": lambda t: {k: v.double() for k, v in t.items()},
+    "fp8": lambda t: fp8_tensors(t, scaled=False),
+    "fp8 scaled": lambda t: fp8_tensors(t, scaled=True),
+    "e5m2": lambda t: fp8_tensors(t, scaled=True, dtype=torch.float8_e5m2),
+    "all in one": lambda t: checkpoints.all_in_one(fp8_tensors(t, scaled=True)),
+    "nf4": lambda t: bnb_tensors(t, nested=False),
+    "nf4 nested": lambda t: bnb_tensors(t, nested=True),
+    "nf4 split": lambda t: bnb_tensors(split_tensors(t), nested=False),
+    "nf4 nested split": lambda t: bnb_tensors(split_tensors(t), nested=True),
+    "nf4 in part": lambda t: bnb_tensors(split_tensors(t), nested=True, skip=("to_k", "norm")),
+    "fp4": lambda t: bnb_tensors(t, nested=True, kind="fp4"),
+}
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("form", SOURCES)
+def test_any_input(tmp_path, tensors, form, storage):
+    """The same decoded weights from the source and from the file, bit for bit."""
+    source = write(tmp_path / "a", SOURCES[form](tensors))
+    quantize(source, tmp_path / "b", storage)
+    theirs, mine = load(source, storage), load(tmp_path / "b", storage)
+    for name, layer in theirs.named_modules():
+        if hasattr(layer, "storage"):
+            other = mine.get_submodule(name)
+            assert other.storage() == layer.storage()
+            assert torch.equal(other.dense(torch.float32), layer.dense(torch.float32)), name
+            assert torch.equal(other.bias, layer.bias)
+    assert torch.equal(theirs.single_blocks[0].norm.key_norm.scale,
+                       mine.single_blocks[0].norm.key_norm.scale)  # fmt: skip
+
+
+def test_gguf_goes_in(tmp_path, tensors):
+    from test_base_formats import write_gguf
+
+    write_gguf(tmp_path / "a.gguf", tensors, "Q8_0")
+    quantize(tmp_path / "a.gguf", tmp_path / "b", "nf4")
+    same_state(load(tmp_path / "b"), load(tmp_path / "a.gguf", "nf4"))
+
+
+def test_codes_pass_through(tmp_path, tensors):
+    """Nothing is quantised twice: the bytes are the source's, nested scales too."""
+    coded = bnb_tensors(tensors, nested=True)
+    quantize(write(tmp_path / "a", coded), tmp_path / "b", "nf4")
+    stored = load_file(tmp_path / "b")
+    name = "double_blocks.0.img_mlp.0.weight"
+    for key in (name, *(f"{name}.{part}" for part in ("absmax", "nested_absmax", "quant_map"))):
+        assert torch.equal(stored[key], coded[key]), key
+    fp8 = fp8_tensors(tensors, scaled=True)
+    quantize(write(tmp_path / "c", fp8), tmp_path / "d", "fp8")
+    stored = load_file(tmp_path / "d")
+    assert torch.equal(stored[name].view(torch.uint8), fp8[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_reads_it(tmp_path, source, nested):
+    """Its own parser, from the file's tensors, decodes what we decode."""
+    import bitsandbytes.functional as bnb
+
+    quantize(source, tmp_path / "b", "nf4", double_quant=nested)
+    stored = load_file(tmp_path / "b")
+    name = "single_blocks.0.linear2.weight"
+    parts = {k.removeprefix(name + "."): v for k, v in stored.items() if k.startswith(name + ".")}
+    state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+    state.dtype = torch.float32
+    with open_base(tmp_path / "b") as base:
+        mine = base.read(name)
+    theirs = bnb.dequantize_4bit(stored[name], state)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_quantising_what_was_quantised(tmp_path, source):
+    """From one storage to another; nf4 to nf4 is the same file but for its source's name."""
+    quantize(source, tmp_path / "a", "nf4")
+    quantize(tmp_path / "a", tmp_path / "b", "nf4")
+    assert load_file(tmp_path / "a").keys() == load_file(tmp_path / "b").keys()
+    same_state(load(tmp_path / "a"), load(tmp_path / "b"))
+    quantize(tmp_path / "a", tmp_path / "c", "int8")
+    same_state(load(tmp_path / "c"), load(tmp_path / "a", "int8"))
+
+
+def test_what_nf4_cannot_hold_stays_bf16(tmp_path):
+    spec = FluxSpec(
+        in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=96, num_heads=3,
+        depth=1, depth_single_blocks=1, axes_dim=(4, 14, 14),
+    )  # fmt: skip
+    source = write(tmp_path / "a", tensors_of(spec))
+    quantize(source, tmp_path / "b", "nf4")
+    same_state(load(tmp_path / "b", "nf4"), load(source, "nf4"))
+
+
+@pytest.mark.parametrize(
+    "storage, compute, kept, expected",
+    [
+        ("auto", "auto", "nf4", "nf4"), ("auto", "int8", "nf4", "nf4"),
+        ("auto", "auto", None, "auto"), ("auto", "fp8", "int8", "auto"),
+        ("auto", "int8", "fp8", "auto"), ("auto", "int8", "int8", "int8"),
+        ("bf16", "auto", "nf4", "bf16"), ("int8", "auto", "fp8", "int8"),
+    ],
+)  # fmt: skip
+def test_auto_is_what_the_file_is_in(storage, compute, kept, expected):
+    assert stored_as(storage, compute, kept) == expected
+
+
+def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model):
+    from fluxfast.planning import plan_run
+    from fluxfast.prepare import check_model
+
+    quantize(source, tmp_path / "q", "nf4")
+    config = configure(
+        model__path=str(tmp_path / "q"), model__encoders=str(nano_model), model__storage="auto",
+        memory__limit_gib=8,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    check_model(config.model, device)
+    plan = plan_run(config, tmp_path / "q", {"64": shape_of(64, 64, 1, 32)}, device)
+    assert plan.request.work.storage == "nf4"
+
+
+def test_training_starts_from_the_file(tmp_path, configure, nano_model):
+    """`train` takes it as it lies and learns what it learns from the folder in that storage."""
+    from rich.console import Console
+
+    from fluxfast.train import train
+
+    quantize(nano_model, tmp_path / "nano.safetensors", "int8")
+    files = {}
+    for name, storage, path in (
+        ("from-folder", "int8", nano_model), ("from-file", "auto", tmp_path / "nano.safetensors"),
+    ):  # fmt: skip
+        config = configure(
+            name=name, model__path=str(path), model__storage=storage,
+            model__encoders=str(nano_model), train__steps=2,
+        )  # fmt: skip
+        files[name] = load_file(train(config, console=Console(quiet=True)))
+    assert all(torch.equal(files["from-file"][k], v) for k, v in files["from-folder"].items())
+    assert any(v.abs().max() > 0 for k, v in files["from-file"].items() if "lora_B" in k)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_metadata_and_checksum(tmp_path, source):
+    quantize(source, tmp_path / "b", "int8")
+    with safe_open(tmp_path / "b", "pt") as handle:
+        said = handle.metadata()
+    assert said["fluxfast.storage"] == "int8" and said["fluxfast.source"] == source.name
+    assert said["format"] == "pt" and len(said["fluxfast.sha256"]) == 64
+    with Files([tmp_path / "b"]) as files:
+        assert verify(files) is True
+    content = bytearray((tmp_path / "b").read_bytes())
+    content[-7] ^= 1
+    (tmp_path / "b").write_bytes(content)
+    with Files([tmp_path / "b"]) as files:
+        assert verify(files) is False
+    with Files([source]) as files:
+        assert verify(files) is None
+    assert checksum({"a": b"1", "b": b"2"}) == checksum({"b": b"2", "a": b"1"})
+    assert checksum({"a": b"1", "b": b"2"}) != checksum({"a": b"2", "b": b"1"})
+
+
+def test_every_tensor_is_aligned(tmp_path, source):
+    quantize(source, tmp_path / "b", "nf4", double_quant=True)
+    content = (tmp_path / "b").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__")
+    assert (8 + length) % 64 == 0
+    for entry in header.values():
+        width = {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]]
+        assert entry["data_offsets"][0] % width == 0
+
+
+def test_progress_ends_at_the_last_tensor(tmp_path, source, tensors):
+    seen = []
+    quantize(source, tmp_path / "b", progress=lambda *pair: seen.append(pair))
+    assert seen == [(i + 1, len(tensors)) for i in range(len(tensors))]
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_target_that_is_there(tmp_path, source):
+    (tmp_path / "b").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        quantize(source, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"mine" and left(tmp_path) == ["b"]
+
+
+def test_a_storage_that_is_none(tmp_path, source):
+    with pytest.raises(ConfigError, match="'q8' is not one of nf4, int8, fp8"):
+        quantize(source, tmp_path / "b", "q8")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "disk full")])
+def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        if done == total // 2:
+            seen.extend(left(tmp_path))
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, RuntimeError, OSError, FluxfastError)):
+        quantize(source, tmp_path / "b", progress=stop)
+    assert len(seen) == 1 and seen[0].endswith(".partial")  # there was something to remove
+    assert left(tmp_path) == []
+
+
+def test_a_disk_that_is_full(tmp_path, source, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FluxfastError, match="GB free"):
+        quantize(source, tmp_path / "b")
+    assert left(tmp_path) == []
+
+
+def test_a_folder_that_is_a_file(tmp_path, source):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(FluxfastError, match="taken"):
+        quantize(source, tmp_path / "taken" / "b")
+
+
+def test_a_source_that_is_damaged(tmp_path, tensors):
+    file = write(tmp_path / "a", tensors)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="cannot read"):
+        quantize(file, tmp_path / "b")
+    assert left(tmp_path) == ["a"]
+
+
+# ---------------------------------------------------------------- memory
+
+MEMORY = """
+import sys, threading, time
+import torch, gguf, fluxfast.formats.quantize as q
+from fluxfast import load_transformer
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(li.split()[1]) for li in lines if li.startswith("RssAnon")) / 1024
+
+peak, stop = [0.0], threading.Event()
+
+def watch():
+    while not stop.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+
+torch.set_num_threads(2)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+what, source, target, storage = sys.argv[1:]
+started = time.perf_counter()
+if what == "load":
+    model = load_transformer(source, "auto", "fp32", "cpu")
+    print("ready after", time.perf_counter() - started, "s", file=sys.stderr)
+else:
+    print(q.quantize(source, target, storage).line(), file=sys.stderr)
+stop.set(), thread.join()
+print(before, peak[0])
+"""
+
+
+def peak_over_start(what: str, source: Path, target: Path, storage: str) -> float:
+    """MiB of RssAnon that the work adds, in a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, what, str(source), str(target), storage],
+        env={**os.environ, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "2"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(what, done.stdout, done.stderr)
+    before, peak = map(float, done.stdout.split())
+    return peak - before
+
+
+# hidden 1024: its largest matrix (linear1, 7168 x 1024) is 28 MiB in fp32, the whole file 220 MiB
+MEDIUM = FluxSpec(
+    in_channels=64, vec_in_dim=64, context_in_dim=64, hidden_size=1024, num_heads=8, depth=2,
+    depth_single_blocks=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("storage, mib", [("nf4", 40), ("int8", 60)])
+def test_memory_stays_small(tmp_path, storage, mib):
+    """A few copies of one matrix, not of the file."""
+    source = write(tmp_path / "a", tensors_of(MEDIUM))
+    size = source.stat().st_size / 2**20
+    assert size > 200
+    assert peak_over_start("quantize", source, tmp_path / "b", storage) < mib
+    if storage == "nf4":  # mapped: biases, the layers around the blocks and nothing of the codes
+        assert peak_over_start("load", tmp_path / "b", tmp_path, storage) < 40
+
+
+@pytest.mark.slow
+def test_memory_of_the_12_billion(tmp_path):
+    """FLUX.1-dev's sizes, written shard by shard by hand, removed as soon as it is read."""
+    import shutil
+
+    from fluxfast.model.names import linear_shape, tensor_sources
+
+    if shutil.disk_usage(tmp_path).free < 45e9:
+        pytest.skip("needs 45 GB of disk")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", **checkpoints.config_of(DEV)})
+    )
+    names = list(tensor_sources(DEV))
+    try:
+        for start in range(0, len(names), 60):
+            shard = {}
+            for name in names[start : start + 60]:
+                module, _, kind = name.rpartition(".")
+                rows, columns = linear_shape(module, DEV) if kind != "scale" else (128, 1)
+                shape = (rows, columns) if kind == "weight" else (rows,)
+                values = torch.full(shape, 0.5, dtype=torch.bfloat16)
+                values.view(-1)[::64].uniform_(-1, 1)  # cheap, and every block differs
+                for source, part in _split_one(name, values):
+                    shard[source] = part
+            write(folder / f"part-{start:04d}.safetensors", shard)
+            del shard
+        target = tmp_path / "nf4.safetensors"
+        assert peak_over_start("quantize", folder, target, "nf4") < 2048
+        shutil.rmtree(folder)
+        assert peak_over_start("load", target, tmp_path, "nf4") < 2048
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def _split_one(name: str, tensor: torch.Tensor):
+    from fluxfast.model.names import part_rows, tensor_sources
+
+    sources = tensor_sources(DEV)[name]
+    module = name.rpartition(".")[0]
+    rows = part_rows(module, DEV) if len(sources) > 1 else [(0, len(tensor))]
+    return [(s, tensor[a:b].clone()) for s, (a, b) in zip(sources, rows, strict=True)]
