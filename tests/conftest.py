@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,25 @@ def nano_model(tmp_path_factory) -> Path:
 def cache(tmp_path_factory) -> Path:
     """One cache folder for the runs of a test file."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def fluxfast(monkeypatch, capfd):
+    """Runs the command line in this process. -> (exit code, stdout, stderr)"""
+    from fluxfast import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture

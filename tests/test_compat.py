@@ -1,7 +1,6 @@
 """ai-toolkit's YAML: what each key becomes, what is said about it, what is refused."""
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from fluxfast import cli, compat_table
+from fluxfast import compat_table
 from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.config import Config, build_config, load_config
 from fluxfast.errors import ConfigError
@@ -641,20 +640,10 @@ def test_a_native_configuration_is_left_alone():
 
 
 @pytest.fixture
-def fluxfast(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process, in an empty folder. -> (exit code, stdout, stderr)"""
+def fluxfast(fluxfast, monkeypatch, tmp_path):
+    """Inside an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
+    return fluxfast
 
 
 def test_a_mistake_in_the_file_ends_in_one_message(fluxfast, tmp_path):

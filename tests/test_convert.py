@@ -4,7 +4,6 @@ width that they insist on.
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from small import SMALL
 from test_lora_formats import REFUSED, ab, lora_of, meaning, same, trained, update
 
-from fluxfast import cli
 from fluxfast.formats.lora import load_lora, save_lora
 from fluxfast.formats.lora_pieces import Lora, Piece
 from fluxfast.formats.lora_read import read_lora
@@ -34,22 +32,10 @@ from fluxfast.model.spec import DEV
 
 
 @pytest.fixture
-def fluxfast(monkeypatch, capsys, tmp_path):
-    """Runs the command line inside an empty folder. -> (exit code, stdout, stderr)."""
+def fluxfast(fluxfast, monkeypatch, tmp_path):
+    """Inside an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return run
+    return fluxfast
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,7 +1,6 @@
 """kohya's dataset TOML: what each key becomes, what is said about it, what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from fluxfast import cli, kohya_table
+from fluxfast import kohya_table
 from fluxfast.compat_table import OFF
 from fluxfast.config import Config, _all_keys, build_config, load_config
 from fluxfast.errors import ConfigError
@@ -483,22 +482,6 @@ def test_whatever_stands_anywhere_is_read_or_refused(junk):
 
 
 # ---------------------------------------------------------------- through the command line
-
-
-@pytest.fixture
-def fluxfast(monkeypatch, capfd):
-    """Runs the command line in this process. -> (exit code, stdout, stderr)"""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def test_a_mistake_in_the_file_ends_in_one_message(fluxfast, folder):
