@@ -33,7 +33,7 @@ Model = Annotated[
 ]
 Encoders = Annotated[
     str | None,
-    typer.Option(help="diffusers folder with VAE and text encoders, if the model is a file"),
+    typer.Option(help="folder, file or Hub id with VAE and text encoders, if the model has none"),
 ]
 Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learnt")]
 Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]

@@ -38,7 +38,8 @@ class ModelConfig(Section):
     encoders: str | None = Field(
         None,
         description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
-        "tokenizers; needed when `path` is a single file",
+        "tokenizers, an all-in-one file, or a folder with CLIP-L, T5 and VAE files; needed when "
+        "`path` is a file of the transformer alone",
     )
     storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
         "auto",

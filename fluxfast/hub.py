@@ -47,6 +47,22 @@ def resolve_lora(path: str) -> Path:
     return _from_hub(path, (), ("*.safetensors",))
 
 
+def resolve_tokenizer(repo: str, name: str, beside: Path) -> Path:
+    """The snapshot folder of a repository with a tokenizer at its top level, from the cache first.
+
+    name: tokenizer or tokenizer_2, the diffusers folder that would do instead, at `beside`. Raises
+    FluxfastError as `resolve_model` does.
+    """
+    files = ("vocab.json", "merges.txt") if name == "tokenizer" else ("spiece.model",)
+    try:
+        return _from_hub(repo, (), (*files, "tokenizer_config.json"))
+    except FluxfastError as error:
+        raise FluxfastError(
+            f"single files bring no tokenizers, and there is none at {beside}: {error.message}",
+            hint=f"connect once, or put a diffusers model's {name} folder there",
+        ) from None
+
+
 def _no_such_path(path: str) -> FluxfastError:
     return FluxfastError(
         f"model path {path} does not exist",

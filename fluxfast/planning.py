@@ -12,12 +12,16 @@ from fluxfast.config import Config, ModelConfig
 from fluxfast.data.buckets import STEP
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
+from fluxfast.formats.lora_pieces import part_count
+from fluxfast.formats.lora_read import ranks_of
+from fluxfast.hub import resolve_lora
 from fluxfast.load import choose_precision, resolve_precision, stored_as
 from fluxfast.memory.cards import Card, card, closest
 from fluxfast.memory.fitting import DoesNotFit, make_plan
 from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, usable
 from fluxfast.memory.work import Shape, Work, lora_of
-from fluxfast.model.precision import DTYPES, activation_dtype
+from fluxfast.model.names import linear_shape
+from fluxfast.model.precision import DTYPES, activation_dtype, linears
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
 
 # memory in GiB -> the card that stands for it where none is named
@@ -31,8 +35,9 @@ def request_of(
     precision: tuple[str, str, str],
     shapes: Mapping[str, Shape],
     graphs: bool = True,
+    assistant: Path | None = None,
 ) -> Request:
-    """precision: storage, compute, activations, without `auto`."""
+    """precision: storage, compute, activations, without `auto`. assistant: a LoRA file."""
     lora, memory = config.lora, config.memory
     storage, compute, activations = precision
     trained = lora_of(spec, lora.rank, lora.targets, lora.include, lora.exclude, lora.share_a)
@@ -52,7 +57,22 @@ def request_of(
         preview_pixels=config.sample.width * config.sample.height * bool(config.sample.prompts),
         encodes=spec.context_in_dim == DEV.context_in_dim,
         accumulation=config.train.gradient_accumulation,
+        assistant=assistant_bytes(assistant, spec) if assistant else 0,
     )
+
+
+def assistant_bytes(path: Path, spec: FluxSpec) -> int:
+    """What the factors of the LoRA file take in fp32 at the most, an A for every part.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    names = set(linears(spec))
+    values = 0
+    for name, rank in ranks_of(path).items():
+        if name in names:
+            rows, columns = linear_shape(name, spec)
+            values += rank * (part_count(name) * columns + rows)
+    return 4 * values
 
 
 # ---------------------------------------------------------------- for a run
@@ -77,7 +97,9 @@ def plan_run(
     activations = next(word for word, known in DTYPES.items() if known == dtype)
     precision = storage, compute, activations
     cuda = device.type == "cuda"
-    request = replace(request_of(config, spec, precision, shapes, graphs=cuda), encodes=False)
+    lora = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
+    request = request_of(config, spec, precision, shapes, graphs=cuda, assistant=lora)
+    request = replace(request, encodes=False)
     if not cuda:  # a limit to try plans with; a card's speed only ranks the choices
         return make_plan(request, card(_STAND_IN), int(limit * GIB), host_memory())
     torch.cuda.empty_cache()
@@ -158,12 +180,15 @@ class Row:
 def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[Row]:
     """Plans of a configuration on the cards asked for.
 
-    Every picture size has a plan of its own; more than one have one of them together, too. Raises
+    Every picture size has a plan of its own; more than one have one of them together, too. An
+    assistant LoRA counts where it is on this disk. Raises
     ConfigError for an unknown card, or a model on this disk that cannot be read.
     """
     limit = config.memory.limit_gib or math.inf
     cards = [(known, min(gib, limit)) for known, gib in _cards(vram_gib, gpu)]
     spec, kept = _model(config.model)
+    assistant = config.model.assistant_lora and Path(config.model.assistant_lora)
+    assistant = assistant if assistant and assistant.exists() else None
     sides = sorted({side for data in config.data for side in data.resolution})
     batch = config.train.batch_size
     text = config.model.max_sequence_length or spec.text_length
@@ -176,7 +201,7 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
             label = next(iter(chosen)) if len(chosen) == 1 else "mixed"
             try:
                 precision = _precision(config.model, kept, known, vram)
-                request = request_of(config, spec, precision, chosen)
+                request = request_of(config, spec, precision, chosen, assistant=assistant)
                 rows.append(Row(known, vram, label, make_plan(request, known, usable(vram))))
             except DoesNotFit as error:
                 reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"

@@ -15,6 +15,7 @@ from fluxfast.config import Config, ModelConfig
 from fluxfast.data.cache import encode_prompts, prepare_dataset
 from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
+from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import open_base, tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
@@ -31,7 +32,7 @@ class Prepared:
     """Everything that training reads from disk.
 
     held_out: what validation measures on (empty without); base: the transformer's path; root: the
-    folder with vae/ and the text encoders; prompts: preview prompt (trigger put in) -> its
+    what holds the VAE and the text encoders; prompts: preview prompt (trigger put in) -> its
     embeddings' file.
     """
 
@@ -126,7 +127,7 @@ def preview_prompts(config: Config) -> list[str]:
 
 
 def resolve_parts(model: ModelConfig) -> tuple[Path, Path, int]:
-    """-> (the transformer's path, the folder with vae/ and text encoders, T5 tokens per prompt).
+    """-> (the transformer's path, what holds VAE and text encoders, T5 tokens per prompt).
 
     Raises FluxfastError for a model that is missing, incomplete or unfit.
     """
@@ -137,21 +138,23 @@ def resolve_parts(model: ModelConfig) -> tuple[Path, Path, int]:
 
 
 def _encoders_root(model: ModelConfig, base: Path) -> Path:
-    """The folder with vae/, the text encoders and the tokenizers."""
+    """What holds the VAE, the text encoders and the tokenizers."""
     if model.encoders:
         root = resolve_model(model.encoders, ENCODERS)
-    elif base.is_dir():
-        root = base.parent if base.name == "transformer" else base
     else:
+        root = base.parent if base.is_dir() and base.name == "transformer" else base
+    missing = [name for name in ENCODERS if not has_component(root, name)]
+    if missing and root.is_file() and not model.encoders:
         raise ConfigError(
-            f"model.path {base} is a single file: it brings no text encoders and no VAE",
-            hint="set model.encoders to a diffusers folder or a Hub id that has them",
+            f"model.path {base} is a single file that brings no {', '.join(missing)}",
+            hint="set model.encoders to a diffusers folder or a Hub id, or to a folder with "
+            "CLIP-L, T5 and VAE files",
         )
-    missing = [name for name in ENCODERS if not (root / name).is_dir()]
     if missing:
         raise FluxfastError(
             f"{root} lacks {', '.join(missing)}",
-            hint="give a complete diffusers folder, or set model.encoders to one",
+            hint="give a complete diffusers folder or all-in-one file, or set model.encoders to "
+            "one",
         )
     return root
 
@@ -161,7 +164,7 @@ def _text_length(model: ModelConfig, base: Path, root: Path) -> int:
     with open_base(base) as checkpoint:
         default = checkpoint.spec.text_length
     asked = model.max_sequence_length
-    limit = tokenizer_length(root)
+    limit = tokenizer_length(component(root, "tokenizer_2"))
     if asked and limit and asked > limit:
         raise ConfigError(
             f"model.max_sequence_length is {asked}, the model's T5 tokenizer takes at most {limit}"

@@ -51,7 +51,7 @@ fluxfast.metrics         errors files
 fluxfast.checkpoint      config optim files errors
 fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
 fluxfast.load            formats.base model.* errors
-fluxfast.encoders.*      encoders.* errors
+fluxfast.encoders.*      encoders.* formats.parts hub errors
 fluxfast.data.buckets    errors
 fluxfast.data.images     errors
 fluxfast.data.captions   draws errors
@@ -60,14 +60,14 @@ fluxfast.data.scan       files data.images data.buckets data.store config errors
 fluxfast.data.loader     data.store draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors
 fluxfast.ahead           data.loader model.flux objective config
-fluxfast.planning        memory.* model.* data.buckets formats.base load config errors
+fluxfast.planning        memory.* model.* data.buckets formats.base formats.lora_pieces formats.lora_read hub load config errors
 fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation files
-fluxfast.prepare         data.cache data.captions data.store formats.base hub load model.precision config metrics validation errors
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.build           ahead checkpoint data.loader formats.lora formats.lora_write hub load memory.plan memory.runtime memory.work metrics model.* optim step config errors

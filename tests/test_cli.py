@@ -260,20 +260,24 @@ def test_a_model_that_cannot_be_read(fluxfast, photos, tmp_path):
     file = tmp_path / "flux.safetensors"
     file.write_bytes(b"<html>404</html>" * 20)
     result = fluxfast("train", "photos", "--model", file, "--encoders", tmp_path)
+    assert result.code == 2 and f"cannot read {file}" in result.error
+    (tmp_path / "empty").mkdir()
+    result = fluxfast("train", "photos", "--model", file, "--encoders", "empty")
     assert result.code == 1
     assert "lacks vae" in result.error
     for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (tmp_path / "parts" / name).mkdir(parents=True)
+        (tmp_path / "parts" / name / "config.json").write_text("{}")
     result = fluxfast("train", "photos", "--model", file, "--encoders", "parts")
     assert result.code == 2
     assert f"cannot read {file}" in result.error
 
 
 def test_a_single_file_needs_encoders(fluxfast, photos, tmp_path):
-    (tmp_path / "flux.safetensors").write_bytes(b"")
+    (tmp_path / "flux.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")
     result = fluxfast("train", "photos", "--model", "flux.safetensors")
     assert result.code == 2
-    assert "no text encoders" in result.error and "model.encoders" in result.err
+    assert "brings no vae, text_encoder" in result.error and "model.encoders" in result.err
 
 
 def test_a_folder_of_images_that_does_not_exist(fluxfast, tmp_path, nano_model):

@@ -7,12 +7,17 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write
+from small import SMALL
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import open_base
 from fluxfast.formats.base_detect import model_name
 from fluxfast.formats.inspect import inspect
+from fluxfast.formats.lora import lora_of, save_lora
+from fluxfast.formats.lora_write import FORMATS, to_state
 from fluxfast.formats.quantize import quantize
+from fluxfast.model.flux import random_flux
+from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV, SCHNELL
 
 
@@ -102,22 +107,57 @@ def test_names_of_models():
     assert model_name(SCHNELL) == "FLUX.1-schnell or a fine-tune of it"
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_lora_files(tmp_path, form):
+    """Of every format that is written here: its name, its layers, its rank and alpha."""
+    model = random_flux(SMALL)
+    inject_lora(model, rank=4, alpha=2.0, targets="attn")
+    found = seen(save_lora(model, tmp_path / "a.safetensors", form))
+    assert found["format"] == f"safetensors, {form}"
+    linears = "img_attn.proj, img_attn.qkv, txt_attn.proj, txt_attn.qkv"
+    single = "linear1, linear2" if form == "xlabs" else "linear1"  # xlabs fills in zeros
+    said = f"LoRA of FLUX.1: 1 double block ({linears}); 2 single blocks ({single})"
+    assert found["model"] == said
+    assert (found["missing"], found["extra"]) == ("none", "none")
+    # a format of fused linears stacks the A's of q, k and v; XLabs has one rank throughout
+    ranks = {"diffusers": "4 (14)", "xlabs": "12 (8)"}
+    assert found["rank"] == ranks.get(form, "12 (4), 4 (2)")
+    assert found["alpha"] == ("12 (4), 4 (2)" if form == "kohya" else "none: scale 1")
+    with pytest.raises(ConfigError, match="it is a LoRA"):
+        open_base(tmp_path / "a.safetensors")
+
+
+def test_alphas_of_a_lora(tmp_path):
+    model = random_flux(SMALL)
+    inject_lora(model, rank=4, alpha=2.0, targets="attn", share_a=True)
+    state = to_state(lora_of(model), "kohya")
+    for key in state:
+        if key.endswith(".alpha"):
+            state[key] = torch.tensor(0.5 if "double" in key else 3.0)
+    state["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(4, 8)
+    state["bundle_emb.cat"] = torch.zeros(8)
+    found = seen(write(tmp_path / "a", state))
+    assert found["alpha"] == "0.5 (4), 3 (2)"
+    assert found["model"].endswith("; 1 CLIP-L")
+    assert found["missing"] == "1: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    assert found["extra"] == "1: bundle_emb.cat"
+    plain = {k: v for k, v in state.items() if not k.endswith(".alpha")}
+    assert seen(write(tmp_path / "b", plain))["alpha"] == "none: scale 1"
+
+
 @pytest.mark.parametrize(
-    "keys, ranks",
+    "keys, model",
     [
-        (["transformer.x.lora_A.weight", "transformer.x.lora_B.weight"], "rank 4 (1)"),
-        (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "rank 4 (1)"),
-        (["double_blocks.0.processor.qkv_lora1.down.weight"], "rank 4 (1)"),
-        # BFL's control LoRA brings the norms of the model
-        (["img_in.lora_A.weight", "double_blocks.0.img_attn.norm.key_norm.scale"], "rank 4 (1)"),
+        (["transformer.transformer_blocks.0.attn.to_q.lokr_w1"], "LoKr: not a plain LoRA"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a"], "LoHa: not a plain LoRA"),
+        (["lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_up.weight"], "LoRA of Stable Diffusion 3"),
+        (["lora_unet_double_blocks_0_img_mlp_fc1.lora_up.weight"], "LoRA of HunyuanVideo"),
+        (["blocks.0.cross_attn.q.lora_A.weight"], "LoRA of another model than FLUX.1"),
     ],
 )
-def test_lora_files(tmp_path, keys, ranks):
-    file = write(tmp_path / "a", {key: torch.zeros(4, 4) for key in keys})
-    found = seen(file)
-    assert found["model"] == f"LoRA of {len(keys)} tensors, {ranks}"
-    with pytest.raises(ConfigError, match="it is a LoRA"):
-        open_base(file)
+def test_other_adapters(tmp_path, keys, model):
+    found = seen(write(tmp_path / "a", {key: torch.zeros(4, 4) for key in keys}))
+    assert found["model"].startswith(model)
 
 
 # keys that these models' files have, from their published layouts

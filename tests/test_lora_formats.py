@@ -263,8 +263,10 @@ def test_omi_numbers_the_parts():
     for theirs, omi in names.items():
         key = f"transformer.single_transformer_blocks.0.{theirs}.lora_A.weight"
         place = parse(key)[1]
-        again = parse(f"transformer.single_blocks.0.{omi}.lora_A.weight")[1]
-        assert key in state and (place.module, place.parts) == (again.module, again.parts)
+        for prefix in ("transformer.", "lora_transformer."):
+            again = parse(f"{prefix}single_blocks.0.{omi}.lora_A.weight")[1]
+            assert key in state and (place.module, place.parts) == (again.module, again.parts)
+    assert parse("transformer.img_in.proj.lora_down.weight")[1].module == "img_in"
 
 
 @pytest.mark.parametrize(
@@ -276,6 +278,10 @@ def test_omi_numbers_the_parts():
          "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
         ("lora_te3_encoder_block_23_layer_0_SelfAttention_v.lora_up.weight",
          "t5/encoder.block.23.layer.0.SelfAttention.v"),
+        ("lora_clip_l.text_model.encoder.layers.0.self_attn.q_proj.lora_up.weight",
+         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
+        ("lora_t5.encoder.block.0.layer.1.DenseReluDense.wo.lora_down.weight",
+         "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
          "clip/text_model.encoder.layers.0.self_attn.q_proj"),
     ],
@@ -457,6 +463,8 @@ REFUSED = {
     "flux2": (ab("transformer.double_stream_modulation_img.linear"), "FLUX.2"),
     "flux2 shapes": ({**ab("diffusion_model.single_blocks.0.linear1", 9 * 64),
                       **ab("diffusion_model.single_blocks.0.linear2", 64, 4 * 64)}, "does not fit"),
+    "hunyuan": ({**ab("lora_unet_double_blocks_0_img_attn_qkv", 3 * 64),
+                 **ab("lora_unet_double_blocks_0_img_mlp_fc1", 4 * 64)}, "HunyuanVideo"),
     "chroma": (ab("diffusion_model.distilled_guidance_layer.in_proj"), "Chroma"),
     "other": (ab("blocks.0.cross_attn.q"), "not a LoRA of FLUX.1"),
     "not lora": ({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, "not a LoRA of FLUX.1"),

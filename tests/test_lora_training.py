@@ -17,6 +17,7 @@ from test_memory_run import losses, planned
 from test_memory_run import start as start_planned
 from test_train import metrics, start
 
+from bench.gate import kept_bytes
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora import load_assistant, load_lora, lora_of, save_lora
@@ -24,6 +25,7 @@ from fluxfast.formats.lora_read import read_lora
 from fluxfast.load import load_transformer
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
+from fluxfast.planning import assistant_bytes
 from fluxfast.train import train
 
 QUIET = Console(file=io.StringIO())
@@ -81,6 +83,24 @@ def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path
 
 def lora_parameters(model):
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def test_an_assistant_is_counted(tmp_path):
+    """What its factors take, and what a pass keeps because of it, as the planner counts both."""
+    file = save_lora(trained(targets="all", rank=3), tmp_path / "assistant.safetensors")
+    kept, x = [], inputs(SMALL)
+    for helps in (False, True):
+        model = random_flux(SMALL)
+        inject_lora(model, rank=2, alpha=2.0, targets="attn+mlp")
+        if helps:
+            load_assistant(model, file)
+        frozen = [t for m in model.modules() if getattr(m, "assistant", 0) for t in m.assistant[:2]]
+        known = [*model.parameters(), *model.buffers(), *frozen, *x]
+        kept.append(kept_bytes(known, lambda m=model: m(*x).sum()))
+    own = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    counted = assistant_bytes(file, SMALL)
+    assert counted == sum(4 * t.numel() for t in frozen)
+    assert 0 < kept[1] - kept[0] <= counted + own
 
 
 def test_an_assistant_of_another_model_is_refused(tmp_path, configure):

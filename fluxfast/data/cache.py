@@ -26,7 +26,7 @@ from fluxfast.data.store import (
     is_complete,
     write_tensors,
 )
-from fluxfast.encoders.fingerprint import fingerprint
+from fluxfast.encoders.components import component_print
 from fluxfast.errors import FluxfastError
 
 log = logging.getLogger("fluxfast")
@@ -64,10 +64,10 @@ def prepare_dataset(
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
 
-    encoders_root: diffusers folder with vae/, both text encoders and tokenizers. max_length: T5
-    tokens. device, dtype: where and in what the encoders run. extra_prompts: cached in the same
-    pass (previews); get their files from `encode_prompts` afterwards. batch_size: prompts, or
-    images of one size, per encoder call.
+    encoders_root: what holds the VAE, the text encoders and the tokenizers
+    (`encoders/components.py`). max_length: T5 tokens. device, dtype: where and in what the encoders
+    run. extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
+    afterwards. batch_size: prompts, or images of one size, per encoder call.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a folder, image, mask or caption that is missing or broken, for missing
@@ -91,7 +91,7 @@ def prepare_dataset(
 
     samples: list[Sample] = []
     jobs: dict[Path, _LatentJob] = {}
-    base = {"vae": fingerprint(Path(encoders_root) / "vae"), "dtype": str(dtype)}
+    base = {"vae": component_print(encoders_root, "vae"), "dtype": str(dtype)}
     for data, found, plan in zip(config.data, scanned, plans, strict=True):
         for i in range(len(data.resolution)):
             for image, variants in zip(found, plan, strict=True):
@@ -131,7 +131,7 @@ def encode_prompts(
     """
     root = Path(encoders_root)
     parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    prints = [fingerprint(root / part) for part in parts]
+    prints = [component_print(root, part) for part in parts]
     files = {}
     for prompt in dict.fromkeys(prompts):
         key = _key("text", prompt=prompt, encoders=prints, max_length=max_length, dtype=str(dtype))

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fluxfast.encoders.components import component
 from fluxfast.encoders.quiet import quiet
+from fluxfast.encoders.single_file import load_part
 from fluxfast.errors import FluxfastError
+from fluxfast.formats.parts import Part
 
 log = logging.getLogger("fluxfast")
 
-COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-
 
 class TextEncoders:
-    """Both text encoders of a diffusers folder, loaded from disk only.
+    """Both text encoders, loaded from disk only.
 
-    root: holds text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/.
+    root: a diffusers folder with text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/, or
+    single files (`encoders/components.py`).
     Raises FluxfastError if one is missing, broken, or lacks weights.
     """
 
@@ -30,12 +32,15 @@ class TextEncoders:
         self.device = torch.device(device)
         root = Path(root)
         with quiet("transformers"):
-            self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, root / "tokenizer", "vocab.json")
-            self._t5_tokenizer = _load_tokenizer(
-                T5TokenizerFast, root / "tokenizer_2", "spiece.model"
+            self._clip_tokenizer = _load_tokenizer(
+                CLIPTokenizer, component(root, "tokenizer"), "vocab.json"
             )
-            self._clip = _load_model(CLIPTextModel, root / "text_encoder", dtype).to(self.device)
-            self._t5 = _load_model(T5EncoderModel, root / "text_encoder_2", dtype).to(self.device)
+            self._t5_tokenizer = _load_tokenizer(
+                T5TokenizerFast, component(root, "tokenizer_2"), "spiece.model"
+            )
+            clip, t5 = component(root, "text_encoder"), component(root, "text_encoder_2")
+            self._clip = _load_model(CLIPTextModel, clip, dtype).to(self.device)
+            self._t5 = _load_model(T5EncoderModel, t5, dtype).to(self.device)
         self._announced: set[str] = set()
 
     @torch.no_grad()
@@ -102,7 +107,9 @@ def _load_tokenizer(cls, folder: Path, vocabulary: str):
     return tokenizer
 
 
-def _load_model(cls, folder: Path, dtype: torch.dtype):
+def _load_model(cls, folder: Path | Part, dtype: torch.dtype):
+    if isinstance(folder, Part):
+        return load_part(folder, dtype)
     model, info = _load(cls, folder, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
@@ -114,11 +121,6 @@ def _load_model(cls, folder: Path, dtype: torch.dtype):
 
 
 def _load(cls, folder: Path, **options):
-    if not folder.is_dir():
-        raise FluxfastError(
-            f"the model component {folder} is missing",
-            hint=f"`model.encoders` takes a diffusers folder with {', '.join(COMPONENTS)} and vae",
-        )
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **options)
     except (

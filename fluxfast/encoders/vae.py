@@ -6,16 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fluxfast.encoders.components import component
 from fluxfast.encoders.quiet import quiet
+from fluxfast.encoders.single_file import load_part
 from fluxfast.errors import FluxfastError
+from fluxfast.formats.parts import Part
 
 
 class Vae:
-    """AutoencoderKL of a diffusers folder, loaded from disk only.
+    """AutoencoderKL, loaded from disk only.
 
-    root: holds vae/. Raises FluxfastError if it is missing, broken, or lacks weights.
-    `factor`: pixels per latent along a side (8 for FLUX). `channels`: latent channels (16 for
-    FLUX).
+    root: a diffusers folder with vae/, or single files (`encoders/components.py`). Raises
+    FluxfastError if it is missing, broken, or lacks weights. `factor`: pixels per latent along a
+    side (8 for FLUX). `channels`: latent channels (16 for FLUX).
     """
 
     def __init__(
@@ -23,7 +26,7 @@ class Vae:
     ):
         self.device, self.dtype = torch.device(device), dtype
         with quiet("diffusers"):
-            self._vae = _load(Path(root) / "vae", dtype).to(self.device)
+            self._vae = _load(component(root, "vae"), dtype).to(self.device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
@@ -63,15 +66,12 @@ class Vae:
             torch.cuda.empty_cache()
 
 
-def _load(folder: Path, dtype: torch.dtype):
+def _load(folder: Path | Part, dtype: torch.dtype):
+    if isinstance(folder, Part):
+        return load_part(folder, dtype)
     # `import diffusers` pulls in every pipeline on first use; the model's own module is enough
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    if not folder.is_dir():
-        raise FluxfastError(
-            f"the model component {folder} is missing",
-            hint="`model.encoders` takes a diffusers folder with vae and the text encoders",
-        )
     try:
         vae, info = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, torch_dtype=dtype, output_loading_info=True

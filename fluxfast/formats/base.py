@@ -305,12 +305,12 @@ def weight_files(folder: Path) -> list[Path]:
 def _text_length(path: Path, guidance: bool) -> int:
     """dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes."""
     length = (DEV if guidance else SCHNELL).text_length
-    return min(length, tokenizer_length(path) or length)
+    return min(length, tokenizer_length(path / "tokenizer_2") or length)
 
 
-def tokenizer_length(root: Path) -> int | None:
-    """The longest prompt that a pipeline folder's T5 tokenizer takes, where it says so."""
-    config = root / "tokenizer_2" / "tokenizer_config.json"
+def tokenizer_length(folder: Path) -> int | None:
+    """The longest prompt that a tokenizer's folder says it takes, where it does."""
+    config = folder / "tokenizer_config.json"
     limit = _json(config).get("model_max_length") if config.is_file() else None
     # transformers writes 1e30 for "no limit"
     return int(limit) if type(limit) in (int, float) and 1 <= limit < 1e9 else None

@@ -9,6 +9,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats import base_8bit, base_bnb
 from fluxfast.formats.base import STORAGE_KEY, folder_spec, not_flux, spec_of, weight_files
 from fluxfast.formats.base_detect import Naming, find_naming, is_lora, model_name, other_model
+from fluxfast.formats.inspect_lora import describe_lora, is_adapter, named
 from fluxfast.formats.opened import Files
 from fluxfast.formats.quantize import SHA_KEY, verify
 from fluxfast.model.names import tensor_sources
@@ -19,7 +20,6 @@ _PARTS = {
     "CLIP-L": "text_model.encoder.layers.0.", "T5": "block.0.layer.0.SelfAttention.",
     "VAE": "decoder.up.0.", "VAE (diffusers)": "decoder.up_blocks.0.",
 }  # fmt: skip
-_NAMED = 4  # keys named of those missing or extra
 
 
 def inspect(path: Path | str, checksum: bool = False) -> list[str]:
@@ -48,8 +48,8 @@ def inspect(path: Path | str, checksum: bool = False) -> list[str]:
 
 def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, str]]:
     keys = list(files.entries)
-    if is_lora(keys):
-        return [("format", _container(files)), ("model", _lora(files)), ("dtypes", _dtypes(files))]
+    if is_lora(keys) or is_adapter(keys):
+        return [*describe_lora(files), ("dtypes", _dtypes(files))]
     has_config = folder is not None and (folder / "config.json").is_file()
     naming = Naming("", split=True) if has_config else find_naming(keys)
     if naming is None:
@@ -134,8 +134,8 @@ def _keys(files: Files, naming: Naming, spec: FluxSpec) -> list[tuple[str, str]]
     others = [key for key in extra if key not in set(own)] if naming.prefix else []
     parts = [name for name, piece in _PARTS.items() if any(piece in key for key in others)]
     rows = [
-        ("missing", _named(missing)),
-        ("extra", _named(sorted(own if naming.prefix else extra))),
+        ("missing", named(missing)),
+        ("extra", named(sorted(own if naming.prefix else extra))),
     ]
     if others:
         rows.append(("beside", f"{', '.join(parts) or 'other tensors'} ({len(others)} tensors)"))
@@ -152,25 +152,6 @@ def _side(key: str, needed: set[str]) -> bool:
     if name in base_8bit.SIDE:
         return f"{module}.weight" in needed
     return name == base_8bit.MARKER
-
-
-def _named(keys: list[str]) -> str:
-    if not keys:
-        return "none"
-    more = ", …" if len(keys) > _NAMED else ""
-    return f"{len(keys)}: {', '.join(keys[:_NAMED])}{more}"
-
-
-def _lora(files: Files) -> str:
-    """Ranks as they stand in the file: the rows of every A, or down, matrix."""
-    words = ("lora_A", "lora_down", ".down.", "lora.down")
-    ranks = Counter(
-        entry.shape[0]
-        for key, entry in files.entries.items()
-        if len(entry.shape) >= 2 and any(word in key for word in words)
-    )
-    listed = ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items())[:6])
-    return f"LoRA of {len(files.entries)} tensors" + (f", rank {listed}" if listed else "")
 
 
 def _checksum(path: Path, files: Files, wanted: bool) -> str:

@@ -75,7 +75,10 @@ def foreign_kind(key: str) -> str | None:
 
 # ---------------------------------------------------------------- the transformer's linears
 
-_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_DOTTED = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.",
+    "lora_transformer.",
+)  # fmt: skip
 _JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")
 _GROUPS = {
     "double_blocks": "double_blocks",
@@ -120,7 +123,7 @@ _OUTER_NAMES = {
     for ours, theirs in OUTER.items()
     for name, style in ((ours, "bfl"), (theirs, "diffusers"))
     for spelt in (name, name.replace(".", "_"))
-}
+} | {"img_in.proj": ("img_in", "omi")}
 _NORMS = {("double_blocks", ours): (ours, "bfl") for ours in DOUBLE_NORMS}
 _NORMS |= {("single_blocks", ours): (ours, "bfl") for ours in SINGLE_NORMS}
 _NORMS |= {
@@ -158,6 +161,8 @@ _TEXT_DOTTED = {
     "clip_l.": "clip",
     "t5xxl.": "t5",
     "t5.": "t5",
+    "lora_clip_l.": "clip",
+    "lora_t5.": "t5",
 }
 _CLIP = re.compile(
     r"text_model_encoder_layers_(\d+)_(?:(self_attn)_((?:q|k|v|out)_proj)|(mlp)_(fc[12]))"

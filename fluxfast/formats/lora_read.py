@@ -16,6 +16,7 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.lora_names import Place, foreign_kind, form_of, parse
 from fluxfast.formats.lora_pieces import Lora, Piece, split_scale, widths
+from fluxfast.formats.opened import Files
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
 
@@ -25,6 +26,7 @@ _OTHER_MODELS = [
     ("FLUX.2", r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj"),
     ("Chroma", r"distilled_guidance_layer"),
     ("Stable Diffusion 3", r"joint_blocks"),
+    ("HunyuanVideo", r"img_mlp[._]fc\d|img_mod[._]linear|token_refiner"),
     (
         "Stable Diffusion 1.5 or SDXL",
         r"(down|up|input|output)_blocks|mid_block|middle_block|lora_te2_text_model",
@@ -57,7 +59,7 @@ def from_tensors(
 ) -> Lora:
     """The same of what a file holds; `path` is named in errors."""
     places, unknown = _place(path, tensors)
-    if unknown and drop and places:
+    if unknown and drop and places and not other_lora(unknown):
         say(f"{path}: left out {_some(unknown)}: no place in FLUX.1")
     elif unknown or not any(role == "down" for role, _ in places.values()):
         raise ConfigError(*_unknown(path, unknown or list(tensors)))
@@ -65,6 +67,20 @@ def from_tensors(
     lora.metadata = metadata
     _check_shapes(path, lora)
     return lora
+
+
+def ranks_of(path: Path | str) -> dict[str, int]:
+    """BFL linear -> the highest rank of a factor that the file has for it, from its header alone.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    ranks: dict[str, int] = {}
+    with Files([_file(Path(path))]) as files:
+        for key, entry in files.entries.items():
+            role, place = parse(key) or ("", None)
+            if role == "down" and "/" not in place.module:
+                ranks[place.module] = max(ranks.get(place.module, 0), entry.shape[0])
+    return ranks
 
 
 # ---------------------------------------------------------------- the file
@@ -136,10 +152,15 @@ def _place(path: Path, tensors: dict) -> tuple[dict[str, tuple[str, Place]], lis
     return places, unknown
 
 
+def other_lora(keys: list[str]) -> str | None:
+    """The name of the model whose LoRA has such keys, where it is known; None for FLUX.1's."""
+    patterns = ((model, re.compile(pattern)) for model, pattern in _OTHER_MODELS)
+    return next((model for model, found in patterns if any(map(found.search, keys))), None)
+
+
 def _unknown(path: Path, keys: list[str]) -> tuple[str, str | None]:
-    for model, pattern in _OTHER_MODELS:
-        if any(re.search(pattern, key) for key in keys):
-            return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(keys)})", None
+    if model := other_lora(keys):
+        return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(keys)})", None
     return (
         f"{path} is not a LoRA of FLUX.1: no place here for {_some(keys)}",
         "`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",

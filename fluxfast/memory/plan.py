@@ -42,7 +42,8 @@ class Request:
     activations may be kept in 8 bits. policy: "auto", or one of `saving.POLICIES` for all blocks.
     modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
     preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
-    encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step.
+    encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step. assistant:
+    bytes of an assistant LoRA's factors.
     """
 
     work: Work
@@ -58,6 +59,7 @@ class Request:
     preview_pixels: int = 0
     encodes: bool = True
     accumulation: int = 1
+    assistant: int = 0
 
     @property
     def modulation_trained(self) -> bool:
@@ -259,6 +261,8 @@ def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int
     found = {f"weights: {k}": v for k, v in saved.weights(work, request.double_quant).items()}
     found |= saved.trained(work, request.optimizer, request.ema)
     found |= {"scratch": saved.scratch(work), "other": OTHER, "host": 0}
+    if request.assistant:  # a step keeps it once more, its ranks beside those of the trained LoRA
+        found["assistant LoRA"] = 2 * request.assistant + found["LoRA"]
     if modulation == "host":
         found["host"] += found.pop("weights: modulation")
         found["modulation staging"] = 2 * saved.largest_modulation(work, request.double_quant)
