@@ -15,10 +15,12 @@ photos: $(VENV)/installed
 	$(BIN)/python $(NANO)/make_nano.py
 	$(BIN)/fluxfast train $(NANO)/train.yaml --restart
 
+# two processes at a time, a file each: the fixtures of a file are made once
+WORKERS ?= 2
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 install: $(VENV)/installed
 

@@ -13,6 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _share_cores() -> None:
+    """Beside other test processes, take a share of the cores, in child processes too."""
+    import torch
+
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, os.cpu_count() // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
 def _import_kernels_interpreted() -> None:
     """Import the kernels so that Triton interprets them on the CPU, with bf16 put right.
 
@@ -39,6 +50,7 @@ def _import_kernels_interpreted() -> None:
     backend._cpu_launches = False
 
 
+_share_cores()
 _import_kernels_interpreted()
 
 
