@@ -3,13 +3,19 @@
 Timesteps and captions of a batch are functions of its number, so they are known before its turn.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from fluxfast.config import Config
-from fluxfast.data.loader import Loader
 from fluxfast.model.flux import MODULATION_ROWS, Flux
 from fluxfast.objective import draw_timesteps
+
+if TYPE_CHECKING:
+    from fluxfast.config import Config
+    from fluxfast.data.loader import Loader
 
 
 class Ahead:

@@ -1,4 +1,4 @@
-"""What a run trains with: the frozen model, its LoRA, the optimiser, and memory as planned."""
+"""What a run trains with: the frozen model and its LoRA, from files; `assemble` does the rest."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,41 +6,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxfast.ahead import Ahead
+from fluxfast.assemble import assemble
 from fluxfast.checkpoint import checkpoints
 from fluxfast.config import Config
 from fluxfast.data.loader import Loader
-from fluxfast.errors import ConfigError
 from fluxfast.formats.lora import init_lora, load_assistant, lora_of
 from fluxfast.formats.lora_write import to_state
 from fluxfast.hub import resolve_lora
 from fluxfast.load import load_transformer
 from fluxfast.memory.plan import Plan
-from fluxfast.memory.runtime import MemoryRuntime
-from fluxfast.memory.work import Shape
 from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
-from fluxfast.optim import Ema, build_optimizer, flat_gradients
 from fluxfast.step import Training
-
-
-def bucket_labels(loader: Loader) -> dict[int, str]:
-    """Image tokens of a sample -> the name of the buckets of so many: the first one's size."""
-    labels: dict[int, str] = {}
-    for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
-        labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
-    return labels
-
-
-def bucket_shapes(loader: Loader) -> dict[str, Shape]:
-    """Label -> batch shape."""
-    labels = bucket_labels(loader)
-    return {
-        label: Shape(loader.batch_size, tokens, loader.text_length)
-        for tokens, label in labels.items()
-    }
 
 
 def build(
@@ -94,53 +73,9 @@ def build(
         f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
         f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}",
     )
-    ema = Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None
-    optimizer = build_optimizer(config.train, parameters)
-    labels, policies = bucket_labels(loader), _policies(config, model, loader, plan)
-
-    def announce(line: str) -> None:
-        say(console, f"note: {line}")
-
-    memory = MemoryRuntime(model, plan, policies, device, announce)
-    memory.attach(optimizer)
-    run = Training(
-        config, device, model, parameters, flat_gradients(parameters), optimizer, ema, memory,
-        labels, loader, announce,
-    )  # fmt: skip
-    if _forms_ahead(config, model, plan):
-        run.ahead = Ahead(model, loader, config, device)
-    return run
-
-
-def _policies(
-    config: Config, model: Flux, loader: Loader, plan: Plan | None
-) -> dict[str, tuple[str, ...]]:
-    """Bucket -> policy per block: the plan's, else the configured one for all."""
-    if plan is not None:
-        return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
-    memory = config.memory
-    if (
-        memory.policy == "offload"
-        or memory.modulation == "host"
-        or memory.optimizer_state == "host"
-    ):
-        raise ConfigError(
-            "memory: what goes to the host is planned, and on a CPU there is no plan",
-            hint="set memory.limit_gib to try one",
-        )
-    word = "keep" if memory.policy == "auto" else memory.policy
-    return {label: (word,) * len(model.policies) for label in bucket_labels(loader).values()}
-
-
-def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:
-    if plan is not None:
-        return plan.modulation != "in_place"
-    trained = any(layer.trains() for layer in model.modulation_linears())
-    if trained and config.memory.modulation == "ahead":
-        raise ConfigError(
-            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
-        )
-    return not trained and config.memory.modulation != "in_place"
+    return assemble(
+        config, model, parameters, loader, device, lambda line: say(console, f"note: {line}"), plan
+    )
 
 
 def _precision(model: Flux) -> str:

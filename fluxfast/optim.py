@@ -2,14 +2,18 @@
 step.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fluxfast.config import TrainConfig
 from fluxfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fluxfast.config import TrainConfig
 
 
 def default_lr(train: TrainConfig) -> float:

@@ -16,16 +16,15 @@ from fluxfast.formats.lora_pieces import part_count
 from fluxfast.formats.lora_read import ranks_of
 from fluxfast.hub import resolve_lora
 from fluxfast.load import choose_precision, resolve_precision, stored_as
-from fluxfast.memory.cards import Card, card, closest
-from fluxfast.memory.fitting import DoesNotFit, make_plan
-from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, usable
+from fluxfast.memory.cards import Card, card
+from fluxfast.memory.fitting import DoesNotFit, make_plan, plan_on
+from fluxfast.memory.plan import CONTEXT, GIB, Plan, Request, usable
 from fluxfast.memory.work import Shape, Work, lora_of
 from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import DTYPES, activation_dtype, linears
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
 
 # memory in GiB -> the card that stands for it where none is named
-_STAND_IN = "H100 SXM 80 GB"  # it has products of every kind
 PRESETS = {12: "RTX 3060 12 GB", 16: "RTX 4060 Ti 16 GB", 24: "RTX 4090", 80: "H100 SXM 80 GB"}
 
 
@@ -99,37 +98,7 @@ def plan_run(
     cuda = device.type == "cuda"
     lora = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
     request = request_of(config, spec, precision, shapes, graphs=cuda, assistant=lora)
-    request = replace(request, encodes=False)
-    if not cuda:  # a limit to try plans with; a card's speed only ranks the choices
-        return make_plan(request, card(_STAND_IN), int(limit * GIB), host_memory())
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    properties = torch.cuda.get_device_properties(device)
-    try:
-        known = card(properties.name)
-    except ConfigError:
-        known = closest((properties.major, properties.minor), total / GIB)
-    room = free - int(MARGIN * total)
-    if limit is not None:
-        room = min(int(limit * GIB) - CONTEXT, room)
-    if room <= 0:
-        raise ConfigError(
-            f"{free / GIB:.2f} GiB of the GPU are free, and nothing of it may be used",
-            hint="close what else uses the GPU"
-            + (", or raise memory.limit_gib" if limit is not None else ""),
-        )
-    return make_plan(request, known, room, host_memory())
-
-
-def host_memory() -> int:
-    """Bytes that may be pinned: half of what is free or can be freed."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // 2
-    except OSError:  # no Linux
-        pass
-    return 16 * GIB
+    return plan_on(device, replace(request, encodes=False), limit)
 
 
 def run_lines(plan: Plan, on_gpu: bool) -> list[str]:

@@ -1,20 +1,28 @@
-"""One optimiser step on one page, and what it works on."""
+"""One optimiser step on one page, and what it works on.
+
+Runs with torch and triton alone: of the configuration and the loader only the types are named here.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fluxfast.ahead import Ahead
-from fluxfast.config import Config
-from fluxfast.data.loader import Batch, Loader
 from fluxfast.memory.graphs import Graphs, Inputs, why_not
 from fluxfast.memory.runtime import MemoryRuntime, is_out_of_memory
 from fluxfast.model.flux import Flux
 from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
+
+if TYPE_CHECKING:
+    from fluxfast.config import Config
+    from fluxfast.data.loader import Batch, Loader
 
 
 @dataclass
@@ -81,7 +89,7 @@ class Training:
         do for them.
         """
         while self.graphs.reason is None:
-            examples = {_key(inputs): inputs for inputs in self._examples()}
+            examples = {graph_key(inputs): inputs for inputs in self._examples()}
             failed = None
             try:
                 self.graphs.capture(examples)
@@ -112,7 +120,7 @@ class Training:
             self.capture()
 
 
-def _key(inputs: Inputs) -> tuple:
+def graph_key(inputs: Inputs) -> tuple:
     """What a graph is captured for: shapes, and whether there is a mask."""
     return tuple(inputs["noisy"].shape), inputs["t5"].shape[1], inputs["mask"] is None
 
@@ -153,7 +161,7 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
         run.memory.expect(label)
         try:
             inputs = run.inputs(batch)
-            total += run.graphs(_key(inputs), inputs)
+            total += run.graphs(graph_key(inputs), inputs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

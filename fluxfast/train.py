@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fluxfast import __version__
-from fluxfast.build import bucket_shapes, build
+from fluxfast.assemble import bucket_shapes
+from fluxfast.build import build
 from fluxfast.checkpoint import (
     checkpoints,
     drop_partials,

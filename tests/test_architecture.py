@@ -70,8 +70,9 @@ fluxfast.report          plots validation files
 fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
-fluxfast.build           ahead checkpoint data.loader formats.lora formats.lora_write hub load memory.plan memory.runtime memory.work metrics model.* optim step config errors
-fluxfast.train           build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report step watch
+fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors
+fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config
+fluxfast.train           assemble build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native

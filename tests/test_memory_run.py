@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import fluxfast.step
 import fluxfast.train
 from fluxfast.ahead import Ahead
-from fluxfast.build import bucket_shapes, build
+from fluxfast.assemble import bucket_shapes
+from fluxfast.build import build
 from fluxfast.data.loader import Loader
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.memory.fitting import make_plan

@@ -308,10 +308,22 @@ def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = T
     return ops
 
 
-def step_ops(work: Work, shape: Shape) -> list[Op]:
-    """Everything of a step once, forward and backward, nothing replayed; without the optimiser."""
+def step_ops(work: Work, shape: Shape, recompute_scores: bool = True) -> list[Op]:
+    """Everything of a step once, forward and backward, nothing replayed; without the optimiser.
+    recompute_scores: as `block_ops` takes it."""
     parts = [modulation_ops(work, shape.batch), outer_ops(work, shape)]
-    parts += [block_ops(work, f"double_blocks.{i}", shape) for i in range(work.spec.depth)]
-    singles = range(work.spec.depth_single_blocks)
-    parts += [block_ops(work, f"single_blocks.{i}", shape) for i in singles]
+    blocks = [f"double_blocks.{i}" for i in range(work.spec.depth)]
+    blocks += [f"single_blocks.{i}" for i in range(work.spec.depth_single_blocks)]
+    parts += [block_ops(work, block, shape, recompute_scores) for block in blocks]
     return [op for part in parts for op in part.forward + part.backward]
+
+
+def model_flop(work: Work, shape: Shape) -> float:
+    """FLOP of the products that a step cannot do without, whoever takes it: forward, backward and
+    attention, none of them made again, nothing element-wise. What model FLOP utilisation counts.
+    """
+    return total_flop(
+        op
+        for op in step_ops(work, shape, recompute_scores=False)
+        if op.kind not in ("element", "copy") and not op.name.endswith(" again")
+    )

@@ -1,11 +1,17 @@
-"""make_plan: the best plan there is, or in words what is missing and which settings would fit."""
+"""make_plan: the best plan there is, or in words what is missing and which settings would fit;
+plan_on: the same for the device at hand."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import Card
-from fluxfast.memory.plan import GIB, Plan, Request, best_plan, usable
+from fluxfast.memory.cards import Card, card, closest
+from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
+
+_STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
 
 SIDES = (1024, 768, 512, 256)  # pixels
 CARDS_GIB = (12, 16, 24, 32, 48, 80)
@@ -28,6 +34,45 @@ def make_plan(request: Request, card: Card, limit: int, host: int | None = None)
     found = _cures(request, card, limit, host)
     hint = "what fits: " + "; or ".join(found) if found else "no single setting makes it fit"
     raise DoesNotFit(_misfit(request, card, limit, host), hint=hint)
+
+
+def plan_on(device: torch.device, request: Request, limit_gib: float | None = None) -> Plan | None:
+    """The plan of a run on the device with what is free there now, CUDA's own memory included in
+    limit_gib; None on a CPU without a limit. Raises as `make_plan` does.
+    """
+    if device.type != "cuda":
+        if limit_gib is None:
+            return None
+        # a limit to try plans with; a card's speed only ranks the choices
+        return make_plan(request, card(_STAND_IN), int(limit_gib * GIB), host_memory())
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        known = card(properties.name)
+    except ConfigError:
+        known = closest((properties.major, properties.minor), total / GIB)
+    room = free - int(MARGIN * total)
+    if limit_gib is not None:
+        room = min(int(limit_gib * GIB) - CONTEXT, room)
+    if room <= 0:
+        raise ConfigError(
+            f"{free / GIB:.2f} GiB of the GPU are free, and nothing of it may be used",
+            hint="close what else uses the GPU"
+            + (", or raise memory.limit_gib" if limit_gib is not None else ""),
+        )
+    return make_plan(request, known, room, host_memory())
+
+
+def host_memory() -> int:
+    """Bytes that may be pinned: half of what is free or can be freed."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2
+    except OSError:  # no Linux
+        pass
+    return 16 * GIB
 
 
 def _gib(size: float) -> str:
