@@ -73,7 +73,7 @@ def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
     policies = (policy,) * BLOCKS
     request = Request(planned, {"512": shape}, policy=policy, graphs=False, encodes=False)
     plan = make_plan(request, card("H100"), 60 * 2**30)
-    runtime = MemoryRuntime(made, plan, {"512": policies}, torch.device("cuda"))
+    runtime = MemoryRuntime(made, plan, {"512": policies}, torch.device("cuda", 0))
     runtime.use("512")
     gradients(made, x)  # compiles, and makes what is made once
     torch.cuda.synchronize()
