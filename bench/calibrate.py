@@ -4,7 +4,8 @@
     PYTHONPATH=.:kernels python bench/calibrate.py --dry-run  prints, writes nothing
 
 Per card and compute kind: the median over rows of measured / predicted, of the fluxfast candidates
-that ran ("ok") over full-width blocks on a card of the table. Predicted is the whole step, eager
+that ran ("ok") over full-width blocks on a card of the table: bare steps of one size in the plain
+setting, without a cap on memory. Predicted is the whole step, eager
 launches and AdamW with it, from the shipped shares: an older measured.json plays no part. Without
 such rows nothing is written, and the exit code is 0.
 """
@@ -17,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from bench.step_candidates import WORDS
+from bench.step_table import comparable
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import MEASURED, card
 from fluxfast.memory.cost import (
@@ -30,7 +33,6 @@ from fluxfast.memory.cost import (
 from fluxfast.model.spec import DEV
 
 ROWS = Path(__file__).resolve().parent / "results" / "step-cuda.jsonl"
-WORDS = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 def usable(row: dict) -> bool:
@@ -41,6 +43,7 @@ def usable(row: dict) -> bool:
         and row["status"] == "ok"
         and row["hidden"] == DEV.hidden_size
         and not row["checkpointing"]
+        and comparable(row)
     )
 
 

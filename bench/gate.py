@@ -63,11 +63,10 @@ def tolerance(spec: FluxSpec, compute: torch.dtype, products: str = "") -> float
     return math.hypot(summed, coded)
 
 
-def evidence(candidate: Candidate, batch: Batch) -> dict[str, Tensor]:
-    """Loss and the LoRA gradients of both kinds' first and last blocks, fp32 on the CPU."""
-    loss = loss_of(candidate, batch)
-    loss.backward()
-    found = {"loss": loss.detach().cpu()}
+def evidence(candidate: Candidate, loss: Tensor) -> dict[str, Tensor]:
+    """A loss and the LoRA gradients that its backward has left in both kinds' first and last
+    blocks, fp32 on the CPU."""
+    found = {"loss": loss.detach().to("cpu", torch.float32, copy=True)}
     blocks = {"transformer_blocks": [], "single_transformer_blocks": []}
     for module in candidate.adapters:
         kind, index, _ = module.split(".", 2)
@@ -76,9 +75,9 @@ def evidence(candidate: Candidate, batch: Batch) -> dict[str, Tensor]:
     for module, pair in candidate.adapters.items():
         if any(module.startswith(end) for end in ends):
             for side, adapter in zip("AB", pair, strict=True):
-                found[f"{module}.lora_{side}"] = adapter.grad.detach().float().cpu()
-    for parameter in candidate.parameters():
-        parameter.grad = None
+                # a copy on a CPU too: the gradients may be cleared in place
+                copied = adapter.grad.detach().to("cpu", torch.float32, copy=True)
+                found[f"{module}.lora_{side}"] = copied
     return found
 
 

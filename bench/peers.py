@@ -27,6 +27,12 @@ LORA_MODULES = (  # attention and MLP of both block kinds; no modulation, nothin
     r"|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)"
     r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
 )
+LORA_TARGETS = {  # fluxfast's presets as peft's patterns
+    "attn+mlp": LORA_MODULES,
+    "all": LORA_MODULES
+    + r"|transformer_blocks\.\d+\.norm1(_context)?\.linear"
+    + r"|single_transformer_blocks\.\d+\.norm\.linear",
+}
 
 
 @dataclass
@@ -114,10 +120,11 @@ def build_diffusers(
     storage: str,
     compute: torch.dtype,
     rank: int,
+    targets: str = "attn+mlp",
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> Candidate:
-    """diffusers' FLUX with peft's LoRA in fp32 over frozen weights.
+    """diffusers' FLUX with peft's LoRA in fp32 over frozen weights. targets: of LORA_TARGETS.
 
     storage: "nf4" puts the blocks' linear layers in bitsandbytes' NF4 (fp32 absmax, one per 64
     weights) and the rest in `compute`; "dense" puts all in `compute`. bf16 runs under autocast, as
@@ -153,7 +160,8 @@ def build_diffusers(
             _fill(model, part, value, compute, nf4=inside and kind == "weight" and storage == "nf4")
     model.requires_grad_(False)
     model.is_loaded_in_4bit = storage == "nf4"  # what peft asks to pick its Linear4bit
-    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_MODULES))
+    pattern = LORA_TARGETS[targets]
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
     adapters = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -203,7 +211,12 @@ def _fill(model: nn.Module, name: str, value: Tensor, compute: torch.dtype, nf4:
 
 
 def build_fluxfast(
-    weights: BaseWeights, storage: str, compute: torch.dtype, rank: int, products: str = ""
+    weights: BaseWeights,
+    storage: str,
+    compute: torch.dtype,
+    rank: int,
+    targets: str = "attn+mlp",
+    products: str = "",
 ) -> Candidate:
     """fluxfast's FLUX. storage: "nf4", "dense" (all in `compute`), or another that `Flux` knows;
     products: "int8" or "fp8" where the blocks multiply so."""
@@ -220,7 +233,7 @@ def build_fluxfast(
         layer_precisions(weights.spec, kept, products or dense),
         device=weights.device,
     )
-    inject_lora(model, rank=rank, alpha=rank, targets="attn+mlp")
+    inject_lora(model, rank=rank, alpha=rank, targets=targets)
     model.to(weights.device).train()
     adapters = {}
     for bfl, layer in lora_layers(model).items():

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import step, timing
+from bench import step, step_table, timing
 from bench.gate import disagreement, saved_bytes, tolerance
+from bench.peers import Candidate
+from bench.step_candidates import BASELINE, CANDIDATES, DEFAULTS
+from bench.step_settings import make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW_FIELDS = {
@@ -19,7 +22,9 @@ ROW_FIELDS = {
     *("driver", "cuda", "cpu_model", "cpu_count", "threads", "python", "torch", *timing.LIBRARIES),
     *("bench", "storage", "compute", "hidden", "double_blocks", "single_blocks", "pixels"),
     *("image_tokens", "text_tokens", "batch", "rank", "lora_targets", "lora_dtype", "optimizer"),
-    *("checkpointing", "compiled", "autocast", "interleaved", *step.GATE_FIELDS),
+    *("checkpointing", "compiled", "autocast", "interleaved", *step_table.GATE_FIELDS),
+    *("setting", "step", "mix", "ema", "max_grad_norm", "memory_cap_gib", *step_table.RUN_FIELDS),
+    *("images_per_s", "tflop", "tflop_per_s", "mfu"),
 }
 
 
@@ -150,13 +155,13 @@ def tiny():
 
 
 def test_saved_bytes_counts_storages_once_and_no_weights(tiny):
-    batch = step.make_batch(tiny, 64, 2)
+    batch = make_batch(tiny, 64, 2)
     model = torch.nn.Linear(64, 64)
 
     def predict(batch):
         return torch.relu(model(batch.img)).square()  # saves relu's output: for relu and for square
 
-    candidate = step.Candidate(model, predict, {})
+    candidate = Candidate(model, predict, {})
     activation = batch.img.nbytes
     # and the difference to the target, which mse_loss keeps as its two inputs: one is the target
     assert saved_bytes(candidate, batch) == 2 * activation
@@ -178,18 +183,18 @@ def test_smoke_all_candidates_take_the_same_step(tmp_path, capsys, tiny, one_thr
     common = ["--device", "cpu", "--tiny", "--compute", "fp32", "--out", str(out)]
     assert step.main([*common, *shape]) == 0
     rows = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert list(rows) == step.DEFAULTS["cpu"]
-    peer = rows[step.BASELINE]
+    assert list(rows) == DEFAULTS["cpu"]
+    peer = rows[BASELINE]
     for name, row in rows.items():
         assert row["status"] == "ok", (name, row["reason"])
         assert row.keys() >= ROW_FIELDS, ROW_FIELDS - row.keys()
-        products = step.CANDIDATES[name][1].get("products", "")
+        products = CANDIDATES[name].products
         allowed = tolerance(tiny.spec, tiny.compute, products)
         assert row["loss"] == pytest.approx(peer["loss"], rel=allowed)
         assert row["products"] == (products or "float32") and row["tolerance"] == allowed
         assert row["median_ms"] > 0 and row["rounds"] == 1 and row["saved_bytes"] > 0
         assert row["storage"] == "nf4" and row["compute"] == "float32"
-        if name != step.BASELINE:
+        if name != BASELINE:
             assert row["worst_error"] <= row["tolerance"]
     assert rows["diffusers-nf4-checkpoint"]["saved_bytes"] < peer["saved_bytes"]
     said = capsys.readouterr().out.splitlines()[-2:]
@@ -200,14 +205,15 @@ def test_smoke_all_candidates_take_the_same_step(tmp_path, capsys, tiny, one_thr
 def test_peers_are_skipped_by_name_where_their_libraries_are_missing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "for name in ('diffusers', 'peft', 'bitsandbytes', 'transformers', 'pydantic', 'typer'):\n"
+        "for name in ('diffusers', 'peft', 'bitsandbytes', 'transformers', 'pydantic', 'typer',\n"
+        "             'safetensors', 'yaml', 'rich', 'PIL', 'gguf', 'huggingface_hub'):\n"
         "    sys.modules[name] = None\n"
     )
     out = tmp_path / "rows.jsonl"
     path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "kernels")))
     # --apart: each candidate in its own process, as on a GPU
     arguments = ["--device", "cpu", "--tiny", "--apart", "--rounds", "1", "--out", str(out)]
-    arguments += ["--candidates", "diffusers-nf4", "fluxfast-nf4"]
+    arguments += ["--candidates", "diffusers-nf4", "fluxfast-nf4", "fluxfast-nf4-trainer"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench/step.py"), *arguments],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -219,7 +225,11 @@ def test_peers_are_skipped_by_name_where_their_libraries_are_missing(tmp_path):
     rows = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows["diffusers-nf4"]["status"] == "skipped"
     assert "diffusers" in rows["diffusers-nf4"]["reason"]
-    assert rows["fluxfast-nf4"]["status"] == "ok", rows["fluxfast-nf4"]["reason"]
+    for name in ("fluxfast-nf4", "fluxfast-nf4-trainer"):
+        assert rows[name]["status"] == "ok", rows[name]["reason"]
+    # where there is no peer to compare with, they are compared with each other
+    assert rows["fluxfast-nf4"]["reference"] is None
+    assert rows["fluxfast-nf4-trainer"]["reference"] == "fluxfast-nf4"
     assert not rows["fluxfast-nf4"]["interleaved"]
     assert all(row.keys() >= ROW_FIELDS for row in rows.values())
     assert "fluxfast / diffusers+peft+bnb = - (no checkpointing)" in done.stdout
@@ -242,5 +252,5 @@ def test_a_slow_cpu_step_is_said(ours, wrong):
         "diffusers-nf4-checkpoint": timing.Result("diffusers-nf4-checkpoint", median_ms=1600.0),
         "fluxfast-nf4": timing.Result("fluxfast-nf4", median_ms=ours),
     }
-    assert len(step.over_limits(results)) == wrong
-    assert step.over_limits({"fluxfast-nf4": results["fluxfast-nf4"]}) == []
+    assert len(step_table.over_limits(results)) == wrong
+    assert step_table.over_limits({"fluxfast-nf4": results["fluxfast-nf4"]}) == []

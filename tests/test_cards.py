@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import calibrate, step, timing
+from bench import calibrate, step_table, timing
+from bench.step_settings import Cycle, Settings
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
 from fluxfast.memory.cost import (
@@ -119,15 +120,16 @@ INT8 = Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
 
 def row(name: str, ratio: float, pixels: int = 512, **other) -> dict:
     """As bench/step.py writes it: `ratio` times what the model predicts for INT8 on a 4090."""
-    settings = step.Settings(
-        DEV, "cuda", torch.bfloat16, [(pixels, 1)], 512, 16, rounds=9, warmup=3, apart=True
+    cycle = Cycle((pixels,), 1)
+    settings = Settings(
+        DEV, "cuda", torch.bfloat16, [cycle], 512, 16, rounds=9, warmup=3, apart=True
     )
     ops = step_ops(INT8, shape_of(pixels, pixels, 1, 512))
     ops += optimizer_ops(INT8, "adamw", guard=False)
     bare = replace(card("4090"), factors={})
     result = timing.Result(name, median_ms=1e3 * ratio * total_seconds(ops, bare, launches=True))
     where = {"commit": "abcdef0123", "device_name": "NVIDIA GeForce RTX 4090", "device": "cuda"}
-    work = step.row_settings(settings, name, pixels, 1)
+    work = step_table.row_settings(settings, name, cycle)
     return timing.row(result, **where, **work) | other
 
 
@@ -152,6 +154,9 @@ def test_the_median_ratio_of_a_card_and_a_kind_is_written(run, capsys):
         row("fluxfast-nf4-int8", 9.0, status="gate failed"),
         row("fluxfast-nf4-int8", 9.0, device="cpu"),
         row("fluxfast-nf4-int8", 9.0, hidden=128),
+        row("fluxfast-nf4-int8-trainer", 9.0),
+        row("fluxfast-nf4-int8", 9.0, memory_cap_gib=12),
+        row("fluxfast-nf4-int8", 9.0, setting="stock"),
         row("fluxfast-nf4-int8", 9.0, device_name="NVIDIA GeForce RTX 4090 Laptop GPU"),
     ]
     code, out = run(rows)
