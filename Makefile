@@ -37,10 +37,10 @@ $(VENV)/installed-test: $(VENV)/installed
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# one training step beside its peers; on a GPU machine: make bench DEVICE=cuda
+# the benchmark suite, beside its peers; on a GPU machine: make bench DEVICE=cuda
 DEVICE ?= cpu
 bench: $(VENV)/installed-test
-	PYTHONPATH=.:kernels $(BIN)/python bench/step.py --device $(DEVICE)
+	PYTHONPATH=.:kernels $(BIN)/python bench/run.py --suite $(if $(filter cuda,$(DEVICE)),gpu,cpu)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """NF4 on a CPU beside bitsandbytes: quantise a bf16 matrix, and decode it to bf16.
 
-    PYTHONPATH=.:kernels python bench/quantize.py [--save]
+    PYTHONPATH=.:kernels python bench/quantize.py [--save | --out FILE]
 
 The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one process on the same
 threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=SHAPE[0])
     parser.add_argument("--columns", type=int, default=SHAPE[1])
     parser.add_argument("--save", action="store_true", help=f"append to {RESULTS.name}")
+    parser.add_argument("--out", type=Path, help="append to this file instead")
     given = parser.parse_args(arguments)
     rows = run((given.rows, given.columns), given.rounds, warmup=2)
     print(f"{'':10} {'':22} {'median ms':>10} {'G weights/s':>12} {'times':>7}")
@@ -113,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     missed = too_slow(rows, native.isa())
     for line in missed:
         print(f"missed: {line}", file=sys.stderr)
-    if given.save:
-        timing.append_rows(RESULTS, rows)
+    if out := given.out or (RESULTS if given.save else None):
+        timing.append_rows(out, rows)
     return int(bool(missed))
 
 

@@ -1,19 +1,22 @@
 """Bytes that autograd keeps per token in one block: fluxfast beside diffusers + peft, counted.
 
-    PYTHONPATH=.:kernels python bench/saved.py
+    PYTHONPATH=.:kernels python bench/saved.py [--out FILE]
 
 Full-width blocks (hidden 3072, bf16 products, LoRA rank 16) run at two lengths; the difference of
 what saved-tensor hooks see, over the difference in tokens, is the count per token: exact, and the
-same on every machine. Exits with 1 if fluxfast keeps more than LIMITS.
+same on every machine. Exits with 1 if fluxfast keeps more than LIMITS. --out appends rows.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bench import timing
 from bench.gate import kept_bytes
 from fluxfast.model.spec import DEV, FluxSpec
 
@@ -100,22 +103,48 @@ def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    rows = {
-        ("fluxfast", "attn+mlp"): fluxfast_counts("attn+mlp"),
-        ("fluxfast", "all"): fluxfast_counts("all"),
-        ("diffusers + peft", "attn+mlp"): diffusers_counts(),
+def rows() -> list[dict[str, object]]:
+    """One for each of those who keep something; "skipped" where a library is missing."""
+    counts = {
+        ("fluxfast", "attn+mlp"): fluxfast_counts,
+        ("fluxfast", "all"): lambda: fluxfast_counts("all"),
+        ("diffusers + peft", "attn+mlp"): diffusers_counts,
     }
+    found, shared = [], timing.conditions("cpu")
+    for (who, targets), count in counts.items():
+        result, each = timing.Result(who), {}
+        try:
+            each = count()
+        except ImportError as error:
+            timing.fail(result, error)
+        settings = {"bench": "saved", "lora_targets": targets, "rank": RANK}
+        settings |= {"double_bytes": each.get("double"), "single_bytes": each.get("single")}
+        found.append(timing.row(result, **settings, **shared))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="append rows to this file")
+    out = parser.parse_args(arguments).out
     print(f"{'bytes saved per token':24} {'targets':10} {'double block':>13} {'single block':>13}")
-    over = False
-    for (who, targets), counts in rows.items():
-        print(f"{who:24} {targets:10} {counts['double']:13.0f} {counts['single']:13.0f}")
+    over, found = False, rows()
+    for row in found:
+        who, targets = row["name"], row["lora_targets"]
+        double, single = row["double_bytes"], row["single_bytes"]
+        if double is None:
+            print(f"{who:24} {targets:10} {row['status']}: {row['reason']}")
+            continue
+        print(f"{who:24} {targets:10} {double:13.0f} {single:13.0f}")
         if who == "fluxfast":
             for pixels in (512, 768, 1024):
                 tokens = DEV.text_length + (pixels // 16) ** 2
-                kept = DEV.depth * counts["double"] + DEV.depth_single_blocks * counts["single"]
+                kept = DEV.depth * double + DEV.depth_single_blocks * single
                 print(f"  FLUX.1-dev, {pixels} px, batch 1: {kept * tokens / 1e9:.1f} GB")
-            over |= any(v > LIMITS.get((k, targets), float("inf")) for k, v in counts.items())
+            for kind, count in (("double", double), ("single", single)):
+                over |= count > LIMITS.get((kind, targets), float("inf"))
+    if out is not None:
+        timing.append_rows(out, found)
     return int(over)
 
 

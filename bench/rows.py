@@ -1,0 +1,132 @@
+"""Rows as JSON lines: which of them measured the same thing, and under which conditions; the file
+that a suite fills and goes on from; whether two runs agree.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import timing
+
+Row = dict[str, object]
+
+# what was measured, by whom and on what; a bench has some of these
+WORK = (
+    *("bench", "what", "op", "direction", "step", "setting", "lora_targets", "memory_cap_gib"),
+    *("pixels", "mix", "batch", "shape", "rank", "text_tokens", "hidden", "double_blocks"),
+    *("single_blocks", "compute", "device"),
+)
+WHO = ("name", "storage", "products")
+# what a number hangs on besides: rows that differ in these are not taken for each other
+CONDITIONS = ("commit", "dirty", "device_name", "threads", "torch", *timing.LIBRARIES)
+AGREEMENT = 0.15  # of the smaller of two ratios
+LEAST_MS = 100.0  # shorter ones say more of the machine than of the code
+
+
+def identity(row: Row) -> tuple:
+    """What makes two rows measurements of the same."""
+    return tuple(_plain(row.get(field)) for field in (*WORK, *WHO))
+
+
+def beside(row: Row) -> tuple:
+    """What rows that are compared with each other have in common."""
+    return tuple(_plain(row.get(field)) for field in WORK if field != "step")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read(path: Path) -> list[Row]:
+    """Rows in the file's order; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each identity, in the order in which they first came."""
+    return list({identity(row): row for row in rows}.values())
+
+
+class Kept:
+    """The rows of a file that were measured under the conditions of now, and those to come.
+
+    conditions: `timing.conditions`. A line that a killed process left unfinished is cut off.
+    """
+
+    def __init__(self, path: Path, conditions: Row):
+        self.path, self.conditions = path, conditions
+        _cut_unfinished(path)
+        now = [conditions.get(field) for field in CONDITIONS]
+        self.rows = [r for r in read(path) if [r.get(field) for field in CONDITIONS] == now]
+
+    def append(self, rows: list[Row]) -> None:
+        timing.append_rows(self.path, rows)
+        self.rows += rows
+
+    def refresh(self) -> None:
+        """Take in what another process has appended."""
+        self.rows = Kept(self.path, self.conditions).rows
+
+    def find(self, row: Row) -> Row | None:
+        """The newest row of the same identity."""
+        wanted = identity(row)
+        return next((r for r in reversed(self.rows) if identity(r) == wanted), None)
+
+    def measured(self, row: Row) -> bool:
+        """Whether it is there and need not be taken again."""
+        found = self.find(row)
+        return found is not None and found["status"] != "out of time"
+
+
+def _cut_unfinished(path: Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+
+
+def compare(first: list[Row], second: list[Row]) -> tuple[list[str], bool]:
+    """-> (a line per row that both runs timed at over LEAST_MS beside a baseline, whether all their
+    ratios agree within AGREEMENT). Nothing to compare does not agree.
+    """
+    others = {identity(row): row for row in newest(second)}
+    lines, agree = [], True
+    for row in newest(first):
+        other = others.get(identity(row))
+        if other is None or not (_counts(row) and _counts(other)):
+            continue
+        ratios = sorted((row["ratio"], other["ratio"]))
+        apart = ratios[1] / ratios[0] - 1
+        agree &= apart <= AGREEMENT
+        said = "agree" if apart <= AGREEMENT else f"differ by more than {AGREEMENT:.0%}"
+        lines.append(
+            f"{title(row)}: {row['ratio']:.3f} and {other['ratio']:.3f} of the baseline: "
+            f"{apart:.1%} apart, {said}"
+        )
+    return lines, agree and bool(lines)
+
+
+def _counts(row: Row) -> bool:
+    """Whether a row has a ratio that could differ: the baseline's own is 1."""
+    timed = row.get("status") == "ok" and row.get("ratio") and row["median_ms"] > LEAST_MS
+    return bool(timed) and row["ratio"] != 1
+
+
+def title(row: Row) -> str:
+    """Such as: step fluxfast-nf4 256 px batch 1."""
+    sizes = row.get("mix") or row.get("pixels")
+    parts = [row["bench"], row.get("what"), row.get("op"), row.get("direction"), row["name"]]
+    if row["bench"] == "kernels":
+        parts += ["/".join(str(row[key]) for key in ("storage", "products") if row.get(key))]
+    if sizes:
+        parts += ["/".join(map(str, sizes)) if isinstance(sizes, list) else sizes, "px"]
+        parts += ["batch", row.get("batch")]
+    if row.get("setting", "plain") != "plain":
+        parts.append(row["setting"])
+    if row.get("memory_cap_gib"):
+        parts.append(f"within {row['memory_cap_gib']:g} GiB")
+    return " ".join(str(part) for part in parts if part is not None)

@@ -1,0 +1,124 @@
+"""The benchmark suite: one command, a time budget, rows as they come, one short table last.
+
+    PYTHONPATH=.:kernels python bench/run.py --suite cpu            about ten minutes on two cores
+    PYTHONPATH=.:kernels python bench/run.py --suite gpu --budget-s 480 --out rows.jsonl
+    PYTHONPATH=.:kernels python bench/run.py --compare A.jsonl B.jsonl
+    PYTHONPATH=.:kernels python bench/run.py --save rows.jsonl
+
+The most valuable comes first. What a file has already, from the same commit, device, settings and
+libraries, is not measured again, so that the same command goes on where it was stopped; without
+--out each run has a file of its own in runs/bench/. What the budget does not reach, or cuts, is a
+row that says so, as is a peer whose library is missing. Needs torch, triton and numpy; no network.
+
+--compare: whether two runs' ratios to their baselines agree, of what takes over 100 ms; the exit
+code is 1 where they do not. --save: appends a run's rows to the files of bench/results/. Otherwise
+the exit code is 1 where a result is wrong or past a limit, 130 where the run was stopped.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from bench import timing
+from bench.rows import Kept, Row, compare, read
+from bench.run_items import ROOT, run_items
+from bench.run_suites import cpu_suite, gpu_suite
+from bench.run_table import table, wrong
+
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite}
+BUDGET_S = {"cpu": 600.0, "gpu": 3600.0}
+RESULTS = ROOT / "bench" / "results"
+FILES = {  # bench -> the file that its rows are kept in
+    "step": "step-{device}.jsonl",
+    "kernels": "kernels-{device}.jsonl",
+    "quantize": "quantize.jsonl",
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", choices=SUITES)
+    what.add_argument("--compare", nargs=2, type=Path, metavar="FILE")
+    what.add_argument("--save", type=Path, metavar="FILE")
+    parser.add_argument("--budget-s", type=float, help="seconds (cpu: 600, gpu: 3600)")
+    parser.add_argument("--out", type=Path, help="append to this file, and go on from it")
+    parser.add_argument(
+        "--tiny", action="store_true", help="narrow blocks: checks the bench itself"
+    )
+    options = parser.parse_args(arguments)
+    if options.suite == "gpu" and not options.tiny and not torch.cuda.is_available():
+        parser.error("--suite gpu: torch sees no CUDA device here; hint: --suite cpu, or --tiny")
+    for file in [*(options.compare or []), *([options.save] if options.save else [])]:
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
+    options = parse(arguments)
+    if options.compare:
+        lines, agree = compare(*(read(file) for file in options.compare))
+        print("\n".join(lines) or "nothing to compare: no row over 100 ms with a ratio is in both")
+        return int(not agree)
+    if options.save:
+        for file, rows in save(read(options.save)).items():
+            print(f"{len(rows)} rows to {file}")
+        return 0
+    budget = BUDGET_S[options.suite] if options.budget_s is None else options.budget_s
+    return run_suite(options, started + budget)
+
+
+def run_suite(options: argparse.Namespace, ends: float) -> int:
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = options.out or ROOT / "runs" / "bench" / f"{options.suite}-{now}.jsonl"
+    device = "cuda" if options.suite == "gpu" and not options.tiny else "cpu"
+    kept = Kept(out.resolve(), timing.conditions(device))
+    before = signal.signal(signal.SIGTERM, _stop)
+    stopped = False
+    try:
+        run_items(SUITES[options.suite](options.tiny), kept, ends)
+    except KeyboardInterrupt:
+        stopped = True
+        kept.refresh()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"{kept.conditions['device_name']}, torch {kept.conditions['torch']}, {out}\n")
+    print(table(kept.rows))
+    said = wrong(kept.rows)
+    for line in said:
+        print(line)
+    if stopped:
+        print("stopped: the same command with --out goes on from here", file=sys.stderr)
+        return 130
+    return int(bool(said))
+
+
+def _stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+def save(rows: list[Row]) -> dict[Path, list[Row]]:
+    """Append rows to the files of their benches, but for those that are there and those that there
+    was no time for -> file -> rows appended."""
+    files: dict[Path, list[Row]] = {}
+    for row in rows:
+        if row["bench"] in FILES and row["status"] != "out of time":
+            files.setdefault(RESULTS / FILES[row["bench"]].format(**row), []).append(row)
+    for file, found in files.items():
+        there = read(file)
+        files[file] = [row for row in found if row not in there]
+        timing.append_rows(file, files[file])
+    return files
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""The suites of bench/run.py: what is measured, the most valuable first, and how long it may take.
+
+Estimates are guesses for an H100 and for two CPU cores: they decide what is still begun and when
+something is cut, never what a row says.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from bench.run_items import CommandItem, Item, StepItem
+from bench.step_candidates import BASELINE, DEFAULTS
+from bench.step_settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
+from fluxfast.model.spec import DEV
+
+SIDES = (512, 768, 1024)
+TINY_SIDES = (64, 96, 128)
+CAPS_GIB = (12, 16, 24)
+FIRST_TESTS = [  # what a step's result hangs on, of each kernel
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        *("qk_norm_rope", "attention", "nf4_decode", "norm_modulate", "gate_residual"),
+        *("flow_loss", "gelu", "lora_linear"),
+    )
+]
+CHECKPOINTED, COMPILED = f"{BASELINE}-checkpoint", "diffusers-dense-compile"
+TRAINERS = [  # of fluxfast, the dense one first: 8-bit bases are held to it
+    f"fluxfast-{mode}-trainer"
+    for mode in ("nf4", "dense", "int8-int8", "fp8-fp8", "nf4-int8", "nf4-fp8")
+]
+BARE = [name.removesuffix("-trainer") for name in TRAINERS]
+
+
+def gpu_suite(tiny: bool = False) -> list[Item]:
+    """Its first eight minutes: are the kernels right, the step at three sizes in every mode beside
+    diffusers QLoRA, the kernels beside their floor. tiny: narrow blocks on a CPU."""
+    settings = _tiny() if tiny else _cuda()
+    sides = TINY_SIDES if tiny else SIDES
+
+    def step(
+        names: list[str], seconds: float, batch: int = 1, mixed: bool = False, **changes
+    ) -> list[Item]:
+        cycles = [Cycle((side,), batch) for side in sides]
+        cycles += [Cycle(sides, batch)] * mixed
+        changed = replace(settings, cycles=cycles, **changes)
+        return [StepItem(changed, [name], seconds) for name in names]
+
+    everything = {"targets": STOCK_TARGETS}
+    stock = {"setting": "stock", **everything}
+    capped = [BASELINE, CHECKPOINTED, "fluxfast-nf4-trainer", "fluxfast-nf4-int8-trainer"]
+    return [
+        _tests("kernels right", FIRST_TESTS, 60),
+        *step([BASELINE, *TRAINERS], 45),
+        _kernels("kernels", settings.device, 75, tiny, ["--pixels", "1024", "--batch", "1"]),
+        *step([CHECKPOINTED], 60),
+        *step([BASELINE, CHECKPOINTED, *TRAINERS], 60, batch=4),
+        *step([BASELINE, *TRAINERS], 45, **everything),
+        *step([BASELINE, CHECKPOINTED, *TRAINERS], 60, mixed=True, **stock),
+        *(item for cap in CAPS_GIB for item in step(capped, 45, cap_gib=cap)),
+        *step(["fluxfast-nf4-trainer"], 60, mixed=True, cap_gib=max(CAPS_GIB), **stock),
+        *step([COMPILED], 180),
+        *step(BARE, 45),
+        _kernels("kernels, all", settings.device, 300, tiny),
+        _tests("kernels right, all", ["tests/kernels", "tests/test_graphs.py"], 300),
+    ]
+
+
+def cpu_suite(tiny: bool = False) -> list[Item]:
+    """At most ten minutes on two cores."""
+    settings = replace(_tiny(), apart=False) if tiny else _cpu()
+    rows = ["--rows", "64", "--columns", "128", "--rounds", "2"] if tiny else []
+    return [
+        StepItem(settings, DEFAULTS["cpu"], 330),
+        CommandItem("NF4", ["bench/quantize.py", *rows, "--out", "{out}"], 45),
+        CommandItem("saved bytes", ["bench/saved.py", "--out", "{out}"], 45),
+        _kernels("kernels", "cpu", 150, tiny),
+    ]
+
+
+def _cuda() -> Settings:
+    return Settings(DEV, "cuda", torch.bfloat16, [], 512, 16, rounds=7, warmup=3, apart=True)
+
+
+def _cpu() -> Settings:
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    compute = torch.bfloat16 if bf16 else torch.float32
+    cycles = [Cycle((256,), 1)]
+    return Settings(CPU_SPEC, "cpu", compute, cycles, 128, 16, rounds=9, warmup=3, apart=False)
+
+
+def _tiny() -> Settings:
+    cycles = [Cycle((TINY_SIDES[0],), 1)]
+    return Settings(TINY_SPEC, "cpu", torch.float32, cycles, 8, 16, rounds=1, warmup=1, apart=True)
+
+
+def _tests(name: str, files: list[str], seconds: float) -> CommandItem:
+    words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    return CommandItem(name, words, seconds, needs="pytest")
+
+
+def _kernels(
+    name: str, device: str, seconds: float, tiny: bool, shapes: list[str] = ()
+) -> CommandItem:
+    script = "bench/kernels.py"
+    words = [script, "--device", device, "--out", "{out}", "--budget-s", "{budget_s}"]
+    words += ["--tiny"] if tiny else shapes
+    return CommandItem(name, words, seconds, script=script)
