@@ -42,7 +42,7 @@ fluxfast.memory.offload  memory.copies memory.timeline
 fluxfast.memory.host     memory.copies memory.timeline
 fluxfast.memory.graphs
 fluxfast.memory.spill    errors
-fluxfast.memory.choose   memory.* model.names
+fluxfast.memory.choose   memory.* model.names model.saving
 fluxfast.memory.plan     memory.* model.* errors
 fluxfast.memory.fitting  memory.cards memory.plan errors
 fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend

@@ -12,11 +12,12 @@ from functools import cached_property
 
 from fluxfast.memory import saved
 from fluxfast.memory.cards import Card
-from fluxfast.memory.cost import block_ops
-from fluxfast.memory.ops import codes_ops, element_op, total_seconds
+from fluxfast.memory.cost import BlockOps, block_ops
+from fluxfast.memory.ops import Op, codes_ops, element_op, total_seconds
 from fluxfast.memory.timeline import Timeline, predict
 from fluxfast.memory.work import Shape, Work
 from fluxfast.model.names import linear_shape
+from fluxfast.model.saving import POLICIES
 
 TRIED = 28  # numbers of offloaded blocks
 RELAXED = 3  # of the fastest choices, so many are looked at again
@@ -70,6 +71,25 @@ def _slope(more: tuple, fewer: tuple) -> float:
     return (fewer[1] - more[1]) / (more[0] - fewer[0])
 
 
+def policy_ops(
+    work: Work, shape: Shape, block: str, policy: str, ops: BlockOps
+) -> tuple[list[Op], list[Op]]:
+    """What a policy adds to a block's own `ops`, copies apart -> (forward, backward)."""
+    if policy in ("fc1", "replay"):
+        return [], ops.fc1 if policy == "fc1" else ops.forward
+    if policy not in ("u8", "8bit"):
+        return [], []
+    # its own pass writes the codes; that backward reads fewer bytes is not counted in favour of
+    # what rounds
+    u = shape.batch * shape.tokens * work.spec.mlp_hidden
+    codes = element_op("codes of u", u, 1, launches=0)
+    if policy == "u8":
+        return [codes], []
+    full = saved.block_saved(work, block, shape, "keep").device
+    pack, unpack = codes_ops(full // work.width - u, work.width)
+    return [pack, codes], [unpack]
+
+
 class Chooser:
     """Chooses for one work and shape on one card. launches: whether kernels are launched one by
     one (no CUDA graph), which adds their launch times.
@@ -91,31 +111,17 @@ class Chooser:
     def _figures(self, name: str) -> _Block:
         work, shape = self.work, self.shape
         ops = block_ops(work, name, shape)
-        forward = self._seconds(ops.forward)
-        rows, e = shape.batch * shape.tokens, work.width
-        u = rows * work.spec.mlp_hidden
-        # its own pass writes the codes; that backward reads fewer bytes is not counted in favour of
-        # what rounds
-        time = {
-            "keep": (0.0, 0.0),
-            "u8": (self._seconds([element_op("codes of u", u, 1, launches=0)]), 0.0),
-            "fc1": (0.0, self._seconds(ops.fc1)),
-            "replay": (0.0, forward),
-            "offload": (0.0, 0.0),
-        }
-        full = saved.block_saved(work, name, shape, "keep").device
-        pack, unpack = codes_ops(full // e - u, e)
-        time["8bit"] = (self._seconds([pack]) + time["u8"][0], self._seconds([unpack]))
+        more = {policy: policy_ops(work, shape, name, policy, ops) for policy in POLICIES}
         return _Block(
-            forward,
+            self._seconds(ops.forward),
             self._seconds(ops.backward),
-            {policy: saved.block_saved(work, name, shape, policy) for policy in time},
+            {policy: saved.block_saved(work, name, shape, policy) for policy in more},
             {
                 policy: saved.transient(work, name, shape)
                 + saved.made_again(work, name, shape, policy)
-                for policy in time
+                for policy in more
             },
-            time,
+            {policy: tuple(self._seconds(side) for side in sides) for policy, sides in more.items()},
         )
 
     def peak(self, policies: Sequence[str]) -> int:
