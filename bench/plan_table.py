@@ -4,7 +4,7 @@ for ai-toolkit's stock file. `bench/chart.py` puts it there; nothing in it is me
 
 from pathlib import Path
 
-from fluxfast.config import build_config, load_config
+from fluxfast.config import Config, build_config, load_config
 from fluxfast.memory.plan import CONTEXT, GIB
 from fluxfast.planning import Row, plan_rows, what
 
@@ -12,12 +12,21 @@ BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 STOCK = Path(__file__).resolve().parent.parent / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
 
 
+def configuration(setting: str, overrides: list[str] = ()) -> Config:
+    """FLUX.1-dev at 512, 768 and 1024 px. setting: "plain" is the defaults, "stock" is ai-toolkit's
+    file for 24 GB. overrides: as `--set` takes them."""
+    if setting == "stock":
+        return load_config(STOCK, overrides)
+    data = [{"folder": ".", "resolution": [512, 768, 1024]}]
+    raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": data}
+    return build_config(raw, overrides)
+
+
 def rows() -> list[tuple[str, Row]]:
     """(what is trained, row): the defaults on every preset, the stock file on 24 GB."""
-    raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
-    raw["data"]["resolution"] = [512, 768, 1024]
-    plain = [("defaults", row) for row in plan_rows(build_config(raw), None, None)]
-    stock = [("ai-toolkit's stock file", row) for row in plan_rows(load_config(STOCK), 24, None)]
+    plain = [("defaults", row) for row in plan_rows(configuration("plain"), None, None)]
+    stock = plan_rows(configuration("stock"), 24, None)
+    stock = [("ai-toolkit's stock file", row) for row in stock]
     return [pair for pair in [*plain, *stock] if pair[1].label != "mixed"] + stock[-1:]
 
 

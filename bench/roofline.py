@@ -1,0 +1,173 @@
+"""A training step on a card that need not be here: FLOP, bytes, bound and time of every op.
+
+    PYTHONPATH=.:kernels python bench/roofline.py --card 4090                    the defaults
+    PYTHONPATH=.:kernels python bench/roofline.py --card 4090 --setting stock    ai-toolkit's file
+    PYTHONPATH=.:kernels python bench/roofline.py --tables      the arithmetic, batch 1, no update
+
+The step is that of the memory plan which `fluxfast plan` prints, and so is its predicted time, but
+for ops that `bench/results/kernels-cuda.jsonl` has rows of (`bench/step_ops.py` says how they
+count). Where `bench/calibrate.py` has measured whole steps of the card, the projection is theirs.
+A projection is no measurement. Only the stock setting at 512, 768 and 1024 px is set beside
+ai-toolkit's figures, which are of that.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import arithmetic
+from bench.plan_table import configuration
+from bench.step_ops import Line, lines_of
+from fluxfast.config import Config
+from fluxfast.errors import ConfigError
+from fluxfast.memory.cards import card
+from fluxfast.memory.plan import Plan
+from fluxfast.planning import plan_rows, summary
+
+ROWS = Path(__file__).resolve().parent / "results" / "kernels-cuda.jsonl"
+# it/s that are reported of ai-toolkit with its stock file, by card and batch
+HEADLINE = {("4090", 1): 0.4375, ("L40S", 1): 0.838, ("A100", 4): 0.3478, ("H100", 4): 0.4537}
+MIX = [512, 768, 1024]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """seconds: of a step, the mean over picture sizes. basis: what it rests on, in words."""
+
+    seconds: float
+    basis: str
+
+
+def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
+    """lines: by bucket."""
+    compute = plan.request.work.compute
+    if compute in plan.card.factors:
+        total = sum(plan.seconds(label) for label in lines)
+        factor = plan.card.factors[compute]
+        basis = f"{factor.value:g} of what shipped shares predict ({factor.source})"
+        return Projection(total / len(lines), basis)
+    every = [line for found in lines.values() for line in found]
+    total = sum(line.seconds for line in every)
+    measured = sum(line.seconds for line in every if line.source == "measured")
+    basis = f"{measured / total:.0%} of it from measured ops, the rest from assumed shares"
+    return Projection(total / len(lines), basis)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def table(lines: list[Line]) -> str:
+    """Aligned columns, and their sums."""
+    head = ["op", "pass", "part", "launches", "GFLOP", "GB", "bound", "peak ms", "ms", "from"]
+    cells = [head]
+    for line in lines:
+        figures = f"{line.launches:.0f}", f"{line.flop / 1e9:.1f}", f"{line.bytes / 1e9:.2f}"
+        times = f"{1e3 * line.peak_s:.2f}", f"{1e3 * line.seconds:.2f}"
+        words = line.group, line.direction, line.part
+        cells.append([*words, *figures, line.bound, *times, line.source])
+    sums = {key: sum(getattr(line, key) for line in lines)
+            for key in ("launches", "flop", "bytes", "peak_s", "seconds")}  # fmt: skip
+    cells.append([
+        *("step", "", "", f"{sums['launches']:.0f}", f"{sums['flop'] / 1e9:.1f}"),
+        *(f"{sums['bytes'] / 1e9:.2f}", "", f"{1e3 * sums['peak_s']:.2f}"),
+        *(f"{1e3 * sums['seconds']:.2f}", ""),
+    ])  # fmt: skip
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = (3, 4, 5, 7, 8)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def title(setting: str, config: Config, plan: Plan) -> str:
+    work, train = plan.request.work, config.train
+    ema = ", EMA" if train.ema.enabled else ""
+    return (
+        f"{plan.card.name}, the {setting} setting: LoRA of rank {config.lora.rank} on "
+        f"{config.lora.targets}, {train.optimizer}{ema}; {work.storage} base, {work.compute} "
+        f"products, batch {train.batch_size}; modulation "
+        + {"in_place": "formed in every step"}.get(plan.modulation, "formed ahead")
+    )
+
+
+def beside(setting: str, pixels: list[int], plan: Plan, batch: int, found: Projection) -> list[str]:
+    """The projection, and ai-toolkit's figures where they are of the same setting."""
+    rate = 1 / found.seconds
+    sizes = ", ".join(f"{side}" for side in pixels)
+    over = f"at {sizes} px" if len(pixels) == 1 else f"the mean of {sizes} px"
+    lines = [
+        f"Projection, not measured: {rate:.2f} it/s ({found.seconds:.3f} s a step, {over}); "
+        f"{found.basis}."
+    ]
+    if setting != "stock" or pixels != MIX:
+        said = "ai-toolkit's figures are of the stock setting at 512, 768 and 1024 px: none is set"
+        return [*lines, f"{said} beside this."]
+    lines.append("Reported of ai-toolkit, the same setting:")
+    for (name, size), reported in HEADLINE.items():
+        same = card(name).name == plan.card.name and size == batch
+        times = f"; projected: {rate / reported:.1f} times that" if same else ""
+        lines.append(f"  {name}, batch {size}: {reported} it/s{times}")
+    return lines
+
+
+def read(path: Path) -> list[dict]:
+    """JSON lines; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def report(setting: str, gpu: str, overrides: list[str], rows: list[dict]) -> str:
+    """All that is printed of one card and setting. Raises ConfigError where nothing fits."""
+    config = configuration(setting, overrides)
+    row = plan_rows(config, None, gpu)[-1]  # of several sizes: all of them in one plan
+    if row.plan is None:
+        raise ConfigError(f"{row.card.name}: {row.reason}")
+    plan, parts = row.plan, [title(setting, config, row.plan)]
+    lines = {label: lines_of(plan, label, rows) for label in plan.buckets}
+    for label, found in lines.items():
+        policies = summary(plan.buckets[label].choice.policies)
+        parts.append(f"{label}: {policies}\n{table(found)}")
+    pixels, batch = sorted(config.data[0].resolution), config.train.batch_size
+    parts.append("\n".join(beside(setting, pixels, plan, batch, project(plan, lines))))
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--card", metavar="NAME", help="such as 4090, 3060, L40S, H100")
+    parser.add_argument("--setting", choices=["plain", "stock"], default="plain")
+    parser.add_argument("--pixels", nargs="+", type=int, help="image sides; default: 512 768 1024")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--storage", help="of the base, instead of what the setting has")
+    parser.add_argument("--compute", help="of the blocks' products, likewise")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="JSON lines of the kernels' bench")
+    parser.add_argument("--tables", action="store_true", help="the arithmetic instead of a step")
+    options = parser.parse_args(arguments)
+    if options.tables:
+        print(arithmetic.table())
+        return 0
+    if options.card is None:
+        parser.error("--card or --tables")
+    overrides = [f"train.batch_size={options.batch}"]
+    overrides += [f"data.0.resolution={options.pixels}"] if options.pixels else []
+    for key in ("storage", "compute"):
+        if getattr(options, key):
+            overrides.append(f"model.{key}={getattr(options, key)}")
+    try:
+        print(report(options.setting, options.card, overrides, read(options.rows)))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
