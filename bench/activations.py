@@ -2,9 +2,8 @@
 
     PYTHONPATH=.:kernels python bench/activations.py            measures; 1 past a limit
     PYTHONPATH=.:kernels python bench/activations.py --short    one short run: that it works
-    … --save     keeps the rows in bench/results/activations.jsonl and writes the README's table
-    … --write    writes the table of the newest rows
-    … --check    exits with 1 where the README says otherwise
+    … --save     keeps the rows in bench/results/activations.jsonl; bench/report.py writes the
+                 README's table of them
 
 On the pretrained nano model and the zorb of `examples/nano/zorb.yaml`, every block under one policy
 of `fluxfast/model/saving.py`: keep, u8 (the MLP's u), 8bit (u, h, q, k, v and o).
@@ -28,7 +27,6 @@ Limits, and why these:
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -55,7 +53,6 @@ from fluxfast.train import train
 from fluxfast.validation import best, read_validations
 
 RESULTS = ROOT / "bench" / "results" / "activations.jsonl"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
 POLICIES = ("keep", "u8", "8bit")
 LEAST_COSINE = {"u8": 0.9996, "8bit": 0.9991}
@@ -312,29 +309,6 @@ def block(rows: list[dict]) -> str:
     return "\n".join([BEGIN, "", *table(rows), "", caption, "", END])
 
 
-def newest(path: Path) -> list[dict]:
-    """The rows of the last run: those with the last row's date."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["date"] == rows[-1]["date"]]
-
-
-def with_block(text: str, rows: list[dict]) -> str:
-    """A README's text with the rows' block between its markers."""
-    return text.split(BEGIN)[0] + block(rows) + text.split(END)[1]
-
-
-def say_or_write(check: bool) -> int:
-    """Put the newest rows' block into the README; check: only say whether it is there, else 1."""
-    text = README.read_text(encoding="utf-8")
-    wanted = with_block(text, newest(RESULTS))
-    if check:
-        said = "the README's table is up to date"
-        print(said if wanted == text else "run python bench/activations.py --write")
-        return int(wanted != text)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> list[dict]:
     """Rows of everything. policies: to train under; the first one's LoRA is the one at which
     gradients are compared."""
@@ -362,11 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=4, help="that gradients are compared over")
     parser.add_argument("--short", action="store_true", help="one run of 4 steps, no loss compared")
     parser.add_argument("--save", action="store_true", help=f"append rows to {RESULTS.name}")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    if options.check or options.write:
-        return say_or_write(options.check)
     policies = POLICIES
     if options.short:  # no two runs to compare: the losses of so few steps prove nothing
         options.seeds, options.steps, options.batches, policies = 1, 4, 1, ("8bit",)
@@ -377,7 +347,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save:
         noted = timing.conditions("cpu")
         timing.append_rows(RESULTS, [row | noted for row in rows])
-        say_or_write(False)
     return 1 if wrong else 0
 
 

@@ -1,5 +1,5 @@
 """The README's table of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and
-for ai-toolkit's stock file. `bench/chart.py` puts it there; nothing in it is measured.
+for ai-toolkit's stock file. `bench/report.py` puts it there; nothing in it is measured.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ reference, the same storage (or bf16 for int8 storage) with bf16 products, seed 
 Then, at the LoRA that the first seed's bf16 run trained, the gradient of every layer's LoRA with
 8-bit products and everything else in fp32 is compared with the same in fp32, as a cosine.
 
-Rows go to bench/results/quality.jsonl with --save; `python bench/chart.py` draws them.
+Rows go to bench/results/quality.jsonl with --save; `python bench/report.py` draws them.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The quality run's rows as a chart and the README's block; `chart.py` writes both."""
+"""The quality run's rows as a chart and the README's block; `report.py` writes both."""
 
-import json
 from pathlib import Path
 
-from bench.quality import MODES, REFERENCE, RESULTS, ratios, spread
+from bench import charts
+from bench.quality import MODES, REFERENCE, ratios, spread
 
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 # Okabe and Ito's palette, with line styles for those who see no colour
@@ -14,12 +14,6 @@ STYLES = {
     "nf4/int8": ("#d55e00", "--"),
     "nf4/fp8": ("#009e73", ":"),
 }
-
-
-def newest(path: Path = RESULTS) -> list[dict]:
-    """The rows of the last run: those with the last row's date."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
 def runs(rows: list[dict], mode: str) -> list[dict]:
@@ -59,7 +53,7 @@ def draw(rows: list[dict], path: Path) -> None:
     below.set_xlabel("step")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    charts.save(figure, rows, path)
 
 
 def block(rows: list[dict]) -> str:

@@ -12,12 +12,11 @@ ai-toolkit's figures, which are of that.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import arithmetic
+from bench import arithmetic, rows
 from bench.plan_table import configuration
 from bench.step_ops import Line, lines_of
 from fluxfast.config import Config
@@ -116,20 +115,14 @@ def beside(setting: str, pixels: list[int], plan: Plan, batch: int, found: Proje
     return lines
 
 
-def read(path: Path) -> list[dict]:
-    """JSON lines; none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def report(setting: str, gpu: str, overrides: list[str], rows: list[dict]) -> str:
+def report(setting: str, gpu: str, overrides: list[str], timed: list[dict]) -> str:
     """All that is printed of one card and setting. Raises ConfigError where nothing fits."""
     config = configuration(setting, overrides)
     row = plan_rows(config, None, gpu)[-1]  # of several sizes: all of them in one plan
     if row.plan is None:
         raise ConfigError(f"{row.card.name}: {row.reason}")
     plan, parts = row.plan, [title(setting, config, row.plan)]
-    lines = {label: lines_of(plan, label, rows) for label in plan.buckets}
+    lines = {label: lines_of(plan, label, timed) for label in plan.buckets}
     for label, found in lines.items():
         policies = summary(plan.buckets[label].choice.policies)
         parts.append(f"{label}: {policies}\n{table(found)}")
@@ -162,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, key):
             overrides.append(f"model.{key}={getattr(options, key)}")
     try:
-        print(report(options.setting, options.card, overrides, read(options.rows)))
+        print(report(options.setting, options.card, overrides, rows.read(options.rows)))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -44,6 +44,12 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def last_run(path: Path) -> list[Row]:
+    """The rows of a file's last run: those with the last row's date."""
+    found = read(path)
+    return [row for row in found if row["date"] == found[-1]["date"]]
+
+
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each identity, in the order in which they first came."""
     return list({identity(row): row for row in rows}.values())

@@ -3,8 +3,8 @@
 A line is one part (product, update, weight, attention, element-wise) of one fused op in one
 direction, over all blocks: its FLOP and bytes, whether arithmetic or memory bounds it, its time at
 the card's peak and at what the card is taken to reach. That is the shipped share of the peak
-("assumed"), or, where a row of `bench/results/kernels-cuda.jsonl` is of the same op, card, picture
-size and precision, how long the op took over what the shares predict of it ("measured").
+("assumed"), stretched, where a row of `bench/results/kernels-cuda.jsonl` is of the same op, card,
+picture size and precision, by what the op took over what the shares predict of it ("measured").
 """
 
 from collections.abc import Iterable
@@ -131,28 +131,26 @@ def step_of(plan: Plan, label: str) -> list[Counted]:
 
 def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
     """Whether a row of the kernels' bench is of this card, picture size and precision."""
-    if row.get("bench") != "kernels" or row["name"] != "fluxfast" or row["status"] != "ok":
+    if row["name"] != "fluxfast" or row["status"] != "ok" or row["hidden"] != work.spec.hidden_size:
         return False
     try:
-        same_card = card(row["device_name"]).name == known.name
+        same = card(row["device_name"]).name == known.name
     except ConfigError:
         return False
-    compute = WORDS.get(row["compute"], row["compute"])
-    products = WORDS.get(row["products"], row["products"]) or compute
-    storage = {"dense": compute, "bfloat16": "bf16"}.get(row["storage"], row["storage"])
-    same = compute == work.activations
+    said = {key: WORDS.get(row[key], row[key]) for key in ("storage", "products", "compute")}
+    same = same and said["compute"] == work.activations
     if row["op"] != ATTENTION:  # which has no weight
-        same = same and (storage, products) == (work.storage, work.compute)
+        same = same and (said["storage"], said["products"]) == (work.storage, work.compute)
     tokens = (row["pixels"] // 16) ** 2
-    return same_card and same and (tokens, row["batch"]) == (shape.image_tokens, shape.batch)
+    return same and (tokens, row["batch"]) == (shape.image_tokens, shape.batch)
 
 
-def predicted_s(row: dict, known: Card, work: Work) -> float:
-    """What the shipped shares say of the launches that the row timed: one fused op over all tokens,
-    modulation frozen."""
+def predicted_s(row: dict, direction: str, known: Card, work: Work) -> float:
+    """What the shipped shares say of one direction of what the row timed: one fused op over all
+    tokens, modulation frozen."""
     block = TIMED[row["op"]]
-    plain = replace(work, lora=lora_of(work.spec, work.lora.rank), dropout=False, layers={})
-    ops = getattr(block_ops(plain, block, Shape(row["batch"], row["tokens"], 0)), row["direction"])
+    plain = replace(work, lora=lora_of(work.spec, row["rank"]), dropout=False, layers={})
+    ops = getattr(block_ops(plain, block, Shape(row["batch"], row["tokens"], 0)), direction)
     own = [op for op in ops if fused_op(block, op) == row["op"] and ".txt_" not in op.name]
     return total_seconds(own, known)
 
@@ -160,14 +158,22 @@ def predicted_s(row: dict, known: Card, work: Work) -> float:
 def measured_ratios(
     rows: Iterable[dict], known: Card, work: Work, shape: Shape
 ) -> dict[tuple[str, str], float]:
-    """(fused op, direction) -> measured over predicted time, by the newest row that fits."""
-    return {
-        (row["op"], row["direction"]): row["median_ms"] / 1e3 / predicted_s(row, known, work)
-        for row in rows
-        if row.get("op") in TIMED
-        and row["direction"] in ("forward", "backward")
-        and fits(row, known, work, shape)
-    }
+    """(fused op, direction) -> measured over predicted time, by the newest rows that fit. Backward
+    is what forward and backward take beyond forward."""
+    newest: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["op"] in TIMED and fits(row, known, work, shape):
+            newest.setdefault(row["op"], {})[row["direction"]] = row
+    found = {}
+    for op, by_direction in newest.items():
+        forward, both = (by_direction.get(key) for key in ("forward", "forward+backward"))
+        if forward:
+            median = forward["median_ms"] / 1e3
+            found[op, "forward"] = median / predicted_s(forward, "forward", known, work)
+        if forward and both:
+            median = (both["median_ms"] - forward["median_ms"]) / 1e3
+            found[op, "backward"] = median / predicted_s(both, "backward", known, work)
+    return found
 
 
 # ---------------------------------------------------------------- lines

@@ -1,5 +1,5 @@
-"""The bench of 8-bit saved activations: its short form runs, its limits refuse, its README table
-says the rows."""
+"""The bench of 8-bit saved activations: its short form runs, its limits refuse, its block says the
+rows."""
 
 import json
 import re
@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
-from bench import activations
+from bench import activations, report
+from bench.rows import last_run
 from fluxfast.model import saving
 
-README = activations.README.read_text(encoding="utf-8")
+README = report.README.read_text(encoding="utf-8")
 
 
 def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
@@ -104,7 +105,7 @@ def test_block_of_the_newest_run(tmp_path):
     rows, old = made(loss=0.7035), [{**row, "date": "before"} for row in made(loss=0.8)]
     path = tmp_path / "activations.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*old, *rows]))
-    found = activations.newest(path)
+    found = last_run(path)
     assert found == rows
     text = activations.block(found)
     assert ("| `u8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
@@ -112,21 +113,8 @@ def test_block_of_the_newest_run(tmp_path):
     assert "batch 8 with 48 tokens a picture" in text and "best of 9 steps in fp32, 2 seeds" in text
 
 
-def test_readme_says_the_rows(tmp_path, monkeypatch, capsys):
-    assert activations.main(["--check"]) == 0, "python bench/activations.py --write"
-    table = README.split(activations.BEGIN)[1].split(activations.END)[0]
-    other = tmp_path / "README.md"
-    monkeypatch.setattr(activations, "README", other)
-    for wrong in (README.replace(table, table.replace(" GB |", "0 GB |")),
-                  README.replace(table, "\n")):  # fmt: skip
-        other.write_text(wrong, encoding="utf-8")
-        assert activations.main(["--check"]) == 1
-        assert activations.main(["--write"]) == 0
-        assert other.read_text(encoding="utf-8") == README
-
-
 def test_committed_rows_are_within_the_limits_that_the_readme_names():
-    assert activations.over_limits(activations.newest(activations.RESULTS)) == []
+    assert activations.over_limits(last_run(activations.RESULTS)) == []
     u8, all_8 = (activations.LEAST_COSINE[policy] for policy in ("u8", "8bit"))
     assert f"below {u8} (`u8`) or {all_8} (`8bit`)" in README
     assert f"by more than {activations.LOSS_LIMIT * 100:.0f} %" in README

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import quality, quality_chart
+from bench.rows import last_run
 
 
 def row(mode: str, seed: int, loss: float) -> dict:
@@ -55,7 +56,7 @@ def test_block_and_chart_of_the_newest_run(tmp_path):
     rows, old = made(int8=0.7 * 1.005), [{**r, "date": "before"} for r in made(int8=0.8)]
     path = tmp_path / "quality.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [*old, *rows]))
-    found = quality_chart.newest(path)
+    found = last_run(path)
     assert found == rows
     block = quality_chart.block(found)
     assert "| int8/int8 | 0.7035 ± 0.0000 | +0.50% (+0.50% to +0.50%) | 0.9990 |" in block

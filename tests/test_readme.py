@@ -90,9 +90,9 @@ def test_ci_calls_the_readmes_command():
 
 
 def test_tables_hold_what_the_rows_say(capsys):
-    from bench import catalogue, chart
+    from bench import catalogue, report
 
-    assert chart.main(["--check"]) == 0, "python bench/chart.py"
+    assert report.main(["--check"]) == 0, "python bench/report.py"
     assert catalogue.main(["--check"]) == 0, "python bench/catalogue.py"
 
 

@@ -121,7 +121,10 @@ class Chooser:
                 + saved.made_again(work, name, shape, policy)
                 for policy in more
             },
-            {policy: tuple(self._seconds(side) for side in sides) for policy, sides in more.items()},
+            {
+                policy: tuple(self._seconds(side) for side in sides)
+                for policy, sides in more.items()
+            },
         )
 
     def peak(self, policies: Sequence[str]) -> int:
