@@ -126,7 +126,7 @@ def figures(row: dict, on_gpu: bool) -> list[str]:
     median = row["median_ms"]
     cells = [f"{median:.0f}", f"{row['p10_ms']:.0f}–{row['p90_ms']:.0f}", cell("ratio", ".2f")]
     if on_gpu:
-        cells += [f"{1e3 * row['batch'] / median:.2f}", cell("mfu", ".0%"), cell("launches", "d")]
+        cells += [f"{1e3 * row['batch'] / median:.2f}", cell("mfu", ".0%"), cell("launches", ".0f")]
         cells.append(cell("peak_memory_bytes", ".1f", 2**30))
     return [*cells, cell("saved_bytes", ".0f", 2**20)]
 
@@ -192,7 +192,8 @@ def draw(group: list[dict], path: Path) -> None:
         spread = [[median - row["p10_ms"]], [row["p90_ms"] - median]]
         axes.barh(at, median, color=colour, xerr=spread, ecolor="#495057")
         axes.text(0, at, f"  {median:.0f} ms", va="center", color="white", fontweight="bold")
-    axes.set_yticks(range(len(group)), [title(row["name"]) for row in reversed(group)])
+    names = [title(row["name"]).replace("`", "") for row in reversed(group)]
+    axes.set_yticks(range(len(group)), names)
     shape = f"{group[0]['pixels']} px, batch {group[0]['batch']}"
     axes.set_xlabel(f"one LoRA training step at {shape}, ms (shorter is better)")
     axes.spines[["top", "right"]].set_visible(False)
