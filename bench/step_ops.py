@@ -182,7 +182,7 @@ def measured_ratios(
 def lines_of(plan: Plan, label: str, rows: Iterable[dict] = ()) -> list[Line]:
     """The step of a plan's bucket; without measured rows their sum is what the plan predicts from
     the shipped shares. rows: of the kernels' bench."""
-    known, bucket = replace(plan.card, factors={}), plan.buckets[label]
+    known, bucket = plan.card, plan.buckets[label]
     counted = step_of(plan, label)
     ratios = measured_ratios(rows, known, plan.request.work, bucket.shape)
     groups: dict[tuple, list[Counted]] = {}

@@ -106,6 +106,25 @@ def test_lines_hold_their_ops(plain):
     assert line.launches == sum(op.launches for op in ops)
 
 
+def test_weights_are_decoded_or_transposed():
+    """An 8-bit base that is multiplied so is only transposed, towards x."""
+    plan = planned("plain", "h100", "model.storage=int8", "model.compute=int8")
+    counted = [one for one in step_ops.step_of(plan, "1024 px") if one.group in step_ops.TIMED]
+    ready = [one for one in counted if one.part == "weight"]
+    assert {one.op.name.partition(" ")[2] for one in ready} == {"transpose"}
+    assert {one.direction for one in ready} == {"backward"}
+
+
+def test_of_mixed_ops_the_longer_half_names_the_bound(plain):
+    """A millisecond of products, and more or less than that of bytes."""
+    product = Op("x product", "bf16", 1e-3 * 165.2e12 * 0.909, 0.0)
+    for milliseconds, bound in ((0.9, "compute"), (1.1, "memory")):
+        element = Op("x product", "element", 0.0, milliseconds * 1e-3 * 1008e9 * 0.91)
+        counted = [step_ops.Counted("x", "forward", op) for op in (product, element)]
+        line = step_ops._line("x", "forward", "product", counted, plain.card, None)
+        assert line.bound == bound and line.seconds == pytest.approx(1e-3 * (1 + milliseconds))
+
+
 def test_the_bound_is_what_takes_longer(plain):
     bounds = {(line.group, line.part): line.bound for line in step_ops.lines_of(plain, "1024 px")}
     assert bounds["qk_norm_rope_attention", "attention"] == "compute"
@@ -151,15 +170,22 @@ def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
     assert step_ops.lines_of(plain, "768 px", rows) == step_ops.lines_of(plain, "768 px")
 
 
-@pytest.mark.parametrize("op", ["norm_modulate_lora_linear", "gelu_lora_linear"])
-def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op):
-    """What is predicted of a row is what the step has of one single block."""
-    single = [
+@pytest.mark.parametrize(
+    "op, where",
+    [
+        ("norm_modulate_lora_linear", "single_blocks.7."),
+        ("gelu_lora_linear", "single_blocks.7."),
+        ("lora_linear", "double_blocks.7.img_"),
+    ],
+)
+def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, where):
+    """What is predicted of a row is what the step has of it in one block."""
+    own = [
         one.op
         for one in step_ops.step_of(plain, "512 px")
-        if one.group == op and one.op.name.startswith("single_blocks.7.")
+        if one.group == op and one.op.name.startswith(where)
     ]
-    assert 1e3 * total_seconds(single, plain.card) == pytest.approx(
+    assert 1e3 * total_seconds(own, plain.card) == pytest.approx(
         sum(predicted_ms(plain, op, way) for way in ("forward", "backward"))
     )
 
