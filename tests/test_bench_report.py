@@ -321,7 +321,7 @@ def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     [("step-cpu", ("median_ms", "p10_ms", "p90_ms")), ("quality", ("best_loss",))],
 )
 def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, name, changed):
-    run = rows.newest(report.RESULTS / f"{name}.jsonl")
+    run = rows.last_run(report.RESULTS / f"{name}.jsonl")
     later = [one | {"date": "later"} for one in run]
     later[0] |= {key: 1.5 * later[0][key] for key in changed}
     write(report.RESULTS, f"{name}.jsonl", *later)
