@@ -85,17 +85,23 @@ def test_pickles_are_refused_and_never_loaded(tmp_path, monkeypatch):
             inspect(file)
 
 
-def test_a_header_whose_length_looks_like_a_pickle(tmp_path, tensors):
-    """0x…0280 bytes of header: the file's first two bytes are protocol 2's."""
+@pytest.mark.parametrize("low", [0x0280, 0x0580, 0x3C20])
+def test_a_header_whose_length_looks_like_something_else(tmp_path, tensors, low):
+    """The file's first two bytes are protocol 2's or 5's, or a space and the `<` of a web page."""
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     length = int.from_bytes(content[:8], "little")
-    wanted = (length // 65536 + 1) * 65536 + 0x0280
+    wanted = (length // 65536 + 1) * 65536 + low
     header = content[8 : 8 + length].ljust(wanted)
     file = tmp_path / "a"
     file.write_bytes(wanted.to_bytes(8, "little") + header + content[8 + length :])
-    assert file.read_bytes()[:2] == b"\x80\x02"
+    assert int.from_bytes(file.read_bytes()[:2], "little") == low
     with open_base(file) as base:
         assert base.spec.hidden_size == 64
+
+
+def test_a_name_that_a_terminal_would_obey(tmp_path, tensors):
+    message = refused(write(tmp_path / "a", tensors | {"a\nb\x1b[31m": torch.zeros(1)}))
+    assert r"'a\nb\x1b[31m'" in message
 
 
 # ---------------------------------------------------------------- damaged safetensors

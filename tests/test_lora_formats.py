@@ -305,11 +305,16 @@ def test_peft_configuration_beside_the_file(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     same(meaning(read_lora(tmp_path)), {k: v * 4.0 for k, v in meaning(lora).items()})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
-    with pytest.raises(ConfigError, match="DoRA"):
+    with pytest.raises(ConfigError, match=r"is a DoRA \(its peft configuration says so"):
         read_lora(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="peft configuration"):
-        read_lora(tmp_path)
+    for wrong in (
+        "[1]", '{"lora_alpha": "a"}', '{"lora_alpha": NaN}', '{"alpha_pattern": {"(": 2}}',
+        '{"alpha_pattern": {"x": 1e999}}', '{"alpha_pattern": [1]}',
+    ):  # fmt: skip
+        (tmp_path / "adapter_config.json").write_text(wrong)
+        with pytest.raises(ConfigError, match="peft configuration cannot be read") as error:
+            read_lora(tmp_path)
+        assert "\n" not in error.value.message
 
 
 def test_control_lora():
@@ -511,12 +516,12 @@ def header(content: dict, tail: bytes = b"") -> bytes:
 WHOLE = save(ab(PROJ))
 FILES = {
     "empty": (b"", "empty"),
-    "short": (b"abc", "no safetensors file"),
-    "text": (b"hello, this is no safetensors", "no safetensors file"),
-    "cut header": (WHOLE[:40], "cut off"),
+    "short": (b"abc", "header too small"),
+    "text": (b"hello, this is no safetensors", "header too large"),
+    "cut header": (WHOLE[:40], "invalid header length"),
     "cut data": (WHOLE[:-100], "cannot read"),
-    "huge header": (struct.pack("<Q", 2**60) + b"{}", "header claims"),
-    "header past the end": (struct.pack("<Q", 10_000) + b"{}", "header claims"),
+    "huge header": (struct.pack("<Q", 2**60) + b"{}", "header too large"),
+    "header past the end": (struct.pack("<Q", 10_000) + b"{}", "invalid header length"),
     "bad json": (struct.pack("<Q", 4) + b"{a:}", "cannot read"),
     "absurd shape": (header({"x": {"dtype": "F32", "shape": [2**40, 2**40],
                                    "data_offsets": [0, 4]}}, b"0000"), "cannot read"),
@@ -524,6 +529,7 @@ FILES = {
                        b"0000"), "cannot read"),
     "zip pickle": (b"PK\x03\x04" + bytes(64), "pickle"),
     "pickle": (b"\x80\x02}q\x00." + bytes(64), "pickle"),
+    "a name of two lines": (save({**ab(PROJ), "a\nb\x1b[2J": torch.ones(1)}), r"'a\\nb\\x1b\[2J'"),
 }  # fmt: skip
 
 
@@ -535,6 +541,44 @@ def test_files_that_are_refused(case, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         read_lora(path)
     assert "\n" not in error.value.message
+
+
+def padded(content: bytes, length: int) -> bytes:
+    """The same file with spaces behind its header, which is `length` bytes long then."""
+    own = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + own].ljust(length)
+    assert len(header) == length
+    return struct.pack("<Q", length) + header + content[8 + own :]
+
+
+# lengths whose bytes are those of a zip file, of pickles and (a space, then `<`) of a web page
+@pytest.mark.parametrize("length", [0x4B50, 0x0280, 0x0380, 0x0480, 0x0580, 0x3C20, 0x13C20])
+def test_a_header_may_be_of_any_length(length, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(padded(WHOLE, length))
+    assert read_lora(path).rank() == 2
+
+
+def test_a_file_of_something_else_is_not_read_to_be_refused(tmp_path, monkeypatch):
+    """A base checkpoint has tens of GB: its names are enough."""
+    from fluxfast.formats.container import Safetensors
+
+    path = tmp_path / "base.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, path)
+    monkeypatch.setattr(Safetensors, "read", lambda self, key: pytest.fail(f"{key} was read"))
+    with pytest.raises(ConfigError, match="not a LoRA of FLUX.1"):
+        read_lora(path)
+
+
+def test_a_folder_with_one_file_is_that_file(tmp_path):
+    """As a Hub repository keeps a LoRA, under a name of its own."""
+    (tmp_path / "anything.safetensors").write_bytes(WHOLE)
+    assert read_lora(tmp_path).rank() == 2
+    (tmp_path / "another.safetensors").write_bytes(WHOLE)
+    with pytest.raises(ConfigError, match="with 2 other .safetensors files"):
+        read_lora(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(save(ab(PROJ, rank=3)))
+    assert read_lora(tmp_path).rank() == 3
 
 
 def test_a_pickle_is_never_opened(tmp_path):

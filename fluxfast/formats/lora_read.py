@@ -6,11 +6,10 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
@@ -21,7 +20,6 @@ from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_LONGEST_HEADER = 100_000_000  # bytes: what safetensors itself allows
 _OTHER_MODELS = [
     ("FLUX.2", r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj"),
     ("Chroma", r"distilled_guidance_layer"),
@@ -40,13 +38,16 @@ def read_lora(
 ) -> Lora:
     """Read a LoRA file of any format, fp32, alpha folded in.
 
-    path: a .safetensors file, or a folder that peft or diffusers saved one into. drop: leave out
+    path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
+    such file. drop: leave out
     keys that have no place in FLUX.1, and say so, instead of refusing them. Raises ConfigError for
     a file that cannot be read or is no LoRA of FLUX.1, naming what it is where that can be told.
     """
     path = _file(Path(path))
-    tensors, metadata = _read(path)
-    return from_tensors(tensors, metadata, path, drop=drop, say=say)
+    with Files([path]) as files:
+        places = _places(path, files.entries, drop, say)  # before anything is read
+        tensors = {key: files.read(key) for key in places}
+        return _lora(path, tensors, places, files.metadata)
 
 
 def from_tensors(
@@ -58,11 +59,10 @@ def from_tensors(
     say: Callable[[str], None] = lambda line: None,
 ) -> Lora:
     """The same of what a file holds; `path` is named in errors."""
-    places, unknown = _place(path, tensors)
-    if unknown and drop and places and not other_lora(unknown):
-        say(f"{path}: left out {_some(unknown)}: no place in FLUX.1")
-    elif unknown or not any(role == "down" for role, _ in places.values()):
-        raise ConfigError(*_unknown(path, unknown or list(tensors)))
+    return _lora(path, tensors, _places(path, tensors, drop, say), metadata)
+
+
+def _lora(path: Path | str, tensors: dict, places: dict, metadata: dict[str, str]) -> Lora:
     lora = _assemble(path, tensors, places, _peft_scale(path, metadata))
     lora.metadata = metadata
     _check_shapes(path, lora)
@@ -92,49 +92,27 @@ def _file(path: Path) -> Path:
     for name in _IN_A_FOLDER:
         if (path / name).is_file():
             return path / name
-    raise ConfigError(f"{path} is a folder without {' or '.join(_IN_A_FOLDER)}")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """-> (key -> tensor as stored, metadata). Nothing is ever unpickled."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(8)
-        size = path.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"cannot read the LoRA {path}: {error.strerror or error}") from None
-    if not size:
-        raise ConfigError(f"cannot read the LoRA {path}: the file is empty")
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise ConfigError(
-            f"{path} is a pickle (.pt, .ckpt, .bin), which may run any code when it is opened: "
-            "not read",
-            hint="convert it to .safetensors with the tool that it came from, or get it so",
-        )
-    length = int.from_bytes(head, "little")
-    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-        raise ConfigError(
-            f"cannot read the LoRA {path}: no safetensors file, or cut off (its header claims "
-            f"{length} bytes, the file has {size})"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"cannot read the LoRA {path}: {' '.join(str(error).split())}",
-            hint="the file is truncated, damaged or not safetensors",
-        ) from None
+    files = list(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    raise ConfigError(
+        f"{path} is a folder without {' or '.join(_IN_A_FOLDER)}, and with {len(files)} other "
+        ".safetensors files",
+        hint="name the LoRA's file",
+    )
 
 
 # ---------------------------------------------------------------- keys
 
 
-def _place(path: Path, tensors: dict) -> tuple[dict[str, tuple[str, Place]], list[str]]:
-    """-> (key -> role and place, keys without one)."""
+def _places(
+    path: Path | str, keys: Iterable[str], drop: bool, say: Callable[[str], None]
+) -> dict[str, tuple[str, Place]]:
+    """Key -> role and place, of the keys that have one. Raises ConfigError for the others, or with
+    drop says them.
+    """
     places, unknown, taken = {}, [], {}
-    for key in tensors:
+    for key in keys:
         if kind := foreign_kind(key):
             raise ConfigError(
                 f"{path} is a {kind} (it has {key}), not a plain LoRA: it cannot be read",
@@ -149,7 +127,11 @@ def _place(path: Path, tensors: dict) -> tuple[dict[str, tuple[str, Place]], lis
             raise ConfigError(f"{path} says the same twice: {other} and {key}")
         taken[role, place.module, place.parts] = key
         places[key] = role, place
-    return places, unknown
+    if unknown and drop and places and not other_lora(unknown):
+        say(f"{path}: left out {_some(unknown)}: no place in FLUX.1")
+    elif unknown or not any(role == "down" for role, _ in places.values()):
+        raise ConfigError(*_unknown(path, unknown or list(places)))
+    return places
 
 
 def other_lora(keys: list[str]) -> str | None:
@@ -159,6 +141,8 @@ def other_lora(keys: list[str]) -> str | None:
 
 
 def _unknown(path: Path, keys: list[str]) -> tuple[str, str | None]:
+    if not keys:
+        return f"{path} is not a LoRA of FLUX.1: it holds no tensors", None
     if model := other_lora(keys):
         return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(keys)})", None
     return (
@@ -189,7 +173,7 @@ def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
             prefixes = ("transformer.", "text_encoder.")
         scales = {prefix: _scale_of(config, prefix) for prefix in prefixes}
         dora = any(config.get(f"{prefix}use_dora") for prefix in prefixes)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ConfigError(f"{path}: its peft configuration cannot be read: {error}") from None
     if dora:
         raise ConfigError(f"{path} is a DoRA (its peft configuration says so), not a plain LoRA")
@@ -202,22 +186,25 @@ def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
 
 
 def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
-    if config.get(f"{prefix}use_dora"):
-        raise ConfigError(
-            "the LoRA is a DoRA (use_dora in its peft configuration): it cannot be read"
-        )
     alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
-    alpha = None if alpha is None else float(alpha)
-    patterns = {str(name): float(value) for name, value in patterns.items()}
+    alpha = None if alpha is None else _finite(alpha)
+    patterns = [
+        (re.compile(rf"(.*\.)?({name})$"), _finite(value)) for name, value in patterns.items()
+    ]
     root = bool(config.get(f"{prefix}use_rslora"))
 
     def scale(key: str, rank: int) -> float:
         module = key.partition(".lora_A")[0]
-        own = (v for name, v in patterns.items() if re.match(rf"(.*\.)?({name})$", module))
-        value = next(own, alpha)
+        value = next((value for pattern, value in patterns if pattern.match(module)), alpha)
         return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
 
     return scale
+
+
+def _finite(value: object) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"alpha is {value!r}")
+    return number
 
 
 # ---------------------------------------------------------------- tensors

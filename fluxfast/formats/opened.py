@@ -57,8 +57,15 @@ def open_container(path: Path) -> Container:
             start = file.read(512)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None
-    if start.startswith(b"GGUF"):
-        return Gguf(path)
+    container = Gguf(path) if start.startswith(b"GGUF") else _open_safetensors(path, start)
+    odd = next((key for key in container.entries if not key.isprintable()), None)
+    if odd is not None:  # names go into messages: no line breaks, nothing that a terminal obeys
+        container.close()
+        raise _unreadable(path, f"a tensor is called {odd!r}")
+    return container
+
+
+def _open_safetensors(path: Path, start: bytes) -> Safetensors:
     if reason := _no_safetensors(start):
         raise _unreadable(path, *reason)
     try:
@@ -78,6 +85,8 @@ def _no_safetensors(start: bytes) -> tuple[str, str] | None:
     again = "download the file again"
     if not start:
         return "it is empty", again
+    if start[8:9] == b"{":
+        return None  # the first eight bytes are a header's length, which may look like anything
     if start.startswith(b"PK\x03\x04") or _is_pickle(start):
         return (
             "it is a pickle (.ckpt, .pt, .bin), which may run code when loaded and is never opened",
@@ -91,5 +100,5 @@ def _no_safetensors(start: bytes) -> tuple[str, str] | None:
 
 
 def _is_pickle(start: bytes) -> bool:
-    """Protocol 2 to 5; a safetensors header of such a length has its bracket behind it."""
-    return start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and start[8:9] != b"{"
+    """Protocol 2 to 5."""
+    return start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
