@@ -290,6 +290,15 @@ def test_text_encoder_names(key, module):
     assert parse(key)[1].module == module
 
 
+def test_a_text_encoders_bias_is_dropped_by_name():
+    said = []
+    for bias in (f"{TEXT}.lora_B.bias", f"{TEXT}.diff_b"):
+        state = {**ab(TEXT), bias: torch.ones(64)}
+        lora = from_tensors(state, {}, "x", drop=True, say=said.append)
+        assert to_state(lora, "diffusers").keys() == ab(TEXT).keys()
+        assert bias in said.pop()
+
+
 def test_peft_configuration_beside_the_file(tmp_path):
     """peft keeps alpha in adapter_config.json; a pattern overrides it, rslora takes the root."""
     lora = lora_of(trained("attn", rank=4, alpha=4.0))
@@ -459,6 +468,8 @@ def ab(name: str, rows=64, columns=64, rank=2, down="lora_A", up="lora_B") -> di
 
 
 PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
+TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+FOUR_BITS = torch.zeros(2, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
 REFUSED = {
     "sdxl": (ab("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"), "SDXL"),
     "sdxl diffusers": (ab("unet.down_blocks.1.attentions.0.proj_in"), "SDXL"),
@@ -493,6 +504,20 @@ REFUSED = {
              f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "NaN"),
     "alpha": ({**ab(PROJ), f"{PROJ}.alpha": torch.ones(2)}, "not one number"),
     "twice": ({**ab(PROJ), **ab("lora_unet_double_blocks_0_img_attn_proj")}, "the same twice"),
+    "alpha of 4 bits": ({**ab(PROJ), f"{PROJ}.alpha": FOUR_BITS[0, :1]}, "not one number"),
+    "4 bits": ({**ab(PROJ), f"{PROJ}.lora_A.weight": FOUR_BITS}, "stored as"),
+    "no rank": (ab(PROJ, rank=0), "do not fit each other"),
+    "no rows": (ab(PROJ, 0), "do not fit each other"),
+    "no columns": (ab(PROJ, columns=0), "do not fit each other"),
+    "half a norm_out": (ab("transformer.norm_out.linear", 127), "two halves"),
+    "bias": ({**ab("transformer.proj_out"), "transformer.proj_out.lora_B.bias": torch.ones(7)},
+             r"proj_out.lora_B.bias has shape \[7\]"),
+    "square norm": ({**ab(PROJ), "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(3, 3)},
+                    "not one dimension"),
+    "bias of a text encoder": ({**ab(PROJ), **ab(TEXT), f"{TEXT}.lora_B.bias": torch.ones(64)},
+                               "no place here for text_encoder.*bias\n"),
+    "block of many digits": (ab(PROJ.replace("0", "9" * 5000, 1)), "no place here for"),
+    "block of other digits": (ab(PROJ.replace("0", "\u0663", 1)), "no place here for"),
     "two formats": ({**ab("lora_unet_double_blocks_0_img_attn_qkv", 192),
                      **ab("transformer.transformer_blocks.0.attn.to_q")}, "the same twice"),
 }  # fmt: skip

@@ -86,7 +86,7 @@ _GROUPS = {
     "single_blocks": "single_blocks",
     "single_transformer_blocks": "single_blocks",
 }
-_BLOCK = re.compile(rf"({'|'.join(_GROUPS)})[._](\d+)[._](.+)")
+_BLOCK = re.compile(rf"({'|'.join(_GROUPS)})[._]([0-9]{{1,4}})[._](.+)")
 
 
 def _tails(group: str, parts: dict[str, list[str]], xlabs: dict) -> dict:
@@ -202,13 +202,15 @@ def _text(name: str) -> Place | None:
 def parse(key: str) -> tuple[str, Place] | None:
     """-> (role, place), or None for a key that has no place in FLUX.1.
 
-    role: down (A), up (B), alpha, bias (of the output), norm (a whole new scale), shape.
+    role: down (A), up (B), alpha, bias (of the transformer only), norm (a whole new scale), shape.
     """
     for role, pattern in _ROLES:
         match = pattern.fullmatch(key)
         if match is None:
             continue
         place = _norm(*_stripped(match[1])) if role == "norm" else resolve(match[1])
+        if role == "bias" and place is not None and "/" in place.module:
+            return None  # of a text encoder, which no format that is written has
         if place is not None:
             return role, place
     return None

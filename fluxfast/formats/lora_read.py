@@ -16,7 +16,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.lora_names import Place, foreign_kind, form_of, parse
 from fluxfast.formats.lora_pieces import Lora, Piece, split_scale, widths
 from fluxfast.formats.opened import Files
-from fluxfast.model.names import linear_shape
+from fluxfast.model.names import SWAPPED, linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -31,6 +31,11 @@ _OTHER_MODELS = [
     ),
 ]
 _SD3_WIDTHS = (1536, 2432)  # medium, large
+_FLOATS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)  # fmt: skip
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 def read_lora(
@@ -215,7 +220,9 @@ def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lo
     found: dict[Place, dict[str, str]] = defaultdict(dict)
     for key, (role, place) in places.items():
         if role == "norm":
-            lora.norms[place.module] = _number(path, key, tensors)
+            scale = lora.norms[place.module] = _number(path, key, tensors)
+            if scale.ndim != 1 or not scale.numel():
+                raise ConfigError(f"{path}: {key} has shape {list(scale.shape)}, not one dimension")
         elif role != "shape":
             found[place][role] = key
     found_in: dict[tuple, dict[str, str]] = defaultdict(dict)
@@ -237,11 +244,13 @@ def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lo
                 "each linear"
             )
         a, b = (_matrix(path, keys[role], tensors) for role in ("down", "up"))
-        if a.shape[0] != b.shape[1] or not a.shape[0]:
+        if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
             raise ConfigError(
                 f"{path}: {keys['down']} {list(a.shape)} and {keys['up']} {list(b.shape)} do not "
                 "fit each other"
             )
+        if "bias" in keys and bias.shape != b.shape[:1]:
+            raise ConfigError(f"{path}: {keys['bias']} has shape {list(bias.shape)}")
         rank = a.shape[0]
         scale = _alpha(path, keys["alpha"], tensors) / rank if "alpha" in keys else None
         for_a, for_b = split_scale(scale_of(keys["down"], rank) if scale is None else scale)
@@ -255,7 +264,7 @@ def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lo
 
 def _number(path: Path, key: str, tensors: dict) -> Tensor:
     tensor = tensors[key]
-    if not tensor.is_floating_point():
+    if tensor.dtype not in _FLOATS:
         raise ConfigError(f"{path}: {key} is stored as {tensor.dtype}, which is no LoRA's")
     tensor = tensor.float()
     if not tensor.isfinite().all():
@@ -273,7 +282,9 @@ def _matrix(path: Path, key: str, tensors: dict) -> Tensor:
 
 
 def _alpha(path: Path, key: str, tensors: dict) -> float:
-    if tensors[key].numel() != 1 or not math.isfinite(value := tensors[key].float().item()):
+    tensor = tensors[key]
+    known = tensor.numel() == 1 and tensor.dtype in (*_FLOATS, *_INTEGERS)
+    if not known or not math.isfinite(value := tensor.float().item()):
         raise ConfigError(f"{path}: {key} is not one number")
     return value
 
@@ -292,6 +303,8 @@ def _check_shapes(path: Path, lora: Lora) -> None:
         module: [(piece.parts, piece.b.shape[0], piece.a.shape[1]) for piece in pieces]
         for module, pieces in lora.pieces.items()
     }
+    if any(rows % 2 for _, rows, _ in shapes.get(SWAPPED, [])):
+        raise ConfigError(f"{path} does not fit FLUX.1: {SWAPPED} has two halves of rows")
     hidden, mlp = widths(shapes)
     if hidden in _SD3_WIDTHS and not any(name.startswith("single_") for name in lora.pieces):
         raise ConfigError(f"{path} is a LoRA of Stable Diffusion 3, not of FLUX.1")

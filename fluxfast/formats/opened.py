@@ -61,7 +61,7 @@ def open_container(path: Path) -> Container:
     odd = next((key for key in container.entries if not key.isprintable()), None)
     if odd is not None:  # names go into messages: no line breaks, nothing that a terminal obeys
         container.close()
-        raise _unreadable(path, f"a tensor is called {odd!r}")
+        raise _unreadable(path, f"a tensor is called {odd!r}", "tensors have names of plain text")
     return container
 
 
