@@ -5,9 +5,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError
 
 CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
+
+
+def check_new(path: Path) -> None:
+    """Raise ConfigError where there is something at `path` already, be it a link to nothing."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder", hint="name the file to write")
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} is there already", hint="remove it, or choose another name")
 
 
 def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:

@@ -74,11 +74,47 @@ def test_verify_reports_rounding(fluxfast, tmp_path):
     save_lora(trained("attn"), tmp_path / "a.safetensors")
     worst = {}
     for dtype in ("fp32", "fp16", "bf16"):
-        code, out, _ = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+        code, out, _ = fluxfast("convert", "a.safetensors", "--to", "kohya", f"{dtype}.safetensors",
                                 "--verify", "--dtype", dtype)  # fmt: skip
         assert code == 0
         worst[dtype] = float(out.splitlines()[-2].split(": ")[1].split()[0])
     assert worst["fp32"] < 1e-6 < 1e-5 < worst["fp16"] < worst["bf16"] < 5e-2
+
+
+def test_verify_prints_the_largest_difference_of_every_layer(fluxfast, tmp_path):
+    """Against ΔW formed whole, of what was read and what is written."""
+    save_lora(trained("attn"), tmp_path / "a.safetensors")
+    code, out, _ = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+                            "--verify", "--dtype", "bf16")  # fmt: skip
+    before, after = (meaning(read_lora(tmp_path / f"{x}.safetensors")) for x in "ab")
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()[:-2]}
+    assert code == 0 and lines.keys() == before.keys()
+    for name, delta in before.items():
+        change, _, size = lines[name]
+        assert float(change) == pytest.approx((after[name] - delta).abs().max().item(), rel=6e-3)
+        assert float(size) == pytest.approx(delta.abs().max().item(), rel=6e-3)
+
+
+def test_factors_that_stay_are_not_multiplied(fluxfast, tmp_path, monkeypatch):
+    """In fp32 nothing is rounded: ΔW of 12 billion entries need not be formed to say so."""
+    save_lora(trained("all"), tmp_path / "a.safetensors")
+    save_lora(trained("attn", True, seed=2), tmp_path / "b.safetensors", "kohya")
+    monkeypatch.setattr(torch, "mm", lambda *arguments, **named: pytest.fail("multiplied"))
+    for format in ("kohya", "comfyui", "bfl", "diffusers"):
+        code, out, err = fluxfast("convert", "a.safetensors", "b.safetensors", "--strength", 0.7,
+                                  "--to", format, f"{format}.safetensors", "--verify")  # fmt: skip
+        assert code == 0, err
+        *layers, worst, _ = out.splitlines()
+        assert all(line.split()[1:] == ["0"] for line in layers) and "0 in every layer" in worst
+
+
+def test_verify_bears_updates_that_cancel(fluxfast, tmp_path):
+    """What is left of a sum may be smaller than the rounding of one product."""
+    save_lora(trained("attn"), tmp_path / "a.safetensors")
+    code, out, err = fluxfast("convert", "a.safetensors", "a.safetensors", "--strength", 1,
+                              "--strength", -0.9999, "--to", "kohya", "b.safetensors",
+                              "--verify")  # fmt: skip
+    assert code == 0 and "0 in every layer" in out, err
 
 
 def test_verify_finds_a_wrong_file(fluxfast, tmp_path, monkeypatch):
@@ -98,6 +134,51 @@ def test_verify_finds_a_wrong_file(fluxfast, tmp_path, monkeypatch):
                               "--verify")  # fmt: skip
     assert code == 1 and out == "" and "would change by 0.00" in err
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("lost", ["double_blocks.0.img_attn.proj", "single_blocks.1.linear1"])
+def test_verify_misses_nothing_that_is_gone(lost, fluxfast, tmp_path, monkeypatch):
+    """A linear that is not written, or a part of one."""
+    from fluxfast.formats import lora_convert
+
+    save_lora(trained("attn"), tmp_path / "a.safetensors")
+    right = lora_convert.to_state
+
+    def wrong(lora, *arguments, **named):
+        pieces = {**lora.pieces, lost: lora.pieces[lost][1:]}
+        return right(dataclasses.replace(lora, pieces=pieces), *arguments, **named)
+
+    def without(lora, *arguments, **named):
+        pieces = {name: p for name, p in lora.pieces.items() if name != lost}
+        return right(dataclasses.replace(lora, pieces=pieces), *arguments, **named)
+
+    monkeypatch.setattr(lora_convert, "to_state", without if lost.endswith("proj") else wrong)
+    code, _, err = fluxfast("convert", "a.safetensors", "--to", "diffusers", "b.safetensors",
+                            "--verify")  # fmt: skip
+    assert code == 1 and f"{lost} would change by 1 of its size" in err, err
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_what_overflows_is_not_written(fluxfast, tmp_path):
+    """Not in fp32 either; what fp16 alone cannot hold goes into fp32, and that is said."""
+    state = {k: t * 1e10 for k, t in ab("transformer.transformer_blocks.0.attn.to_out.0").items()}
+    save_file(state, tmp_path / "a.safetensors")
+    for words in (["--scale", "nan"], ["--scale", "inf"], ["--strength", "nan"]):
+        code, out, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+                                  *words)  # fmt: skip
+        assert code == 2 and out == "" and "no number to multiply by" in err
+    for verify in ([], ["--verify"]):
+        code, out, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+                                  "--scale", 1e30, *verify)  # fmt: skip
+        assert code == 2 and out == "" and "larger than fp32 can hold" in err, err
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    code, out, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+                              "--dtype", "fp16")  # fmt: skip
+    assert code == 0 and "fp16 cannot hold lora_unet" in err and "fp32" in err
+    assert {t.dtype for t in load_file(tmp_path / "b.safetensors").values()} == {torch.float32}
+    code, out, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "c.safetensors",
+                              "--scale", 1e19, "--verify", "--dtype", "bf16")  # fmt: skip
+    assert code == 1 and "would change by inf" in err, err  # ΔW itself, of factors that fit
 
 
 def test_dropping(fluxfast, tmp_path):
@@ -129,6 +210,9 @@ def test_dropping(fluxfast, tmp_path):
         (["a.safetensors", "--to", "kohya", "b.safetensors", "--strength", "1", "--strength",
           "2"], "2 strengths for 1"),
         (["a.safetensors", "--to", "kohya", "."], "is a folder"),
+        (["a.safetensors", "--to", "kohya", "a.safetensors"], "a.safetensors is there already"),
+        (["a.safetensors", "wide.safetensors", "--to", "kohya"], "is there already"),
+        (["a.safetensors", "--to", "kohya", "link.safetensors"], "is there already"),
         (["none.safetensors", "--to", "kohya", "b.safetensors"], "cannot read"),
         (["wide.safetensors", "a.safetensors", "--to", "kohya", "b.safetensors"], "added up"),
         *[([f"{case}.safetensors", "--to", "kohya", "b.safetensors"], REFUSED[case][1])
@@ -141,15 +225,16 @@ def test_bad_calls_write_nothing(arguments, message, fluxfast, tmp_path):
               tmp_path / "wide.safetensors")  # fmt: skip
     for case in ("sdxl", "sd3 diffusers", "lokr", "ranks"):
         save_file(REFUSED[case][0], tmp_path / f"{case}.safetensors")
-    before = {file.name for file in tmp_path.iterdir()}
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
     code, out, err = fluxfast("convert", *arguments)
     assert code == 2 and out == "" and message in err, err
-    assert {file.name for file in tmp_path.iterdir()} == before
+    (tmp_path / "link.safetensors").unlink()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_full_disk_leaves_nothing(fluxfast, tmp_path, monkeypatch):
     save_lora(trained("attn"), tmp_path / "a.safetensors")
-    (tmp_path / "b.safetensors").write_bytes(b"precious")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -157,8 +242,17 @@ def test_a_full_disk_leaves_nothing(fluxfast, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     code, _, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors")
     assert code == 1 and "No space left" in err
-    assert (tmp_path / "b.safetensors").read_bytes() == b"precious"
-    assert {file.name for file in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_widths_that_differ_in_the_mlp_are_not_added_up():
+    from fluxfast.errors import ConfigError
+    from fluxfast.formats.lora_pieces import merged
+
+    one, two = (read_of(ab("transformer.single_transformer_blocks.0.proj_mlp", rows, 64))
+                for rows in (256, 128))  # fmt: skip
+    with pytest.raises(ConfigError, match="64 wide with an MLP of 256 and 64 wide"):
+        merged([one, two])
 
 
 # ---------------------------------------------------------------- loaders nobody here wrote

@@ -1,5 +1,6 @@
 """`fluxfast convert`: LoRA files of any format into one file of another."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.files import write_atomic
+from fluxfast.files import check_new, write_atomic
 from fluxfast.formats.lora_pieces import Lora, balanced, difference, merged, scaled
 from fluxfast.formats.lora_read import from_tensors, read_lora
 from fluxfast.formats.lora_write import known_format, to_bytes, to_state
@@ -33,23 +34,28 @@ def convert(
 
     Exact but for the rounding to dtype: files are summed by stacking their ranks. drop leaves out,
     and says, what the format has no place for. Raises ConfigError for files that cannot be taken
-    and FluxfastError where the disk refuses or verify finds more than rounding; nothing is written
-    then.
+    and a target that is there already, FluxfastError where the disk refuses or verify finds more
+    than rounding; nothing is written then.
     """
     known_format(format)
-    if Path(target).is_dir():
-        raise ConfigError(f"{target} is a folder", hint="name the file to write")
+    target = Path(target)
+    check_new(target)
+    for number in (*strengths, scale):
+        if not math.isfinite(number):
+            raise ConfigError(f"a strength or scale of {number} is no number to multiply by")
     loras = read_all(sources, strengths, drop=drop, say=say)
     total = scaled(merged(loras), scale)
     for source, lora in zip(sources, loras, strict=True):
         say(f"{source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
     even = balanced(total) if dtype == "fp16" else total
     state = to_state(even, format, drop=drop, say=say)
+    if over := next((key for key, tensor in state.items() if not tensor.isfinite().all()), None):
+        raise ConfigError(f"{over} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
     kept = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
-    content = to_bytes(state, dtype, kept)
-    lines = _compare(total, load(content), Path(target), dtype) if verify else []
-    write_atomic(Path(target), content, hint="free some space, or choose another folder")
+    content = to_bytes(state, dtype, kept, say=say)
+    lines = _compare(total, load(content), target, dtype, drop) if verify else []
+    write_atomic(target, content, hint="free some space, or choose another folder")
     return lines
 
 
@@ -68,19 +74,25 @@ def read_all(
     return [scaled(read_lora(path, drop=drop, say=say), strength) for path, strength in pairs]
 
 
-def _compare(total: Lora, content: dict[str, Tensor], target: Path, dtype: str) -> list[str]:
-    """A line per layer. What was dropped is not compared: to_state has named it."""
+def _compare(
+    total: Lora, content: dict[str, Tensor], target: Path, dtype: str, drop: bool
+) -> list[str]:
+    """A line per layer. What was dropped, and named by to_state, is not compared."""
     written = from_tensors(content, {}, target)
     lines, worst = [], (0.0, "")
     for table in ("pieces", "text"):
-        for module, pieces in getattr(written, table).items():
-            kept = {part for piece in pieces for part in piece.parts}
+        here, before = getattr(written, table), getattr(total, table)
+        for module in here if drop else {**before, **here}:
+            kept = {part for piece in here[module] for part in piece.parts} if drop else None
             change, size = difference(total, written, table, module, kept)
-            lines.append(f"{module}  {change:.3g} of {size:.3g}")
-            worst = max(worst, (change / size if size else change, module))
-    if worst[0] > _ROUNDING[dtype]:
+            lines.append(f"{module}  {change:.3g} of {size:.3g}" if change else f"{module}  0")
+            share = change / size if 0 < size < math.inf else change
+            worst = max(worst, (share, module))
+    share, module = worst
+    if not share <= _ROUNDING[dtype]:
         raise FluxfastError(
-            f"{worst[1]} would change by {worst[0]:.2g} of its size: nothing is written",
+            f"{module} would change by {share:.2g} of its size: nothing is written",
             hint=None if dtype == "fp32" else "--dtype fp32 rounds least",
         )
-    return [*lines, f"max |ΔW difference| relative to the layer: {worst[0]:.3g} ({worst[1]})"]
+    where = f"({module})" if share else "in every layer"
+    return [*lines, f"max |ΔW difference| relative to the layer: {share:.3g} {where}"]

@@ -252,10 +252,11 @@ def merged(loras: list[Lora]) -> Lora:
     """
     total = loras[0]
     for other in loras[1:]:
-        if total.hidden and other.hidden and total.hidden != other.hidden:
+        sizes = [(lora.hidden, lora.mlp) for lora in (total, other)]
+        if total.hidden and other.hidden and sizes[0] != sizes[1]:
+            one, two = (f"{hidden} wide with an MLP of {mlp}" for hidden, mlp in sizes)
             raise ConfigError(
-                f"these LoRAs are of transformers {total.hidden} and {other.hidden} wide: they "
-                "cannot be added up"
+                f"these LoRAs are of transformers {one} and {two}: they cannot be added up"
             )
         if both := total.norms.keys() & other.norms.keys():
             raise ConfigError(f"two of these LoRAs set {min(both)}: they cannot be added up")
@@ -280,8 +281,9 @@ def merged(loras: list[Lora]) -> Lora:
 def difference(
     one: Lora, other: Lora, table: str, module: str, only: set[int] | None = None
 ) -> tuple[float, float]:
-    """-> (max |ΔW difference|, max |ΔW| of `one`) of a linear, over blocks of rows. table: pieces
-    or text; only: these parts.
+    """-> (max |ΔW difference|, max |ΔW| of `one`) of a linear, both over the parts that differ:
+    parts whose factors are the same bits differ by nothing and are not multiplied. table: pieces
+    or text; only: these parts. What overflows is infinite.
     """
     mine, theirs = (getattr(lora, table).get(module, []) for lora in (one, other))
     heights = one.heights(module) or other.heights(module)
@@ -290,25 +292,33 @@ def difference(
     mine, theirs = ([p for piece in side for p in split(piece, heights)] for side in (mine, theirs))
     worst = largest = 0.0
     for part, height in enumerate(heights):
-        pairs = [
-            (sign, piece.a, piece.b)
-            for sign, pieces in ((1, mine), (-1, theirs))
-            for piece in pieces
-            if piece.parts == (part,) and (only is None or part in only)
-        ]
-        if not pairs:
+        sides = [[p for p in side if p.parts == (part,)] for side in (mine, theirs)]
+        if not any(sides) or (only is not None and part not in only):
             continue
-        columns = pairs[0][1].shape[1]
+        columns = next(p.a.shape[1] for side in sides for p in side)
+        (a, b), (c, d) = (_acting(side, height, columns) for side in sides)
+        if torch.equal(a, c) and torch.equal(b, d):
+            continue
         count = max(1, _BLOCK // columns)
+        delta = torch.empty(min(count, height), columns)
         for start in range(0, height, count):
-            delta = torch.zeros(min(count, height - start), columns)
-            for turn in (1, -1):
-                for sign, a, b in pairs:
-                    if sign == turn:
-                        delta.addmm_(b[start : start + count], a, alpha=sign)
-                size = max(map(abs, torch.stack(delta.aminmax()).tolist()))
-                if turn == 1:
-                    largest = max(largest, size)
-                else:
-                    worst = max(worst, size)
+            rows = slice(start, start + count)
+            block = torch.mm(b[rows], a, out=delta[: height - start])
+            largest = max(largest, _largest(block))
+            worst = max(worst, _largest(block.addmm_(d[rows], c, alpha=-1)))
     return worst, largest
+
+
+def _acting(pieces: list[Piece], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A and B of pieces on one part, side by side, without ranks that are zero in either."""
+    if not pieces:
+        return torch.zeros(0, columns), torch.zeros(rows, 0)
+    whole = _stack(pieces)
+    used = (whole.a != 0).any(dim=1) & (whole.b != 0).any(dim=0)
+    return whole.a[used], whole.b[:, used]
+
+
+def _largest(block: Tensor) -> float:
+    # amax and amin take half the time of aminmax
+    size = max(block.amax().item(), -block.amin().item())
+    return size if math.isfinite(size) else math.inf

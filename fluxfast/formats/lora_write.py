@@ -97,13 +97,21 @@ def to_state(
     return state
 
 
-def to_bytes(state: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> bytes:
-    """A safetensors file. A tensor that fp16 cannot hold makes the whole file fp32."""
+def to_bytes(
+    state: dict[str, Tensor],
+    dtype: str,
+    metadata: dict[str, str],
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> bytes:
+    """A safetensors file. A tensor that fp16 cannot hold makes the whole file fp32, and is said."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     # clones: one A may stand under several names, which safetensors refuses for one storage
     cast = {key: _cast(tensor, DTYPES[dtype]) for key, tensor in state.items()}
-    if not all(tensor.isfinite().all() for tensor in cast.values()):
+    over = (key for key, tensor in cast.items() if not tensor.isfinite().all())
+    if dtype != "fp32" and (key := next(over, None)):
+        say(f"{dtype} cannot hold {key}: the whole file is in fp32")
         cast = {key: _cast(tensor, torch.float32) for key, tensor in state.items()}
     return save(cast, {"format": "pt", **metadata})
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fluxfast import __version__
 from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.files import check_new
 from fluxfast.formats.base import STORAGE_KEY, BaseCheckpoint, open_base
 from fluxfast.formats.base_bnb import state_json
 from fluxfast.formats.opened import Files
@@ -84,8 +85,7 @@ def quantize(
     source, target = Path(source), Path(target)
     if storage not in STORAGES:
         raise ConfigError(f"storage {storage!r} is not one of {', '.join(STORAGES)}")
-    if target.exists():
-        raise ConfigError(f"{target} is there already", hint="remove it, or choose another name")
+    check_new(target)
     started = time.perf_counter()
     with open_base(source) as base:
         forms = {
