@@ -170,7 +170,7 @@ def sample(
         Picture(text, seed + walk_seed * index, width, height, steps, guidance)
         for index, text in enumerate(prompt)
     ]
-    with _interruptible():
+    with _interruptible("the next run draws from the start"):
         files = generate(parts, pictures, out, lora, strength, say=_announce)
         print("\n".join(map(str, files)))
 
@@ -203,15 +203,12 @@ def convert(
     *sources, target = source
     if not sources:
         raise ConfigError("convert takes a file to read and a file to write", hint="SRC … DST")
-    from fluxfast.formats.lora_convert import convert as run
+    with _interruptible("nothing was written"):
+        from fluxfast.formats.lora_convert import convert as run
 
-    given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
-    with _interruptible():
-        print(
-            "\n".join(
-                [*run(sources, to, target, **given, verify=verify, say=_announce), str(target)]
-            )
-        )
+        given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
+        lines = run(sources, to, target, **given, verify=verify, say=_announce)
+        print("\n".join([*lines, str(target)]))
 
 
 @app.command()
@@ -253,22 +250,24 @@ def quantize(
 
     from fluxfast.formats.quantize import quantize as run
     from fluxfast.hub import TRANSFORMER, resolve_model
+    from fluxfast.signals import ENDING, stop_event
 
     console = Console(stderr=True)
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with _interruptible("nothing was written"):
+        base = resolve_model(source, TRANSFORMER)
+        bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        # it ends between two tensors and takes the unfinished file away: within one, safetensors
+        # makes a ValueError of the interrupt
+        with stop_event(*ENDING) as stop, bars:
             task = bars.add_task("", total=None)
-            written = run(
-                resolve_model(source, TRANSFORMER),
-                destination,
-                storage,
-                double_quant=double_quant,
-                progress=lambda done, total: bars.update(task, completed=done, total=total),
-            )
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
+
+            def progress(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+                if stop.is_set():
+                    raise KeyboardInterrupt
+
+            written = run(base, destination, storage, double_quant=double_quant, progress=progress)
     print(written.line(), file=sys.stderr)
     print(written.path)
 
@@ -354,12 +353,12 @@ def _announce(line: str) -> None:
 
 
 @contextmanager
-def _interruptible():
+def _interruptible(word: str = "the same command goes on where it stopped"):
     """Ctrl-C ends a command with a word about it. Done here because typer ends silently on it."""
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        print(f"stopped; {word}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from fluxfast.optim import set_mode
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
 from fluxfast.report import write_report
+from fluxfast.signals import stop_event
 from fluxfast.step import Training, train_step
 from fluxfast.watch import Watch
 
@@ -132,7 +132,8 @@ def _loop(run: Training, loader: Loader, watch: Watch, first: int, console: Cons
     if first == 0:
         _look(run, watch, 0)
     run.capture()
-    with log, _stop_on_interrupt() as stop, _saved_where_memory_ends(run, first) as progress:
+    # Ctrl-C stops after the step it falls into
+    with log, stop_event(signal.SIGINT) as stop, _saved_where_memory_ends(run, first) as progress:
         for step in range(first, train.steps):
             loss, norm, bad, lr = train_step(
                 run, [next(batches) for _ in range(accumulation)], step
@@ -180,26 +181,6 @@ def _look(run: Training, watch: Watch, done: int) -> None:
         meta = {**_metadata(run, done), "validation_loss": f"{row.loss:.6f}"}
         _save_formats(run, run.config.run_dir / f"{run.config.name}_best.safetensors", meta)
     set_mode(run.optimizer, training=True)
-
-
-@contextmanager
-def _stop_on_interrupt():
-    """Ctrl-C asks the loop to stop after its step; a second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(signum, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _save(run: Training, step: int) -> None:

@@ -21,6 +21,7 @@ MAY_IMPORT = """
 fluxfast_kernels.*       fluxfast_kernels.*
 fluxfast.errors
 fluxfast.draws
+fluxfast.signals
 fluxfast.files           errors
 fluxfast.compat_table    errors
 fluxfast.compat          compat_table errors
@@ -72,11 +73,11 @@ fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors
 fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config
-fluxfast.train           assemble build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report step watch
+fluxfast.train           assemble build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report signals step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors formats.inspect formats.lora_convert formats.quantize generate hub layer_errors load planning prepare sample settings train
+fluxfast.cli             check config doctor errors formats.inspect formats.lora_convert formats.quantize generate hub layer_errors load planning prepare sample settings signals train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data

@@ -338,6 +338,17 @@ def test_ctrl_c_ends_with_a_word(fluxfast, photos, monkeypatch):
     assert "goes on where it stopped" in result.err and "Traceback" not in result.err
 
 
+def test_ctrl_c_promises_what_the_command_keeps(fluxfast, monkeypatch):
+    from fluxfast.formats import lora_convert
+
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora_convert, "convert", interrupted)
+    result = fluxfast("convert", "a", "b", "--to", "kohya")
+    assert result.code == 130 and result.err == "stopped; nothing was written\n"
+
+
 # ---------------------------------------------------------------- what the options become
 
 

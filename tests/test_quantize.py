@@ -3,6 +3,7 @@ small in memory; whole or not at all."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from fluxfast.formats.quantize import checksum, quantize, verify
 from fluxfast.load import stored_as
 from fluxfast.memory.work import shape_of
 from fluxfast.model.spec import DEV, FluxSpec
+from fluxfast.signals import ENDING
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -282,6 +284,34 @@ def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, RuntimeError, OSError, FluxfastError)):
         quantize(source, tmp_path / "b", progress=stop)
     assert len(seen) == 1 and seen[0].endswith(".partial")  # there was something to remove
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_it_between_two_tensors(tmp_path, source, monkeypatch, fluxfast, number):
+    """Ctrl-C, `kill`, a closed terminal: no file is cut off, none is left."""
+
+    def unheard(signum, frame):
+        raise AssertionError("not handled")
+
+    seen = []
+
+    def asked(name, weight):
+        if not seen:
+            os.kill(os.getpid(), number)
+        seen.append(left(tmp_path))
+        return nf4_tensors(name, weight)
+
+    nf4_tensors = module._nf4_tensors
+    monkeypatch.setattr(module, "_nf4_tensors", asked)
+    before = signal.signal(number, unheard)
+    try:
+        code, out, err = fluxfast("quantize", source, tmp_path / "b")
+        assert signal.getsignal(number) is unheard
+    finally:
+        signal.signal(number, before)
+    assert (code, out) == (130, "") and "stopped; nothing was written" in err
+    assert [name.endswith(".partial") for (name,) in seen] == [True]
     assert left(tmp_path) == []
 
 

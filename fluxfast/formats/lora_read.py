@@ -44,9 +44,9 @@ def read_lora(
     """Read a LoRA file of any format, fp32, alpha folded in.
 
     path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
-    such file. drop: leave out
-    keys that have no place in FLUX.1, and say so, instead of refusing them. Raises ConfigError for
-    a file that cannot be read or is no LoRA of FLUX.1, naming what it is where that can be told.
+    such file. drop: leave out keys that have no place in FLUX.1, and say so, instead of refusing
+    them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1, naming what it
+    is where that can be told.
     """
     path = _file(Path(path))
     with Files([path]) as files:
