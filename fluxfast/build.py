@@ -10,7 +10,7 @@ from fluxfast.assemble import assemble
 from fluxfast.checkpoint import checkpoints
 from fluxfast.config import Config
 from fluxfast.data.loader import Loader
-from fluxfast.formats.lora import init_lora, load_assistant, lora_of
+from fluxfast.formats.lora import init_lora, load_assistant, lora_of, read_lora
 from fluxfast.formats.lora_write import to_state
 from fluxfast.hub import resolve_lora
 from fluxfast.load import load_transformer
@@ -20,6 +20,16 @@ from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
 from fluxfast.step import Training
+
+
+def check_loras(config: Config, fresh: bool) -> None:
+    """Raise FluxfastError where a LoRA file that the run needs cannot be read: said before pictures
+    are encoded. fresh: the run starts at step 0, from `lora.init_from` where there is one.
+    """
+    if config.model.assistant_lora:
+        read_lora(resolve_lora(config.model.assistant_lora))
+    if config.lora.init_from and fresh:
+        read_lora(config.lora.init_from)
 
 
 def build(

@@ -9,7 +9,7 @@ import torch
 
 from fluxfast.config import ModelConfig
 from fluxfast.encoders.text import TextEncoders
-from fluxfast.formats.lora import load_lora
+from fluxfast.formats.lora import load_lora, read_lora
 from fluxfast.load import load_transformer, resolve_device, resolve_precision
 from fluxfast.prepare import encoder_dtype, resolve_parts
 from fluxfast.sample import Picture, draw_pictures, save_picture
@@ -33,7 +33,10 @@ def generate(
     precision.
     """
     place = resolve_device(device)
-    resolve_precision(model.storage, model.compute, place)  # before the encoders take their time
+    # before the encoders take their time
+    resolve_precision(model.storage, model.compute, place)
+    for file in [lora] if isinstance(lora, Path) else lora:
+        read_lora(file)
     base, root, length = resolve_parts(model)
     dtype = encoder_dtype(place)
     encoders = TextEncoders(root, place, dtype)

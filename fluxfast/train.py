@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fluxfast import __version__
 from fluxfast.assemble import bucket_shapes
-from fluxfast.build import build
+from fluxfast.build import build, check_loras
 from fluxfast.checkpoint import (
     checkpoints,
     drop_partials,
@@ -49,6 +49,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     console = console or Console(stderr=True)
     if restart and config.run_dir.exists():
         check_model(config.model, resolve_device(config.device))  # before anything is moved
+        check_loras(config, fresh=True)
         with sole_user(config.run_dir):
             _move_aside(config.run_dir, console)
     with sole_user(config.run_dir):
@@ -58,6 +59,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
 def _train(config: Config, console: Console) -> Path:
     drop_partials(config.run_dir)
     device = resolve_device(config.device)
+    check_loras(config, fresh=not checkpoints(config.run_dir))
     prepared = prepare(config, device, console)
     loader = Loader(
         prepared.dataset, config.train.batch_size, config.seed, pin=device.type == "cuda"

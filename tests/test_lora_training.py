@@ -111,6 +111,34 @@ def test_an_assistant_of_another_model_is_refused(tmp_path, configure):
         train(configure(model__assistant_lora="none.safetensors", name="b"), console=QUIET)
 
 
+@pytest.mark.parametrize("key", ["model__assistant_lora", "lora__init_from"])
+def test_a_file_that_cannot_be_read_is_said_first(key, tmp_path, configure, monkeypatch):
+    """Before pictures are encoded, and before an earlier run is moved aside."""
+    import fluxfast.train as module
+
+    file = tmp_path / "no.safetensors"
+    file.write_bytes(b"no LoRA")
+    config = configure(**{key: str(file)})
+    monkeypatch.setattr(module, "prepare", lambda *arguments: pytest.fail("prepared"))
+    with pytest.raises(ConfigError, match="cannot read"):
+        train(config, console=QUIET)
+    (config.run_dir / "checkpoints" / "step-00000002").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot read"):
+        train(config, restart=True, console=QUIET)
+    assert [folder.name for folder in config.run_dir.parent.iterdir()] == [config.name]
+
+
+def test_a_lora_that_cannot_be_drawn_with_is_said_first(nano_model, tmp_path, monkeypatch):
+    import fluxfast.generate as module
+    from fluxfast.config import ModelConfig
+
+    picture = module.Picture("a cat", 1, 64, 64, 1, 1.0)
+    monkeypatch.setattr(module, "TextEncoders", lambda *arguments: pytest.fail("encoded"))
+    for lora in ([tmp_path / "none.safetensors"], tmp_path / "none.safetensors"):
+        with pytest.raises(ConfigError, match="No such file"):
+            module.generate(ModelConfig(path=str(nano_model)), [picture], tmp_path, lora)
+
+
 def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
     model = load_transformer(nano_model, "fp32", "fp32", "cpu")
     inject_lora(model, rank, seed=5, **more)

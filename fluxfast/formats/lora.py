@@ -32,7 +32,9 @@ from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.names import part_rows
 
-__all__ = ["DTYPES", "init_lora", "load_assistant", "load_lora", "lora_of", "save_lora"]
+__all__ = [
+    "DTYPES", "init_lora", "load_assistant", "load_lora", "lora_of", "read_lora", "save_lora",
+]  # fmt: skip
 
 
 def lora_of(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None) -> Lora:
