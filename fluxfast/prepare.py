@@ -17,7 +17,8 @@ from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import open_base, tokenizer_length
+from fluxfast.formats.base import open_base
+from fluxfast.formats.base_folder import tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
 from fluxfast.load import resolve_precision, stored_as
 from fluxfast.metrics import say

@@ -68,7 +68,7 @@ fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation files
-fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base hub load model.precision config metrics validation errors
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors

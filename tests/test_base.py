@@ -12,7 +12,8 @@ from small import SMALL
 
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import open_base, tokenizer_length
+from fluxfast.formats.base import open_base
+from fluxfast.formats.base_folder import tokenizer_length
 from fluxfast.load import resolve_device
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.spec import FluxSpec
@@ -209,7 +210,9 @@ def test_guidance_makes_it_dev_or_schnell(tmp_path, tensors, guidance, length):
     kept = {k: v for k, v in tensors.items() if guidance or not k.startswith("guidance_in")}
     file = tmp_path / "flux1.safetensors"
     save_file(kept, file)
-    folder = write_folder(tmp_path / "d", guidance_embeds=guidance)
+    split = diffusers_tensors(tensors)
+    split = {k: v for k, v in split.items() if guidance or "guidance_embedder" not in k}
+    folder = write_folder(tmp_path / "d", split, guidance_embeds=guidance)
     for path in (file, folder):
         with open_base(path) as base:
             assert base.spec.guidance_embed is guidance
@@ -496,8 +499,9 @@ def test_a_file_of_something_else(tmp_path):
 
 @pytest.mark.parametrize(
     "content, part",
-    [(None, "cannot read"), ("", "not valid JSON"), ("{", "not valid JSON"), ("[]", "JSON object"),
-     ("null", "JSON object"), ("{}", "model of unknown kind"), ("[" * 9999, "not valid JSON")],
+    [(None, "no config.json"), ("", "not valid JSON"), ("{", "not valid JSON"),
+     ("[]", "JSON object"), ("null", "JSON object"), ("{}", "model of unknown kind"),
+     ("[" * 9999, "not valid JSON")],
 )  # fmt: skip
 def test_a_config_that_is_missing_or_broken(tmp_path, content, part):
     config = write_folder(tmp_path) / "config.json"
@@ -571,3 +575,61 @@ def test_reading_leaves_the_file_as_it_was(diffusers_folder, tensors):
     load(diffusers_folder / "whole")
     stored = load_file(diffusers_folder / "whole" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(stored[k], v) for k, v in diffusers_tensors(tensors).items())
+
+
+# ---------------------------------------------------------------- folders that mislead
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["diffusion_pytorch_model-00001-of-00002", "x"]])
+def test_a_tensor_that_two_files_have(tmp_path, names):
+    folder = write_folder(tmp_path)
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    for name in names:
+        (folder / f"{name}.safetensors").write_bytes(whole.read_bytes())
+    with open_base(folder) as base:  # diffusers' own file alone counts
+        assert [file.path for file in base.files.containers] == [whole]
+    whole.unlink()
+    message = refused(folder)
+    assert all(f"{name}.safetensors" in message for name in names)
+
+
+@pytest.mark.parametrize(
+    "name", ["../{}", "/tmp/{}", "sub/{}", "..", ".", "", "a\0b", "a\nb", "{}/"]
+)
+def test_an_index_that_leads_out_of_the_folder(tmp_path, name):
+    """Though the file be there."""
+    file = "diffusion_pytorch_model.safetensors"
+    outside = write_folder(tmp_path) / file
+    folder = write_folder(tmp_path / "d")
+    (folder / "sub").mkdir()
+    (folder / file).rename(folder / "sub" / file)
+    path = str(outside) if name.startswith("/") else name.format(file)
+    index = {"weight_map": {"x_embedder.weight": path}}
+    (folder / f"{file}.index.json").write_text(json.dumps(index))
+    message = refused(folder)
+    assert "no file of the folder" in message or "Is a directory" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"num_layers": 0}, "positive integer"),
+        (
+            {"num_single_layers": 1},
+            "speaks of 1 double and 1 single blocks, the weights have 1 and",
+        ),
+        ({"guidance_embeds": False}, "guidance_embeds: false"),
+        ({"num_layers": 100_000}, "it has 100000 double"),
+        ({"axes_dims_rope": [-4, 18, 18]}, "three positive integers"),
+    ],
+)
+def test_a_config_of_another_model(tmp_path, changes, part):
+    """diffusers would leave out the blocks that it does not speak of."""
+    from fluxfast.formats.inspect import inspect
+
+    folder = write_folder(tmp_path, **changes)
+    assert part in refused(folder)
+    if "num_layers" in changes:  # no table is built of a number
+        with pytest.raises(ConfigError, match=part):
+            inspect(folder)

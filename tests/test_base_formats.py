@@ -344,7 +344,7 @@ def test_a_state_that_does_not_fit(tmp_path, tensors, key, value):
     "changes",
     [{"shape": [256, 1024]}, {"shape": [1024, 257]}, {"shape": [2**62, 2**62]}, {"shape": "ab"},
      {"shape": [-4, 8]}, {"blocksize": 0}, {"blocksize": 3}, {"blocksize": "64"},
-     {"nested_offset": "nan"}, {"nested_blocksize": -1}],
+     {"nested_offset": "nan"}, {"nested_blocksize": -1}, {"quant_type": "fp4"}],
 )  # fmt: skip
 def test_a_state_that_says_something_else(tmp_path, tensors, changes):
     import json
@@ -353,6 +353,15 @@ def test_a_state_that_says_something_else(tmp_path, tensors, changes):
     name = f"{MATRIX}.weight.quant_state.bitsandbytes__nf4"
     said = json.loads(bytes(coded[name].tolist())) | changes
     coded[name] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    with pytest.raises(ConfigError, match=re.escape(MATRIX)):
+        load(write(tmp_path / "a", coded))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"a"', "null"])
+def test_a_state_that_is_no_object(tmp_path, tensors, text):
+    coded = bnb_tensors(tensors, nested=False)
+    name = f"{MATRIX}.weight.quant_state.bitsandbytes__nf4"
+    coded[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     with pytest.raises(ConfigError, match=re.escape(MATRIX)):
         load(write(tmp_path / "a", coded))
 
@@ -481,3 +490,83 @@ def test_kept_and_dense_reading_agree(tmp_path, tensors, keep):
             assert isinstance(dense, torch.Tensor) and dense.shape == tensors[name].shape
             if keep == "fp8" and isinstance(kept, Rows):
                 assert torch.equal(kept.codes.float() * kept.scale[:, None], dense)
+
+
+# ---------------------------------------------------------------- numbers that are none
+
+BIAS = f"{MATRIX}.bias"
+
+
+def with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[5] = value
+    return changed
+
+
+def nan_code(tensor: torch.Tensor, code: int) -> torch.Tensor:
+    return with_one(tensor.view(torch.uint8), code).view(tensor.dtype)
+
+
+NOT_FINITE = {
+    "bf16": (lambda t: t, f"{MATRIX}.weight", lambda x: with_one(x, torch.nan)),
+    "fp16": (lambda t: {k: v.half() for k, v in t.items()}, f"{MATRIX}.weight",
+             lambda x: with_one(x, torch.inf)),
+    "fp32": (lambda t: {k: v.float() for k, v in t.items()}, f"{MATRIX}.weight",
+             lambda x: with_one(x, -torch.inf)),
+    "bias": (lambda t: t, BIAS, lambda x: with_one(x, torch.nan)),
+    "fp8": (lambda t: fp8_tensors(t, False), f"{MATRIX}.weight", lambda x: nan_code(x, 0xFF)),
+    "e5m2": (lambda t: fp8_tensors(t, False, torch.float8_e5m2), f"{MATRIX}.weight",
+             lambda x: nan_code(x, 0x7C)),
+    "fp8's scale": (lambda t: fp8_tensors(t, True), f"{MATRIX}.scale_weight",
+                    lambda x: torch.tensor(torch.nan)),
+    "absmax": (lambda t: bnb_tensors(t, False), f"{MATRIX}.weight.absmax",
+               lambda x: with_one(x, torch.nan)),
+    "nested absmax": (lambda t: bnb_tensors(t, True), f"{MATRIX}.weight.nested_absmax",
+                      lambda x: with_one(x, torch.inf)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp8", "bf16"])
+@pytest.mark.parametrize("form", NOT_FINITE)
+def test_nan_and_infinity_are_named(tmp_path, tensors, form, storage):
+    from fluxfast.formats.quantize import quantize
+
+    make, key, change = NOT_FINITE[form]
+    coded = make(tensors)
+    file = write(tmp_path / "a", {**coded, key: change(coded[key])})
+    name = BIAS if key == BIAS else f"{MATRIX}.weight"
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} holds NaN or infinity"):
+        load(file, storage)
+    if storage != "bf16":
+        with pytest.raises(ConfigError, match="NaN or infinity"):
+            quantize(file, tmp_path / "b", storage)
+        assert [left.name for left in tmp_path.iterdir()] == ["a"]
+
+
+def test_fp16_whose_sum_overflows_is_finite(tmp_path, tensors):
+    large = torch.full_like(tensors[f"{MATRIX}.weight"], 1.0).half()
+    assert not large.sum().isfinite()
+    with open_base(write(tmp_path / "a", {**tensors, f"{MATRIX}.weight": large})) as base:
+        assert torch.equal(base.read(f"{MATRIX}.weight"), large)
+
+
+def test_what_was_quantised_is_not_looked_through_again(tmp_path, tensors, monkeypatch):
+    """It was when it was written; a mapped file is not read whole to start from it."""
+    from fluxfast.formats import base as module
+    from fluxfast.formats.quantize import quantize
+
+    quantize(write(tmp_path / "a", tensors), tmp_path / "b", "nf4")
+    monkeypatch.setattr(module, "_is_finite", lambda part: pytest.fail("looked through"))
+    load(tmp_path / "b")
+
+
+def test_a_scale_that_is_missing_beside_the_marker(tmp_path, tensors):
+    """Codes without their scale would be weights a thousand times too large."""
+    coded = fp8_tensors(tensors, True)
+    del coded[f"{MATRIX}.scale_weight"]
+    with pytest.raises(ConfigError, match=f"{MATRIX}.weight has no scale_weight"):
+        load(write(tmp_path / "a", coded))
+    with pytest.raises(ConfigError, match=f"{MATRIX}.weight has no scale_weight"):
+        load(write(tmp_path / "b", all_in_one(coded)))
+    beside = {f"text_encoders.t5xxl.transformer.{k}": coded[k] for k in ("scaled_fp8",)}
+    load(write(tmp_path / "c", all_in_one(fp8_tensors(tensors, False)) | beside))

@@ -272,6 +272,18 @@ def test_a_storage_that_is_none(tmp_path, source):
         quantize(source, tmp_path / "b", "q8")
 
 
+def test_a_target_that_is_a_folder(tmp_path, source):
+    with pytest.raises(ConfigError, match="is a folder") as error:
+        quantize(source, tmp_path)
+    assert error.value.hint == "name the file to write"
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_double_quant_is_of_nf4_only(tmp_path, source, storage):
+    with pytest.raises(ConfigError, match="double_quant goes with nf4"):
+        quantize(source, tmp_path / "b", storage, double_quant=True)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "disk full")])
 def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
     seen = []

@@ -2,12 +2,11 @@
 Black Forest Labs' or diffusers' names, bare or inside an all-in-one file, dense, fp8, int8,
 bitsandbytes NF4 or GGUF.
 
-What a file is, is told by its content (`base_detect.py`). Sources of the layouts: BFL's
-`flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel` config and keys.
+What a file is, is told by its content (`base_detect.py`), a folder by its config.json
+(`base_folder.py`). Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers'
+`FluxTransformer2DModel`.
 """
 
-import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,22 +18,26 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats import base_8bit, base_bnb
 from fluxfast.formats.base_detect import (
     Naming,
-    check_channels,
     find_naming,
     is_lora,
     other_model,
     read_spec,
+)
+from fluxfast.formats.base_folder import (
+    check_nothing_is_left,
+    folder_spec,
+    of_some_depth,
+    weight_files,
 )
 from fluxfast.formats.base_gguf import BLOCK_TYPES
 from fluxfast.formats.opened import Files
 from fluxfast.model.linear import dense
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
 from fluxfast.model.precision import multiplies_in_8_bits
-from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
+from fluxfast.model.spec import FluxSpec
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
 STORAGE_KEY = "fluxfast.storage"  # metadata of a prequantised file: the storage it was made for
 
 
@@ -47,11 +50,6 @@ class BaseCheckpoint:
 
     def __init__(self, path: Path, spec: FluxSpec, files: Files, naming: Naming):
         self.path, self.spec, self.files, self.naming = path, spec, files, naming
-        if max(spec.depth, spec.depth_single_blocks) > _MOST_BLOCKS:
-            raise ConfigError(
-                f"{path} is not a FLUX.1 transformer: it has {spec.depth} double and "
-                f"{spec.depth_single_blocks} single blocks"
-            )
         self._sources = tensor_sources(spec)
         if absent := self.missing():
             hint = "the file of another part, or a download that is not complete?"
@@ -88,6 +86,8 @@ class BaseCheckpoint:
     def read_kept(self, name: str) -> Tensor | NF4Tensor | Rows:
         """As `read`, but a matrix that the file has in codes stays in them: NF4 of bitsandbytes,
         fp8 (e4m3) or int8 with a scale a row.
+
+        Raises ConfigError for NaN and infinity. What `quantize` wrote is not looked through again.
         """
         module = name.rpartition(".")[0]
         parts = [self._part(key) for key in self.keys(name)]
@@ -114,6 +114,15 @@ class BaseCheckpoint:
         return self.in_nf4(name) and len(keys) == 1 and self._states[keys[0]].kept_nested
 
     def _part(self, key: str) -> Tensor | NF4Tensor | Rows:
+        part = self._as_kept(key)
+        if STORAGE_KEY not in self.files.metadata and not _is_finite(part):
+            raise ConfigError(
+                f"{self.files.file_of(key)}: {key} holds NaN or infinity",
+                hint="the checkpoint is damaged, or was converted badly: use another copy of it",
+            )
+        return part
+
+    def _as_kept(self, key: str) -> Tensor | NF4Tensor | Rows:
         entry = self.files.entries[key]
         if state := self._states.get(key):
             return base_bnb.read_bnb(self.files, key, state)
@@ -155,7 +164,7 @@ class BaseCheckpoint:
                 "shrinks it on loading",
             )
         if dtype in (*_FP8, "I8") and kind == "weight":
-            base_8bit.check_8bit(self.files, key)
+            base_8bit.check_8bit(self.files, key, self.naming.prefix)
 
     def _storage(self) -> str | None:
         """By what most of the blocks' matrices are, those that 8-bit products would take."""
@@ -178,6 +187,21 @@ class BaseCheckpoint:
 
 def _kind(part: Tensor | NF4Tensor | Rows) -> object:
     return part.codes.dtype if isinstance(part, Rows) else type(part)
+
+
+def _is_finite(part: Tensor | NF4Tensor | Rows) -> bool:
+    if isinstance(part, Rows):
+        return _all_finite(part.scale) and base_8bit.codes_are_finite(part.codes)
+    if isinstance(part, NF4Tensor):
+        scales = (part.absmax, part.nested_absmax, part.offset)
+        return all(_all_finite(t) for t in scales if t is not None and t.is_floating_point())
+    return _all_finite(part)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # a sum is NaN or infinite where any number is, and many times faster than isfinite; where it
+    # overflows by itself (fp16) the numbers are looked at
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def open_base(path: Path | str) -> BaseCheckpoint:
@@ -213,6 +237,8 @@ def _opened(path: Path, paths: list[Path], spec: FluxSpec | None = None) -> Base
             if naming is None:
                 raise not_flux(path, list(files.entries))
             spec = spec_of(path, files, naming)
+        else:
+            check_nothing_is_left(path, spec, files.entries)
         return BaseCheckpoint(path, spec, files, naming)
     except BaseException:
         files.close()
@@ -240,89 +266,8 @@ def spec_of(path: Path, files: Files, naming: Naming) -> FluxSpec:
         return files.entries[key].shape if state is None else state.shape
 
     try:
-        return read_spec(files.entries, naming, shape)
+        return of_some_depth(path, read_spec(files.entries, naming, shape))
     except ConfigError:
         raise
     except FluxfastError as error:
         raise ConfigError(f"{path} is not a complete FLUX.1 transformer: {error.message}") from None
-
-
-def folder_spec(path: Path, folder: Path) -> FluxSpec:
-    file = folder / "config.json"
-    config = _json(file)
-    if config.get("_class_name") != "FluxTransformer2DModel":
-        raise ConfigError(
-            f"{folder} holds a {config.get('_class_name', 'model of unknown kind')}, "
-            "not a FluxTransformer2DModel"
-        )
-    guidance = bool(config.get("guidance_embeds", False))
-    size = partial(_size, file, config)
-    heads, head_dim = size("num_attention_heads"), size("attention_head_dim")
-    # FLUX.1's own config.json leaves the axes out
-    axes = config.get("axes_dims_rope") or rope_axes(head_dim)
-    if not isinstance(axes, list | tuple) or [type(axis) for axis in axes] != [int] * 3:
-        raise ConfigError(f"{file}: axes_dims_rope must be three integers, got {axes!r}")
-    try:
-        spec = FluxSpec(
-            in_channels=size("in_channels"),
-            vec_in_dim=size("pooled_projection_dim"),
-            context_in_dim=size("joint_attention_dim"),
-            hidden_size=heads * head_dim,
-            num_heads=heads,
-            depth=size("num_layers"),
-            depth_single_blocks=size("num_single_layers"),
-            axes_dim=tuple(axes),
-            guidance_embed=guidance,
-            text_length=_text_length(path, guidance),
-        )
-        check_channels(spec.in_channels, config.get("out_channels") or spec.in_channels)
-    except ConfigError:
-        raise
-    except FluxfastError as error:
-        raise ConfigError(f"{path} is not a FLUX.1 transformer: {error.message}") from None
-    return spec
-
-
-def _size(file: Path, config: dict, key: str) -> int:
-    if key not in config:
-        raise ConfigError(f"{file} has no {key!r}")
-    if type(config[key]) is not int or config[key] < 1:
-        raise ConfigError(f"{file}: {key} must be a positive integer, got {config[key]!r}")
-    return config[key]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The shards that the index names, or every .safetensors file where there is no index."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if not index:
-        return sorted(folder.glob("*.safetensors"))
-    shards = _json(index[0]).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ConfigError(f"{index[0]} does not map tensors to files under 'weight_map'")
-    return [folder / name for name in sorted(set(shards.values()))]
-
-
-def _text_length(path: Path, guidance: bool) -> int:
-    """dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes."""
-    length = (DEV if guidance else SCHNELL).text_length
-    return min(length, tokenizer_length(path / "tokenizer_2") or length)
-
-
-def tokenizer_length(folder: Path) -> int | None:
-    """The longest prompt that a tokenizer's folder says it takes, where it does."""
-    config = folder / "tokenizer_config.json"
-    limit = _json(config).get("model_max_length") if config.is_file() else None
-    # transformers writes 1e30 for "no limit"
-    return int(limit) if type(limit) in (int, float) and 1 <= limit < 1e9 else None
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return content

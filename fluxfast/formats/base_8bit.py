@@ -20,6 +20,7 @@ from fluxfast.formats.opened import Files
 SCALES = ("scale_weight", "weight_scale")
 SIDE = (*SCALES, "scale_input", "input_scale", "comfy_quant")
 MARKER = "scaled_fp8"  # a tensor of ComfyUI's, beside the model's
+_ROWS = 1024  # looked through at once
 KEPT = {"F8_E4M3": "fp8", "I8": "int8"}
 
 
@@ -29,10 +30,17 @@ def scale_key(files: Files, key: str) -> str | None:
     return next((module + name for name in SCALES if module + name in files.entries), None)
 
 
-def check_8bit(files: Files, key: str) -> None:
-    """Raise ConfigError where the matrix has a scale that does not fit, or int8 has none."""
+def check_8bit(files: Files, key: str, prefix: str) -> None:
+    """Raise ConfigError where the matrix has a scale that does not fit, or none where it needs one:
+    in int8, and in fp8 beside the marker that says so. prefix: of the model's names.
+    """
     entry, scale = files.entries[key], scale_key(files, key)
     if scale is None:
+        if prefix + MARKER in files.entries:
+            raise ConfigError(
+                f"{files.file_of(key)}: {key} has no scale_weight, in a file of scaled fp8",
+                hint="download the file again, or use another copy of it",
+            )
         if entry.dtype == "I8":
             raise ConfigError(
                 f"{files.file_of(key)}: {key} is stored as I8 without a scale that is known here",
@@ -60,6 +68,16 @@ def read_8bit(files: Files, key: str) -> Rows | Tensor:
     if codes.dtype == torch.float8_e5m2:
         return codes.float() * scales[:, None]
     return Rows(codes, scales)
+
+
+def codes_are_finite(codes: Tensor) -> bool:
+    """Whether no code [N, K] stands for NaN, which e4m3 has (all bits set but the sign's) and int8
+    has not.
+    """
+    if codes.dtype == torch.int8:
+        return True
+    pieces = codes.view(torch.uint8).split(_ROWS)
+    return not any((piece & 127).amax() == 127 for piece in pieces)
 
 
 def join_rows(parts: list[Rows]) -> Rows:

@@ -91,15 +91,23 @@ def _parsed(files: Files, key: str, kind: str) -> State:
     _check(files, name, known, f"at most {_LONGEST_STATE} bytes of JSON", f"{entry.bytes} bytes")
     try:
         said = json.loads(bytes(files.read(name).flatten().tolist()))
+        if said.get("quant_type", kind) != kind:
+            raise ValueError(said["quant_type"])
         nested = None
         if "nested_offset" in said:
             nested = _size(said["nested_blocksize"]), float(said["nested_offset"])
         rows, columns = said["shape"]
         state = State(kind, (_size(rows), _size(columns)), _size(said["blocksize"]), nested)
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         state = None
     finite = state is not None and (state.nested is None or math.isfinite(state.nested[1]))
-    _check(files, name, finite, "JSON with shape [N, K], blocksize and nested_*", "something else")
+    _check(
+        files,
+        name,
+        finite,
+        f"JSON of {kind} with shape [N, K], blocksize and nested_*",
+        "something else",
+    )
     return state
 
 

@@ -17,20 +17,31 @@ from fluxfast.formats.container import Container, Safetensors
 class Files:
     """The tensors of one or several files under one set of names. A context manager.
 
-    Where two files have a name, the later one's tensor counts.
+    Raises ConfigError for a file that cannot be read, and for a name that two files have.
     """
 
     def __init__(self, paths: list[Path]):
         self.containers: list[Container] = []
+        self._where: dict[str, Container] = {}
         try:
             for path in paths:
                 self.containers.append(open_container(path))
+                self._add(self.containers[-1])
         except BaseException:
             self.close()
             raise
-        self._where = {key: file for file in self.containers for key in file.entries}
         self.entries = {key: file.entries[key] for key, file in self._where.items()}
         self.metadata = {k: v for file in self.containers for k, v in file.metadata.items()}
+
+    def _add(self, file: Container) -> None:
+        for key in file.entries:
+            if other := self._where.get(key):
+                raise ConfigError(
+                    f"{key} is in {other.path} and in {file.path}",
+                    hint="one of them is not of this model: keep one, or the index that names "
+                    "the right ones",
+                )
+            self._where[key] = file
 
     def read(self, key: str) -> Tensor:
         return self._where[key].read(key)

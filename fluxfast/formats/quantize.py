@@ -85,6 +85,8 @@ def quantize(
     source, target = Path(source), Path(target)
     if storage not in STORAGES:
         raise ConfigError(f"storage {storage!r} is not one of {', '.join(STORAGES)}")
+    if double_quant and storage != "nf4":
+        raise ConfigError(f"double_quant goes with nf4: {storage} has one scale a row")
     check_new(target)
     started = time.perf_counter()
     with open_base(source) as base:
