@@ -99,7 +99,7 @@ def read_part(part: Part) -> dict[str, Tensor]:
             if key.rpartition(".")[2] in base_8bit.SIDE or dtype in ("I64", "I32"):
                 continue  # scales go with their matrix; position ids are built in
             if dtype.startswith("F8") and base_8bit.scale_key(files, key):
-                base_8bit.check_8bit(files, key)
+                base_8bit.check_8bit(files, key, part.prefix)
                 tensors[name] = dense(base_8bit.read_8bit(files, key))
             elif dtype in ("F8_E4M3", "F8_E5M2"):
                 tensors[name] = files.read(key).to(torch.bfloat16)
