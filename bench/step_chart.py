@@ -137,8 +137,7 @@ def heading(group: list[dict]) -> str:
     said = ["ai-toolkit's stock setting"] if setting == "stock" else []
     said += [f"LoRA on {targets}"] if (setting, targets) != (PLAIN[0], PLAIN[2]) else []
     said += ["the GPU's memory capped, as on smaller cards"] if capped else []
-    text = ", ".join(said)
-    return f"{text[0].upper()}{text[1:]}:" if said else ""
+    return f"With {', '.join(said)}:" if said else ""
 
 
 def caption(group: list[dict]) -> str:

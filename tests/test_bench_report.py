@@ -95,19 +95,19 @@ def test_the_main_table_is_plain_and_the_others_come_with_their_rows(tmp_path):
     assert [one["median_ms"] for one in plain] == [100.0, 90.0]
     assert step_chart.heading(plain) == ""
     found = {step_chart.heading(one): lines(step_chart.table(one)) for one in others}
-    stock = found["Ai-toolkit's stock setting, LoRA on all:"]
+    stock = found["With ai-toolkit's stock setting, LoRA on all:"]
     assert [cells[:4] for cells in stock] == [
         ["fluxfast", "512", "1", "700"],
         ["fluxfast", "512/768/1024", "1", "750"],
     ]
-    capped = found["The GPU's memory capped, as on smaller cards:"]
+    capped = found["With the GPU's memory capped, as on smaller cards:"]
     assert [cells[:5] for cells in capped] == [
         ["fluxfast", "12", "512", "1", "out of memory: no room"],
         ["fluxfast", "16", "512", "1", "950"],
         ["fluxfast", "24", "512", "1", "900"],
     ]
-    assert [cells[3] for cells in found["LoRA on all:"]] == ["800"] and len(found) == 3
-    assert step_chart.heading(others[-1]).startswith("The GPU's memory capped")
+    assert [cells[3] for cells in found["With LoRA on all:"]] == ["800"] and len(found) == 3
+    assert step_chart.heading(others[-1]).startswith("With the GPU's memory capped")
 
 
 def test_every_device_has_a_table_and_of_cpus_the_last(tmp_path):
