@@ -247,6 +247,15 @@ SPELLINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_factor_gives_a_lora_away(format):
+    """A file may hold one linear only: `inspect` and `--model` call it a LoRA all the same."""
+    from fluxfast.formats.base_detect import is_lora
+
+    for key in to_state(lora_of(trained("attn")), format):
+        assert is_lora([key]) or key.endswith(".alpha"), key
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling):
     format, rename = SPELLINGS[spelling]

@@ -30,6 +30,7 @@ from fluxfast.formats.base_folder import (
     weight_files,
 )
 from fluxfast.formats.base_gguf import BLOCK_TYPES
+from fluxfast.formats.container import all_finite
 from fluxfast.formats.opened import Files
 from fluxfast.model.linear import dense
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
@@ -191,17 +192,11 @@ def _kind(part: Tensor | NF4Tensor | Rows) -> object:
 
 def _is_finite(part: Tensor | NF4Tensor | Rows) -> bool:
     if isinstance(part, Rows):
-        return _all_finite(part.scale) and base_8bit.codes_are_finite(part.codes)
+        return all_finite(part.scale) and base_8bit.codes_are_finite(part.codes)
     if isinstance(part, NF4Tensor):
         scales = (part.absmax, part.nested_absmax, part.offset)
-        return all(_all_finite(t) for t in scales if t is not None and t.is_floating_point())
-    return _all_finite(part)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # a sum is NaN or infinite where any number is, and many times faster than isfinite; where it
-    # overflows by itself (fp16) the numbers are looked at
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+        return all(all_finite(t) for t in scales if t is not None and t.is_floating_point())
+    return all_finite(part)
 
 
 def open_base(path: Path | str) -> BaseCheckpoint:

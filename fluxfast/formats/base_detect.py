@@ -54,7 +54,10 @@ _OTHERS = (
 )
 # in models that have FLUX.1's names otherwise
 _NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
-_LORA = (".lora_A", ".lora_B", ".lora_down.", ".lora_up.", "_lora1.", ".lokr_", ".hada_", "_lora.")
+_LORA = (
+    ".lora_A", ".lora_B", ".lora_down.", ".lora_up.", "_lora1.", "_lora2.", ".lokr_", ".hada_",
+    "_lora.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,13 @@ class Entry:
         return math.prod(self.shape)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats (of 16 bits or more) holds neither NaN nor infinity."""
+    # a sum is NaN or infinite where any number is, and many times faster than isfinite; where it
+    # overflows by itself (fp16) the numbers are looked at
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 class Container(Protocol):
     """An open file. `metadata` holds its strings; `read` maps where it can and copies nothing."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import check_new, write_atomic
+from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_pieces import Lora, balanced, difference, merged, scaled
 from fluxfast.formats.lora_read import from_tensors, read_lora
 from fluxfast.formats.lora_write import known_format, to_bytes, to_state
@@ -49,7 +50,7 @@ def convert(
         say(f"{source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
     even = balanced(total) if dtype == "fp16" else total
     state = to_state(even, format, drop=drop, say=say)
-    if over := next((key for key, tensor in state.items() if not tensor.isfinite().all()), None):
+    if over := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
         raise ConfigError(f"{over} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
     kept = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}

@@ -296,9 +296,10 @@ def difference(
         if not any(sides) or (only is not None and part not in only):
             continue
         columns = next(p.a.shape[1] for side in sides for p in side)
-        (a, b), (c, d) = (_acting(side, height, columns) for side in sides)
-        if torch.equal(a, c) and torch.equal(b, d):
+        whole = [_on_part(side, height, columns) for side in sides]
+        if _same(*whole) or _same(*map(_acting, whole)):
             continue
+        (a, b), (c, d) = whole
         count = max(1, _BLOCK // columns)
         delta = torch.empty(min(count, height), columns)
         for start in range(0, height, count):
@@ -309,13 +310,23 @@ def difference(
     return worst, largest
 
 
-def _acting(pieces: list[Piece], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A and B of pieces on one part, side by side, without ranks that are zero in either."""
+def _on_part(pieces: list[Piece], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A and B of pieces on one part, side by side."""
     if not pieces:
         return torch.zeros(0, columns), torch.zeros(rows, 0)
     whole = _stack(pieces)
-    used = (whole.a != 0).any(dim=1) & (whole.b != 0).any(dim=0)
-    return whole.a[used], whole.b[:, used]
+    return whole.a, whole.b
+
+
+def _acting(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same update without ranks that are zero in A or in B."""
+    a, b = pair
+    used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
+    return a[used], b[:, used]
+
+
+def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def _largest(block: Tensor) -> float:

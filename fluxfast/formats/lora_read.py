@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
+from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_names import Place, foreign_kind, form_of, parse
 from fluxfast.formats.lora_pieces import Lora, Piece, split_scale, widths
 from fluxfast.formats.opened import Files
@@ -267,7 +268,7 @@ def _number(path: Path, key: str, tensors: dict) -> Tensor:
     if tensor.dtype not in _FLOATS:
         raise ConfigError(f"{path}: {key} is stored as {tensor.dtype}, which is no LoRA's")
     tensor = tensor.float()
-    if not tensor.isfinite().all():
+    if not all_finite(tensor):
         raise ConfigError(f"{path}: {key} holds NaN or infinity")
     return tensor
 

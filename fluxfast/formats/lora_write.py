@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
+from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_names import XLABS_DOUBLE, XLABS_SINGLE
 from fluxfast.formats.lora_pieces import Lora, Piece, fused, grouped, part_count, rows_of, split
 from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
@@ -109,7 +110,7 @@ def to_bytes(
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     # clones: one A may stand under several names, which safetensors refuses for one storage
     cast = {key: _cast(tensor, DTYPES[dtype]) for key, tensor in state.items()}
-    over = (key for key, tensor in cast.items() if not tensor.isfinite().all())
+    over = (key for key, tensor in cast.items() if not all_finite(tensor))
     if dtype != "fp32" and (key := next(over, None)):
         say(f"{dtype} cannot hold {key}: the whole file is in fp32")
         cast = {key: _cast(tensor, torch.float32) for key, tensor in state.items()}
