@@ -322,6 +322,11 @@ def test_peft_configuration_beside_the_file(tmp_path):
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     same(meaning(read_lora(tmp_path)), {k: v * 4.0 for k, v in meaning(lora).items()})
+    # a name from its beginning on, as peft's own pattern: without what peft puts in front
+    config = {"lora_alpha": 4, "alpha_pattern": {"^transformer_blocks.0.attn.to_out.0": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    delta = meaning(read_lora(tmp_path))["double_blocks.0.img_attn.proj"]
+    assert torch.equal(delta, 0.5 * meaning(lora)["double_blocks.0.img_attn.proj"])
     (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
     with pytest.raises(ConfigError, match=r"is a DoRA \(its peft configuration says so"):
         read_lora(tmp_path)
@@ -333,6 +338,33 @@ def test_peft_configuration_beside_the_file(tmp_path):
         with pytest.raises(ConfigError, match="peft configuration cannot be read") as error:
             read_lora(tmp_path)
         assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("key", ["transformer.alpha_pattern", "transformer.lora_alpha"])
+def test_peft_configuration_that_diffusers_keeps_in_the_header(key):
+    """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    state = {**ab(name, rank=4), **ab(TEXT, rank=4)}
+    value = {"^transformer_blocks.0.attn.to_out.0": 2} if "pattern" in key else 2
+    config = {"transformer.lora_alpha": 4, key: value, "text_encoder.lora_alpha": 12}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    lora = from_tensors(state, metadata, "x")
+    scales = {name: (p.b @ p.a)[0, 0] / 4 for name, (p,) in {**lora.pieces, **lora.text}.items()}
+    clip = f"clip/{TEXT.removeprefix('text_encoder.')}"
+    assert scales == {"double_blocks.0.img_attn.proj": 0.5, clip: 3.0}
+    state[f"{name}.alpha"] = torch.tensor(1.0)
+    (piece,) = from_tensors(state, metadata, "x").pieces["double_blocks.0.img_attn.proj"]
+    assert (piece.b @ piece.a)[0, 0] == 1.0
+
+
+def test_a_bias_has_the_scale_of_its_factor():
+    """peft's lora_bias; ComfyUI's `diff_b` is added as it is."""
+    name, module = "diffusion_model.img_in", "img_in"
+    state = {**ab(name, rank=4), f"{name}.alpha": torch.tensor(2.0)}
+    for bias, scale in ((f"{name}.lora_B.bias", 0.5), (f"{name}.diff_b", 1.0)):
+        lora = from_tensors({**state, bias: torch.arange(64.0)}, {}, "x")
+        ((_, got),) = lora.biases[module]
+        assert torch.equal(got, scale * torch.arange(64.0))
 
 
 def test_control_lora():

@@ -200,7 +200,8 @@ def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     root = bool(config.get(f"{prefix}use_rslora"))
 
     def scale(key: str, rank: int) -> float:
-        module = key.partition(".lora_A")[0]
+        # as the model has it: a pattern may begin with ^
+        module = key.removeprefix(prefix or "base_model.model.").partition(".lora_A")[0]
         value = next((value for pattern, value in patterns if pattern.match(module)), alpha)
         return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
 
@@ -218,49 +219,54 @@ def _finite(value: object) -> float:
 
 def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lora:
     lora = Lora(form=form_of([p for _, p in places.values()], {r for r, _ in places.values()}))
-    found: dict[Place, dict[str, str]] = defaultdict(dict)
+    found: dict[tuple, dict[str, str]] = defaultdict(dict)
+    swaps = set()
     for key, (role, place) in places.items():
         if role == "norm":
-            scale = lora.norms[place.module] = _number(path, key, tensors)
-            if scale.ndim != 1 or not scale.numel():
-                raise ConfigError(f"{path}: {key} has shape {list(scale.shape)}, not one dimension")
-        elif role != "shape":
-            found[place][role] = key
-    found_in: dict[tuple, dict[str, str]] = defaultdict(dict)
-    swaps = set()
-    for place, roles in found.items():  # alpha may be spelt otherwise than the factors
-        found_in[place.module, place.parts] |= roles
-        if place.swapped:
-            swaps.add((place.module, place.parts))
-    for (module, parts), keys in found_in.items():
+            lora.norms[place.module] = _vector(path, key, tensors)
+        elif role != "shape":  # alpha may be spelt otherwise than the factors
+            found[place.module, place.parts][role] = key
+            if place.swapped:
+                swaps.add((place.module, place.parts))
+    for (module, parts), keys in found.items():
         order = _swap if (module, parts) in swaps else (lambda tensor: tensor)
+        bias, scale = None, 1.0
         if "bias" in keys:
-            bias = order(_number(path, keys["bias"], tensors))
-            lora.biases.setdefault(module, []).append((parts, bias))
-        if keys.keys() <= {"bias"}:
-            continue
-        if not {"down", "up"} <= keys.keys():
-            raise ConfigError(
-                f"{path}: {next(iter(keys.values()))} has no partner: a LoRA has two factors for "
-                "each linear"
-            )
-        a, b = (_matrix(path, keys[role], tensors) for role in ("down", "up"))
-        if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
-            raise ConfigError(
-                f"{path}: {keys['down']} {list(a.shape)} and {keys['up']} {list(b.shape)} do not "
-                "fit each other"
-            )
-        if "bias" in keys and bias.shape != b.shape[:1]:
-            raise ConfigError(f"{path}: {keys['bias']} has shape {list(bias.shape)}")
-        rank = a.shape[0]
-        scale = _alpha(path, keys["alpha"], tensors) / rank if "alpha" in keys else None
-        for_a, for_b = split_scale(scale_of(keys["down"], rank) if scale is None else scale)
-        table = lora.text if "/" in module else lora.pieces
-        others = {part for piece in table.get(module, []) for part in piece.parts}
-        if others & set(parts):  # some files hold one LoRA in two formats
-            raise ConfigError(f"{path} says the same twice: {module}, under {keys['down']} too")
-        table.setdefault(module, []).append(Piece(parts, a * for_a, order(b) * for_b))
+            bias = _vector(path, keys["bias"], tensors)
+        if keys.keys() != {"bias"}:
+            a, b = _factors(path, keys, tensors)
+            if bias is not None and bias.shape != b.shape[:1]:
+                raise ConfigError(f"{path}: {keys['bias']} has shape {list(bias.shape)}")
+            rank = a.shape[0]
+            alpha = _alpha(path, keys["alpha"], tensors) if "alpha" in keys else None
+            scale = scale_of(keys["down"], rank) if alpha is None else alpha / rank
+            for_a, for_b = split_scale(scale)
+            table = lora.text if "/" in module else lora.pieces
+            others = {part for piece in table.get(module, []) for part in piece.parts}
+            if others & set(parts):  # some files hold one LoRA in two formats
+                raise ConfigError(f"{path} says the same twice: {module}, under {keys['down']} too")
+            table.setdefault(module, []).append(Piece(parts, a * for_a, order(b) * for_b))
+        if bias is not None:
+            # the up factor's own, which its scale goes for; ComfyUI's `diff_b` is added as it is
+            bias = bias if keys["bias"].endswith(".diff_b") else bias * scale
+            lora.biases.setdefault(module, []).append((parts, order(bias)))
     return lora
+
+
+def _factors(path: Path, keys: dict[str, str], tensors: dict) -> tuple[Tensor, Tensor]:
+    """-> A [R, K], B [N, R] as stored, in fp32."""
+    if not {"down", "up"} <= keys.keys():
+        raise ConfigError(
+            f"{path}: {next(iter(keys.values()))} has no partner: a LoRA has two factors for each "
+            "linear"
+        )
+    a, b = (_matrix(path, keys[role], tensors) for role in ("down", "up"))
+    if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
+        raise ConfigError(
+            f"{path}: {keys['down']} {list(a.shape)} and {keys['up']} {list(b.shape)} do not fit "
+            "each other"
+        )
+    return a, b
 
 
 def _number(path: Path, key: str, tensors: dict) -> Tensor:
@@ -270,6 +276,13 @@ def _number(path: Path, key: str, tensors: dict) -> Tensor:
     tensor = tensor.float()
     if not all_finite(tensor):
         raise ConfigError(f"{path}: {key} holds NaN or infinity")
+    return tensor
+
+
+def _vector(path: Path, key: str, tensors: dict) -> Tensor:
+    tensor = _number(path, key, tensors)
+    if tensor.ndim != 1 or not tensor.numel():
+        raise ConfigError(f"{path}: {key} has shape {list(tensor.shape)}, not one dimension")
     return tensor
 
 
