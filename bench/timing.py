@@ -31,9 +31,10 @@ class Result:
     """What became of one candidate.
 
     status: "ok", "skipped" (a library is missing), "gate failed" (wrong results, so not timed),
-    "out of memory" or "failed"; `reason` says why for all but "ok". ratio: its median over the
-    baseline's median, below 1 is faster; None where either is missing. peak_memory_kind says what
-    `peak_memory_bytes` counts (see `peak_memory`); both None if not known.
+    "out of memory", "out of time" (of a suite's budget) or "failed"; `reason` says why for all but
+    "ok". ratio: its median over the baseline's median, below 1 is faster; None where either is
+    missing. peak_memory_kind says what `peak_memory_bytes` counts (see `peak_memory`); both None if
+    not known.
     """
 
     name: str

@@ -117,7 +117,9 @@ def test_the_whole_gpu_suite_has_every_row_once(bench, tmp_path):
         ("stock", "all", 24),
     }  # fmt: skip
     mixes = [row for row in found if row.get("mix")]
-    assert mixes and all(row["setting"] == "stock" and row["pixels"] is None for row in mixes)
+    assert all(row["setting"] == "stock" and row["pixels"] is None for row in mixes)
+    mixed = {row["name"] for row in mixes if row["memory_cap_gib"] is None}
+    assert mixed == {BASELINE, CHECKPOINTED, *TRAINERS}
     assert {row["batch"] for row in found if row["bench"] == "step"} == {1, 4}
     assert set(rows_by(kept, dense)) == {"out of memory"}
     assert set(rows_by(kept, broken)) == {"failed"}
@@ -388,7 +390,7 @@ def test_the_table_ranks_kernels_by_time_over_their_floor():
 
 def test_the_cpu_suite_fits_ten_minutes_and_make_runs_it():
     items = cpu_suite()
-    assert sum(item.estimate_s for item in items) <= run.BUDGET_S["cpu"] == 600
+    assert sum(item.estimate_s for item in items) <= run.BUDGET_S["cpu"] < 600
     step = items[0]
     assert step.names == DEFAULTS["cpu"] and not step.settings.apart
     assert step.settings.spec.hidden_size == 3072
