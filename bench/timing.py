@@ -2,10 +2,11 @@
 
 `compare` gates each candidate for correctness, throws the warm-up away, then runs the candidates
 in turn, round after round, so that whatever else the machine does falls on all of them. One that
-cannot run becomes a `Result` with its reason; it never ends the comparison. `append_rows` writes
-one JSON object a line.
+cannot run becomes a `Result` with its reason; it never ends the comparison. A GPU is timed by its
+own events, a CPU by the clock. `append_rows` writes one JSON object a line.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,8 +24,15 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("numpy", "triton", "diffusers", "transformers", "peft", "bitsandbytes")
+LIBRARIES = (
+    "numpy", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "liger_kernel",
+)  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Python puts a script's own folder first in its path: bitsandbytes, transformers and diffusers
+# would find bench/kernels.py there for the package `kernels`, which they import where there is one
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != REPOSITORY / "bench"]
+FLUSH_BYTES = 256 << 20  # overwritten before a cold run: twice the largest L2 of a card (128 MB)
+HEAD_START_CYCLES = 2_000_000  # the GPU spins for about 1 ms while the host queues a run's launches
 
 
 @dataclass
@@ -66,6 +75,7 @@ def compare(
     baseline: str | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
+    cold: bool = False,
 ) -> dict[str, Result]:
     """Time every candidate `rounds` times, interleaved -> results in the candidates' order.
 
@@ -73,7 +83,7 @@ def compare(
     built. gate: called with a name before anything is timed; returns None, or what is wrong.
     Raising counts as wrong. Each round runs all candidates once, and each round starts one further
     along, so that none always follows the same neighbour. The warm-up rounds run in the same
-    order; the last one measures peak memory.
+    order; the last one measures peak memory. cold: see `elapsed_ms`.
     """
     results = {name: Result(name) for name in candidates}
     running = []
@@ -85,7 +95,7 @@ def compare(
     for r in range(-warmup, rounds):
         start = r % len(running) if running else 0
         for name in running[start:] + running[:start]:
-            _run_once(results[name], candidates[name], r, device)
+            _run_once(results[name], candidates[name], r, device, cold)
             if progress:
                 progress(f"{name}: round {r + 1} of {rounds}" if r >= 0 else f"{name}: warm-up")
         running = [name for name in running if results[name].status == "ok"]
@@ -114,9 +124,15 @@ def fail(result: Result, error: Exception) -> None:
     result.reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     result.median_ms = result.p10_ms = result.p90_ms = None
     error.__traceback__ = None
+    free_memory()
+
+
+def free_memory() -> None:
+    """Hand back what nobody holds any more, on a GPU too."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a device that is lost has nothing to give back
+            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -138,20 +154,40 @@ def _passes(result: Result, gate: Callable[[str], str | None] | None) -> bool:
     return wrong is None
 
 
-def _run_once(result: Result, work: Callable[[], object], r: int, device: str) -> None:
+def _run_once(result: Result, work: Callable[[], object], r: int, device: str, cold: bool) -> None:
     """Round r of one candidate: r < 0 is warm-up, and -1 measures memory instead of time."""
     try:
         if r == -1:
             result.peak_memory_bytes, result.peak_memory_kind = peak_memory(work, device)
             return
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
+        elapsed = elapsed_ms(work, device, cold)
         if r >= 0:
-            result.times_ms.append((time.perf_counter() - start) * 1e3)
+            result.times_ms.append(elapsed)
     except Exception as error:
         fail(result, error)
+
+
+def elapsed_ms(work: Callable[[], object], device: str, cold: bool = False) -> float:
+    """Run `work` once -> ms, on a GPU between two events of its own.
+
+    cold, for what is shorter than its launches or fits the L2 (kernels): the L2 holds none of the
+    inputs, and the launches are queued before the first one starts, as in a captured graph. Without
+    it what the GPU waits for the host counts too. On a CPU it changes nothing.
+    """
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e3
+    synchronize(device)
+    if cold:
+        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def synchronize(device: str) -> None:
