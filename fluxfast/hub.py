@@ -20,10 +20,7 @@ def resolve_model(path: str, components: tuple[str, ...]) -> Path:
     Looks in the Hub cache first and goes online only where a component is missing there.
     Raises FluxfastError with a hint: no such path, gated, not found, or offline.
     """
-    local = Path(path)
-    with contextlib.suppress(RuntimeError):  # no such user
-        local = local.expanduser()
-    if local.exists():
+    if (local := _local(path)).exists():
         return local
     if not _HUB_ID.fullmatch(path):
         raise _no_such_path(path)
@@ -35,10 +32,7 @@ def resolve_lora(path: str) -> Path:
 
     Raises FluxfastError as `resolve_model` does.
     """
-    local = Path(path)
-    with contextlib.suppress(RuntimeError):
-        local = local.expanduser()
-    if local.exists():
+    if (local := _local(path)).exists():
         return local
     if not _HUB_ID.fullmatch(path) or path.endswith(".safetensors"):
         raise FluxfastError(
@@ -61,6 +55,13 @@ def resolve_tokenizer(repo: str, name: str, beside: Path) -> Path:
             f"single files bring no tokenizers, and there is none at {beside}: {error.message}",
             hint=f"connect once, or put a diffusers model's {name} folder there",
         ) from None
+
+
+def _local(path: str) -> Path:
+    local = Path(path)
+    with contextlib.suppress(RuntimeError):  # no such user
+        local = local.expanduser()
+    return local
 
 
 def _no_such_path(path: str) -> FluxfastError:

@@ -14,7 +14,7 @@ from small import SMALL
 from fluxfast.errors import ConfigError
 from fluxfast.formats.lora import init_lora, load_lora, lora_of, save_lora
 from fluxfast.formats.lora_names import parse
-from fluxfast.formats.lora_pieces import Lora, Piece, balanced
+from fluxfast.formats.lora_pieces import Lora, Piece, balanced, merged, scaled
 from fluxfast.formats.lora_read import from_tensors, read_lora
 from fluxfast.formats.lora_write import FORMATS, to_bytes, to_state
 from fluxfast.model.flux import random_flux
@@ -136,6 +136,26 @@ def test_kohya_alpha_and_default_scale():
         assert again[f"{name}.alpha"] == 4.0
 
 
+def test_an_update_of_zero_keeps_its_factors():
+    """What was saved before it learnt anything is still a LoRA of those linears."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    state = {f"{name}.lora_down.weight": torch.randn(4, 64),
+             f"{name}.lora_up.weight": torch.zeros(192, 4)}  # fmt: skip
+    split = to_state(from_tensors(state, {}, "x"), "diffusers")
+    for part in ("to_q", "to_k", "to_v"):
+        a = split[f"transformer.transformer_blocks.0.attn.{part}.lora_A.weight"]
+        assert torch.equal(a, state[f"{name}.lora_down.weight"])
+
+
+def test_balancing_is_exact():
+    """By powers of two: the product has the same bits."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 64, generator=g) * 3e-5, torch.randn(64, 4, generator=g) * 7.0
+    (piece,) = balanced(Lora(pieces={"x": [Piece((0,), a, b)]})).pieces["x"]
+    assert 0.5 < piece.a.abs().max() / piece.b.abs().max() < 2
+    assert torch.equal(piece.b @ piece.a, b @ a)
+
+
 def test_fp16_survives_a_small_alpha():
     """Factors that fp16 holds badly once alpha is folded into them keep their digits."""
     g = torch.Generator().manual_seed(0)
@@ -178,6 +198,20 @@ def test_outside_the_blocks_and_text_encoders(format):
     assert back.text.keys() == lora.text.keys()
     for name, (piece,) in back.text.items():
         assert torch.equal(piece.b @ piece.a, lora.text[name][0].b @ lora.text[name][0].a)
+
+
+def test_text_encoders_are_spelt_as_each_format_has_it():
+    """OneTrainer counts T5 as te2, where kohya says te3: what is written is kohya's."""
+    clip, t5 = "text_model.encoder.layers.3.mlp.fc1", "encoder.block.2.layer.0.SelfAttention.q"
+    names = {
+        "diffusers": (f"text_encoder.{clip}.lora_A.weight", f"text_encoder_2.{t5}.lora_B.weight"),
+        "kohya": (f"lora_te1_{clip.replace('.', '_')}.lora_down.weight",
+                  f"lora_te3_{t5.replace('.', '_')}.lora_up.weight"),
+        "comfyui": (f"text_encoders.clip_l.transformer.{clip}.lora_down.weight",
+                    f"text_encoders.t5xxl.transformer.{t5}.lora_up.weight"),
+    }  # fmt: skip
+    for format, expected in names.items():
+        assert set(expected) <= to_state(outer_and_text(), format).keys()
 
 
 def test_norm_out_halves_are_swapped():
@@ -395,7 +429,55 @@ def test_control_lora():
         load_state(random_flux(SMALL), lora)
 
 
-def load_state(model, lora, folder=None):
+def control(seed: int, norm: str) -> Lora:
+    """A control LoRA of two linears: a factor's bias each, one norm, img_in of twice the width."""
+    g = torch.Generator().manual_seed(seed)
+    pieces = {
+        "double_blocks.0.img_attn.proj": [
+            Piece((0,), torch.randn(2, 64, generator=g), torch.randn(64, 2, generator=g))
+        ],
+        "img_in": [Piece((0,), torch.randn(2, 32, generator=g), torch.randn(64, 2, generator=g))],
+    }
+    biases = {name: [((0,), torch.randn(64, generator=g))] for name in pieces}
+    norms = {f"double_blocks.0.{norm}": torch.randn(32, generator=g)}
+    return Lora(pieces=pieces, biases=biases, norms=norms, hidden=64, mlp=256)
+
+
+def test_control_loras_add_up():
+    """Factors, biases and norms of both; a norm is a whole new scale and is there once."""
+    one, two = control(1, "img_attn.norm.query_norm"), control(2, "txt_attn.norm.key_norm")
+    total = through(merged([one, scaled(two, -0.5)]), "bfl")
+    name = "double_blocks.0.img_attn.proj"
+    deltas = [sum(p.b @ p.a for p in lora.pieces[name]) for lora in (one, two, total)]
+    same({name: deltas[2]}, {name: deltas[0] - 0.5 * deltas[1]})
+    for name, ((_, bias),) in total.biases.items():
+        assert torch.equal(bias, one.biases[name][0][1] - 0.5 * two.biases[name][0][1])
+    assert total.biases.keys() == one.biases.keys()
+    assert total.norms.keys() == one.norms.keys() | two.norms.keys()
+    for name, scale in {**one.norms, **two.norms}.items():
+        assert torch.equal(total.norms[name], scale)
+    with pytest.raises(ConfigError, match="two of these LoRAs set double_blocks.0.img_attn.norm"):
+        merged([one, control(3, "img_attn.norm.query_norm")])
+
+
+def test_comfyui_is_told_what_img_in_grows_to():
+    lora = control(1, "img_attn.norm.query_norm")
+    assert to_state(lora, "comfyui")["diffusion_model.img_in.reshape_weight"].tolist() == [64, 32]
+    plain = Lora(pieces={"img_in": [Piece((0,), torch.ones(2, 64), torch.ones(3072, 2))]},
+                 norms=lora.norms)  # fmt: skip
+    assert not any("reshape" in key for key in to_state(plain, "comfyui"))
+
+
+def test_a_text_encoders_lora_first_in_a_sum():
+    """What tells the widths need not be the first file."""
+    text = from_tensors(ab(TEXT), {}, "x")
+    lora = lora_of(trained("attn"))
+    for total in (merged([text, lora]), merged([lora, text])):
+        assert (total.hidden, total.mlp) == (64, 256) and total.text.keys() == text.text.keys()
+        same(meaning(through(total, "kohya")), meaning(lora))
+
+
+def load_state(model, lora):
     import tempfile
     from pathlib import Path
 
