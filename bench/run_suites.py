@@ -66,15 +66,14 @@ def gpu_suite(tiny: bool = False) -> list[Item]:
 
 
 def cpu_suite(tiny: bool = False) -> list[Item]:
-    """At most ten minutes on two cores."""
+    """At most ten minutes on two cores. tiny: without what has one size only."""
     settings = replace(_tiny(), apart=False) if tiny else _cpu()
-    rows = ["--rows", "64", "--columns", "128", "--rounds", "2"] if tiny else []
-    return [
-        StepItem(settings, DEFAULTS["cpu"], 330),
-        CommandItem("NF4", ["bench/quantize.py", *rows, "--out", "{out}"], 45),
+    full = [
+        CommandItem("NF4", ["bench/quantize.py", "--out", "{out}"], 45),
         CommandItem("saved bytes", ["bench/saved.py", "--out", "{out}"], 45),
-        _kernels("kernels", "cpu", 150, tiny),
     ]
+    step = StepItem(settings, DEFAULTS["cpu"], 330)
+    return [step, *([] if tiny else full), _kernels("kernels", "cpu", 150, tiny)]
 
 
 def _cuda() -> Settings:

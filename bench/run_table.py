@@ -129,8 +129,10 @@ def _others(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row["bench"] == "quantize" and row["median_ms"] is not None:
-            times = f", {1 / row['ratio']:.1f} times as fast as the first" if row["ratio"] else ""
-            lines.append(f"{title(row)}: {row['median_ms']:.1f} ms{times}")
+            times = (
+                f", {1 / row['ratio']:.1f} times as fast as bitsandbytes" if row["ratio"] else ""
+            )
+            lines.append(f"NF4 {row['what']}, {row['name']}: {row['median_ms']:.1f} ms{times}")
         if row["bench"] == "saved" and row["status"] == "ok":
             lines.append(
                 f"{row['name']}, LoRA on {row['lora_targets']}: {row['double_bytes']:.0f} and "
