@@ -3,17 +3,18 @@
 `configs/gemm_sm_<arch>.json` holds what is known of one card, `gemm_default.json` what is safe on
 every one, `gemm_interpreter.json` what the interpreter uses (arch 0). Each file:
 
-    thresholds: [{op, storage, dtype, fused_up_to_m, source}]
-    tiles:      [{op, storage, dtype, m_max, n, k, block_m, block_n, block_k, group_m, num_warps,
-                  num_stages, source}]
+    thresholds: [{op, storage, dtype, n, k, fused_up_to_m, source}]
+    tiles:      [{op, storage, dtype, n, k, m_min, m_max, block_m, block_n, block_k, group_m,
+                  num_warps, num_stages, source}]
 
 storage "dense" (8-bit codes too) or "nf4"; dtype of the product: "half" (bf16, fp16), "fp32",
-"int8" or "fp8"; op, storage, dtype, m_max, n and k may be left out (any). The first matching row
-counts: those that name the op first, and of these a card's own before the default's.
+"int8" or "fp8"; all before fused_up_to_m and block_m may be left out (any). The first matching row
+counts: those that name the op first, of these those that name n and k, of these a card's own.
 fused_up_to_m: the largest M for which our kernel takes the weight as it is kept (null: always).
 Above it NF4 is decoded to a scratch, and a dense weight goes to torch's matmul; codes go, towards
 x, through a scratch that holds them transposed (`gemm_8bit_dx`), and to torch's fp8 product
-(`gemm_8bit`, fp8). `source` names the measured row, or says "assumed: " and why.
+(`gemm_8bit`, fp8). `source` says "measured: ", commit, GPU and times (`bench/tune.py write`), or
+"assumed: " and why.
 """
 
 import json
@@ -72,27 +73,39 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@cache
-def rows(arch: int) -> dict[str, tuple[dict, ...]]:
-    """{"thresholds", "tiles"}: rows that name their op, then others; each a card's own first."""
+def tables(arch: int) -> list[dict[str, list[dict]]]:
+    """A card's own file, where there is one, and the default's."""
     folder = files("fluxfast_kernels") / "configs"
     own = folder / (f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json")
-    tables = [json.loads((folder / "gemm_default.json").read_text())]
-    if own.is_file():
-        tables.insert(0, json.loads(own.read_text()))
+    paths = [own, folder / "gemm_default.json"] if own.is_file() else [folder / "gemm_default.json"]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def ordered(tables: list[dict[str, list[dict]]]) -> dict[str, tuple[dict, ...]]:
+    """{"thresholds", "tiles"}: the rows of tables in the order in which they are asked."""
     return {
-        kind: tuple(sorted((row for t in tables for row in t[kind]), key=_names_no_op))
+        kind: tuple(sorted((row for table in tables for row in table[kind]), key=_generality))
         for kind in ("thresholds", "tiles")
     }
 
 
-def _names_no_op(row: dict) -> bool:
-    return "op" not in row
+@cache
+def rows(arch: int) -> dict[str, tuple[dict, ...]]:
+    """{"thresholds", "tiles"} of a card, in the order in which they are asked."""
+    return ordered(tables(arch))
 
 
-def _matches(row: dict, M: int, **wanted) -> bool:
-    if row.get("m_max") is not None and row["m_max"] < M:
-        return False
+def _generality(row: dict) -> tuple[bool, bool]:
+    return "op" not in row, not {"n", "k"} <= row.keys()
+
+
+def _matches(row: dict, M: int | None = None, **wanted) -> bool:
+    """Whether a row is for M (None: for some M) and for every wanted value."""
+    if M is not None:
+        if row.get("m_min") is not None and row["m_min"] > M:
+            return False
+        if row.get("m_max") is not None and row["m_max"] < M:
+            return False
     return all(row.get(key) in (None, value) for key, value in wanted.items())
 
 
@@ -104,7 +117,7 @@ def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int,
     kind = _KINDS.get(dtype, "half")
     wanted = {"op": op, "storage": storage, "dtype": kind, "n": N, "k": K}
     table = rows(arch)
-    limit = next(row for row in table["thresholds"] if _matches(row, 0, **wanted))
+    limit = next(row for row in table["thresholds"] if _matches(row, **wanted))
     tile = next(row for row in table["tiles"] if _matches(row, M, **wanted))
     most = limit["fused_up_to_m"]
     fused = most is None or most >= M
@@ -116,10 +129,10 @@ def shipped_to(op: str, storage: str, dtype: str) -> dict[Tile, tuple[int, ...]]
     found: dict[Tile, tuple[int, ...]] = {}
     for arch in ARCHITECTURES:
         for row in rows(arch)["tiles"]:
-            if _matches(row, 0, op=op, storage=storage, dtype=dtype):
+            if _matches(row, op=op, storage=storage, dtype=dtype):
                 tile = _tile(row)
                 found[tile] = (*found.get(tile, ()), arch)
-                if not {"m_max", "n", "k"} & row.keys():  # nothing comes past this row
+                if not {"m_min", "m_max", "n", "k"} & row.keys():  # nothing comes past this row
                     break
     return found
 
@@ -129,6 +142,6 @@ def shipped(op: str, storage: str, dtype: str) -> list[Tile]:
     found = {}
     for arch in (0, *ARCHITECTURES):
         for row in rows(arch)["tiles"]:
-            if _matches(row, 0, op=op, storage=storage, dtype=dtype):
+            if _matches(row, op=op, storage=storage, dtype=dtype):
                 found[_tile(row)] = None
     return list(found)

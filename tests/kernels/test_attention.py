@@ -134,7 +134,7 @@ def test_cuda_backends_take_these_arguments():
 
 def test_choice_of_backend():
     def choice(arch, dtype):
-        return choose_backend(arch, dtype, 128, 4608)[0]
+        return choose_backend(arch, dtype, 64, 4608)[0]
 
     assert [choice(arch, torch.bfloat16) for arch in (80, 86, 89, 120)] == ["flash"] * 4
     assert choice(90, torch.float16) == "cudnn"

@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from config_rows import check_attention, check_gemm
 from fluxfast_kernels import dispatch
 
 CONFIGS = files("fluxfast_kernels") / "configs"
@@ -14,23 +15,17 @@ FILES = sorted(
 )
 CARDS = [0, 75, 80, 86, 89, 90, 100, 120]
 IN_8_BITS = [torch.int8, torch.float8_e4m3fn]
-FILTERS = {"op", "storage", "dtype", "m_max", "n", "k"}
+# widths that no measured row names: what is assumed answers
+N, K = 2048, 4096
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_rows_are_well_formed(path):
-    table = json.loads(path.read_text())
-    assert set(table) == {"thresholds", "tiles"}
-    needed = {"thresholds": {"fused_up_to_m", "source"}}
-    needed["tiles"] = set(dispatch.Tile.__dataclass_fields__) | {"source"}
-    for kind, rows in table.items():
-        for row in rows:
-            assert needed[kind] <= set(row) <= needed[kind] | FILTERS, row
-            assert row.get("op") in (None, *dispatch.OPS)
-            assert row.get("storage") in (None, *dispatch.STORAGES)
-            assert row.get("dtype") in (None, "half", "fp32", "int8", "fp8")
-            # a measured row is named by its file below bench/results
-            assert row["source"].startswith(("assumed: ", "bench/results/")), row["source"]
+    check_gemm(json.loads(path.read_text()))
+
+
+def test_rows_of_attention_are_well_formed():
+    check_attention(json.loads((CONFIGS / "attention.json").read_text()))
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -52,7 +47,7 @@ def test_every_question_has_an_answer(arch):
 
 def test_thresholds():
     def kind(arch, storage, M, dtype=torch.bfloat16):
-        return dispatch.choose("lora_gemm", arch, dtype, storage, M, 3072, 3072).kind
+        return dispatch.choose("lora_gemm", arch, dtype, storage, M, N, K).kind
 
     assert [kind(89, "nf4", M) for M in (1, 256, 257)] == ["fused", "fused", "decode"]
     assert [kind(90, "nf4", M) for M in (1, 64, 65)] == ["fused", "fused", "decode"]
@@ -63,21 +58,23 @@ def test_thresholds():
 
 
 def in_8_bits(op, arch, dtype, storage, M):
-    return dispatch.choose(op, arch, dtype, storage, M, 3072, 12288)
+    return dispatch.choose(op, arch, dtype, storage, M, N, K)
 
 
 @pytest.mark.parametrize("arch", CARDS)
 def test_rows_that_name_an_op_go_first_and_of_each_sort_a_cards_own(arch):
-    """So a card's row for NF4 or fp32 in general does not hide the default's for 8-bit products."""
+    """So a card's row for NF4 or fp32 in general does not hide the default's for 8-bit products.
+    Those of one N and K go before the rest of their op's."""
     names = [f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json", "gemm_default.json"]
     files = [CONFIGS / name for name in names if (CONFIGS / name).is_file()]
     assert len(files) == (1 if arch in (75, 100) else 2)
     for kind, found in dispatch.rows(arch).items():
         all_rows = [row for path in files for row in json.loads(path.read_text())[kind]]
-        named, others = (
-            [row for row in all_rows if ("op" in row) == with_op] for with_op in (1, 0)
+        exact, named, others = (
+            [row for row in all_rows if ("op" in row) + ("n" in row) == count]
+            for count in (2, 1, 0)
         )
-        assert list(found) == named + others and len(named) > 4
+        assert list(found) == exact + named + others and len(named) > 4
 
 
 @pytest.mark.parametrize("dtype", IN_8_BITS)
@@ -111,6 +108,41 @@ def test_towards_x_codes_are_transposed_above_a_threshold(op):
             assert asked == ["fused", "decode"], arch
 
 
+def answers(monkeypatch, *tiles):
+    """-> (M, N, K) -> block_m, where the rows of `tiles` are the default's and sm_89 has none."""
+    default = dispatch.tables(75)[0]
+    base = {"op": "lora_gemm", "block_n": 64, "block_k": 64, "group_m": 8, "num_warps": 4}
+    base |= {"num_stages": 3, "source": "assumed: "}
+    table = {"thresholds": default["thresholds"], "tiles": [base | tile for tile in tiles]}
+    monkeypatch.setattr(dispatch, "tables", lambda arch: [{"thresholds": [], "tiles": []}, table])
+
+    def block_m(M, N, K):
+        dispatch.rows.cache_clear()
+        dispatch.choose.cache_clear()
+        return dispatch.choose("lora_gemm", 89, torch.bfloat16, "dense", M, N, K).tile.block_m
+
+    yield block_m
+    dispatch.rows.cache_clear()
+    dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def block_m(monkeypatch):
+    """Asks (M, N, K) of rows in which the most general comes first."""
+    general = {"block_m": 16}
+    exact = {"n": 640, "k": 512, "block_m": 64}
+    few = exact | {"m_min": 100, "m_max": 200, "block_m": 32}
+    yield from answers(monkeypatch, general, few, exact)
+
+
+def test_a_row_of_this_n_and_k_goes_before_one_of_any(block_m):
+    assert [block_m(50, *shape) for shape in ((640, 512), (641, 512), (640, 511))] == [64, 16, 16]
+
+
+def test_a_row_is_for_its_rows_alone(block_m):
+    assert [block_m(M, 640, 512) for M in (99, 100, 200, 201)] == [64, 32, 32, 64]
+
+
 def test_the_first_row_that_matches_counts(monkeypatch):
     default = dispatch.rows(89)
     own = dict(default["tiles"][-1], n=640, k=None, m_max=100, block_m=16, op="lora_gemm")
@@ -126,7 +158,7 @@ def test_the_first_row_that_matches_counts(monkeypatch):
 
 
 def test_it_is_cached_and_refuses():
-    question = ("lora_gemm", 89, torch.bfloat16, "nf4", 4608, 3072, 3072)
+    question = ("lora_gemm", 89, torch.bfloat16, "nf4", 4608, N, K)
     assert dispatch.choose(*question) is dispatch.choose(*question)
     with pytest.raises(ValueError, match="op and storage"):
         dispatch.choose("gemm", 89, torch.bfloat16, "nf4", 1, 64, 64)
