@@ -48,20 +48,28 @@ def tensor_core(cost: dict) -> dict[str, int]:
     return {o: n for o, n in cost["sass"].items() if any(o.startswith(t) for t in TENSOR_CORE)}
 
 
-def compile_one(index: int, arch: int) -> tuple[str, str | None]:
-    """Case `index` for one card -> its row, and what is wrong with it or None."""
+def cost_of(case, arch: int) -> tuple[dict, str | None]:
+    """-> what a case takes on a card (empty where it does not compile), and what is wrong with that
+    or None."""
     from bench.offline import compile_for, resources
 
-    case = _CASES[index]
     settings = {"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options
     try:
-        compiled = compile_for(case.fn, case.signature, case.constants, arch, **settings)
-        cost = resources(compiled)
+        cost = resources(compile_for(case.fn, case.signature, case.constants, arch, **settings))
     except Exception as error:  # one kernel's failure is a row too
-        return f"{case.name:60} sm_{arch}", f"failed: {str(error).strip().splitlines()[0]}"
+        return {}, f"failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    return cost, verdict(case, cost, arch)
+
+
+def compile_one(index: int, arch: int) -> tuple[str, str | None]:
+    """Case `index` for one card -> its row, and what is wrong with it or None."""
+    case = _CASES[index]
+    cost, wrong = cost_of(case, arch)
+    if not cost:
+        return f"{case.name:60} sm_{arch}", wrong
     used = " ".join(f"{opcode} {n}" for opcode, n in sorted(tensor_core(cost).items())) or "-"
     figures = f"{cost['registers']:4} {cost['stack']:5} {cost['shared']:7}"
-    return f"{case.name:60} sm_{arch:<3} {figures}  {used}", verdict(case, cost, arch)
+    return f"{case.name:60} sm_{arch:<3} {figures}  {used}", wrong
 
 
 _CASES: list = []  # filled before the workers are forked: a kernel cannot be sent to a process

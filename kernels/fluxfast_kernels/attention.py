@@ -26,6 +26,7 @@ Refused (ValueError): other ranks or shapes, different dtypes, a last stride oth
 unknown backend.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -211,16 +212,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return stored((torch.exp(scores - lse[..., None]) @ v.to(wide)).to(q.dtype)), lse
 
 
-def kernel_cases():
-    """Every shipped tile; with queries or keys past T in the last block, and without at C=128."""
-    seen = set()
+def kernel_cases() -> Iterator[KernelCase]:
+    """Every shipped tile."""
     for kernel in attention_triton.KERNELS:
         for C in attention_triton.WIDTHS:
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                for tail in (True, False) if C == 128 and name == "bf16" else (True,):
-                    for arch in (80, 86, 89, 90, 120):
-                        chosen = attention_triton.tile(kernel, arch, dtype, C)
-                        case: KernelCase = attention_triton.case(kernel, C, name, chosen, tail)
-                        if case.name not in seen:
-                            seen.add(case.name)
-                            yield case
+                for chosen, archs in attention_triton.shipped_to(kernel, dtype, C).items():
+                    yield from attention_triton.tile_cases(kernel, C, name, chosen, archs)

@@ -23,6 +23,7 @@ scores. Tiles are rows of `configs/attention.json`.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
-from fluxfast_kernels.dispatch import arch_of
+from fluxfast_kernels.dispatch import ARCHITECTURES, arch_of
 
 WIDTHS = (32, 64, 128)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,16 +54,16 @@ def table() -> dict[str, list[dict]]:
     """`configs/attention.json`: {"backends": rows, "tiles": rows}; the first match counts.
 
     A row's arch, dtype ("half" or "fp32"), c and kernel list what it is for (null or absent: any);
-    t_max, if there, is the longest T.
+    t_min and t_max, if there, are the shortest and the longest T.
     """
     return json.loads((files("fluxfast_kernels") / "configs" / "attention.json").read_text())
 
 
 def first_row(kind: str, T: int = 0, **wanted) -> dict:
-    """The first row of `kind` whose lists hold every wanted value and whose t_max is at least T."""
+    """The first row of `kind` whose lists hold every wanted value and whose limits hold T."""
     for row in table()[kind]:
         matches = (row.get(key) is None or value in row[key] for key, value in wanted.items())
-        if row.get("t_max", T) >= T and all(matches):
+        if row.get("t_min", T) <= T <= row.get("t_max", T) and all(matches):
             return row
     raise ValueError(f"configs/attention.json has no {kind} row for {wanted}")
 
@@ -73,6 +74,15 @@ def tile(kernel: str, arch: int, dtype: torch.dtype, C: int) -> Tile:
     kind = "fp32" if dtype == torch.float32 else "half"
     row = first_row("tiles", kernel=kernel, arch=arch, dtype=kind, c=C)
     return Tile(**{name: row[name] for name in Tile.__dataclass_fields__})
+
+
+def shipped_to(kernel: str, dtype: torch.dtype, C: int) -> dict[Tile, tuple[int, ...]]:
+    """Every tile that the rows give `kernel` -> the cards where they do."""
+    found: dict[Tile, tuple[int, ...]] = {}
+    for arch in ARCHITECTURES:
+        chosen = tile(kernel, arch, dtype, C)
+        found[chosen] = (*found.get(chosen, ()), arch)
+    return found
 
 
 @triton.jit
@@ -269,8 +279,8 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _constants(kernel: str, q: Tensor) -> dict[str, object]:
-    chosen = tile(kernel, arch_of(q.device), q.dtype, q.shape[3])
+def _constants(kernel: str, q: Tensor, given: Tile | None) -> dict[str, object]:
+    chosen = given or tile(kernel, arch_of(q.device), q.dtype, q.shape[3])
     step = chosen.block_m if kernel == "dkdv" else chosen.block_n
     return {
         "C": q.shape[3],
@@ -289,11 +299,14 @@ def _check_heads(q: Tensor) -> None:
     check(q.shape[0] * q.shape[1] < 65536, "q's B·H", "below 65536", q.shape[0] * q.shape[1])
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
-    """Writes o [B, H, T, C] (last stride 1) and lse [B, H, T] (contiguous)."""
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, given: Tile | None = None
+) -> None:
+    """Writes o [B, H, T, C] (last stride 1) and lse [B, H, T] (contiguous). given: a tile other
+    than the table's."""
     _check_heads(q)
     B, H, T, C = q.shape
-    meta = _constants("forward", q)
+    meta = _constants("forward", q, given)
     _forward_kernel[(triton.cdiv(T, meta["BLOCK_M"]), B * H)](
         q, k, v, o, lse, C**-0.5, H, T, *_strides(q, k, v, o), **meta
     )
@@ -304,13 +317,31 @@ def launch_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv [B, H, T, C] (last stride 1) and delta [B, H, T] (contiguous)."""
+    launch_dq(do, q, k, v, o, lse, dq, delta)
+    launch_dkdv(do, q, k, v, lse, delta, dk, dv)
+
+
+def launch_dq(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    dq: Tensor, delta: Tensor, given: Tile | None = None,
+) -> None:  # fmt: skip
+    """Writes dq and delta."""
     _check_heads(q)
     B, H, T, C = q.shape
-    meta = _constants("dq", q)
+    meta = _constants("dq", q, given)
     _dq_kernel[(triton.cdiv(T, meta["BLOCK_M"]), B * H)](
         q, k, v, o, do, lse, dq, delta, C**-0.5, H, T, *_strides(q, k, v, o, do, dq), **meta
     )
-    meta = _constants("dkdv", q)
+
+
+def launch_dkdv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    dk: Tensor, dv: Tensor, given: Tile | None = None,
+) -> None:  # fmt: skip
+    """Reads delta, writes dk and dv."""
+    _check_heads(q)
+    B, H, T, C = q.shape
+    meta = _constants("dkdv", q, given)
     _dkdv_kernel[(triton.cdiv(T, meta["BLOCK_N"]), B * H)](
         q, k, v, do, lse, delta, dk, dv, C**-0.5, H, T, *_strides(q, k, v, do, dk, dv), **meta
     )
@@ -319,21 +350,26 @@ def launch_backward(
 KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
 
 
-def case(kernel: str, C: int, dtype: str, chosen: Tile, tail: bool = True) -> KernelCase:
+def tile_cases(
+    kernel: str, C: int, dtype: str, chosen: Tile, archs: tuple[int, ...] | None = None
+) -> Iterator[KernelCase]:
+    """What a tile must compile as: with queries or keys past T in the last block, and without at
+    C=128. dtype: "bf16" or "fp32"."""
     fn = KERNELS[kernel]
-    constants = {
-        "C": C,
-        "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
-        "TAIL": tail,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-    }
     pointers = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), f"*{dtype}")
     pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    signature = {a: pointers.get(a, "i32") for a in fn.arg_names if a not in constants}
     blocks = f"{chosen.block_m}x{chosen.block_n}"
     name = f"attention {kernel} {C} {dtype} {blocks} w{chosen.num_warps}s{chosen.num_stages}"
-    return KernelCase(
-        name if tail else f"{name} even", fn, signature, constants,
-        chosen.num_warps, chosen.num_stages, matrix=dtype != "fp32",
-    )  # fmt: skip
+    for tail in (True, False) if C == 128 and dtype == "bf16" else (True,):
+        constants = {
+            "C": C,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "TAIL": tail,
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        }
+        yield KernelCase(
+            name if tail else f"{name} even", fn,
+            {a: pointers.get(a, "i32") for a in fn.arg_names if a not in constants}, constants,
+            chosen.num_warps, chosen.num_stages, matrix=dtype != "fp32", archs=archs,
+        )  # fmt: skip

@@ -296,18 +296,29 @@ def lora_gemm_dx(
 
 
 def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile in bf16, fp16 and fp32, dense and NF4, forward (whole, and with all
-    options) and towards x."""
+    """Every shipped tile, dense and NF4, forward and towards x."""
     for op in ("lora_gemm", "lora_gemm_dx"):
-        for dtype in ("bf16", "fp16", "fp32"):
+        for dtype in ("half", "fp32"):
             for storage in dispatch.STORAGES:
-                for tile in dispatch.shipped(op, storage, "fp32" if dtype == "fp32" else "half"):
-                    yield _case(op, dtype, storage, tile, full=False)
-                    if dtype != "fp16":
-                        yield _case(op, dtype, storage, tile, full=True)
+                for tile, archs in dispatch.shipped_to(op, storage, dtype).items():
+                    yield from tile_cases(op, storage, dtype, tile, archs)
 
 
-def _case(op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool) -> KernelCase:
+def tile_cases(
+    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
+) -> Iterator[KernelCase]:
+    """What a tile must compile as: with all options, which is the most likely to spill, and
+    without. dtype: as in dispatch's rows."""
+    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
+        if kind != "fp16":
+            yield _case(op, kind, storage, tile, True, archs)
+        yield _case(op, kind, storage, tile, False, archs)
+
+
+def _case(
+    op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool,
+    archs: tuple[int, ...] | None,
+) -> KernelCase:  # fmt: skip
     """full: rank 128, two inputs and outputs, masks, nested absmax; forward also parts, a gate."""
     transposed, nf4 = op == "lora_gemm", storage == "nf4"
     types = {
@@ -339,5 +350,5 @@ def _case(op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool) ->
     return KernelCase(
         f"{op}.{dtype}.{storage}.{shape}{'.full' if full else ''}", _gemm_kernel,
         signature, constants | dict.fromkeys(absent),
-        tile.num_warps, tile.num_stages, matrix=dtype != "fp32",
+        tile.num_warps, tile.num_stages, matrix=dtype != "fp32", archs=archs,
     )  # fmt: skip

@@ -317,22 +317,31 @@ def gemm_8bit_dx(
 
 
 def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile in int8 and fp8, over codes and NF4, forward (whole, and with all options)
-    and towards x, with W8 as it is kept and transposed."""
-    for kind in DTYPE:
-        for storage in dispatch.STORAGES:
-            for full in (False, True):
-                for tile, archs in dispatch.shipped_to("gemm_8bit", storage, kind).items():
-                    yield _case("gemm_8bit", kind, storage, tile, full, True, archs)
-                    if not full:
-                        yield _case("gemm_8bit", kind, storage, tile, full, True, archs, "fp32")
-                op = "gemm_8bit_dx_pair" if full else "gemm_8bit_dx"
+    """Every shipped tile in int8 and fp8, over codes and NF4, forward and towards x."""
+    for op in ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair"):
+        for kind in DTYPE:
+            for storage in dispatch.STORAGES:
                 for tile, archs in dispatch.shipped_to(op, storage, kind).items():
-                    yield _case(op, kind, storage, tile, full, False, archs)
-                    if not full:
-                        yield _case(op, kind, storage, tile, full, False, archs, "fp32")
-                    if storage == "dense":
-                        yield _case(op, kind, storage, tile, full, True, archs)
+                    yield from tile_cases(op, storage, kind, tile, archs)
+
+
+def tile_cases(
+    op: str, storage: str, kind: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
+) -> Iterator[KernelCase]:
+    """What a tile must compile as: forward with all options, which is the most likely to spill,
+    and without, in bf16 and fp32; towards x with W8 as it is kept and transposed, two inputs with
+    all options."""
+    if op == "gemm_8bit":
+        yield _case(op, kind, storage, tile, True, True, archs)
+        yield _case(op, kind, storage, tile, False, True, archs)
+        yield _case(op, kind, storage, tile, False, True, archs, "fp32")
+        return
+    pair = op == "gemm_8bit_dx_pair"
+    yield _case(op, kind, storage, tile, pair, False, archs)
+    if not pair:
+        yield _case(op, kind, storage, tile, False, False, archs, "fp32")
+    if storage == "dense":
+        yield _case(op, kind, storage, tile, pair, True, archs)
 
 
 def _case(

@@ -352,62 +352,73 @@ def lora_db(
 
 
 def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile at ranks 16 and 48 (three parts of 16) over K or N of 3072."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        kind, matrix = ("fp32" if dtype == "fp32" else "half"), dtype != "fp32"
-        for rank in (16, 48, 128):
-            for op in ("lora_skinny", "lora_grads"):
-                for tile in dispatch.shipped(op, "dense", kind):
-                    blocks = {
-                        "RANK": rank, "SEGMENT_COUNT": 1, "BLOCK_M": tile.block_m,
-                        "BLOCK_N": _power_of_two(rank, tile.block_n), "BLOCK_K": tile.block_k,
-                    }  # fmt: skip
-                    name = f"{op}.{dtype}.r{rank}.{tile.block_m}x{tile.block_k}"
-                    if op == "lora_skinny":
-                        types = {"x0": f"*{dtype}", "w": "*fp32", "out": f"*{dtype}"}
-                        kernel = _skinny_kernel
-                        blocks |= {"SEGMENTS": (0, 0, 3072, 0, 0), "x1": None, "SLOTS": 1}
-                        blocks |= {"TOP": 127.0, "ROTATION": 0, "BLOCK_Q": BLOCK_Q}
-                        blocks |= dict.fromkeys(_ROWS)
-                    else:
-                        types = {"x": f"*{dtype}", "skinny": f"*{dtype}", "out": "*fp32"}
-                        kernel = _grads_kernel
-                        blocks |= {"SEGMENTS": (0, 0, 3072, 0, 0)}
-                    signature = dict.fromkeys(kernel.arg_names, "i32") | types | {"scale": "fp32"}
-                    yield KernelCase(
-                        name, kernel, signature, blocks, tile.num_warps, tile.num_stages, matrix
-                    )
-    for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
-        for dtype in ("bf16", "fp16", "fp32"):
-            for towards in ("x", "dy"):
-                yield from _quantizing_cases(kind, code, dtype, towards)
+    """Every shipped tile."""
+    for op in ("lora_skinny", "lora_grads", "lora_skinny_8bit"):
+        for dtype in ("half", "fp32"):
+            for tile, archs in dispatch.shipped_to(op, "dense", dtype).items():
+                yield from tile_cases(op, "dense", dtype, tile, archs)
 
 
-_ROWS = ("codes0", "codes1", "scale0", "scale1", "channel")
+def tile_cases(
+    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
+) -> Iterator[KernelCase]:
+    """What a tile must compile as: at ranks 128, 48 (three parts of 16) and 16 over K or N of 3072;
+    with 8-bit rows to fill in either kind, of x and of dy. storage: always "dense"."""
+    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
+        if op == "lora_skinny_8bit":
+            for codes in ("int8", "fp8"):
+                for towards in ("x", "dy"):
+                    yield _quantizing_case(codes, kind, towards, tile, archs)
+            continue
+        for rank in (128, 48, 16):
+            yield _case(op, kind, rank, tile, archs)
 
 
-def _quantizing_cases(kind: str, code: str, dtype: str, towards: str) -> Iterator[KernelCase]:
+def _case(op: str, dtype: str, rank: int, tile: dispatch.Tile, archs) -> KernelCase:
+    blocks = {
+        "RANK": rank, "SEGMENTS": (0, 0, 3072, 0, 0), "SEGMENT_COUNT": 1, "BLOCK_M": tile.block_m,
+        "BLOCK_N": _power_of_two(rank, tile.block_n), "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    if op == "lora_skinny":
+        kernel, types = _skinny_kernel, {"x0": f"*{dtype}", "w": "*fp32", "out": f"*{dtype}"}
+        blocks |= {"x1": None, "SLOTS": 1, "TOP": 127.0, "ROTATION": 0, "BLOCK_Q": BLOCK_Q}
+        blocks |= dict.fromkeys(("codes0", "codes1", "scale0", "scale1", "channel"))
+    else:
+        kernel, types = _grads_kernel, {"x": f"*{dtype}", "skinny": f"*{dtype}", "out": "*fp32"}
+    return KernelCase(
+        f"{op}.{dtype}.r{rank}.{_shape(tile)}", kernel,
+        dict.fromkeys(kernel.arg_names, "i32") | types | {"scale": "fp32"}, blocks,
+        tile.num_warps, tile.num_stages, dtype != "fp32", archs=archs,
+    )  # fmt: skip
+
+
+def _quantizing_case(
+    kind: str, dtype: str, towards: str, tile: dispatch.Tile, archs
+) -> KernelCase:  # fmt: skip
     """x: two inputs, the first quantised and rotated; dy: two of three parts, both with scales."""
-    wide = "fp32" if dtype == "fp32" else "half"
-    for tile in dispatch.shipped("lora_skinny_8bit", "dense", wide):
-        rank = 48 if towards == "x" else 16
-        block_n = _power_of_two(rank, tile.block_n)
-        types = dict.fromkeys(("x0", "x1", "out"), f"*{dtype}") | {"w": "*fp32", "scale": "fp32"}
-        types |= dict.fromkeys(("codes0", "codes1"), f"*{code}")
-        types |= dict.fromkeys(("scale0", "scale1", "channel"), "*fp32")
-        segments = (0, 0, 3072, 0, 0, 1, 0, 12288, 0, 3072)
-        if towards == "dy":
-            segments = (0, 0, 3072, 0, 0, 0, 3072, 6144, 1, 3072, 1, 0, 12288, 2, 6144)
-        blocks = {
-            "RANK": rank, "SEGMENTS": segments, "SEGMENT_COUNT": len(segments) // 5,
-            "SLOTS": 1 if towards == "x" else 3, "TOP": TOP[kind],
-            "ROTATION": 256 if towards == "x" else 0, "BLOCK_Q": 256 if towards == "x" else BLOCK_Q,
-            "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": tile.block_k,
-        }  # fmt: skip
-        absent = ("codes1", "scale1", "channel") if towards == "x" else ()
-        yield KernelCase(
-            f"lora_skinny.{kind}.{dtype}.{towards}", _skinny_kernel,
-            dict.fromkeys(_skinny_kernel.arg_names, "i32") | types, blocks | dict.fromkeys(absent),
-            tile.num_warps, tile.num_stages, dtype != "fp32",
-            least_arch=89 if kind == "fp8" else 80,
-        )  # fmt: skip
+    code = "i8" if kind == "int8" else "fp8e4nv"
+    rank = 48 if towards == "x" else 16
+    types = dict.fromkeys(("x0", "x1", "out"), f"*{dtype}") | {"w": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("codes0", "codes1"), f"*{code}")
+    types |= dict.fromkeys(("scale0", "scale1", "channel"), "*fp32")
+    segments = (0, 0, 3072, 0, 0, 1, 0, 12288, 0, 3072)
+    if towards == "dy":
+        segments = (0, 0, 3072, 0, 0, 0, 3072, 6144, 1, 3072, 1, 0, 12288, 2, 6144)
+    blocks = {
+        "RANK": rank, "SEGMENTS": segments, "SEGMENT_COUNT": len(segments) // 5,
+        "SLOTS": 1 if towards == "x" else 3, "TOP": TOP[kind],
+        "ROTATION": 256 if towards == "x" else 0, "BLOCK_Q": 256 if towards == "x" else BLOCK_Q,
+        "BLOCK_M": tile.block_m, "BLOCK_N": _power_of_two(rank, tile.block_n),
+        "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    absent = ("codes1", "scale1", "channel") if towards == "x" else ()
+    return KernelCase(
+        f"lora_skinny_8bit.{kind}.{dtype}.{towards}.{_shape(tile)}", _skinny_kernel,
+        dict.fromkeys(_skinny_kernel.arg_names, "i32") | types, blocks | dict.fromkeys(absent),
+        tile.num_warps, tile.num_stages, dtype != "fp32",
+        least_arch=89 if kind == "fp8" else 80, archs=archs,
+    )  # fmt: skip
+
+
+def _shape(tile: dispatch.Tile) -> str:
+    return f"{tile.block_m}x{tile.block_k}.{tile.num_warps}w{tile.num_stages}"

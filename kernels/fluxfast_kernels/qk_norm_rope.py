@@ -23,6 +23,8 @@ one that is not a power of two from 16 to 256), different dtypes, a last stride 
 sin of another shape or dtype.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -144,8 +146,8 @@ def _grid(x: Tensor, heads: int, rows: int) -> tuple[int, int]:
     return triton.cdiv(x.shape[1] * heads, rows), x.shape[0]
 
 
-def _constants(x: Tensor, C: int) -> dict[str, object]:
-    chosen = attention_triton.tile("qk_norm_rope", arch_of(x.device), x.dtype, C)
+def _constants(x: Tensor, C: int, given: attention_triton.Tile | None) -> dict[str, object]:
+    chosen = given or attention_triton.tile("qk_norm_rope", arch_of(x.device), x.dtype, C)
     return {"C": C, "ROWS": chosen.block_m, "EPSILON": EPSILON, "num_warps": chosen.num_warps}
 
 
@@ -159,10 +161,11 @@ def _tokens(qkv: list[Tensor]):
 
 def launch_forward(
     qkv: list[Tensor], scales: list[Tensor], cos: Tensor, sin: Tensor, heads: int,
-    q: Tensor, k: Tensor, v: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor | None, given: attention_triton.Tile | None = None,
 ) -> None:  # fmt: skip
-    """Writes q, k [B, T, H, C] (no gaps) and, unless it is None, v alike."""
-    meta = _constants(q, q.shape[3])
+    """Writes q, k [B, T, H, C] (no gaps) and, unless it is None, v alike. given: a tile other than
+    the table's."""
+    meta = _constants(q, q.shape[3], given)
     for i, (x, at) in enumerate(_tokens(qkv)):
         _forward_kernel[_grid(x, heads, meta["ROWS"])](
             x, scales[2 * i], scales[2 * i + 1], cos[:, at], sin[:, at],
@@ -175,9 +178,10 @@ def launch_forward(
 def launch_backward(
     grads: tuple[Tensor, Tensor, Tensor], qkv: list[Tensor], scales: list[Tensor],
     cos: Tensor, sin: Tensor, heads: int, dqkv: list[Tensor],
+    given: attention_triton.Tile | None = None,
 ) -> None:  # fmt: skip
     """grads: dq, dk, dv [B, T, H, C]. Writes dqkv, like qkv, without gaps."""
-    meta = _constants(qkv[0], grads[0].shape[3])
+    meta = _constants(qkv[0], grads[0].shape[3], given)
     for i, (x, at) in enumerate(_tokens(qkv)):
         _backward_kernel[_grid(x, heads, meta["ROWS"])](
             *(grad[:, at] for grad in grads), x, scales[2 * i], scales[2 * i + 1],
@@ -382,16 +386,28 @@ def qk_norm_rope_attention_reference(
     return attention_reference(q, k, v)[0].transpose(1, 2).flatten(2)
 
 
-def kernel_cases():
+def kernel_cases() -> Iterator[KernelCase]:
+    """Every shipped tile."""
+    for C in (64, 128):
+        shipped = attention_triton.shipped_to("qk_norm_rope", torch.bfloat16, C)
+        for chosen, archs in shipped.items():
+            yield from tile_cases(C, chosen, archs)
+
+
+def tile_cases(
+    C: int, chosen: attention_triton.Tile, archs: tuple[int, ...] | None = None
+) -> Iterator[KernelCase]:
+    """What a tile must compile as: both kernels, in bf16."""
     names = ("qkv", "q", "k", "v", "q_scale", "k_scale", "dq", "dk", "dv", "dqkv")
     pointers = dict.fromkeys(names, "*bf16") | {"cos": "*fp32", "sin": "*fp32"}
-    for C in (64, 128):
-        for name, fn, more in (
-            ("forward", _forward_kernel, {"COPY_V": True}),
-            ("backward", _backward_kernel, {}),
-        ):
-            chosen = attention_triton.tile("qk_norm_rope", 89, torch.bfloat16, C)
-            constants = {"C": C, "ROWS": chosen.block_m, "EPSILON": EPSILON, **more}
-            arguments = (a for a in fn.arg_names if a not in constants)
-            signature = {a: pointers.get(a, "i32") for a in arguments}
-            yield KernelCase(f"qk_norm_rope {name} {C}", fn, signature, constants, chosen.num_warps)
+    for name, fn, more in (
+        ("forward", _forward_kernel, {"COPY_V": True}),
+        ("backward", _backward_kernel, {}),
+    ):
+        constants = {"C": C, "ROWS": chosen.block_m, "EPSILON": EPSILON, **more}
+        arguments = (a for a in fn.arg_names if a not in constants)
+        yield KernelCase(
+            f"qk_norm_rope {name} {C} {chosen.block_m} w{chosen.num_warps}", fn,
+            {a: pointers.get(a, "i32") for a in arguments}, constants, chosen.num_warps,
+            archs=archs,
+        )  # fmt: skip
