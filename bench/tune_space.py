@@ -1,0 +1,120 @@
+"""The tiles that each kernel could be given, before a compiler or a GPU has seen them.
+
+A `Kernel` is what dispatch's rows choose a tile for; a tile's name is rows x columns x depth, warps
+and stages: "128x128x64.8w3", with "g8" behind where it says group_m. What cannot work is left out
+at once: accumulators that do not fit a thread's registers, operands in flight that do not fit the
+card's shared memory.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+from fluxfast_kernels import attention_triton, dispatch, gemm, gemm_8bit, gemm_grads, qk_norm_rope
+from fluxfast_kernels.backend import KernelCase
+
+C = 128  # FLUX's head width
+ACCUMULATORS = (8, 128)  # fp32 sums a thread: fewer leave it idle, more spill
+
+
+class Kernel(NamedTuple):
+    """op, storage and dtype as in dispatch's rows; attention's kernels by `attention.json`'s names,
+    "dense", "half"."""
+
+    op: str
+    storage: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return ".".join(self)
+
+
+_8BIT = ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair")
+ATTENTION = (*attention_triton.KERNELS, "qk_norm_rope")
+KERNELS = (
+    *(Kernel(op, "dense", "half") for op in ("lora_gemm", "lora_gemm_dx")),
+    *(Kernel(op, "dense", kind) for op in _8BIT for kind in ("int8", "fp8")),
+    *(Kernel(op, "dense", "half") for op in ("lora_skinny", "lora_skinny_8bit", "lora_grads")),
+    *(Kernel(op, "nf4", "half") for op in ("lora_gemm", "lora_gemm_dx")),
+    *(Kernel(op, "nf4", kind) for op in _8BIT for kind in ("int8", "fp8")),
+    *(Kernel(op, "dense", "half") for op in ATTENTION),
+)
+
+_WARPS, _STAGES = (4, 8), (2, 3, 4)
+# block_m, block_n, block_k, warps, stages of each family
+_DENSE = ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES)
+_CODES = ((64, 128, 256), (64, 128, 256), (64, 128), _WARPS, _STAGES)
+_NF4 = ((16, 32, 64, 128), (64, 128), (64,), _WARPS, _STAGES)  # few rows: more come decoded
+_OTHER = {
+    "lora_skinny": ((16, 32, 64, 128), (128,), (64, 128), _WARPS, _STAGES),
+    "lora_skinny_8bit": ((16, 32, 64), (128,), (64, 128), _WARPS, (2, 3)),
+    "lora_grads": ((32, 64, 128), (128,), (64, 128, 256), _WARPS, _STAGES),
+    "qk_norm_rope": ((4, 8, 16, 32), (1,), (1,), (2, 4, 8), (1,)),
+    **dict.fromkeys(attention_triton.KERNELS, ((64, 128), (32, 64, 128), (1,), _WARPS, _STAGES)),
+}
+# what else is worth a try once a tile is known to be good
+GROUPS = {"lora_skinny": (1,), "lora_skinny_8bit": (1,), "lora_grads": (256, 128, 512)}
+_PRODUCT_GROUPS = (8, 4, 16)
+
+
+def groups(kernel: Kernel) -> tuple[int, ...]:
+    """Values of group_m to try, the one to begin with first; none for attention's kernels."""
+    return () if kernel.op in ATTENTION else GROUPS.get(kernel.op, _PRODUCT_GROUPS)
+
+
+def tile_name(tile: dispatch.Tile | attention_triton.Tile, with_group: bool = True) -> str:
+    depth = f"x{tile.block_k}" if isinstance(tile, dispatch.Tile) else ""
+    group = f"g{tile.group_m}" if depth and with_group else ""
+    return f"{tile.block_m}x{tile.block_n}{depth}.{tile.num_warps}w{tile.num_stages}{group}"
+
+
+def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | attention_triton.Tile:
+    """The inverse of `tile_name`; without a group, the kernel's first. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:g(\d+))?", name)
+    if not found or (found[3] is None) != (kernel.op in ATTENTION):
+        raise ValueError(f"{kernel}: {name!r} is no name of a tile, as 128x128x64.8w3g8 is")
+    m, n, k, warps, stages, group = (part and int(part) for part in found.groups())
+    if kernel.op in ATTENTION:
+        return attention_triton.Tile(m, n, warps, stages)
+    return dispatch.Tile(m, n, k, group or groups(kernel)[0], warps, stages)
+
+
+def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | attention_triton.Tile]:
+    """Every tile worth compiling for a card, with the kernel's first group_m."""
+    return [
+        named_tile(kernel, f"{m}x{n}{'' if kernel.op in ATTENTION else f'x{k}'}.{warps}w{stages}")
+        for m, n, k, warps, stages in product(*_sides(kernel))
+        if _fits(kernel, arch, m, n, k, warps, stages)
+    ]
+
+
+def _sides(kernel: Kernel) -> tuple[tuple[int, ...], ...]:
+    if kernel.op in _OTHER:
+        return _OTHER[kernel.op]
+    if kernel.storage == "nf4":
+        return _NF4
+    return _DENSE if kernel.dtype == "half" else _CODES
+
+
+def _fits(kernel: Kernel, arch: int, m: int, n: int, k: int, warps: int, stages: int) -> bool:
+    from bench.offline import SHARED_LIMIT
+
+    if kernel.op in ATTENTION:
+        return kernel.op == "qk_norm_rope" or m * C / (32 * warps) <= ACCUMULATORS[1]
+    sums = {"lora_grads": n * k}.get(kernel.op, m * n) / (32 * warps)
+    # operands of the steps that are loaded ahead; NF4 is decoded in registers on its way
+    width = 2 if kernel.dtype == "half" else 1
+    ahead = (stages - 1) * width * k * (m if kernel.storage == "nf4" else m + n)
+    least, most = ACCUMULATORS
+    return least <= sums <= most and ahead <= SHARED_LIMIT[arch]
+
+
+def cases(kernel: Kernel, tile: dispatch.Tile | attention_triton.Tile) -> Iterator[KernelCase]:
+    """Everything that `bench/compile.py` would compile of a row that ships this tile."""
+    if kernel.op == "qk_norm_rope":
+        return qk_norm_rope.tile_cases(C, tile)
+    if kernel.op in ATTENTION:
+        return attention_triton.tile_cases(kernel.op, C, "bf16", tile)
+    module = gemm_8bit if kernel.op in _8BIT else gemm if "gemm" in kernel.op else gemm_grads
+    return module.tile_cases(*kernel, tile)
