@@ -281,12 +281,13 @@ SPELLINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_factor_gives_a_lora_away(format):
+@pytest.mark.parametrize("spelling", [*FORMATS, *SPELLINGS])
+def test_every_factor_gives_a_lora_away(spelling):
     """A file may hold one linear only: `inspect` and `--model` call it a LoRA all the same."""
     from fluxfast.formats.base_detect import is_lora
 
-    for key in to_state(lora_of(trained("attn")), format):
+    format, rename = SPELLINGS.get(spelling, (spelling, str))
+    for key in respelt(to_state(lora_of(trained("attn")), format), rename):
         assert is_lora([key]) or key.endswith(".alpha"), key
 
 

@@ -56,7 +56,7 @@ _OTHERS = (
 _NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
 _LORA = (
     ".lora_A", ".lora_B", ".lora_down.", ".lora_up.", "_lora1.", "_lora2.", ".lokr_", ".hada_",
-    "_lora.",
+    "_lora.", ".lora.", ".lora_linear_layer.",
 )  # fmt: skip
 
 
