@@ -14,12 +14,12 @@ from small import SMALL
 from fluxfast.errors import ConfigError
 from fluxfast.formats.lora import init_lora, load_lora, lora_of, save_lora
 from fluxfast.formats.lora_names import parse
-from fluxfast.formats.lora_pieces import Lora, Piece, balanced, merged, scaled
+from fluxfast.formats.lora_pieces import Lora, Piece, balanced, merged, rows_of, scaled
 from fluxfast.formats.lora_read import from_tensors, read_lora
 from fluxfast.formats.lora_write import FORMATS, to_bytes, to_state
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
-from fluxfast.model.names import linear_shape, part_rows
+from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 
 ROUNDING = 1e-6  # of fp32, relative to the largest entry of a layer's ΔW
 
@@ -97,6 +97,44 @@ def test_every_pair_of_formats_means_the_same(targets, share_a):
         for second in FORMATS:
             last = held_by_xlabs(expected) if second == "xlabs" else expected
             same(meaning(through(once, second, drop=True)), last)
+
+
+def any_pieces(seed: int) -> Lora:
+    """Up to three pieces a linear, on any of its parts, with A's shared or not, zeros here and
+    there: what merging can make.
+    """
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    lora = Lora(hidden=SMALL.hidden_size, mlp=SMALL.mlp_hidden)
+    modules = [*block_linears(SMALL), *outer_linears(SMALL)]
+    for module in draw.sample(modules, draw.randint(4, len(modules))):
+        rows, columns = linear_shape(module, SMALL)
+        heights = lora.heights(module) or [rows]
+        shared = [torch.randn(draw.randint(1, 3), columns, generator=g) for _ in range(2)]
+        for _ in range(draw.randint(1, 3)):
+            parts = tuple(sorted(draw.sample(range(len(heights)), draw.randint(1, len(heights)))))
+            a = draw.choice([*shared, torch.randn(2, columns, generator=g)])
+            b = torch.randn(sum(heights[part] for part in parts), len(a), generator=g)
+            for own in rows_of(parts, heights).values():
+                kind = draw.random()
+                if kind < 0.2:
+                    b[own] = 0
+                elif kind < 0.4:
+                    b[own, draw.randrange(len(a))] = 0
+            lora.pieces.setdefault(module, []).append(Piece(parts, a, b))
+    return lora
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_pieces_mean_the_same_in_every_format_and_on_a_model(seed, tmp_path):
+    lora, model = any_pieces(seed), random_flux(SMALL)
+    truth = meaning(lora)
+    for format in FORMATS:
+        expected = held_by_xlabs(truth) if format == "xlabs" else truth
+        same(meaning(through(lora, format, drop=True)), expected)
+        file = tmp_path / f"{format}.safetensors"
+        file.write_bytes(to_bytes(to_state(lora, format, drop=True), "fp32", {}))
+        load_lora(model, file)
+        same(update(model), expected)
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui", "bfl"])
@@ -327,6 +365,8 @@ def test_omi_numbers_the_parts():
         ("lora_t5.encoder.block.0.layer.1.DenseReluDense.wo.lora_down.weight",
          "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
+         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
+        ("text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight",  # transformers 5
          "clip/text_model.encoder.layers.0.self_attn.q_proj"),
     ],
 )  # fmt: skip
