@@ -154,6 +154,17 @@ def test_a_winner_is_compiled_for_its_own_card(write):
     assert archs["lora_gemm"]["lora_gemm.bf16.dense.128x128x64.8w3"] == dispatch.ARCHITECTURES
 
 
+def test_rows_of_two_cards_go_to_a_file_each(write, configs):
+    h100 = {"arch": 90, "device_name": "NVIDIA H100"}
+    write([*won(), *won(FASTER, **h100), *won(FASTER, n=9216, **h100)])
+    tiles = [
+        json.loads((configs / f"gemm_sm_{arch}.json").read_text())["tiles"] for arch in (89, 90)
+    ]
+    measured = [[r["n"] for r in rows if r["source"].startswith("measured: ")] for rows in tiles]
+    assert measured == [[N], [N, 9216]] and block_n(4608) == 256
+    assert chosen(4608, arch=90).tile.block_m == 256
+
+
 def test_the_rows_that_were_there_stay_as_they_were(write, configs):
     lines = (configs / "gemm_sm_90.json").read_text().splitlines()
     write(won(arch=90, device_name="NVIDIA H100", op="gemm_8bit", dtype="fp8"))
