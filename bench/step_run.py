@@ -189,7 +189,7 @@ def measure_apart(
             owed.pop(0)
         if not owed:
             process.join(LEAVE_S)
-    except EOFError:
+    except (EOFError, OSError):  # OSError: in the middle of a message
         process.join()
         status, reason = "failed", f"its process ended with code {process.exitcode}"
     finally:
