@@ -3,6 +3,7 @@ width that they insist on.
 """
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -68,6 +69,55 @@ def test_merge_scale_and_dtype(fluxfast, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "c.safetensors").values()} == {torch.bfloat16}
     for name, got in meaning(read_lora(tmp_path / "c.safetensors")).items():
         assert (got - expected[name]).abs().max() < 0.03 * expected[name].abs().max()
+
+
+def test_metadata_that_would_be_wrong_is_left_out(fluxfast, tmp_path):
+    """alpha is folded in: a loader must not apply it again. Of a sum, nobody's are right."""
+    state = ab("transformer.transformer_blocks.0.attn.to_out.0", rank=4)
+    alpha = json.dumps({"transformer.lora_alpha": 8})
+    for name in "ab":
+        said = {"trigger": "ohwx", "lora_adapter_metadata": alpha}
+        save_file(state, tmp_path / f"{name}.safetensors", said)
+    for sources in (["a.safetensors"], ["a.safetensors", "b.safetensors"]):
+        target = f"{len(sources)}.safetensors"
+        code, _, err = fluxfast("convert", *sources, "--to", "diffusers", target)
+        assert code == 0, err
+        with safe_open(tmp_path / target, "pt") as file:
+            alone = len(sources) == 1
+            assert file.metadata() == {"format": "pt", **({"trigger": "ohwx"} if alone else {})}
+        (piece, *_) = read_lora(tmp_path / target).pieces["double_blocks.0.img_attn.proj"]
+        assert torch.equal(piece.b @ piece.a, torch.full((64, 64), 4 * 2.0 * len(sources)))
+
+
+def test_fp16_factors_are_balanced(fluxfast, tmp_path):
+    """What alpha shrinks beyond fp16's digits keeps them."""
+    g = torch.Generator().manual_seed(0)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    state = {f"{name}.lora_down.weight": torch.randn(64, 64, generator=g),
+             f"{name}.lora_up.weight": torch.randn(64, 64, generator=g) * 1e-6,
+             f"{name}.alpha": torch.tensor(2.0**-6)}  # fmt: skip
+    save_file(state, tmp_path / "a.safetensors")
+    code, _, err = fluxfast("convert", "a.safetensors", "--to", "diffusers", "b.safetensors",
+                            "--dtype", "fp16", "--verify")  # fmt: skip
+    assert code == 0, err
+    assert {t.dtype for t in load_file(tmp_path / "b.safetensors").values()} == {torch.float16}
+
+
+def test_verify_looks_at_text_encoders_too(fluxfast, tmp_path, monkeypatch):
+    from fluxfast.formats import lora_convert
+
+    clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    save_file({**ab("transformer.proj_out"), **ab(clip)}, tmp_path / "a.safetensors")
+    right = lora_convert.to_state
+
+    def wrong(*arguments, **named):
+        state = right(*arguments, **named)
+        return {key: t * 1.01 if "fc1" in key else t for key, t in state.items()}
+
+    monkeypatch.setattr(lora_convert, "to_state", wrong)
+    code, _, err = fluxfast("convert", "a.safetensors", "--to", "kohya", "b.safetensors",
+                            "--verify")  # fmt: skip
+    assert code == 1 and "clip/text_model.encoder.layers.0.mlp.fc1 would change by 0.0" in err
 
 
 def test_verify_reports_rounding(fluxfast, tmp_path):

@@ -174,6 +174,22 @@ def test_kohya_alpha_and_default_scale():
         assert again[f"{name}.alpha"] == 4.0
 
 
+def test_a_1x1_convolution_is_a_linear():
+    flat = ab(PROJ)
+    state = {key: tensor[:, :, None, None] for key, tensor in flat.items()}
+    (piece,) = from_tensors(state, {}, "x").pieces["double_blocks.0.img_attn.proj"]
+    assert torch.equal(piece.a, flat[f"{PROJ}.lora_A.weight"])
+    with pytest.raises(ConfigError, match="two dimensions"):
+        from_tensors({key: t.expand(-1, -1, 3, 3) for key, t in state.items()}, {}, "x")
+
+
+def test_the_last_layer_has_as_many_rows_as_the_model_has_channels():
+    """Which the blocks do not tell."""
+    name = "transformer.proj_out"
+    lora = from_tensors({**ab(PROJ), **ab(name, rows=16)}, {}, "x")
+    assert to_state(lora, "kohya")["lora_unet_final_layer_linear.lora_up.weight"].shape == (16, 2)
+
+
 def test_an_update_of_zero_keeps_its_factors():
     """What was saved before it learnt anything is still a LoRA of those linears."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
