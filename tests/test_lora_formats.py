@@ -583,6 +583,31 @@ def test_linears_outside_the_blocks_act(tmp_path):
         assert not torch.allclose(with_lora, before, atol=1e-3)
 
 
+def test_the_strength_of_one_file_acts_and_stays_adjustable(tmp_path):
+    from test_lora import inputs
+
+    from fluxfast.model.lora import set_lora_strength
+
+    file = save_lora(trained("attn", alpha=0.3), tmp_path / "x.safetensors")
+    model, x = random_flux(SMALL), inputs(SMALL)
+
+    def merged_by(strength: float) -> torch.Tensor:
+        merged = random_flux(SMALL)
+        for name, delta in meaning(read_lora(file)).items():
+            merged.get_submodule(name).weight.add_(strength * delta)
+        return merged(*x)
+
+    with torch.no_grad():
+        for strength in (0.5, [0.5], -1.0, 0.0):
+            load_lora(model, file, strength)
+            truth = merged_by(strength[0] if isinstance(strength, list) else strength)
+            assert (model(*x) - truth).abs().max() < 1e-4 * truth.abs().max()
+        set_lora_strength(model, 1.0)
+        truth = merged_by(1.0)
+        assert (model(*x) - truth).abs().max() < 1e-4 * truth.abs().max()
+        assert (truth - merged_by(0.5)).abs().max() > 1e-2 * truth.abs().max()
+
+
 def test_several_are_summed(tmp_path):
     """Different formats, ranks, targets and kinds of A, each with its strength."""
     one, two = trained("attn", True, rank=2), trained("attn+mlp", False, rank=3, seed=2)
