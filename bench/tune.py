@@ -106,8 +106,10 @@ def run_sweep(options: argparse.Namespace) -> int:
     workers = min(options.workers or os.cpu_count() or 1, MOST_WORKERS)
     ahead = Precompiler(workers, DEV, options.rank, "cuda") if workers > 1 else None
     try:
-        given = (everything, options.out, where | {"tiles_triton": compiled_by})
-        return 0 if sweep(*given, options.budget_s, ahead, alive) else 1
+        given = {"budget_s": options.budget_s, "alive": alive}
+        given |= {"precompile": ahead} if ahead else {}
+        where |= {"tiles_triton": compiled_by}
+        return 0 if sweep(everything, options.out, where, **given) else 1
     finally:
         if ahead:
             ahead.close()

@@ -32,6 +32,7 @@ COMPILED_ROWS = 256  # a kernel's code does not depend on M
 STOPPED = "the GPU stopped working in this process"
 Rows = list[dict[str, object]]
 Timed = list[tuple[Result, dict[str, object]]]  # what a row says beside the result
+Precompile = Callable[[Problem, list[str]], None]
 
 
 def replayed(work: Callable[[], object], device: str) -> Callable[[], object]:
@@ -70,46 +71,6 @@ def shipped_tile(problem: Problem, arch: int):
     return choice.tile, choice.tile_source
 
 
-def time_tiles(
-    kernel: Kernel, call: Call, tiles: Iterable, shipped, device: str, rounds: int,
-    trying: Callable[[str], None], alive: Callable[[], bool],
-) -> Timed:  # fmt: skip
-    """The shipped tile, the best ones beside it, and every one that failed. trying: told of each
-    before its first launch, while the device is alive."""
-    by_name = {tile_name(tile): tile for tile in (shipped, *tiles)}
-    reference, gated = call.reference(), set()
-
-    def gate(name: str) -> str | None:
-        if name in gated:
-            return None
-        gated.add(name)
-        if not alive():
-            return STOPPED
-        trying(name)
-        return call.wrong(by_name[name], reference)
-
-    def compare(names: Iterable[str], rounds: int) -> dict[str, Result]:
-        works = {name: replayed(partial(call.run, by_name[name]), device) for name in names}
-        return timing.compare(works, rounds, WARMUP, gate, tile_name(shipped), device)
-
-    screen = compare(by_name, SCREEN_ROUNDS)
-    ran = [name for name, r in screen.items() if r.median_ms is not None]
-    best = sorted(ran, key=lambda name: screen[name].median_ms)[:FINALISTS]
-    for name in best[:REGROUPED]:
-        for group in groups(kernel):
-            tile = replace(by_name[name], group_m=group)
-            by_name[tile_name(tile)] = tile
-            best.append(tile_name(tile))
-    failed = {name: r for name, r in screen.items() if r.median_ms is None}
-    names = dict.fromkeys([tile_name(shipped), *best])
-    final = compare([name for name in names if name not in failed], rounds)
-    screened = {name: round(screen[name].median_ms, 5) for name in ran}
-    return [
-        (r, {"tile": name, "screened_ms": screened if name == tile_name(shipped) else None})
-        for name, r in (failed | final).items()
-    ]
-
-
 class TileJob:
     """A problem's tiles. kept: those that compile without a spill; build: as `tune_calls.build`."""
 
@@ -120,6 +81,7 @@ class TileJob:
         self.problem, self.kept, self.device, self.rounds = problem, kept, device, rounds
         self.spec, self.rank, self.build = spec, rank, build
         self.shipped, self.source = shipped_tile(problem, arch)
+        self.default = tile_name(self.shipped)
         self.share, self.trying = problem.share, self.default
 
     @property
@@ -128,25 +90,52 @@ class TileJob:
         return {"kind": "tile", **p.kernel._asdict(), "m": p.M, "n": p.N, "k": p.K}
 
     def time(
-        self, failed: set[str], precompile: Callable | None, alive: Callable[[], bool]
+        self, failed: set[str], precompile: Precompile, alive: Callable[[], bool]
     ) -> Timed:  # fmt: skip
-        tiles = [tile for tile in self.kept if tile_name(tile) not in failed]
-        if precompile:
-            precompile(self.problem, [tile_name(tile) for tile in tiles])
+        """The shipped tile, the best ones beside it, and every one that fails; none of `failed`."""
+        tiles = {tile_name(tile): tile for tile in (self.shipped, *self.kept)}
+        tiles = {name: tile for name, tile in tiles.items() if name not in failed}
+        precompile(self.problem, list(tiles))
         call = self.build(self.problem, self.spec, self.rank, self.device)
-        p = self.problem
-        given = (p.kernel, call, tiles, self.shipped, self.device, self.rounds)
-        timed = time_tiles(*given, lambda name: setattr(self, "trying", name), alive)
-        asked = {"linear": p.linear, "what": p.what, "share": round(p.share, 5)}
-        return [
-            (r, more | asked | {"shipped": r.name == self.default, "source": self.source})
-            for r, more in timed
-        ]
+        reference, gated = call.reference(), set()
 
-    @property
-    def default(self) -> str:
-        """The name of what is shipped."""
-        return tile_name(self.shipped)
+        def gate(name: str) -> str | None:
+            if name in gated:
+                return None
+            gated.add(name)
+            if not alive():
+                return STOPPED
+            self.trying = name
+            return call.wrong(tiles[name], reference)
+
+        def compare(names: Iterable[str], rounds: int) -> dict[str, Result]:
+            works = {name: replayed(partial(call.run, tiles[name]), self.device) for name in names}
+            return timing.compare(works, rounds, WARMUP, gate, self.default, self.device)
+
+        screen = compare(tiles, SCREEN_ROUNDS)
+        ran = {name: r.median_ms for name, r in screen.items() if r.median_ms is not None}
+        best = sorted(ran, key=ran.get)[:FINALISTS]
+        others = _regrouped(self.problem.kernel, [tiles[name] for name in best[:REGROUPED]])
+        precompile(self.problem, list(others))
+        tiles |= others
+        finals = dict.fromkeys([self.default] * (self.default in ran) + best + list(others))
+        results = {name: r for name, r in screen.items() if name not in ran}
+        results |= compare(finals, self.rounds)
+        screened = {name: round(ms, 5) for name, ms in ran.items()}
+        return [(r, self._said(name, screened)) for name, r in results.items()]
+
+    def _said(self, name: str, screened: dict[str, float]) -> dict[str, object]:
+        """What a row says beside the result. screened_ms: of all that ran, once a problem."""
+        p, shipped = self.problem, name == self.default
+        return {"tile": name, "shipped": shipped, "source": self.source, "linear": p.linear,
+                "what": p.what, "share": round(p.share, 5),
+                "screened_ms": screened if shipped else None}  # fmt: skip
+
+
+def _regrouped(kernel: Kernel, tiles: list) -> dict[str, object]:
+    """The same tiles with every other group_m, by name."""
+    found = [replace(tile, group_m=group) for tile in tiles for group in groups(kernel)]
+    return {tile_name(tile): tile for tile in found if tile not in tiles}
 
 
 # ---------------------------------------------------------------- compiling ahead
@@ -208,7 +197,7 @@ def sweep(
     out: Path,
     where: dict[str, object],
     budget_s: float | None = None,
-    precompile: Callable | None = None,
+    precompile: Precompile = lambda problem, names: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> bool:
     """Run the jobs that `out` has no rows of, and append theirs. where: conditions of every row.

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import timing
 from bench.tune_calls import HALF, Heads, Tensors, disagreement, tensors_of
 from bench.tune_problems import HAND_OVER_ROWS, PRODUCT_DTYPE, HandOver
-from bench.tune_sweep import STOPPED, WARMUP, Timed, replayed
+from bench.tune_sweep import STOPPED, WARMUP, Precompile, Timed, replayed
 from fluxfast.model.spec import FluxSpec
 
 WAYS = ("fused", "decode")
@@ -86,7 +86,7 @@ class HandOverJob:
         return {"kind": "hand over", **self.pair.kernel._asdict(), "n": self.pair.N,
                 "k": self.pair.K}  # fmt: skip
 
-    def time(self, failed: set[str], precompile: object, alive: Callable[[], bool]) -> Timed:
+    def time(self, failed: set[str], precompile: Precompile, alive: Callable[[], bool]) -> Timed:
         """A row a way and M, but for ways that failed before."""
         del precompile
         with shipping(self.arch, self.measured()):
@@ -138,7 +138,7 @@ class BackendJob:
     def identity(self) -> dict[str, object]:
         return {"kind": "attention", "dtype": "half", "m": self.T, "k": self.C}
 
-    def time(self, failed: set[str], precompile: object, alive: Callable[[], bool]) -> Timed:
+    def time(self, failed: set[str], precompile: Precompile, alive: Callable[[], bool]) -> Timed:
         """A row a backend."""
         del precompile
         heads = Heads(self.T, self.heads, self.C, self.device)

@@ -7,14 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fluxfast_kernels import dispatch
-from tuning import LINEAR1, NOW, RANK, TINY, WHERE, clock, yes  # noqa: F401  (a fixture)
+from tuning import LINEAR1, NOW, RANK, TINY, WHERE, clock, nothing, yes  # noqa: F401  (a fixture)
 
 from bench import tune, tune_sweep, tune_tiles
 from bench.timing import Result
 from bench.tune_calls import Call
 from bench.tune_problems import Problem
 from bench.tune_space import Kernel, named_tile, tile_name
-from bench.tune_sweep import Precompiler, TileJob, read_rows, sweep, time_tiles
+from bench.tune_sweep import (
+    SCREEN_ROUNDS,
+    WARMUP,
+    Precompiler,
+    TileJob,
+    read_rows,
+    sweep,
+)
 from bench.tune_ways import BackendJob, HandOverJob
 from fluxfast.memory.cards import card
 
@@ -54,68 +61,65 @@ def job(op, kept, share=0.5, M=4608):
     return TileJob(problem, kept, TINY, RANK, "cpu", 89, 5, op.build)
 
 
+def timed_by(op, *stages, failed=()):
+    """-> results by tile, what their rows say, of a job of 5 rounds."""
+    timed = job(op, tiles(*stages)).time(set(failed), nothing, yes)
+    return {r.name: r for r, _ in timed}, {r.name: more for r, more in timed}
+
+
+def named(*stages, group=8):
+    return [f"64x64x32.4w{n}g{group}" for n in stages]
+
+
+DEFAULT = tile_name(SHIPPED)
+REGROUPED_DEFAULT = ["128x128x64.8w3g4", "128x128x64.8w3g16"]
+
+
 def test_the_best_are_timed_again_beside_the_shipped_one():
     op = Op(w2=1, w3=6, w4=2, w5=3, w6=4, w7=9, w8=9)
-    told = []
-    timed = time_tiles(
-        KERNEL, op.build(None, None, None, None), tiles(2, 4, 5, 6, 7, 8), SHIPPED, "cpu", 5,
-        told.append, yes,
-    )  # fmt: skip
-    results = {r.name: r for r, _ in timed}
-    default = tile_name(SHIPPED)
-    names = [f"64x64x32.4w{n}g8" for n in (2, 4, 5, 6)]
-    assert set(names) <= set(results) and default in results
-    # other groups of the best two; the slow ones are not timed again, but their times are kept
-    assert {f"64x64x32.4w{n}g{g}" for n in (2, 4) for g in (4, 16)} <= set(results)
-    assert not {f"64x64x32.4w{n}g8" for n in (7, 8)} & set(results)
-    assert results[default].ratio == 1 and results[names[0]].ratio < 0.6
-    screened = {r.name: more["screened_ms"] for r, more in timed}
-    assert set(screened[default]) == {default, *(f"64x64x32.4w{n}g8" for n in (2, 4, 5, 6, 7, 8))}
-    assert screened[names[0]] is None
-    assert told[:2] == [default, names[0]] and len(told) == len(set(told)) == 11
+    results, said = timed_by(op, 2, 4, 5, 6, 7, 8)
+    # of the best two other groups; the slow ones are not timed again, but their times are kept
+    assert set(results) == {
+        DEFAULT, *named(2, 4, 5, 6), *named(2, 4, group=4), *named(2, 4, group=16)
+    }  # fmt: skip
+    assert results[DEFAULT].ratio == 1
+    assert results[named(2)[0]].ratio == pytest.approx(1 / 6)
+    assert said[DEFAULT]["screened_ms"] == pytest.approx(
+        dict(zip([DEFAULT, *named(2, 4, 5, 6, 7, 8)], (6, 1, 2, 3, 4, 9, 9), strict=True))
+    )
+    assert said[named(2)[0]]["screened_ms"] is None
     assert all(len(r.times_ms) == 5 for r in results.values())
+    assert op.ran.count(named(8)[0]) == 1 + WARMUP + SCREEN_ROUNDS
+    assert op.ran.count(named(2)[0]) == 1 + 2 * WARMUP + SCREEN_ROUNDS + 5  # gated once
 
 
 def test_failures_are_results_and_end_nothing():
     oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     op = Op(w2=RuntimeError("out of resource: shared memory"), w3=2, w4=oom, w5="wrong", w6=1)
-    call = op.build(None, None, None, None)
-    timed = time_tiles(KERNEL, call, tiles(2, 4, 5, 6), SHIPPED, "cpu", 3, lambda name: None, yes)
-    status = {r.name: r.status for r, _ in timed}
-    assert status["64x64x32.4w2g8"] == "gate failed" and status["64x64x32.4w5g8"] == "gate failed"
-    assert status["64x64x32.4w4g8"] == "out of memory"
-    assert status["64x64x32.4w6g8"] == status[tile_name(SHIPPED)] == "ok"
-    reasons = {r.name: r.reason for r, _ in timed}
-    assert "shared memory" in reasons["64x64x32.4w2g8"]
-    assert "of its norm" in reasons["64x64x32.4w5g8"]
-    assert op.ran.count("64x64x32.4w5g8") == 1  # what is wrong is not timed
+    results, _ = timed_by(op, 2, 4, 5, 6)
+    two, four, five, six = (results[name] for name in named(2, 4, 5, 6))
+    assert two.status == five.status == "gate failed" and four.status == "out of memory"
+    assert six.status == results[DEFAULT].status == "ok"
+    assert "shared memory" in two.reason and "of its norm" in five.reason
+    assert op.ran.count(named(5)[0]) == 1  # what is wrong is not timed
 
 
 def test_a_tile_that_writes_nothing_is_refused():
     """Its results would be those of the tile before it."""
     op = Op(w3=1, w4=1)
-    call = Call(
+    one = job(op, tiles(4))
+    one.build = lambda *given: Call(
         lambda tile: op.run(tile) if tile.num_stages == 3 else None, [op.y], lambda: [TRUTH]
     )
-    timed = time_tiles(KERNEL, call, tiles(4), SHIPPED, "cpu", 2, lambda name: None, yes)
-    assert {r.name: r.status for r, _ in timed}["64x64x32.4w4g8"] == "gate failed"
+    assert {r.name: r.status for r, _ in one.time(set(), nothing, yes)} == {
+        DEFAULT: "ok", named(4)[0]: "gate failed", **dict.fromkeys(REGROUPED_DEFAULT, "ok")
+    }  # fmt: skip
 
 
 def test_where_the_shipped_tile_fails_the_others_are_timed():
-    op = Op(w3=RuntimeError("no"), w4=1)
-    timed = time_tiles(
-        KERNEL,
-        op.build(None, None, None, None),
-        tiles(4),
-        SHIPPED,
-        "cpu",
-        2,
-        lambda name: None,
-        yes,
-    )
-    results = {r.name: r for r, _ in timed}
-    assert results[tile_name(SHIPPED)].status == "gate failed"
-    assert results["64x64x32.4w4g8"].median_ms and results["64x64x32.4w4g8"].ratio is None
+    results, said = timed_by(Op(w3=RuntimeError("no"), w4=1), 4)
+    assert results[DEFAULT].status == "gate failed" and said[DEFAULT]["shipped"]
+    assert results[named(4)[0]].median_ms and results[named(4)[0]].ratio is None
 
 
 # ---------------------------------------------------------------- rows, resuming, budget
@@ -274,12 +278,13 @@ def test_a_process_that_compiles_survives_tiles_that_fail(monkeypatch):
     assert op.ran == names and seen == [tune_sweep.COMPILED_ROWS]
 
 
-def test_tiles_are_compiled_ahead_but_for_those_that_failed(tmp_path):
-    op, asked = Op(w3=1, w4=1, w5=1), []
+def test_tiles_are_compiled_ahead_but_for_those_that_failed():
+    op, asked = Op(w3=2, w4=1, w5=1), []
     one = job(op, tiles(4, 5))
-    one.time({"64x64x32.4w5g8"}, lambda problem, names: asked.append((problem, names)), yes)
-    assert asked == [(one.problem, ["64x64x32.4w4g8"])]
-    assert "64x64x32.4w5g8" not in op.ran
+    one.time(set(named(5)), lambda problem, names: asked.append((problem, names)), yes)
+    others = [*named(4, group=4), *named(4, group=16), *REGROUPED_DEFAULT]
+    assert asked == [(one.problem, [DEFAULT, *named(4)]), (one.problem, others)]
+    assert named(5)[0] not in op.ran
 
 
 # ---------------------------------------------------------------- the command

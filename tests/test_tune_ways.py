@@ -4,7 +4,7 @@ import pytest
 import torch
 from fluxfast_kernels import backend, dispatch
 from fluxfast_kernels.gemm_8bit import gemm_8bit_dx
-from tuning import PROJ, RANK, TINY, WHERE, clock, yes  # noqa: F401  (a fixture)
+from tuning import PROJ, RANK, TINY, WHERE, clock, nothing, yes  # noqa: F401  (a fixture)
 
 from bench import tune_ways
 from bench.tune_problems import HandOver
@@ -12,6 +12,7 @@ from bench.tune_space import Kernel
 from bench.tune_sweep import read_rows, sweep
 from bench.tune_ways import BackendJob, HandOverJob, answering, shipping
 
+EMPTY = {"thresholds": [], "tiles": []}
 pytestmark = pytest.mark.usefixtures("clock")
 
 
@@ -30,8 +31,7 @@ def test_both_ways_are_taken_at_every_m(launchers, tmp_path, monkeypatch):
         return gemm_8bit_dx(*given, **named)
 
     monkeypatch.setattr("fluxfast_kernels.linear_8bit.gemm_8bit_dx", launch)
-    empty = {"thresholds": [], "tiles": []}
-    one = HandOverJob(pair, TINY, RANK, "cpu", 89, 1, lambda: empty, rows=(16, 32))
+    one = HandOverJob(pair, TINY, RANK, "cpu", 89, 1, lambda: EMPTY, rows=(16, 32))
     out = tmp_path / "rows.jsonl"
     assert sweep([one], out, WHERE)
     rows = read_rows(out)
@@ -44,25 +44,53 @@ def test_both_ways_are_taken_at_every_m(launchers, tmp_path, monkeypatch):
     assert sweep([one], out, WHERE) and len(read_rows(out)) == 4
 
 
-def test_ways_that_differ_are_not_timed(launchers, monkeypatch):
-    pair = HandOver(Kernel("lora_gemm", "nf4", "half"), 64, 64, PROJ, "product", 0.5)
+PAIR = HandOver(Kernel("lora_gemm", "nf4", "half"), 64, 64, PROJ, "product", 0.5)
+
+
+def answered(monkeypatch, fused=1.0):
+    """The op gives 1, or `fused` where dispatch says so. -> what it was told, call by call."""
     calls = []
 
     def op_of(t, what):
         def run():
-            kind = dispatch.choose("lora_gemm", 89, torch.bfloat16, "nf4", 16, 64, 64).kind
+            kind = dispatch.choose("lora_gemm", 89, torch.bfloat16, "nf4", t.M, 64, 64).kind
             calls.append(kind)
-            return [torch.full((4,), 1.0 if kind == "decode" else 2.0)]
+            return [torch.full((4,), 1.0 if kind == "decode" else fused)]
 
         return run
 
     monkeypatch.setattr(tune_ways, "op_of", op_of)
-    empty = {"thresholds": [], "tiles": []}
-    one = HandOverJob(pair, TINY, RANK, "cpu", 89, 2, lambda: empty, rows=(16,))
-    timed = {r.name: r for r, _ in one.time(set(), None, yes)}
+    return calls
+
+
+def test_ways_that_differ_are_not_timed(monkeypatch):
+    calls = answered(monkeypatch, fused=2.0)
+    one = HandOverJob(PAIR, TINY, RANK, "cpu", 89, 2, lambda: EMPTY, rows=(16,))
+    timed = {r.name: r for r, _ in one.time(set(), nothing, yes)}
     assert timed["fused at 16"].status == "gate failed" and calls.count("fused") == 1
     assert timed["decode at 16"].median_ms is not None
-    assert [r.name for r, _ in one.time({"fused at 16"}, None, yes)] == ["decode at 16"]
+    assert [r.name for r, _ in one.time({"fused at 16"}, nothing, yes)] == ["decode at 16"]
+
+
+def test_what_is_shipped_is_what_would_be_written_now(monkeypatch):
+    answered(monkeypatch)
+    row = {"op": "lora_gemm", "fused_up_to_m": 16, "source": "measured: before"}
+    measured = {"thresholds": [row], "tiles": []}
+    one = HandOverJob(PAIR, TINY, RANK, "cpu", 89, 1, lambda: measured, rows=(16, 32))
+    said = [(r.name, more["shipped"], more["source"]) for r, more in one.time(set(), nothing, yes)]
+    assert said == [
+        (name, shipped, "measured: before")
+        for name, shipped in (("fused at 16", True), ("decode at 16", False),
+                              ("fused at 32", False), ("decode at 32", True))
+    ]  # fmt: skip
+
+
+def test_the_way_that_breaks_the_gpu_is_known(monkeypatch):
+    calls = answered(monkeypatch)
+    one = HandOverJob(PAIR, TINY, RANK, "cpu", 89, 1, lambda: EMPTY, rows=(16, 32))
+    timed = one.time(set(), nothing, lambda: "fused" not in calls)
+    assert one.trying == "fused at 16"
+    assert {r.name: r.status for r, _ in timed}["decode at 32"] == "gate failed"
 
 
 def test_attention_on_each_backend(launchers, tmp_path):

@@ -24,6 +24,10 @@ def yes() -> bool:
     return True
 
 
+def nothing(problem, names) -> None:
+    """Compiles nothing ahead."""
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Time stands still but for NOW; nobody counts memory, which takes long on a CPU."""
