@@ -35,6 +35,7 @@ from fluxfast.compat_table import (
     words,
 )
 from fluxfast.errors import ConfigError
+from fluxfast.lines import names_secret
 
 
 def is_ai_toolkit(raw: dict) -> bool:
@@ -167,6 +168,11 @@ def _replace(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     for variable in re.findall(r"\$\{([^}]+)\}", value):
+        if names_secret(variable):
+            raise ConfigError(
+                f"${{{variable}}} may hold a secret, and settings are saved with the run's LoRA",
+                hint="take it out: an access token is found in the variable HF_TOKEN without it",
+            )
         if variable not in os.environ:
             raise ConfigError(f"the environment variable {variable} is not set: {value!r}")
         value = value.replace(f"${{{variable}}}", os.environ[variable])

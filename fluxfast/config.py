@@ -2,7 +2,6 @@
 trainer code.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
+from fluxfast.config_errors import describe
 from fluxfast.errors import ConfigError
 from fluxfast.kohya import KohyaFiles
-from fluxfast.settings import apply_override, dump_yaml, insert_layers, read_mapping
+from fluxfast.settings import (
+    apply_override,
+    check_texts,
+    dump_yaml,
+    insert_layers,
+    read_mapping,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LONGEST_NAME = 150  # bytes
 
 
 class Section(BaseModel):
@@ -121,6 +128,9 @@ class DataConfig(Section):
     )
     mask_folder: Path | None = Field(None, description="masks with the images' relative names")
     mask_min: Share = Field(0.0, description="loss weight where the mask is black")
+    strict: bool = Field(
+        False, description="a picture or caption that cannot be used is an error, not skipped"
+    )
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -177,6 +187,9 @@ class TrainConfig(Section):
         "balanced", description="content: more noise, layout; style: less noise, detail"
     )
     guidance: float = Field(1.0, description="fed to dev's guidance embedding while training")
+    max_bad_steps: Positive = Field(
+        10, description="steps in a row without a finite loss and gradient that end a run"
+    )
     ema: EmaConfig = EmaConfig()
 
 
@@ -270,6 +283,14 @@ class Config(Section):
         MemoryConfig(), description="auto, or a mapping of what is decided otherwise"
     )
 
+    @field_validator("name")
+    @classmethod
+    def _short(cls, value):
+        # file systems take 255 bytes, and files have endings
+        if len(value.encode()) > LONGEST_NAME:
+            raise ValueError(f"is longer than {LONGEST_NAME} bytes")
+        return value
+
     @field_validator("memory", mode="before")
     @classmethod
     def _auto_is_nothing(cls, value):
@@ -345,13 +366,14 @@ def build_config(
     files.insert(raw)
     insert_layers(raw)
     files.settle(raw)
+    check_texts(raw)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         if files.paths:
             source += f", with the keys of {', '.join(files.paths)} translated"
         raise ConfigError(
-            f"{source}: " + "; ".join(_describe(item) for item in error.errors()),
+            f"{source}: " + describe(error.errors(), Config),
             hint="`fluxfast train --help` names the sections; examples/ holds complete files",
         ) from None
     for note in files.notes:
@@ -362,77 +384,3 @@ def build_config(
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-def _describe(item: dict) -> str:
-    """One pydantic error as one clause: where, what, got."""
-    where = ".".join(str(part) for part in item["loc"]) or "settings"
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {where!r}" + _nearest(item["loc"])
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    if item["type"] == "model_type":
-        return f"{where} takes a mapping of settings (got {item['input']!r})"
-    message = item["msg"].removeprefix("Value error, ")
-    got = item.get("input")
-    return f"{where}: {message[:1].lower()}{message[1:]}" + (
-        "" if isinstance(got, dict | list) else f" (got {got!r})"
-    )
-
-
-# what other trainers call the same setting: spelling distance cannot find these
-_SYNONYMS = {
-    "learning_rate": "train.lr",
-    "network": "lora",
-    "linear": "lora.rank",
-    "network_dim": "lora.rank",
-    "network_alpha": "lora.alpha",
-    "linear_alpha": "lora.alpha",
-    "datasets": "data",
-    "folder_path": "data.folder",
-    "trigger_word": "trigger",
-    "max_train_steps": "train.steps",
-    "timestep_type": "train.timesteps",
-    "shuffle_tokens": "data.shuffle_captions",
-    "save_every": "save.every",
-    "name_or_path": "model.path",
-    "assistant_lora_path": "model.assistant_lora",
-    "pretrained_lora_path": "lora.init_from",
-    "network_weights": "lora.init_from",
-    "save_format": "save.formats",
-    "gradient_checkpointing": "memory.policy",
-    "low_vram": "memory.limit_gib",
-}
-
-
-def _nearest(location: tuple) -> str:
-    """`, did you mean 'x'?`: a known synonym, a key of that name in another section, the nearest
-    of this section, then of all.
-    """
-    word = str(location[-1])
-    if word in _SYNONYMS:
-        return f", did you mean {_SYNONYMS[word]!r}?"
-    keys = sorted(_all_keys(Config))
-    leaves = {key.rpartition(".")[2]: key for key in keys}
-    if word in leaves:
-        return f", did you mean {leaves[word]!r}?"
-    parent = ".".join(str(part) for part in location[:-1] if not isinstance(part, int))
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
-    close = difflib.get_close_matches(word, siblings, n=1, cutoff=0.5)
-    if close:
-        return f", did you mean {siblings[close[0]]!r}?"
-    words = _SYNONYMS | leaves
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if close:
-        return f", did you mean {words[close[0]]!r}?"
-    return f"; known here: {', '.join(sorted(siblings))}"
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
-    keys = set()
-    for name, field in section.model_fields.items():
-        keys.add(prefix + name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys |= _all_keys(part, f"{prefix}{name}.")
-    return keys

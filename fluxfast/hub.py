@@ -127,6 +127,7 @@ def _complete(folder: Path) -> bool:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             return all((folder / shard).is_file() for shard in shards)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a damaged index
+        # a damaged index
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
     return any(file.is_file() for file in folder.glob("*.safetensors"))

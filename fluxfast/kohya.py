@@ -26,6 +26,7 @@ from fluxfast.kohya_table import (
     SHUFFLING,
     UNREAD,
 )
+from fluxfast.settings import read_limited
 
 Given = dict[str, tuple[str, Any]]  # key -> where it is written, its value
 
@@ -112,10 +113,9 @@ def _parse(path: Path) -> dict:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
+    content = read_limited(path, "the data set")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the data set {path}: {error.strerror or error}") from None
+        return tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         hint = "a path with backslashes takes single quotes: 'C:\\pictures'"

@@ -14,11 +14,11 @@ import statistics
 from datetime import datetime
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 from fluxfast.files import write_atomic
 from fluxfast.plots import loss_figure, validation_figure
+from fluxfast.settings import parse_yaml
 from fluxfast.validation import Validation, best, read_validations
 
 SHEET_SIDE = 1600  # pixels, the longer side of the contact sheet in the page
@@ -128,7 +128,7 @@ def _read_metrics(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and _finite(row.get("step")):
             rows.append(row)
@@ -142,8 +142,8 @@ def _read_settings(path: Path) -> tuple[dict, str | None]:
     except OSError:
         return {}, None
     try:
-        settings = yaml.safe_load(source)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        settings = parse_yaml(source)
+    except ValueError:
         settings = None
     return (settings if isinstance(settings, dict) else {}), source
 
@@ -207,7 +207,7 @@ def _validation(path: Path) -> str:
     title = "Validation against the base model"
     try:
         rows = [row for row in read_validations(path) if _whole(row)]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return _section(title, _note("validation.jsonl cannot be read."))
     if not rows:
         hint = "No validation was recorded. Set validation.share to hold pictures out of training."

@@ -16,8 +16,17 @@ from fluxfast.errors import FluxfastError
 
 
 def read(folder: Path, *names: str, extension=".txt") -> list[str | None]:
-    paths = [folder / name for name in names]
-    return list(read_captions(folder, paths, extension).values())
+    """The captions, all of which can be read."""
+    found = read_captions(folder, [folder / name for name in names], extension)
+    assert not found.unread and not found.stray
+    return list(found.texts.values())
+
+
+def unread(folder: Path, *names: str) -> list[str]:
+    """Why the captions cannot be read."""
+    found = read_captions(folder, [folder / name for name in names])
+    assert not found.texts
+    return [error.message for error in found.unread.values()]
 
 
 def test_sidecars(tmp_path):
@@ -32,13 +41,6 @@ def test_sidecars(tmp_path):
         None,
     ]
     assert read(tmp_path, "d.png", extension=".caption") == ["other extension"]
-
-
-@pytest.mark.parametrize("data", ["caf\xe9".encode("latin-1"), "word".encode("utf-16")])
-def test_sidecar_that_is_not_utf8(tmp_path, data):
-    (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(FluxfastError, match=r"a\.txt is not UTF-8.*\n?.*UTF-8"):
-        read(tmp_path, "a.png")
 
 
 def test_metadata_nearest_folder_first_and_sidecar_wins(tmp_path):
@@ -80,19 +82,36 @@ def test_metadata_above_the_data_folder_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
+        '{"file_name": "a.png", "text": ["x"]}',
+        '{"file_name": "b.png", "text": "x"}\n{"file_name": "a.png", "caption": 3}',
+        '{"file_name": "a.png", "text": "one"}\n{"file_name": "./a.png", "text": "another"}',
+        '{"file_name": "a.png", "text": "\\ud83d"}',
+    ],
+)
+def test_a_bad_line_of_metadata_spoils_its_image_alone(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "ok.png", "text": "x"}}\n{line}\n')
+    (said,) = unread(tmp_path, "a.png")
+    number = 2 + line.count("\n")
+    assert f"metadata.jsonl, line {number}: " in said
+    assert read(tmp_path, "ok.png") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
         '{"file_name": "a.png", "text": ',
         "[1, 2]",
         '{"text": "no name"}',
         '{"file_name": 3, "text": "x"}',
-        '{"file_name": "a.png", "text": ["x"]}',
-        '{"file_name": "ok.png", "text": "another"}',
-        '{"file_name": "a.png", "text": "\\ud83d"}',
+        "[" * 100_000,
     ],
 )
-def test_bad_metadata_line_is_named(tmp_path, line):
+def test_a_line_of_metadata_that_names_no_image_is_told_of(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "ok.png", "text": "x"}}\n{line}\n')
-    with pytest.raises(FluxfastError, match=r"metadata\.jsonl, line 2"):
-        read(tmp_path, "a.png")
+    found = read_captions(tmp_path, [tmp_path / "ok.png", tmp_path / "a.png"])
+    assert list(found.texts.values()) == ["x", None] and not found.unread
+    (error,) = found.stray
+    assert "metadata.jsonl, line 2: " in error.message
 
 
 def test_missing_captions():

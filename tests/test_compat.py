@@ -352,9 +352,9 @@ def test_no_key_stands_in_two_places_of_the_table():
 
 def test_what_the_table_writes_exists():
     """Every native key of the table is one of the configuration's."""
-    from fluxfast.config import _all_keys
+    from fluxfast.config_errors import all_keys
 
-    known = _all_keys(Config)
+    known = all_keys(Config)
     for key, (native, _, _) in compat_table.MAPPED.items():
         assert (f"data.{native}" if key.startswith("datasets.") else native) in known
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from fluxfast import kohya_table
 from fluxfast.compat_table import OFF
-from fluxfast.config import Config, _all_keys, build_config, load_config
+from fluxfast.config import Config, build_config, load_config
+from fluxfast.config_errors import all_keys
 from fluxfast.errors import ConfigError
 from fluxfast.kohya import _parse, read_kohya_dataset
 
@@ -224,7 +225,7 @@ def test_the_table():
     assert {*kohya_table.QUIET, *kohya_table.OF_SUBSETS, *kohya_table.OF_DATASETS} <= {
         *kohya_table.KNOWN
     }
-    native = _all_keys(Config)
+    native = all_keys(Config)
     assert {f"data.{key}" for key, _, _ in kohya_table.MAPPED.values()} <= native
     assert {key for key, _ in kohya_table.OUTSIDE.values()} <= native
 

@@ -182,7 +182,7 @@ def test_errors_reach_the_consumer_in_order(dataset):
 def test_corrupt_files_are_named(dataset):
     dataset.empty_text.write_bytes(b"nothing")
     samples = [replace(sample, caption_dropout=1.0) for sample in dataset.samples]
-    with pytest.raises(FluxfastError, match="empty is corrupt") as raised:
+    with pytest.raises(FluxfastError, match="empty was corrupt") as raised:
         Loader(replace(dataset, samples=samples), 1, seed=0).batch(0)
     assert "fluxfast cache" in raised.value.hint
 

@@ -17,7 +17,8 @@ import torch
 
 from fluxfast.config import Config, DataConfig
 from fluxfast.data import captions, images
-from fluxfast.data.scan import ScannedImage, scan_folders
+from fluxfast.data.scan import ScannedImage, content_hash, scan_folders
+from fluxfast.data.skips import Skips
 from fluxfast.data.store import (
     LATENTS,
     TEXT,
@@ -51,6 +52,27 @@ class _LatentJob:
     mask_min: float
 
 
+@dataclass(frozen=True)
+class _View:
+    """An image of a data entry in one bucket. jobs: upright, then mirrored if asked."""
+
+    data: DataConfig
+    image: ScannedImage
+    variants: list[str]
+    jobs: list[_LatentJob]
+
+    def sample(self, texts: dict[str, Path]) -> Sample:
+        return Sample(
+            name=self.image.name,
+            size=self.jobs[0].bucket,
+            latents=self.jobs[0].target,
+            flipped=self.jobs[1].target if self.data.flip else None,
+            texts=[texts[text] for text in self.variants],
+            caption=self.variants[0],
+            caption_dropout=self.data.caption_dropout,
+        )
+
+
 def prepare_dataset(
     config: Config,
     encoders_root: Path,
@@ -61,25 +83,37 @@ def prepare_dataset(
     *,
     extra_prompts: Iterable[str] = (),
     batch_size: int = 4,
+    announce: Callable[[str], None] = log.warning,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
 
     encoders_root: what holds the VAE, the text encoders and the tokenizers
     (`encoders/components.py`). max_length: T5 tokens. device, dtype: where and in what the encoders
     run. extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
-    afterwards. batch_size: prompts, or images of one size, per encoder call.
+    afterwards. batch_size: prompts, or images of one size, per encoder call. announce: gets a line
+    for each file that cannot be used, and one with their count.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
-    FluxfastError for a folder, image, mask or caption that is missing or broken, for missing
-    encoders, and for a cache folder that cannot be written.
+    FluxfastError for a missing folder, images without captions, a data entry that is strict and has
+    files that cannot be used, where nothing is left, for missing encoders, and for a cache folder
+    that cannot be written.
     """
     progress = progress or (lambda what, done, total: None)
-    scanned = scan_folders(config.data, config.cache_path / "sizes.json", progress)
+    skips = Skips(announce)
+    scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
+    total = len({image.path for found in scanned for image in found} | skips.pictures)
     plans = [
-        _read_prompts(config, data, found) for data, found in zip(config.data, scanned, strict=True)
+        _read_prompts(config, data, found, skips)
+        for data, found in zip(config.data, scanned, strict=True)
     ]
+    skips.check()
+    _require_some(plans, total)
     texts = encode_prompts(
-        ["", *(text for plan in plans for variants in plan for text in variants), *extra_prompts],
+        [
+            "",
+            *(text for plan in plans for _, variants in plan for text in variants),
+            *extra_prompts,
+        ],
         config.cache_path,
         encoders_root,
         max_length,
@@ -89,27 +123,23 @@ def prepare_dataset(
         batch_size=batch_size,
     )
 
-    samples: list[Sample] = []
-    jobs: dict[Path, _LatentJob] = {}
     base = {"vae": component_print(encoders_root, "vae"), "dtype": str(dtype)}
-    for data, found, plan in zip(config.data, scanned, plans, strict=True):
+    views: list[_View] = []
+    for data, plan in zip(config.data, plans, strict=True):
         for i in range(len(data.resolution)):
-            for image, variants in zip(found, plan, strict=True):
+            for image, variants in plan:
                 wanted = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
-                jobs.update((job.target, job) for job in wanted)
-                sample = Sample(
-                    name=image.name,
-                    size=image.buckets[i],
-                    latents=wanted[0].target,
-                    flipped=wanted[1].target if data.flip else None,
-                    texts=[texts[text] for text in variants],
-                    caption=variants[0],
-                    caption_dropout=data.caption_dropout,
-                )
-                samples += [sample] * data.num_repeats
+                views.append(_View(data, image, variants, wanted))
+    jobs = {job.target: job for view in views for job in view.jobs}
     missing = [job for job in jobs.values() if not is_complete(job.target, LATENTS)]
     if missing:
-        _encode_images(missing, Path(encoders_root), device, dtype, progress, batch_size)
+        encode = (Path(encoders_root), device, dtype, progress, batch_size, announce)
+        views = _without_lost(views, _encode_images(missing, *encode), skips)
+        _require_some(views, total)
+    skips.conclude(total)
+    samples: list[Sample] = []
+    for view in views:
+        samples += [view.sample(texts)] * view.data.num_repeats
     buckets = Counter(sample.size for sample in samples)
     return Dataset(samples, texts[""], dict(sorted(buckets.items())))
 
@@ -156,12 +186,26 @@ def encode_prompts(
     return files
 
 
-def _read_prompts(config: Config, data: DataConfig, found: list[ScannedImage]) -> list[list[str]]:
-    """The prompts of each image, in the order of `found`."""
-    texts = captions.read_captions(data.folder, [image.path for image in found], data.caption_ext)
-    texts = captions.fill_missing(texts, data.default_caption, config.trigger)
+def _read_prompts(
+    config: Config, data: DataConfig, found: list[ScannedImage], skips: Skips
+) -> list[tuple[ScannedImage, list[str]]]:
+    """The images whose captions can be used, with their prompts, in the order of `found`."""
+    read = captions.read_captions(data.folder, [image.path for image in found], data.caption_ext)
+    for error in read.stray:
+        skips.add(error, data.strict)
+    for image, error in read.unread.items():
+        skips.add(error, data.strict, image)
+    if read.guessed:
+        more = ", …" if len(read.guessed) > 1 else ""
+        skips.announce(
+            f"{len(read.guessed)} caption files are not UTF-8 and were read as Windows-1252: "
+            f"{read.guessed[0]}{more}"
+        )
+    texts = captions.fill_missing(read.texts, data.default_caption, config.trigger)
     prompts = []
     for image in found:
+        if image.path not in texts:
+            continue
         try:
             variants = captions.caption_variants(
                 captions.wrap_caption(texts[image.path], data.caption_prefix, data.caption_suffix),
@@ -174,8 +218,30 @@ def _read_prompts(config: Config, data: DataConfig, found: list[ScannedImage]) -
             )
         except FluxfastError as error:
             raise FluxfastError(f"{image.path}: {error.message}", hint=error.hint) from None
-        prompts.append(variants)
+        prompts.append((image, variants))
     return prompts
+
+
+def _require_some(found: list, total: int) -> None:
+    if not any(found):
+        raise FluxfastError(
+            f"none of the {total} pictures can be used", hint="the lines above say why"
+        )
+
+
+def _without_lost(
+    views: "list[_View]", lost: dict[Path, FluxfastError], skips: Skips
+) -> "list[_View]":
+    """The views whose files could be made; of the others, why not."""
+    kept = []
+    for view in views:
+        errors = [lost[job.target] for job in view.jobs if job.target in lost]
+        if errors:
+            skips.add(errors[0], view.data.strict, view.image.path)
+        else:
+            kept.append(view)
+    skips.check()
+    return kept
 
 
 def _latent_jobs(
@@ -206,18 +272,27 @@ def _encode_images(
     dtype: torch.dtype,
     progress: Progress,
     batch_size: int,
-) -> None:
+    announce: Callable[[str], None],
+) -> dict[Path, FluxfastError]:
+    """Write the files. -> target -> why, of those whose image or mask cannot be used."""
     from fluxfast.encoders.vae import Vae
 
     vae = Vae(root, device, dtype)
     opaque: set[Path] = set()
+    lost: dict[Path, FluxfastError] = {}
     done = 0
     for batch in _batches(
         sorted(jobs, key=lambda job: (job.bucket, job.image.path, job.flip)), batch_size
     ):
-        pixels, masks = zip(*(_load_pixels(job, vae.factor) for job in batch), strict=True)
-        mean, std = vae.encode(torch.stack(pixels))
-        for row, (job, mask) in enumerate(zip(batch, masks, strict=True)):
+        loaded = {}
+        for job in batch:
+            try:
+                loaded[job] = _load_pixels(job, vae.factor)
+            except FluxfastError as error:
+                lost[job.target] = error
+        if loaded:
+            mean, std = vae.encode(torch.stack([pixels for pixels, _ in loaded.values()]))
+        for row, (job, (_, mask)) in enumerate(loaded.items()):
             tensors = {"mean": mean[row], "std": std[row]}
             write_tensors(job.target, tensors if mask is None else {**tensors, "mask": mask})
             if mask is None and job.mask == "alpha":
@@ -226,9 +301,8 @@ def _encode_images(
         progress("latents", done, len(jobs))
     vae.close()
     if opaque:
-        log.warning(
-            "mask: alpha: %d images have no alpha channel, trained without a mask", len(opaque)
-        )
+        announce(f"mask: alpha: {len(opaque)} images have no alpha channel, trained without a mask")
+    return lost
 
 
 def _batches(jobs: list[_LatentJob], batch_size: int) -> Iterator[list[_LatentJob]]:
@@ -245,11 +319,13 @@ def _batches(jobs: list[_LatentJob], batch_size: int) -> Iterator[list[_LatentJo
 def _load_pixels(job: _LatentJob, factor: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """-> image fp32 [3, H, W] in -1..1, loss weights fp32 [H / factor, W / factor] or None."""
     image, alpha = images.load_image(job.image.path)
+    _check_unchanged(job.image.path, job.image.hash)
     mask = None
     if job.mask == "alpha":
         mask = alpha
     elif job.mask == "folder":
         mask = images.load_mask(job.image.mask)
+        _check_unchanged(job.image.mask, job.image.mask_hash)
         stretch = (mask.width * image.height) / (mask.height * image.width)
         if not 0.98 < stretch < 1.02:
             raise FluxfastError(
@@ -269,6 +345,14 @@ def _load_pixels(job: _LatentJob, factor: int) -> tuple[torch.Tensor, torch.Tens
         pixels = pixels.flip(-1)
         weights = None if weights is None else weights.flip(-1)
     return pixels, weights
+
+
+def _check_unchanged(path: Path, content: str) -> None:
+    """What was decoded must be what the cache file is named after."""
+    if content_hash(path) != content:
+        raise FluxfastError(
+            f"the image {path} was changed while it was read", hint="start again for what it is now"
+        )
 
 
 def _key(kind: str, **parts) -> str:

@@ -1,45 +1,63 @@
 """Captions: where an image's text comes from and the variants it is trained with."""
 
 import json
+import os
 import posixpath
 import re
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 from fluxfast import draws
+from fluxfast.data.reading import read_text, without_control
 from fluxfast.errors import FluxfastError
 
+LARGEST = 1_000_000  # bytes of a sidecar: T5 reads 512 tokens of it
+LARGEST_METADATA = 2**28  # bytes
 METADATA = "metadata.jsonl"
 PLACEHOLDER = "[trigger]"
 
 
-def read_captions(
-    folder: Path, images: list[Path], extension: str = ".txt"
-) -> dict[Path, str | None]:
+@dataclass
+class Captions:
+    """What was read for a folder's images, and what could not be."""
+
+    texts: dict[Path, str | None]  # image -> caption; None where there is none
+    unread: dict[Path, FluxfastError]  # image -> why its caption cannot be used
+    stray: list[FluxfastError]  # about lines of metadata that name no image
+    guessed: list[Path]  # text files taken for Windows-1252
+
+
+def read_captions(folder: Path, images: list[Path], extension: str = ".txt") -> Captions:
     """The caption of each image, stripped; None where there is none, "" where the sidecar is empty.
 
     A sidecar (same stem, `extension`) wins over `metadata.jsonl`, which is looked up in the image's
     own folder, then in its parents up to `folder`. Its lines hold `file_name`, relative to it, and
-    `text` or `caption`.
-    Raises FluxfastError for text that is not UTF-8 and for a bad metadata line (naming file and
-    line).
+    `text` or `caption`. What cannot be read is in the result, with its reason; nothing is raised.
     """
-    tables: dict[Path, dict[str, str]] = {}
-    captions: dict[Path, str | None] = {}
+    found = Captions({}, {}, [], [])
+    tables: dict[Path, dict[str, str | FluxfastError]] = {}
     for image in images:
-        sidecar = image.with_suffix(extension)
-        if sidecar.is_file():
-            captions[image] = _read_text(sidecar).strip()
-            continue
-        captions[image] = None
-        for parent in _parents(image, folder):
-            if parent not in tables:
-                tables[parent] = _read_metadata(parent / METADATA)
-            text = tables[parent].get(_normalise(image.relative_to(parent).as_posix()))
-            if text is not None:
-                captions[image] = text.strip()
-                break
-    return captions
+        try:
+            found.texts[image] = _caption(image, folder, extension, tables, found)
+        except FluxfastError as error:
+            found.unread[image] = error
+    return found
+
+
+def _caption(image: Path, folder: Path, extension: str, tables: dict, found: Captions):
+    sidecar = image.with_suffix(extension)
+    if os.path.lexists(sidecar):  # one that cannot be read is no missing one
+        return _read_text(sidecar, LARGEST, found).strip()
+    for parent in _parents(image, folder):
+        if parent not in tables:
+            tables[parent] = _read_metadata(parent / METADATA, found)
+        text = tables[parent].get(_normalise(image.relative_to(parent).as_posix()))
+        if isinstance(text, FluxfastError):
+            raise text
+        if text is not None:
+            return text.strip()
+    return None
 
 
 def fill_missing(
@@ -140,44 +158,50 @@ def _normalise(name: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FluxfastError(
-            f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise FluxfastError(f"cannot read {path}: {error.strerror or error}") from None
+def _read_text(path: Path, largest: int, found: Captions) -> str:
+    text, guessed = read_text(path, largest)
+    if guessed:
+        found.guessed.append(path)
+    return text
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    """File name -> caption; empty without such a file. A line whose caption is null is left out."""
-    if not path.is_file():
-        return {}
-    table: dict[str, str] = {}
+def _read_metadata(path: Path, found: Captions) -> dict[str, str | FluxfastError]:
+    """File name -> caption, or what is wrong with its line; empty without such a file. A line whose
+    caption is null is left out, one that names no image goes to `found.stray`.
+    """
+    table: dict[str, str | FluxfastError] = {}
+    if not os.path.lexists(path):
+        return table
     # split at line feeds only: str.splitlines also cuts at U+2028, which JSON strings may hold
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path, LARGEST_METADATA, found).split("\n"), start=1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FluxfastError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise FluxfastError(f'{path}, line {number}: needs "file_name" and "text" or "caption"')
-        text = row.get("text") if row.get("text") is not None else row.get("caption")
-        if text is None:
+            name, text = _metadata_line(place, line)
+        except FluxfastError as error:
+            found.stray.append(error)
             continue
-        if not isinstance(text, str):
-            raise FluxfastError(
-                f"{path}, line {number}: the caption must be text, got {type(text).__name__}"
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise FluxfastError(
-                f"{path}, line {number}: the caption holds half a character (\\ud8..)"
-            )
-        name = _normalise(row["file_name"])
-        if table.setdefault(name, text) != text:
-            raise FluxfastError(f"{path}, line {number}: a second caption for {name}")
+        if text is not None and table.setdefault(name, text) != text:
+            table[name] = FluxfastError(f"{place}: a second caption for {name}")
     return table
+
+
+def _metadata_line(place: str, line: str) -> tuple[str, str | FluxfastError | None]:
+    """-> (the file it names, its caption or what is wrong with that). Raises FluxfastError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FluxfastError(f"{place}: not valid JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise FluxfastError(f'{place}: needs "file_name" and "text" or "caption"')
+    name = _normalise(row["file_name"])
+    text = row.get("text") if row.get("text") is not None else row.get("caption")
+    if text is None:
+        return name, None
+    if not isinstance(text, str):
+        said = f"{place}: the caption must be text, got {type(text).__name__}"
+        return name, FluxfastError(said)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return name, FluxfastError(f"{place}: the caption holds half a character (\\ud8..)")
+    return name, without_control(text)

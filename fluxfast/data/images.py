@@ -4,6 +4,8 @@ Embedded colour profiles are not applied: pixels are taken as sRGB.
 """
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 from fluxfast.errors import FluxfastError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+# by content, whatever the name says; of Pillow's other readers one runs Ghostscript on what it gets
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
 
 # EXIF orientation -> what turns the stored pixels upright; 5 to 8 swap width and height
 _UPRIGHT = {
@@ -27,11 +31,20 @@ _UPRIGHT = {
 }
 
 
-def find_images(folder: Path, recursive: bool = True) -> list[Path]:
+def _raise(error: FluxfastError) -> None:
+    raise error
+
+
+def find_images(
+    folder: Path,
+    recursive: bool = True,
+    refuse: Callable[[FluxfastError], None] = _raise,
+) -> list[Path]:
     """Every jpg, jpeg, png and webp below `folder` (any case), sorted by relative path.
 
     recursive: in the folders below it too, else in `folder` alone. Dot files and dot folders are
-    skipped; links to folders are followed, each real folder once.
+    skipped; links to folders are followed, each real folder once. refuse: gets the error of a
+    folder below that cannot be read.
     Raises FluxfastError if the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -40,7 +53,10 @@ def find_images(folder: Path, recursive: bool = True) -> list[Path]:
         raise FluxfastError(f"the image folder {folder} {what}", hint="check `data.folder`")
 
     def unreadable(error: OSError) -> None:
-        raise FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+        said = FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}")
+        if Path(error.filename) == folder:
+            raise said
+        refuse(said)
 
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -124,7 +140,10 @@ def _centre_box(
 
 def _open(path: Path) -> Image.Image:
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():
+            # Pillow warns at half of what it refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise FluxfastError(
             f"the image {path} is too large to decode safely: {error}", hint="scale it down first"
@@ -147,8 +166,9 @@ def _decode(path: Path) -> Image.Image:
         except (
             Exception
         ) as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            said = " ".join(str(error).split()) or type(error).__name__
             raise FluxfastError(
-                f"the image {path} is broken or truncated: {error}", hint="replace or remove it"
+                f"the image {path} is broken or truncated: {said}", hint="replace or remove it"
             ) from None
         return image.transpose(turn) if turn is not None else image
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 from fluxfast.config import DataConfig
 from fluxfast.data import images
 from fluxfast.data.buckets import bucket_size
+from fluxfast.data.reading import open_regular
+from fluxfast.data.skips import Skips
 from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
@@ -32,19 +36,19 @@ class ScannedImage:
 def scan_folders(
     folders: list[DataConfig],
     index_path: Path,
+    skips: Skips,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[list[ScannedImage]]:
     """The images of each data folder, in the order of their names.
 
     index_path: a JSON file that keeps the size of every content hash; a lost one is built again.
-    Raises FluxfastError for a missing folder, and once for all images that cannot be read, are too
-    small, or lack their mask.
+    skips: gets what cannot be read, is too small, or lacks its mask.
+    Raises FluxfastError for a missing folder, and for what is refused there.
     """
-    found = [_find(data) for data in folders]
+    found = [_find(data, skips) for data in folders]
     total = sum(map(len, found))
     index = _SizeIndex(index_path)
     scanned: list[list[ScannedImage]] = []
-    broken: list[FluxfastError] = []
     done = 0
     for data, paths in zip(folders, found, strict=True):
         scanned.append([])
@@ -52,22 +56,16 @@ def scan_folders(
             try:
                 scanned[-1].append(_scan(data, path, index))
             except FluxfastError as error:
-                broken.append(error)
+                skips.add(error, data.strict, path)
             done += 1
             progress("hash", done, total)
     index.save()
-    if len(broken) > 1:
-        listed = "; ".join(error.message for error in broken[:5]) + (
-            "; …" if len(broken) > 5 else ""
-        )
-        raise FluxfastError(f"{len(broken)} of {total} images: {listed}", hint=broken[0].hint)
-    if broken:
-        raise broken[0]
+    skips.check()
     return scanned
 
 
 def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
-    content = _hash(path)
+    content = content_hash(path)
     width, height = index.size(path, content)
     try:
         buckets = tuple(bucket_size(width, height, resolution) for resolution in data.resolution)
@@ -80,13 +78,15 @@ def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
         hash=content,
         buckets=buckets,
         mask=mask,
-        mask_hash=_hash(mask) if mask else None,
+        mask_hash=content_hash(mask) if mask else None,
     )
 
 
-def _find(data: DataConfig) -> list[Path]:
+def _find(data: DataConfig, skips: Skips) -> list[Path]:
     """Images of a data folder; a mask folder that lies inside it is left out."""
-    paths = images.find_images(data.folder, data.recursive)
+    paths = images.find_images(
+        data.folder, data.recursive, lambda error: skips.add(error, data.strict)
+    )
     if data.mask_folder is None:
         return paths
     folder, masks = data.folder.resolve(), data.mask_folder.resolve()
@@ -103,7 +103,7 @@ def _find_mask(data: DataConfig, image: Path) -> Path:
     stem = data.mask_folder / image.relative_to(data.folder)
     for extension in images.EXTENSIONS:
         for spelling in (extension, extension.upper()):
-            if (mask := stem.with_suffix(spelling)).is_file():
+            if os.path.lexists(mask := stem.with_suffix(spelling)):
                 return mask
     raise FluxfastError(
         f"no mask for {image}: expected {stem.with_suffix('.png')}",
@@ -112,20 +112,19 @@ def _find_mask(data: DataConfig, image: Path) -> Path:
 
 
 class _SizeIndex:
-    """Width and height by content hash: a PNG must be decoded whole to learn its orientation."""
+    """Width and height by content hash: a PNG must be decoded whole to learn its orientation.
+
+    The file's first line is the checksum of its second.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.changed = path, False
+        self.path, self.changed, self.sizes = path, False, {}
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            self.sizes = {str(key): (int(w), int(h)) for key, (w, h) in known.items()}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ):  # absent or damaged: measured again
-            self.sizes = {}
+            checksum, _, text = path.read_text(encoding="ascii").partition("\n")
+            if checksum == _checksum(text):
+                self.sizes = {key: (w, h) for key, (w, h) in json.loads(text).items()}
+        except (OSError, ValueError):  # absent or damaged: measured again
+            pass
 
     def size(self, path: Path, content: str) -> tuple[int, int]:
         if content not in self.sizes:
@@ -135,13 +134,19 @@ class _SizeIndex:
 
     def save(self) -> None:
         if self.changed:
-            write_atomic(self.path, json.dumps(self.sizes).encode(), hint=SPACE_HINT)
+            text = json.dumps(self.sizes)
+            write_atomic(self.path, f"{_checksum(text)}\n{text}".encode(), hint=SPACE_HINT)
 
 
-def _hash(path: Path) -> str:
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of an image file. Raises FluxfastError where it cannot be read."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1024 * 1024):
                 digest.update(block)
     except OSError as error:

@@ -3,6 +3,8 @@
 The trainer reads through this file alone, so it imports no image library and no encoder.
 """
 
+import contextlib
+import io
 import json
 import os
 import zlib
@@ -12,16 +14,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
+from fluxfast.formats.safetensors_out import write
 
-HINT = "`fluxfast cache` encodes it anew"
 SPACE_HINT = "set `cache_dir` to a folder with enough space that you may write to"
 LATENTS = ("mean", "std")
 TEXT = ("t5", "pooled")
+
+
+class CacheDamaged(FluxfastError):
+    """A cache file is gone or damaged; it is not there any more, so that it is encoded anew."""
+
+    def __init__(self, path: Path, message: str):
+        super().__init__(message, hint="`fluxfast cache` encodes it anew")
+        self.path = path
 
 
 @dataclass
@@ -58,37 +67,40 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sums = {name: str(_checksum(tensor)) for name, tensor in tensors.items()}
-    # to bytes first: safetensors' own file writer reports I/O errors in a type of its own
-    write_atomic(path, serialise(tensors, metadata=sums), hint=SPACE_HINT)
+    content = io.BytesIO()
+    write(content, tensors, sums)
+    write_atomic(path, content.getvalue(), hint=SPACE_HINT)
 
 
 def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
     """Read a file of `write_tensors`, on the CPU, checksums verified.
 
-    Raises FluxfastError naming the file if it is gone, truncated, corrupt or lacks a `required`
-    tensor.
+    Raises CacheDamaged naming the file if it is gone, truncated, corrupt or lacks a `required`
+    tensor; such a file is deleted, since the cache step looks at headers alone.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FluxfastError(
-            f"cannot read the cache file {path}: {error.strerror or error}", hint=HINT
-        ) from None
+        reason = f"cannot read the cache file {path}: {error.strerror or error}"
+        raise CacheDamaged(path, reason) from None
     try:
-        tensors, sums = parse(data), _header(data[: 8 + int.from_bytes(data[:8], "little")])[1]
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise FluxfastError(f"the cache file {path} is corrupt: {error}", hint=HINT) from None
+        return _verified(data, required)
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        said = " ".join(str(error).split())
+        reason = f"the cache file {path} was corrupt and has been deleted: {said}"
+        raise CacheDamaged(path, reason) from None
+
+
+def _verified(data: bytes, required: tuple[str, ...]) -> dict[str, Tensor]:
+    tensors, sums = parse(data), _header(data[: 8 + int.from_bytes(data[:8], "little")])[1]
     for name in required:
         if name not in tensors:
-            raise FluxfastError(f"the cache file {path} lacks {name!r}", hint=HINT)
+            raise ValueError(f"it lacks {name!r}")
     for name, tensor in tensors.items():
         if sums.get(name) != str(_checksum(tensor)):
-            path.unlink(missing_ok=True)  # the cache step would keep a file with a sound header
-            raise FluxfastError(
-                f"the cache file {path} was corrupt and has been deleted: "
-                f"the checksum of {name!r} did not match",
-                hint=HINT,
-            )
+            raise ValueError(f"the checksum of {name!r} does not match")
     return tensors
 
 
@@ -105,7 +117,7 @@ def is_complete(path: Path, required: tuple[str, ...]) -> bool:
             if len(prefix) < 8 or length > size - 8:
                 return False
             end, sums, names = _header(prefix + file.read(length))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return size == 8 + length + end and set(required) <= names == set(sums)
 

@@ -110,7 +110,8 @@ def _load_tokenizer(cls, folder: Path, vocabulary: str):
 def _load_model(cls, folder: Path | Part, dtype: torch.dtype):
     if isinstance(folder, Part):
         return load_part(folder, dtype)
-    model, info = _load(cls, folder, dtype=dtype, output_loading_info=True)
+    # without the last, a folder of pickles would do
+    model, info = _load(cls, folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
         names = ", ".join(missing[:3]) or "of other shapes than its config.json says"

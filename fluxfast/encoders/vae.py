@@ -74,7 +74,11 @@ def _load(folder: Path | Part, dtype: torch.dtype):
 
     try:
         vae, info = AutoencoderKL.from_pretrained(
-            str(folder), local_files_only=True, torch_dtype=dtype, output_loading_info=True
+            str(folder),
+            local_files_only=True,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except (
         Exception

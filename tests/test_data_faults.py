@@ -1,0 +1,480 @@
+"""Pictures, captions and cache files as strangers and accidents make them: each is used, or skipped
+with one line, and the run goes on."""
+
+import io
+import os
+import shutil
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fluxfast import train as training
+from fluxfast.config import build_config
+from fluxfast.data import cache, scan
+from fluxfast.data.captions import read_captions
+from fluxfast.data.images import image_size, load_image
+from fluxfast.data.reading import decode, open_regular, read_text
+from fluxfast.data.scan import scan_folders
+from fluxfast.data.skips import Skips
+from fluxfast.data.store import CacheDamaged
+from fluxfast.errors import FluxfastError
+from fluxfast.prepare import prepare
+from fluxfast.train import train
+
+CPU = torch.device("cpu")
+
+
+def square(colour: str = "red", size=(64, 64), mode="RGB") -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def noise(size=(64, 64)) -> Image.Image:
+    return Image.effect_noise(size, 90).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(3):
+        noise().save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"noise {index}")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """One good picture."""
+    (tmp_path / "data").mkdir()
+    square().save(tmp_path / "data" / "good.png")
+    return tmp_path / "data"
+
+
+def settings(folder: Path, **changes):
+    data = {"folder": str(folder), "resolution": 64, "default_caption": "x", **changes}
+    return build_config({"model": {"path": "unused"}, "data": data})
+
+
+def scanned(folder: Path, **changes) -> tuple[list[str], list[str]]:
+    """-> (the names that are used, what is said)."""
+    said = []
+    found = scan_folders(
+        settings(folder, **changes).data, folder.parent / "sizes", Skips(said.append)
+    )
+    return [image.name for image in found[0]], said
+
+
+# ---------------------------------------------------------------- pictures
+
+BOMB = (
+    b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
+    + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+)  # fmt: skip
+BOMB += (
+    struct.pack(">I", zlib.crc32(BOMB[12:]))
+    + b"\0\0\0\0IDAT"
+    + struct.pack(">I", zlib.crc32(b"IDAT"))
+)
+
+
+def used(folder: Path) -> list[str]:
+    """Odd ones that can be trained on, of every kind."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise((64, 96)).save(folder / "turned.jpg", exif=exif)
+    square("cyan", mode="CMYK").save(folder / "cmyk.jpg")
+    square(mode="P", colour=0).save(folder / "palette.png")
+    Image.new("I;16", (64, 64), 40_000).save(folder / "deep.png")
+    square(size=(20_000, 64)).save(folder / "wide.png")
+    square().save(folder / "moving.webp", save_all=True, append_images=[square("blue")])
+    square().save(folder / "phone.jpg", format="MPO", save_all=True, append_images=[square()])
+    square().save(folder / "a badly named gif.png", format="GIF")
+    for name in ("naïve 写真 🎨.png", "line\nbreak.png", "\x1b[31mred.png", " .png", "%s {x}.png"):
+        square().save(folder / name, format="PNG")
+    shutil.copy(folder / "deep.png", os.fsencode(folder) + b"/caf\xe9.png")  # no UTF-8
+    os.symlink(folder / "cmyk.jpg", folder / "link.jpg")
+    os.symlink(folder, folder / "loop")
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
+SKIPPED = {
+    "zero.png": "is not an image that can be read",
+    "words.jpg": "is not an image that can be read",
+    "vector.png": "is not an image that can be read",
+    "dot.png": "1x1 pixels is too small",
+    "thin.png": "20000x20 pixels is too small",
+    "bomb.png": "is too large to decode safely",
+    "circle.png": "Too many levels of symbolic links",
+    "gone.png": "No such file or directory",
+    "pipe.png": "it is no regular file",
+    "device.png": "it is no regular file",
+    "locked.png": "Permission denied",
+}
+
+
+def skipped(folder: Path, monkeypatch) -> None:
+    """What cannot be, of every kind that a look at the file tells."""
+    (folder / "zero.png").touch()
+    (folder / "words.jpg").write_text("not a picture")
+    (folder / "vector.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
+    )
+    square(size=(1, 1)).save(folder / "dot.png")
+    square(size=(20_000, 20)).save(folder / "thin.png")
+    (folder / "bomb.png").write_bytes(BOMB)
+    os.symlink(folder / "circle.png", folder / "circle.png")
+    os.symlink(folder / "nothing", folder / "gone.png")
+    os.mkfifo(folder / "pipe.png")
+    os.symlink("/dev/zero", folder / "device.png")
+    square().save(folder / "locked.png")
+
+    def locked(path):
+        if path.name == "locked.png":  # modes mean nothing to root
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_regular(path)
+
+    monkeypatch.setattr(scan, "open_regular", locked)
+
+
+def test_odd_pictures_are_used_and_bad_ones_skipped_each_with_a_line(folder, monkeypatch):
+    names = used(folder)
+    skipped(folder, monkeypatch)
+    found, said = scanned(folder)
+    assert sorted(found) == sorted(names) and len(names) > 12
+    assert len(said) == len(SKIPPED)
+    for name, reason in SKIPPED.items():
+        (line,) = (line for line in said if f"/{name}" in line)
+        assert line.startswith("skipped: ") and reason in line
+
+
+def test_strict_makes_one_error_of_them(folder, monkeypatch):
+    skipped(folder, monkeypatch)
+    said = []
+    with pytest.raises(FluxfastError, match=r"11 files cannot be used: .*bomb\.png.*; …\nhint: "):
+        scan_folders(settings(folder, strict=True).data, folder.parent / "s", Skips(said.append))
+    assert not said
+
+
+def test_a_picture_at_half_of_the_limit_is_used_without_a_warning(tmp_path, monkeypatch):
+    square().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert image_size(tmp_path / "a.png") == load_image(tmp_path / "a.png")[0].size == (64, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 32 - 1)
+    with pytest.raises(FluxfastError, match="too large"):
+        image_size(tmp_path / "a.png")
+
+
+def test_no_reader_that_starts_a_program_is_ever_asked(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    from PIL import EpsImagePlugin
+
+    def never(*arguments, **named):
+        raise AssertionError("Ghostscript")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
+    Image.init()
+    square().save(tmp_path / "a.png", format="EPS")
+    with (
+        Image.open(tmp_path / "a.png") as image,
+        pytest.raises(AssertionError, match="Ghostscript"),
+    ):
+        image.load()  # what would have happened
+    with pytest.raises(FluxfastError, match="not an image"):
+        load_image(tmp_path / "a.png")
+
+
+def test_a_folder_below_that_cannot_be_read_is_skipped(folder, monkeypatch):
+    (folder / "below").mkdir()
+    square().save(folder / "below" / "a.png")
+    (folder / "other").mkdir()
+    square().save(folder / "other" / "b.png")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "below":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found, said = scanned(folder)
+    assert found == ["good.png", "other/b.png"]
+    assert said == [f"skipped: cannot read the folder {folder / 'below'}: Permission denied"]
+    with pytest.raises(FluxfastError, match="cannot read the folder .*below"):
+        scanned(folder, strict=True)
+
+
+def test_a_size_that_was_remembered_wrongly_is_measured_again(folder):
+    index = folder.parent / "sizes"
+    scanned(folder)
+    whole = index.read_text()
+    assert "[64, 64]" in whole
+    for damaged in (whole.replace("[64, 64]", "[96, 64]"), "", "[" * 100_000, "{}"):
+        index.write_text(damaged)
+        (image,) = scan_folders(settings(folder).data, index, Skips(print))[0]
+        assert image.buckets == ((64, 64),) and index.read_text() == whole
+
+
+# ---------------------------------------------------------------- captions
+
+ACCENTS = "naïve café, élève – “Käfer”"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_that_tell_themselves(encoding):
+    for text in (ACCENTS, "小猫坐着", "жук", "a"):
+        assert decode(text.encode(encoding)) == (text, False)
+
+
+def test_utf_16_without_its_mark_is_told_by_its_zeros():
+    for encoding in ("utf-16-le", "utf-16-be"):
+        assert decode(ACCENTS.encode(encoding)) == (ACCENTS, False)
+        with pytest.raises(ValueError, match="is damaged UTF-16 text"):
+            decode("a word".encode("utf-16-le")[:-1])
+
+
+def test_western_european_text_is_guessed_and_other_bytes_are_not():
+    assert decode(ACCENTS.encode("cp1252")) == (ACCENTS, True)
+    assert decode("caf\xe9".encode("latin-1")) == ("café", True)
+    for text, encoding in (
+        ("小猫坐在窗台上", "gbk"),
+        ("ねこがいる", "shift-jis"),
+        ("рыжий кот", "cp1251"),
+    ):
+        with pytest.raises(ValueError, match="nor Western European"):
+            decode(text.encode(encoding))
+    with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 7\)"):  # a letter is sound, one cut
+        decode("é, caf\xe9".encode()[:-1] + b", ")
+    with pytest.raises(ValueError, match="nothing but zeros"):
+        decode(bytes(100))
+
+
+def test_control_characters_become_spaces(tmp_path):
+    (tmp_path / "a.txt").write_text("\x1b[31mred\x00 \x07cat\x9b\tsits\nhere\x7f\x85")
+    assert read_text(tmp_path / "a.txt", 1000) == (" [31mred   cat \tsits\nhere ", False)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "b.png", "text": "a\\u001b[2Jcat\\u0000"}'
+    )
+    found = read_captions(tmp_path, [tmp_path / "a.png", tmp_path / "b.png"])
+    assert list(found.texts.values()) == ["[31mred   cat \tsits\nhere", "a [2Jcat"]
+
+
+def test_a_long_caption_is_used_and_a_book_is_not(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 20_000)
+    (tmp_path / "b.txt").write_bytes(b"x" * 1_000_001)
+    (tmp_path / "c.txt").write_text(" \n\t")
+    found = read_captions(tmp_path, [tmp_path / f"{name}.png" for name in "abc"])
+    assert [len(text) for text in found.texts.values()] == [99_999, 0]
+    (error,) = found.unread.values()
+    assert error.message == f"{tmp_path / 'b.txt'} is larger than 1000000 bytes"
+
+
+def test_a_caption_file_that_cannot_be_read_is_no_missing_one(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a.txt")
+    os.symlink(tmp_path / "b.txt", tmp_path / "b.txt")
+    os.symlink(tmp_path / "none", tmp_path / "c.txt")
+    (tmp_path / "d.txt").mkdir()
+    images = [tmp_path / f"{name}.png" for name in "abcd"]
+    found = read_captions(tmp_path, images)
+    assert list(found.unread) == images and not found.texts
+    os.mkfifo(tmp_path / "metadata.jsonl")  # likewise, for every image that might be in it
+    assert list(read_captions(tmp_path, [tmp_path / "e.png"]).unread) == [tmp_path / "e.png"]
+
+
+def test_pictures_whose_captions_cannot_be_used_are_skipped(
+    nano_model, folder, tmp_path, configure
+):
+    for name, data in (
+        ("gbk", "小猫坐在窗台上".encode("gbk")),
+        ("west", b"caf\xe9"),
+        ("west2", b"\xe9l"),
+    ):
+        square().save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_bytes(data)
+    (folder / "metadata.jsonl").write_text("{\n")
+    screen = io.StringIO()
+    config = configure(data={"folder": str(folder), "resolution": 64})
+    dataset = prepare(config, CPU, Console(file=screen, width=500)).dataset
+    assert [(s.name, s.caption) for s in dataset.samples] == [
+        ("good.png", "ohwx"), ("west.png", "ohwx, café"), ("west2.png", "ohwx, él")
+    ]  # fmt: skip
+    said = [line for line in screen.getvalue().splitlines() if ".txt" in line or "skipped" in line]
+    assert said[0].startswith(f"skipped: {folder}/metadata.jsonl, line 1: not valid JSON")
+    assert said[1].startswith(f"skipped: {folder}/gbk.txt is not UTF-8 (byte ")
+    assert said[2].startswith("2 caption files are not UTF-8 and were read as Windows-1252: ")
+    assert said[3].startswith("1 of 4 pictures skipped") and len(said) == 4
+    strict = configure(data={"folder": str(folder), "resolution": 64, "strict": True})
+    with pytest.raises(FluxfastError, match=r"2 files cannot be used: .*line 1.*gbk\.txt"):
+        prepare(strict, CPU, Console(file=io.StringIO()))
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+def test_a_folder_of_everything_makes_a_data_set(folder, configure, monkeypatch):
+    """What only decoding tells is skipped too, and all that is said is one line each, whatever the
+    names hold."""
+    names = used(folder)
+    skipped(folder, monkeypatch)
+    (folder / "good.txt").write_text("word " * 20_000)
+    noise((256, 256)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-9000])
+    noise((256, 256)).save(folder / "cut\n\x1b[2J.png")
+    whole = (folder / "cut\n\x1b[2J.png").read_bytes()
+    (folder / "cut\n\x1b[2J.png").write_bytes(whole[: len(whole) // 2])
+    screen = io.StringIO()
+    config = configure(data={"folder": str(folder), "resolution": [64, 96], "flip": True})
+    dataset = prepare(config, CPU, Console(file=screen, width=500)).dataset
+    assert {sample.name for sample in dataset.samples} == set(names)
+    assert max(len(sample.caption) for sample in dataset.samples) > 99_000
+    assert len(dataset.samples) == 2 * len(names) == sum(dataset.buckets.values())
+    assert all(s.latents.is_file() and s.flipped.is_file() for s in dataset.samples)
+    text = screen.getvalue()
+    assert "\x1b" not in text
+    lines = [line for line in text.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == len(SKIPPED) + 2
+    assert r"/cut\n\x1b[2J.png is broken or truncated: " in text
+    count = f"{len(lines)} of {len(names) + len(lines)} pictures skipped; strict: true"
+    assert sum(count in line for line in text.splitlines()) == 1
+
+
+def test_nothing_that_can_be_used_is_an_error(folder, configure, monkeypatch):
+    (folder / "good.png").write_bytes(b"")
+    monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", None)  # not even loaded
+    data = {"folder": str(folder), "resolution": 64}
+    with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
+        prepare(configure(data=data), CPU, Console(file=io.StringIO()))
+    noise((256, 256)).save(folder / "good.png")
+    whole = (folder / "good.png").read_bytes()
+    (folder / "good.png").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.undo()
+    with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
+        prepare(configure(data=data), CPU, Console(file=io.StringIO()))
+
+
+def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder, configure):
+    """After they were hashed: what was decoded must not be kept under another content's name."""
+    for name in ("changed.png", "gone.png"):
+        noise().save(folder / name)
+    said = []
+
+    def disturb(what, done, total):
+        if what == "text" and done == total:
+            square("blue").save(folder / "changed.png")
+            (folder / "gone.png").unlink()
+
+    config = configure(data={"folder": str(folder), "resolution": 64}, trigger="disturbed")
+    root = Path(config.model.path)
+    before = set(config.cache_path.glob("latents/*"))
+    dataset = cache.prepare_dataset(config, root, 32, progress=disturb, announce=said.append)
+    assert [sample.name for sample in dataset.samples] == ["good.png"]
+    assert said[0] == f"skipped: the image {folder / 'changed.png'} was changed while it was read"
+    assert (
+        said[1]
+        == f"skipped: cannot read the image {folder / 'gone.png'}: No such file or directory"
+    )
+    assert said[2].startswith("2 of 3 pictures skipped")
+    made = set(config.cache_path.glob("latents/*")) - before
+    assert made <= {dataset.samples[0].latents}
+    again = cache.prepare_dataset(config, root, 32, announce=said.append)
+    assert [sample.name for sample in again.samples] == ["changed.png", "good.png"]
+    assert len(said) == 3
+
+
+def test_a_mask_that_changes_while_it_is_read_spoils_its_picture(folder, configure, monkeypatch):
+    masks = folder.parent / "masks"
+    masks.mkdir()
+    square("white", mode="L").save(masks / "good.png")
+    real = cache.images.load_mask
+
+    def load_mask(path):
+        mask = real(path)
+        square("grey", mode="L").save(path)
+        return mask
+
+    monkeypatch.setattr(cache.images, "load_mask", load_mask)
+    data = {"folder": str(folder), "resolution": 64, "mask": "folder", "mask_folder": str(masks)}
+    with pytest.raises(FluxfastError, match=r"masks/good\.png was changed while"):
+        prepare(configure(data={**data, "strict": True}), CPU, Console(file=io.StringIO()))
+
+
+# ---------------------------------------------------------------- the cache, while training
+
+
+@pytest.fixture
+def own(configure, tmp_path):
+    """A cache of its own, to damage."""
+    return lambda **changes: configure(
+        cache_dir=str(tmp_path / "own"), train__batch_size=1, save__every=0, **changes
+    )
+
+
+def test_pictures_may_go_once_they_are_cached(own, photos, tmp_path, monkeypatch):
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    data = {"folder": str(copy), "resolution": 64}
+    expected = train(own(name="whole", data=data), console=Console(file=io.StringIO())).read_bytes()
+    real = training.plan_run
+
+    def gone(*arguments):
+        shutil.rmtree(copy, ignore_errors=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "plan_run", gone)
+    config = own(name="whole", output_dir=str(tmp_path / "other"), data=data)
+    path = train(config, console=Console(file=io.StringIO()))
+    assert not copy.exists() and tensors(path.read_bytes()) == tensors(expected)
+
+
+def tensors(content: bytes) -> bytes:
+    """What follows the header, which holds the run's folder."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
+    """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
+    the very file of a run that nothing happened to."""
+    expected = train(own(name="whole", train__steps=18), console=Console(file=io.StringIO()))
+    config, real, done = own(name="hurt", train__steps=18), training.train_step, []
+
+    def hurting(run, batches, step):
+        done.append(step)
+        files = sorted(config.cache_path.glob("latents/*"))
+        if step == 2 and done.count(2) == 1:
+            data = bytearray(files[0].read_bytes())
+            data[-5] ^= 4
+            files[0].write_bytes(data)
+        elif step == 10 and done.count(10) == 1:
+            files[1].unlink()
+        return real(run, batches, step)
+
+    monkeypatch.setattr(training, "train_step", hurting)
+    screen = io.StringIO()
+    path = train(config, console=Console(file=screen, width=500))
+    assert tensors(path.read_bytes()) == tensors(expected.read_bytes())
+    notes = [
+        x for x in screen.getvalue().splitlines() if "is encoded anew, and the run goes on" in x
+    ]
+    assert len(notes) == 2 and sum("checksum" in x for x in notes) == 1
+    assert done == sorted(done) and set(done) == set(range(18))
+
+
+def test_a_cache_file_that_is_damaged_again_and_again_ends_the_run(own, monkeypatch):
+    config = own(name="failing")
+    prepare(config, CPU, Console(file=io.StringIO()))
+    file = next(config.cache_path.glob("latents/*"))
+    tries = []
+
+    def damaged(*arguments):
+        tries.append(1)
+        raise CacheDamaged(file, "the disk is failing")
+
+    monkeypatch.setattr("fluxfast.data.loader.read_tensors", damaged)
+    with pytest.raises(FluxfastError, match="the disk is failing"):
+        train(config, console=Console(file=io.StringIO()))
+    assert len(tries) == 2

@@ -1,0 +1,261 @@
+"""Numbers that are not finite: steps are skipped, a run of them ends with the last good state and a
+diagnosis; and the same seed gives the same files."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from small import noise_pictures
+
+from fluxfast.build import build
+from fluxfast.checkpoint import checkpoints
+from fluxfast.config import Config, load_config
+from fluxfast.data.loader import Loader
+from fluxfast.data.store import LATENTS, read_tensors, write_tensors
+from fluxfast.diagnose import diagnose
+from fluxfast.errors import FluxfastError
+from fluxfast.metrics import NotFinite, RunLog
+from fluxfast.prepare import prepare
+from fluxfast.step import Training, train_step
+from fluxfast.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
+
+
+@pytest.fixture
+def configure(configure, tmp_path):
+    """A cache of its own, to spoil samples in."""
+    return lambda **changes: configure(cache_dir=str(tmp_path / "own"), **changes)
+
+
+def loader_of(config: Config) -> Loader:
+    dataset = prepare(config, CPU, QUIET).dataset
+    return Loader(dataset, config.train.batch_size, config.seed)
+
+
+def spoil(loader: Loader, name: str, value: float) -> None:
+    """Give the sample latents of `value`, in a cache file that is sound in every other way."""
+    (sample,) = (s for s in loader.dataset.samples if s.name == name)
+    tensors = read_tensors(sample.latents, LATENTS)
+    write_tensors(sample.latents, {**tensors, "mean": torch.full_like(tensors["mean"], value)})
+
+
+def start(config: Config) -> Training:
+    prepared = prepare(config, CPU, QUIET)
+    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+    return build(config, prepared.base, loader, CPU, QUIET)
+
+
+# ---------------------------------------------------------------- a run that cannot go on
+
+
+def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure):
+    settings = {"train__batch_size": 1, "log_every": 1, "save__every": 0}
+    config = configure(train__steps=8, train__max_bad_steps=1, **settings)
+    loader = loader_of(config)
+    names = [loader.batch(step).names[0] for step in range(4)]
+    spoil(loader, names[2], 1e30)
+    with pytest.raises(FluxfastError) as raised:
+        train(config, console=QUIET)
+    assert raised.value.message.startswith("no step from 3 to 3 had a finite loss and gradient: ")
+    (line,) = (config.run_dir / "diagnosis.txt").read_text().splitlines()
+    assert line in raised.value.message and line.startswith(f"step 3, {names[2]}: fluxfast::")
+    assert "(forward) is the first op whose result is not finite" in line
+
+    ((step, folder),) = checkpoints(config.run_dir)
+    assert step == 2
+    clean = configure(name="clean", train__steps=2, **settings)
+    train(clean, console=QUIET)
+    ours, theirs = (
+        load_file(folder / "small.safetensors"),
+        load_file(clean.run_dir / "clean.safetensors"),
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_bad_steps_between_good_ones_are_counted_and_end_nothing(configure):
+    config = configure(train__steps=8, train__batch_size=1, train__max_bad_steps=2, log_every=4)
+    spoil(loader_of(config), "1.png", float("nan"))
+    train(config, console=QUIET)
+    rows = [json.loads(x) for x in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows] == [1, 1]
+    assert all(row["loss"] > 0 for row in rows)
+    assert not (config.run_dir / "diagnosis.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_skips_a_step_with_sound_gradients(configure):
+    run = start(configure())
+    before = [p.detach().clone() for p in run.parameters]
+
+    class Infinite:
+        captured = False
+
+        def __call__(self, key, inputs):
+            return run.gradient_pass(inputs) + torch.inf
+
+    run.graphs = Infinite()
+    loss, norm, bad, _ = train_step(run, [run.loader.batch(0)], 0)
+    assert loss == torch.inf and norm.isfinite() and bad == 1
+    assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        ("..bbbb....", (3, 5, 10)),  # over before the interval is
+        ("......bbbb", (7, 9, 6)),
+        ("bb.bb..bb. b.bb......", None),
+        (".......bbb b.........", (8, 11, 20)),  # across the intervals' border
+        ("bbbbbbbbbb", (1, 3, 0)),
+    ],
+)
+def test_what_counts_as_a_row_of_bad_steps(tmp_path, bad, found):
+    one, steps, raised = torch.tensor(1.0), bad.replace(" ", ""), None
+    most = 4 if found == (8, 11, 20) else 3
+    with RunLog(tmp_path, 0, 100, 10, CPU, QUIET, most_bad=most) as log:
+        for step, letter in enumerate(steps, start=1):
+            try:
+                log.step(step, one, one, torch.tensor(float(letter == "b")), 1e-4, 0)
+            except NotFinite as error:
+                raised = error.first, error.last, error.good
+                break
+    assert raised == found
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(steps) // 10  # the interval of the end, too
+
+
+# ---------------------------------------------------------------- the diagnosis
+
+
+def test_every_bad_sample_of_a_step_is_named(configure):
+    run = start(configure(train__gradient_accumulation=2))
+    for name, value in (("1.png", float("inf")), ("3.png", 1e30)):
+        spoil(run.loader, name, value)
+    for sample in run.loader.dataset.samples:  # as bytes of a file's name may be
+        sample.name = sample.name.replace("3.png", "3\n\udce9.png")
+    lines = diagnose(run, 1)
+    assert len(lines) == 2  # four pictures make the step
+    assert any(
+        line == "step 1, 1.png: the cached sample itself is not finite (noisy)" for line in lines
+    )
+    assert any(
+        line.startswith(r"step 1, 3\n\udce9.png: ") and " of double_blocks.0." in line
+        for line in lines
+    )
+    assert not run.gradients.any()
+
+
+def test_a_sound_step_is_said_to_be_one(configure):
+    assert diagnose(start(configure()), 1) == [
+        "step 1: taken again, sample by sample and without graphs, everything is finite"
+    ]
+
+
+@pytest.mark.parametrize(
+    "layer, policy",
+    [("double_blocks.0.txt_attn.qkv", "keep"), ("single_blocks.1.linear2", "replay")],
+)
+def test_the_layer_where_it_begins_is_named(configure, layer, policy):
+    run = start(configure(memory__policy=policy))
+    run.model.get_submodule(layer).weight.fill_(3e38)
+    for line in diagnose(run, 1):
+        assert f"_lora_linear of {layer} (forward) is the first op" in line
+        assert "; loss nan; " in line and "gradients are not finite" in line
+
+
+def test_weights_that_are_broken_are_told_of_first(configure):
+    run = start(configure())
+    run.model.get_submodule("single_blocks.0.linear1").bias[3] = torch.nan
+    with torch.no_grad():
+        run.parameters[0][0, 0] = torch.inf
+    assert diagnose(run, 1) == [
+        "weights that are not finite: double_blocks.0.img_attn.qkv.lora_A, "
+        "single_blocks.0.linear1.bias"
+    ]
+
+
+def test_a_gradient_that_overflows_alone_is_traced_to_backward(configure):
+    run = start(configure())
+    layer = run.model.get_submodule("single_blocks.0.linear1")
+    with torch.no_grad():  # nothing of it reaches the forward pass
+        layer.lora_A.zero_()
+        layer.lora_B.fill_(3e38)
+    assert diagnose(run, 1)[0].endswith(": every gradient is finite, but their norm is not")
+    run.model.final_layer.linear.weight.mul_(1e12)  # and so is the gradient that comes down
+    for line in diagnose(run, 1):
+        assert " of single_blocks.0.linear1 (backward) is the first op" in line
+        assert (
+            "that of single_blocks.0.linear1.lora_A among them" in line and "loss nan" not in line
+        )
+
+
+# ---------------------------------------------------------------- the same seed, the same files
+
+SAME = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib")
+
+
+def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_path, monkeypatch):
+    """In two folders and two processes, which order their sets differently; apart from dates, times
+    and memory, which are not the run's own."""
+    raw = {
+        "name": "same", "trigger": "ohwx", "seed": 7, "device": "cpu", "log_every": 1,
+        "model": {"path": "model", "storage": "nf4", "compute": "fp32"},
+        "lora": {"rank": 2, "dropout": 0.2, "targets": "attn"},
+        "data": {"folder": "photos", "resolution": 64, "flip": True, "caption_dropout": 0.5,
+                 "shuffle_captions": True},
+        "train": {"steps": 3, "batch_size": 2, "ema": {"enabled": True}},
+        "save": {"every": 2, "formats": ["diffusers", "kohya"]},
+        "sample": {"prompts": ["[trigger] b"], "width": 64, "height": 64, "steps": 1, "every": 0},
+        "validation": {"share": 0.25, "timesteps": 1},
+    }  # fmt: skip
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "photos").symlink_to(photos)
+        (tmp_path / folder / "model").symlink_to(nano_model)
+        (tmp_path / folder / "c.yaml").write_text(yaml.safe_dump(raw))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    same = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fluxfast", "train", "c.yaml"],
+        cwd=tmp_path / "a", stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **same, "PYTHONHASHSEED": "1"},
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path / "b")
+    train(load_config("c.yaml"), console=QUIET)
+    assert process.communicate()[1] and process.returncode == 0
+    one, other = everything(tmp_path / "a" / "runs"), everything(tmp_path / "b" / "runs")
+    assert one.keys() == other.keys() and len(one) > 20
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content, of every file but TensorBoard's, which are named after the time."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+    rows = map(json.loads, files["same/metrics.jsonl"].splitlines())
+    kept = [{key: value for key, value in row.items() if key not in SAME} for row in rows]
+    files["same/metrics.jsonl"] = json.dumps(kept).encode()
+    for fact in (rb"Date", rb"Speed, median", rb"Peak memory"):
+        pattern = rb"<dt>" + fact + rb"</dt><dd>[^<]*</dd>"
+        files["same/report.html"], count = re.subn(pattern, b"", files["same/report.html"])
+        assert count == 1
+    return files

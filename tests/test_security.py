@@ -1,0 +1,378 @@
+"""What SECURITY.md promises of files and settings that strangers made."""
+
+import ast
+import io
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from small import noise_pictures
+
+from fluxfast.config import build_config, load_config
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.lines import plain
+from fluxfast.metrics import say
+from fluxfast.report import write_report
+from fluxfast.settings import DEEPEST, LARGEST, parse_yaml
+from fluxfast.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_" + "aB3" * 11
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 2, caption="noise")
+
+
+def minimal(**changes) -> dict:
+    return {"model": {"path": "m"}, "data": {"folder": "photos"}, **changes}
+
+
+def sources() -> list[Path]:
+    folders = ("fluxfast", "kernels", "bench", "examples")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(found) > 100
+    return found
+
+
+# ---------------------------------------------------------------- no code from elsewhere
+
+
+def test_no_source_lets_a_model_bring_code():
+    """Neither the switch, nor the classes that look up in a file which class they are."""
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code" not in text, path
+        named = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert not {name for name in named if re.match(r"Auto(Model|Tokenizer|Config|Proc)", name)}
+
+
+@pytest.mark.parametrize(
+    "part", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"]
+)
+def test_code_beside_a_model_is_not_run(nano_model, tmp_path, part):
+    from fluxfast.encoders.text import TextEncoders
+    from fluxfast.encoders.vae import Vae
+
+    root = shutil.copytree(nano_model, tmp_path / "model")
+    (root / part / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (file := root / part / name).is_file():
+            said = json.loads(file.read_text())
+            kinds = ("AutoConfig", "AutoModel", "AutoTokenizer")
+            said["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+            file.write_text(json.dumps(said))
+    if part == "vae":
+        Vae(root)
+    else:
+        TextEncoders(root).encode(["a word"], 8)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_component_that_is_a_pickle_is_refused(nano_model, tmp_path, part):
+    from fluxfast.encoders.text import TextEncoders
+    from fluxfast.encoders.vae import Vae
+
+    class Boom:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    root = shutil.copytree(nano_model, tmp_path / "model")
+    (weights,) = (root / part).glob("*.safetensors")
+    kinds = {"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}
+    torch.save(load_file(weights), root / part / kinds[part])  # a whole one, of plain tensors
+    weights.unlink()
+    for content in (None, Boom()):
+        if content is not None:
+            torch.save(content, root / part / kinds[part])
+        with pytest.raises(FluxfastError, match="cannot load"):
+            (Vae if part == "vae" else TextEncoders)(root)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- YAML that grows
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {k: v}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}], k{i}: v}}\n" for i in range(1, 10)
+)
+LONG = f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 100)}]\n"
+GROWING = {
+    "aliases of aliases": (LAUGHS, "its aliases make more than"),
+    "merges of merges": (MERGES, "its aliases make more than"),
+    "a long text many times": (LONG, "its aliases make more than"),
+    "an alias inside itself": ("a: &a [*a]\n", "an alias inside what the alias stands for"),
+    "a mapping inside itself": ("&a a: {b: *a, c: &c {d: *c}}\n", "inside what the alias"),
+    "lists in lists": ("[" * 100_000, "levels deep"),
+    "mappings in mappings": ("".join(f"{' ' * i}a:\n" for i in range(60)), "levels deep"),
+    "depth by aliases": (
+        "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 70)), "levels deep",
+    ),
+    "a large file": ("# " + "x" * LARGEST + "\n", f"is larger than {LARGEST} bytes"),
+    "a long number": ("a: " + "9" * 5000, "a number of more than"),
+    "a long number of base 60": ("a: 1" + ":1" * 100_000, "a number of more than"),
+    "a long number of base 16": ("a: 0x" + "f" * 5000, "a number of more than"),
+    "python's own tags": ("a: !!python/object/apply:os.system [id]\n", "only plain ones are read"),
+    "bytes": ("a: !!binary /w==\n", "only plain ones are read"),
+    "a set": ("a: !!set {b: null}\n", "only plain ones are read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_yaml_that_would_grow_is_refused_in_a_line(tmp_path, name):
+    content, part = GROWING[name]
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    started = time.process_time()
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert time.process_time() - started < 5
+    message = raised.value.message
+    assert str(file) in message and part in message and "\n" not in message and len(message) < 500
+
+
+def test_aliases_and_merges_of_an_ordinary_size_are_read(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model: {path: m}\n.common: &common {resolution: 512, flip: true}\n"
+        "data: [{folder: a, <<: *common}, {folder: b, <<: *common, flip: false}]\n"
+    )
+    with pytest.raises(ConfigError, match=r"unknown key '\.common'"):
+        load_config(file)
+    file.write_text(
+        "model: {path: m}\n"
+        "data: [&one {folder: a, resolution: 512, flip: true}, {<<: *one, folder: b}]\n"
+    )
+    entries = load_config(file).data
+    assert [(str(e.folder), e.resolution, e.flip) for e in entries] == [
+        ("a", [512], True), ("b", [512], True)
+    ]  # fmt: skip
+    deep = "[" * DEEPEST + "]" * DEEPEST
+    assert str(parse_yaml(deep)) == deep
+    with pytest.raises(ValueError, match="levels deep"):
+        parse_yaml(f"[{deep}]")
+
+
+def test_other_ways_in_have_the_same_limits(tmp_path):
+    file = tmp_path / "check.yaml"
+    file.write_text(LAUGHS)
+    with pytest.raises(ConfigError, match="its aliases make more than"):
+        build_config(minimal(model={"path": "m", "layers": str(file)}))
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        build_config(minimal(), ["train.optimizer_args={a: &a [*a]}"])
+    toml = tmp_path / "d.toml"
+    toml.write_text("#" * (LARGEST + 1))
+    with pytest.raises(ConfigError, match=r"d\.toml is larger than"):
+        build_config(minimal(data=str(toml)))
+    (tmp_path / "config.yaml").write_text(LAUGHS)
+    assert "config.yaml cannot be parsed" in write_report(tmp_path).read_text()
+
+
+def test_an_endless_file_is_not_read_to_its_end():
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config("/dev/zero")
+
+
+def test_what_is_shown_of_a_mistake_is_short():
+    raw = minimal(train={"steps": "9" * 100_000}, **{"x" * 100_000: 1})
+    raw["lora"] = {f"key{i}": i for i in range(1000)}
+    with pytest.raises(ConfigError) as raised:
+        build_config(raw)
+    assert len(raised.value.message) < 5000 and "more" in raised.value.message
+
+
+# ---------------------------------------------------------------- nothing is written elsewhere
+
+NAMES = ["../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", "a\n", "-a", ".a", "a\0", "~/x", "C:x",
+         " ", "n" * 151, "é" * 76]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_no_plain_one_is_refused(name):
+    with pytest.raises(ConfigError):
+        build_config(minimal(name=name))
+    job = {"process": [{"type": "sd_trainer", "model": {"name_or_path": "m", "is_flux": True},
+                        "network": {"linear": 4}, "datasets": [{"folder_path": "a"}]}]}  # fmt: skip
+    from fluxfast.compat import convert_ai_toolkit
+
+    try:
+        raw, _ = convert_ai_toolkit({"job": "extension", "config": {"name": name, **job}})
+    except ConfigError:
+        return
+    with pytest.raises(ConfigError):
+        build_config(raw)
+
+
+def test_a_hostile_run_writes_into_its_own_folders_alone(configure, photos, tmp_path, monkeypatch):
+    """Paths in every place that takes text: captions, metadata, prompts, triggers, extensions."""
+    home = tmp_path / "home"
+    data = shutil.copytree(photos, home / "photos")
+    away = "../../../away"
+    (data / "0.txt").write_text(f"{away}/caption /{tmp_path}/away/x")
+    row = {"file_name": f"{away}/3.png", "text": f"{tmp_path}/away"}
+    (data / "metadata.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(home)
+    config = configure(
+        name="run", output_dir="runs", cache_dir="cache", trigger=f"{away}/x",
+        data={"folder": "photos", "resolution": 64, "caption_ext": ".txt", "caption_prefix": away},
+        sample={"prompts": [f"{away}/p.png", f"{tmp_path}/away/q"], "width": 64, "height": 64,
+                "steps": 1, "every": 0},
+        train__steps=1, lora__include=["img_attn"],
+    )  # fmt: skip
+    before = files(tmp_path)
+    train(config, console=Console(file=io.StringIO()))
+    new = files(tmp_path) - before
+    assert new and all(path.parts[:2] in (("home", "runs"), ("home", "cache")) for path in new)
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_text_that_no_file_can_hold_is_refused():
+    for text in ("a\0b", "half \ud83d", "\udce9"):
+        with pytest.raises(ConfigError, match="trigger holds a character that no text file can"):
+            build_config(minimal(trigger=text))
+        with pytest.raises(ConfigError, match=r"data\.0\.folder holds a character"):
+            build_config(minimal(data=[{"folder": f"photos{text}"}]))
+
+
+# ---------------------------------------------------------------- access tokens
+
+
+@pytest.mark.parametrize(
+    "raw, place",
+    [
+        (minimal(trigger=f"a {TOKEN}"), "trigger"),
+        (minimal(model={"path": f"https://user:{TOKEN}@hub/x"}), "model.path"),
+        (minimal(hf_token=TOKEN), "hf_token"),
+        (minimal(sample={"prompts": ["a", TOKEN]}), "sample.prompts.1"),
+        (minimal(train={"optimizer_args": {TOKEN: 1}}), "a key in train.optimizer_args"),
+        (minimal(data=[{"folder": TOKEN}]), "data.0.folder"),
+    ],
+)
+def test_a_token_in_the_settings_is_refused_and_not_repeated(raw, place):
+    with pytest.raises(ConfigError) as raised:
+        build_config(raw)
+    assert raised.value.message.startswith(f"{place} holds an access token")
+    assert TOKEN not in str(raised.value) and "HF_TOKEN" in raised.value.hint
+
+
+def test_the_token_of_the_environment_is_refused_whatever_its_form(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+    with pytest.raises(ConfigError, match="trigger holds an access token") as raised:
+        build_config(minimal(trigger="x my-own-secret y"))
+    assert "my-own-secret" not in str(raised.value)
+    monkeypatch.setenv("HF_TOKEN", "")  # set, and empty: nothing is a token then
+    assert build_config(minimal(trigger="x")).trigger == "x"
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "APIKEY"])
+def test_secrets_of_the_environment_are_not_put_into_settings(monkeypatch, variable):
+    """A file of ai-toolkit's may name variables: a stranger's could publish them in the LoRA."""
+    from fluxfast.compat import convert_ai_toolkit
+
+    monkeypatch.setenv(variable, "s3cret-value")
+    monkeypatch.setenv("PICTURES", "photos")
+    process = {"type": "sd_trainer", "trigger_word": f"${{{variable}}}",
+               "model": {"name_or_path": "m", "is_flux": True}, "network": {"linear": 4},
+               "datasets": [{"folder_path": "${PICTURES}"}]}  # fmt: skip
+    raw = {"job": "extension", "config": {"name": "x", "process": [process]}}
+    with pytest.raises(ConfigError, match="may hold a secret") as raised:
+        convert_ai_toolkit(raw)
+    assert variable in raised.value.message and "s3cret-value" not in str(raised.value)
+    process["trigger_word"] = "x"
+    assert convert_ai_toolkit(raw)[0]["data"][0]["folder"] == "photos"
+
+
+def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path, photos):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    screen = io.StringIO()
+    console = Console(file=screen, width=300)
+    config = configure(
+        train__steps=1, save__every=1, validation__share=0.5,
+        sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1},
+    )  # fmt: skip
+    train(config, console=console)
+    say(console, f"note: could not reach the Hub with {TOKEN}")
+    assert TOKEN not in screen.getvalue() and "with ***" in screen.getvalue()
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    for arguments in (["doctor"], ["train", f"{TOKEN}.yaml"], ["train", "x", "--set", TOKEN],
+                      ["inspect", TOKEN], ["train", photos, "--model", TOKEN]):  # fmt: skip
+        code, out, err = fluxfast(*arguments)
+        assert TOKEN not in out + err and (code or arguments == ["doctor"])
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def test_a_line_is_one_line_and_moves_nothing():
+    screen = io.StringIO()
+    say(
+        Console(file=screen, width=300), "a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真"
+    )
+    assert screen.getvalue() == (
+        r"a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真" + "\n"
+    )
+    assert plain("C:\\new [bold]x[/]") == "C:\\new [bold]x[/]"
+
+
+def test_the_command_line_says_it_in_one_line_too(fluxfast, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = fluxfast("train", "a\n\x1b[31m.yaml")
+    assert code == 2 and err.splitlines()[0] == r"error: a\n\x1b[31m.yaml does not exist"
+    assert len(err.splitlines()) == 2
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"a\n\x1b[31m": 1, **minimal()}))
+    code, out, err = fluxfast("train", "c.yaml")
+    assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 2
+
+
+def test_tensorboard_gets_numbers_under_fixed_names_and_no_text(configure):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configure(
+        trigger=f"ohwx {EVIL}", train__steps=2,
+        sample={"prompts": [EVIL], "width": 64, "height": 64, "steps": 1},
+    )  # fmt: skip
+    train(config, console=Console(file=io.StringIO()))
+    folder = config.run_dir / "tensorboard"
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    tags = board.Tags()
+    scalars = {"loss", "loss_smooth", "grad_norm", "lr", "it_per_s", "s_per_it", "epoch",
+               "peak_memory_gib", "skipped_steps"}  # fmt: skip
+    assert {tag.removeprefix("train/") for tag in tags.pop("scalars")} <= scalars
+    assert not any(tags.values())
+    assert not any(b"script" in path.read_bytes() for path in folder.iterdir())
+    page = (config.run_dir / "report.html").read_text()
+    assert EVIL not in page and "&lt;script&gt;" in page
+
+
+# ---------------------------------------------------------------- the promises
+
+
+def test_every_promise_names_a_test_that_there_is():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert len(named) >= 10
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), test
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`tests/" not in line]
+    assert len(rows) == 1, "every row but the head names its test"
