@@ -10,7 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bench import timing
 from bench.gate import disagreement, evidence, tolerance
@@ -115,26 +117,40 @@ def _gate(
         found = evidence(candidate, stepper.backward(batch))
         stepper.clear()
         count, tokens = batch.img.shape[:2]
-        path = references / f"{kept}-{settings.targets}-{tokens}-{count}.pt"
-        known = torch.load(path) if path.exists() else {"by": name}
-        if known["by"] == name:
-            known = {"by": None, "evidence": None}
-        wrong, compared = disagreement(found, known["evidence"], allowed)
-        compared["reference"] = known["by"]
+        path = references / f"{kept}-{settings.targets}-{tokens}-{count}.npz"
+        by, known = _kept(path)
+        if by == name:
+            by, known = None, None
+        wrong, compared = disagreement(found, known, allowed)
+        compared["reference"] = by
         if wrong is not None:
             return wrong, compared
-        if known["by"] is None and not kind.products:
-            _keep(path, {"by": name, "evidence": found})
+        if by is None and not kind.products:
+            _keep(path, name, found)
         if not worst or compared.get("worst_error", 0.0) > worst.get("worst_error", 0.0):
             worst = compared
     return None, worst | {"saved_bytes": stepper.saved_bytes()}
 
 
-def _keep(path: Path, reference: dict[str, object]) -> None:
+_BY = "candidate"  # among the names of tensors, which have dots but for "loss"
+
+
+def _keep(path: Path, by: str, found: dict[str, Tensor]) -> None:
     """Whole or not at all: the process may be killed at any moment."""
     part = path.with_suffix(".part")
-    torch.save(reference, part)
+    with part.open("wb") as file:
+        np.savez(file, **{_BY: np.array(by)}, **{name: t.numpy() for name, t in found.items()})
     os.replace(part, path)
+
+
+def _kept(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
+    """-> (whose evidence, the evidence) that `_keep` has left there; None where it has not."""
+    if not path.exists():
+        return None, None
+    with np.load(path) as file:
+        by = str(file[_BY])
+        found = {name: torch.from_numpy(file[name]) for name in file.files if name != _BY}
+    return by, found
 
 
 def _count(

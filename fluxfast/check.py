@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fluxfast import __version__, draws
-from fluxfast.checkpoint import checkpoints, identity_of, load_weights
+from fluxfast.checkpoint import newest_checkpoint, put_weights, read_state
 from fluxfast.config import Config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.errors import ConfigError, FluxfastError
@@ -40,6 +40,7 @@ from fluxfast.model.precision import (
 from fluxfast.model.spec import FluxSpec
 from fluxfast.objective import flow_loss, noise_batch, predict
 from fluxfast.prepare import prepare
+from fluxfast.resume import SHAPING, changes
 from fluxfast.settings import dump_yaml
 
 ROWS = 256  # of a layer, over all batches
@@ -136,12 +137,6 @@ def _finite(name: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-def _shaping(identity: dict) -> dict:
-    """Of a run's identity what a LoRA's weights mean anything by: not how they are trained."""
-    lora = {key: value for key, value in identity["lora"].items() if key != "dropout"}
-    return {"model.path": identity["model.path"], "lora": lora}
-
-
 # ---------------------------------------------------------------- the model's passes
 
 
@@ -184,16 +179,18 @@ def _run_model(
 def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> int:
     """The newest checkpoint's, or a fresh one with a small B. -> its step."""
     config = setting.config
-    found = checkpoints(config.run_dir)
-    if found:
-        step, folder = found[-1]
-        try:
-            load_weights(folder, parameters, identity_of(config), _shaping)
-        except FluxfastError as error:
-            say(setting.console, f"note: a fresh LoRA is measured: {error.message}")
-        else:
+    try:
+        found = newest_checkpoint(config.run_dir, lambda line: say(setting.console, line))
+        if found is not None:
+            step, folder = found
+            state = read_state(folder)
+            if changed := changes(state["config"], config, SHAPING):
+                raise FluxfastError(f"{folder} is of other settings: {', '.join(changed)}")
+            put_weights(parameters, state, folder)
             say(setting.console, f"the LoRA is that of step {step}")
             return step
+    except FluxfastError as error:
+        say(setting.console, f"note: a fresh LoRA is measured: {error.message}")
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             stream, shape = f"check/{name}.lora_B", tuple(layer.lora_B.shape)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.lines import plain
 
 app = typer.Typer(
     name="fluxfast",
@@ -250,7 +251,7 @@ def quantize(
 
     from fluxfast.formats.quantize import quantize as run
     from fluxfast.hub import TRANSFORMER, resolve_model
-    from fluxfast.signals import ENDING, stop_event
+    from fluxfast.interrupt import stop_on_signals
 
     console = Console(stderr=True)
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -259,7 +260,7 @@ def quantize(
         bars = Progress(*columns, console=console, disable=not console.is_terminal)
         # it ends between two tensors and takes the unfinished file away: within one, safetensors
         # makes a ValueError of the interrupt
-        with stop_event(*ENDING) as stop, bars:
+        with stop_on_signals() as stop, bars:
             task = bars.add_task("", total=None)
 
             def progress(done: int, total: int) -> None:
@@ -349,17 +350,34 @@ def _config(target: Path, overrides, model, encoders, trigger, name):
 
 
 def _announce(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    print(f"note: {plain(line)}", file=sys.stderr)
 
 
 @contextmanager
 def _interruptible(word: str = "the same command goes on where it stopped"):
-    """Ctrl-C ends a command with a word about it. Done here because typer ends silently on it."""
+    """Ctrl-C and SIGTERM end a command with a word about it. Done here because typer ends silently
+    on the first.
+    """
+    from fluxfast.interrupt import Stopped, handled, interrupt
+
     try:
-        yield
+        with handled(interrupt):
+            yield
+    except Stopped as stop:
+        print(f"{stop}; to go on: {_same_command()}", file=sys.stderr)
+        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         print(f"stopped; {word}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _same_command() -> str:
+    """What was typed, but for --restart."""
+    import shlex
+
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "fluxfast"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *(word for word in sys.argv[1:] if word != "--restart")])
 
 
 def _quoted(value: str) -> str:
@@ -375,10 +393,13 @@ def main() -> None:
     try:
         app()
     except FluxfastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {plain(error.hint)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a disk that fills up under a log file, say
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        said = f"{error.filename or 'system'}: {error.strerror or error}"
+        print(f"error: {plain(said)}", file=sys.stderr)
         sys.exit(1)
 
 

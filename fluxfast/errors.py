@@ -18,6 +18,10 @@ class FluxfastError(ValueError):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
+class DiskError(FluxfastError):
+    """The disk refuses: full, read-only, no permission. What was in place before is untouched."""
+
+
 class ConfigError(FluxfastError):
     """The call or the configuration is wrong. Exit code 2."""
 

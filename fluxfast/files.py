@@ -2,10 +2,17 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.errors import ConfigError, DiskError, FluxfastError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
 
@@ -18,12 +25,43 @@ def check_new(path: Path) -> None:
         raise ConfigError(f"{path} is there already", hint="remove it, or choose another name")
 
 
+def partial_of(path: Path) -> Path:
+    """What a file or folder is called while this process fills it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def drop_partials(*folders: Path) -> None:
+    """Remove what killed processes left in these folders while filling it (folders below are not
+    searched). For the sole user of a folder: another's may be being filled.
+    """
+    for folder in folders:
+        for path in folder.glob(".*.partial"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """What was put into `folder`, renamed or removed is on the disk when this returns. OSError
+    where the disk refuses. Under Windows, which flushes no folders, nothing is done.
+    """
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, put it in place.
 
-    Raises FluxfastError naming the folder where the disk refuses (full, read-only, no permission).
+    Raises DiskError naming the folder where the disk refuses (full, read-only, no permission).
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -32,13 +70,25 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise FluxfastError(
+        raise DiskError(
             f"cannot write into {path.parent}: {error.strerror or error}",
             hint=hint or "free some space, or set output_dir to a folder that you may write to",
         ) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def going_on(say: Callable[[str], None]) -> Iterator[None]:
+    """A disk that refuses inside is said, not raised: a run goes on without the file."""
+    try:
+        yield
+    except DiskError as error:
+        say(f"note: {error.message}; the run goes on")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"note: {where}{error.strerror or error}; the run goes on")
 
 
 @contextlib.contextmanager
@@ -49,13 +99,42 @@ def sole_user(folder: Path) -> Iterator[None]:
     system or a platform without such locks lets everyone in.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        handle = _lock(folder, alone=True)
+    except BlockingIOError:
         raise FluxfastError(
+            f"another process is working in {folder}",
+            hint="wait for it, stop it, or choose another name",
+        ) from None
+    except OSError as error:
+        raise DiskError(
             f"cannot write into {folder.parent}: {error.strerror or error}",
             hint="set output_dir to a folder that you may write to",
         ) from None
-    handle = _locked(folder)
+    with _held(folder, handle):
+        yield
+
+
+@contextlib.contextmanager
+def one_of_several(folder: Path, *below: str) -> Iterator[None]:
+    """Hold `folder` beside others that do the same. The first of them removes what killed processes
+    left in it and in its folders `below`; later ones leave it, as it may be being written.
+    """
+    handle = None
+    with contextlib.suppress(OSError):  # held for nothing but to clean up: no reason not to work
+        try:
+            handle = _lock(folder, alone=True)
+        except BlockingIOError:
+            handle = _lock(folder, alone=False, wait=2.0)
+        else:
+            if handle is not None:
+                drop_partials(folder, *(folder / name for name in below))
+                fcntl.flock(handle, fcntl.LOCK_SH)
+    with _held(folder, handle):
+        yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, handle: int | None) -> Iterator[None]:
     try:
         yield
     finally:
@@ -65,24 +144,41 @@ def sole_user(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _locked(folder: Path) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(folder: Path, *, alone: bool, wait: float = 0.0) -> int | None:
+    """Make `folder` and lock it. -> a handle to keep open; None where there are no such locks.
+
+    BlockingIOError where others hold it, for `wait` seconds and more; OSError where it cannot be
+    made.
+    """
+    until = time.monotonic() + wait
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # removed a moment ago
+            continue
+        except OSError:  # it may not be listed
+            return None
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if _is_still(folder, handle):
+                return handle
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(handle)
+                raise
+            time.sleep(0.05)
+        except OSError:  # NFS without a lock server, say
+            os.close(handle)
+            return None
         os.close(handle)
-        raise FluxfastError(
-            f"another process is working in {folder}",
-            hint="wait for it, stop it, or choose another name",
-        ) from None
-    except OSError:  # NFS without a lock server, say
-        os.close(handle)
-        return None
-    return handle
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    """Not so if another process has moved or removed it between the opening and the lock."""
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(handle))
+    except FileNotFoundError:
+        return False

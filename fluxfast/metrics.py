@@ -5,6 +5,7 @@ Losses stay on the device until the logging interval ends: one wait per interval
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -18,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.files import write_atomic
+from fluxfast.files import going_on, write_atomic
+from fluxfast.lines import plain
 
 WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
 RATE_WINDOW = 50  # steps
 ROOMY = 150  # columns of a terminal that the whole progress line fits in
-MOST_BAD = 5  # steps without a finite gradient in a row that end a run
 LOSS_WINDOW = 100  # steps that the smoothed loss is the mean of
 
 
@@ -42,12 +43,26 @@ def peak_memory_gib(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+class NotFinite(FluxfastError):
+    """So many steps in a row as `train.max_bad_steps` allows had no finite loss and gradient: from
+    `first` to `last`, counted from 1. Seen where an interval ends: `good` is the last good step by
+    then, before them or after.
+    """
+
+    def __init__(self, first: int, last: int, good: int):
+        super().__init__(f"no step from {first} to {last} had a finite loss and gradient")
+        self.first, self.last, self.good = first, last, good
+
+
 class RunLog:
     """Collects per-step results and writes them out every `every` steps. A context manager.
 
     A line of metrics.jsonl: step, loss (mean of the interval), loss_smooth, grad_norm (mean), lr,
     it_per_s, s_per_it, eta_s, peak_memory_gib, skipped_steps (in the interval), epoch. Rates are
-    null until known. on_interval gets the seconds of every interval, None of the first.
+    null until known. on_interval gets the seconds of every interval, None of the first. resumed:
+    the `state` that a checkpoint of step `first` kept, so that the lines are those of a run that
+    was never stopped. A disk that refuses a line is said, and the line written with the next one.
+    most_bad: steps in a row without a finite loss and gradient that end the run.
     """
 
     def __init__(
@@ -59,15 +74,23 @@ class RunLog:
         device: torch.device,
         console: Console,
         on_interval: Callable[[float | None], None] | None = None,
+        resumed: dict | None = None,
+        most_bad: int = 10,
     ):
         self.on_interval, self._last = on_interval, None
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
         self.device, self.console = device, console
-        self._first, self._results, self._paused = first, [], 0.0
-        self._bad = 0  # steps without a finite gradient, since the last interval with one
-        self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+        self._first, self._paused = first, 0.0
+        state = resumed or {"interval": [], "losses": [], "bad": 0, "unwritten": []}
+        self._results = [torch.tensor(row, device=device) for row in state["interval"]]
+        self._losses: deque[float] = deque(state["losses"], maxlen=LOSS_WINDOW)
+        self.most_bad = most_bad
+        # bad steps in a row, up to the last interval's end
+        self._bad = state["bad"]
         self._times: deque[tuple[int, float]] = deque()
         self._drop_lines_after(first)
+        self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
+        self._unwritten: list[str] = state["unwritten"]
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
@@ -92,21 +115,39 @@ class RunLog:
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             write_atomic(self.path, "".join(f"{line}\n" for line in kept).encode())
 
+    def state(self) -> dict:
+        """What a checkpoint keeps: the interval that is not over, and what goes into later lines.
+        Those that there are already are on the disk when this returns. Waits for the device.
+        """
+        if self.path.is_file():
+            with going_on(self._say), open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+        interval = torch.stack(self._results).tolist() if self._results else []  # sync: a save
+        return {
+            "interval": interval,
+            "losses": list(self._losses),
+            "bad": self._bad,
+            "unwritten": list(self._unwritten),
+        }
+
+    def _say(self, line: str) -> None:
+        say(self.console, line)
+
     def __enter__(self):
         self._progress.start()
         return self
 
     def __exit__(self, *exception):
         self._progress.stop()
-        self._board.close()
+        with going_on(self._say):
+            self._board.close()
 
     def step(
         self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, lr: float, epoch: int
     ) -> None:
         """Note step `step` (counted from 1). Waits for the device only where an interval ends.
 
-        Raises FluxfastError when no step of whole intervals, MOST_BAD or more, had a finite
-        gradient.
+        Raises NotFinite there when `most_bad` steps in a row were bad.
         """
         self._results.append(torch.stack([loss.float(), norm, bad]))
         self._progress.update(self._task, completed=step)
@@ -136,12 +177,7 @@ class RunLog:
         self._results = []
         good = [row for row in rows if row[2] == 0]
         self._losses.extend(loss for loss, _, _ in good)
-        self._bad = 0 if good else self._bad + len(rows)
-        if self._bad >= MOST_BAD:
-            raise FluxfastError(
-                f"no step of the last {self._bad} had a finite gradient (step {step})",
-                hint="lower train.lr, or compute: fp32; the last checkpoint is still good",
-            )
+        lost = self._lost(step, rows)
         seconds = self._seconds_per_step(step)
         row = {
             "step": step,
@@ -156,16 +192,38 @@ class RunLog:
             "skipped_steps": len(rows) - len(good),
             "epoch": epoch,
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if value is not None and key not in ("step", "eta_s"):
-                self._board.add_scalar(f"train/{key}", value, step)
+        self._unwritten.append(json.dumps(row) + "\n")
+        with going_on(self._say):
+            self._append()
+            for key, value in row.items():
+                if value is not None and key not in ("step", "eta_s"):
+                    self._board.add_scalar(f"train/{key}", value, step)
         self._show(row)
         now, before = self._clock(), self._last
         self._last = now
         if self.on_interval is not None:
             self.on_interval(None if before is None else now - before)
+        if lost is not None:
+            raise lost
+
+    def _lost(self, step: int, rows: list[list[float]]) -> NotFinite | None:
+        """Count the bad steps of an interval that ends with `step`."""
+        lost = None
+        for number, (_, _, bad) in enumerate(rows, start=step - len(rows) + 1):
+            self._bad = self._bad + 1 if bad else 0
+            if self._bad >= self.most_bad and lost is None:
+                lost = number - self._bad + 1, number
+        return None if lost is None else NotFinite(*lost, good=step - self._bad)
+
+    def _append(self) -> None:
+        """Lines that are not in the file yet, behind the whole ones: a full disk cuts one short."""
+        content = "".join(self._unwritten).encode()
+        with open(self.path, "ab") as file:
+            start = min(file.tell(), self._size)
+            file.truncate(start)
+            file.write(content)
+        self._size = start + len(content)
+        self._unwritten = []
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Over the last RATE_WINDOW steps that were timed, the warm-up left out."""
@@ -197,8 +255,8 @@ class RunLog:
 
 
 def say(console: Console, line: str) -> None:
-    """One plain line, never wrapped or coloured by its words."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    """One plain line, never wrapped, never coloured or moved by its words."""
+    console.print(plain(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def _mean(values) -> float | None:

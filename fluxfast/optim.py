@@ -5,6 +5,8 @@ step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +121,25 @@ def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
         mode()
 
 
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, schedule-free's parameters are at the point to save and sample; after, at the one to
+    train at, bit for bit: turned back in fp32 it would be rounded, so a copy waits on the host.
+    """
+    if not callable(getattr(optimizer, "eval", None)):
+        yield
+        return
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    set_mode(optimizer, training=False)
+    try:
+        yield
+    finally:
+        set_mode(optimizer, training=True)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     """One fp32 buffer that all gradients are views of, so that clearing, norm and clipping are
     single passes.
@@ -132,16 +153,18 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     return flat
 
 
-def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
-    """Clip all gradients (flat) to a total norm, and zero them where it is not finite, on the
-    device.
+def clip_and_guard(
+    gradients: Tensor, max_norm: float | None, loss: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Clip all gradients (flat) to a total norm, and zero them where it or the loss (a scalar) is
+    not finite, on the device.
 
     A bad batch then moves nothing by its own gradient, and nobody waits for the device to find out;
     `step_unless` keeps what came before it from moving anything either.
     -> (norm before clipping, 1.0 where it was not finite else 0.0), both fp32 scalars.
     """
     norm = torch.linalg.vector_norm(gradients)
-    finite = torch.isfinite(norm)
+    finite = torch.isfinite(norm if loss is None else norm + loss)
     factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # in place: beside a full pool of activations there is no room for copies. 0 · NaN is NaN, so
     # what is not finite is replaced, not multiplied
@@ -150,22 +173,33 @@ def clip_and_guard(gradients: Tensor, max_norm: float | None) -> tuple[Tensor, T
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One optimiser step, masked on the device where `bad` (fp32 scalar, see `clip_and_guard`) is
-    1.0. Waits for nothing.
+    """One optimiser step, left out where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Waits
+    for nothing.
 
-    Fused AdamW then leaves parameters, moments and its step count as they are, bit for bit: torch's
-    `found_inf`, as its GradScaler uses it. The other optimisers count their steps on the host and
-    know no such mask: they take a step on the gradients that `clip_and_guard` has zeroed, moved by
-    momentum and weight decay alone. So does AdamW that was asked, or restored from a checkpoint,
-    not to be fused.
+    Fused AdamW is masked on the device, and leaves parameters, moments and its step count as they
+    are, bit for bit: torch's `found_inf`, as its GradScaler uses it. The other optimisers count
+    their steps on the host and know no such mask. On a CPU their step is not taken. On a GPU it is,
+    on the gradients that `clip_and_guard` has zeroed, moved by momentum and weight decay alone. So
+    does AdamW that was asked, or restored from a checkpoint, not to be fused.
     """
     # torch's other AdamW steps assert that there is no found_inf
-    masked = all(group.get("fused") for group in optimizer.param_groups)
+    masked = _is_masked(optimizer)
+    if not masked and bad.device.type == "cpu" and bad:
+        return
     if masked:
         optimizer.found_inf = bad
     optimizer.step()
     if masked:
         del optimizer.found_inf
+
+
+def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether `step_unless` leaves parameters and state as they are where a step is bad."""
+    return device.type == "cpu" or _is_masked(optimizer)
+
+
+def _is_masked(optimizer: torch.optim.Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 class Ema:
@@ -198,7 +232,7 @@ class Ema:
             mine.copy_(theirs.detach())
 
     def state_dict(self) -> dict:
-        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+        return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         self.updates.fill_(state["updates"])

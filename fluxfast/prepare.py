@@ -4,6 +4,7 @@ with a bar.
 Needs neither transformers nor diffusers when everything is cached.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.files import one_of_several
 from fluxfast.formats.base import open_base
 from fluxfast.formats.base_folder import tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
@@ -25,6 +27,9 @@ from fluxfast.metrics import say
 from fluxfast.model.precision import layer_precisions
 from fluxfast.validation import hold_out
 
+# prompts or pictures per encoder call: what is cached then depends on the one alone, to the last
+# bit, and not on which others a run that was stopped had left to do
+_AT_ONCE = 1
 _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "encoding images"}
 
 
@@ -53,7 +58,8 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
     base, root, length = check_model(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with bars, one_of_several(config.cache_path, "latents", "text"):
         tasks: dict[str, int] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -63,11 +69,17 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
                     say(console, f"{_BARS.get(what, what)}: {total}")
             bars.update(tasks[what], completed=done, total=total)
 
-        dataset = prepare_dataset(
-            config, root, length, device, dtype, progress, extra_prompts=prompts
+        def prepared(settings: Config, prompts: list[str]) -> Dataset:
+            return prepare_dataset(
+                settings, root, length, device, dtype, progress,
+                extra_prompts=prompts, batch_size=_AT_ONCE,
+                announce=lambda line: say(console, line),
+            )  # fmt: skip
+
+        dataset, held_out = _hold_out(config, prepared(config, prompts), prepared)
+        files = encode_prompts(
+            prompts, config.cache_path, root, length, device, dtype, batch_size=_AT_ONCE
         )
-        dataset, held_out = _hold_out(config, dataset, root, length, device, dtype, progress)
-        files = encode_prompts(prompts, config.cache_path, root, length, device, dtype)
     say(
         console,
         f"{len(dataset.samples)} samples in {len(dataset.buckets)} buckets: "
@@ -90,7 +102,9 @@ def check_model(model: ModelConfig, device: torch.device) -> tuple[Path, Path, i
     return parts
 
 
-def _hold_out(config: Config, dataset, root, length, device, dtype, progress):
+def _hold_out(
+    config: Config, dataset: Dataset, prepared: Callable[[Config, list[str]], Dataset]
+) -> tuple[Dataset, list[Sample]]:
     """-> (the training set, held-out samples), by share or from a folder of their own."""
     validation = config.validation
     if validation.share:
@@ -102,8 +116,7 @@ def _hold_out(config: Config, dataset, root, length, device, dtype, progress):
         update={"folder": validation.folder, "recursive": True, "num_repeats": 1, "flip": False}
     )
     only = config.model_copy(update={"data": [data]})
-    held = prepare_dataset(only, root, length, device, dtype, progress)
-    return dataset, held.samples
+    return dataset, prepared(only, []).samples
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:

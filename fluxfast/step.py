@@ -53,6 +53,12 @@ class Training:
 
     def gradient_pass(self, inputs: Inputs) -> Tensor:
         """Forward and backward of one batch into the gradients. -> its loss, detached."""
+        loss = self.loss(inputs)
+        loss.backward()
+        return loss.detach()
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Forward of one batch. -> its share of the step's loss."""
         self.memory.use(self.labels[inputs["noisy"].shape[1]])
         noisy = NoisyBatch(**{each.name: inputs[each.name] for each in fields(NoisyBatch)})
         train = self.config.train
@@ -65,9 +71,7 @@ class Training:
             inputs["modulation"],
         )
         # every batch counts the same, so accumulation is one larger batch
-        loss = flow_loss(prediction, noisy).mean() / train.gradient_accumulation
-        loss.backward()
-        return loss.detach()
+        return flow_loss(prediction, noisy).mean() / train.gradient_accumulation
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
         """A batch on the device, noised: x_t, and what is to be predicted."""
@@ -137,7 +141,7 @@ def train_step(
     while (total := _accumulate(run, batches)) is None:
         pass
     train = run.config.train
-    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm)
+    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
     lr = default_lr(train) * lr_multiplier(step, train)
     set_lr(run.optimizer, lr)
     run.updating = True

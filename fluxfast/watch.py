@@ -4,6 +4,7 @@ import torch
 from rich.console import Console
 
 from fluxfast.config import Config
+from fluxfast.files import going_on
 from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.plots import plot_validation
@@ -13,7 +14,12 @@ from fluxfast.validation import Validation, Validator, best, read_validations, w
 
 
 class Watch:
-    """Looks at a model from outside; changes nothing of it."""
+    """Looks at a model from outside; changes nothing of it. A disk that refuses what is written is
+    said, and the run goes on.
+
+    first: the steps that are done. Measurements of later ones, which a run that was killed may
+    have left, are dropped.
+    """
 
     def __init__(
         self,
@@ -22,10 +28,14 @@ class Watch:
         prepared: Prepared,
         device: torch.device,
         console: Console,
+        first: int = 0,
     ):
         self.config, self.model, self.prepared = config, model, prepared
         self.device, self.console = device, console
         self.file = config.run_dir / "validation.jsonl"
+        self._rows = read_validations(self.file, up_to=first)
+        if self.file.is_file():
+            write_validations(self.file, self._rows)
         self.validator = None
         if prepared.held_out:
             self.validator = Validator(
@@ -48,27 +58,31 @@ class Watch:
         """Measure and draw what is due. -> the measurement where it is the best so far."""
         row = self._validate(done) if self._validation_due(done) else None
         if preview_due(self.config, done):
-            draw_previews(
-                self.config,
-                self.model,
-                self.prepared.prompts,
-                self.prepared.root,
-                self.device,
-                encoder_dtype(self.device),
-                done,
-            )
+            with going_on(self._say):
+                draw_previews(
+                    self.config,
+                    self.model,
+                    self.prepared.prompts,
+                    self.prepared.root,
+                    self.device,
+                    encoder_dtype(self.device),
+                    done,
+                )
         return row
 
     def _validate(self, done: int) -> Validation | None:
-        # a resumed run measures again what came after its checkpoint
-        rows = read_validations(self.file, up_to=done - 1)
         row = self.validator.measure(self.model, self.device, done)
-        rows.append(row)
-        write_validations(self.file, rows)
-        plot_validation(rows, self.config.run_dir / "validation.png")
-        top = best(rows)
-        say(self.console, _line(row, top))
+        # a resumed run measures its first step again: it may have been killed in this very place
+        self._rows = [each for each in self._rows if each.step < done] + [row]
+        with going_on(self._say):
+            write_validations(self.file, self._rows)
+            plot_validation(self._rows, self.config.run_dir / "validation.png")
+        top = best(self._rows)
+        self._say(_line(row, top))
         return row if top is row else None
+
+    def _say(self, line: str) -> None:
+        say(self.console, line)
 
 
 def _line(row: Validation, top: Validation) -> str:

@@ -20,15 +20,16 @@ LONGEST_FILE = 450  # lines
 MAY_IMPORT = """
 fluxfast_kernels.*       fluxfast_kernels.*
 fluxfast.errors
+fluxfast.lines
 fluxfast.draws
-fluxfast.signals
 fluxfast.files           errors
 fluxfast.compat_table    errors
-fluxfast.compat          compat_table errors
+fluxfast.compat          compat_table lines errors
 fluxfast.kohya_table     compat_table
-fluxfast.kohya           kohya_table compat_table errors
-fluxfast.settings        errors
-fluxfast.config          compat kohya settings errors
+fluxfast.settings        lines errors
+fluxfast.kohya           kohya_table compat_table settings errors
+fluxfast.config_errors
+fluxfast.config          compat kohya settings config_errors errors
 fluxfast.hub             errors
 fluxfast.model.*         model.* draws errors fluxfast_kernels.*
 fluxfast.objective       draws errors model.* fluxfast_kernels.*
@@ -48,36 +49,43 @@ fluxfast.memory.plan     memory.* model.* errors
 fluxfast.memory.fitting  memory.cards memory.plan errors
 fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
 fluxfast.optim           config errors
-fluxfast.metrics         errors files
-fluxfast.checkpoint      config optim files errors
+fluxfast.metrics         lines errors files
+fluxfast.interrupt
+fluxfast.tree
+fluxfast.resume          config errors
 fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
+fluxfast.checkpoint      formats.safetensors_out tree files errors
 fluxfast.load            formats.base model.* errors
 fluxfast.encoders.*      encoders.* formats.parts hub errors
 fluxfast.data.buckets    errors
 fluxfast.data.images     errors
-fluxfast.data.captions   draws errors
-fluxfast.data.store      files errors
-fluxfast.data.scan       files data.images data.buckets data.store config errors
+fluxfast.data.reading    errors
+fluxfast.data.skips      errors
+fluxfast.data.captions   data.reading draws errors
+fluxfast.data.store      formats.safetensors_out files errors
+fluxfast.data.scan       files data.images data.buckets data.reading data.skips data.store config errors
 fluxfast.data.loader     data.store draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors
 fluxfast.ahead           data.loader model.flux objective config
 fluxfast.planning        memory.* model.* data.buckets formats.base formats.lora_pieces formats.lora_read hub load config errors
 fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config
+fluxfast.diagnose        data.loader lines memory.runtime model.lora step
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
-fluxfast.report          plots validation files
-fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation errors
+fluxfast.report          plots validation settings files
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation files errors
 fluxfast.generate        sample prepare load encoders.text formats.lora config
-fluxfast.watch           preview validation plots prepare model.* config metrics
+fluxfast.watch           preview validation plots prepare model.* config metrics files
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors
 fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config
-fluxfast.train           assemble build config checkpoint data.loader errors files formats.lora load memory.runtime memory.spill metrics model.* optim planning prepare report signals step watch
+fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
+fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
-fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare settings
+fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors formats.inspect formats.lora_convert formats.quantize generate hub layer_errors load planning prepare sample settings signals train
+fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data
@@ -243,6 +251,46 @@ def test_what_runs_on_a_bare_machine(package):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_slow_libraries_are_imported_inside_functions(module):
     assert not _top_level_roots(module) & LATE
+
+
+UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def _unpickling(tree: ast.AST) -> list[str]:
+    """What in a source reads or writes pickles: such a module, torch.load and torch.save under any
+    name, numpy's allow_pickle.
+    """
+    found, torch = [], {"torch", "torch.serialization"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            torch |= {alias.asname for alias in node.names if alias.name in torch and alias.asname}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            roots = {name.split(".")[0] for name in modules}
+            found += sorted(roots & UNPICKLES)
+            if isinstance(node, ast.ImportFrom) and "torch" in roots:
+                found += [name for name in names if name in ("load", "save")]
+        if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
+            owner = ast.unparse(node.value)
+            found += [f"{owner}.{node.attr}"] if owner in torch else []
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.append("allow_pickle")
+    return found
+
+
+def test_nothing_reads_or_writes_a_pickle():
+    paths = [*MODULES.values(), *(ROOT / "bench").glob("*.py")]
+    assert len(paths) > len(MODULES) + 10
+    for path in paths:
+        assert not _unpickling(ast.parse(path.read_text(encoding="utf-8"))), path
+    for source in (
+        "import pickle", "from pickle import loads", "import torch\ntorch.load('x')",
+        "from torch import load", "torch.serialization.save(1, 'x')", "import joblib.memory",
+        "def f():\n  import torch as t\n  t.load(0)", "np.load('x', allow_pickle=True)",
+    ):  # fmt: skip
+        assert _unpickling(ast.parse(source)), source
+    assert not _unpickling(ast.parse("from safetensors.torch import load, save\nimage.save('x')"))
 
 
 PROBE = """

@@ -109,7 +109,7 @@ def test_help_is_light(tmp_path, arguments):
     loaded = set(result.err.split("LOADED", 1)[1].split())
     # typer brings pydantic itself; the configuration's models are what costs time
     assert {name for name in loaded if name.startswith("fluxfast")} == {
-        "fluxfast", "fluxfast.cli", "fluxfast.errors"
+        "fluxfast", "fluxfast.cli", "fluxfast.errors", "fluxfast.lines"
     }  # fmt: skip
     assert "typer" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "transformers", "diffusers", "yaml", "PIL"})
@@ -296,9 +296,16 @@ def test_a_folder_without_images(fluxfast, tmp_path, nano_model):
 
 def test_a_broken_image(fluxfast, photos, nano_model):
     (photos / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    result = fluxfast("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
+    arguments = ("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
+    result = fluxfast(*arguments, "--set", "data.strict=true")
     assert result.code == 1
     assert "0.png" in result.error
+    result = fluxfast(*arguments)
+    assert result.code == 0 and "1 samples" in result.err
+    lines = [line for line in result.err.splitlines() if "skipped" in line]
+    assert [line[:30] for line in lines] == [
+        "skipped: photos/0.png is not a", "1 of 2 pictures skipped; stric"
+    ]  # fmt: skip
 
 
 def test_a_truncated_image(fluxfast, photos, nano_model):
@@ -306,9 +313,12 @@ def test_a_truncated_image(fluxfast, photos, nano_model):
     Image.effect_noise((128, 128), 90).convert("RGB").save(image)
     image.write_bytes(image.read_bytes()[:-3000])
     (photos / "big.txt").write_text("noise")
-    result = fluxfast("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
+    arguments = ("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
+    result = fluxfast(*arguments, "--set", "data.strict=true")
     assert result.code == 1
     assert "big.jpg" in result.error
+    result = fluxfast(*arguments)
+    assert result.code == 0 and "skipped: the image photos/big.jpg is broken" in result.err
 
 
 def test_images_without_captions(fluxfast, tmp_path, nano_model):
@@ -505,8 +515,8 @@ def test_a_changed_setting_is_refused_on_resume(fluxfast, photos, nano_model):
     )  # fmt: skip
     assert fluxfast(*arguments).code == 0
     result = fluxfast(*arguments, "--set", "lora.rank=4")
-    assert result.code == 1
-    assert "'rank': 2" in result.error and "--restart" in result.err
+    assert result.code == 2
+    assert "lora.rank was 2, is 4" in result.error and "--restart" in result.err
 
 
 def test_a_file_with_encoders_from_elsewhere(fluxfast, photos, tmp_path, nano_model):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from fluxfast.checkpoint import read_state, save_checkpoint
 from fluxfast.config import TrainConfig
 from fluxfast.errors import ConfigError
 from fluxfast.optim import (
     Ema,
+    averaged,
     build_optimizer,
     clip_and_guard,
     default_lr,
@@ -18,6 +20,7 @@ from fluxfast.optim import (
     set_mode,
     step_unless,
 )
+from fluxfast.tree import take_apart
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 
@@ -29,11 +32,13 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
 
 
 def descend(
-    train: TrainConfig, steps: int, start: int = 0, state=None, values=None, poisoned=None, ema=None
-):
+    train: TrainConfig, steps: int, start: int = 0, state=None, values=None, poisoned=None,
+    ema=None, at_end=True, take=step_unless,
+):  # fmt: skip
     """Minimise the square of every parameter. -> (parameters, optimiser).
 
-    poisoned: a step at which one gradient is infinite.
+    poisoned: a step at which one gradient is infinite. at_end: leave schedule-free at the point to
+    save, not at the one to train at.
     """
     params = parameters()
     if values:
@@ -51,10 +56,11 @@ def descend(
             gradients[7] = math.inf
         _, bad = clip_and_guard(gradients, 1.0)
         set_lr(optimizer, default_lr(train) * lr_multiplier(step, train))
-        step_unless(optimizer, bad)
+        take(optimizer, bad)
         if ema:
             ema.update(params, bad)
-    set_mode(optimizer, training=False)
+    if at_end:
+        set_mode(optimizer, training=False)
     return params, optimizer
 
 
@@ -66,17 +72,38 @@ def test_each_optimizer_descends(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_goes_through_a_file_and_on(name, tmp_path):
-    """Ten steps in one go equal five, a save, a load, and five."""
+def test_state_goes_through_a_checkpoint_and_on(name, tmp_path):
+    """Ten steps in one go equal five, a save, a load, and five, bit for bit, the state too."""
     train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
-    whole, _ = descend(train, 10)
-    half, optimizer = descend(train, 5)
-    torch.save({"o": optimizer.state_dict(), "p": [p.detach() for p in half]}, tmp_path / "s.pt")
-    saved = torch.load(tmp_path / "s.pt", weights_only=True)
-    resumed, _ = descend(train, 5, 5, saved["o"], saved["p"])
+    whole, straight = descend(train, 10, at_end=False)
+    half, optimizer = descend(train, 5, at_end=False)
+    state = {"step": 5, "p": [p.detach() for p in half], "o": optimizer.state_dict()}
+    saved = read_state(save_checkpoint(tmp_path, state, lambda folder: None, 1))
+    resumed, again = descend(train, 5, 5, saved["o"], saved["p"], at_end=False)
     for a, b in zip(whole, resumed, strict=True):
-        # schedule-free's eval and train points are turned into each other in fp32, which rounds
-        assert torch.allclose(a, b, atol=1e-6 if name == "schedulefree" else 0.0, rtol=0)
+        assert torch.equal(a, b)
+    rests, tensors = zip(*(take_apart(o.state_dict()) for o in (straight, again)), strict=True)
+    assert rests[0] == rests[1] and tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
+
+
+def test_schedule_free_is_put_back_to_the_last_bit():
+    """Both ways in fp32 would round."""
+    train = TrainConfig(optimizer="schedulefree", lr=0.01)
+    params, optimizer = descend(train, 5, at_end=False)
+    before = [p.detach().clone() for p in params]
+    with averaged(optimizer, params):
+        assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        assert not optimizer.param_groups[0]["train_mode"]
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert optimizer.param_groups[0]["train_mode"]
+    set_mode(optimizer, training=False)
+    set_mode(optimizer, training=True)
+    assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    adamw, other = descend(TrainConfig(optimizer="adamw", lr=0.01), 2)
+    before = [p.detach().clone() for p in adamw]
+    with averaged(other, adamw):
+        assert all(torch.equal(p, b) for p, b in zip(adamw, before, strict=True))
 
 
 def everything(params, optimizer, ema) -> list[torch.Tensor]:
@@ -101,9 +128,25 @@ def test_a_bad_step_leaves_no_trace(poisoned):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("poisoned", [0, 4, 8])
+def test_a_bad_step_of_any_optimizer_leaves_no_trace_on_a_cpu(name, poisoned):
+    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
+    bad, without, whole = (
+        descend(train, steps, poisoned=at)[0] for steps, at in ((9, poisoned), (8, None), (9, None))
+    )
+    for one, other, more in zip(bad, without, whole, strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, more)
+
+
+def on_a_gpu(optimizer, bad):
+    """What `step_unless` comes to there without a mask."""
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bad_step_leaves_finite_numbers(name):
     train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
-    params, _ = descend(train, 8, poisoned=4)
+    params, _ = descend(train, 8, poisoned=4, take=on_a_gpu)
     assert all(torch.isfinite(p).all() for p in params)
     moved = [(p - q).abs().max() for p, q in zip(params, parameters(), strict=True)]
     assert min(moved) > 0
@@ -112,7 +155,7 @@ def test_a_bad_step_leaves_finite_numbers(name):
 def test_adamw_that_is_not_fused_steps_on_zeros():
     """Asked for, or from a checkpoint of a run that was not fused: no mask, and no error."""
     plain = TrainConfig(optimizer="adamw", lr=0.01, optimizer_args={"foreach": True})
-    params, optimizer = descend(plain, 6, poisoned=3)
+    params, optimizer = descend(plain, 6, poisoned=3, take=on_a_gpu)
     assert all(torch.isfinite(p).all() for p in params)
     assert all(state["step"] == 6 for state in optimizer.state.values())
     fused = TrainConfig(optimizer="adamw", lr=0.01)
@@ -163,6 +206,14 @@ def test_guard_keeps_poison_out(poison, max_norm):
     params[1].grad[3] = poison
     _, bad = clip_and_guard(flat, max_norm)
     assert bad == 1 and (flat == 0).all()
+
+
+def test_a_loss_that_is_not_finite_is_bad_whatever_its_gradients():
+    for loss, expected in ((math.inf, 1), (math.nan, 1), (3.0, 0)):
+        flat = flat_gradients(parameters())
+        flat.fill_(0.5)
+        _, bad = clip_and_guard(flat, 1.0, torch.tensor(loss))
+        assert bad == expected and bool((flat == 0).all()) == bool(expected)
 
 
 def test_gradients_accumulate_into_the_buffer():

@@ -21,10 +21,10 @@ from fluxfast.formats import quantize as module
 from fluxfast.formats.base import open_base
 from fluxfast.formats.opened import Files
 from fluxfast.formats.quantize import checksum, quantize, verify
+from fluxfast.interrupt import SIGNALS
 from fluxfast.load import stored_as
 from fluxfast.memory.work import shape_of
 from fluxfast.model.spec import DEV, FluxSpec
-from fluxfast.signals import ENDING
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -299,7 +299,7 @@ def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_it_between_two_tensors(tmp_path, source, monkeypatch, fluxfast, number):
     """Ctrl-C, `kill`, a closed terminal: no file is cut off, none is left."""
 

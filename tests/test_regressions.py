@@ -13,7 +13,6 @@ from rich.console import Console
 from small import noise_pictures
 
 from fluxfast import draws
-from fluxfast.checkpoint import checkpoints, drop_partials
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.files import sole_user
@@ -130,44 +129,6 @@ def test_a_lock_leaves_no_empty_folder(tmp_path):
         pass
 
 
-def test_what_a_killed_save_left_goes(tmp_path):
-    """A kill while saving left a folder as large as a checkpoint, for ever."""
-    left = tmp_path / "checkpoints" / ".step-00000003.123.partial"
-    whole = tmp_path / "checkpoints" / "step-00000002"
-    for folder in (left, whole):
-        folder.mkdir(parents=True)
-        (folder / "state.pt").write_bytes(b"x")
-    drop_partials(tmp_path)
-    assert not left.exists() and checkpoints(tmp_path) == [(2, whole)]
-    drop_partials(tmp_path / "absent")
-
-
-def test_a_full_disk_is_reported_without_internal_names(configure, monkeypatch):
-    import fluxfast.files
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    config = configure()
-    train(config, console=QUIET)
-    before = checkpoints(config.run_dir)
-
-    def only_checkpoints(source, target):
-        if "checkpoints" in str(target):
-            full(0)
-        real(source, target)
-
-    real = os.replace
-    monkeypatch.setattr(fluxfast.files.os, "replace", only_checkpoints)
-    with pytest.raises(FluxfastError, match="No space left") as raised:
-        train(configure(train__steps=3), console=QUIET)
-    assert "partial" not in str(raised.value) and "checkpoints" in raised.value.message
-    assert checkpoints(config.run_dir) == before
-    monkeypatch.undo()
-    train(configure(train__steps=3), console=QUIET)
-    assert checkpoints(config.run_dir)[-1][0] == 3
-
-
 def test_other_optimizer_args_are_not_ignored(configure):
     """The checkpoint's own weight decay came back without a word."""
     train(configure(), console=QUIET)
@@ -200,11 +161,11 @@ def test_no_copy_waits_for_the_gpu(configure):
 def test_one_bad_step_ends_no_run_that_logs_every_step(tmp_path):
     """With log_every: 1 the first step without a finite gradient was taken for a lost run."""
     one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
-    with RunLog(tmp_path, 0, 100, 1, torch.device("cpu"), QUIET) as log:
+    with RunLog(tmp_path, 0, 100, 1, torch.device("cpu"), QUIET, most_bad=5) as log:
         for step in range(1, 9):
             bad = step % 4 != 0
             log.step(step, nan if bad else one, one, torch.tensor(float(bad)), 1e-4, 0)
-        with pytest.raises(FluxfastError, match="last 5 had"):
+        with pytest.raises(FluxfastError, match="no step from 9 to 13 had"):
             for step in range(9, 20):
                 log.step(step, nan, nan, one, 1e-4, 0)
         assert step == 13

@@ -1,9 +1,7 @@
-"""The loop end to end on the nano model: what it writes, exact resume, accumulation, the guard."""
+"""The loop end to end on the nano model: what it writes, accumulation, the guard."""
 
 import io
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from fluxfast.prepare import prepare
 from fluxfast.step import train_step
 from fluxfast.train import train
 
-ROOT = Path(__file__).parent.parent
 QUIET = Console(file=io.StringIO())
 
 
@@ -90,40 +87,6 @@ def test_old_checkpoints_go(configure):
     assert folders == ["step-00000003", "step-00000004"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_resume_is_exact(configure, optimizer):
-    """Six steps in one go and three, stop, three end with the same bytes, EMA and metrics too."""
-    common = {
-        "train__optimizer": optimizer,
-        "train__ema": {"enabled": True},
-        "train__lr_schedule": "cosine",
-        "train__warmup_steps": 2,
-        "lora__dropout": 0.3,
-        "train__steps": 6,
-        "save__every": 3,
-    }
-    whole = configure(name="whole", **common)
-    parts = configure(name="parts", **common)
-    train(whole, console=QUIET)
-    train(parts, console=QUIET)
-    # as if the process had died after step 3: the later checkpoint and results are gone
-    for path in [parts.run_dir / "parts.safetensors", parts.run_dir / "parts_ema.safetensors"]:
-        path.unlink()
-    (parts.run_dir / "checkpoints" / "step-00000006").rename(parts.run_dir / "gone")
-    train(parts, console=QUIET)
-    for name in ("", "_ema"):
-        a = load_file(whole.run_dir / f"whole{name}.safetensors")
-        b = load_file(parts.run_dir / f"parts{name}.safetensors")
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    drop = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib", "loss_smooth")
-    # the interval that the stop cut in two is averaged over what was left of it
-    ours, theirs = (
-        [{k: v for k, v in row.items() if k not in drop} for row in metrics(config)]
-        for config in (whole, parts)
-    )
-    assert ours[-1] == theirs[-1] and [r["step"] for r in ours] == [r["step"] for r in theirs]
-
-
 def test_finished_run_is_left_alone_and_restart_keeps_it(configure):
     config = configure()
     first = train(config, console=QUIET).read_bytes()
@@ -134,22 +97,6 @@ def test_finished_run_is_left_alone_and_restart_keeps_it(configure):
     more = configure(train__steps=6)
     train(more, console=QUIET)
     assert [row["step"] for row in metrics(more)] == [2, 4, 6]
-
-
-def test_resume_with_other_settings_is_refused(configure):
-    train(configure(), console=QUIET)
-    with pytest.raises(FluxfastError, match="lora was") as raised:
-        train(configure(lora__rank=3), console=QUIET)
-    assert "--restart" in raised.value.hint
-
-
-def test_damaged_checkpoint_is_named(configure):
-    config = configure()
-    train(config, console=QUIET)
-    state = config.run_dir / "checkpoints" / "step-00000004" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(FluxfastError, match="step-00000004"):
-        train(config, console=QUIET)
 
 
 def test_accumulation_is_a_larger_batch(configure):
@@ -206,12 +153,14 @@ def test_nan_is_skipped_and_counted(configure):
     assert bad == 0 and any(p.abs().max() > 0 for p in run.parameters[1::2])
 
     config.run_dir.mkdir(parents=True)
-    with RunLog(config.run_dir, 0, 100, 5, torch.device("cpu"), QUIET) as log:
+    with RunLog(config.run_dir, 0, 100, 5, torch.device("cpu"), QUIET, most_bad=4) as log:
         one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
         for step in range(1, 6):
             log.step(step, nan if step == 3 else one, one, torch.tensor(float(step == 3)), 1e-4, 0)
         assert metrics(config)[-1]["skipped_steps"] == 1 and metrics(config)[-1]["loss"] == 1.0
-        with pytest.raises(FluxfastError, match="finite gradient"):
+        with pytest.raises(
+            FluxfastError, match="no step from 6 to 9 had a finite loss and gradient"
+        ):
             for step in range(6, 11):
                 log.step(step, nan, nan, one, 1e-4, 0)
 
@@ -265,26 +214,3 @@ def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path):
     )
     with pytest.raises(FluxfastError, match="192 wide, it takes 256"):
         train(config, console=QUIET)
-
-
-def test_ctrl_c_saves_and_the_next_run_goes_on(configure, tmp_path):
-    import signal
-
-    import yaml
-
-    config = configure(train__steps=500, save__every=0)
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "fluxfast", "train", str(file)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("step "):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 130 and "goes on" in rest and "Traceback" not in rest
-    (folder,) = (config.run_dir / "checkpoints").iterdir()
-    done = int(folder.name.removeprefix("step-"))
-    assert 2 <= done < 500
-    train(configure(train__steps=done + 2, save__every=0), console=QUIET)
-    assert metrics(config)[-1]["step"] == done + 2

@@ -45,7 +45,7 @@ def lora_of(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None
     lora = Lora(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
     for module, layer in lora_layers(model).items():
         a, b = (tensors or {}).get(module, (layer.lora_A, layer.lora_B))
-        a, b = (tensor.detach().float().cpu() for tensor in (a, b))
+        a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
         for_a, for_b = split_scale(layer.lora_scale)
         slices = list(layer.lora_slices())
         for parts in _parts(model, module, layer):

@@ -9,17 +9,18 @@
 | bfl | BFL's own code | fused, BFL's names bare |
 """  # noqa: E501
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_names import XLABS_DOUBLE, XLABS_SINGLE
 from fluxfast.formats.lora_pieces import Lora, Piece, fused, grouped, part_count, rows_of, split
+from fluxfast.formats.safetensors_out import write
 from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,21 +106,24 @@ def to_bytes(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> bytes:
-    """A safetensors file. A tensor that fp16 cannot hold makes the whole file fp32, and is said."""
+    """A safetensors file, the same bytes for the same content. A tensor that fp16 cannot hold makes
+    the whole file fp32, and is said.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    # clones: one A may stand under several names, which safetensors refuses for one storage
     cast = {key: _cast(tensor, DTYPES[dtype]) for key, tensor in state.items()}
     over = (key for key, tensor in cast.items() if not all_finite(tensor))
     if dtype != "fp32" and (key := next(over, None)):
         say(f"{dtype} cannot hold {key}: the whole file is in fp32")
         cast = {key: _cast(tensor, torch.float32) for key, tensor in state.items()}
-    return save(cast, {"format": "pt", **metadata})
+    file = io.BytesIO()
+    write(file, cast, {"format": "pt", **metadata})
+    return file.getvalue()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return tensor.to(dtype)
 
 
 # ---------------------------------------------------------------- linears

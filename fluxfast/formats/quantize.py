@@ -15,8 +15,6 @@ the tensors' own SHA-256 digests, ordered by name.
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import shutil
 import time
@@ -36,6 +34,7 @@ from fluxfast.files import check_new
 from fluxfast.formats.base import STORAGE_KEY, BaseCheckpoint, open_base
 from fluxfast.formats.base_bnb import state_json
 from fluxfast.formats.opened import Files
+from fluxfast.formats.safetensors_out import Layout, layout, tensor_bytes
 from fluxfast.model.linear import dense
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import layer_precisions
@@ -44,10 +43,6 @@ STORAGES = ("nf4", "int8", "fp8")
 SHA_KEY = "fluxfast.sha256"
 _STATE_BYTES = 256  # of the JSON beside a matrix, padded with spaces
 _ROWS = 2048  # quantised to 8 bits at once: 25 to 126 MB of fp32 in FLUX.1-dev
-_NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
-    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,10 +112,6 @@ class _Item:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _form(base: BaseCheckpoint, name: str, storage: str, double_quant: bool) -> list[_Item]:
@@ -225,24 +216,14 @@ class _Writer:
     def __init__(self, target: Path, items: list[_Item], metadata: dict[str, str]):
         self._target, self._metadata = target, metadata
         self._partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        # widest first, as safetensors itself orders them: every tensor is aligned
-        ordered = sorted(items, key=lambda item: (-item.dtype.itemsize, item.key))
-        self._items, self._at, end = {}, {}, 0
-        for item in ordered:
-            self._items[item.key], self._at[item.key] = item, end
-            end += item.bytes
+        self._items = {item.key: item for item in items}
         self._digests: dict[str, bytes] = {}
-        self._start = len(self._header())
-        self.size = self._start + end
+        form = self._layout()
+        self._at, self.size = form.offsets, form.size
 
-    def _header(self) -> bytes:
-        table: dict[str, object] = {"__metadata__": self._metadata}
-        for key, item in self._items.items():
-            span = [self._at[key], self._at[key] + item.bytes]
-            table[key] = {"dtype": _NAMES[item.dtype], "shape": item.shape, "data_offsets": span}
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % 64)  # the data starts at a multiple of 64
-        return len(text).to_bytes(8, "little") + text
+    def _layout(self) -> Layout:
+        shapes = {key: (item.dtype, item.shape) for key, item in self._items.items()}
+        return layout(shapes, self._metadata)
 
     def __enter__(self):
         folder = self._target.parent
@@ -264,8 +245,8 @@ class _Writer:
         item = self._items[key]
         assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, item.shape), (key, tensor.shape)
         try:
-            self._file.seek(self._start + self._at[key])
-            self._file.write(_bytes(tensor))
+            self._file.seek(self._at[key])
+            self._file.write(tensor_bytes(tensor))
         except OSError as error:
             raise self._refused(error) from None
         self._digests[key] = _digest(tensor)
@@ -286,7 +267,7 @@ class _Writer:
         assert self._digests.keys() == self._items.keys()
         self._metadata[SHA_KEY] = checksum(self._digests)
         self._file.seek(0)
-        self._file.write(self._header())
+        self._file.write(self._layout().header)  # of the same length, now with the checksum
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -313,8 +294,4 @@ def verify(files: Files) -> bool | None:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(_bytes(tensor)).digest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().view(torch.uint8).flatten().numpy())
+    return hashlib.sha256(tensor_bytes(tensor)).digest()

@@ -1,0 +1,195 @@
+"""What a run leaves on the disk while it trains: checkpoints with their LoRA files, the best step's
+file, and in the end the newest checkpoint's files in the run's folder.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fluxfast import __version__
+from fluxfast.checkpoint import newest_checkpoint, put_weights, read_state, save_checkpoint
+from fluxfast.config import Config
+from fluxfast.errors import DiskError, FluxfastError
+from fluxfast.files import write_atomic
+from fluxfast.formats.lora import save_lora
+from fluxfast.model.lora import lora_layers
+from fluxfast.optim import averaged
+from fluxfast.resume import check_changes
+from fluxfast.step import Training
+
+
+class Saves:
+    """A run's checkpoints. newest: (step, folder) of the last one that is sound, or None."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        """Finds what there is to go on from. Raises ConfigError where the configuration is another
+        run's, FluxfastError where nothing of what there is can be read.
+        """
+        self.config, self.say = config, say
+        self.newest = newest_checkpoint(config.run_dir, say)
+        if self.newest is not None:
+            step, folder = self.newest
+            lines = check_changes(read_state(folder, tensors=False)["config"], config)
+            say(f"resuming {config.run_dir} at step {step}")
+            for line in lines:
+                say(line)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's folder has the file of the newest checkpoint, and that is the last."""
+        if self.newest is None or self.newest[0] < self.config.train.steps:
+            return False
+        return _steps_of(_lora_file(self.config, self.config.run_dir)) == self.newest[0]
+
+    def restore(self, run: Training) -> tuple[int, dict[str, Any] | None]:
+        """Put everything back as it was when it was saved. -> the steps done, the log's state.
+
+        An average that the checkpoint does not have starts from its weights.
+        """
+        if self.newest is None:
+            return 0, None
+        step, folder = self.newest
+        state = read_state(folder)
+        put_weights(run.parameters, state, folder)
+        with run.memory.stepping():
+            run.optimizer.load_state_dict(state["optimizer"])
+        if run.ema is not None and state["ema"] is not None:
+            run.ema.load_state_dict(state["ema"])
+        elif run.ema is not None:
+            run.ema.restart(run.parameters)
+        if state["data"] != run.loader.fingerprint:
+            self.say(
+                "note: the pictures or captions are not those that this run began with: from here "
+                "on their order is another"
+            )
+        self._restore_best(step, folder)
+        return step, state["log"]
+
+    def _restore_best(self, step: int, folder: Path) -> None:
+        """The best step's files as of the checkpoint, where they are of a step that comes again."""
+        here = _best_files(self.config, self.config.run_dir)
+        if here and all(0 <= _steps_of(file) <= step for file in here):
+            return
+        for file in here:
+            file.unlink()
+        for file in _best_files(self.config, folder):
+            write_atomic(self.config.run_dir / file.name, file.read_bytes())
+
+    def due(self, done: int) -> bool:
+        every = self.config.save.every
+        return bool(every) and done % every == 0
+
+    def next_due(self, done: int) -> int:
+        """The first step after `done` that is."""
+        return min(done + self.config.save.every, self.config.train.steps)
+
+    def save(self, run: Training, done: int, log: dict[str, Any]) -> None:
+        """A checkpoint of `done` steps, unless the newest is that. Raises DiskError."""
+        if self.newest is not None and self.newest[0] == done:
+            return
+        with run.memory.stepping():
+            state = {
+                "step": done,
+                "config": self.config.model_dump(mode="json"),
+                "data": run.loader.fingerprint,
+                "log": log,
+                "parameters": [parameter.detach() for parameter in run.parameters],
+                "optimizer": run.optimizer.state_dict(),
+                "ema": run.ema.state_dict() if run.ema else None,
+            }
+            folder = save_checkpoint(
+                self.config.run_dir, state, lambda to: _write_files(run, to, done),
+                self.config.save.keep,
+            )  # fmt: skip
+        self.newest = done, folder
+
+    def try_to_save(
+        self, run: Training, done: int, log: dict[str, Any], again: int | None = None
+    ) -> None:
+        """`save`, but a disk that refuses is said, and what there was stays. again: the step at
+        which it is tried again.
+        """
+        try:
+            self.save(run, done, log)
+        except DiskError as error:
+            then = f"; the run goes on and is saved at step {again}" if again else ""
+            self.say(f"note: step {done} is not saved: {error.message}{then}")
+
+    def publish(self) -> tuple[int, Path]:
+        """Copy the newest checkpoint's LoRA files into the run's folder. -> its step, the file."""
+        step, folder = self.newest
+        for file in folder.glob(f"{self.config.name}*.safetensors"):
+            if file not in _best_files(self.config, folder):
+                write_atomic(self.config.run_dir / file.name, file.read_bytes())
+        path = _lora_file(self.config, self.config.run_dir)
+        if not path.is_file():
+            raise FluxfastError(f"the checkpoint {folder} has no {path.name}")
+        return step, path
+
+
+def save_best(run: Training, done: int, loss: float) -> None:
+    """NAME_best.safetensors, of the weights as they are. Raises DiskError."""
+    file = run.config.run_dir / f"{run.config.name}_best.safetensors"
+    _save_formats(run, file, {**_metadata(run, done), "validation_loss": f"{loss:.6f}"})
+
+
+def _write_files(run: Training, folder: Path, done: int) -> None:
+    """NAME.safetensors, NAME_ema.safetensors where an average is kept, and the best step's."""
+    config, meta = run.config, _metadata(run, done)
+    with averaged(run.optimizer, run.parameters):
+        _save_formats(run, _lora_file(config, folder), meta)
+    if run.ema:
+        pairs = zip(run.ema.average[::2], run.ema.average[1::2], strict=True)
+        tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
+        file = folder / f"{config.name}_ema.safetensors"
+        _save_formats(run, file, {**meta, "ema": str(run.ema.decay)}, tensors)
+    for file in _best_files(config, config.run_dir):
+        write_atomic(folder / file.name, file.read_bytes())
+
+
+def _save_formats(run: Training, path: Path, meta: dict[str, str], tensors=None) -> None:
+    """`path` in the first of save.formats, `path` with _FORMAT in its name in the others."""
+    save = run.config.save
+    for index, form in enumerate(dict.fromkeys(save.formats)):
+        file = path.with_stem(f"{path.stem}_{form}") if index else path
+        save_lora(run.model, file, form, dtype=save.dtype, metadata=meta, tensors=tensors)
+
+
+def _lora_file(config: Config, folder: Path) -> Path:
+    return folder / f"{config.name}.safetensors"
+
+
+def _steps_of(file: Path) -> int:
+    """The step that a LoRA file is of; -1 where that cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return int((opened.metadata() or {})["steps"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return -1
+
+
+def _best_files(config: Config, folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{config.name}_best*.safetensors"))
+
+
+def _metadata(run: Training, step: int) -> dict[str, str]:
+    """Strings for the file's header. alpha is folded into the weights: a loader must not apply it
+    again.
+    """
+    config = run.config
+    kind = "flux-1-dev" if run.model.spec.guidance_embed else "flux-1-schnell"
+    return {
+        "software": f"fluxfast {__version__}",
+        "modelspec.architecture": f"{kind}/lora",
+        "modelspec.title": config.name,
+        "modelspec.trigger_phrase": config.trigger or "",
+        "base_model": config.model.path,
+        "rank": str(config.lora.rank),
+        "alpha": str(config.lora.alpha or config.lora.rank),
+        "alpha_folded": "true",
+        "steps": str(step),
+        "trigger": config.trigger or "",
+        "config": config.model_dump_json(),
+    }

@@ -1,0 +1,381 @@
+"""A run that was stopped and went on is the run that was not, bit for bit; what may change on the
+way."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import fluxfast.saves
+import fluxfast.train
+import fluxfast.watch
+from fluxfast.checkpoint import checkpoints, read_state
+from fluxfast.config import Config, build_config
+from fluxfast.config_errors import all_keys
+from fluxfast.errors import ConfigError
+from fluxfast.interrupt import Stopped
+from fluxfast.resume import (
+    APPLIED,
+    REFUSED,
+    START,
+    changes,
+    check_changes,
+    rules,
+    settings,
+    table_key,
+)
+from fluxfast.train import train
+
+OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
+TIMES = {"it_per_s", "s_per_it", "eta_s", "peak_memory_gib"}
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Six pictures in two shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for i in range(6):
+        size = (64, 96 if i % 2 else 64, 3)
+        Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i} of a thing")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    """They take half of such a short run's time."""
+    monkeypatch.setattr(fluxfast.watch, "plot_validation", lambda rows, path: path)
+    monkeypatch.setattr(fluxfast.train, "write_report", lambda run_dir: run_dir / "report.html")
+
+
+@pytest.fixture
+def demanding(configure):
+    """-> make(optimizer, steps): accumulation, an average, caption dropout, two buckets, validation
+    at steps that are no saves, log lines that a stop cuts in two.
+    """
+
+    def make(optimizer: str, steps: int, **changes) -> Config:
+        common = {
+            "train__optimizer": optimizer,
+            "train__lr": 1.0 if optimizer == "prodigy" else 1e-3,
+            "train__lr_schedule": "constant" if optimizer == "schedulefree" else "cosine",
+            "train__warmup_steps": 2,
+            "train__batch_size": 1,
+            "train__gradient_accumulation": 2,
+            "train__ema": {"enabled": True},
+            "train__steps": steps,
+            "data.0.caption_dropout": 0.3,
+            "data.0.resolution": [64, 96],
+            "validation": {"share": 0.2, "every": steps // 3, "timesteps": 1},
+            "save__every": 0,
+            "log_every": 2,
+        }
+        return configure(**{**common, **changes})
+
+    return make
+
+
+@contextmanager
+def stopped_after(step: int, monkeypatch, number=signal.SIGINT):
+    """Inside, a run gets a signal in the middle of its step `step`."""
+    train_step = fluxfast.train.train_step
+
+    def signalled(run, batches, index):
+        if index == step - 1:
+            os.kill(os.getpid(), number)
+        return train_step(run, batches, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fluxfast.train, "train_step", signalled)
+        with pytest.raises(Stopped) as raised:
+            yield
+    assert raised.value.step == step
+
+
+def rows(config: Config, name: str = "metrics") -> list[dict]:
+    lines = (config.run_dir / f"{name}.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def everything(config: Config) -> dict:
+    """LoRA files as bytes, the last checkpoint's tensors and numbers, both series."""
+    files = sorted(config.run_dir.glob("*.safetensors"))
+    assert {file.name for file in files} >= {"small.safetensors", "small_ema.safetensors"}
+    state = read_state(checkpoints(config.run_dir)[-1][1])
+    del state["config"]  # which also says when to save
+    return {
+        "files": {file.name: file.read_bytes() for file in files},
+        "state": state,
+        "metrics": rows(config),
+        "validation": rows(config, "validation"),
+    }
+
+
+def assert_same(one, other, path="") -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert type(one) is type(other) and len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}/{index}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def compare(config: Config, stops: list[int], monkeypatch) -> None:
+    """The run in one go, beside the one that is stopped at these steps and goes on each time."""
+    console = Console(file=io.StringIO(), width=300)
+    train(config, console=console)
+    assert "samples in 1 buckets" not in console.file.getvalue()
+    whole = everything(config)
+    config.run_dir.rename(config.output_dir / "whole")
+    for step in stops:
+        with stopped_after(step, monkeypatch):
+            train(config, console=QUIET)
+        assert checkpoints(config.run_dir)[-1][0] == step
+    train(config, console=QUIET)
+    assert_same(everything(config), whole)
+    steps = [row["step"] for row in whole["metrics"]]
+    assert steps == list(range(2, config.train.steps + 1, 2))
+    assert whole["validation"][0]["step"] == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stopped_and_resumed_is_the_same_run(demanding, optimizer, monkeypatch):
+    """Six steps in one go, and three, stop, three."""
+    compare(demanding(optimizer, 6), [3], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_hundred_steps_are_a_hundred_and_a_hundred(demanding, optimizer, monkeypatch):
+    compare(demanding(optimizer, 200), [100], monkeypatch)
+
+
+@pytest.mark.slow
+def test_many_stops_and_saves_change_nothing(demanding, monkeypatch):
+    """Stopped five times, at saves, at measurements and at neither, with dropout in the LoRA."""
+    config = demanding("adamw8bit", 24, save__every=4, lora__dropout=0.2)
+    compare(config, [3, 8, 9, 16, 21], monkeypatch)
+
+
+def test_saving_and_measuring_change_nothing(demanding):
+    """Schedule-free's two points are turned into each other; in fp32 that rounds."""
+    often = {"save__every": 1, "validation": {"share": 0.2, "every": 1, "timesteps": 1}}
+    ends = []
+    for more in ({}, often):
+        config = demanding("schedulefree", 4, **more)
+        train(config, console=QUIET)
+        ends.append(read_state(checkpoints(config.run_dir)[-1][1]))
+        config.run_dir.rename(config.output_dir / f"run {len(ends)}")
+    for key in ("parameters", "optimizer", "ema"):
+        assert_same(ends[0][key], ends[1][key], key)
+
+
+# ---------------------------------------------------------------- killed, not stopped
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed_in(name: str, call: int, monkeypatch, config: Config, module=fluxfast.train) -> None:
+    """Run, and end at the given call of a function; nothing is saved on the way out."""
+    real, calls = getattr(module, name), [0]
+
+    def dies(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies)
+        with pytest.raises(Killed):
+            train(config, console=QUIET)
+
+
+def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
+    """In the middle of a measurement, before the best weights are kept, behind lines and
+    measurements of steps that no checkpoint has, and between the last measurement and the end."""
+    config = demanding("adamw", 8, save__every=3, validation={"share": 0.2, "every": 2})
+    train(config, console=QUIET)
+    whole = everything(config)
+    config.run_dir.rename(config.output_dir / "whole")
+    killed_in("train_step", 6, monkeypatch, config)  # of 3, where the interval to 4 is half over
+    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4]
+    killed_in("save_best", 1, monkeypatch, config)  # at 4, whose measurement is written
+    killed_in("train_step", 5, monkeypatch, config)  # of 6, where a measurement is due
+    killed_in("_look", 1, monkeypatch, config)  # before 6's
+    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4, 6]
+    killed_in("_look", 2, monkeypatch, config)  # before 8's, behind the last save
+    assert checkpoints(config.run_dir)[-1][0] == 8
+    killed_in("publish", 1, monkeypatch, config, fluxfast.saves.Saves)
+    train(config, console=QUIET)
+    assert_same(everything(config), whole)
+
+
+def test_the_best_of_steps_that_come_again_is_forgotten(demanding, monkeypatch):
+    """NAME_best of a later step that was lost is put back to the one that the checkpoint knew."""
+    config = demanding("adamw", 8, save__every=3, validation={"share": 0.2, "every": 2})
+    killed_in("train_step", 6, monkeypatch, config)
+    kept = config.run_dir / "small_best.safetensors"
+    with safe_open(kept, "pt") as file:
+        lost = int(file.metadata()["steps"])
+    assert lost == 4  # behind the checkpoint of step 3
+    # had the steps after 3 gone worse this time, that file would have stayed
+    killed_in("train_step", 1, monkeypatch, config)
+    with safe_open(kept, "pt") as file:
+        assert int(file.metadata()["steps"]) == 2
+    assert [row["step"] for row in rows(config, "validation")] == [0, 2]
+
+
+def test_a_finished_run_is_not_measured_again(demanding, monkeypatch):
+    config = demanding("adamw", 4)
+    path = train(config, console=QUIET)
+    before = {file: file.stat().st_mtime_ns for file in config.run_dir.rglob("*_best*")}
+    monkeypatch.setattr(fluxfast.train, "_look", lambda *_: pytest.fail("looked again"))
+    assert train(config, console=QUIET) == path
+    assert {file: file.stat().st_mtime_ns for file in config.run_dir.rglob("*_best*")} == before
+
+
+# ---------------------------------------------------------------- other settings
+
+
+def other(value):
+    """Another value than this one."""
+    if isinstance(value, bool):
+        return not value
+    return {"other": 1} if isinstance(value, dict) else f"not {value}"
+
+
+@pytest.fixture(scope="module")
+def some_config() -> Config:
+    data = [{"folder": "a"}, {"folder": "b", "mask": "alpha"}]
+    return build_config({"model": {"path": "m", "layers": {"x": "bf16"}}, "data": data})
+
+
+def test_every_setting_is_in_one_class():
+    known = all_keys(Config)
+    leaves = {key for key in known if not any(each.startswith(f"{key}.") for each in known)}
+    named = [key for key, _ in rules()]
+    assert sorted(named) == sorted(set(named)), "a key is in two rows"
+    assert set(named) == leaves
+    assert {kind for _, kind in rules()} == {"refused", "applied", "start"}
+
+
+def test_every_class_does_what_it_says(some_config):
+    now = settings(some_config)
+    keys = {"data.1.folder" if key == "data.folder" else key.replace("data.", "data.0.")
+            for key in REFUSED | APPLIED | START}  # fmt: skip
+    assert keys <= now.keys()
+    for key in keys:
+        before = settings(some_config) | {key: other(now[key])}
+        kind = dict(rules())[table_key(key)]
+        if kind == "refused":
+            with pytest.raises(ConfigError, match="with other settings") as raised:
+                check_changes(before, some_config)
+            assert f"{key} was" in raised.value.message and "--restart" in raised.value.hint
+            continue
+        (line,) = check_changes(before, some_config)
+        assert f"{key} was" in line
+        assert ("without effect" in line) == (kind == "start")
+
+
+def test_the_same_settings_are_no_change(some_config):
+    dump = json.loads(json.dumps(some_config.model_dump(mode="json")))
+    assert check_changes(dump, some_config) == []
+    fewer = some_config.model_copy(update={"data": some_config.data[:1]})
+    for one, two in ((dump, fewer), (fewer.model_dump(mode="json"), some_config)):
+        with pytest.raises(ConfigError, match="data had"):
+            check_changes(one, two)
+    del dump["train"]["guidance"], dump["memory"]  # of a version that did not know them
+    assert check_changes(dump, some_config) == []
+    several = settings(some_config) | {"seed": 1, "lora.rank": 3, "train.lr": 2.0}
+    assert len(changes(several, some_config, REFUSED)) == 2
+
+
+def test_harmless_changes_are_applied_and_named(demanding, monkeypatch):
+    with stopped_after(2, monkeypatch):
+        train(demanding("adamw", 4, train__lr_schedule="constant"), console=QUIET)
+    console = Console(file=io.StringIO(), width=300)
+    changed = {"train__lr": 3e-3, "train__lr_schedule": "constant", "log_every": 1}
+    config = demanding("adamw", 5, **changed)
+    train(config, console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if "other settings" in line]
+    for word in (
+        "train.steps was 4, is 5",
+        "train.lr was 0.001, is 0.003",
+        "log_every was 2, is 1",
+    ):
+        assert word in line
+    assert [row["lr"] for row in rows(config)][-3:] == [3e-3] * 3
+    assert [row["step"] for row in rows(config)] == [2, 3, 4, 5]
+
+
+def test_dangerous_changes_are_refused_before_anything_is_done(demanding, monkeypatch):
+    config = demanding("adamw", 4)
+    with stopped_after(2, monkeypatch):
+        train(config, console=QUIET)
+    monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("went on"))
+    for key, value in {"lora__rank": 3, "seed": 7, "train__batch_size": 3}.items():
+        with pytest.raises(ConfigError, match=f"{key.replace('__', '.')} was"):
+            train(demanding("adamw", 4, **{key: value}), console=QUIET)
+
+
+def test_other_pictures_are_noticed(demanding, photos, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    config = demanding("adamw", 4, **{"data.0.folder": str(copy)})
+    with stopped_after(2, monkeypatch):
+        train(config, console=QUIET)
+    (copy / "0.png").unlink()
+    console = Console(file=io.StringIO(), width=300)
+    train(config, console=console)
+    assert "not those that this run began with" in console.file.getvalue()
+    again = Console(file=io.StringIO(), width=300)
+    train(demanding("adamw", 5, **{"data.0.folder": str(copy)}), console=again)
+    assert "not those" not in again.file.getvalue()
+
+
+def test_an_average_may_begin_late_and_end_early(demanding, monkeypatch):
+    off, on = ({"train__ema": {"enabled": switch}} for switch in (False, True))
+    with stopped_after(1, monkeypatch):
+        train(demanding("adamw", 3, **off), console=QUIET)
+    with stopped_after(2, monkeypatch):
+        train(demanding("adamw", 3, **on), console=QUIET)
+    config = demanding("adamw", 3, **off)
+    state = read_state(checkpoints(config.run_dir)[-1][1])
+    assert state["ema"]["updates"] == 1
+    train(config, console=QUIET)
+    assert read_state(checkpoints(config.run_dir)[-1][1])["ema"] is None
+
+
+def test_the_newest_checkpoint_is_damaged_and_the_run_is_the_same(demanding, monkeypatch):
+    config = demanding("adamw", 4, save__every=1)
+    whole = load_file(train(config, console=QUIET))
+    last = checkpoints(config.run_dir)[-1][1]
+    os.truncate(last / "state" / "tensors.safetensors", 1000)
+    (config.run_dir / "small.safetensors").unlink()
+    console = Console(file=io.StringIO(), width=300)
+    again = load_file(train(config, console=console))
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+    said = console.file.getvalue()
+    assert "step-00000004 is damaged" in said and "resuming" in said and "at step 3" in said
