@@ -242,9 +242,9 @@ def test_a_run_from_one_file(folder, nano_model, tmp_path, fluxfast):
     assert code == 0 and re.search(r"beside +CLIP-L, T5, VAE", out)
     pictures = noise_pictures(tmp_path, 2, "ohwx")
     run = ["train", pictures, "--trigger", "ohwx", "--set", "data.resolution=64"]
-    run += ["--set", "train.steps=2", "--set", f"output_dir={tmp_path}/runs", "--name", "x"]
-    code, out, err = fluxfast(*run, "--model", file)
+    run += ["--set", "train.steps=2", "--set", f"output_dir={tmp_path}/runs"]
+    code, out, err = fluxfast(*run, "--name", "x", "--model", file)
     assert code == 0, err
     assert (tmp_path / "runs" / "x" / "x.safetensors").is_file()
-    code, out, err = fluxfast(*run, "--model", bare)
+    code, out, err = fluxfast(*run, "--name", "y", "--model", bare)
     assert code == 2 and "brings no vae, text_encoder, text_encoder_2" in err
