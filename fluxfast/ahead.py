@@ -39,7 +39,7 @@ class Ahead:
     @torch.no_grad()
     def _fill(self, first: int) -> None:
         train = self.config.train
-        count = max(1, MODULATION_ROWS // train.batch_size)
+        count = max(1, MODULATION_ROWS // len(self.loader.places))
         numbers = range(first, max(first + 1, min(first + count, self.stop)))
         timesteps, pooled = [], []
         for number in numbers:
@@ -61,4 +61,4 @@ class Ahead:
             y = y.pin_memory()  # or the copy would wait for the GPU
         y = y.to(self.device, non_blocking=True)
         made = self.model.modulation(t, y, torch.full_like(t, train.guidance))
-        self._rows = dict(zip(numbers, made.split(train.batch_size), strict=True))
+        self._rows = dict(zip(numbers, made.split(len(self.loader.places)), strict=True))

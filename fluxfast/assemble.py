@@ -19,6 +19,7 @@ from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.memory.work import Shape
 from fluxfast.model.flux import Flux
 from fluxfast.optim import Ema, build_optimizer, flat_gradients
+from fluxfast.ranks import ALONE, Ranks
 from fluxfast.step import Training
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ def bucket_labels(loader: Loader) -> dict[int, str]:
 
 
 def bucket_shapes(loader: Loader) -> dict[str, Shape]:
-    """Label -> batch shape."""
+    """Label -> shape of what this process takes of a batch."""
     labels = bucket_labels(loader)
     return {
-        label: Shape(loader.batch_size, tokens, loader.text_length)
+        label: Shape(len(loader.places), tokens, loader.text_length)
         for tokens, label in labels.items()
     }
 
@@ -51,6 +52,7 @@ def assemble(
     device: torch.device,
     announce: Callable[[str], None],
     plan: Plan | None = None,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """parameters: the LoRA's, as `inject_lora` gives them. announce gets a line for what a user
     should know.
@@ -62,7 +64,7 @@ def assemble(
     memory.attach(optimizer)
     run = Training(
         config, device, model, parameters, flat_gradients(parameters), optimizer, ema, memory,
-        labels, loader, announce,
+        labels, loader, announce, ranks=ranks,
     )  # fmt: skip
     if _forms_ahead(config, model, plan):
         run.ahead = Ahead(model, loader, config, device)

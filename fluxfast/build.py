@@ -19,6 +19,7 @@ from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
+from fluxfast.ranks import ALONE, Ranks
 from fluxfast.step import Training
 
 
@@ -39,6 +40,7 @@ def build(
     device: torch.device,
     console: Console,
     plan: Plan | None = None,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
     assistant = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
@@ -84,8 +86,9 @@ def build(
         f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}",
     )
     return assemble(
-        config, model, parameters, loader, device, lambda line: say(console, f"note: {line}"), plan
-    )
+        config, model, parameters, loader, device, lambda line: say(console, f"note: {line}"), plan,
+        ranks,
+    )  # fmt: skip
 
 
 def _precision(model: Flux) -> str:

@@ -2,14 +2,13 @@
 once.
 """
 
-import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fluxfast.cli_shared import announce, configuration, interruptible, rank
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.lines import plain
 
@@ -58,13 +57,16 @@ def train(
     Examples: `fluxfast train examples/nano/zorb.yaml --set train.steps=500`, or without a
     configuration `fluxfast train photos/ --model black-forest-labs/FLUX.1-dev --trigger "ohwx
     dog"`. The sections of a configuration are model, lora, data, train and save; the path of the
-    finished LoRA is printed to stdout.
+    finished LoRA is printed to stdout. Several GPUs: `torchrun --nproc-per-node 2 -m fluxfast train
+    …`, train.batch_size being that of all together.
     """
-    config = _config(target, set_, model, encoders, trigger, name)
+    config = configuration(target, set_, model, encoders, trigger, name)
     from fluxfast.train import train as run
 
-    with _interruptible():
-        print(run(config, restart=restart))
+    with interruptible():
+        path = run(config, restart=restart)
+    if rank() == 0:
+        print(path)
 
 
 @app.command()
@@ -79,15 +81,18 @@ def cache(
 
     Example: `fluxfast cache examples/nano/zorb.yaml`. The cache folder is printed to stdout.
     """
-    config = _config(target, set_, model, encoders, trigger, None)
+    config = configuration(target, set_, model, encoders, trigger, None)
     from rich.console import Console
 
     from fluxfast.load import resolve_device
     from fluxfast.prepare import prepare
+    from fluxfast.ranks import joined
 
-    with _interruptible():
-        prepare(config, resolve_device(config.device), Console(stderr=True))
-    print(config.cache_path)
+    with interruptible(), joined() as ranks:
+        console = Console(stderr=True, quiet=not ranks.first)
+        prepare(config, resolve_device(config.device), console, ranks)
+    if rank() == 0:
+        print(config.cache_path)
 
 
 @app.command()
@@ -113,11 +118,11 @@ def check(
     rotation, the cosine of the LoRA's gradients with the true ones, the choice. The choices go to
     RUN_DIR/check.yaml, which `--set model.layers=` takes.
     """
-    config = _config(target, set_, model, encoders, trigger, name)
+    config = configuration(target, set_, model, encoders, trigger, name)
     from fluxfast.check import check as run
     from fluxfast.layer_errors import table
 
-    with _interruptible():
+    with interruptible():
         print("\n".join(table(run(config, limit, batches))))
 
 
@@ -171,8 +176,8 @@ def sample(
         Picture(text, seed + walk_seed * index, width, height, steps, guidance)
         for index, text in enumerate(prompt)
     ]
-    with _interruptible("the next run draws from the start"):
-        files = generate(parts, pictures, out, lora, strength, say=_announce)
+    with interruptible("the next run draws from the start"):
+        files = generate(parts, pictures, out, lora, strength, say=announce)
         print("\n".join(map(str, files)))
 
 
@@ -204,11 +209,11 @@ def convert(
     *sources, target = source
     if not sources:
         raise ConfigError("convert takes a file to read and a file to write", hint="SRC … DST")
-    with _interruptible("nothing was written"):
+    with interruptible("nothing was written"):
         from fluxfast.formats.lora_convert import convert as run
 
         given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
-        lines = run(sources, to, target, **given, verify=verify, say=_announce)
+        lines = run(sources, to, target, **given, verify=verify, say=announce)
         print("\n".join([*lines, str(target)]))
 
 
@@ -255,7 +260,7 @@ def quantize(
 
     console = Console(stderr=True)
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with _interruptible("nothing was written"):
+    with interruptible("nothing was written"):
         base = resolve_model(source, TRANSFORMER)
         bars = Progress(*columns, console=console, disable=not console.is_terminal)
         # it ends between two tensors and takes the unfinished file away: within one, safetensors
@@ -295,7 +300,7 @@ def plan(
     from fluxfast.planning import breakdown, plan_rows, table
 
     if target is not None:
-        config = _config(target, set_, None, None, None, None)
+        config = configuration(target, set_, None, None, None, None)
     else:
         raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
         raw["data"]["resolution"] = [512, 768, 1024]
@@ -318,82 +323,13 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
-def _config(target: Path, overrides, model, encoders, trigger, name):
-    """A configuration from a YAML file, a folder of images or kohya's data set; options on top."""
-    from fluxfast.config import build_config, load_config
-
-    given = {
-        "model.path": model,
-        "model.encoders": encoders,
-        "trigger": trigger,
-        "name": name,
-    }
-    options = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
-
-    if target.is_dir() or target.suffix.lower() == ".toml":
-        if model is None and not any(item.startswith("model.path=") for item in overrides):
-            raise ConfigError(
-                f"training on {target} needs a model",
-                hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
-            )
-        # a folder may be called what a run may not
-        plain = target.resolve().name if target.is_dir() else target.stem
-        plain = re.sub(r"[^\w .+-]", "_", plain).lstrip(" .+-") or "lora"
-        data = {"folder": str(target)} if target.is_dir() else str(target)
-        raw = {"name": plain, "data": data, "model": {}}
-        return build_config(raw, [*options, *overrides], str(target), _announce)
-    if not target.exists():
-        raise ConfigError(
-            f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
-        )
-    return load_config(target, [*options, *overrides], _announce)
-
-
-def _announce(line: str) -> None:
-    print(f"note: {plain(line)}", file=sys.stderr)
-
-
-@contextmanager
-def _interruptible(word: str = "the same command goes on where it stopped"):
-    """Ctrl-C and SIGTERM end a command with a word about it. Done here because typer ends silently
-    on the first.
-    """
-    from fluxfast.interrupt import Stopped, handled, interrupt
-
-    try:
-        with handled(interrupt):
-            yield
-    except Stopped as stop:
-        print(f"{stop}; to go on: {_same_command()}", file=sys.stderr)
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        print(f"stopped; {word}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-def _same_command() -> str:
-    """What was typed, but for --restart."""
-    import shlex
-
-    program = Path(sys.argv[0]).name
-    start = ["python", "-m", "fluxfast"] if program == "__main__.py" else [program]
-    return shlex.join([*start, *(word for word in sys.argv[1:] if word != "--restart")])
-
-
-def _quoted(value: str) -> str:
-    """A YAML scalar that stays this string."""
-    import json
-
-    # ASCII would split a letter such as an emoji into two escapes, which YAML does not join again
-    return json.dumps(value, ensure_ascii=False)
-
-
 def main() -> None:
     """Entry point: errors a user can mend become one message on stderr; exit codes 0, 1, 2, 130."""
     try:
         app()
     except FluxfastError as error:
-        print(f"error: {plain(error.message)}", file=sys.stderr)
+        who = f"rank {rank()}: " if rank() else ""
+        print(f"{who}error: {plain(error.message)}", file=sys.stderr)
         if error.hint:
             print(f"hint: {plain(error.hint)}", file=sys.stderr)
         sys.exit(error.exit_code)

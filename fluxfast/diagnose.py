@@ -21,7 +21,7 @@ from fluxfast.step import Training
 
 def diagnose(run: Training, step: int) -> list[str]:
     """A line for each sample of step `step` (counted from 1) that is not finite, or for what is
-    wrong before any sample; one that says so where nothing is.
+    wrong before any sample. Of this rank's samples.
 
     The gradients are zero afterwards, and graphs are dropped: their memory is needed.
     """
@@ -38,9 +38,7 @@ def diagnose(run: Training, step: int) -> list[str]:
             raise
         lines.append("memory ran out while the step was looked at once more")
     run.gradients.zero_()
-    return lines or [
-        f"step {step}: taken again, sample by sample and without graphs, everything is finite"
-    ]
+    return lines
 
 
 def _broken_weights(run: Training) -> list[str]:

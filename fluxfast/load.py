@@ -16,6 +16,7 @@ from fluxfast.model.precision import (
     layer_precisions,
     multiplies_bf16,
 )
+from fluxfast.ranks import local_rank
 
 # What `auto` chooses on a GPU. Assumed from data sheets and from the formats' errors on a CPU: no
 # GPU has timed it yet. A100 (8.0) multiplies int8 at twice the rate of bf16, GeForce (8.6, 8.9,
@@ -27,9 +28,11 @@ _LEAST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capability that has such pro
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the first NVIDIA GPU where there is one. Raises ConfigError for another
-    kind of device and for a GPU that is not there.
+    """`auto` is an NVIDIA GPU where there is one: the first, or of several processes on a machine
+    each its own. Raises ConfigError for another kind of device, for a GPU that is not there, and
+    for one that several processes are to share.
     """
+    rank, processes = local_rank()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -38,15 +41,22 @@ def resolve_device(device: str = "auto") -> torch.device:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cpu":
+        return resolved
+    if processes > 1 and resolved.index not in (None, rank):
         raise ConfigError(
-            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} NVIDIA GPUs",
+            f"device {device!r} is one GPU, and {processes} processes run on this machine",
+            hint="device: cuda gives each its own",
+        )
+    # by its number, as tensors name it; kernels, graphs and caches go by the current device
+    resolved = torch.device("cuda", rank if resolved.index is None else resolved.index)
+    if resolved.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {str(resolved)!r} is not there: torch sees {torch.cuda.device_count()} NVIDIA "
+            "GPUs",
             hint="`fluxfast doctor` shows what torch sees",
         )
-    if resolved.type == "cuda":
-        # by its number, as tensors name it; kernels, graphs and caches go by the current device
-        resolved = torch.device("cuda", resolved.index or 0)
-        torch.cuda.set_device(resolved)
+    torch.cuda.set_device(resolved)
     return resolved
 
 

@@ -62,7 +62,8 @@ class RunLog:
     null until known. on_interval gets the seconds of every interval, None of the first. resumed:
     the `state` that a checkpoint of step `first` kept, so that the lines are those of a run that
     was never stopped. A disk that refuses a line is said, and the line written with the next one.
-    most_bad: steps in a row without a finite loss and gradient that end the run.
+    most_bad: steps in a row without a finite loss and gradient that end the run. Without `writes`
+    it only counts those.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class RunLog:
         on_interval: Callable[[float | None], None] | None = None,
         resumed: dict | None = None,
         most_bad: int = 10,
+        *,
+        writes: bool = True,
     ):
         self.on_interval, self._last = on_interval, None
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
@@ -88,12 +91,12 @@ class RunLog:
         # bad steps in a row, up to the last interval's end
         self._bad = state["bad"]
         self._times: deque[tuple[int, float]] = deque()
-        self._drop_lines_after(first)
+        self.writes = writes
+        if writes:
+            self._drop_lines_after(first)
         self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
         self._unwritten: list[str] = state["unwritten"]
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
+        self._board = _board(run_dir, first) if writes else None
         # rich cuts every column alike where they do not fit, the step count too: so they must fit
         wide = console.width >= ROOMY
         line = TextColumn("{task.fields[line]}", markup=False)
@@ -139,8 +142,9 @@ class RunLog:
 
     def __exit__(self, *exception):
         self._progress.stop()
-        with going_on(self._say):
-            self._board.close()
+        if self._board is not None:
+            with going_on(self._say):
+                self._board.close()
 
     def step(
         self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, lr: float, epoch: int
@@ -192,12 +196,8 @@ class RunLog:
             "skipped_steps": len(rows) - len(good),
             "epoch": epoch,
         }
-        self._unwritten.append(json.dumps(row) + "\n")
-        with going_on(self._say):
-            self._append()
-            for key, value in row.items():
-                if value is not None and key not in ("step", "eta_s"):
-                    self._board.add_scalar(f"train/{key}", value, step)
+        if self.writes:
+            self._keep(row)
         self._show(row)
         now, before = self._clock(), self._last
         self._last = now
@@ -205,6 +205,14 @@ class RunLog:
             self.on_interval(None if before is None else now - before)
         if lost is not None:
             raise lost
+
+    def _keep(self, row: dict) -> None:
+        self._unwritten.append(json.dumps(row) + "\n")
+        with going_on(self._say):
+            self._append()
+            for key, value in row.items():
+                if value is not None and key not in ("step", "eta_s"):
+                    self._board.add_scalar(f"train/{key}", value, row["step"])
 
     def _lost(self, step: int, rows: list[list[float]]) -> NotFinite | None:
         """Count the bad steps of an interval that ends with `step`."""
@@ -252,6 +260,12 @@ class RunLog:
             self._progress.update(self._task, line=line[: self._room])
         else:
             say(self.console, f"step {row['step']}/{self.steps}  {line}")
+
+
+def _board(run_dir: Path, first: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
 
 
 def say(console: Console, line: str) -> None:

@@ -25,6 +25,7 @@ from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
 from fluxfast.load import resolve_precision, stored_as
 from fluxfast.metrics import say
 from fluxfast.model.precision import layer_precisions
+from fluxfast.ranks import ALONE, Ranks
 from fluxfast.validation import hold_out
 
 # prompts or pictures per encoder call: what is cached then depends on the one alone, to the last
@@ -49,13 +50,19 @@ class Prepared:
     prompts: dict[str, Path]
 
 
-def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
-    """Resolve the model and encode what the cache lacks, preview prompts too.
+def prepare(
+    config: Config,
+    device: torch.device,
+    console: Console,
+    ranks: Ranks = ALONE,
+) -> Prepared:
+    """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
     Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk;
     ConfigError for a precision that cannot be.
     """
-    base, root, length = check_model(config.model, device)
+    with ranks.first_before_others():  # one fetches what is on the Hub
+        base, root, length = check_model(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
@@ -73,7 +80,7 @@ def prepare(config: Config, device: torch.device, console: Console) -> Prepared:
             return prepare_dataset(
                 settings, root, length, device, dtype, progress,
                 extra_prompts=prompts, batch_size=_AT_ONCE,
-                announce=lambda line: say(console, line),
+                announce=lambda line: say(console, line), ranks=ranks,
             )  # fmt: skip
 
         dataset, held_out = _hold_out(config, prepared(config, prompts), prepared)

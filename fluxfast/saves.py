@@ -41,7 +41,7 @@ class Saves:
         """Whether the run's folder has the file of the newest checkpoint, and that is the last."""
         if self.newest is None or self.newest[0] < self.config.train.steps:
             return False
-        return _steps_of(_lora_file(self.config, self.config.run_dir)) == self.newest[0]
+        return _steps_of(lora_file(self.config, self.config.run_dir)) == self.newest[0]
 
     def restore(self, run: Training) -> tuple[int, dict[str, Any] | None]:
         """Put everything back as it was when it was saved. -> the steps done, the log's state.
@@ -64,7 +64,8 @@ class Saves:
                 "note: the pictures or captions are not those that this run began with: from here "
                 "on their order is another"
             )
-        self._restore_best(step, folder)
+        if run.ranks.first:
+            self._restore_best(step, folder)
         return step, state["log"]
 
     def _restore_best(self, step: int, folder: Path) -> None:
@@ -86,8 +87,10 @@ class Saves:
         return min(done + self.config.save.every, self.config.train.steps)
 
     def save(self, run: Training, done: int, log: dict[str, Any]) -> None:
-        """A checkpoint of `done` steps, unless the newest is that. Raises DiskError."""
-        if self.newest is not None and self.newest[0] == done:
+        """A checkpoint of `done` steps, unless the newest is that. Raises DiskError. Ranks but the
+        first save nothing.
+        """
+        if not run.ranks.first or (self.newest is not None and self.newest[0] == done):
             return
         with run.memory.stepping():
             state = {
@@ -123,7 +126,7 @@ class Saves:
         for file in folder.glob(f"{self.config.name}*.safetensors"):
             if file not in _best_files(self.config, folder):
                 write_atomic(self.config.run_dir / file.name, file.read_bytes())
-        path = _lora_file(self.config, self.config.run_dir)
+        path = lora_file(self.config, self.config.run_dir)
         if not path.is_file():
             raise FluxfastError(f"the checkpoint {folder} has no {path.name}")
         return step, path
@@ -139,7 +142,7 @@ def _write_files(run: Training, folder: Path, done: int) -> None:
     """NAME.safetensors, NAME_ema.safetensors where an average is kept, and the best step's."""
     config, meta = run.config, _metadata(run, done)
     with averaged(run.optimizer, run.parameters):
-        _save_formats(run, _lora_file(config, folder), meta)
+        _save_formats(run, lora_file(config, folder), meta)
     if run.ema:
         pairs = zip(run.ema.average[::2], run.ema.average[1::2], strict=True)
         tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
@@ -157,7 +160,8 @@ def _save_formats(run: Training, path: Path, meta: dict[str, str], tensors=None)
         save_lora(run.model, file, form, dtype=save.dtype, metadata=meta, tensors=tensors)
 
 
-def _lora_file(config: Config, folder: Path) -> Path:
+def lora_file(config: Config, folder: Path) -> Path:
+    """The LoRA's, in the first of save.formats, in a checkpoint or the run's folder."""
     return folder / f"{config.name}.safetensors"
 
 

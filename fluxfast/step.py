@@ -19,6 +19,7 @@ from fluxfast.memory.runtime import MemoryRuntime, is_out_of_memory
 from fluxfast.model.flux import Flux
 from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
+from fluxfast.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from fluxfast.config import Config
@@ -41,6 +42,7 @@ class Training:
     loader: Loader
     announce: Callable[[str], None]
     ahead: Ahead | None = None
+    ranks: Ranks = ALONE
     updating: bool = False  # whether the optimiser has begun a step and not ended it
     graphs: Graphs = field(init=False)
 
@@ -70,8 +72,9 @@ class Training:
             train.guidance,
             inputs["modulation"],
         )
-        # every batch counts the same, so accumulation is one larger batch
-        return flow_loss(prediction, noisy).mean() / train.gradient_accumulation
+        # every batch counts the same, so accumulation is one larger batch; ranks share each alike
+        parts = train.gradient_accumulation * self.ranks.count
+        return flow_loss(prediction, noisy).mean() / parts
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
         """A batch on the device, noised: x_t, and what is to be predicted."""
@@ -84,7 +87,7 @@ class Training:
         draw = (batch.indices, self.config.seed, train.timesteps, train.timestep_bias)
         noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
         self.model.dropout_clock.indices = batch.indices
-        number = batch.indices[0] // len(batch.indices)
+        number = batch.indices[0] // self.loader.batch_size
         modulation = self.ahead(number) if self.ahead else None
         return {**vars(noisy), "t5": t5, "pooled": pooled, "modulation": modulation}
 
@@ -132,7 +135,8 @@ def graph_key(inputs: Inputs) -> tuple:
 def train_step(
     run: Training, batches: list[Batch], step: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """One optimiser step (counted from 0) on the mean loss of `batches`. Waits for nothing.
+    """One optimiser step (counted from 0) on the mean loss of `batches`, of which every rank gives
+    its own samples. Waits for nothing.
 
     -> loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on the
     device), and the learning rate. Where memory runs out before the optimiser has begun, the whole
@@ -140,6 +144,7 @@ def train_step(
     """
     while (total := _accumulate(run, batches)) is None:
         pass
+    run.ranks.sum_(run.gradients, total)
     train = run.config.train
     norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
     lr = default_lr(train) * lr_multiplier(step, train)

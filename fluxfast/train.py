@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from fluxfast.model.lora import set_assisted
 from fluxfast.optim import averaged, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
+from fluxfast.ranks import LostRank, Ranks, joined
 from fluxfast.report import write_report
-from fluxfast.saves import Saves, save_best
+from fluxfast.saves import Saves, lora_file, save_best
 from fluxfast.step import Training, train_step
 from fluxfast.watch import Watch
 
@@ -38,30 +39,47 @@ from fluxfast.watch import Watch
 def train(config: Config, *, restart: bool = False, console: Console | None = None) -> Path:
     """Train a LoRA as configured, from images to file. -> the LoRA file.
 
-    A run of the same name goes on from its newest checkpoint; restart moves it aside first.
+    A run of the same name goes on from its newest checkpoint; restart moves it aside first. In each
+    of several processes that torchrun starts it trains the same LoRA on a share of every batch.
     Raises FluxfastError (ConfigError where the configuration is at fault), and Stopped, a
     KeyboardInterrupt, where SIGINT or SIGTERM asked it to stop and what was trained is saved.
     """
-    console = console or Console(stderr=True)
-    if restart and config.run_dir.exists():
-        check_model(config.model, resolve_device(config.device))  # before anything is moved
+    with joined() as ranks, ExitStack() as held:
+        console = console or Console(stderr=True)
+        if not ranks.first:
+            console = Console(quiet=True)
+        ranks.share(config.train.batch_size)  # said before anything is done
+        ranks.check_same("their configuration", dump_config(config))
+        if ranks.first:
+            if restart:
+                _make_room(config, console)
+            held.enter_context(sole_user(config.run_dir))
+        ranks.wait()
+        path = _with_cache_mended(config, console, ranks)
+        ranks.wait()  # until rank 0 has written everything
+        return path
+
+
+def _make_room(config: Config, console: Console) -> None:
+    """Move an earlier run aside, once it is known that another can begin."""
+    if config.run_dir.exists():
+        check_model(config.model, resolve_device(config.device))
         check_loras(config, fresh=True)
         with sole_user(config.run_dir):
             _move_aside(config.run_dir, console)
-    with sole_user(config.run_dir):
-        return _with_cache_mended(config, console)
 
 
-def _with_cache_mended(config: Config, console: Console) -> Path:
+def _with_cache_mended(config: Config, console: Console, ranks: Ranks) -> Path:
     """A cache file that is found damaged or gone is encoded anew, and the run goes on from where it
-    was; once for each file, lest a failing disk keep it busy.
+    was; once for each file, lest a failing disk keep it busy. Not among several ranks, of which
+    only one has found it: they end, and mend it when they are started again.
     """
     mended: set[Path] = set()
     while True:
         try:
-            return _train(config, console)
+            return _train(config, console, ranks)
         except CacheDamaged as error:
-            if error.path in mended:
+            if ranks.count > 1 or error.path in mended:
                 raise
             mended.add(error.path)
             line = f"note: {error.message}; it is encoded anew, and the run goes on"
@@ -69,25 +87,32 @@ def _with_cache_mended(config: Config, console: Console) -> Path:
         gc.collect()  # the model, before the encoders come
 
 
-def _train(config: Config, console: Console) -> Path:
-    drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
-    saves = Saves(config, lambda line: say(console, line))
+def _train(config: Config, console: Console, ranks: Ranks) -> Path:
+    with ranks.first_before_others():
+        if ranks.first:
+            drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
+        saves = Saves(config, lambda line: say(console, line))
     device = resolve_device(config.device)
     check_loras(config, fresh=not checkpoints(config.run_dir))
-    prepared = prepare(config, device, console)
+    prepared = prepare(config, device, console, ranks)
+    batch = config.train.batch_size
     loader = Loader(
-        prepared.dataset, config.train.batch_size, config.seed, pin=device.type == "cuda"
+        prepared.dataset, batch, config.seed, pin=device.type == "cuda", places=ranks.share(batch)
     )
+    ranks.check_same("the pictures or captions they read", loader.fingerprint)
+    if ranks.count > 1:
+        say(console, f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
     plan = plan_run(config, prepared.base, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
         say(console, line)
     try:
-        run = build(config, prepared.base, loader, device, console, plan)
+        run = build(config, prepared.base, loader, device, console, plan, ranks)
         _check_fits(run.model, loader.batch(0))
         first, logged = saves.restore(run)
-        write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
-        if not saves.finished:
-            watch = Watch(config, run.model, prepared, device, console, first)
+        if ranks.first:
+            write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
+        if not ranks.any(saves.finished):
+            watch = Watch(config, run.model, prepared, device, console, first, writes=ranks.first)
             _loop(run, watch, saves, first, logged, console)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -95,10 +120,11 @@ def _train(config: Config, console: Console) -> Path:
         # not in a gradient pass, which takes leaner policies and goes on
         first_line = str(error).splitlines()[0]
         raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
-    step, path = saves.publish()
-    report = write_report(config.run_dir)
-    say(console, f"{step} steps done; the LoRA is {path}, the report {report}")
-    return path
+    if ranks.first:
+        step, path = saves.publish()
+        report = write_report(config.run_dir)
+        say(console, f"{step} steps done; the LoRA is {path}, the report {report}")
+    return lora_file(config, config.run_dir)
 
 
 def _check_fits(model: Flux, batch: Batch) -> None:
@@ -126,7 +152,7 @@ def _loop(
     set_mode(run.optimizer, training=True)
     log = RunLog(
         run.config.run_dir, first, steps, run.config.log_every, run.device, console,
-        _judge_speed(run), logged, run.config.train.max_bad_steps,
+        _judge_speed(run), logged, run.config.train.max_bad_steps, writes=run.ranks.first,
     )  # fmt: skip
     if watch.due(first):
         _look(run, watch, first, console)
@@ -138,7 +164,7 @@ def _loop(
             loss, norm, bad, lr = train_step(run, window, step)
             progress.done = done = step + 1
             log.step(done, loss, norm, bad, lr, step * accumulation // run.loader.batches_per_epoch)
-            stopping = stop.is_set() and done < steps
+            stopping = run.ranks.any(stop.is_set()) and done < steps
             if stopping or done == steps:
                 saves.save(run, done, log.state())
             elif saves.due(done):
@@ -176,8 +202,9 @@ class _Progress:
 
 @contextmanager
 def _saved_where_memory_ends(run: Training, saves: Saves, log: RunLog):
-    """Where memory runs out or spills, or the cache is damaged, what was trained so far is saved
-    before the error goes on, unless it is an optimiser's step that was cut short."""
+    """Where memory runs out or spills, the cache is damaged or another rank has ended, what was
+    trained so far is saved before the error goes on, unless it is an optimiser's step that was cut
+    short. Not where a GPU waits for the rank that has ended: it cannot be read any more."""
     progress = _Progress()
     try:
         yield progress
@@ -186,6 +213,7 @@ def _saved_where_memory_ends(run: Training, saves: Saves, log: RunLog):
     except (RuntimeError, FluxfastError) as error:
         ended = isinstance(error, MemorySpills | MemoryExhausted | CacheDamaged)
         ended = ended or is_out_of_memory(error)
+        ended = ended or (isinstance(error, LostRank) and run.device.type == "cpu")
         if ended and not run.updating and progress.done:
             run.graphs.drop()
             saves.try_to_save(run, progress.done, log.state())
@@ -195,8 +223,14 @@ def _saved_where_memory_ends(run: Training, saves: Saves, log: RunLog):
 def _explained(error: NotFinite, run: Training, saves: Saves, log: RunLog) -> FluxfastError:
     """Saves the state after the last good step, unless it is on the disk or the optimiser moved it
     since, and says why the first bad step was bad, in RUN/diagnosis.txt too."""
-    lines = diagnose(run, error.first)
-    write_atomic(run.config.run_dir / "diagnosis.txt", "".join(f"{x}\n" for x in lines).encode())
+    told = run.ranks.told(diagnose(run, error.first))
+    lines = list(dict.fromkeys(line for lines in told for line in lines)) or [
+        f"step {error.first}: taken again, sample by sample and without graphs, everything is "
+        "finite"
+    ]
+    if run.ranks.first:
+        text = "".join(f"{line}\n" for line in lines)
+        write_atomic(run.config.run_dir / "diagnosis.txt", text.encode())
     saved = saves.newest[0] if saves.newest else 0
     if error.good > saved and skips_exactly(run.optimizer, run.device):
         saves.try_to_save(run, error.good, {**log.state(), "bad": 0})
@@ -208,7 +242,15 @@ def _explained(error: NotFinite, run: Training, saves: Saves, log: RunLog) -> Fl
 
 
 def _look(run: Training, watch: Watch, done: int, console: Console) -> None:
-    """Validation and previews, with the weights that would be saved; the best ones are."""
+    """Validation and previews, with the weights that would be saved; the best ones are. Rank 0
+    looks, the others wait.
+    """
+    if run.ranks.first:
+        _look_alone(run, watch, done, console)
+    run.ranks.wait()
+
+
+def _look_alone(run: Training, watch: Watch, done: int, console: Console) -> None:
     again = done < run.config.train.steps
     with averaged(run.optimizer, run.parameters), run.without_graphs(again=again):
         set_assisted(run.model, False)

@@ -18,7 +18,7 @@ class Watch:
     said, and the run goes on.
 
     first: the steps that are done. Measurements of later ones, which a run that was killed may
-    have left, are dropped.
+    have left, are dropped. Without `writes` it only knows when something is due.
     """
 
     def __init__(
@@ -29,12 +29,14 @@ class Watch:
         device: torch.device,
         console: Console,
         first: int = 0,
+        *,
+        writes: bool = True,
     ):
         self.config, self.model, self.prepared = config, model, prepared
         self.device, self.console = device, console
         self.file = config.run_dir / "validation.jsonl"
         self._rows = read_validations(self.file, up_to=first)
-        if self.file.is_file():
+        if writes and self.file.is_file():
             write_validations(self.file, self._rows)
         self.validator = None
         if prepared.held_out:

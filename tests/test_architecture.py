@@ -22,6 +22,7 @@ fluxfast_kernels.*       fluxfast_kernels.*
 fluxfast.errors
 fluxfast.lines
 fluxfast.draws
+fluxfast.ranks           errors
 fluxfast.files           errors
 fluxfast.compat_table    errors
 fluxfast.compat          compat_table lines errors
@@ -46,7 +47,7 @@ fluxfast.memory.graphs
 fluxfast.memory.spill    errors
 fluxfast.memory.choose   memory.* model.names model.saving
 fluxfast.memory.plan     memory.* model.* errors
-fluxfast.memory.fitting  memory.cards memory.plan errors
+fluxfast.memory.fitting  memory.cards memory.plan errors ranks
 fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
 fluxfast.optim           config errors
 fluxfast.metrics         lines errors files
@@ -55,7 +56,7 @@ fluxfast.tree
 fluxfast.resume          config errors
 fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
 fluxfast.checkpoint      formats.safetensors_out tree files errors
-fluxfast.load            formats.base model.* errors
+fluxfast.load            formats.base model.* errors ranks
 fluxfast.encoders.*      encoders.* formats.parts hub errors
 fluxfast.data.buckets    errors
 fluxfast.data.images     errors
@@ -65,27 +66,28 @@ fluxfast.data.captions   data.reading draws errors
 fluxfast.data.store      formats.safetensors_out files errors
 fluxfast.data.scan       files data.images data.buckets data.reading data.skips data.store config errors
 fluxfast.data.loader     data.store draws errors
-fluxfast.data.cache      data.* encoders.* config draws errors
+fluxfast.data.cache      data.* encoders.* config draws errors ranks
 fluxfast.ahead           data.loader model.flux objective config
 fluxfast.planning        memory.* model.* data.buckets formats.base formats.lora_pieces formats.lora_read hub load config errors
-fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config
+fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config ranks
 fluxfast.diagnose        data.loader lines memory.runtime model.lora step
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation settings files
-fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation files errors
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation files errors ranks
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics files
-fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors
-fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config
+fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors ranks
+fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config ranks
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
-fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch
+fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch ranks
 fluxfast.layer_errors    model.* fluxfast_kernels.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.native
-fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train
+fluxfast.cli_shared      config errors interrupt lines
+fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train ranks cli_shared
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data
@@ -173,7 +175,7 @@ def test_the_sources_are_found():
     assert "fluxfast_kernels.nf4" in MODULES
     assert _ours(_imports(_tree("fluxfast.load"))) == {
         "fluxfast.errors", "fluxfast.formats.base", "fluxfast.model.flux",
-        "fluxfast.model.precision",
+        "fluxfast.model.precision", "fluxfast.ranks",
     }  # fmt: skip
 
 

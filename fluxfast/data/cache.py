@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from fluxfast.data.store import (
 )
 from fluxfast.encoders.components import component_print
 from fluxfast.errors import FluxfastError
+from fluxfast.ranks import ALONE, Ranks
 
 log = logging.getLogger("fluxfast")
 
@@ -73,6 +74,25 @@ class _View:
         )
 
 
+@dataclass
+class _Made:
+    """Of the files that were to be written: lost: why not, of those whose image or mask cannot be
+    used; opaque: the images that should have had an alpha channel.
+    """
+
+    lost: dict[Path, FluxfastError] = field(default_factory=dict)
+    opaque: set[Path] = field(default_factory=set)
+
+    def of_all(self, ranks: Ranks) -> "_Made":
+        """What all ranks made."""
+        lost = {str(path): (error.message, error.hint) for path, error in self.lost.items()}
+        together = _Made()
+        for others, opaque in ranks.told((lost, sorted(map(str, self.opaque)))):
+            together.opaque |= set(map(Path, opaque))
+            together.lost |= {Path(path): FluxfastError(*said) for path, said in others.items()}
+        return together
+
+
 def prepare_dataset(
     config: Config,
     encoders_root: Path,
@@ -84,6 +104,7 @@ def prepare_dataset(
     extra_prompts: Iterable[str] = (),
     batch_size: int = 4,
     announce: Callable[[str], None] = log.warning,
+    ranks: Ranks = ALONE,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
 
@@ -91,7 +112,8 @@ def prepare_dataset(
     (`encoders/components.py`). max_length: T5 tokens. device, dtype: where and in what the encoders
     run. extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
     afterwards. batch_size: prompts, or images of one size, per encoder call. announce: gets a line
-    for each file that cannot be used, and one with their count.
+    for each file that cannot be used, and one with their count. ranks: those that share the work,
+    which all of them call this for.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a missing folder, images without captions, a data entry that is strict and has
@@ -100,7 +122,8 @@ def prepare_dataset(
     """
     progress = progress or (lambda what, done, total: None)
     skips = Skips(announce)
-    scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
+    with ranks.first_before_others():  # which then find every size in the index
+        scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
     total = len({image.path for found in scanned for image in found} | skips.pictures)
     plans = [
         _read_prompts(config, data, found, skips)
@@ -121,6 +144,7 @@ def prepare_dataset(
         dtype,
         progress,
         batch_size=batch_size,
+        ranks=ranks,
     )
 
     base = {"vae": component_print(encoders_root, "vae"), "dtype": str(dtype)}
@@ -131,11 +155,21 @@ def prepare_dataset(
                 wanted = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
                 views.append(_View(data, image, variants, wanted))
     jobs = {job.target: job for view in views for job in view.jobs}
-    missing = [job for job in jobs.values() if not is_complete(job.target, LATENTS)]
+    missing = [
+        job
+        for job in jobs.values()
+        if ranks.mine(job.target.name) and not is_complete(job.target, LATENTS)
+    ]
+    made = _Made()
     if missing:
-        encode = (Path(encoders_root), device, dtype, progress, batch_size, announce)
-        views = _without_lost(views, _encode_images(missing, *encode), skips)
-        _require_some(views, total)
+        made = _encode_images(missing, Path(encoders_root), device, dtype, progress, batch_size)
+    made = made.of_all(ranks)
+    if made.opaque:
+        announce(
+            f"mask: alpha: {len(made.opaque)} images have no alpha channel, trained without a mask"
+        )
+    views = _without_lost(views, made.lost, skips)
+    _require_some(views, total)
     skips.conclude(total)
     samples: list[Sample] = []
     for view in views:
@@ -154,8 +188,10 @@ def encode_prompts(
     progress: Progress | None = None,
     *,
     batch_size: int = 4,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Path]:
-    """Prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it.
+    """Prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it; by one of
+    the ranks, which all call this.
 
     Loads transformers only if something is missing. Raises FluxfastError as `prepare_dataset` does.
     """
@@ -166,24 +202,38 @@ def encode_prompts(
     for prompt in dict.fromkeys(prompts):
         key = _key("text", prompt=prompt, encoders=prints, max_length=max_length, dtype=str(dtype))
         files[prompt] = Path(cache_path) / "text" / f"{key}.safetensors"
-    missing = [prompt for prompt, path in files.items() if not is_complete(path, TEXT)]
-    if not missing:
-        return files
+    missing = {
+        prompt: path
+        for prompt, path in files.items()
+        if ranks.mine(path.name) and not is_complete(path, TEXT)
+    }
+    if missing:
+        _encode_texts(missing, root, max_length, device, dtype, progress, batch_size)
+    ranks.wait()
+    return files
 
+
+def _encode_texts(
+    files: dict[str, Path],
+    root: Path,
+    max_length: int,
+    device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    batch_size: int,
+) -> None:
     from fluxfast.encoders.text import TextEncoders
 
     encoders = TextEncoders(root, device, dtype)
-    done = 0
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
+    prompts = list(files)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
         t5, pooled = encoders.encode(batch, max_length)
         for row, prompt in enumerate(batch):
             write_tensors(files[prompt], {"t5": t5[row], "pooled": pooled[row]})
-        done += len(batch)
         if progress:
-            progress("text", done, len(missing))
+            progress("text", start + len(batch), len(prompts))
     encoders.close()
-    return files
 
 
 def _read_prompts(
@@ -272,15 +322,12 @@ def _encode_images(
     dtype: torch.dtype,
     progress: Progress,
     batch_size: int,
-    announce: Callable[[str], None],
-) -> dict[Path, FluxfastError]:
-    """Write the files. -> target -> why, of those whose image or mask cannot be used."""
+) -> _Made:
+    """Write the files."""
     from fluxfast.encoders.vae import Vae
 
     vae = Vae(root, device, dtype)
-    opaque: set[Path] = set()
-    lost: dict[Path, FluxfastError] = {}
-    done = 0
+    made, done = _Made(), 0
     for batch in _batches(
         sorted(jobs, key=lambda job: (job.bucket, job.image.path, job.flip)), batch_size
     ):
@@ -289,20 +336,18 @@ def _encode_images(
             try:
                 loaded[job] = _load_pixels(job, vae.factor)
             except FluxfastError as error:
-                lost[job.target] = error
+                made.lost[job.target] = error
         if loaded:
             mean, std = vae.encode(torch.stack([pixels for pixels, _ in loaded.values()]))
         for row, (job, (_, mask)) in enumerate(loaded.items()):
             tensors = {"mean": mean[row], "std": std[row]}
             write_tensors(job.target, tensors if mask is None else {**tensors, "mask": mask})
             if mask is None and job.mask == "alpha":
-                opaque.add(job.image.path)
+                made.opaque.add(job.image.path)
         done += len(batch)
         progress("latents", done, len(jobs))
     vae.close()
-    if opaque:
-        announce(f"mask: alpha: {len(opaque)} images have no alpha channel, trained without a mask")
-    return lost
+    return made
 
 
 def _batches(jobs: list[_LatentJob], batch_size: int) -> Iterator[list[_LatentJob]]:

@@ -22,7 +22,8 @@ TEXT_CACHE = 32  # embeddings kept in memory; T5-XXL's take 4 MiB each in bf16
 
 @dataclass
 class Batch:
-    """Samples of one size, on the CPU. B batch, C latent channels, L T5 tokens, D and P widths.
+    """Samples of one size, on the CPU: what this process takes of a batch. B of them, C latent
+    channels, L T5 tokens, D and P widths.
 
     mean, std: [B, C, h, w] fp32. mask: [B, h, w] fp32 loss weights, or None if no sample has one.
     t5: [B, L, D], pooled: [B, P], in the encoders' dtype. indices: global sample indices, for every
@@ -41,18 +42,29 @@ class Batch:
 class Loader:
     """Reads batches of one size each; every sample comes at least once per epoch.
 
-    pin: `iterate` puts batches into page-locked memory, which a GPU copies from while it computes.
+    batch_size: of all processes together; places: those in each batch that this one takes (None:
+    all). pin: `iterate` puts batches into page-locked memory, which a GPU copies from while it
+    computes.
 
     Raises FluxfastError for an empty data set, and while reading for a cache file that is gone or
     corrupt.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, pin: bool = False):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        *,
+        pin: bool = False,
+        places: range | None = None,
+    ):
         if not dataset.samples:
             raise FluxfastError("the data set is empty")
         if batch_size < 1:
             raise FluxfastError(f"the batch size must be at least 1, got {batch_size}")
         self.dataset, self.batch_size, self.seed, self.pin = dataset, batch_size, seed, pin
+        self.places = range(batch_size) if places is None else places
         self._buckets: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(dataset.samples):
             self._buckets.setdefault(sample.size, []).append(index)
@@ -98,9 +110,9 @@ class Loader:
 
     def _members(self, step: int) -> tuple[list[Sample], list[int]]:
         epoch, place = divmod(step, self.batches_per_epoch)
-        samples = [self.dataset.samples[i] for i in self._epoch_order(epoch)[place]]
-        indices = [step * self.batch_size + position for position in range(self.batch_size)]
-        return samples, indices
+        members = self._epoch_order(epoch)[place]
+        samples = [self.dataset.samples[members[position]] for position in self.places]
+        return samples, [step * self.batch_size + position for position in self.places]
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` >= 0 (steps here are batches: one per accumulation step)."""

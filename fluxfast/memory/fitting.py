@@ -10,6 +10,7 @@ import torch
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import Card, card, closest
 from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
+from fluxfast.ranks import local_rank
 
 _STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
 
@@ -65,11 +66,13 @@ def plan_on(device: torch.device, request: Request, limit_gib: float | None = No
 
 
 def host_memory() -> int:
-    """Bytes that may be pinned: half of what is free or can be freed."""
+    """Bytes that this process may pin: half of what is free or can be freed, shared with those that
+    train on the machine's other GPUs.
+    """
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // 2
+                return int(line.split()[1]) * 1024 // 2 // local_rank()[1]
     except OSError:  # no Linux
         pass
     return 16 * GIB

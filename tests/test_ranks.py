@@ -1,0 +1,363 @@
+"""Several processes train what one trains: the same steps up to rounding, one of them writes, and
+what one that dies leaves goes on in any number of them."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from small import noise_pictures
+
+from fluxfast import ranks
+from fluxfast.checkpoint import checkpoints
+from fluxfast.config import Config, build_config, dump_config
+from fluxfast.data.loader import Loader
+from fluxfast.data.store import read_tensors, write_tensors
+from fluxfast.errors import ConfigError
+from fluxfast.load import resolve_device
+from fluxfast.memory.fitting import host_memory
+from fluxfast.metrics import RunLog
+from fluxfast.prepare import prepare
+from fluxfast.ranks import ALONE, Ranks
+from fluxfast.train import train
+
+ROOT = Path(__file__).parent.parent
+QUIET = Console(file=io.StringIO())
+STEPS, STOPPED_BY = 12, 150  # the latter in seconds
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 7, "a picture")
+
+
+@pytest.fixture(scope="module")
+def made(nano_model, photos, tmp_path_factory):
+    """-> make(output_dir, train__lr=…): a run's configuration; all have one cache."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(output: Path, **changes) -> Config:
+        raw = {
+            "name": "small",
+            "output_dir": str(output),
+            "cache_dir": str(cache),
+            "log_every": 1,
+            "device": "cpu",
+            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
+            "lora": {"rank": 2, "dropout": 0.1},
+            "data": {"folder": str(photos), "resolution": [64, 96], "caption_dropout": 0.3},
+            "train": {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "ema": {"enabled": True}},
+            "save": {"every": 4, "dtype": "fp32"},
+            "validation": {"share": 0.2, "every": 6, "timesteps": 1},
+        }
+        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        return build_config(raw, sets)
+
+    return make
+
+
+def start(config: Config, *options: str) -> subprocess.Popen:
+    """torchrun, two processes; what is said goes to OUTPUT_DIR/log.txt."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    file = config.output_dir / "config.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    with open(config.output_dir / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [*command, "--standalone", "-m", "fluxfast", "train", str(file)],
+            env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def said(config: Config) -> str:
+    return (config.output_dir / "log.txt").read_text(encoding="utf-8")
+
+
+def ended(process: subprocess.Popen, config: Config) -> int:
+    try:
+        return process.wait(STOPPED_BY)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"still running: {said(config)}")
+
+
+def reached(step: int, config: Config, process: subprocess.Popen) -> None:
+    """Wait until that step's line is written."""
+    until = time.monotonic() + STOPPED_BY
+    while not any(row["step"] >= step for row in rows(config)):
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"no step {step}: {said(config)}")
+        time.sleep(0.01)
+
+
+def process_of(rank: int, process: subprocess.Popen) -> int:
+    """The process that torchrun has started for a rank."""
+    for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{line}/environ").read_text().split("\0"):
+            return int(line)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def rows(config: Config, name: str = "metrics") -> list[dict]:
+    file = config.run_dir / f"{name}.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def assert_same_but_for_rounding(config: Config, other: Config) -> None:
+    for name in ("metrics", "validation"):
+        pair = rows(config, name), rows(other, name)
+        assert [row["step"] for row in pair[0]] == [row["step"] for row in pair[1]]
+        for key in ("loss", "grad_norm", "difference"):
+            values = [[row[key] for row in each if key in row] for each in pair]
+            assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6), key
+    for name in ("small.safetensors", "small_ema.safetensors"):
+        one, two = (load_file(each.run_dir / name) for each in (config, other))
+        assert one.keys() == two.keys()
+        far = max(((one[key] - two[key]).norm() / one[key].norm()).item() for key in one)
+        assert far < 1e-3, far
+
+
+def files(config: Config) -> set[str]:
+    """But for the names of TensorBoard's, of which every start makes one."""
+    paths = [path.relative_to(config.run_dir) for path in config.run_dir.rglob("*")]
+    return {str(path) for path in paths if path.parts[0] != "tensorboard"}
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory) -> Config:
+    """The run in one process, and its cache."""
+    config = made(tmp_path_factory.mktemp("alone"))
+    train(config, console=QUIET)
+    return config
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+
+
+def test_two_processes_take_the_steps_of_one(made, alone, tmp_path):
+    config = made(tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert ended(start(config), config) == 0, said(config)
+    log = said(config)
+    assert_same_but_for_rounding(config, alone)
+    assert "2 processes, each takes 2 of 4 samples" in log
+    # one speaks and writes: no line is there twice, nor a file that the one process did not write
+    lines = [line for line in log.splitlines() if line.startswith(("step ", "validation at"))]
+    assert len(lines) == len(set(lines)) >= STEPS
+    assert log.count(str(config.run_dir / "small.safetensors")) == 2  # in a line, and as the result
+    assert files(config) == files(alone)
+    assert len(list((config.run_dir / "tensorboard").iterdir())) == 1
+    # each encodes its share: rank 0, which says how much, not all, and all is there
+    for kind, what in (("latents", "images"), ("text", "captions")):
+        cached, whole = (
+            {path.name for path in (each.cache_path / kind).iterdir()} for each in (config, alone)
+        )
+        assert cached == whole
+        own = sum(Ranks(0, 2).mine(name) for name in whole)
+        assert f"encoding {what}: {own}\n" in log and 0 < own < len(whole)
+
+
+@linux
+def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_path):
+    config = made(tmp_path / "two")
+    process = start(config)
+    reached(5, config, process)
+    os.kill(process_of(1, process), signal.SIGKILL)
+    assert ended(process, config) != 0
+    assert "error: another process of this run has ended" in said(config)
+    assert f'File "{ROOT / "fluxfast"}' not in said(config)  # torchrun's own traceback alone
+    assert not list(config.run_dir.rglob(".*.partial"))
+    saved = checkpoints(config.run_dir)[-1][0]
+    assert 5 <= saved < STEPS  # not only what was due at step 4
+    shutil.copytree(config.output_dir, tmp_path / "one")
+    one = made(tmp_path / "one")
+    train(one, console=QUIET)
+    assert_same_but_for_rounding(one, alone)
+
+    # torchrun may start them anew by itself; this time it is rank 0 that dies
+    process = start(config, "--max-restarts", "1")
+    reached(saved + 1, config, process)
+    os.kill(process_of(0, process), signal.SIGKILL)
+    assert ended(process, config) == 0, said(config)
+    assert said(config).count(f"resuming {config.run_dir} at step") == 2
+    assert_same_but_for_rounding(config, alone)
+
+
+@linux
+def test_asked_to_stop_all_ranks_stop_after_the_same_step(made, alone, tmp_path):
+    config = made(tmp_path)
+    process = start(config)
+    reached(2, config, process)
+    os.kill(process_of(1, process), signal.SIGTERM)  # rank 0 learns it from the other
+    assert ended(process, config) == 0
+    (step, _), *_ = checkpoints(config.run_dir)
+    assert 2 <= step < STEPS
+    line = f"stopped after step {step} of {STEPS}, which is saved; to go on: torchrun"
+    assert said(config).count(line) == 1
+    train(config, console=QUIET)
+    assert_same_but_for_rounding(config, alone)
+
+
+def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
+    """Two pictures are broken in the cache, and each rank is given them at some time."""
+    cache = shutil.copytree(alone.cache_path, tmp_path / "cache")
+    config = made(tmp_path, cache_dir=str(cache), train__max_bad_steps=3)
+    dataset = prepare(config, torch.device("cpu"), QUIET).dataset
+    for sample in dataset.samples:
+        tensors = read_tensors(sample.latents, ("mean", "std"))
+        write_tensors(sample.latents, {**tensors, "mean": tensors["mean"] * float("nan")})
+    assert ended(start(config), config) != 0
+    first = Loader(dataset, 4, config.seed).batch(0).names
+    text = (config.run_dir / "diagnosis.txt").read_text(encoding="utf-8")
+    assert [line.split(":")[0] for line in text.splitlines()] == list(
+        dict.fromkeys(f"step 1, {name}" for name in first)
+    )
+    assert "error: no step from 1 to 3 had a finite loss and gradient" in said(config)
+
+
+PAIR = """
+import os, sys, time, torch
+from fluxfast.errors import ConfigError
+from fluxfast.ranks import LostRank, joined
+
+with joined() as ranks:
+    assert (ranks.rank, ranks.count) == (int(os.environ["RANK"]), 2)
+    assert ranks.told({"a": "é" * ranks.rank, "rank": ranks.rank}) == [
+        {"a": "", "rank": 0}, {"a": "é", "rank": 1}
+    ]
+    assert [ranks.any(flag) for flag in (False, ranks.first, not ranks.first, True)] == [
+        False, True, True, True
+    ]
+    one, two = torch.tensor([1.0, float(ranks.rank)]), torch.tensor(2 + ranks.rank)
+    ranks.sum_(one, two)
+    assert one.tolist() == [2.0, 1.0] and two.item() == 5
+    ranks.check_same("colour", "red")
+    try:
+        ranks.check_same("their colour", "red" if ranks.first else "blue")
+        sys.exit("not noticed")
+    except ConfigError as error:
+        assert "differ in their colour: rank 1" in error.message
+    with ranks.first_before_others():
+        if ranks.first:
+            time.sleep(0.3)
+            open("first", "w").close()
+        assert os.path.exists("first")
+    if not ranks.first:
+        os._exit(0)
+    try:
+        ranks.wait()
+        sys.exit("not noticed")
+    except LostRank as error:
+        assert error.message.startswith("another process of this run has ended: ")
+        assert "gloo/" not in error.message
+        print("lost", flush=True)
+        os._exit(0)
+"""
+
+
+def test_ranks_tell_each_other(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR],
+            cwd=tmp_path,
+            env={**common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for rank in range(2)
+    ]
+    ends = [process.communicate(timeout=STOPPED_BY) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], ends
+    assert ends[0][0] == "lost\n"
+
+
+def test_one_process_waits_for_nobody():
+    assert ALONE.first and not ALONE.any(False) and ALONE.any(True)
+    assert ALONE.told({"a": 1}) == [{"a": 1}]
+    value = torch.ones(3)
+    ALONE.sum_(value)
+    ALONE.wait()
+    ALONE.check_same("colour", "red")
+    with ALONE.first_before_others():
+        assert torch.equal(value, torch.ones(3))
+    with ranks.joined() as joined:
+        assert joined == ALONE
+
+
+def test_ranks_share_every_batch_and_every_key():
+    assert [list(Ranks(rank, 3).share(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ConfigError, match="batch_size is 4: 3 processes cannot share"):
+        Ranks(0, 3).share(4)
+    keys = [f"{number * 2654435761 % 2**32:08x}abc" for number in range(300)]
+    owners = [[rank for rank in range(3) if Ranks(rank, 3).mine(key)] for key in keys]
+    assert all(len(each) == 1 for each in owners)
+    assert {min(owners.count([rank]) for rank in range(3)) > 60} == {True}
+
+
+def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
+    dataset = prepare(alone, torch.device("cpu"), QUIET).dataset
+    whole = Loader(dataset, 4, seed=3)
+    parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).share(4)) for rank in range(2)]
+    for number in (0, 1, 7):
+        batch, halves = whole.batch(number), [part.batch(number) for part in parts]
+        assert batch.names == halves[0].names + halves[1].names
+        assert batch.indices == halves[0].indices + halves[1].indices
+        for key in ("mean", "std", "t5", "pooled"):
+            assert torch.equal(
+                getattr(batch, key), torch.cat([getattr(half, key) for half in halves])
+            )
+    assert whole.fingerprint == parts[1].fingerprint
+
+
+def test_a_rank_that_does_not_write_counts_alone(tmp_path):
+    log = RunLog(tmp_path / "run", 0, 4, 1, torch.device("cpu"), QUIET, writes=False)
+    with log:
+        log.step(1, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.0), 1e-4, 0)
+    assert log.state()["losses"] == [2.0] and not (tmp_path / "run").exists()
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("auto", "cuda", "cuda:1"):
+        assert resolve_device(name) == torch.device("cuda:1") == taken[-1]
+    with pytest.raises(ConfigError, match="device 'cuda:0' is one GPU, and 2 processes"):
+        resolve_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="device 'cuda:2' is not there: torch sees 2"):
+        resolve_device("auto")
+
+
+def test_processes_on_a_machine_share_its_memory(monkeypatch):
+    whole = host_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_memory() == pytest.approx(whole / 4, rel=0.2)  # others use memory meanwhile
