@@ -1,11 +1,15 @@
-"""Files written whole or not at all, and folders used by one process at a time."""
+"""Files written whole or not at all, rows read back from them, and folders used by one process at a
+time.
+"""
 
 import contextlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
 
@@ -77,6 +81,33 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def with_step(row: Any) -> dict:
+    """The row of a log, or ValueError where it is no mapping with a whole number as its step."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no row of a log")
+    return row
+
+
+def read_rows(
+    path: Path,
+    make: Callable[[Any], Any] = with_step,
+    say: Callable[[str], None] = lambda line: None,
+) -> list:
+    """What `make` makes of every line of a .jsonl file, in order; none where there is no such file.
+
+    A line that is no JSON, or that make has a ValueError or TypeError for, is passed over: a crash
+    may have cut it, somebody have changed it. say is told how many.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows, lines = [], [line for line in text.split("\n") if line]
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            rows.append(make(json.loads(line)))
+    if lost := len(lines) - len(rows):
+        say(f"note: {lost} of {len(lines)} lines of {path} cannot be read and are left out")
+    return rows
 
 
 @contextlib.contextmanager

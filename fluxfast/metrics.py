@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.files import going_on, write_atomic
+from fluxfast.files import going_on, read_rows, write_atomic
 from fluxfast.lines import plain
 
 WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
@@ -113,9 +113,8 @@ class RunLog:
     def _drop_lines_after(self, step: int) -> None:
         """A run resumed at `step` writes the lines after it again."""
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            whole = [line for line in lines if line.endswith("}")]  # a crash may cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            rows = read_rows(self.path, say=self._say)
+            kept = [json.dumps(row) for row in rows if row["step"] <= step]
             write_atomic(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def state(self) -> dict:

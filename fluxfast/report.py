@@ -7,7 +7,6 @@ goes through `_text`, which escapes it, and the page's policy forbids scripts an
 import base64
 import html
 import io
-import json
 import math
 import re
 import statistics
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fluxfast.files import write_atomic
+from fluxfast.files import read_rows, write_atomic
 from fluxfast.plots import loss_figure, validation_figure
 from fluxfast.settings import parse_yaml
 from fluxfast.validation import Validation, best, read_validations
@@ -119,20 +118,10 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _read_metrics(path: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl that hold a step; a cut or foreign line is passed over."""
-    rows = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return read_rows(path)
     except OSError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and _finite(row.get("step")):
-            rows.append(row)
-    return rows
+        return []
 
 
 def _read_settings(path: Path) -> tuple[dict, str | None]:
@@ -205,9 +194,12 @@ def _chart(svg: str, words: str) -> str:
 
 def _validation(path: Path) -> str:
     title = "Validation against the base model"
+    lost: list[str] = []
     try:
-        rows = [row for row in read_validations(path) if _whole(row)]
-    except (OSError, ValueError, TypeError, RecursionError):
+        rows = [row for row in read_validations(path, say=lost.append) if _whole(row)]
+    except OSError as error:
+        rows, lost = [], [str(error)]
+    if lost and not rows:
         return _section(title, _note("validation.jsonl cannot be read."))
     if not rows:
         hint = "No validation was recorded. Set validation.share to hold pictures out of training."

@@ -9,8 +9,10 @@ LoRA helps.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from fluxfast import draws
 from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
 from fluxfast.errors import ConfigError
-from fluxfast.files import write_atomic
+from fluxfast.files import read_rows, with_step, write_atomic
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_lora_strength
 from fluxfast.objective import flow_loss, noise_batch, predict
@@ -161,13 +163,21 @@ def student_quantile(p: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-def read_validations(path: Path, up_to: int | None = None) -> list[Validation]:
-    """The measurements in validation.jsonl, in order; whole lines only."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    rows = [Validation(**json.loads(line)) for line in lines]
+def read_validations(
+    path: Path, up_to: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Validation]:
+    """The measurements in validation.jsonl, in order; lines that are none are passed over."""
+    rows = read_rows(path, _measurement, say)
     return [row for row in rows if up_to is None or row.step <= up_to]
+
+
+def _measurement(row: Any) -> Validation:
+    made = Validation(**with_step(row))
+    interval = [bound for bound in (made.low, made.high) if bound is not None]
+    for value in (made.loss, made.base_loss, made.difference, made.pictures, *interval):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{value!r} is no number")
+    return made
 
 
 def write_validations(path: Path, rows: list[Validation]) -> None:
@@ -175,5 +185,5 @@ def write_validations(path: Path, rows: list[Validation]) -> None:
 
 
 def best(rows: list[Validation]) -> Validation | None:
-    """The measurement with the lowest loss; the earliest of equals."""
-    return min(rows, key=lambda row: (row.loss, row.step), default=None)
+    """The measurement with the lowest loss; the earliest of equals, one without a number last."""
+    return min(rows, key=lambda row: (math.isnan(row.loss), row.loss, row.step), default=None)

@@ -35,7 +35,7 @@ class Watch:
         self.config, self.model, self.prepared = config, model, prepared
         self.device, self.console = device, console
         self.file = config.run_dir / "validation.jsonl"
-        self._rows = read_validations(self.file, up_to=first)
+        self._rows = read_validations(self.file, up_to=first, say=self._say)
         if writes and self.file.is_file():
             write_validations(self.file, self._rows)
         self.validator = None

@@ -1,0 +1,96 @@
+"""A run's folder as a crash, a copy or an editor leaves it: the run goes on where it can, and says
+what is lost."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small import noise_pictures
+
+import fluxfast.train
+import fluxfast.watch
+from fluxfast.config import Config
+from fluxfast.files import read_rows
+from fluxfast.train import train
+from fluxfast.validation import Validation, best, read_validations
+
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
+
+
+@pytest.fixture
+def configure(configure, monkeypatch):
+    """Shorter runs, measured, without charts, which take half of their time."""
+    monkeypatch.setattr(fluxfast.watch, "plot_validation", lambda rows, path: path)
+    monkeypatch.setattr(fluxfast.train, "write_report", lambda run_dir: run_dir / "report.html")
+    short = {
+        "train__batch_size": 1,
+        "log_every": 1,
+        "validation": {"share": 0.25, "every": 2, "timesteps": 1},
+    }
+    return lambda **changes: configure(**{**short, **changes})
+
+
+def run(config: Config) -> list[str]:
+    """Train to the end. -> what was said."""
+    console = Console(file=io.StringIO(), width=300)
+    train(config, console=console)
+    return console.file.getvalue().splitlines()
+
+
+# ---------------------------------------------------------------- metrics.jsonl, validation.jsonl
+
+FOREIGN = [
+    b"{junk}",
+    b"[1]",
+    b"{}",
+    b'{"step": "3"}',
+    b'{"step": true, "loss": 1}',
+    b'{"step": 3, "loss": "\xc3',  # cut within a letter
+    b"\xff\xfe\x00",
+    b"\x00" * 40,  # as a file system may leave what was not flushed
+    b'{"a":' * 3000 + b"1" + b"}" * 3000,
+]
+
+
+def test_lines_that_are_none_of_the_logs_are_left_out_and_counted(configure):
+    """Nothing of the others, of what comes later, or of the training is another for them."""
+    ends = []
+    for spoilt in (False, True):
+        config = configure()
+        run(config)
+        files = [config.run_dir / f"{name}.jsonl" for name in ("metrics", "validation")]
+        for file in files if spoilt else ():
+            first, rest = file.read_bytes().split(b"\n", 1)
+            file.write_bytes(b"\n".join([*FOREIGN[:5], first, *FOREIGN[5:], rest]) + b'{"step": 4')
+        said = run(configure(train__steps=6))
+        notes = [line for line in said if "cannot be read and are left out" in line]
+        assert len(notes) == (2 if spoilt else 0)
+        for note, file, whole in zip(notes, reversed(files), (3, 4), strict=False):
+            assert note.startswith(f"note: 10 of {whole + 10} lines of {file} cannot")
+        steps = [row["step"] for row in map(json.loads, files[0].read_text().splitlines())]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        lora = (config.run_dir / "small.safetensors").read_bytes()
+        ends.append((lora, read_validations(files[1])))
+        config.run_dir.rename(config.output_dir / f"run {spoilt}")
+    assert ends[0] == ends[1] and [row.step for row in ends[0][1]] == [0, 2, 4, 6]
+
+
+def test_only_measurements_are_read_as_such(tmp_path):
+    row = {"step": 2, "loss": 1.5, "base_loss": 2, "difference": -0.5, "low": None, "high": None}
+    row["pictures"] = 1
+    wrong = [{"loss": "x"}, {"loss": None}, {"low": "x"}, {"pictures": []}, {"more": 1}]
+    lines = [{**row, **each} for each in (*wrong, {"loss": float("nan")}, {})]
+    file, said = tmp_path / "validation.jsonl", []
+    file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, {"step": 3})))
+    rows = read_validations(file, say=said.append)
+    assert len(rows) == 2 and rows[1] == Validation(**row)
+    assert said == [f"note: 6 of 8 lines of {file} cannot be read and are left out"]
+    assert best(rows) is rows[1]  # though the one before it has no number
+    assert read_rows(tmp_path / "none.jsonl", say=pytest.fail) == []
