@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,7 +233,8 @@ def _explained(error: NotFinite, run: Training, saves: Saves, log: RunLog) -> Fl
         write_atomic(run.config.run_dir / "diagnosis.txt", text.encode())
     saved = saves.newest[0] if saves.newest else 0
     if error.good > saved and skips_exactly(run.optimizer, run.device):
-        saves.try_to_save(run, error.good, {**log.state(), "bad": 0})
+        with suppress(FluxfastError):  # of weights that are not finite: so the lines say
+            saves.try_to_save(run, error.good, {**log.state(), "bad": 0})
     return FluxfastError(
         f"{error.message}: {'; '.join(lines)}",
         hint="take the picture out, lower train.lr, or set model.compute to fp32; the same command "

@@ -16,9 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small import noise_pictures
 
-import fluxfast.train as train_module
+import fluxfast.train
 from fluxfast.build import build
-from fluxfast.checkpoint import checkpoints
+from fluxfast.checkpoint import checkpoints, read_state
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import LATENTS, read_tensors, write_tensors
@@ -116,6 +116,33 @@ def test_a_loss_that_is_not_finite_skips_a_step_with_sound_gradients(configure):
     assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dtype, side):
+    """A good step may be the one that breaks them. The last save would be of no use, and the sound
+    one before it dropped."""
+    settings = {"train__steps": 9, "save__every": 2, "save__keep": 1, "save__dtype": dtype}
+    config = configure(train__max_bad_steps=2, **settings)
+    real = fluxfast.train.train_step
+
+    def breaks(run, batches, step):
+        result = real(run, batches, step)
+        if step == 2:
+            with torch.no_grad():
+                run.parameters[side][0, 0] = torch.inf if side else torch.nan
+        return result
+
+    monkeypatch.setattr(fluxfast.train, "train_step", breaks)
+    for log_every, message in ((9, "holds numbers that are not"), (1, "weights that are not")):
+        with pytest.raises(FluxfastError, match=message) as raised:
+            train(config.model_copy(update={"log_every": log_every}), console=QUIET)
+        assert "double_blocks.0.img_attn.qkv" in raised.value.message
+        ((step, folder),) = checkpoints(config.run_dir)
+        weights = read_state(folder)["parameters"]
+        assert step == 2 and all(tensor.isfinite().all() for tensor in weights)
+        config.save.every = 5  # behind the steps that end the run
+
+
 @pytest.mark.parametrize(
     "bad, found",
     [
@@ -165,13 +192,13 @@ def test_every_bad_sample_of_a_step_is_named(configure):
 def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkeypatch):
     """A fault of the machine, or of a captured graph, say."""
     assert diagnose(start(configure()), 1) == []
-    step = train_module.train_step
+    step = fluxfast.train.train_step
 
     def broken(*arguments):
         loss, norm, bad, lr = step(*arguments)
         return loss * float("nan"), norm, torch.ones_like(bad), lr
 
-    monkeypatch.setattr(train_module, "train_step", broken)
+    monkeypatch.setattr(fluxfast.train, "train_step", broken)
     with pytest.raises(FluxfastError, match="step 1: taken again, .* everything is finite"):
         train(configure(train__max_bad_steps=1), console=QUIET)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import write_atomic
+from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_convert import read_all
 from fluxfast.formats.lora_pieces import (
     Lora,
@@ -69,13 +70,19 @@ def save_lora(
 
     format: diffusers, kohya, comfyui, xlabs or bfl. dtype: fp32, fp16 or bf16; a tensor that fp16
     cannot hold makes the whole file fp32. tensors: see `lora_of`. Raises ConfigError for a format
-    that is unknown or has no place for some of the layers, FluxfastError where there is no LoRA or
-    the disk refuses.
+    that is unknown or has no place for some of the layers, FluxfastError where there is no LoRA, it
+    is not finite or the disk refuses.
     """
     known_format(format)
     lora = lora_of(model, tensors)
     if not lora.pieces:
         raise FluxfastError("the model carries no LoRA to save")
+    for module, pieces in lora.pieces.items():
+        if not all(all_finite(side) for piece in pieces for side in (piece.a, piece.b)):
+            raise FluxfastError(
+                f"the LoRA of {module} holds numbers that are not finite: it is not saved",
+                hint="lower train.lr; what was saved before is as it was",
+            )
     lora = balanced(lora) if dtype == "fp16" else lora
     content = to_bytes(to_state(lora, format), dtype, metadata or {})
     write_atomic(Path(path), content)
