@@ -61,6 +61,7 @@ def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[int, P
     for step, folder in reversed(checkpoints(run_dir)):
         try:
             verify(folder)
+            _check_step(folder, step)
         except Damaged as error:
             damaged.append((folder, error))
             continue
@@ -102,10 +103,19 @@ def verify(folder: Path) -> None:
             found = _measure(folder / name)
         except OSError as error:
             raise _damaged(folder, name, error.strerror or str(error)) from None
+        except ValueError:  # of what is no name of a file
+            raise _damaged(folder, MANIFEST, f"it names {name!r}, which is no file") from None
         if found["bytes"] != size:
             raise _damaged(folder, name, f"{found['bytes']} bytes instead of {size}")
         if found["sha256"] != digest:
             raise _damaged(folder, name, "its checksum does not match")
+
+
+def _check_step(folder: Path, step: int) -> None:
+    """Damaged where a checkpoint has another step's name: a copy would be gone on from there."""
+    found = read_state(folder, tensors=False).get("step")
+    if found != step:
+        raise _damaged(folder, REST, f"it is of step {found}")
 
 
 def save_checkpoint(

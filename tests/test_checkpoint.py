@@ -286,7 +286,13 @@ DAMAGE = {
     "a manifest of nothing": lambda f: (f / MANIFEST).write_text("{}"),
     "a manifest that is a list": lambda f: (f / MANIFEST).write_text("[1]"),
     "a manifest that is no JSON": lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"),
-    "a manifest that leads outside": lambda f: names_outside(f / MANIFEST),
+    "a manifest that leads outside": lambda f: names(f / MANIFEST, "../../../etc/passwd"),
+    "a manifest of what is no name": lambda f: names(f / MANIFEST, "a\0b"),
+    "a manifest of what no system can name": lambda f: names(f / MANIFEST, "\ud800"),
+    "another step's": lambda f: (
+        shutil.rmtree(f),
+        shutil.copytree(f.with_name("step-00000002"), f),
+    ),
 }
 
 
@@ -296,9 +302,14 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def names_outside(manifest: Path) -> None:
+def copied(source: Path, target: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def names(manifest: Path, file: str) -> None:
     entries = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**entries, "../../../etc/passwd": entries[REST]}))
+    manifest.write_text(json.dumps({**entries, file: entries[REST]}))
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
