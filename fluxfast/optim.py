@@ -31,16 +31,24 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
     Raises ConfigError for an argument that it does not take, or a missing library.
     """
     lr, args = default_lr(train), dict(train.optimizer_args)
-    if "betas" in args:
-        args["betas"] = tuple(args["betas"])
     if train.optimizer == "schedulefree" and train.lr_schedule != "constant":
         raise ConfigError(
             "optimizer schedulefree replaces the schedule: lr_schedule must be constant"
         )
+    make = _FACTORIES[train.optimizer]
     try:
-        return _FACTORIES[train.optimizer](parameters, lr, args, train)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_args of {train.optimizer}: {error}") from None
+        if "betas" in args:
+            args["betas"] = tuple(args["betas"])
+        # many values are looked at in a step alone
+        trial = nn.Parameter(torch.zeros(1, device=parameters[0].device))
+        trial.grad = torch.zeros_like(trial)
+        optimizer = make([trial], lr, args, train)
+        set_mode(optimizer, training=True)
+        optimizer.step()
+        return make(parameters, lr, args, train)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"optimizer_args of {train.optimizer}: {said}") from None
     except ImportError as error:
         raise ConfigError(
             f"optimizer {train.optimizer} needs a library that is not here: {error}",

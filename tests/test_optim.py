@@ -18,6 +18,7 @@ from fluxfast.optim import (
     lr_multiplier,
     set_lr,
     set_mode,
+    skips_exactly,
     step_unless,
 )
 from fluxfast.tree import take_apart
@@ -71,10 +72,21 @@ def test_each_optimizer_descends(name):
     assert sum(p.square().sum() for p in params) < 0.95 * before
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_goes_through_a_checkpoint_and_on(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        *((name, {}) for name in OPTIMIZERS),
+        ("adamw", {"amsgrad": True, "betas": [0.8, 0.9]}),
+        ("adamw", {"foreach": True}),
+        ("adamw8bit", {"min_8bit_size": 16}),
+        ("prodigy", {"use_bias_correction": True, "slice_p": 11, "d_coef": 2.0}),
+        ("schedulefree", {"r": 1.0, "warmup_steps": 7}),
+        ("adafactor", {"beta1": 0.9, "scale_parameter": True}),
+    ],
+)
+def test_state_goes_through_a_checkpoint_and_on(name, args, tmp_path):
     """Ten steps in one go equal five, a save, a load, and five, bit for bit, the state too."""
-    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
+    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01, optimizer_args=args)
     whole, straight = descend(train, 10, at_end=False)
     half, optimizer = descend(train, 5, at_end=False)
     state = {"step": 5, "p": [p.detach() for p in half], "o": optimizer.state_dict()}
@@ -163,9 +175,35 @@ def test_adamw_that_is_not_fused_steps_on_zeros():
     assert all(torch.isfinite(p).all() for p in restored)
 
 
+def test_where_a_bad_step_is_left_out_exactly():
+    """Elsewhere the state after a row of bad steps is no last good one, and is not saved."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for name in OPTIMIZERS:
+        optimizer = build_optimizer(TrainConfig(optimizer=name), parameters())
+        assert skips_exactly(optimizer, cpu)
+        assert skips_exactly(optimizer, gpu) == (name == "adamw")
+    plain = TrainConfig(optimizer_args={"foreach": True})
+    assert not skips_exactly(build_optimizer(plain, parameters()), gpu)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ConfigError, match="optimizer_args of adamw"):
         build_optimizer(TrainConfig(optimizer_args={"nonsense": 1}), parameters())
+    wrong = [
+        ("adamw", {"betas": 3}),
+        ("adamw", {"betas": [0.9]}),
+        ("adamw", {"betas": [0.9, 0.99, 0.999]}),
+        ("adamw", {"amsgrad": "no"}),
+        ("adamw", {"differentiable": True}),
+        ("adamw8bit", {"betas": [0.9]}),
+        ("prodigy", {"betas": None}),
+        ("schedulefree", {"eps": "1e-8"}),
+        ("adafactor", {"eps": 1e-8}),  # it takes two
+    ]
+    for name, args in wrong:
+        with pytest.raises(ConfigError, match=f"optimizer_args of {name}: .") as raised:
+            build_optimizer(TrainConfig(optimizer=name, optimizer_args=args), parameters())
+        assert "\n" not in raised.value.message
     with pytest.raises(ConfigError, match="lr_schedule"):
         build_optimizer(TrainConfig(optimizer="schedulefree", lr_schedule="cosine"), parameters())
 
