@@ -4,12 +4,11 @@ import json
 import math
 import os
 import shutil
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from on_device import OnDevice
 
 import fluxfast.checkpoint
 from fluxfast.checkpoint import (
@@ -106,35 +105,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
             put_weights(other, saved, tmp_path)
 
 
-class OnDevice(torch.Tensor):
-    """Stands for a tensor in a GPU's memory: it can be viewed and copied to the CPU, nothing else.
-
-    copies: those that are still held, whenever another is made.
-    """
-
-    copies: list = []
-    held: list[int] = []
-
-    @staticmethod
-    def __new__(cls, values):
-        kind = {"dtype": values.dtype, "device": "meta", "strides": values.stride()}
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **kind)
-
-    def __init__(self, values):
-        self.values = values
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name == "_to_copy" and kwargs.get("device") == torch.device("cpu"):
-            cls.held.append(sum(copy() is not None for copy in cls.copies))
-            copy = args[0].values.clone()
-            cls.copies.append(weakref.ref(copy.untyped_storage()))
-            return copy
-        assert name in ("detach", "alias"), f"{name} would make a tensor on the device"
-        return tree_map(lambda x: cls(x.values) if isinstance(x, cls) else x, args[0])
-
-
 def test_saving_copies_one_tensor_at_a_time_to_the_host(tmp_path):
     """And makes nothing on the device: `OnDevice` can do no more."""
     OnDevice.copies, OnDevice.held = [], []
@@ -157,6 +127,7 @@ class Disk:
 
     def __init__(self, monkeypatch, refuse: int | None = None):
         self.events: list[tuple[str, str]] = []
+        self.sizes: dict[str, int] = {}  # when they were flushed
         self.refuse = refuse
         for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
@@ -166,6 +137,8 @@ class Disk:
     def _watched(self, name, real):
         def call(path, *args, **kwargs):
             named = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+            if name == "fsync":
+                self.sizes[named] = os.fstat(path).st_size
             target = f" -> {args[0]}" if name in ("replace", "rename") else ""
             self.events.append((name, named + target))
             if len(self.events) - 1 == self.refuse:
@@ -214,6 +187,10 @@ def test_the_order_in_which_a_checkpoint_reaches_the_disk(tmp_path, monkeypatch)
     gone = disk.first("rename", f"{folder.parent}/step-00000001 ->")
     unlinked = [i for i, (name, _) in enumerate(disk.events) if name in ("unlink", "rmdir")]
     assert renamed < parent < gone < min(unlinked[1:], default=gone + 1)
+    assert renamed < disk.events.index(("fsync", str(tmp_path))) < gone  # a first one's parent
+    for name in (TENSORS, REST, MANIFEST):
+        size = disk.sizes[f"{folder.parent}/{partial}/{name}"]
+        assert size == (folder / name).stat().st_size, f"{name} was flushed before it was written"
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
     assert not list(folder.parent.glob(".*"))
 

@@ -81,6 +81,7 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
 
     ((step, folder),) = checkpoints(config.run_dir)
     assert step == 2
+    assert read_state(folder)["log"]["bad"] == 0  # the run goes on from before the row
     clean = configure(name="clean", train__steps=2, **settings)
     train(clean, console=QUIET)
     ours, theirs = (

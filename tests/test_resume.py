@@ -299,6 +299,15 @@ def test_every_class_does_what_it_says(some_config):
         assert ("without effect" in line) == (kind == "start")
 
 
+def test_no_run_goes_on_as_a_mixture_and_none_is_kept_from_longer_or_slower():
+    dangerous = "name seed trigger model.path lora.rank lora.alpha lora.dropout lora.targets"
+    dangerous += " data.folder data.resolution train.batch_size train.gradient_accumulation"
+    dangerous += " train.optimizer train.optimizer_args train.timesteps validation.share"
+    assert set(dangerous.split()) <= REFUSED
+    harmless = "train.steps train.lr save.every save.keep save.dtype output_dir sample.prompts"
+    assert set(harmless.split()) <= APPLIED
+
+
 def test_the_same_settings_are_no_change(some_config):
     dump = json.loads(json.dumps(some_config.model_dump(mode="json")))
     assert check_changes(dump, some_config) == []

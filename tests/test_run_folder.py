@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from small import noise_pictures
 
 import fluxfast.train
 import fluxfast.watch
+from fluxfast.checkpoint import checkpoints, read_state
 from fluxfast.config import Config
 from fluxfast.files import read_rows
 from fluxfast.train import train
@@ -94,3 +97,51 @@ def test_only_measurements_are_read_as_such(tmp_path):
     assert said == [f"note: 6 of 8 lines of {file} cannot be read and are left out"]
     assert best(rows) is rows[1]  # though the one before it has no number
     assert read_rows(tmp_path / "none.jsonl", say=pytest.fail) == []
+
+
+# ---------------------------------------------------------------- what is found there
+
+
+def test_what_killed_processes_left_is_gone_at_the_next_start(configure):
+    config = configure(validation={})
+    left = [".small.safetensors.7.partial", "samples/.a.png.7.partial"]
+    left += [f"checkpoints/.step-00000002.{gone}7.partial/state/x" for gone in ("", "gone.")]
+    for name in left:
+        (config.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / name).write_text("")
+    run(config)
+    assert not [path for path in config.run_dir.rglob("*") if ".partial" in path.name]
+
+
+def test_a_run_that_was_moved_and_is_reached_by_a_link_goes_on_the_same(configure):
+    """Under another name of its folder's folder; the settings that were saved name the old one."""
+    longer = {"train__steps": 6, "train__lr_schedule": "constant"}
+    whole = configure(**longer)
+    run(whole)
+    kept = load_file(whole.run_dir / "small.safetensors")
+    whole.run_dir.rename(whole.output_dir / "whole")
+    config = configure()
+    run(config)
+    elsewhere, link = config.output_dir.with_name("on another disk"), config.output_dir / "link"
+    config.run_dir.rename(elsewhere)
+    link.mkdir()
+    (link / "small").symlink_to(elsewhere, target_is_directory=True)
+    said = run(configure(output_dir=str(link), **longer))
+    (changed,) = [line for line in said if "with other settings" in line]
+    assert "output_dir was" in changed and "train.steps was 4, is 6" in changed
+    assert (link / "small").is_symlink() and not config.run_dir.exists()
+    ours = load_file(elsewhere / "small.safetensors")
+    assert ours.keys() == kept.keys() and all(torch.equal(ours[key], kept[key]) for key in kept)
+
+
+def test_settings_of_saving_that_shrink_lose_nothing_before_there_is_more(configure):
+    """Fewer steps than there are, and fewer checkpoints."""
+    config = configure(save__every=1, save__keep=3)
+    run(config)
+    last = checkpoints(config.run_dir)
+    (config.run_dir / "small.safetensors").unlink()
+    said = run(configure(train__steps=2, save__keep=1))
+    assert said[-1].startswith("4 steps done") and checkpoints(config.run_dir) == last
+    assert read_state(last[-1][1], tensors=False)["step"] == 4
+    run(configure(train__steps=5, save__keep=1))
+    assert [step for step, _ in checkpoints(config.run_dir)] == [5]
