@@ -102,6 +102,65 @@ def test_a_component_that_is_a_pickle_is_refused(nano_model, tmp_path, part):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+@pytest.mark.parametrize("way", ["pickle", "outside", "settings", "broken"])
+def test_no_index_leads_to_a_pickle_or_out_of_the_folder(
+    nano_model, tmp_path, monkeypatch, part, way
+):
+    """Transformers and diffusers open what an index names as what its ending says, although they
+    are told to use safetensors."""
+    from fluxfast.encoders.text import TextEncoders
+    from fluxfast.encoders.vae import Vae
+
+    root = shutil.copytree(nano_model, tmp_path / "model")
+    (weights,) = (root / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    names = {"pickle": "evil.bin", "outside": "../evil.safetensors", "settings": "evil.bin"}
+    if way == "outside":
+        shutil.copy(weights, root / "evil.safetensors")
+    elif way != "broken":
+        torch.save(tensors, root / part / "evil.bin")
+    index = root / part / f"{weights.name}.index.json"
+    if way == "settings":
+        said = json.loads((root / part / "config.json").read_text())
+        said = json.dumps({**said, "transformers_weights": "evil.bin"})
+        (root / part / "config.json").write_text(said)
+    elif way == "broken":
+        index.write_text("[" * 100_000)
+    else:
+        table = dict.fromkeys(tensors, names[way])
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": table}))
+    weights.unlink()
+    loaded = []
+    monkeypatch.setattr(torch, "load", lambda *given, **named: loaded.append(given))
+    with pytest.raises(FluxfastError, match=f"cannot load .*{names.get(way, part)}"):
+        (Vae if part == "vae" else TextEncoders)(root)
+    assert not loaded
+
+
+def test_an_index_of_pickles_beside_safetensors_is_passed_over(nano_model, tmp_path):
+    from fluxfast.encoders.text import TextEncoders
+
+    root = shutil.copytree(nano_model, tmp_path / "model")
+    table = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (root / "text_encoder_2" / "pytorch_model.bin.index.json").write_text(json.dumps(table))
+    TextEncoders(root).encode(["a word"], 8)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_no_model_chooses_a_repository_of_compiled_attention(nano_model, tmp_path, part, key):
+    """Transformers fetches `owner/name` from the Hub and runs what is in it."""
+    from fluxfast.encoders.text import TextEncoders
+
+    root = shutil.copytree(nano_model, tmp_path / "model")
+    file = root / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: "owner/kernel"}))
+    encoded = TextEncoders(root).encode(["a word"], 8)
+    expected = TextEncoders(nano_model).encode(["a word"], 8)
+    assert all(map(torch.equal, encoded, expected))
+
+
 # ---------------------------------------------------------------- YAML that grows
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

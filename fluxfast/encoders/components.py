@@ -5,6 +5,7 @@ by content (`formats/parts.py`). Single files hold no tokenizers: those lie besi
 `tokenizer` and `tokenizer_2`, or come from the Hub.
 """
 
+import json
 from pathlib import Path
 
 from fluxfast.encoders.fingerprint import fingerprint
@@ -53,6 +54,31 @@ def has_component(root: Path, name: str) -> bool:
     if name in _TOKENIZERS:
         return not _is_diffusers(root)
     return find_part(root, name) is not None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FluxfastError where a component's settings name weights that are not safetensors of its
+    own folder: its library would open them, pickles too, whatever it was told.
+    """
+    for file in [folder / "config.json", *folder.glob("*.safetensors.index.json")]:
+        try:
+            said = json.loads(file.read_bytes()) if file.is_file() else {}
+            names = {*said.get("weight_map", {}).values(), said.get("transformers_weights", "")}
+            odd = [name for name in names if name and not _is_own(name)]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise FluxfastError(
+                f"cannot load {file}: {error}", hint="download the folder again"
+            ) from None
+        if odd:
+            raise FluxfastError(
+                f"cannot load {folder}: {file.name} names {odd[0]!r}, which is no "
+                ".safetensors file of the folder",
+                hint="look for the same model with its weights in safetensors",
+            )
+
+
+def _is_own(name: str) -> bool:
+    return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:")
 
 
 def component_print(root: Path, name: str) -> str:

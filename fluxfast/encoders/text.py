@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import component
+from fluxfast.encoders.components import check_folder, component
 from fluxfast.encoders.quiet import quiet
 from fluxfast.encoders.single_file import load_part
 from fluxfast.errors import FluxfastError
@@ -110,8 +110,17 @@ def _load_tokenizer(cls, folder: Path, vocabulary: str):
 def _load_model(cls, folder: Path | Part, dtype: torch.dtype):
     if isinstance(folder, Part):
         return load_part(folder, dtype)
-    # without the last, a folder of pickles would do
-    model, info = _load(cls, folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    check_folder(folder)
+    # without use_safetensors a folder of pickles would do; without the last, config.json may name a
+    # repository whose compiled attention is fetched and run
+    model, info = _load(
+        cls,
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        attn_implementation=None,
+    )
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
         names = ", ".join(missing[:3]) or "of other shapes than its config.json says"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import component
+from fluxfast.encoders.components import check_folder, component
 from fluxfast.encoders.quiet import quiet
 from fluxfast.encoders.single_file import load_part
 from fluxfast.errors import FluxfastError
@@ -72,6 +72,7 @@ def _load(folder: Path | Part, dtype: torch.dtype):
     # `import diffusers` pulls in every pipeline on first use; the model's own module is enough
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    check_folder(folder)
     try:
         vae, info = AutoencoderKL.from_pretrained(
             str(folder),
