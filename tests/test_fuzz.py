@@ -274,6 +274,29 @@ def test_any_lora_file(tmp_path, content):
             assert str(file) in one_line(error)
 
 
+@pytest.mark.parametrize(
+    "dtype, shape, size",
+    [
+        ("F32", [], 4), ("F4", [8, 1], 4), ("F6_E2M3", [4, 1], 3), ("F8_E8M0", [4, 1], 4),
+        ("U64", [4, 1], 32), ("C64", [4, 1], 32), ("BOOL", [4, 1], 4),
+    ],
+)  # fmt: skip
+def test_lora_factors_of_odd_kinds(tmp_path, dtype, shape, size):
+    """A sound file: its library reads it, or says that torch has no such numbers."""
+    name = "transformer.single_transformer_blocks.0.attn.to_q."
+    header = {
+        f"{name}{part}": {
+            "dtype": dtype, "shape": shape, "data_offsets": [i * size, (i + 1) * size]
+        }
+        for i, part in enumerate(("lora_A.weight", "lora_B.weight", "alpha"))
+    }  # fmt: skip
+    file = write_header(tmp_path / "a.safetensors", header, b"\1" * 3 * size)
+    with pytest.raises(ConfigError) as raised:
+        read_lora(file)
+    assert str(file) in one_line(raised.value) and "lora_" in raised.value.message
+    assert ranks_of(file) == ({"single_blocks.0.linear1": shape[0]} if shape else {})
+
+
 @pytest.mark.parametrize("depth", [10, 2000, 100_000])
 def test_nested_json_in_any_header(tmp_path, depth):
     for content in ('{"a":' + "[" * depth, '{"a":' * depth, "[" * depth + "]" * depth):

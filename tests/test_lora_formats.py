@@ -431,6 +431,31 @@ def test_peft_configuration_beside_the_file(tmp_path):
         assert "\n" not in error.value.message
 
 
+def test_the_first_pattern_that_fits_counts():
+    """Ends of a name at its dots, or with ^ the whole; escaped as peft's regular expressions may
+    be."""
+    name, key = "transformer.transformer_blocks.0.attn.to_out.0", "transformer.alpha_pattern"
+    for patterns, expected in (
+        ({"attn.to_out.0": 1, "to_out.0": 2}, 1), ({"to_out.0": 2, "attn.to_out.0": 1}, 2),
+        ({"out.0": 1}, 8), ({"^attn.to_out.0": 1}, 8), (r"to_out\.0$", 1), ({"0": 3}, 3),
+        ({"^transformer_blocks.0.attn.to_out.0": 5, "0": 3}, 5), ({"to_out.0.": 1, "x": 2}, 8),
+    ):  # fmt: skip
+        patterns = {patterns: 1} if isinstance(patterns, str) else patterns
+        config = {"transformer.lora_alpha": 8, key: patterns}
+        lora = from_tensors(ab(name, rank=4), {"lora_adapter_metadata": json.dumps(config)}, "x")
+        (piece,) = lora.pieces["double_blocks.0.img_attn.proj"]
+        assert (piece.b @ piece.a)[0, 0] / 4 == expected / 4, patterns
+
+
+@pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+X", "(.|.)" * 30 + "X", ".*.*.*.*.*.*X"])
+def test_no_pattern_of_a_file_is_run_as_an_expression(pattern):
+    """One may take longer than anybody lives."""
+    config = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    with pytest.raises(ConfigError, match=r"alpha_pattern has .* which is no module's name"):
+        from_tensors(ab("transformer.transformer_blocks.0.attn.to_out.0", rank=4), metadata, "x")
+
+
 @pytest.mark.parametrize("key", ["transformer.alpha_pattern", "transformer.lora_alpha"])
 def test_peft_configuration_that_diffusers_keeps_in_the_header(key):
     """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""

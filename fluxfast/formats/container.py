@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fluxfast.errors import ConfigError
 
 BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16,
@@ -67,7 +69,12 @@ class Safetensors:
             self.entries[key] = Entry(dtype, shape, size)
 
     def read(self, key: str) -> Tensor:
-        return self._handle.get_tensor(key)
+        try:
+            return self._handle.get_tensor(key)
+        except (SafetensorError, AttributeError) as error:  # of 4 or 6 bits, which torch lacks
+            raise ConfigError(
+                f"cannot read {self.path}: {key} is stored as {self.entries[key].dtype}: {error}"
+            ) from None
 
     def close(self) -> None:
         self._handle.__exit__(None, None, None)

@@ -84,7 +84,7 @@ def ranks_of(path: Path | str) -> dict[str, int]:
     with Files([_file(Path(path))]) as files:
         for key, entry in files.entries.items():
             role, place = parse(key) or ("", None)
-            if role == "down" and "/" not in place.module:
+            if role == "down" and "/" not in place.module and entry.shape:
                 ranks[place.module] = max(ranks.get(place.module, 0), entry.shape[0])
     return ranks
 
@@ -179,7 +179,7 @@ def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
             prefixes = ("transformer.", "text_encoder.")
         scales = {prefix: _scale_of(config, prefix) for prefix in prefixes}
         dora = any(config.get(f"{prefix}use_dora") for prefix in prefixes)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: its peft configuration cannot be read: {error}") from None
     if dora:
         raise ConfigError(f"{path} is a DoRA (its peft configuration says so), not a plain LoRA")
@@ -194,18 +194,32 @@ def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
 def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
     alpha = None if alpha is None else _finite(alpha)
-    patterns = [
-        (re.compile(rf"(.*\.)?({name})$"), _finite(value)) for name, value in patterns.items()
-    ]
+    # the first that fits counts
+    values = {
+        _plain_name(name): (place, _finite(value))
+        for place, (name, value) in reversed([*enumerate(patterns.items())])
+    }
     root = bool(config.get(f"{prefix}use_rslora"))
 
     def scale(key: str, rank: int) -> float:
         # as the model has it: a pattern may begin with ^
         module = key.removeprefix(prefix or "base_model.model.").partition(".lora_A")[0]
-        value = next((value for pattern, value in patterns if pattern.match(module)), alpha)
+        ends = [module[start:] for start in (0, *(m.end() for m in re.finditer(r"\.", module)))]
+        fitting = [values[name] for name in (f"^{module}", *ends) if name in values]
+        value = min(fitting)[1] if fitting else alpha
         return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
 
     return scale
+
+
+def _plain_name(pattern: str) -> str:
+    """The same without escapes. peft takes it for a regular expression, which a stranger may have
+    written to never end: ValueError for more than a name or the end of one.
+    """
+    name = pattern.removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"\^?[\w.-]+", name):
+        raise ValueError(f"alpha_pattern has {pattern[:60]!r}, which is no module's name")
+    return name
 
 
 def _finite(value: object) -> float:
