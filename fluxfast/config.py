@@ -267,6 +267,7 @@ class Config(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     trigger: str | None = Field(
         None,
+        max_length=1000,
         description="replaces [trigger] in captions and is put in front of captions without it",
     )
     log_every: Positive = Field(10, description="steps between metric lines")

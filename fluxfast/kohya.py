@@ -28,6 +28,8 @@ from fluxfast.kohya_table import (
 )
 from fluxfast.settings import read_limited
 
+_MOST_DOTS = 300  # in a line
+
 Given = dict[str, tuple[str, Any]]  # key -> where it is written, its value
 
 
@@ -114,6 +116,9 @@ def _parse(path: Path) -> dict:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     content = read_limited(path, "the data set")
+    # the reader takes the square of a dotted name's length: hours for one of a megabyte
+    if any(line.count(b".") > _MOST_DOTS for line in content.splitlines()):
+        raise ConfigError(f"{path} has more than {_MOST_DOTS} dots in a line")
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -255,10 +260,10 @@ def _look_into(folder: Path, extension: str) -> list[str]:
     try:
         files = [path for path in folder.iterdir() if path.is_file()]
         captions = [path for path in files if extension and path.name.endswith(extension)]
-        texts = [path.read_text(encoding="utf-8", errors="replace").strip() for path in captions]
-    except OSError:  # whatever it is, the scan says it better
+        texts = (read_limited(path, "the caption") for path in captions)
+        several = sum(len(text.strip().splitlines()) > 1 for text in texts)
+    except (OSError, ConfigError):  # whatever it is, the scan says it better
         return []
-    several = sum("\n" in text for text in texts)
     unread = sum(path.suffix.lower() in UNREAD for path in files)
     said = []
     if several:

@@ -9,7 +9,12 @@ import re
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST = 8  # characters of a variable's value that is looked for
-_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
+# words of a variable's name: PASSWORD, OPENAI_KEY, MYSQL_PWD, GITHUB_PAT, REDIS_URL, HTTP_AUTH
+_SECRET = re.compile(
+    r"token|secret|passw|passphrase|pgpass|credential|cookie|apikey"
+    r"|(?<![a-z])(key|auth|pat|pass|pwd|dsn|url|uri|proxy|webhook)s?(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 def plain(text: str) -> str:
@@ -34,7 +39,7 @@ def holds_token(text: str) -> bool:
 
 def names_secret(variable: str) -> bool:
     """Whether an environment variable of this name may hold what nobody else is to see."""
-    return _SECRET.search(variable) is not None
+    return variable != "PWD" and _SECRET.search(variable) is not None
 
 
 def _values() -> list[str]:

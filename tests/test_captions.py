@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fluxfast.data.captions import (
+    METADATA,
     apply_trigger,
     caption_variants,
     fill_missing,
@@ -112,6 +113,16 @@ def test_a_line_of_metadata_that_names_no_image_is_told_of(tmp_path, line):
     assert list(found.texts.values()) == ["x", None] and not found.unread
     (error,) = found.stray
     assert "metadata.jsonl, line 2: " in error.message
+
+
+def test_many_lines_of_metadata_that_name_no_image_are_counted(tmp_path):
+    """A line of the terminal for each would be a flood, and fill the memory."""
+    (tmp_path / METADATA).write_text("x\n" * 9 + json.dumps({"file_name": "a.png", "text": "a"}))
+    found = read_captions(tmp_path, [tmp_path / "a.png"])
+    assert found.texts == {tmp_path / "a.png": "a"}
+    said = [error.message for error in found.stray]
+    assert [f"line {n}: not valid JSON" in line for n, line in enumerate(said, 1)] == [1] * 5 + [0]
+    assert said[5] == f"{tmp_path / METADATA}: 4 more lines name no image"
 
 
 def test_missing_captions():

@@ -534,3 +534,15 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
     (found,) = scan_folders(written.data, folder / "sizes.json", Skips(said.append))
     assert said == []
     assert [image.name for image in found] == ["a.png", "b.png", "c.png"]
+
+
+def test_a_look_into_the_folder_reads_no_more_than_a_caption_may_hold(folder):
+    """Captions without end are left to the scan, which says so."""
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.txt").write_text("one\ntwo")
+    (folder / "photos" / "b.txt").write_text("one\n")
+    _, notes = config(PLAIN)
+    assert "captions are read whole, kohya takes the first line: 1 have more" in notes[0]
+    with open(folder / "photos" / "c.txt", "wb") as file:
+        file.truncate(2**40)
+    assert config(PLAIN)[1] == []

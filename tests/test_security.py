@@ -17,7 +17,7 @@ from small import noise_pictures
 
 from fluxfast.config import build_config, load_config
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.lines import plain
+from fluxfast.lines import names_secret, plain
 from fluxfast.metrics import say
 from fluxfast.report import write_report
 from fluxfast.settings import DEEPEST, LARGEST, parse_yaml
@@ -226,6 +226,27 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read(tmp_path):
         parse_yaml(f"[{deep}]")
 
 
+def test_text_that_is_put_into_text_does_not_grow():
+    """What stands for [name] or [trigger] is short: a megabyte of them would be a hundred GiB."""
+    from fluxfast.compat import convert_ai_toolkit
+
+    config = {"name": "n" * 151, "process": [{"type": "sd_trainer", "trigger_word": "[name]"}]}
+    with pytest.raises(ConfigError, match="config.name is longer than 150 characters"):
+        convert_ai_toolkit({"job": "extension", "config": config})
+    with pytest.raises(ConfigError, match="trigger: string should have at most 1000") as raised:
+        build_config(minimal(trigger="t" * 1001))
+    assert len(raised.value.message) < 300
+
+
+def test_a_dotted_name_without_end_takes_no_time(tmp_path):
+    toml = tmp_path / "d.toml"
+    toml.write_text("a." * 400_000 + "a = 1")
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=r"d\.toml has more than 300 dots in a line"):
+        build_config(minimal(data=str(toml)))
+    assert time.process_time() - started < 5
+
+
 def test_other_ways_in_have_the_same_limits(tmp_path):
     file = tmp_path / "check.yaml"
     file.write_text(LAUGHS)
@@ -340,7 +361,12 @@ def test_the_token_of_the_environment_is_refused_whatever_its_form(monkeypatch, 
     assert build_config(minimal(trigger="x")).trigger == "x"
 
 
-@pytest.mark.parametrize("variable", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "APIKEY"])
+SECRETS = ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "my_password", "APIKEY",
+           "OPENAI_KEY", "GITHUB_PAT", "MYSQL_PWD", "PGPASSFILE", "DATABASE_URL", "SENTRY_DSN",
+           "NPM_AUTH", "SSH_KEYS"]  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", SECRETS)
 def test_secrets_of_the_environment_are_not_put_into_settings(monkeypatch, variable):
     """A file of ai-toolkit's may name variables: a stranger's could publish them in the LoRA."""
     from fluxfast.compat import convert_ai_toolkit
@@ -356,6 +382,8 @@ def test_secrets_of_the_environment_are_not_put_into_settings(monkeypatch, varia
     assert variable in raised.value.message and "s3cret-value" not in str(raised.value)
     process["trigger_word"] = "x"
     assert convert_ai_toolkit(raw)[0]["data"][0]["folder"] == "photos"
+    for harmless in ("PWD", "HOME", "MONKEY_DATA", "KEYBOARD", "AUTHOR", "CURLY", "PATTERNS"):
+        assert not names_secret(harmless)
 
 
 def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path, photos):

@@ -15,6 +15,7 @@ from fluxfast.errors import FluxfastError
 LARGEST = 1_000_000  # bytes of a sidecar: T5 reads 512 tokens of it
 LARGEST_METADATA = 2**28  # bytes
 METADATA = "metadata.jsonl"
+_TOLD = 5  # lines of a metadata file that name no image, each with its reason; more are counted
 PLACEHOLDER = "[trigger]"
 
 
@@ -170,6 +171,7 @@ def _read_metadata(path: Path, found: Captions) -> dict[str, str | FluxfastError
     caption is null is left out, one that names no image goes to `found.stray`.
     """
     table: dict[str, str | FluxfastError] = {}
+    stray = 0
     if not os.path.lexists(path):
         return table
     # split at line feeds only: str.splitlines also cuts at U+2028, which JSON strings may hold
@@ -180,10 +182,14 @@ def _read_metadata(path: Path, found: Captions) -> dict[str, str | FluxfastError
         try:
             name, text = _metadata_line(place, line)
         except FluxfastError as error:
-            found.stray.append(error)
+            stray += 1
+            if stray <= _TOLD:
+                found.stray.append(error)
             continue
         if text is not None and table.setdefault(name, text) != text:
             table[name] = FluxfastError(f"{place}: a second caption for {name}")
+    if stray > _TOLD:
+        found.stray.append(FluxfastError(f"{path}: {stray - _TOLD} more lines name no image"))
     return table
 
 
