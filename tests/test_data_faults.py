@@ -190,6 +190,31 @@ def test_no_reader_that_starts_a_program_is_ever_asked(tmp_path, monkeypatch):
         load_image(tmp_path / "a.png")
 
 
+def test_links_in_a_circle_among_pictures_with_masks(folder):
+    masks = folder / "masks"
+    masks.mkdir()
+    square("white", mode="L").save(masks / "good.png")
+    os.symlink(folder / "circle.png", folder / "circle.png")
+    data = {"mask": "folder", "mask_folder": str(masks)}
+    found, said = scanned(folder, **data)
+    assert found == ["good.png"] and len(said) == 1 and "levels of symbolic links" in said[0]
+    os.symlink(folder / "round", folder / "round")
+    square().save(folder / "mask.png")
+    os.symlink(masks / "mask.png", masks / "mask.png")
+    found, said = scanned(folder, **data)
+    assert found == ["good.png"] and len(said) == 2
+    with pytest.raises(FluxfastError, match=r"no mask for .*good\.png"):
+        scanned(folder, mask="folder", mask_folder=str(folder / "round"), strict=True)
+
+
+def test_a_file_of_terabytes_is_not_read(folder):
+    with open(folder / "huge.png", "wb") as file:
+        file.truncate(2**42)
+    found, said = scanned(folder)
+    assert found == ["good.png"]
+    assert said == [f"skipped: the image {folder / 'huge.png'} is larger than 2 GiB"]
+
+
 def test_a_folder_below_that_cannot_be_read_is_skipped(folder, monkeypatch):
     (folder / "below").mkdir()
     square().save(folder / "below" / "a.png")

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_no_folder_and_no_images(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
 def test_exif_orientation(tmp_path, orientation, name):
     upright = Image.new("RGB", (48, 32), "black")
     upright.paste("red", (0, 0, 16, 16))  # top left
@@ -199,6 +200,54 @@ def test_decompression_bomb(tmp_path):
     for read in (load_image, image_size):
         with pytest.raises(FluxfastError, match=r"a\.png is too large"):
             read(tmp_path / "a.png")
+
+
+def test_a_small_tiff_of_a_huge_tile_is_refused(tmp_path):
+    """1 MB of file that would unpack to 1 GiB, of which 64x64 pixels are shown."""
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(bytes(2**20)) for _ in range(4)) + packer.flush()
+    long, short = 4, 3
+    where = 8 + 2 + 12 * 10 + 4
+    for side, refused in ((32768, True), (64, False)):
+        tags = [(256, long, 64), (257, long, 64), (258, short, 8), (259, short, 8), (262, short, 1),
+                (277, short, 1), (322, long, side), (323, long, side), (324, long, where),
+                (325, long, len(data))]  # fmt: skip
+        entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+        head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+        (tmp_path / "a.png").write_bytes(head + data)
+        for read in (load_image, image_size):
+            if refused:
+                with pytest.raises(FluxfastError, match=r"a\.png is too large .* 32768x32768"):
+                    read(tmp_path / "a.png")
+            else:
+                read(tmp_path / "a.png")
+
+
+def test_deep_pictures_are_scaled_without_gigabytes(tmp_path):
+    """In doubles at once this one would take 400 MB beside what Pillow holds, the largest that is
+    read 4 GB."""
+    values = np.arange(4000 * 4000, dtype=np.uint32).astype(np.uint16).reshape(4000, 4000)
+    Image.fromarray(values).save(tmp_path / "a.png", compress_level=1)
+    tracemalloc.start()  # what numpy takes, not what Pillow does
+    try:
+        image, _ = load_image(tmp_path / "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * values.size, f"{peak / values.size:.1f} bytes a pixel"
+    expected = np.round(values / 65535 * 255).astype(np.uint8)
+    assert (np.asarray(image)[..., 0] == expected).all()
+
+
+def test_a_picture_that_cannot_be_read_says_why_where_it_is_known(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (64, 64)), icc_profile=bytes(2_000_000))
+    with pytest.raises(FluxfastError, match=r"not an image that can be read: .*[Tt]oo large") as no:
+        image_size(path)
+    assert "\n" not in no.value.message
+    (tmp_path / "b.png").write_bytes(b"words")
+    with pytest.raises(FluxfastError) as no:
+        image_size(tmp_path / "b.png")
+    assert no.value.message == f"{tmp_path / 'b.png'} is not an image that can be read"
 
 
 def test_animation_gives_its_first_frame(tmp_path):

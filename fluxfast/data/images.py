@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
@@ -18,6 +18,8 @@ from fluxfast.errors import FluxfastError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 # by content, whatever the name says; of Pillow's other readers one runs Ghostscript on what it gets
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
+
+_STRIP = 64  # rows
 
 # EXIF orientation -> what turns the stored pixels upright; 5 to 8 swap width and height
 _UPRIGHT = {
@@ -79,10 +81,13 @@ def find_images(
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels as the image is seen, EXIF orientation applied.
 
-    Reads the header only, save for a PNG, whose EXIF block may follow the pixels.
+    Reads the header only, save for a PNG, whose EXIF block may follow the pixels, and for a TIFF,
+    which Pillow turns upright itself.
     Raises FluxfastError naming the file if it is no image or larger than Pillow's limit.
     """
     with _open(path) as image:
+        if image.format == "TIFF":
+            return _decode(path).size
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -143,7 +148,9 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns at half of what it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=FORMATS)
+        _check_tiles(image)
+        return image
     except Image.DecompressionBombError as error:
         raise FluxfastError(
             f"the image {path} is too large to decode safely: {error}", hint="scale it down first"
@@ -151,9 +158,22 @@ def _open(path: Path) -> Image.Image:
     except Exception as error:  # plugins raise what they like while they read a header
         if isinstance(error, OSError) and error.errno is not None:
             raise FluxfastError(f"cannot read the image {path}: {error.strerror}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # whose words are these already
+        why = "" if unknown else f": {_words(error)}"
         raise FluxfastError(
-            f"{path} is not an image that can be read", hint="replace or remove it"
+            f"{path} is not an image that can be read{why}", hint="replace or remove it"
         ) from None
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """A TIFF may decode a tile of any size for a picture that is small."""
+    width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (322, 323))
+    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"a tile is {width}x{height} pixels")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _decode(path: Path) -> Image.Image:
@@ -166,9 +186,9 @@ def _decode(path: Path) -> Image.Image:
         except (
             Exception
         ) as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-            said = " ".join(str(error).split()) or type(error).__name__
             raise FluxfastError(
-                f"the image {path} is broken or truncated: {said}", hint="replace or remove it"
+                f"the image {path} is broken or truncated: {_words(error)}",
+                hint="replace or remove it",
             ) from None
         return image.transpose(turn) if turn is not None else image
 
@@ -190,18 +210,27 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _scale_grey(image: Image.Image) -> Image.Image:
     """Grey deeper than 8 bits, scaled by its range (`convert` clips all above 255 to white)."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode == "F" and values.max() <= 1.0:
+    values = np.asarray(image)
+    # a strip at a time: in doubles the largest picture that is read would take gigabytes
+    strips = [slice(row, row + _STRIP) for row in range(0, len(values), _STRIP)]
+
+    def doubles(rows: slice) -> np.ndarray:
+        return np.nan_to_num(values[rows].astype(np.float64))
+
+    top = max(doubles(rows).max() for rows in strips)
+    if image.mode == "F" and top <= 1.0:
         limit = 1.0
-    elif image.mode == "F" and values.max() <= 255.0:
+    elif image.mode == "F" and top <= 255.0:
         limit = 255.0
     else:
-        limit = 65535.0 if values.max() <= 65535 else float(2**31 - 1)
-    grey = np.clip(np.round(values / limit * 255.0), 0, 255).astype(np.uint8)
+        limit = 65535.0 if top <= 65535 else float(2**31 - 1)
+    grey = np.empty(values.shape, np.uint8)
+    for rows in strips:
+        grey[rows] = np.clip(np.round(doubles(rows) / limit * 255.0), 0, 255)
     result = Image.fromarray(grey).convert("RGB")
     colour_key = image.info.get("transparency")
     if isinstance(colour_key, int):
-        result.putalpha(Image.fromarray(np.where(values == colour_key, 0, 255).astype(np.uint8)))
+        result.putalpha(Image.fromarray((values != colour_key).astype(np.uint8) * np.uint8(255)))
     return result
 
 

@@ -17,6 +17,8 @@ from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
 
+LARGEST = 2**31  # bytes: 179 megapixels of four 16-bit numbers, uncompressed, take 1.4 GB
+
 
 @dataclass(frozen=True)
 class ScannedImage:
@@ -89,14 +91,19 @@ def _find(data: DataConfig, skips: Skips) -> list[Path]:
     )
     if data.mask_folder is None:
         return paths
-    folder, masks = data.folder.resolve(), data.mask_folder.resolve()
+    folder, masks = _real(data.folder), _real(data.mask_folder)
     if masks != folder and masks.is_relative_to(folder):
-        paths = [path for path in paths if not path.resolve().is_relative_to(masks)]
+        paths = [path for path in paths if not _real(path).is_relative_to(masks)]
         if not paths:
             raise FluxfastError(
                 f"no images in {data.folder} beside the masks in {data.mask_folder}"
             )
     return paths
+
+
+def _real(path: Path) -> Path:
+    """Links followed; one that leads round in a circle is left as it is (`resolve` would raise)."""
+    return Path(os.path.realpath(path))
 
 
 def _find_mask(data: DataConfig, image: Path) -> Path:
@@ -143,10 +150,14 @@ def _checksum(text: str) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of an image file. Raises FluxfastError where it cannot be read."""
+    """sha256 of an image file. Raises FluxfastError where it cannot be read, and for one larger
+    than any picture that is decoded.
+    """
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise FluxfastError(f"the image {path} is larger than {LARGEST // 2**30} GiB")
             while block := file.read(1024 * 1024):
                 digest.update(block)
     except OSError as error:
