@@ -37,8 +37,6 @@ from fluxfast.compat_table import (
 from fluxfast.errors import ConfigError
 from fluxfast.lines import names_secret
 
-_LONGEST_NAME = 150
-
 
 def is_ai_toolkit(raw: dict) -> bool:
     """Whether a parsed file has ai-toolkit's outer form (`job:`, `config: process:`)."""
@@ -137,10 +135,11 @@ def _open(raw: dict) -> tuple[str, dict, list[tuple[str, str]]]:
     if not isinstance(config, dict):
         raise ConfigError("config is missing: a `job:` file needs `config:` with name and process")
     name, processes = config.get("name"), config.get("process")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"config.name takes the run's name as text, got {name!r}")
-    if len(name) > _LONGEST_NAME:  # it is put in wherever [name] stands
-        raise ConfigError(f"config.name is longer than {_LONGEST_NAME} characters")
+    # it is put in wherever [name] stands
+    if not isinstance(name, str) or not 0 < len(name) <= 150:
+        raise ConfigError(
+            f"config.name takes the run's name as text of 1 to 150 characters, got {name!r:.80}"
+        )
     if not isinstance(processes, list) or len(processes) != 1:
         count = len(processes) if isinstance(processes, list) else repr(processes)
         raise ConfigError(
