@@ -171,6 +171,17 @@ def test_one_bad_step_ends_no_run_that_logs_every_step(tmp_path):
         assert step == 13
 
 
+def test_foreign_lines_among_the_metrics_end_no_run(tmp_path):
+    """As a crash of the system leaves them: zeros, halves, what another program wrote."""
+    lines = ['{"step": 1, "loss": 1}', "{}", "[1]", "\0" * 40 + "}", '{"step": "x"}', "[" * 9999,
+             '{"step": 1e999}', '{"step": 2, "loss": 1}', '{"step": 3}', '{"st']  # fmt: skip
+    content = "\n".join(lines).encode() + b"\xff}\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    RunLog(tmp_path, 2, 4, 1, torch.device("cpu"), Console(file=io.StringIO()))
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert kept == [lines[0], lines[7]]
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_progress_line_fits_the_terminal(tmp_path, width):
     """At 80 columns the step count was cut to `3…`."""
