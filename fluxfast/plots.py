@@ -32,6 +32,11 @@ _STYLE = {
 }
 
 
+def drawable(value) -> bool:
+    """Whether it is a number that a chart has a place for: not NaN, nor beyond 1e30."""
+    return isinstance(value, int | float) and abs(value) <= 1e30
+
+
 def plot_validation(rows: list[Validation], path: Path) -> Path:
     """Draw the measurements into a PNG of 1260 x 1080 pixels. -> path.
 
@@ -85,7 +90,7 @@ def _render(draw, rows: list, size: tuple[float, float], kind: str) -> bytes:
 def _draw_validation(figure, rows: list[Validation]) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps = [row.step for row in rows]
-    finite = [row for row in rows if math.isfinite(row.loss)]
+    finite = [row for row in rows if drawable(row.loss)]
     top = best(finite)
     above.plot(steps, [row.base_loss for row in rows], "s--", color=BASE, ms=6, label="base model")
     above.plot(steps, [row.loss for row in rows], "o-", color=LORA, ms=4, label="with the LoRA")
@@ -140,7 +145,7 @@ def _step_axis(axes, steps: list[int]) -> None:
 
 def _value(number: float | None) -> float:
     """A gap in a line for what is not known."""
-    return number if isinstance(number, int | float) and math.isfinite(number) else math.nan
+    return number if drawable(number) else math.nan
 
 
 def _for_a_page(svg: bytes) -> str:

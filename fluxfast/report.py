@@ -7,7 +7,6 @@ goes through `_text`, which escapes it, and the page's policy forbids scripts an
 import base64
 import html
 import io
-import math
 import re
 import statistics
 from datetime import datetime
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from fluxfast.files import read_rows, write_atomic
-from fluxfast.plots import loss_figure, validation_figure
+from fluxfast.plots import drawable, loss_figure, validation_figure
 from fluxfast.settings import parse_yaml
 from fluxfast.validation import Validation, best, read_validations
 
@@ -119,7 +118,7 @@ def _section(title: str, *parts: str) -> str:
 
 def _read_metrics(path: Path) -> list[dict]:
     try:
-        return read_rows(path)
+        return [row for row in read_rows(path) if drawable(row["step"])]
     except OSError:
         return []
 
@@ -137,12 +136,8 @@ def _read_settings(path: Path) -> tuple[dict, str | None]:
     return (settings if isinstance(settings, dict) else {}), source
 
 
-def _finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _values(metrics: list[dict], key: str) -> list[float]:
-    return [row[key] for row in metrics if _finite(row.get(key))]
+    return [row[key] for row in metrics if drawable(row.get(key))]
 
 
 def _head(run_dir: Path, name, settings: dict, metrics: list[dict]) -> str:
@@ -223,12 +218,12 @@ def _validation(path: Path) -> str:
 
 
 def _whole(row: Validation) -> bool:
-    return all(_finite(value) for value in (row.step, row.loss, row.base_loss, row.difference))
+    return all(drawable(value) for value in (row.step, row.loss, row.base_loss, row.difference))
 
 
 def _verdict(row: Validation) -> tuple[str, str]:
     """-> (CSS class, what follows "The LoRA")."""
-    if not (_finite(row.low) and _finite(row.high)):
+    if not (drawable(row.low) and drawable(row.high)):
         return "", "may or may not help: one picture gives no interval."
     if row.high < 0:
         return "good", "helps: the whole interval lies below zero."
@@ -246,7 +241,7 @@ def _difference(row: Validation) -> str:
         text += f"{abs(row.difference):.4f} {'lower' if row.difference < 0 else 'higher'}"
         if row.base_loss:
             text += f" ({100 * abs(row.difference / row.base_loss):.1f} %)"
-    if _finite(row.low) and _finite(row.high):
+    if drawable(row.low) and drawable(row.high):
         ends = f"{row.low:+.4f} to {row.high:+.4f}".replace("-", "−")
         text += f"; 95 % interval of the difference {ends}"
     return text + "."
@@ -281,7 +276,7 @@ def _shrink(path: Path) -> tuple[str, int]:
     """-> (data URI of the picture at most SHEET_SIDE wide and high, PNG or JPEG, whichever is
     smaller; its width in pixels).
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         picture = image.convert("RGB")
     picture.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
     encoded = {}

@@ -173,6 +173,19 @@ def test_broken_parts(run_dir):
     assert "samples.png is not a picture" in text
 
 
+@pytest.mark.parametrize("number", [10**400, 1e308, -1e308, 1e31], ids=["int", "high", "low", "31"])
+def test_numbers_beyond_what_a_chart_holds(run_dir, number):
+    """Of a file that was made to: they are passed over."""
+    rows = [metric(10, loss=number), metric(20), {"step": number, "loss": 1.0}, metric(30)]
+    rows.append(metric(30, loss_smooth=number, s_per_it=number, peak_memory_gib=number))
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [asdict(row) | {"step": index} for index, row in enumerate(ROWS)]
+    wild = [rows[0] | {key: number} for key in ("step", "loss", "base_loss", "difference", "low")]
+    (run_dir / "validation.jsonl").write_text("\n".join(map(json.dumps, [*rows, *wild])))
+    text = page(run_dir).text
+    assert "30 of 200" in text and "1.25 s/it" in text and "Best step: 1." in text
+
+
 def test_losses_that_are_not_numbers(run_dir):
     rows = [metric(10, loss=None), metric(20, loss=float("nan")), metric(30, s_per_it=None)]
     (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
