@@ -231,7 +231,7 @@ def inspect(
     """
     from fluxfast.formats.inspect import inspect as run
 
-    print("\n".join(run(file, checksum)))
+    print("\n".join(map(plain, run(file, checksum))))
 
 
 @app.command()

@@ -3,6 +3,7 @@ trainer code.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -290,6 +291,14 @@ class Config(Section):
         # file systems take 255 bytes, and files have endings
         if len(value.encode()) > LONGEST_NAME:
             raise ValueError(f"is longer than {LONGEST_NAME} bytes")
+        return value
+
+    @field_validator("output_dir", "cache_dir")
+    @classmethod
+    def _of_a_line(cls, value):
+        # their paths are printed as they are, for scripts
+        if any(unicodedata.category(letter) == "Cc" for letter in str(value)):
+            raise ValueError("holds a control character")
         return value
 
     @field_validator("memory", mode="before")

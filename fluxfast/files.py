@@ -29,6 +29,18 @@ def check_new(path: Path) -> None:
         raise ConfigError(f"{path} is there already", hint="remove it, or choose another name")
 
 
+def check_no_links(folder: Path, *names: str) -> None:
+    """Raise ConfigError where one of `names` in `folder` is a link: what is written there, and
+    tidied up, would lie in a place that nobody named.
+    """
+    for path in (folder / name for name in names):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}: a run writes into folders of its own",
+                hint="remove the link; output_dir and cache_dir say where things go",
+            )
+
+
 def partial_of(path: Path) -> Path:
     """What a file or folder is called while this process fills it."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -18,7 +18,7 @@ from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.files import one_of_several
+from fluxfast.files import check_no_links, one_of_several
 from fluxfast.formats.base import open_base
 from fluxfast.formats.base_folder import tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
@@ -65,6 +65,7 @@ def prepare(
         base, root, length = check_model(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
+    check_no_links(config.cache_path, "latents", "text")
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with bars, one_of_several(config.cache_path, "latents", "text"):
         tasks: dict[str, int] = {}

@@ -147,7 +147,7 @@ def contact_sheet(
 ) -> None:
     """One row per prompt, one column per step; a missing picture stays blank.
 
-    rows: (prompt, a file per column). Pictures are shown in cells of 256 px.
+    rows: (prompt, a PNG file per column). Pictures are shown in cells of 256 px.
     """
     cell, left, top = 256, 160, 24
     sheet = Image.new(
@@ -160,20 +160,28 @@ def contact_sheet(
         for line, text in enumerate(_lines(prompt, 24)[:12]):
             pen.text((6, top + y * (cell + 4) + 14 * line + 4), text, fill=(0, 0, 0))
         for x, file in enumerate(files):
-            if file is None or not file.is_file():
-                continue
-            with Image.open(file) as image:
-                picture = image.convert("RGB")
-                larger = (cell - 4) // max(picture.size)
-                if larger > 1:  # tiny ones by whole factors, so that pixels stay pixels
-                    picture = picture.resize(
-                        (picture.width * larger, picture.height * larger), Image.Resampling.NEAREST
-                    )
-                picture.thumbnail((cell - 4, cell - 4))
-            sheet.paste(picture, (left + x * cell, top + y * (cell + 4)))
+            picture = _shown(file, cell - 4) if file and file.is_file() else None
+            if picture is not None:
+                sheet.paste(picture, (left + x * cell, top + y * (cell + 4)))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
+
+
+def _shown(file: Path, side: int) -> Image.Image | None:
+    """A preview at most `side` pixels wide and high; None where it is no PNG that can be read."""
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    larger = side // max(picture.size)
+    if larger > 1:  # tiny ones by whole factors, so that pixels stay pixels
+        picture = picture.resize(
+            (picture.width * larger, picture.height * larger), Image.Resampling.NEAREST
+        )
+    picture.thumbnail((side, side))
+    return picture
 
 
 def _lines(text: str, width: int) -> list[str]:

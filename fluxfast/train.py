@@ -18,7 +18,14 @@ from fluxfast.data.loader import Batch, Loader
 from fluxfast.data.store import CacheDamaged
 from fluxfast.diagnose import diagnose
 from fluxfast.errors import FluxfastError
-from fluxfast.files import CHECK_FILE, drop_partials, going_on, sole_user, write_atomic
+from fluxfast.files import (
+    CHECK_FILE,
+    check_no_links,
+    drop_partials,
+    going_on,
+    sole_user,
+    write_atomic,
+)
 from fluxfast.interrupt import Stopped, stop_on_signals
 from fluxfast.load import resolve_device
 from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
@@ -90,6 +97,7 @@ def _with_cache_mended(config: Config, console: Console, ranks: Ranks) -> Path:
 def _train(config: Config, console: Console, ranks: Ranks) -> Path:
     with ranks.first_before_others():
         if ranks.first:
+            check_no_links(config.run_dir, "checkpoints", "samples", "tensorboard", "metrics.jsonl")
             drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
         saves = Saves(config, lambda line: say(console, line))
     device = resolve_device(config.device)

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import re
 import shutil
 import time
@@ -24,6 +25,7 @@ from fluxfast.settings import DEEPEST, LARGEST, parse_yaml
 from fluxfast.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = next((ROOT / "examples/nano/pretrained/transformer").glob("*.safetensors"))
 TOKEN = "hf_" + "aB3" * 11
 EVIL = "<script>alert(1)</script>"
 
@@ -231,7 +233,7 @@ def test_text_that_is_put_into_text_does_not_grow():
     from fluxfast.compat import convert_ai_toolkit
 
     config = {"name": "n" * 151, "process": [{"type": "sd_trainer", "trigger_word": "[name]"}]}
-    with pytest.raises(ConfigError, match="config.name is longer than 150 characters"):
+    with pytest.raises(ConfigError, match="config.name .* of 1 to 150 characters, got .{,80}$"):
         convert_ai_toolkit({"job": "extension", "config": config})
     with pytest.raises(ConfigError, match="trigger: string should have at most 1000") as raised:
         build_config(minimal(trigger="t" * 1001))
@@ -317,6 +319,55 @@ def test_a_hostile_run_writes_into_its_own_folders_alone(configure, photos, tmp_
     train(config, console=Console(file=io.StringIO()))
     new = files(tmp_path) - before
     assert new and all(path.parts[:2] in (("home", "runs"), ("home", "cache")) for path in new)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard", "metrics.jsonl"])
+def test_a_run_folder_with_links_out_of_it_is_refused(configure, tmp_path, name):
+    """As one that somebody hands over to go on with: nothing is written, nor tidied up there."""
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / ".mine.partial").touch()
+    config = configure(name="run")
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / name).symlink_to(away / "new" if "." in name else away)
+    with pytest.raises(ConfigError, match=rf"{name} is a link to {away}") as raised:
+        train(config, console=Console(file=io.StringIO()))
+    assert raised.value.hint and [path.name for path in away.iterdir()] == [".mine.partial"]
+
+
+@pytest.mark.parametrize("name", ["latents", "text"])
+def test_a_cache_folder_with_links_out_of_it_is_refused(configure, tmp_path, name):
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / ".mine.partial").touch()
+    config = configure(cache_dir=str(tmp_path / "own"))
+    config.cache_path.mkdir()
+    (config.cache_path / name).symlink_to(away)
+    with pytest.raises(ConfigError, match=rf"{name} is a link to {away}"):
+        train(config, console=Console(file=io.StringIO()))
+    assert [path.name for path in away.iterdir()] == [".mine.partial"]
+
+
+def test_files_that_are_links_are_replaced_and_not_written_through(configure, tmp_path):
+    """The rest of a run's folder is written whole and put in place."""
+    config = configure(
+        name="run", cache_dir=str(tmp_path / "own"), train__steps=2, save__every=1,
+        sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1, "every": 0},
+    )  # fmt: skip
+    train(config, console=Console(file=io.StringIO()))
+    mine, replaced = tmp_path / "mine", []
+    mine.write_text("mine")
+    for path in [*config.run_dir.glob("*.*"), *config.run_dir.glob("samples/*"),
+                 *config.cache_path.rglob("*.*")]:  # fmt: skip
+        if path.is_file() and path.name != "metrics.jsonl":
+            path.unlink()
+            path.symlink_to(mine)
+            replaced.append(path.name)
+    assert len(replaced) > 10
+    longer = config.model_copy(deep=True)
+    longer.train.steps = 3
+    train(longer, console=Console(file=io.StringIO()))
+    assert mine.read_text() == "mine"
 
 
 def files(folder: Path) -> set[Path]:
@@ -429,6 +480,45 @@ def test_the_command_line_says_it_in_one_line_too(fluxfast, tmp_path, monkeypatc
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"a\n\x1b[31m": 1, **minimal()}))
     code, out, err = fluxfast("train", "c.yaml")
     assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 2
+
+
+def test_what_is_printed_for_scripts_moves_nothing_either(fluxfast, tmp_path):
+    from safetensors.torch import save_file
+
+    name = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    factors = {name.format("A"): torch.ones(2, 64), name.format("B"): torch.ones(64, 2)}
+    strange = dict.fromkeys(
+        ("fluxfast.storage", "fluxfast.version", "format", "ss_name", "software"), "\x1b[31m\nx"
+    )
+    for tensors in (factors, load_file(SHIPPED)):
+        save_file(tensors, tmp_path / "a.safetensors", metadata=strange)
+        code, out, _ = fluxfast("inspect", tmp_path / "a.safetensors")
+        assert not code and out.replace("\n", "").isprintable() and "[31m\n" not in out
+    for key in ("output_dir", "cache_dir"):
+        with pytest.raises(ConfigError, match=f"{key}: holds a control character"):
+            build_config(minimal(**{key: "runs\x1b]0;x\x07"}))
+        assert build_config(minimal(**{key: "写　真/é 🎨"}))
+
+
+def test_only_png_is_read_of_a_run_folder(configure, tmp_path, monkeypatch):
+    """A preview of another kind is a blank cell: Pillow hands some kinds to programs."""
+    from PIL import EpsImagePlugin, Image
+
+    from fluxfast.sample import contact_sheet
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # to call it would be a TypeError
+    Image.init()
+    paths = [tmp_path / f"{name}.png" for name in ("eps", "cut", "pipe", "gone", "fine")]
+    for path in paths[::4]:
+        Image.new("RGB", (300, 64), "red").save(path, "EPS" if path.stem == "eps" else "PNG")
+    paths[1].write_bytes(paths[4].read_bytes()[:-30])
+    os.mkfifo(paths[2])
+    contact_sheet([("a", paths)], ["x"] * 5, tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as sheet:
+        cells = [sheet.getpixel((160 + 256 * x + 20, 24 + 20)) for x in range(5)]
+    assert cells == [(250, 250, 250)] * 4 + [(255, 0, 0)]
+    shutil.copy(paths[0], tmp_path / "samples.png")
+    assert "samples.png is not a picture" in write_report(tmp_path).read_text()
 
 
 def test_tensorboard_gets_numbers_under_fixed_names_and_no_text(configure):
