@@ -4,7 +4,9 @@ with one line, and the run goes on."""
 import io
 import os
 import shutil
+import socket
 import struct
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -188,6 +190,74 @@ def test_no_reader_that_starts_a_program_is_ever_asked(tmp_path, monkeypatch):
         image.load()  # what would have happened
     with pytest.raises(FluxfastError, match="not an image"):
         load_image(tmp_path / "a.png")
+
+
+@pytest.fixture
+def nobody():
+    """-> a folder of one good picture, and a way to become a user who owns nothing, as modes mean
+    nothing to root."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "cache").mkdir()
+    (folder / "cache").chmod(0o777)
+    (folder / "data").mkdir()
+    square().save(folder / "data" / "good.png")
+    root = os.geteuid() == 0
+    yield folder / "data", (lambda: os.seteuid(65534)) if root else (lambda: None)
+    if root:
+        os.seteuid(0)
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_skipped(nobody):
+    folder, become = nobody
+    for name in ("locked.png", "sub/a.png", "unentered/a.png", "unlisted/a.png", "words.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        square().save(folder / name)
+    (folder / "words.txt").write_text("x")
+    for name in ("locked.png", "sub", "words.txt"):
+        (folder / name).chmod(0)
+    (folder / "unentered").chmod(0o444)
+    (folder / "unlisted").chmod(0o111)
+    os.link(folder / "good.png", folder / "hard.png")
+    socket.socket(socket.AF_UNIX).bind(str(folder / "socket.png"))
+    socket.socket(socket.AF_UNIX).bind(str(folder / "good.txt"))
+    said = []
+    become()
+    (images,) = scan_folders(
+        settings(folder).data, folder.parent / "cache" / "sizes", Skips(said.append)
+    )
+    found = read_captions(folder, [image.path for image in images])
+    assert [image.name for image in images] == ["good.png", "hard.png", "words.png"]
+    assert sorted(said) == [
+        f"skipped: cannot read the folder {folder}/sub: Permission denied",
+        f"skipped: cannot read the folder {folder}/unlisted: Permission denied",
+        f"skipped: cannot read the image {folder}/locked.png: Permission denied",
+        f"skipped: cannot read the image {folder}/socket.png: it is no regular file",
+        f"skipped: cannot read the image {folder}/unentered/a.png: Permission denied",
+    ]
+    assert {path.name: error.message for path, error in found.unread.items()} == {
+        "good.png": f"cannot read {folder}/good.txt: it is no regular file",
+        "words.png": f"cannot read {folder}/words.txt: Permission denied",
+    }
+
+
+def test_masks_and_folders_that_may_not_be_entered(nobody):
+    folder, become = nobody
+    closed = folder.parent / "closed"
+    (closed / "in").mkdir(parents=True)
+    square().save(closed / "in" / "good.png")
+    closed.chmod(0)
+    said = []
+    become()
+    data = settings(folder, mask="folder", mask_folder=str(closed / "in")).data
+    assert scan_folders(data, folder.parent / "cache" / "sizes", Skips(said.append)) == [[]]
+    assert len(said) == 1 and said[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
+    with pytest.raises(FluxfastError, match="cannot read the folder .*closed/in: Permission"):
+        scanned(closed / "in")
 
 
 def test_links_in_a_circle_among_pictures_with_masks(folder):

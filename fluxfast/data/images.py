@@ -50,7 +50,11 @@ def find_images(
     Raises FluxfastError if the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # it lies in one that may not be entered
+        raise FluxfastError(f"cannot read the folder {folder}: {error.strerror}") from None
+    if not is_folder:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise FluxfastError(f"the image folder {folder} {what}", hint="check `data.folder`")
 
