@@ -159,8 +159,9 @@ def sample(
     from fluxfast.config import ModelConfig
     from fluxfast.generate import generate
     from fluxfast.sample import Picture
-    from fluxfast.settings import read_layers
+    from fluxfast.settings import check_texts, read_layers
 
+    check_texts({"--prompt": prompt, "--model": model})  # which the files will hold
     if len(strength) not in (1, len(lora)):
         raise ConfigError(
             f"{len(strength)} strengths for {len(lora)} LoRAs", hint="give one --strength for each"

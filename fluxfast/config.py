@@ -22,7 +22,11 @@ from fluxfast.settings import (
     read_mapping,
 )
 
-Positive = Annotated[int, Field(ge=1)]
+# the upper ends are beyond all use: they keep what nobody means from ending in a full memory
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10**4)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 LONGEST_NAME = 150  # bytes
 
@@ -74,15 +78,15 @@ class ModelConfig(Section):
         min_length=1,
         description="a LoRA file or Hub id that acts, frozen, in training only: what schnell needs",
     )
-    max_sequence_length: Positive | None = Field(
+    max_sequence_length: Few | None = Field(
         None,
         description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own",
     )
 
 
 class LoraConfig(Section):
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
+    rank: Few = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="scale = alpha / rank; default alpha = rank"
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -103,10 +107,10 @@ class LoraConfig(Section):
 class DataConfig(Section):
     folder: Path = Field(description="folder of jpg, png, webp")
     recursive: bool = Field(True, description="the folders below it are searched as well")
-    resolution: list[Positive] = Field(
+    resolution: list[Pixels] = Field(
         [1024], description="one or several; each image appears once per entry"
     )
-    num_repeats: Positive = 1
+    num_repeats: Few = 1
     caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
     default_caption: str | None = Field(None, description="for images that have no caption")
     caption_prefix: str | None = Field(
@@ -120,9 +124,7 @@ class DataConfig(Section):
     keep_tokens: Annotated[int, Field(ge=0)] = Field(
         1, description="parts at the front that the shuffle leaves in place"
     )
-    shuffle_variants: Positive = Field(
-        4, description="how many shuffled captions are cached per image"
-    )
+    shuffle_variants: Few = Field(4, description="how many shuffled captions are cached per image")
     flip: bool = Field(False, description="train the mirrored image half of the time")
     mask: Literal["none", "alpha", "folder"] = Field(
         "none", description="weights the loss per place"
@@ -167,11 +169,9 @@ class EmaConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive = Field(2000, description="optimiser steps")
-    batch_size: Positive = 1
-    gradient_accumulation: Positive = Field(
-        1, description="batches whose gradients are added per step"
-    )
-    lr: Annotated[float, Field(gt=0)] | None = Field(
+    batch_size: Few = 1
+    gradient_accumulation: Few = Field(1, description="batches whose gradients are added per step")
+    lr: Annotated[float, Field(gt=0, le=1e4)] | None = Field(
         None, description="default 1e-4; 1.0 for prodigy"
     )
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
@@ -187,7 +187,7 @@ class TrainConfig(Section):
     timestep_bias: Literal["balanced", "content", "style"] = Field(
         "balanced", description="content: more noise, layout; style: less noise, detail"
     )
-    guidance: float = Field(1.0, description="fed to dev's guidance embedding while training")
+    guidance: Guidance = Field(1.0, description="fed to dev's guidance embedding while training")
     max_bad_steps: Positive = Field(
         10, description="steps in a row without a finite loss and gradient that end a run"
     )
@@ -213,10 +213,10 @@ class SampleConfig(Section):
         250, description="steps between previews; 0: before the first step and at the end only"
     )
     first: bool = Field(True, description="also before the first step")
-    width: Positive = 1024
-    height: Positive = 1024
-    steps: Positive = Field(20, description="of the sampler")
-    guidance: float = 4.0
+    width: Pixels = 1024
+    height: Pixels = 1024
+    steps: Few = Field(20, description="of the sampler")
+    guidance: Guidance = 4.0
     seed: Annotated[int, Field(ge=0)] = 42
     walk_seed: bool = Field(False, description="each prompt its own seed: seed, seed + 1, …")
 
@@ -227,7 +227,7 @@ class ValidationConfig(Section):
     )
     folder: Path | None = Field(None, description="a folder of held-out pictures instead")
     every: Positive = Field(100, description="steps between measurements; also before the first")
-    timesteps: Positive = Field(4, description="fixed timesteps that each picture is judged at")
+    timesteps: Few = Field(4, description="fixed timesteps that each picture is judged at")
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -342,6 +342,7 @@ def load_config(
     raw = read_mapping(Path(path), "the configuration")
     if not is_ai_toolkit(raw):
         return build_config(raw, overrides, source=str(path), announce=announce)
+    check_texts(raw)  # before what is wrong with it is said
     try:
         raw, notes = convert_ai_toolkit(raw)
     except ConfigError as error:

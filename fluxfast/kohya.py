@@ -26,7 +26,7 @@ from fluxfast.kohya_table import (
     SHUFFLING,
     UNREAD,
 )
-from fluxfast.settings import read_limited
+from fluxfast.settings import check_texts, read_limited
 
 _MOST_DOTS = 300  # in a line
 
@@ -120,7 +120,7 @@ def _parse(path: Path) -> dict:
     if any(line.count(b".") > _MOST_DOTS for line in content.splitlines()):
         raise ConfigError(f"{path} has more than {_MOST_DOTS} dots in a line")
     try:
-        return tomllib.loads(content.decode("utf-8-sig"))
+        parsed = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         hint = "a path with backslashes takes single quotes: 'C:\\pictures'"
@@ -128,6 +128,8 @@ def _parse(path: Path) -> dict:
         raise ConfigError(
             f"{path} is not valid TOML: {said}", hint=hint if escape else None
         ) from None
+    check_texts(parsed)  # before what is wrong with it is said
+    return parsed
 
 
 class _File:

@@ -269,6 +269,21 @@ def test_an_endless_file_is_not_read_to_its_end():
         load_config("/dev/zero")
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["train.steps", "train.batch_size", "train.gradient_accumulation", "train.lr", "log_every",
+     "train.guidance", "lora.rank", "lora.alpha", "data.num_repeats", "data.resolution",
+     "data.shuffle_variants", "sample.width", "sample.steps", "sample.guidance", "save.keep",
+     "validation.timesteps", "model.max_sequence_length"],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["1000000000001", "1e300", "9" * 300])
+def test_numbers_that_nobody_means_are_refused(key, number):
+    """They would end in a full memory, or never."""
+    with pytest.raises(ConfigError, match=rf"{re.escape(key.split('.')[-1])}.*") as raised:
+        build_config(minimal(), [f"{key}={number}"])
+    assert len(raised.value.message) < 500
+
+
 def test_what_is_shown_of_a_mistake_is_short():
     raw = minimal(train={"steps": "9" * 100_000}, **{"x" * 100_000: 1})
     raw["lora"] = {f"key{i}": i for i in range(1000)}
@@ -401,6 +416,23 @@ def test_a_token_in_the_settings_is_refused_and_not_repeated(raw, place):
         build_config(raw)
     assert raised.value.message.startswith(f"{place} holds an access token")
     assert TOKEN not in str(raised.value) and "HF_TOKEN" in raised.value.hint
+
+
+def test_a_token_in_settings_of_others_is_not_repeated_either(tmp_path, fluxfast, monkeypatch):
+    """Where what is wrong with a value would show it, and where a picture would hold it."""
+    job = {"process": [{"type": "sd_trainer", "train": {"lr": TOKEN}}], "name": "x"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"job": "extension", "config": job}))
+    (tmp_path / "d.toml").write_text(f'[general]\nresolution = "{TOKEN}"\n')
+    for load in (lambda: load_config(tmp_path / "c.yaml"),
+                 lambda: build_config(minimal(data=str(tmp_path / "d.toml")))):  # fmt: skip
+        with pytest.raises(ConfigError, match="holds an access token") as raised:
+            load()
+        assert TOKEN not in str(raised.value)
+    monkeypatch.chdir(tmp_path)
+    for prompt in (TOKEN, "half \udce9"):
+        code, out, err = fluxfast("sample", "--model", "m", "--prompt", prompt)
+        assert code == 2 and err.startswith("error: --prompt.0 holds ") and TOKEN not in err
+    assert not (tmp_path / "samples").exists()
 
 
 def test_the_token_of_the_environment_is_refused_whatever_its_form(monkeypatch, tmp_path):
