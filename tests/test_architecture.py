@@ -13,7 +13,7 @@ SOURCES = {
     "fluxfast": ROOT / "fluxfast",
     "fluxfast_kernels": ROOT / "kernels" / "fluxfast_kernels",
 }
-LONGEST_FILE = 450  # lines
+LONGEST_FILE = 410  # lines
 
 # module -> the modules of ours that it may import, anywhere in its source; `x.*` is all below x.
 # From the bottom up: a module may only name what stands above it.
@@ -25,7 +25,8 @@ fluxfast.draws
 fluxfast.ranks           errors
 fluxfast.files           errors
 fluxfast.compat_table    errors
-fluxfast.compat          compat_table lines errors
+fluxfast.compat_form     lines errors
+fluxfast.compat          compat_form compat_table errors
 fluxfast.kohya_table     compat_table
 fluxfast.settings        lines errors
 fluxfast.kohya           kohya_table compat_table settings errors
