@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NANO := examples/nano
 
-.PHONY: train photos test install lint bench clean
+.PHONY: train photos test test-long install lint bench clean
 
 # the embedded example: a pretrained nano FLUX learns a thing it has never seen; see runs/nano/
 train: $(VENV)/installed
@@ -21,6 +21,12 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+# what takes minutes: 200 steps against 100 and 100, fifty kills, 12 billion parameters in and out,
+# memory's peaks, and longer fuzzing
+test-long: $(VENV)/installed-test
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow and not gpu'
+	HYPOTHESIS_EXAMPLES=3000 $(BIN)/pytest -n $(WORKERS) tests/test_fuzz.py
 
 install: $(VENV)/installed
 
