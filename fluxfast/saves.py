@@ -52,13 +52,13 @@ class Saves:
             return 0, None
         step, folder = self.newest
         state = read_state(folder)
-        put_weights(run.parameters, state, folder)
-        with run.memory.stepping():
-            run.optimizer.load_state_dict(state["optimizer"])
-        if run.ema is not None and state["ema"] is not None:
-            run.ema.load_state_dict(state["ema"])
-        elif run.ema is not None:
-            run.ema.restart(run.parameters)
+        try:
+            _put_back(run, state, folder)
+        except FluxfastError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            raise FluxfastError(f"the state in {folder} does not fit this run: {said}") from None
         if state["data"] != run.loader.fingerprint:
             self.say(
                 "note: the pictures or captions are not those that this run began with: from here "
@@ -130,6 +130,16 @@ class Saves:
         if not path.is_file():
             raise FluxfastError(f"the checkpoint {folder} has no {path.name}")
         return step, path
+
+
+def _put_back(run: Training, state: dict[str, Any], folder: Path) -> None:
+    put_weights(run.parameters, state, folder)
+    with run.memory.stepping():
+        run.optimizer.load_state_dict(state["optimizer"])
+    if run.ema is not None and state["ema"] is not None:
+        run.ema.load_state_dict(state["ema"])
+    elif run.ema is not None:
+        run.ema.restart(run.parameters)
 
 
 def save_best(run: Training, done: int, loss: float) -> None:

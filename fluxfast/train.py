@@ -120,7 +120,7 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
         if ranks.first:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
         if not ranks.any(saves.finished):
-            watch = Watch(config, run.model, prepared, device, console, first, writes=ranks.first)
+            watch = Watch(config, run.model, prepared, device, console, logged, writes=ranks.first)
             _loop(run, watch, saves, first, logged, console)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -130,8 +130,10 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
         raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
     if ranks.first:
         step, path = saves.publish()
-        report = write_report(config.run_dir)
-        say(console, f"{step} steps done; the LoRA is {path}, the report {report}")
+        told = ""
+        with going_on(lambda line: say(console, line)):
+            told = f", the report {write_report(config.run_dir)}"
+        say(console, f"{step} steps done; the LoRA is {path}{told}")
     return lora_file(config, config.run_dir)
 
 
@@ -154,7 +156,9 @@ def _check_fits(model: Flux, batch: Batch) -> None:
 def _loop(
     run: Training, watch: Watch, saves: Saves, first: int, logged: dict | None, console: Console
 ) -> None:
-    """Steps first + 1 to the last. logged: the log's state at `first`, of a resumed run."""
+    """Steps first + 1 to the last. logged: what the log and the watch kept at `first`, of a resumed
+    run.
+    """
     steps, accumulation = run.config.train.steps, run.config.train.gradient_accumulation
     batches = run.loader.iterate(first * accumulation, steps * accumulation)
     set_mode(run.optimizer, training=True)
@@ -166,7 +170,11 @@ def _loop(
         _look(run, watch, first, console)
     if first < steps:
         run.capture()
-    with log, stop_on_signals() as stop, _saved_where_memory_ends(run, saves, log) as progress:
+
+    def kept(done: int) -> dict:
+        return {**log.state(), **watch.state(done)}
+
+    with log, stop_on_signals() as stop, _saved_where_memory_ends(run, saves, kept) as progress:
         for step in range(first, steps):
             window = [next(batches) for _ in range(accumulation)]
             loss, norm, bad, lr = train_step(run, window, step)
@@ -174,9 +182,9 @@ def _loop(
             log.step(done, loss, norm, bad, lr, step * accumulation // run.loader.batches_per_epoch)
             stopping = run.ranks.any(stop.is_set()) and done < steps
             if stopping or done == steps:
-                saves.save(run, done, log.state())
+                saves.save(run, done, kept(done))
             elif saves.due(done):
-                saves.try_to_save(run, done, log.state(), saves.next_due(done))
+                saves.try_to_save(run, done, kept(done), saves.next_due(done))
             if stopping:
                 raise Stopped(done, steps)
             if watch.due(done):
@@ -209,7 +217,7 @@ class _Progress:
 
 
 @contextmanager
-def _saved_where_memory_ends(run: Training, saves: Saves, log: RunLog):
+def _saved_where_memory_ends(run: Training, saves: Saves, kept: Callable[[int], dict]):
     """Where memory runs out or spills, the cache is damaged or another rank has ended, what was
     trained so far is saved before the error goes on, unless it is an optimiser's step that was cut
     short. Not where a GPU waits for the rank that has ended: it cannot be read any more."""
@@ -217,18 +225,20 @@ def _saved_where_memory_ends(run: Training, saves: Saves, log: RunLog):
     try:
         yield progress
     except NotFinite as error:
-        raise _explained(error, run, saves, log) from None
+        raise _explained(error, run, saves, kept) from None
     except (RuntimeError, FluxfastError) as error:
         ended = isinstance(error, MemorySpills | MemoryExhausted | CacheDamaged)
         ended = ended or is_out_of_memory(error)
         ended = ended or (isinstance(error, LostRank) and run.device.type == "cpu")
         if ended and not run.updating and progress.done:
             run.graphs.drop()
-            saves.try_to_save(run, progress.done, log.state())
+            saves.try_to_save(run, progress.done, kept(progress.done))
         raise
 
 
-def _explained(error: NotFinite, run: Training, saves: Saves, log: RunLog) -> FluxfastError:
+def _explained(
+    error: NotFinite, run: Training, saves: Saves, kept: Callable[[int], dict]
+) -> FluxfastError:
     """Saves the state after the last good step, unless it is on the disk or the optimiser moved it
     since, and says why the first bad step was bad, in RUN/diagnosis.txt too."""
     told = run.ranks.told(diagnose(run, error.first))
@@ -242,7 +252,7 @@ def _explained(error: NotFinite, run: Training, saves: Saves, log: RunLog) -> Fl
     saved = saves.newest[0] if saves.newest else 0
     if error.good > saved and skips_exactly(run.optimizer, run.device):
         with suppress(FluxfastError):  # of weights that are not finite: so the lines say
-            saves.try_to_save(run, error.good, {**log.state(), "bad": 0})
+            saves.try_to_save(run, error.good, {**kept(error.good), "bad": 0})
     return FluxfastError(
         f"{error.message}: {'; '.join(lines)}",
         hint="take the picture out, lower train.lr, or set model.compute to fp32; the same command "

@@ -164,11 +164,10 @@ def student_quantile(p: float, freedom: int) -> float:
 
 
 def read_validations(
-    path: Path, up_to: int | None = None, say: Callable[[str], None] = lambda line: None
+    path: Path, say: Callable[[str], None] = lambda line: None
 ) -> list[Validation]:
     """The measurements in validation.jsonl, in order; lines that are none are passed over."""
-    rows = read_rows(path, _measurement, say)
-    return [row for row in rows if up_to is None or row.step <= up_to]
+    return read_rows(path, _measurement, say)
 
 
 def _measurement(row: Any) -> Validation:

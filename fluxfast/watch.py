@@ -1,5 +1,7 @@
 """Between steps: validation, and previews of the same prompts and seeds."""
 
+from dataclasses import asdict
+
 import torch
 from rich.console import Console
 
@@ -10,15 +12,16 @@ from fluxfast.model.flux import Flux
 from fluxfast.plots import plot_validation
 from fluxfast.prepare import Prepared, encoder_dtype
 from fluxfast.preview import draw_previews, preview_due
-from fluxfast.validation import Validation, Validator, best, read_validations, write_validations
+from fluxfast.validation import Validation, Validator, best, write_validations
 
 
 class Watch:
     """Looks at a model from outside; changes nothing of it. A disk that refuses what is written is
     said, and the run goes on.
 
-    first: the steps that are done. Measurements of later ones, which a run that was killed may
-    have left, are dropped. Without `writes` it only knows when something is due.
+    resumed: the `state` that the checkpoint kept, of a run that goes on; what validation.jsonl has
+    beside its measurements, a run that was killed may have left. Without `writes` it only knows
+    when something is due.
     """
 
     def __init__(
@@ -28,15 +31,16 @@ class Watch:
         prepared: Prepared,
         device: torch.device,
         console: Console,
-        first: int = 0,
+        resumed: dict | None = None,
         *,
         writes: bool = True,
     ):
         self.config, self.model, self.prepared = config, model, prepared
         self.device, self.console = device, console
         self.file = config.run_dir / "validation.jsonl"
-        self._rows = read_validations(self.file, up_to=first, say=self._say)
-        if writes and self.file.is_file():
+        measured = (resumed or {}).get("validation", [])
+        self._rows = [Validation(**row) for row in measured]
+        if writes and (measured or self.file.is_file()):
             write_validations(self.file, self._rows)
         self.validator = None
         if prepared.held_out:
@@ -46,6 +50,10 @@ class Watch:
                 config.validation.timesteps,
                 config.train.guidance,
             )
+
+    def state(self, done: int) -> dict:
+        """What the checkpoint of `done` steps keeps: the measurements until then."""
+        return {"validation": [asdict(row) for row in self._rows if row.step <= done]}
 
     def due(self, done: int) -> bool:
         """Whether there is anything to do after `done` steps (0: before the first)."""

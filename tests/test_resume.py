@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import fluxfast.saves
 import fluxfast.train
 import fluxfast.watch
-from fluxfast.checkpoint import checkpoints, read_state
+from fluxfast.checkpoint import checkpoints, read_state, save_checkpoint
 from fluxfast.config import Config, build_config
 from fluxfast.config_errors import all_keys
-from fluxfast.errors import ConfigError
+from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.interrupt import Stopped
 from fluxfast.resume import (
     APPLIED,
@@ -224,7 +224,7 @@ def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     killed_in("save_best", 1, monkeypatch, config)  # at 4, whose measurement is written
     killed_in("train_step", 5, monkeypatch, config)  # of 6, where a measurement is due
     killed_in("_look", 1, monkeypatch, config)  # before 6's
-    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4]
     killed_in("_look", 2, monkeypatch, config)  # before 8's, behind the last save
     assert checkpoints(config.run_dir)[-1][0] == 8
     killed_in("publish", 1, monkeypatch, config, fluxfast.saves.Saves)
@@ -245,6 +245,32 @@ def test_the_best_of_steps_that_come_again_is_forgotten(demanding, monkeypatch):
     with safe_open(kept, "pt") as file:
         assert int(file.metadata()["steps"]) == 2
     assert [row["step"] for row in rows(config, "validation")] == [0, 2]
+
+
+def test_a_state_that_does_not_fit_is_said(configure):
+    """Sound by its checksums, but another program's, say."""
+    config = configure()
+    train(config, console=QUIET)
+    state = read_state(checkpoints(config.run_dir)[-1][1])
+    del state["optimizer"]["param_groups"]
+    save_checkpoint(config.run_dir, state, lambda folder: None, keep=1)
+    with pytest.raises(
+        FluxfastError, match="the state in .* does not fit this run: 'param_groups'"
+    ):
+        train(configure(train__steps=6), console=QUIET)
+
+
+def test_what_was_best_is_known_without_the_series(demanding, monkeypatch):
+    """A checkpoint holds the measurements, so that a worse step does not become the best."""
+    config = demanding("adamw", 8, validation={"share": 0.2, "every": 2, "timesteps": 1})
+    train(config, console=QUIET)
+    whole = everything(config)
+    config.run_dir.rename(config.output_dir / "whole")
+    with stopped_after(5, monkeypatch):
+        train(config, console=QUIET)
+    (config.run_dir / "validation.jsonl").unlink()
+    train(config, console=QUIET)
+    assert_same(everything(config), whole)
 
 
 def test_a_finished_run_is_not_measured_again(demanding, monkeypatch):

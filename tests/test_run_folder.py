@@ -74,9 +74,9 @@ def test_lines_that_are_none_of_the_logs_are_left_out_and_counted(configure):
             file.write_bytes(b"\n".join([*FOREIGN[:5], first, *FOREIGN[5:], rest]) + b'{"step": 4')
         said = run(configure(train__steps=6))
         notes = [line for line in said if "cannot be read and are left out" in line]
-        assert len(notes) == (2 if spoilt else 0)
-        for note, file, whole in zip(notes, reversed(files), (3, 4), strict=False):
-            assert note.startswith(f"note: 10 of {whole + 10} lines of {file} cannot")
+        assert len(notes) == spoilt  # the measurements are in the checkpoint
+        if spoilt:
+            assert notes[0].startswith(f"note: 10 of 14 lines of {files[0]} cannot")
         steps = [row["step"] for row in map(json.loads, files[0].read_text().splitlines())]
         assert steps == [1, 2, 3, 4, 5, 6]
         lora = (config.run_dir / "small.safetensors").read_bytes()
