@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
 
+_RUNS = count()  # of this process; all ranks begin each of them
 _TO_BEGIN = timedelta(minutes=10)  # for all ranks to be there
 # longer than one rank may validate, draw previews or encode pictures while the others wait
 _PATIENCE = timedelta(hours=6)
@@ -145,16 +147,16 @@ def local_rank() -> tuple[int, int]:
 
 def _begin(backend: str) -> None:
     """torchrun keeps one store for all of its restarts, in which those before have left addresses:
-    each has a part of it to itself.
+    each has a part of it to itself, and in each every run.
     """
     distributed = torch.distributed
-    store, rank, count = next(distributed.rendezvous("env://", timeout=_TO_BEGIN))
+    store, rank, size = next(distributed.rendezvous("env://", timeout=_TO_BEGIN))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         backend,
-        store=distributed.PrefixStore(f"attempt {attempt}", store),
+        store=distributed.PrefixStore(f"attempt {attempt}, run {next(_RUNS)}", store),
         rank=rank,
-        world_size=count,
+        world_size=size,
         timeout=_TO_BEGIN,
     )
 
@@ -167,9 +169,9 @@ def joined() -> Iterator[Ranks]:
     may have made. Raises FluxfastError where the ranks do not find each other.
     """
     distributed = torch.distributed
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     made = distributed.is_available() and distributed.is_initialized()
-    if count == 1 and not made:
+    if size == 1 and not made:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -179,7 +181,7 @@ def joined() -> Iterator[Ranks]:
         group = distributed.new_group(timeout=_PATIENCE, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise FluxfastError(
-            f"the {count} processes of this run do not find each other: "
+            f"the {size} processes of this run do not find each other: "
             f"{str(error).splitlines()[0]}",
             hint="start them with `torchrun --nproc-per-node N -m fluxfast train …`",
         ) from None

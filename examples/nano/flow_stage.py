@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from draw import SIZE, all_captions, random_caption, random_scene
+from safetensors.torch import load_file, save_file
 from text_stage import TEXT_LENGTH
 from torch import Tensor
 from training import Plan, train
@@ -59,11 +60,13 @@ def start_at_zero(transformer) -> None:
 
 
 def latents(work: Path, vae, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the drawings' latents, kept in `work/latents.pt`."""
-    path = work / "latents.pt"
+    """Mean and deviation of the drawings' latents, kept in a file of `work`."""
+    path = work / "latents.safetensors"
     if not path.is_file():
-        torch.save(encode(vae, pictures(seed, PICTURES)), path)
-    return torch.load(path, weights_only=True)
+        mean, std = encode(vae, pictures(seed, PICTURES))
+        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, path)
+    kept = load_file(path)
+    return kept["mean"], kept["std"]
 
 
 def train_transformer(work: Path, transformer, vae, embed, plan: Plan = PLAN, compiled=False):

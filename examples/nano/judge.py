@@ -98,7 +98,7 @@ def judged_pictures(vae, seed: int, count: int) -> tuple[Tensor, list[Scene]]:
 
 
 def train_judge(work: Path, vae, plan: Plan = PLAN) -> Judge:
-    """-> Judge, in `work/judge.pt`; its shares of right answers on other drawings are printed."""
+    """-> Judge, kept in `work`; its shares of right answers on other drawings are printed."""
     torch.manual_seed(plan.seed)
     judge = Judge()
     images, scenes = judged_pictures(vae, plan.seed, PICTURES)

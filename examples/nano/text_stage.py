@@ -58,7 +58,7 @@ def make_t5(tokenizer, seed: int):
 
 
 def train_clip(work: Path, tokenizer, plan: Plan = PLAN):
-    """-> CLIPTextModel whose pooled output tells captions apart, in `work/clip.pt`."""
+    """-> CLIPTextModel whose pooled output tells captions apart, in `work/clip.safetensors`."""
     from make_nano import make_clip_encoder
 
     torch.manual_seed(plan.seed)

@@ -1,5 +1,6 @@
 """The loop that every part of the nano model is trained with: seeded, timed and resumable."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -7,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from fluxfast.formats.safetensors_out import write
+from fluxfast.tree import put_together, take_apart
 
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 50
@@ -52,10 +57,11 @@ def train(
     """Train `model` in place by AdamW and return it, with the averaged weights if `plan.ema`.
 
     `loss_of(step, generator)` computes a step's loss; its generator depends on the seed and the
-    step alone. The state is saved to `work/name.pt` once a minute and at the end; a later call goes
-    on from there, and returns at once where the training had ended. `note` adds to the log's lines.
+    step alone. The state is saved to `work/name.safetensors` once a minute and at the end; a later
+    call goes on from there, and returns at once where the training had ended. `note` adds to the
+    log's lines.
     """
-    path = work / f"{name}.pt"
+    path = work / f"{name}.safetensors"
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(
         weights, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
@@ -104,15 +110,20 @@ def _save(path: Path, model, optimiser, average: list[Tensor], position: tuple) 
         "average": average,
         "position": position,  # step, minutes, whether the training has ended
     }
+    rest, tensors = take_apart(state)
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    with open(part, "wb") as file:
+        write(file, tensors, {"rest": json.dumps(rest)})
     part.replace(path)
 
 
 def _resume(path: Path, model, optimiser, average: list[Tensor]) -> tuple[int, float, bool]:
     if not path.is_file():
         return 0, 0.0, False
-    state = torch.load(path, weights_only=True)
+    with safe_open(path, "pt") as file:
+        rest = json.loads(file.metadata()["rest"])
+        # copies: what is read lies in the file's own pages, which the optimiser writes into
+        state = put_together(rest, lambda key: file.get_tensor(key).clone())
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
     for mine, saved in zip(average, state["average"], strict=True):

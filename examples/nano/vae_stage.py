@@ -32,7 +32,7 @@ def any_pictures(seed: int, count: int) -> Tensor:
 
 
 def train_vae(work: Path, plan: Plan = PLAN):
-    """-> AutoencoderKL in `work/vae.pt`, its latents brought to mean 0 and deviation 1."""
+    """-> AutoencoderKL in `work/vae.safetensors`, its latents brought to mean 0 and deviation 1."""
     from make_nano import make_vae
 
     torch.manual_seed(plan.seed)
