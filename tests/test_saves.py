@@ -20,6 +20,7 @@ from fluxfast.metrics import NotFinite, RunLog
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.optim import Ema, averaged
+from fluxfast.ranks import ALONE
 from fluxfast.saves import Saves
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
     run = SimpleNamespace(
         parameters=list(map(OnDevice, values(2))), ema=ema, loader=SimpleNamespace(fingerprint="f"),
-        memory=SimpleNamespace(stepping=nullcontext),
+        memory=SimpleNamespace(stepping=nullcontext), ranks=ALONE,
         optimizer=SimpleNamespace(state_dict=lambda: moments),
     )  # fmt: skip
     saves.save(run, 5, {})
