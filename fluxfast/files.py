@@ -123,14 +123,17 @@ def read_rows(
 
 
 @contextlib.contextmanager
-def going_on(say: Callable[[str], None]) -> Iterator[None]:
-    """A disk that refuses inside is said, not raised: a run goes on without the file."""
+def going_on(say: Callable[[str], None], path: Path | None = None) -> Iterator[None]:
+    """A disk that refuses inside is said, not raised: a run goes on without the file. path: what is
+    named where the system does not say which.
+    """
     try:
         yield
     except DiskError as error:
         say(f"note: {error.message}; the run goes on")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        name = error.filename or path
+        where = f"{name}: " if name else ""
         say(f"note: {where}{error.strerror or error}; the run goes on")
 
 

@@ -207,7 +207,7 @@ class RunLog:
 
     def _keep(self, row: dict) -> None:
         self._unwritten.append(json.dumps(row) + "\n")
-        with going_on(self._say):
+        with going_on(self._say, self.path):
             self._append()
             for key, value in row.items():
                 if value is not None and key not in ("step", "eta_s"):

@@ -280,7 +280,8 @@ def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     steps = [yaml.safe_load(line)["step"] for line in lines if line.endswith("}")]
     assert steps == [1, 2, 3, 4, 5] and line.strip() == lines[1]
-    assert console.file.getvalue().count("No space left on device; the run goes on") == 3
+    line = f"note: {tmp_path / 'metrics.jsonl'}: No space left on device; the run goes on"
+    assert console.file.getvalue().count(line) == 3
 
 
 # ---------------------------------------------------------------- two processes
