@@ -145,16 +145,20 @@ def local_rank() -> tuple[int, int]:
     return int(environment("LOCAL_RANK", "0")), int(environment("LOCAL_WORLD_SIZE", "1"))
 
 
+def attempt() -> int:
+    """How often torchrun has started this run anew, after a process of it had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _begin(backend: str) -> None:
     """torchrun keeps one store for all of its restarts, in which those before have left addresses:
     each has a part of it to itself, and in each every run.
     """
     distributed = torch.distributed
     store, rank, size = next(distributed.rendezvous("env://", timeout=_TO_BEGIN))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         backend,
-        store=distributed.PrefixStore(f"attempt {attempt}, run {next(_RUNS)}", store),
+        store=distributed.PrefixStore(f"attempt {attempt()}, run {next(_RUNS)}", store),
         rank=rank,
         world_size=size,
         timeout=_TO_BEGIN,

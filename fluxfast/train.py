@@ -36,7 +36,7 @@ from fluxfast.model.lora import set_assisted
 from fluxfast.optim import averaged, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
-from fluxfast.ranks import LostRank, Ranks, joined
+from fluxfast.ranks import LostRank, Ranks, attempt, joined
 from fluxfast.report import write_report
 from fluxfast.saves import Saves, lora_file, save_best
 from fluxfast.step import Training, train_step
@@ -46,8 +46,9 @@ from fluxfast.watch import Watch
 def train(config: Config, *, restart: bool = False, console: Console | None = None) -> Path:
     """Train a LoRA as configured, from images to file. -> the LoRA file.
 
-    A run of the same name goes on from its newest checkpoint; restart moves it aside first. In each
-    of several processes that torchrun starts it trains the same LoRA on a share of every batch.
+    A run of the same name goes on from its newest checkpoint; restart moves it aside first, but not
+    where torchrun starts its processes anew. In each of several processes that torchrun starts it
+    trains the same LoRA on a share of every batch.
     Raises FluxfastError (ConfigError where the configuration is at fault), and Stopped, a
     KeyboardInterrupt, where SIGINT or SIGTERM asked it to stop and what was trained is saved.
     """
@@ -58,7 +59,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
         ranks.share(config.train.batch_size)  # said before anything is done
         ranks.check_same("their configuration", dump_config(config))
         if ranks.first:
-            if restart:
+            if restart and attempt() == 0:  # or what was trained before would be moved aside too
                 _make_room(config, console)
             held.enter_context(sole_user(config.run_dir))
         ranks.wait()

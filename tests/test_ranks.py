@@ -309,6 +309,17 @@ def test_one_process_waits_for_nobody():
         assert joined == ALONE
 
 
+def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, monkeypatch):
+    config = made(tmp_path, train__steps=1)
+    train(config, console=QUIET)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(config, console=QUIET, restart=True)
+    assert [path.name for path in config.output_dir.iterdir()] == ["small"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train(config, console=QUIET, restart=True)
+    assert sorted(path.name for path in config.output_dir.iterdir()) == ["small", "small.1"]
+
+
 def test_ranks_share_every_batch_and_every_key():
     assert [list(Ranks(rank, 3).share(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(ConfigError, match="batch_size is 4: 3 processes cannot share"):
