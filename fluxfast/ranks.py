@@ -91,7 +91,7 @@ class Ranks:
                 raise ConfigError(
                     f"the processes of this run differ in {what}: rank {rank} has another than "
                     "rank 0",
-                    hint="give all of them the same configuration, model and pictures",
+                    hint="give all of them the same configuration, model, pictures and output_dir",
                 )
 
     @contextmanager

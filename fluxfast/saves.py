@@ -9,7 +9,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fluxfast import __version__
-from fluxfast.checkpoint import newest_checkpoint, put_weights, read_state, save_checkpoint
+from fluxfast.checkpoint import (
+    MANIFEST,
+    newest_checkpoint,
+    put_weights,
+    read_state,
+    save_checkpoint,
+)
 from fluxfast.config import Config
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.files import write_atomic
@@ -42,6 +48,11 @@ class Saves:
         if self.newest is None or self.newest[0] < self.config.train.steps:
             return False
         return _steps_of(lora_file(self.config, self.config.run_dir)) == self.newest[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every file of the newest checkpoint; empty where there is none."""
+        return "" if self.newest is None else (self.newest[1] / MANIFEST).read_text()
 
     def restore(self, run: Training) -> tuple[int, dict[str, Any] | None]:
         """Put everything back as it was when it was saved. -> the steps done, the log's state.

@@ -101,6 +101,7 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
             check_no_links(config.run_dir, "checkpoints", "samples", "tensorboard", "metrics.jsonl")
             drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
         saves = Saves(config, lambda line: say(console, line))
+    ranks.check_same("the checkpoint they go on from", saves.fingerprint)
     device = resolve_device(config.device)
     check_loras(config, fresh=not checkpoints(config.run_dir))
     prepared = prepare(config, device, console, ranks)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small import noise_pictures
 
 from fluxfast import ranks
-from fluxfast.checkpoint import checkpoints
+from fluxfast.checkpoint import MANIFEST, checkpoints
 from fluxfast.config import Config, build_config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import read_tensors, write_tensors
@@ -318,6 +318,16 @@ def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, m
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     train(config, console=QUIET, restart=True)
     assert sorted(path.name for path in config.output_dir.iterdir()) == ["small", "small.1"]
+
+
+def test_ranks_that_see_other_checkpoints_are_refused(made, tmp_path, monkeypatch):
+    """Such as on two machines that share no output_dir, of which rank 0's alone has one."""
+    config = made(tmp_path, train__steps=1)
+    train(config, console=QUIET)
+    manifest = (checkpoints(config.run_dir)[-1][1] / MANIFEST).read_text()
+    monkeypatch.setattr(Ranks, "told", lambda self, own: [own, "" if own == manifest else own])
+    with pytest.raises(ConfigError, match="differ in the checkpoint they go on from: rank 1"):
+        train(config, console=QUIET)
 
 
 def test_ranks_share_every_batch_and_every_key():
