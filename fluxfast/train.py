@@ -188,6 +188,7 @@ def _loop(
             elif saves.due(done):
                 saves.try_to_save(run, done, kept(done), saves.next_due(done))
             if stopping:
+                run.ranks.wait()  # for the save, and for this rank's part in what GPUs still sum
                 raise Stopped(done, steps)
             if watch.due(done):
                 with log.pause():

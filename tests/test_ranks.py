@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,13 @@ from fluxfast.config import Config, build_config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import read_tensors, write_tensors
 from fluxfast.errors import ConfigError
+from fluxfast.interrupt import Stopped
 from fluxfast.load import resolve_device
 from fluxfast.memory.fitting import host_memory
 from fluxfast.metrics import RunLog
 from fluxfast.prepare import prepare
 from fluxfast.ranks import ALONE, Ranks
+from fluxfast.saves import Saves
 from fluxfast.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -328,6 +332,19 @@ def test_ranks_that_see_other_checkpoints_are_refused(made, tmp_path, monkeypatc
     monkeypatch.setattr(Ranks, "told", lambda self, own: [own, "" if own == manifest else own])
     with pytest.raises(ConfigError, match="differ in the checkpoint they go on from: rank 1"):
         train(config, console=QUIET)
+
+
+def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_path, monkeypatch):
+    """Else its GPU might wait for theirs for ever, and exit code 0 would promise too much."""
+    seen, stop = [], threading.Event()
+    stop.set()
+    monkeypatch.setattr("fluxfast.train.stop_on_signals", lambda: nullcontext(stop))
+    save, wait = Saves.save, Ranks.wait
+    monkeypatch.setattr(Saves, "save", lambda *given: (save(*given), seen.append("saved")))
+    monkeypatch.setattr(Ranks, "wait", lambda ranks: (wait(ranks), seen.append("waited")))
+    with pytest.raises(Stopped):
+        train(made(tmp_path, save__every=0, validation__share=0), console=QUIET)
+    assert seen[-2:] == ["saved", "waited"]
 
 
 def test_ranks_share_every_batch_and_every_key():
