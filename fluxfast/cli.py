@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fluxfast.cli_shared import announce, configuration, interruptible, rank
+from fluxfast.cli_shared import announce, configuration, interruptible, rank, speaker
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.lines import plain
 
@@ -329,14 +329,13 @@ def main() -> None:
     try:
         app()
     except FluxfastError as error:
-        who = f"rank {rank()}: " if rank() else ""
-        print(f"{who}error: {plain(error.message)}", file=sys.stderr)
+        print(f"{speaker()}error: {plain(error.message)}", file=sys.stderr)
         if error.hint:
             print(f"hint: {plain(error.hint)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a disk that fills up under a log file, say
         said = f"{error.filename or 'system'}: {error.strerror or error}"
-        print(f"error: {plain(said)}", file=sys.stderr)
+        print(f"{speaker()}error: {plain(said)}", file=sys.stderr)
         sys.exit(1)
 
 

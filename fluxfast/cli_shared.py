@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from fluxfast.errors import ConfigError
+from fluxfast.errors import ConfigError, LostRank
 from fluxfast.lines import plain
 
 
@@ -63,8 +63,11 @@ def interruptible(word: str = "the same command goes on where it stopped"):
         if rank() == 0:
             print(f"{stop}; to go on: {_same_command()}", file=sys.stderr)
         raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        print(f"stopped; {word}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # torchrun stops the others where one has ended: that it has is what is to be said
+        if isinstance(stop.__context__, LostRank):
+            raise stop.__context__ from None
+        print(f"{speaker()}stopped; {word}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -82,6 +85,11 @@ def _same_command() -> str:
 def rank() -> int:
     """This process among those that torchrun started, 0 without it: the first one speaks."""
     return int(os.environ.get("RANK", "0"))
+
+
+def speaker() -> str:
+    """What a line that every process may print begins with."""
+    return f"rank {rank()}: " if rank() else ""
 
 
 def _quoted(value: str) -> str:

@@ -22,6 +22,10 @@ class DiskError(FluxfastError):
     """The disk refuses: full, read-only, no permission. What was in place before is untouched."""
 
 
+class LostRank(FluxfastError):
+    """Another process of this run, see `ranks.py`, has ended."""
+
+
 class ConfigError(FluxfastError):
     """The call or the configuration is wrong. Exit code 2."""
 

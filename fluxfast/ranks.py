@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError, LostRank
 
 _RUNS = count()  # of this process; all ranks begin each of them
 _TO_BEGIN = timedelta(minutes=10)  # for all ranks to be there
 # longer than one rank may validate, draw previews or encode pictures while the others wait
 _PATIENCE = timedelta(hours=6)
-
-
-class LostRank(FluxfastError):
-    """Another process of this run has ended."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Batch, Loader
 from fluxfast.data.store import CacheDamaged
 from fluxfast.diagnose import diagnose
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.files import (
     CHECK_FILE,
     check_no_links,
@@ -36,7 +36,7 @@ from fluxfast.model.lora import set_assisted
 from fluxfast.optim import averaged, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import check_model, prepare
-from fluxfast.ranks import LostRank, Ranks, attempt, joined
+from fluxfast.ranks import Ranks, attempt, joined
 from fluxfast.report import write_report
 from fluxfast.saves import Saves, lora_file, save_best
 from fluxfast.step import Training, train_step

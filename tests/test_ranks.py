@@ -15,16 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from small import noise_pictures
 
 from fluxfast import ranks
 from fluxfast.checkpoint import MANIFEST, checkpoints
+from fluxfast.cli_shared import interruptible
 from fluxfast.config import Config, build_config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import read_tensors, write_tensors
-from fluxfast.errors import ConfigError
+from fluxfast.errors import ConfigError, LostRank
 from fluxfast.interrupt import Stopped
 from fluxfast.load import resolve_device
 from fluxfast.memory.fitting import host_memory
@@ -235,8 +237,8 @@ def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
 
 PAIR = """
 import os, sys, time, torch
-from fluxfast.errors import ConfigError
-from fluxfast.ranks import LostRank, joined
+from fluxfast.errors import ConfigError, LostRank
+from fluxfast.ranks import joined
 
 with joined() as ranks:
     assert (ranks.rank, ranks.count) == (int(os.environ["RANK"]), 2)
@@ -345,6 +347,22 @@ def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_
     with pytest.raises(Stopped):
         train(made(tmp_path, save__every=0, validation__share=0), console=QUIET)
     assert seen[-2:] == ["saved", "waited"]
+
+
+def test_torchruns_signal_does_not_hide_that_a_rank_was_lost():
+    with pytest.raises(LostRank, match="another has ended"), interruptible():
+        try:
+            raise LostRank("another has ended")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_of_several_who_are_stopped_each_says_who_it_is(monkeypatch, capsys):
+    for rank, who in (("0", ""), ("1", "rank 1: ")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(typer.Exit), interruptible("go on"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capsys.readouterr().err == f"{who}stopped; go on\n"
 
 
 def test_ranks_share_every_batch_and_every_key():
