@@ -53,6 +53,12 @@ class Ranks:
                 for tensor in tensors:
                     torch.distributed.all_reduce(tensor, group=self.group)
 
+    def meet(self, device: torch.device) -> None:
+        """What the ranks sum through takes its memory on the device, as it does at the first sum:
+        to be called before what is free there is planned with.
+        """
+        self.sum_(torch.zeros(1, device=device))
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Hosts wait for each other, GPUs do not."""
         if self.count == 1:

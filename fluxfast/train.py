@@ -112,6 +112,7 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
     if ranks.count > 1:
         say(console, f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
+    ranks.meet(device)
     plan = plan_run(config, prepared.base, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
         say(console, line)

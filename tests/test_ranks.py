@@ -397,6 +397,18 @@ def test_a_rank_that_does_not_write_counts_alone(tmp_path):
     assert log.state()["losses"] == [2.0] and not (tmp_path / "run").exists()
 
 
+def test_the_ranks_meet_on_the_device_before_what_is_free_there_is_planned_with(
+    made, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        Ranks, "sum_", lambda ranks, *tensors: seen.extend(tensor.device.type for tensor in tensors)
+    )
+    monkeypatch.setattr("fluxfast.train.plan_run", lambda *given: seen.append("planned"))
+    train(made(tmp_path, train__steps=1), console=QUIET)
+    assert seen[:2] == ["cpu", "planned"]
+
+
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
