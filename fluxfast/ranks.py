@@ -171,8 +171,8 @@ def _begin(backend: str) -> None:
 def joined() -> Iterator[Ranks]:
     """The ranks that torchrun has started this process among; one alone where it was not.
 
-    CPU tensors go by gloo, CUDA tensors by NCCL, in a group of their own beside one that the caller
-    may have made. Raises FluxfastError where the ranks do not find each other.
+    CPU tensors go by gloo, CUDA tensors by NCCL where torch has it, in a group of their own beside
+    one that the caller may have made. Raises FluxfastError where the ranks do not find each other.
     """
     distributed = torch.distributed
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -180,7 +180,9 @@ def joined() -> Iterator[Ranks]:
     if size == 1 and not made:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # a torch for CUDA need not have NCCL: under Windows it never does, and gloo takes CUDA tensors
+    nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     try:
         if not made:
             _begin(backend)

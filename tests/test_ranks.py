@@ -26,7 +26,7 @@ from fluxfast.cli_shared import interruptible
 from fluxfast.config import Config, build_config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import read_tensors, write_tensors
-from fluxfast.errors import ConfigError, LostRank
+from fluxfast.errors import ConfigError, FluxfastError, LostRank
 from fluxfast.interrupt import Stopped
 from fluxfast.load import resolve_device
 from fluxfast.memory.fitting import host_memory
@@ -407,6 +407,24 @@ def test_the_ranks_meet_on_the_device_before_what_is_free_there_is_planned_with(
     monkeypatch.setattr("fluxfast.train.plan_run", lambda *given: seen.append("planned"))
     train(made(tmp_path, train__steps=1), console=QUIET)
     assert seen[:2] == ["cpu", "planned"]
+
+
+@pytest.mark.parametrize("nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gloo_alone_where_torch_knows_gpus_but_no_nccl(monkeypatch, nccl, backend):
+    asked = []
+
+    def new_group(timeout, backend):
+        asked.append(backend)
+        raise RuntimeError("enough")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    monkeypatch.setattr(ranks, "_begin", asked.append)
+    with pytest.raises(FluxfastError, match="do not find each other: enough"), ranks.joined():
+        pytest.fail("went on")
+    assert asked == [backend, backend]
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
