@@ -147,6 +147,11 @@ def local_rank() -> tuple[int, int]:
     return int(environment("LOCAL_RANK", "0")), int(environment("LOCAL_WORLD_SIZE", "1"))
 
 
+def processes() -> int:
+    """How many of them torchrun has started for this run, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def attempt() -> int:
     """How often torchrun has started this run anew, after a process of it had ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -175,7 +180,7 @@ def joined() -> Iterator[Ranks]:
     one that the caller may have made. Raises FluxfastError where the ranks do not find each other.
     """
     distributed = torch.distributed
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     made = distributed.is_available() and distributed.is_initialized()
     if size == 1 and not made:
         yield ALONE

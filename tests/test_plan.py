@@ -1,6 +1,7 @@
 """The planner: what it must fit, that it keeps its limits, is fast, and refuses in words."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -190,6 +191,19 @@ def test_what_a_refusal_names_does_fit(changes):
                 assert key in ("sample.width", "sample.height"), key
                 again["preview_pixels"] = int(value) ** 2
         make_plan(request(**again), small, limit)
+
+
+def test_a_batch_size_that_a_refusal_names_is_that_of_all_processes(monkeypatch):
+    """The planner sees one process's share."""
+
+    def named() -> int:
+        with pytest.raises(ConfigError) as caught:
+            make_plan(request(batch=64), card("3060 12 GB"), usable(12))
+        return int(re.search(r"train.batch_size: (\d+)", caught.value.hint)[1])
+
+    share = named()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert named() == 2 * share
 
 
 def test_a_refusal_says_what_is_short():

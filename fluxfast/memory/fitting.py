@@ -10,7 +10,7 @@ import torch
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import Card, card, closest
 from fluxfast.memory.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
-from fluxfast.ranks import local_rank
+from fluxfast.ranks import local_rank, processes
 
 _STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
 
@@ -146,16 +146,17 @@ def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
         yield "storage", "model.storage: nf4", smaller
     if request.optimizer == "prodigy":
         yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")
-    batch = max(shape.batch for shape in request.shapes.values())
+    # a request's batch is one process's share; the setting counts that of all
+    batch, count = max(shape.batch for shape in request.shapes.values()), processes()
     sizes = [batch // 2**n for n in range(1, batch.bit_length()) if batch // 2**n]
     for size in sizes:
-        words = f"train.batch_size: {size} with gradient_accumulation"
+        words = f"train.batch_size: {size * count} with gradient_accumulation"
         yield "batch", words, _shaped(request, size, SIDES[0] * 64)
     for size in dict.fromkeys((batch, 1)):
         for side in SIDES:
             changed = _shaped(request, size, side)
             if changed.shapes != request.shapes:
-                beside = f" and train.batch_size: {size}" if size != batch else ""
+                beside = f" and train.batch_size: {size * count}" if size != batch else ""
                 yield "resolution", f"data.resolution: {side}{beside}", changed
 
 
