@@ -2,10 +2,10 @@
 
 import importlib
 import importlib.util
-import json
 import os
 import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,14 @@ def nano_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """What a file trains on that has no pictures of its own."""
+    from small import noise_pictures
+
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
+
+
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     """One cache folder for the runs of a test file."""
     return tmp_path_factory.mktemp("cache")
@@ -91,23 +99,6 @@ def fluxfast(monkeypatch, capfd):
 @pytest.fixture
 def configure(nano_model, photos, cache, tmp_path):
     """-> make(train__steps=2, ...): a small run's configuration over the file's `photos`."""
-    from fluxfast.config import build_config
+    from small import small_run
 
-    def make(**changes):
-        raw = {
-            "name": "small",
-            "output_dir": str(tmp_path / "runs"),
-            "cache_dir": str(cache),
-            "trigger": "ohwx",
-            "log_every": 2,
-            "device": "cpu",
-            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
-            "lora": {"rank": 2},
-            "data": {"folder": str(photos), "resolution": 64},
-            "train": {"steps": 4, "batch_size": 2, "lr": 1e-3},
-            "save": {"every": 2, "dtype": "fp32"},
-        }
-        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
-        return build_config(raw, sets)
-
-    return make
+    return partial(small_run, nano_model, photos, tmp_path / "runs", cache)

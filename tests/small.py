@@ -1,10 +1,15 @@
-"""A FLUX, and pictures, small enough to try everything on."""
+"""A FLUX, pictures and a run, small enough to try everything on."""
 
+import importlib.util
+import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
+from fluxfast.config import Config, build_config
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 # hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes
@@ -20,13 +25,48 @@ SMALL = FluxSpec(
 )
 
 
-def noise_pictures(folder: Path, count: int, caption: str = "", seed: int = 0) -> Path:
-    """`count` pictures of noise, 0.png, 1.png, …, each with its caption where one is given.
-    -> folder."""
+def noise_pictures(
+    folder: Path,
+    count: int,
+    caption: str = "",
+    seed: int = 0,
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),),
+) -> Path:
+    """`count` pictures of noise, 0.png, 1.png, …, in each (width, height) in turn, each with its
+    caption where one is given. -> folder."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        width, height = sizes[i % len(sizes)]
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         if caption:
             (folder / f"{i}.txt").write_text(f"{caption} {i}")
     return folder
+
+
+def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -> Config:
+    """A short run's configuration, with changes such as train__steps=2."""
+    raw = {
+        "name": "small",
+        "output_dir": str(output),
+        "cache_dir": str(cache),
+        "trigger": "ohwx",
+        "log_every": 2,
+        "device": "cpu",
+        "model": {"path": str(model), "storage": "fp32", "compute": "fp32"},
+        "lora": {"rank": 2},
+        "data": {"folder": str(photos), "resolution": 64},
+        "train": {"steps": 4, "batch_size": 2, "lr": 1e-3},
+        "save": {"every": 2, "dtype": "fp32"},
+    }
+    sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    return build_config(raw, sets)
+
+
+def script(path: Path) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """The nano model's drawings: captioned truly, repeatable, and never of the concept."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import script
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "nano" / "draw.py"
 
 
 @pytest.fixture(scope="module")
 def draw():
-    spec = importlib.util.spec_from_file_location("nano_draw", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script(SCRIPT)
 
 
 def _pixels(image) -> np.ndarray:

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
-from small import noise_pictures
 
 import fluxfast.files
 import fluxfast.metrics
@@ -30,16 +30,11 @@ ROOT = Path(__file__).parent.parent
 QUIET = Console(file=io.StringIO())
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 3)
-
-
 @pytest.fixture
 def configure(configure):
     """Shorter runs still."""
     short = {"log_every": 1, "train__steps": 4, "train__batch_size": 1, "save__every": 0}
-    return lambda **changes: configure(**{**short, **changes})
+    return partial(configure, **short)
 
 
 def signals_at(monkeypatch, *steps: int, number=signal.SIGTERM) -> None:

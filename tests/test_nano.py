@@ -1,7 +1,6 @@
 """The embedded example: the nano model is whole and reproducible, the photographs as promised."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from small import script
 
 from fluxfast.config import load_config
 from fluxfast.model.spec import NANO
@@ -35,13 +35,6 @@ KINDS = {
     "textures/grass.jpg": ("JPEG", "L", (160, 160)),
     "textures/gravel.png": ("PNG", "I;16", (192, 128)),
 }
-
-
-def _load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _captions() -> dict[str, str]:
@@ -186,7 +179,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(nano_model, tmp_path)
 
 def test_every_part_is_drawn_apart(nano_model, tmp_path, monkeypatch):
     """A part's weights follow from the seed alone, whatever is drawn before it."""
-    module = _load(SCRIPT)
+    module = script(SCRIPT)
     monkeypatch.setattr(module, "VAE_CHANNELS", (8, 8, 16, 16))
     changed, before = _hashes(module.make_nano(tmp_path / "narrow")), _hashes(nano_model)
     weights = [name for name in before if name.endswith(".safetensors")]
@@ -198,7 +191,7 @@ def test_every_part_is_drawn_apart(nano_model, tmp_path, monkeypatch):
 def test_another_seed_gives_other_weights_and_leaves_the_global_generator(nano_model, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    other = _hashes(_load(SCRIPT).make_nano(tmp_path / "other", seed=1))
+    other = _hashes(script(SCRIPT).make_nano(tmp_path / "other", seed=1))
     assert torch.equal(before, torch.get_rng_state())
     same = {name for name, digest in _hashes(nano_model).items() if other[name] == digest}
     assert not any(name.endswith(".safetensors") for name in same)
@@ -226,14 +219,14 @@ def test_refuses_to_replace_what_it_did_not_write(tmp_path):
 
     file = tmp_path / "notes.txt"
     with pytest.raises(FileExistsError, match="it is a file"):
-        _load(SCRIPT).make_nano(file)
+        script(SCRIPT).make_nano(file)
 
 
 def test_refuses_to_replace_a_model_with_foreign_files(tmp_path):
     marker = {"seed": 9, "version": 1, "files": ["a.txt"]}
     (tmp_path / "nano.json").write_text(json.dumps(marker))
     (tmp_path / "a.txt").touch()
-    module = _load(SCRIPT)
+    module = script(SCRIPT)
     module._check_replaceable(tmp_path)
     (tmp_path / "lora.safetensors").touch()
     with pytest.raises(FileExistsError, match=r"lora\.safetensors"):
@@ -344,7 +337,7 @@ def test_every_photo_has_a_caption_and_a_licence():
 
 def test_script_makes_these_photos(tmp_path):
     pytest.importorskip("skimage")
-    made = _load(EXAMPLE / "make_photos.py").make_photos(tmp_path)
+    made = script(EXAMPLE / "make_photos.py").make_photos(tmp_path)
     for name in KINDS:
         with Image.open(made / name) as new, Image.open(PHOTOS / name) as old:
             assert (new.mode, new.size) == (old.mode, old.size)

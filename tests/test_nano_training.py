@@ -1,11 +1,10 @@
 """The loop that pretrains the nano model: what was cut short goes on to the same weights."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small import script
 from torch import nn
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "nano" / "training.py"
@@ -13,11 +12,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "nano" / "trainin
 
 @pytest.fixture(scope="module")
 def training():
-    spec = importlib.util.spec_from_file_location("nano_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script(SCRIPT)
 
 
 class Tied(nn.Module):

@@ -14,7 +14,6 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from small import noise_pictures
 
 import fluxfast.train
 from fluxfast.build import build
@@ -32,11 +31,6 @@ from fluxfast.train import train
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
 
 
 @pytest.fixture

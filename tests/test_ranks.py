@@ -18,12 +18,12 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file
-from small import noise_pictures
+from small import noise_pictures, small_run
 
 from fluxfast import ranks
 from fluxfast.checkpoint import MANIFEST, checkpoints
 from fluxfast.cli_shared import interruptible
-from fluxfast.config import Config, build_config, dump_config
+from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import read_tensors, write_tensors
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
@@ -51,22 +51,21 @@ def made(nano_model, photos, tmp_path_factory):
     """-> make(output_dir, train__lr=…): a run's configuration; all have one cache."""
     cache = tmp_path_factory.mktemp("cache")
 
+    common = {
+        "log_every": 1,
+        "lora__dropout": 0.1,
+        "data.0.resolution": [64, 96],
+        "data.0.caption_dropout": 0.3,
+        "train__steps": STEPS,
+        "train__batch_size": 4,
+        "train__ema": {"enabled": True},
+        "save__every": 4,
+        "validation": {"share": 0.2, "every": 6, "timesteps": 1},
+    }
+
     def make(output: Path, **changes) -> Config:
-        raw = {
-            "name": "small",
-            "output_dir": str(output),
-            "cache_dir": str(cache),
-            "log_every": 1,
-            "device": "cpu",
-            "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
-            "lora": {"rank": 2, "dropout": 0.1},
-            "data": {"folder": str(photos), "resolution": [64, 96], "caption_dropout": 0.3},
-            "train": {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "ema": {"enabled": True}},
-            "save": {"every": 4, "dtype": "fp32"},
-            "validation": {"share": 0.2, "every": 6, "timesteps": 1},
-        }
-        sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
-        return build_config(raw, sets)
+        changed = {"cache_dir": str(cache), **common, **changes}
+        return small_run(nano_model, photos, output, cache, **changed)
 
     return make
 

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from small import noise_pictures
 
 from fluxfast import draws
 from fluxfast.data.loader import Loader
@@ -25,16 +25,11 @@ ROOT = Path(__file__).parent.parent
 QUIET = Console(file=io.StringIO())
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 3)
-
-
 @pytest.fixture
 def configure(configure):
     """Shorter runs still."""
     short = {"log_every": 1, "train__steps": 2, "train__batch_size": 1, "save__every": 1}
-    return lambda **changes: configure(**{**short, **changes})
+    return partial(configure, **short)
 
 
 def nf4_layer(width: int, seed: int) -> LoRALinear:

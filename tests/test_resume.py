@@ -9,13 +9,12 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import noise_pictures
 
 import fluxfast.saves
 import fluxfast.train
@@ -45,13 +44,8 @@ QUIET = Console(file=io.StringIO())
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """Six pictures in two shapes."""
-    folder = tmp_path_factory.mktemp("photos")
-    noise = np.random.default_rng(0)
-    for i in range(6):
-        size = (64, 96 if i % 2 else 64, 3)
-        Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i} of a thing")
-    return folder
+    folder, sizes = tmp_path_factory.mktemp("photos"), ((64, 64), (96, 64))
+    return noise_pictures(folder, 6, "a picture of a thing", sizes=sizes)
 
 
 @pytest.fixture(autouse=True)

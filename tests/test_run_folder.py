@@ -3,13 +3,12 @@ what is lost."""
 
 import io
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from small import noise_pictures
 
 import fluxfast.train
 import fluxfast.watch
@@ -22,11 +21,6 @@ from fluxfast.validation import Validation, best, read_validations
 QUIET = Console(file=io.StringIO())
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
-
-
 @pytest.fixture
 def configure(configure, monkeypatch):
     """Shorter runs, measured, without charts, which take half of their time."""
@@ -37,7 +31,7 @@ def configure(configure, monkeypatch):
         "log_every": 1,
         "validation": {"share": 0.25, "every": 2, "timesteps": 1},
     }
-    return lambda **changes: configure(**{**short, **changes})
+    return partial(configure, **short)
 
 
 def run(config: Config) -> list[str]:

@@ -5,13 +5,13 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import noise_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxfast.build import build
@@ -31,13 +31,9 @@ QUIET = Console(file=io.StringIO())
 def photos(tmp_path_factory) -> Path:
     """Six pictures in two shapes; four have captions beside them."""
     folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        size = (64, 64) if i % 2 else (96, 64)
-        pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        if i < 4:
-            (folder / f"{i}.txt").write_text(f"picture {i} of a thing, bright")
+    noise_pictures(folder, 6, sizes=((96, 64), (64, 64)))
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"picture {i} of a thing, bright")
     return folder
 
 
