@@ -40,8 +40,13 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-lint: $(VENV)/installed-test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# ruff, pyright and whitespace, as before a commit
+lint: $(VENV)/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
 
 # the benchmark suite, beside its peers; on a GPU machine: make bench DEVICE=cuda
 DEVICE ?= cpu

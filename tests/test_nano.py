@@ -322,17 +322,17 @@ def test_photos_hold_what_their_kind_is_for():
     assert eye[0] > eye[1] + 30 > eye[2]  # and red
 
 
-def test_every_photo_has_a_caption_and_a_licence():
-    captions, licences = _captions(), (PHOTOS / "LICENCES.md").read_text(encoding="utf-8")
+def test_every_photo_has_a_caption_and_a_license():
+    captions, licenses = _captions(), (PHOTOS / "LICENSES.md").read_text(encoding="utf-8")
     assert set(captions) == set(KINDS)
     assert all("photograph of" in caption for caption in captions.values())
-    rows = {line.split("`")[1]: line for line in licences.splitlines() if line.startswith("| `")}
+    rows = {line.split("`")[1]: line for line in licenses.splitlines() if line.startswith("| `")}
     assert set(rows) == set(KINDS)
     for name, row in rows.items():
         width, height = KINDS[name][2]
         assert f"{width} x {height}" in row
-        licence = row.rstrip(" |").rpartition("| ")[2]
-        assert licence in {"CC0", "public domain", "no known copyright restrictions"}
+        license = row.rstrip(" |").rpartition("| ")[2]
+        assert license in {"CC0", "public domain", "no known copyright restrictions"}
 
 
 def test_script_makes_these_photos(tmp_path):

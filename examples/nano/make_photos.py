@@ -2,8 +2,8 @@
 
     python examples/nano/make_photos.py [OUT]
 
-The sources are pictures inside scikit-image's wheel (nothing is downloaded); photos/LICENCES.md
-names each one's author and licence. Pixels are reproducible for one Pillow version; other
+The sources are pictures inside scikit-image's wheel (nothing is downloaded); photos/LICENSES.md
+names each one's author and license. Pixels are reproducible for one Pillow version; other
 versions of its codecs may differ in the last bit, so the results are committed.
 """
 
