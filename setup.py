@@ -1,7 +1,7 @@
 """Two roots: the trainer at the top, the kernels as a package of their own below kernels/.
 
-csrc/ becomes the plain shared library fluxfast_kernels/lib/native.so, which native.py opens with
-ctypes. Without a C++ compiler the install succeeds all the same; NF4 and int8 then run in torch.
+csrc/ becomes the plain shared library fluxfast_kernels/lib/native.so, which quant/native.py opens
+with ctypes. Without a C++ compiler the install succeeds; NF4 and int8 then run in torch.
 `python setup.py build_ext --inplace` builds the library alone; CXX names another compiler.
 """
 
@@ -63,7 +63,7 @@ def compile_library(sources: list[str], target: str) -> str | None:
 setup(
     packages=[*find_packages(include=["fluxfast", "fluxfast.*"]), *find_packages("kernels")],
     package_dir={"": ".", "fluxfast_kernels": "kernels/fluxfast_kernels"},
-    package_data={"fluxfast": ["memory/*.json"], "fluxfast_kernels": ["configs/*.json"]},
+    package_data={"fluxfast": ["memory/*.json"], "fluxfast_kernels.dispatch": ["configs/*.json"]},
     ext_modules=[
         Extension(
             "fluxfast_kernels.lib.native",

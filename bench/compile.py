@@ -24,8 +24,8 @@ def cases() -> Iterator:
     """Every `KernelCase` that a module of fluxfast_kernels names in its `kernel_cases()`."""
     import fluxfast_kernels
 
-    for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
-        found = importlib.import_module(f"fluxfast_kernels.{module.name}")
+    for module in pkgutil.walk_packages(fluxfast_kernels.__path__, "fluxfast_kernels."):
+        found = importlib.import_module(module.name)
         if hasattr(found, "kernel_cases"):
             yield from found.kernel_cases()
 

@@ -18,8 +18,8 @@ import sys
 
 import triton
 import triton.language as tl
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.gemm_8bit import _case
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.gemm.eight_bit import _case
 
 from bench.offline import compile_for, hot_loop, resources
 

@@ -9,7 +9,7 @@ a row of its own, and so has the gradient of each output.
 from collections.abc import Sequence
 
 import torch
-from fluxfast_kernels.rows_8bit import Rows, encode_reference
+from fluxfast_kernels.quant.rows import Rows, encode_reference
 from torch import Tensor
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fluxfast_kernels.dispatch import arch_of
+from fluxfast_kernels.dispatch.dispatch import arch_of
 
 from fluxfast.memory.cards import card
 from fluxfast.memory.cost import (

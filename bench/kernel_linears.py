@@ -10,9 +10,9 @@ from collections.abc import Callable
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.frozen import nf4_codes_reference
-from fluxfast_kernels.gelu import gelu_lora_linear_reference
-from fluxfast_kernels.nf4 import nf4_decode_reference
+from fluxfast_kernels.ops.gelu import gelu_lora_linear_reference
+from fluxfast_kernels.quant.frozen import nf4_codes_reference
+from fluxfast_kernels.quant.nf4 import nf4_decode_reference
 from torch import Tensor
 
 from bench.eager_8bit import product_8bit

@@ -6,10 +6,10 @@ A library is imported where its candidate is built: a missing one becomes that c
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.nf4 import nf4_decode_reference
-from fluxfast_kernels.norm_modulate_triton import EPS
-from fluxfast_kernels.qk_norm_rope import EPSILON
-from fluxfast_kernels.rows_8bit import Rows, encode_reference
+from fluxfast_kernels.ops.norm_modulate_triton import EPS
+from fluxfast_kernels.ops.qk_norm_rope import EPSILON
+from fluxfast_kernels.quant.nf4 import nf4_decode_reference
+from fluxfast_kernels.quant.rows import Rows, encode_reference
 from torch import Tensor
 
 from bench import kernel_linears

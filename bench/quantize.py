@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fluxfast_kernels as fk
 import torch
-from fluxfast_kernels import native
+from fluxfast_kernels.quant import native
 
 from bench import timing
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fluxfast_kernels import dispatch
+from fluxfast_kernels.dispatch import dispatch
 
 from bench import timing, tune_tiles, tune_write
 from bench.compile import ARCHITECTURES

@@ -9,18 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fluxfast_kernels import (
-    attention_triton,
-    dispatch,
-    frozen,
-    gemm,
-    gemm_8bit,
-    gemm_grads,
-    nf4,
-    qk_norm_rope,
-    rows_8bit,
-)
-from fluxfast_kernels.attention import attention_backward, attention_forward
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.gemm import dense as gemm
+from fluxfast_kernels.gemm import eight_bit as gemm_8bit
+from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.ops import attention_triton, qk_norm_rope
+from fluxfast_kernels.ops.attention import attention_backward, attention_forward
+from fluxfast_kernels.quant import frozen, nf4
+from fluxfast_kernels.quant import rows as rows_8bit
 from torch import Tensor
 
 from bench.tune_problems import PRODUCT_DTYPE, HandOver, Problem

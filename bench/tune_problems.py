@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.attention import choose_backend
-from fluxfast_kernels.rows_8bit import DTYPE
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops.attention import choose_backend
+from fluxfast_kernels.quant.rows import DTYPE
 
 from bench.tune_space import KERNELS, Kernel
 from fluxfast.memory.cards import Card

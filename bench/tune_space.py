@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from fluxfast_kernels import attention_triton, dispatch, gemm, gemm_8bit, gemm_grads, qk_norm_rope
-from fluxfast_kernels.backend import KernelCase
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.backend import KernelCase
+from fluxfast_kernels.gemm import dense as gemm
+from fluxfast_kernels.gemm import eight_bit as gemm_8bit
+from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.ops import attention_triton, qk_norm_rope
 
 C = 128  # FLUX's head width
 ACCUMULATORS = (8, 128)  # fp32 sums a thread: fewer leave it idle, more spill

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fluxfast_kernels import attention_triton, dispatch
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops import attention_triton
 
 from bench import timing
 from bench.timing import Result

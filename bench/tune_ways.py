@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from fluxfast_kernels import dispatch, frozen
-from fluxfast_kernels.attention import (
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.ops.attention import (
     attention_backward,
     attention_forward,
     choose_backend,
 )
-from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.quant import frozen
 from torch import Tensor
 
 from bench import timing

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import fluxfast_kernels
-from fluxfast_kernels import dispatch
+from fluxfast_kernels.dispatch import dispatch
 
 from bench.tune_space import ATTENTION, Kernel, named_tile
 from fluxfast.errors import ConfigError
 
-CONFIGS = Path(fluxfast_kernels.__file__).parent / "configs"
+CONFIGS = Path(fluxfast_kernels.__file__).parent / "dispatch" / "configs"
 ATTENTION_PATH = CONFIGS / "attention.json"
 LEAST_GAIN = 0.02  # of the shipped time; and more than the spread of either measurement
 MEASURED = "measured: "

@@ -39,7 +39,7 @@ def report() -> tuple[list[str], bool]:
 
 def _torch_lines() -> list[str]:
     import torch
-    from fluxfast_kernels import native
+    from fluxfast_kernels.quant import native
 
     from fluxfast.load import multiplies_8_bits, resolve_precision
     from fluxfast.model.precision import activation_dtype, multiplies_bf16

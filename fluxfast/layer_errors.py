@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from torch import Tensor
 
 from fluxfast.model.linear import LoRALinear

@@ -1,7 +1,8 @@
-"""What a file of `fluxfast_kernels/configs` may hold, shipped or written by `bench/tune.py`."""
+"""What a file of `dispatch/configs` may hold, shipped or written by `bench/tune.py`."""
 
-from fluxfast_kernels import attention_triton, dispatch
-from fluxfast_kernels.attention import BACKENDS
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.ops.attention import BACKENDS
 
 SOURCES = ("assumed: ", "measured: ")
 FILTERS = {"op", "storage", "dtype", "n", "k"}

@@ -41,10 +41,10 @@ def _import_kernels_interpreted() -> None:
         triton_bf16.install()
         import fluxfast_kernels
         import triton.experimental.gluon  # noqa: F401  (Triton imports it at the first launch)
-        from fluxfast_kernels import backend
+        from fluxfast_kernels.dispatch import backend
 
-        for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
-            importlib.import_module(f"fluxfast_kernels.{module.name}")
+        for module in pkgutil.walk_packages(fluxfast_kernels.__path__, "fluxfast_kernels."):
+            importlib.import_module(module.name)
     finally:
         del os.environ["TRITON_INTERPRET"]
     backend._cpu_launches = False

@@ -49,7 +49,7 @@ fluxfast.memory.spill    errors
 fluxfast.memory.choose   memory.* model.names model.saving
 fluxfast.memory.plan     memory.* model.* errors
 fluxfast.memory.fitting  memory.cards memory.plan errors ranks
-fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.backend
+fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.dispatch.backend
 fluxfast.optim           config errors
 fluxfast.metrics         lines errors files
 fluxfast.interrupt
@@ -84,9 +84,9 @@ fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.wor
 fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config ranks
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
 fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch ranks
-fluxfast.layer_errors    model.* fluxfast_kernels.linear
+fluxfast.layer_errors    model.* fluxfast_kernels.gemm.linear
 fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
-fluxfast.doctor          load model.precision fluxfast_kernels.native
+fluxfast.doctor          load model.precision fluxfast_kernels.quant.native
 fluxfast.cli_shared      config errors interrupt lines
 fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train ranks cli_shared
 fluxfast.__main__        cli
@@ -173,7 +173,7 @@ def _at_import(body: list[ast.stmt]):
 
 def test_the_sources_are_found():
     assert {"fluxfast", "fluxfast.model.flux", "fluxfast.data.loader"} <= set(MODULES)
-    assert "fluxfast_kernels.nf4" in MODULES
+    assert "fluxfast_kernels.quant.nf4" in MODULES
     assert _ours(_imports(_tree("fluxfast.load"))) == {
         "fluxfast.errors", "fluxfast.formats.base", "fluxfast.model.flux",
         "fluxfast.model.precision", "fluxfast.ranks",

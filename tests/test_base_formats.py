@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import PREFIX, WIDE, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write
-from fluxfast_kernels.nf4 import NF4Tensor
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.quant.nf4 import NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
 from safetensors.torch import load_file
 
 from fluxfast import load_transformer

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fluxfast_kernels import native
+from fluxfast_kernels.quant import native
 
 from bench import quantize
 

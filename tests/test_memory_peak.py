@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from fluxfast_kernels import backend
+from fluxfast_kernels.dispatch import backend
 from torch.profiler import ProfilerActivity, profile
 
 from fluxfast.memory import saved

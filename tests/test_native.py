@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxfast_kernels import native
-from fluxfast_kernels.nf4 import (
+from fluxfast_kernels.quant import native
+from fluxfast_kernels.quant.nf4 import (
     NF4Tensor,
     _quantize_blocks,
     dynamic_map,

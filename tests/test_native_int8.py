@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fluxfast_kernels import native
-from fluxfast_kernels.nf4 import CODE
+from fluxfast_kernels.quant import native
+from fluxfast_kernels.quant.nf4 import CODE
 from test_native import TYPES, built, isas
 
 WIDTHS = [1, 3, 17, 63, 64, 65, 192, 1000]

@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from fluxfast_kernels import NF4Tensor, nf4_decode, nf4_quantize
-from fluxfast_kernels.nf4 import dynamic_map, nf4_decode_reference
+from fluxfast_kernels.quant.nf4 import dynamic_map, nf4_decode_reference
 
 SHAPES = [(64, 64), (96, 192), (3, 64), (130, 320), (257, 128)]
 

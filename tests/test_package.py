@@ -24,7 +24,8 @@ shift = torch.zeros(1, 1, 128)
 y = fk.norm_modulate_lora_linear(x, shift, shift, weight)
 fk.gelu_lora_linear(y, weight).sum().backward()
 assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
-from fluxfast_kernels import dispatch, native
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.quant import native
 assert dispatch.choose("lora_gemm", 89, torch.bfloat16, "nf4", 64, 128, 128).kind == "fused"
 print(native.isa())
 """

@@ -6,7 +6,6 @@ diffusers makes in that dtype against its fp32 self.
 """
 
 import copy
-import importlib
 import warnings
 
 import bitsandbytes as bnb
@@ -15,11 +14,11 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
+from fluxfast_kernels.integrations import diffusers as module
 from torch import nn
 
 from bench.peers import LORA_MODULES
 
-module = importlib.import_module("fluxfast_kernels.patch_diffusers")  # the package has both by name
 patch_diffusers, unpatch_diffusers = module.patch_diffusers, module.unpatch_diffusers
 BATCH, ROWS, COLUMNS, TEXT, CHANNELS = 2, 3, 5, 7, 16
 

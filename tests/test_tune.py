@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fluxfast_kernels import attention_triton, dispatch
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops import attention_triton
 
 from bench import compile as bench_compile
 from bench import tune, tune_tiles

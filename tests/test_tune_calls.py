@@ -5,8 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from fluxfast_kernels import attention_triton, backend, dispatch, rows_8bit
-from fluxfast_kernels.linear import linear_backward, linear_forward
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.quant import rows as rows_8bit
 from tuning import LINEAR1, LINEAR2, PROJ, QKV, RANK, TINY, M
 
 from bench.tune_calls import Call, Tensors, build

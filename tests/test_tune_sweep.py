@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxfast_kernels import dispatch
+from fluxfast_kernels.dispatch import dispatch
 from tuning import LINEAR1, NOW, RANK, TINY, WHERE, clock, nothing, yes  # noqa: F401  (a fixture)
 
 from bench import tune, tune_sweep, tune_tiles

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fluxfast_kernels import backend, dispatch
-from fluxfast_kernels.gemm_8bit import gemm_8bit_dx
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.gemm.eight_bit import gemm_8bit_dx
 from tuning import PROJ, RANK, TINY, WHERE, clock, nothing, yes  # noqa: F401  (a fixture)
 
 from bench import tune_ways
@@ -30,7 +30,7 @@ def test_both_ways_are_taken_at_every_m(launchers, tmp_path, monkeypatch):
         seen.append(named["transposed"])
         return gemm_8bit_dx(*given, **named)
 
-    monkeypatch.setattr("fluxfast_kernels.linear_8bit.gemm_8bit_dx", launch)
+    monkeypatch.setattr("fluxfast_kernels.gemm.linear_8bit.gemm_8bit_dx", launch)
     one = HandOverJob(pair, TINY, RANK, "cpu", 89, 1, lambda: EMPTY, rows=(16, 32))
     out = tmp_path / "rows.jsonl"
     assert sweep([one], out, WHERE)

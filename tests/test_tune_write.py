@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from config_rows import check_attention, check_gemm
-from fluxfast_kernels import attention_triton, dispatch
-from fluxfast_kernels.attention import choose_backend
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.ops.attention import choose_backend
 
 from bench import compile as bench_compile
 from bench import timing, tune, tune_write

@@ -10,8 +10,8 @@ What a file is, is told by its content (`base_detect.py`), a folder by its confi
 from pathlib import Path
 
 import torch
-from fluxfast_kernels.nf4 import NF4Tensor
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.quant.nf4 import NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError

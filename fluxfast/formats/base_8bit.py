@@ -11,7 +11,7 @@ Source: ComfyUI `comfy/ops.py` (scaled_fp8_ops) and `comfy/model_detection.py`.
 """
 
 import torch
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor
 
 from fluxfast.errors import ConfigError

@@ -17,7 +17,14 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from fluxfast_kernels.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, code_table, dynamic_map, nf4_absmax
+from fluxfast_kernels.quant.nf4 import (
+    BLOCK,
+    NESTED_BLOCK,
+    NF4Tensor,
+    code_table,
+    dynamic_map,
+    nf4_absmax,
+)
 from torch import Tensor
 
 from fluxfast.errors import ConfigError

@@ -23,9 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fluxfast_kernels.frozen import quantize_8bit
-from fluxfast_kernels.nf4 import BLOCK, NF4Tensor, code_table, dynamic_map, nf4_absmax, nf4_quantize
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.quant.frozen import quantize_8bit
+from fluxfast_kernels.quant.nf4 import (
+    BLOCK,
+    NF4Tensor,
+    code_table,
+    dynamic_map,
+    nf4_absmax,
+    nf4_quantize,
+)
+from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor
 
 from fluxfast import __version__

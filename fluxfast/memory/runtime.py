@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from fluxfast_kernels import backend
+from fluxfast_kernels.dispatch import backend
 
 from fluxfast.errors import FluxfastError
 from fluxfast.memory import saved

@@ -13,8 +13,8 @@ from functools import partial
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.nf4 import NF4Tensor
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.quant.nf4 import NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor, nn
 
 from fluxfast.model.linear import DropoutClock, LoRALinear, moved

@@ -20,12 +20,12 @@ from dataclasses import replace
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.backend import last_stride_1
-from fluxfast_kernels.frozen import dense_weight, rotate_weight, storage_of
-from fluxfast_kernels.linear import linear_backward, linear_forward
-from fluxfast_kernels.linear_dense import lora_slices
-from fluxfast_kernels.nf4 import BLOCK, NF4Tensor
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.dispatch.backend import last_stride_1
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.gemm.linear_dense import lora_slices
+from fluxfast_kernels.quant.frozen import dense_weight, rotate_weight, storage_of
+from fluxfast_kernels.quant.nf4 import BLOCK, NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from fluxfast_kernels.hadamard import largest_rotation
+from fluxfast_kernels.quant.hadamard import largest_rotation
 
 from fluxfast.errors import ConfigError
 from fluxfast.model.names import linear_shape, tensor_sources

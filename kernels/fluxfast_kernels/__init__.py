@@ -4,32 +4,32 @@ Every op has a plain-torch `*_reference` beside it in its file. Importing needs 
 and no compiler.
 """
 
-from fluxfast_kernels.attention import attention, attention_reference
-from fluxfast_kernels.flow_loss import (
+from fluxfast_kernels.integrations.diffusers import patch_diffusers, unpatch_diffusers
+from fluxfast_kernels.ops.attention import attention, attention_reference
+from fluxfast_kernels.ops.flow_loss import (
     flow_loss,
     flow_loss_reference,
     flow_mix,
     flow_mix_reference,
 )
-from fluxfast_kernels.frozen import quantize_8bit
-from fluxfast_kernels.gate_residual import gate_residual, gate_residual_reference
-from fluxfast_kernels.gelu import gelu_lora_linear, gelu_lora_linear_reference
-from fluxfast_kernels.hadamard import hadamard_reference, hadamard_rotate
-from fluxfast_kernels.lora_linear import lora_linear, lora_linear_reference
-from fluxfast_kernels.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
-from fluxfast_kernels.norm_modulate import (
+from fluxfast_kernels.ops.gate_residual import gate_residual, gate_residual_reference
+from fluxfast_kernels.ops.gelu import gelu_lora_linear, gelu_lora_linear_reference
+from fluxfast_kernels.ops.lora_linear import lora_linear, lora_linear_reference
+from fluxfast_kernels.ops.norm_modulate import (
     norm_modulate,
     norm_modulate_lora_linear,
     norm_modulate_lora_linear_reference,
     norm_modulate_reference,
 )
-from fluxfast_kernels.patch_diffusers import patch_diffusers, unpatch_diffusers
-from fluxfast_kernels.qk_norm_rope import (
+from fluxfast_kernels.ops.qk_norm_rope import (
     qk_norm_rope_attention,
     qk_norm_rope_attention_reference,
     qk_norm_rope_reference,
 )
-from fluxfast_kernels.rows_8bit import quantize_rows, quantize_rows_reference
+from fluxfast_kernels.quant.frozen import quantize_8bit
+from fluxfast_kernels.quant.hadamard import hadamard_reference, hadamard_rotate
+from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
+from fluxfast_kernels.quant.rows import quantize_rows, quantize_rows_reference
 
 __all__ = [
     "NF4Tensor",

@@ -1,14 +1,14 @@
 """Drawn cases of the three fused linears in products of 8-bit codes, and what they must equal."""
 
-import importlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels import frozen, gelu, nf4
-from fluxfast_kernels.lora_linear import lora_linear, lora_linear_reference
+from fluxfast_kernels.ops import gelu
+from fluxfast_kernels.ops import norm_modulate as norm
+from fluxfast_kernels.ops.lora_linear import lora_linear, lora_linear_reference
+from fluxfast_kernels.quant import frozen, nf4
 
-norm = importlib.import_module("fluxfast_kernels.norm_modulate")  # the package has the op by name
 B, T, K, N, R = 2, 5, 128, 144, 4
 TWO_A = (0, 48, 1, 64, 144, 0)  # rows 48 to 64 have no update
 

@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 import torch
-from fluxfast_kernels.rows_8bit import DTYPE, TOP, Rows, encode_reference
+from fluxfast_kernels.quant.rows import DTYPE, TOP, Rows, encode_reference
 from torch import Tensor
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

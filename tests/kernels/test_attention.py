@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels import attention, attention_reference, attention_triton, backend
-from fluxfast_kernels.attention import attention_backward, attention_forward, choose_backend
+from fluxfast_kernels import attention, attention_reference
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.ops.attention import attention_backward, attention_forward, choose_backend
 from numerics import assert_as_exact, poisoned, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

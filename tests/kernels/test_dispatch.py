@@ -6,9 +6,9 @@ from importlib.resources import files
 import pytest
 import torch
 from config_rows import check_attention, check_gemm
-from fluxfast_kernels import dispatch
+from fluxfast_kernels.dispatch import dispatch
 
-CONFIGS = files("fluxfast_kernels") / "configs"
+CONFIGS = files("fluxfast_kernels.dispatch") / "configs"
 FILES = sorted(
     (path for path in CONFIGS.iterdir() if path.name.startswith("gemm_")),
     key=lambda path: path.name,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fluxfast_kernels import backend, frozen
-from fluxfast_kernels.nf4 import NF4Tensor, nf4_absmax, nf4_decode_reference, nf4_quantize
-from fluxfast_kernels.rows_8bit import TOP, Rows, encode_reference, quantize_rows
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_decode_reference, nf4_quantize
+from fluxfast_kernels.quant.rows import TOP, Rows, encode_reference, quantize_rows
 from numerics import GUARD, bits, guarded, skip_without_fp8
 
 KINDS = ("int8", "fp8")

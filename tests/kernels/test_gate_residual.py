@@ -1,13 +1,11 @@
 """gate_residual against fp64, its strides, what it saves, and what it refuses."""
 
-import importlib
-
 import pytest
 import torch
-from fluxfast_kernels import backend
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops import gate_residual as ops
 from numerics import assert_as_exact, poisoned
 
-ops = importlib.import_module("fluxfast_kernels.gate_residual")  # the package has the op by name
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 128), (1, 67, 192), (2, 70, 1100)]  # tiles of 32, 16 and 4 rows; odd widths
 

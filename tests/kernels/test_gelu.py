@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels import backend, gelu
-from fluxfast_kernels.nf4 import NF4Tensor, nf4_decode, nf4_quantize
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops import gelu
+from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_decode, nf4_quantize
 from numerics import assert_as_exact, poisoned, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

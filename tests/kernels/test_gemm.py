@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import DTYPES
-from fluxfast_kernels.gemm import lora_gemm, lora_gemm_dx
-from fluxfast_kernels.gemm_grads import lora_d_down, lora_da, lora_db, lora_down
-from fluxfast_kernels.nf4 import nf4_decode, nf4_quantize
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.gemm.dense import lora_gemm, lora_gemm_dx
+from fluxfast_kernels.gemm.grads import lora_d_down, lora_da, lora_db, lora_down
+from fluxfast_kernels.quant.nf4 import nf4_decode, nf4_quantize
 from numerics import assert_as_exact, poisoned
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from fluxfast_kernels import dispatch, frozen
-from fluxfast_kernels.gemm_8bit import MOST, gemm_8bit, gemm_8bit_dx
-from fluxfast_kernels.nf4 import nf4_quantize
-from fluxfast_kernels.rows_8bit import DTYPE, Rows
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.gemm.eight_bit import MOST, gemm_8bit, gemm_8bit_dx
+from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant.nf4 import nf4_quantize
+from fluxfast_kernels.quant.rows import DTYPE, Rows
 from numerics import bits, skip_without_fp8
 
 KINDS = ("int8", "fp8")

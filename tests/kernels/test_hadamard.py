@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fluxfast_kernels.backend import DTYPES
-from fluxfast_kernels.frozen import rotate_weight
-from fluxfast_kernels.hadamard import hadamard_reference, hadamard_rotate, largest_rotation
+from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.quant.frozen import rotate_weight
+from fluxfast_kernels.quant.hadamard import hadamard_reference, hadamard_rotate, largest_rotation
 from numerics import bits
 
 ROTATIONS = [2, 4, 8, 16, 32, 64, 128, 256]

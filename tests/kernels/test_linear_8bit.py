@@ -3,14 +3,15 @@ the launchers and in plain torch."""
 
 import pytest
 import torch
-from fluxfast_kernels import backend, dispatch, linear_8bit
-from fluxfast_kernels.gelu import (
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.gemm import linear_8bit
+from fluxfast_kernels.ops.gelu import (
     _gelu_lora_linear,
     _gelu_lora_linear_backward,
     gelu_lora_linear_reference,
     gelu_rows,
 )
-from fluxfast_kernels.lora_linear import _lora_linear, _lora_linear_backward
+from fluxfast_kernels.ops.lora_linear import _lora_linear, _lora_linear_backward
 from linears_8bit import Case, Drawn, norm
 from numerics import assert_as_exact, bits, relative_error, skip_without_fp8
 

@@ -3,10 +3,11 @@ what is refused."""
 
 import pytest
 import torch
-from fluxfast_kernels import backend, dispatch, frozen
-from fluxfast_kernels.gelu import gelu_lora_linear
-from fluxfast_kernels.linear import linear_backward
-from fluxfast_kernels.lora_linear import lora_linear
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.gemm.linear import linear_backward
+from fluxfast_kernels.ops.gelu import gelu_lora_linear
+from fluxfast_kernels.ops.lora_linear import lora_linear
+from fluxfast_kernels.quant import frozen
 from linears_8bit import Case, Drawn, K, N, T, norm
 from numerics import relative_error, skip_without_fp8
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fluxfast_kernels import backend
-from fluxfast_kernels.linear import linear_backward, linear_forward
-from fluxfast_kernels.lora_linear import _lora_linear, lora_linear, lora_linear_reference
-from fluxfast_kernels.nf4 import nf4_decode, nf4_quantize
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.ops.lora_linear import _lora_linear, lora_linear, lora_linear_reference
+from fluxfast_kernels.quant.nf4 import nf4_decode, nf4_quantize
 from numerics import assert_as_exact
 
 B, T, K, N, R = 2, 21, 128, 192, 4
@@ -42,7 +42,7 @@ def in_dtype(given: dict, dtype: torch.dtype) -> dict:
     """The same for `lora_linear_reference`, computed in `dtype`."""
     weight = given["weight"]
     if len(weight) > 1:
-        from fluxfast_kernels.nf4 import NF4Tensor
+        from fluxfast_kernels.quant.nf4 import NF4Tensor
 
         packed, absmax, *nested = weight
         weight = [nf4_decode(NF4Tensor(packed, absmax, (N, K), *nested), given["x"].dtype)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fluxfast_kernels import backend
+from fluxfast_kernels.dispatch import backend
 from numerics import relative_error
 from small import SMALL
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fluxfast_kernels.nf4 import (
+from fluxfast_kernels.quant.nf4 import (
     NF4Tensor,
     _nf4_decode,
     launch_decode,

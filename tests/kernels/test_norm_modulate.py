@@ -1,15 +1,13 @@
 """norm_modulate, alone and with its linear, against fp64; what they save, and what they refuse."""
 
-import importlib
-
 import pytest
 import torch
-from fluxfast_kernels import backend
-from fluxfast_kernels import norm_modulate_triton as kernels
-from fluxfast_kernels.nf4 import nf4_quantize
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops import norm_modulate as ops
+from fluxfast_kernels.ops import norm_modulate_triton as kernels
+from fluxfast_kernels.quant.nf4 import nf4_quantize
 from numerics import assert_as_exact, poisoned
 
-ops = importlib.import_module("fluxfast_kernels.norm_modulate")  # the package has the op by name
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tiles of 16, 16, 2 and 2 rows; sums in chunks of 128, 128, 16 and 16 rows
 SHAPES = [(2, 5, 128), (1, 131, 192), (2, 19, 3072), (1, 3, 4096)]

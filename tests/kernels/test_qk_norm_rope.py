@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels import backend, qk_norm_rope_attention
-from fluxfast_kernels.qk_norm_rope import (
+from fluxfast_kernels import qk_norm_rope_attention
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops.qk_norm_rope import (
     launch_backward,
     launch_forward,
     qk_norm_rope_attention_reference,

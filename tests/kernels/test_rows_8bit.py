@@ -1,13 +1,14 @@
 """Rows in 8 bits: every kernel that writes them gives the formula's bits, whatever the row."""
 
-import importlib
-
 import pytest
 import torch
-from fluxfast_kernels import frozen, gelu, gemm_grads, rows_8bit
-from fluxfast_kernels.backend import DTYPES
-from fluxfast_kernels.hadamard import hadamard_reference
-from fluxfast_kernels.rows_8bit import (
+from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.ops import gelu, norm_modulate
+from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant import rows as rows_8bit
+from fluxfast_kernels.quant.hadamard import hadamard_reference
+from fluxfast_kernels.quant.rows import (
     TOP,
     encode_reference,
     multiply_codes,
@@ -16,7 +17,6 @@ from fluxfast_kernels.rows_8bit import (
 )
 from numerics import UNSET, assert_rows, bits, guarded, skip_without_fp8
 
-norm_modulate = importlib.import_module("fluxfast_kernels.norm_modulate")  # not the op
 KINDS = ("int8", "fp8")
 # B, T, K, rotation: K odd, below and above a block of columns; T above and below a tile of rows
 SHAPES = [

@@ -1,4 +1,4 @@
-"""The linears that `patch_diffusers.py` finds in diffusers' blocks, as the fused ops take them.
+"""The linears that `diffusers.py` finds in diffusers' blocks, as the fused ops take them.
 
 `base_of` and `lora_of` read one linear (`nn.Linear` or bitsandbytes' `Linear4bit`, bare or in
 peft's LoRA layer) and raise `Declined`, with a reason, where the ops do not compute what it does.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxfast_kernels.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, nf4_absmax
+from fluxfast_kernels.quant.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, nf4_absmax
 
 
 class Declined(Exception):

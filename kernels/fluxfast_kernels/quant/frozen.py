@@ -8,7 +8,7 @@ and what a product takes: the weight dense in its dtype, or in 8-bit codes with 
 
     codes[n, k] = round(W[n, k] · top / amax_n);   scale[n] = amax_n / top
 
-(`rows_8bit.py` has the arithmetic; for NF4 amax_n is the largest absmax of the row's blocks). What
+(`quant/rows.py` has the arithmetic; for NF4 amax_n is the largest absmax of the row's blocks). What
 is not kept in that form is decoded into the device's scratch, good until the next such call. For
 dx the contraction runs along N, and no 8-bit operand can be transposed on its way to the tensor
 cores of sm_80 to sm_120: `transposed` writes the scratch as [K, N].
@@ -22,10 +22,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend, native
-from fluxfast_kernels.backend import KernelCase, check, tl, triton
-from fluxfast_kernels.hadamard import check_rotation, hadamard_reference
-from fluxfast_kernels.nf4 import (
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.quant import native
+from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference
+from fluxfast_kernels.quant.nf4 import (
     BLOCK,
     NF4Tensor,
     check_nf4,
@@ -34,7 +35,7 @@ from fluxfast_kernels.nf4 import (
     nf4_decode,
     nf4_decode_reference,
 )
-from fluxfast_kernels.rows_8bit import (
+from fluxfast_kernels.quant.rows import (
     DTYPE,
     TOP,
     Rows,

@@ -10,8 +10,8 @@ Two kernels: `_skinny_kernel` (M stays) and `_grads_kernel` (M is summed over; w
 leave the card idle, M is cut in fixed ranges whose fp32 sums a second, ordered sum adds). Both walk
 segments: runs of columns of one tensor that belong to one A. No atomics: two runs give equal bits.
 
-The first two also write the 8-bit rows (`rows_8bit.py`) of X, or of dY times a channel's factor, on
-their way: they read all of it in any case, so that quantising what another op made is no pass of
+The first two also write the 8-bit rows (`quant/rows.py`) of X, or of dY times a channel's factor,
+on their way: they read all of it in any case, so that quantising what another op made is no pass of
 its own.
 
 Products are of the compute dtype (x's), sums fp32; A, B, down and d_down are rounded to the
@@ -28,11 +28,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
-from fluxfast_kernels.gemm_checks import check_parts, check_side_by_side
-from fluxfast_kernels.hadamard import rotated
-from fluxfast_kernels.rows_8bit import (
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.gemm.checks import check_parts, check_side_by_side
+from fluxfast_kernels.quant.hadamard import rotated
+from fluxfast_kernels.quant.rows import (
     TOP,
     Rows,
     encoded,
@@ -81,7 +81,7 @@ def _quantize(
     x_at, codes, row_scale, channel, m, M, K,
     TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `rows_8bit.py`; the second sweep reads them from the cache, as the product does."""
+    """Rows of `quant/rows.py`; the second sweep reads them from the cache, as the product does."""
     most = tl.zeros((BLOCK_M, BLOCK_Q), tl.int32)
     for i in range(0, tl.cdiv(K, BLOCK_Q)):
         v = _row_block(x_at, channel, i * BLOCK_Q, K, ROTATION, BLOCK_Q)

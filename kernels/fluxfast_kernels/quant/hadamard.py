@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend
-from fluxfast_kernels.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
 
 LARGEST = 256
 BLOCK = 1024  # columns a program

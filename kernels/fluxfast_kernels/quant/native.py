@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ABI = 2  # fluxfast_abi() of csrc/nf4.cpp
-LIBRARY = Path(__file__).parent / "lib" / "native.so"  # a folder: an .so beside would be a module
+LIBRARY = Path(__file__).parent.parent / "lib" / "native.so"  # an .so beside would be a module
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

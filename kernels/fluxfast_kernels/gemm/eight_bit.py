@@ -6,7 +6,7 @@
 X8 and G8: one or two tensors of codes side by side, [B, T, width] contiguous, int8 or e4m3, each
 with one fp32 scale a row; W8 [N, K] codes with one fp32 scale a row, of the same kind. int8 sums
 are exact in int32 (at most 2³¹ / 127² = 133 144 columns), e4m3 sums fp32. Two inputs have scales of
-their own: each sum is scaled as it ends. The rest is `gemm_epilogue.py`'s: fp32, one rounding.
+their own: each sum is scaled as it ends. The rest is `epilogue.py`'s: fp32, one rounding.
 
 W may be NF4, decoded to codes tile by tile from the row scales of `frozen.nf4_scales`: for few
 rows, where reading it is what takes the time.
@@ -28,19 +28,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import KernelCase, check, tl, triton
-from fluxfast_kernels.gemm import weight_tile
-from fluxfast_kernels.gemm_checks import (
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.gemm.checks import (
     check_down,
     check_gated,
     check_parts,
     check_reach,
     outputs,
 )
-from fluxfast_kernels.gemm_epilogue import finish, rank_block, rows_at, tile_at
-from fluxfast_kernels.nf4 import BLOCK, code_table, nf4_absmax
-from fluxfast_kernels.rows_8bit import DTYPE, TOP, Rows, encoded
+from fluxfast_kernels.gemm.dense import weight_tile
+from fluxfast_kernels.gemm.epilogue import finish, rank_block, rows_at, tile_at
+from fluxfast_kernels.quant.nf4 import BLOCK, code_table, nf4_absmax
+from fluxfast_kernels.quant.rows import DTYPE, TOP, Rows, encoded
 
 MOST = (2**31 - 1) // 127**2  # columns whose int8 products add up exactly
 

@@ -41,23 +41,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend
-from fluxfast_kernels.backend import check, check_dtype
-from fluxfast_kernels.frozen import weight_shape
-from fluxfast_kernels.gelu_triton import (
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import check, check_dtype
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.ops.gelu_triton import (
     LOWEST,
     launch_gelu,
     launch_gelu_backward,
     launch_gelu_rows,
 )
-from fluxfast_kernels.linear import linear_backward, linear_forward
-from fluxfast_kernels.lora_linear import (
+from fluxfast_kernels.ops.lora_linear import (
     check_gate,
     check_products,
     check_update,
     lora_linear_reference,
 )
-from fluxfast_kernels.rows_8bit import Rows, empty_rows
+from fluxfast_kernels.quant.frozen import weight_shape
+from fluxfast_kernels.quant.rows import Rows, empty_rows
 
 
 def gelu_forward(

@@ -75,7 +75,7 @@ def arch_of(device: torch.device) -> int:
 
 def tables(arch: int) -> list[dict[str, list[dict]]]:
     """A card's own file, where there is one, and the default's."""
-    folder = files("fluxfast_kernels") / "configs"
+    folder = files("fluxfast_kernels.dispatch") / "configs"
     own = folder / (f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json")
     paths = [own, folder / "gemm_default.json"] if own.is_file() else [folder / "gemm_default.json"]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

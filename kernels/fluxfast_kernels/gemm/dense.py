@@ -7,7 +7,7 @@ M = B·T rows. X, Y, dY, dX and residual are [B, T, width] with the last stride 
 strides; X and dY may be two tensors side by side, Y and dX may go to two tensors. W is dense
 [N, K] or NF4, decoded tile by tile into registers (fp32 product, rounded once to the compute dtype,
 as `nf4_decode` does). `down` = X·Aᵀ and `d_down` = s·Σ dY_part·B_part come in as [M, P·R], from
-`gemm_grads.py`. Both formulas are one kernel: towards x the weight tile is not transposed and A
+`grads.py`. Both formulas are one kernel: towards x the weight tile is not transposed and A
 takes the place of Up.
 
 Products are of the compute dtype (x's: bf16, fp16 or fp32), sums fp32; s·Up is formed in fp32
@@ -26,9 +26,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fluxfast_kernels import dispatch
-from fluxfast_kernels.backend import KernelCase, check, tl, triton
-from fluxfast_kernels.gemm_checks import (
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.gemm.checks import (
     check_down,
     check_gated,
     check_parts,
@@ -37,8 +37,8 @@ from fluxfast_kernels.gemm_checks import (
     check_weight,
     outputs,
 )
-from fluxfast_kernels.gemm_epilogue import finish, rank_block, rows_at, tile_at
-from fluxfast_kernels.nf4 import BLOCK, code_table, dynamic_map
+from fluxfast_kernels.gemm.epilogue import finish, rank_block, rows_at, tile_at
+from fluxfast_kernels.quant.nf4 import BLOCK, code_table, dynamic_map
 
 
 @triton.jit

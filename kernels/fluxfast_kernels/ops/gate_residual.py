@@ -24,8 +24,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend
-from fluxfast_kernels.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
 
 TILE = 4096  # elements a program holds at once
 STEPS = (

@@ -28,10 +28,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import attention_triton
-from fluxfast_kernels.attention import attention_backward, attention_forward, attention_reference
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches, tl, triton
-from fluxfast_kernels.dispatch import arch_of
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.dispatch import arch_of
+from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.ops.attention import (
+    attention_backward,
+    attention_forward,
+    attention_reference,
+)
 
 EPSILON = 1e-6
 WIDTHS = (16, 32, 64, 128, 256)

@@ -9,7 +9,7 @@ o.transpose(1, 2).flatten(2) is a view. lse is fp32 [B, H, T], contiguous (fp64 
 Saved by `attention`: q, k, v, o and lse. (`qk_norm_rope_attention` saves less.) FLOP 4·B·H·T²·C
 forward and 10·B·H·T²·C backward (14 where Triton runs it).
 
-Backends, chosen by the rows of `configs/attention.json` on a GPU:
+Backends, chosen by the rows of `dispatch/configs/attention.json` on a GPU:
     triton     `attention_triton.py`; C 32, 64 or 128; deterministic; also under the interpreter
     flash      aten's FlashAttention, bf16 and fp16 on CUDA; its backward adds dq by atomics unless
                torch.use_deterministic_algorithms(True)
@@ -32,9 +32,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import attention_triton
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches
-from fluxfast_kernels.dispatch import arch_of
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches
+from fluxfast_kernels.dispatch.dispatch import arch_of
+from fluxfast_kernels.ops import attention_triton
 
 aten = torch.ops.aten
 BACKENDS = ("triton", "flash", "cudnn", "efficient", "cpu")

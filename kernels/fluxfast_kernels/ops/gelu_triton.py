@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fluxfast_kernels.backend import KernelCase, tl, triton
-from fluxfast_kernels.hadamard import rotated
-from fluxfast_kernels.rows_8bit import (
+from fluxfast_kernels.dispatch.backend import KernelCase, tl, triton
+from fluxfast_kernels.quant.hadamard import rotated
+from fluxfast_kernels.quant.rows import (
     TOP,
     Rows,
     encoded,

@@ -1,12 +1,12 @@
-"""What `gemm.py` and `gemm_8bit.py` share: where a tile lies, and what follows the product.
+"""What `dense.py` and `eight_bit.py` share: where a tile lies, and what follows the product.
 
     Y = total + s·down·Upᵀ + bias;   residual + gate·Y where these are given
 
 with total fp32 in registers; the rank-R product runs in the compute dtype into the same sum. One
-rounding to the output's dtype at the end. Layouts: `gemm.py`.
+rounding to the output's dtype at the end. Layouts: `dense.py`.
 """
 
-from fluxfast_kernels.backend import tl, triton
+from fluxfast_kernels.dispatch.backend import tl, triton
 
 
 def rank_block(rank: int) -> int:

@@ -19,7 +19,7 @@ where keys and values (forward, dq) or queries and do (dk, dv) that every progra
 count once. FLOP: forward 4·B·H·T²·C, backward 14·B·H·T²·C (P is rebuilt in both kernels).
 
 Sources: FlashAttention-2 (arXiv 2307.08691); Triton's tutorial 06 for the loop over transposed
-scores. Tiles are rows of `configs/attention.json`.
+scores. Tiles are rows of `dispatch/configs/attention.json`.
 """
 
 import json
@@ -31,8 +31,8 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
-from fluxfast_kernels.dispatch import ARCHITECTURES, arch_of
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.dispatch import ARCHITECTURES, arch_of
 
 WIDTHS = (32, 64, 128)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -51,12 +51,14 @@ class Tile:
 
 @cache
 def table() -> dict[str, list[dict]]:
-    """`configs/attention.json`: {"backends": rows, "tiles": rows}; the first match counts.
+    """`dispatch/configs/attention.json`: {"backends": rows, "tiles": rows}; the first match counts.
 
     A row's arch, dtype ("half" or "fp32"), c and kernel list what it is for (null or absent: any);
     t_min and t_max, if there, are the shortest and the longest T.
     """
-    return json.loads((files("fluxfast_kernels") / "configs" / "attention.json").read_text())
+    return json.loads(
+        (files("fluxfast_kernels.dispatch") / "configs" / "attention.json").read_text()
+    )
 
 
 def first_row(kind: str, T: int = 0, **wanted) -> dict:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxfast_kernels import backend, dispatch, gemm, gemm_grads
-from fluxfast_kernels.backend import check
-from fluxfast_kernels.frozen import dense_weight, storage_of, weight_shape
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.dispatch.backend import check
+from fluxfast_kernels.gemm import dense as gemm
+from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.quant.frozen import dense_weight, storage_of, weight_shape
 
 
 def lora_slices(

@@ -44,8 +44,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from fluxfast_kernels.backend import DTYPES
-from fluxfast_kernels.diffusers_linears import (
+from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.integrations.diffusers_linears import (
     Declined,
     Joint,
     base_of,
@@ -56,12 +56,12 @@ from fluxfast_kernels.diffusers_linears import (
     lora_of,
     stacked,
 )
-from fluxfast_kernels.gate_residual import gate_residual
-from fluxfast_kernels.gelu import gelu_lora_linear
-from fluxfast_kernels.lora_linear import lora_linear
-from fluxfast_kernels.norm_modulate import norm_modulate_lora_linear
-from fluxfast_kernels.norm_modulate_triton import EPS
-from fluxfast_kernels.qk_norm_rope import EPSILON, qk_norm_rope_attention
+from fluxfast_kernels.ops.gate_residual import gate_residual
+from fluxfast_kernels.ops.gelu import gelu_lora_linear
+from fluxfast_kernels.ops.lora_linear import lora_linear
+from fluxfast_kernels.ops.norm_modulate import norm_modulate_lora_linear
+from fluxfast_kernels.ops.norm_modulate_triton import EPS
+from fluxfast_kernels.ops.qk_norm_rope import EPSILON, qk_norm_rope_attention
 
 ARGUMENTS = ["self", "hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb",
              "joint_attention_kwargs"]  # fmt: skip

@@ -1,9 +1,9 @@
-"""What the launchers of `gemm.py` and `gemm_grads.py` refuse: ValueError, naming the argument."""
+"""What the launchers of `dense.py` and `grads.py` refuse: ValueError, naming the argument."""
 
 from torch import Tensor
 
-from fluxfast_kernels.backend import check, check_dtype
-from fluxfast_kernels.nf4 import NF4Tensor, check_nf4
+from fluxfast_kernels.dispatch.backend import check, check_dtype
+from fluxfast_kernels.quant.nf4 import NF4Tensor, check_nf4
 
 
 def check_side_by_side(name: str, tensors: list[Tensor]) -> tuple[int, int, list[int]]:

@@ -14,7 +14,7 @@ its codes are then unspecified. A row of zeros has zero codes.
 
 The producers of a product's input write the codes in the pass that makes it (`norm_modulate.py`,
 `gelu.py`); an input that another op made is quantised by the pass of its LoRA
-(`gemm_grads.py`), dy by the gate's pass (this file) or its LoRA's. `quantize_rows` alone is for a
+(`grads.py`), dy by the gate's pass (this file) or its LoRA's. `quantize_rows` alone is for a
 layer without any of these, and for weights.
 
 Bytes a value: reads x once from memory (a row's second sweep comes from the cache), writes 1, with
@@ -30,9 +30,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend, native
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, tl, triton
-from fluxfast_kernels.hadamard import check_rotation, hadamard_reference, rotated
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.quant import native
+from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference, rotated
 
 TOP = {"int8": 127.0, "fp8": 448.0}
 DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

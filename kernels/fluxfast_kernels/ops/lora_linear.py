@@ -34,14 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxfast_kernels import backend, dispatch
-from fluxfast_kernels.backend import check
-from fluxfast_kernels.frozen import dense_weight, storage_of, weight_shape
-from fluxfast_kernels.hadamard import check_rotation
-from fluxfast_kernels.linear import linear_backward, linear_forward
-from fluxfast_kernels.linear_8bit import product_reference
-from fluxfast_kernels.linear_dense import lora_slices
-from fluxfast_kernels.rows_8bit import TOP
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.dispatch.backend import check
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.gemm.linear_8bit import product_reference
+from fluxfast_kernels.gemm.linear_dense import lora_slices
+from fluxfast_kernels.quant.frozen import dense_weight, storage_of, weight_shape
+from fluxfast_kernels.quant.hadamard import check_rotation
+from fluxfast_kernels.quant.rows import TOP
 
 # ---------------------------------------------------------------- the op
 

@@ -23,8 +23,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import native
-from fluxfast_kernels.backend import KernelCase, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.quant import native
 
 BLOCK = 64
 NESTED_BLOCK = 256

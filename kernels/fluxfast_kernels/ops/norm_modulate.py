@@ -37,17 +37,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxfast_kernels import backend
-from fluxfast_kernels.backend import check, last_stride_1
-from fluxfast_kernels.frozen import weight_shape
-from fluxfast_kernels.linear import linear_backward, linear_forward
-from fluxfast_kernels.lora_linear import check_products, check_update, lora_linear_reference
-from fluxfast_kernels.norm_modulate_triton import (
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import check, last_stride_1
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.ops.lora_linear import check_products, check_update, lora_linear_reference
+from fluxfast_kernels.ops.norm_modulate_triton import (
     EPS,
     launch_norm_modulate,
     launch_norm_modulate_backward,
 )
-from fluxfast_kernels.rows_8bit import Rows, empty_rows
+from fluxfast_kernels.quant.frozen import weight_shape
+from fluxfast_kernels.quant.rows import Rows, empty_rows
 
 MAX_WIDTH = 16384
 

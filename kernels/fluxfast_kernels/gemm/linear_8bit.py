@@ -17,12 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend, dispatch, gemm_grads
-from fluxfast_kernels.backend import check
-from fluxfast_kernels.frozen import as_nf4, nf4_scales, storage_of, weight_codes, weight_shape
-from fluxfast_kernels.gemm_8bit import gemm_8bit, gemm_8bit_dx
-from fluxfast_kernels.hadamard import hadamard_reference, hadamard_rotate
-from fluxfast_kernels.linear_dense import (
+from fluxfast_kernels.dispatch import backend, dispatch
+from fluxfast_kernels.dispatch.backend import check
+from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.gemm.eight_bit import gemm_8bit, gemm_8bit_dx
+from fluxfast_kernels.gemm.linear_dense import (
     batched,
     column_ranges,
     launched_update,
@@ -33,7 +32,9 @@ from fluxfast_kernels.linear_dense import (
     times_transposed,
     with_update,
 )
-from fluxfast_kernels.rows_8bit import (
+from fluxfast_kernels.quant.frozen import as_nf4, nf4_scales, storage_of, weight_codes, weight_shape
+from fluxfast_kernels.quant.hadamard import hadamard_reference, hadamard_rotate
+from fluxfast_kernels.quant.rows import (
     DTYPE,
     Rows,
     empty_rows,

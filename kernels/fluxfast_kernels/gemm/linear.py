@@ -10,8 +10,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import linear_8bit, linear_dense
-from fluxfast_kernels.rows_8bit import Rows
+from fluxfast_kernels.gemm import linear_8bit, linear_dense
+from fluxfast_kernels.quant.rows import Rows
 
 
 def _without_autocast(function):

@@ -28,8 +28,8 @@ Source: flow matching (arXiv 2210.02747) with the straight path of rectified flo
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import backend
-from fluxfast_kernels.backend import DTYPES, KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.dispatch.backend import DTYPES, KernelCase, check, check_dtype, tl, triton
 
 BLOCK = 1024  # elements per program of the element-wise kernels
 CHUNK = 4  # blocks per partial sum
