@@ -13,7 +13,7 @@ from small import noise_pictures
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fluxfast.encoders import components
-from fluxfast.encoders.components import component, component_print
+from fluxfast.encoders.components import component, component_fingerprint
 from fluxfast.encoders.text import TextEncoders
 from fluxfast.encoders.vae import Vae
 from fluxfast.errors import ConfigError, FluxfastError
@@ -173,15 +173,15 @@ def test_fingerprints_follow_the_content(folder, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     save_file(ldm(state_of(folder, "vae")), alone / "ae.safetensors")
-    same = {component_print(root, "vae") for root in (tmp_path / "one.safetensors", alone)}
+    same = {component_fingerprint(root, "vae") for root in (tmp_path / "one.safetensors", alone)}
     assert len(same) == 1
     for index in (0, -1):
         changed = {key: value.clone() for key, value in state.items()}
         changed["vae.decoder.conv_in.weight"].view(-1)[index] += 1
         save_file(changed, tmp_path / "two.safetensors")
         one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-        assert component_print(two, "vae") not in same
-        assert component_print(one, "text_encoder") == component_print(two, "text_encoder")
+        assert component_fingerprint(two, "vae") not in same
+        assert component_fingerprint(one, "text_encoder") == component_fingerprint(two, "text_encoder")
 
 
 def test_two_of_a_kind_are_named(folder, tmp_path):

@@ -27,7 +27,7 @@ from fluxfast.data.store import (
     is_complete,
     write_tensors,
 )
-from fluxfast.encoders.components import component_print
+from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
 from fluxfast.ranks import ALONE, Ranks
 
@@ -147,7 +147,7 @@ def prepare_dataset(
         ranks=ranks,
     )
 
-    base = {"vae": component_print(encoders_root, "vae"), "dtype": str(dtype)}
+    base = {"vae": component_fingerprint(encoders_root, "vae"), "dtype": str(dtype)}
     views: list[_View] = []
     for data, plan in zip(config.data, plans, strict=True):
         for i in range(len(data.resolution)):
@@ -197,7 +197,7 @@ def encode_prompts(
     """
     root = Path(encoders_root)
     parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    prints = [component_print(root, part) for part in parts]
+    prints = [component_fingerprint(root, part) for part in parts]
     files = {}
     for prompt in dict.fromkeys(prompts):
         key = _key("text", prompt=prompt, encoders=prints, max_length=max_length, dtype=str(dtype))

@@ -1,16 +1,21 @@
-"""Where each component of a model lies: the VAE, two text encoders, two tokenizers.
+"""Where each component of a model lies (VAE, two text encoders, two tokenizers), and its loading.
 
 A root is a diffusers folder; or a single file, or a folder of single files, whose parts are found
-by content (`formats/parts.py`). Single files hold no tokenizers: those lie beside them in folders
+by content (`single_file.py`). Single files hold no tokenizers: those lie beside them in folders
 `tokenizer` and `tokenizer_2`, or come from the Hub.
 """
 
+import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from fluxfast.encoders.fingerprint import fingerprint
+from fluxfast.encoders.single_file import NAMES, Part, find_part, fingerprint_part, load_part
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.parts import NAMES, Part, find_part, fingerprint_part
 from fluxfast.hub import resolve_tokenizer
 
 # repositories that FLUX.1's own tokenizers came from, open to all
@@ -34,9 +39,9 @@ def component(root: Path, name: str) -> Path | Part:
         return beside if beside.is_dir() else resolve_tokenizer(_TOKENIZERS[name], name, beside)
     part = None if name in _TOKENIZERS else find_part(root, name)
     if part is None:
-        what = f"{root} holds no {NAMES[name]}" if root.is_file() else f"{folder} is missing"
+        problem = f"{root} holds no {NAMES[name]}" if root.is_file() else f"{folder} is missing"
         raise FluxfastError(
-            f"the model component {what}",
+            f"the model component {problem}",
             hint="`model.encoders` takes a diffusers folder or a Hub id, an all-in-one file, or a "
             "folder with CLIP-L, T5 and VAE as .safetensors files",
         )
@@ -45,33 +50,87 @@ def component(root: Path, name: str) -> Path | Part:
 
 def has_component(root: Path, name: str) -> bool:
     """Whether `component` has somewhere to take it from; single files may have their tokenizers
-    from the Hub.
-
-    Raises ConfigError where several files have it.
+    from the Hub. Raises ConfigError where several files have it.
     """
     if _is_component(root / name):
         return True
-    if name in _TOKENIZERS:
-        return not _is_diffusers(root)
-    return find_part(root, name) is not None
+    return not _is_diffusers(root) if name in _TOKENIZERS else find_part(root, name) is not None
 
 
-def check_folder(folder: Path) -> None:
+def component_fingerprint(root: Path, name: str) -> str:
+    """Fingerprint of a component's content, 64 hex digits. Raises FluxfastError."""
+    source = component(root, name)
+    return fingerprint_part(source) if isinstance(source, Part) else fingerprint(source)
+
+
+def load_model(cls, source: Path | Part, dtype: torch.dtype, options: dict):
+    """The component as a `cls` of transformers or diffusers in `dtype`, frozen, on the CPU.
+
+    options: for `from_pretrained`, the dtype under its library's name among them. Raises
+    FluxfastError for a folder that is damaged, lacks weights or has any that are no safetensors of
+    its own.
+    """
+    if isinstance(source, Part):
+        return load_part(source, dtype)
+    _check_names(source)
+    # without use_safetensors a folder of pickles would do
+    model, info = from_pretrained(
+        cls, source, output_loading_info=True, use_safetensors=True, **options
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FluxfastError(
+            f"{source} lacks weights of {cls.__name__}: "
+            f"{missing or 'of other shapes than its config.json says'}",
+            hint="download the folder again",
+        )
+    return model.eval().requires_grad_(False)
+
+
+def from_pretrained(cls, folder: Path, **options):
+    """What the library makes of a folder, from the disk alone. Raises FluxfastError."""
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **options)
+    # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FluxfastError(
+            f"cannot load {cls.__name__} from {folder}: {reason}", hint="download the folder again"
+        ) from error
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Silence the notes of "transformers" or "diffusers" on unused weights, and their bars."""
+    library_log = importlib.import_module(f"{library}.utils.logging")
+    level, bars = library_log.get_verbosity(), library_log.is_progress_bar_enabled()
+    library_log.set_verbosity_error()
+    library_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_log.set_verbosity(level)
+        if bars:
+            library_log.enable_progress_bar()
+
+
+def _check_names(folder: Path) -> None:
     """Raise FluxfastError where a component's settings name weights that are not safetensors of its
-    own folder: its library would open them, pickles too, whatever it was told.
+    own folder: its library would open them, pickles too, whatever its options.
     """
     for file in [folder / "config.json", *folder.glob("*.safetensors.index.json")]:
         try:
-            said = json.loads(file.read_bytes()) if file.is_file() else {}
-            names = {*said.get("weight_map", {}).values(), said.get("transformers_weights", "")}
-            odd = [name for name in names if name and not _is_own(name)]
+            settings = json.loads(file.read_bytes()) if file.is_file() else {}
+            names = [*settings.get("weight_map", {}).values()]
+            names.append(settings.get("transformers_weights", ""))
+            foreign = next((name for name in names if name and not _is_own(name)), None)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise FluxfastError(
                 f"cannot load {file}: {error}", hint="download the folder again"
             ) from None
-        if odd:
+        if foreign:
             raise FluxfastError(
-                f"cannot load {folder}: {file.name} names {odd[0]!r}, which is no "
+                f"cannot load {folder}: {file.name} names {foreign!r}, which is no "
                 ".safetensors file of the folder",
                 hint="look for the same model with its weights in safetensors",
             )
@@ -79,12 +138,6 @@ def check_folder(folder: Path) -> None:
 
 def _is_own(name: str) -> bool:
     return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:")
-
-
-def component_print(root: Path, name: str) -> str:
-    """Fingerprint of a component's content -> 64 hex digits. Raises FluxfastError."""
-    found = component(root, name)
-    return fingerprint_part(found) if isinstance(found, Part) else fingerprint(found)
 
 
 def _is_component(folder: Path) -> bool:

@@ -16,7 +16,7 @@ HEADER_BYTES = 128 * MIB  # bound on a safetensors header; T5-XXL's takes 0.03 M
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a model component's folder (vae/, text_encoder/, tokenizer/, …) -> 64 hex digits.
+    """Hash of a model component's folder (vae/, text_encoder/, tokenizer/, …), 64 hex digits.
 
     Configurations and tokenizer files count in full, weight files up to 64 MiB too. Of larger ones
     the size, the safetensors header and 16 evenly spaced chunks of 1 MiB: T5-XXL takes milliseconds

@@ -7,11 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import check_folder, component
-from fluxfast.encoders.quiet import quiet
-from fluxfast.encoders.single_file import load_part
+from fluxfast.encoders.components import component, from_pretrained, load_model, quiet
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.parts import Part
 
 log = logging.getLogger("fluxfast")
 
@@ -31,6 +28,9 @@ class TextEncoders:
 
         self.device = torch.device(device)
         root = Path(root)
+        # without attn_implementation config.json may name a repository whose compiled attention is
+        # fetched and run
+        options = {"dtype": dtype, "attn_implementation": None}
         with quiet("transformers"):
             self._clip_tokenizer = _load_tokenizer(
                 CLIPTokenizer, component(root, "tokenizer"), "vocab.json"
@@ -39,13 +39,13 @@ class TextEncoders:
                 T5TokenizerFast, component(root, "tokenizer_2"), "spiece.model"
             )
             clip, t5 = component(root, "text_encoder"), component(root, "text_encoder_2")
-            self._clip = _load_model(CLIPTextModel, clip, dtype).to(self.device)
-            self._t5 = _load_model(T5EncoderModel, t5, dtype).to(self.device)
+            self._clip = load_model(CLIPTextModel, clip, dtype, options).to(self.device)
+            self._t5 = load_model(T5EncoderModel, t5, dtype, options).to(self.device)
         self._announced: set[str] = set()
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
-        """-> (t5 [B, max_length, D], pooled [B, P]), in the encoders' dtype, on their device.
+        """Returns (t5 [B, max_length, D], pooled [B, P]), in the encoders' dtype, on their device.
 
         As diffusers' FluxPipeline does it: CLIP padded and cut to its 77 tokens, its pooled output;
         T5 padded and cut to `max_length`, its last hidden state, no attention mask (padding is
@@ -97,7 +97,7 @@ class TextEncoders:
 
 
 def _load_tokenizer(cls, folder: Path, vocabulary: str):
-    tokenizer = _load(cls, folder)
+    tokenizer = from_pretrained(cls, folder)
     # transformers makes an empty tokenizer of a folder without vocabulary, and says nothing
     if not (folder / "tokenizer.json").is_file() and not (folder / vocabulary).is_file():
         raise FluxfastError(
@@ -105,42 +105,3 @@ def _load_tokenizer(cls, folder: Path, vocabulary: str):
             hint="download the folder again",
         )
     return tokenizer
-
-
-def _load_model(cls, folder: Path | Part, dtype: torch.dtype):
-    if isinstance(folder, Part):
-        return load_part(folder, dtype)
-    check_folder(folder)
-    # without use_safetensors a folder of pickles would do; without the last, config.json may name a
-    # repository whose compiled attention is fetched and run
-    model, info = _load(
-        cls,
-        folder,
-        dtype=dtype,
-        output_loading_info=True,
-        use_safetensors=True,
-        attn_implementation=None,
-    )
-    missing = sorted(info["missing_keys"])
-    if missing or info["mismatched_keys"]:
-        names = ", ".join(missing[:3]) or "of other shapes than its config.json says"
-        raise FluxfastError(
-            f"{folder} lacks weights of {cls.__name__}: {names}", hint="download the folder again"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _load(cls, folder: Path, **options):
-    try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **options)
-    except (
-        Exception
-    ) as error:  # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
-        raise FluxfastError(
-            f"cannot load {cls.__name__} from {folder}: {_first_line(error)}",
-            hint="download the folder again",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""The VAE: images to the normalised latents that the transformer sees, and back."""
+"""The VAE: images to the normalized latents that the transformer sees, and back."""
 
 import gc
 from pathlib import Path
@@ -6,11 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import check_folder, component
-from fluxfast.encoders.quiet import quiet
-from fluxfast.encoders.single_file import load_part
+from fluxfast.encoders.components import component, load_model, quiet
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.parts import Part
 
 
 class Vae:
@@ -24,9 +21,13 @@ class Vae:
     def __init__(
         self, root: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ):
+        # `import diffusers` pulls in every pipeline on first use; the model's own module is enough
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
         self.device, self.dtype = torch.device(device), dtype
         with quiet("diffusers"):
-            self._vae = _load(component(root, "vae"), dtype).to(self.device)
+            vae = load_model(AutoencoderKL, component(root, "vae"), dtype, {"torch_dtype": dtype})
+            self._vae = vae.to(self.device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
@@ -35,10 +36,10 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] in -1..1 -> mean and standard deviation of the latents, each fp32 [B, C, h,
-        w].
+        """The mean and standard deviation of the latents of images [B, 3, H, W] in -1..1, each fp32
+        [B, C, h, w].
 
-        Both are normalised for the transformer, so that `mean + std * noise` is what it is trained
+        Both are normalized for the transformer, so that `mean + std * noise` is what it is trained
         on: mean = (mean - shift) * scale, std = std * scale. H and W are multiples of `factor`.
         Raises FluxfastError if the result is not finite (fp16 overflows here).
         """
@@ -53,7 +54,7 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, h, w] -> images fp32 [B, 3, H, W], clipped to -1..1."""
+        """Images fp32 [B, 3, H, W] of normalized latents [B, C, h, w], clipped to -1..1."""
         latents = latents.to(self.device, torch.float32) / self._scale + self._shift
         images = self._vae.decode(latents.to(self.dtype), return_dict=False)[0]
         return images.float().clamp(-1.0, 1.0)
@@ -64,32 +65,3 @@ class Vae:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _load(folder: Path | Part, dtype: torch.dtype):
-    if isinstance(folder, Part):
-        return load_part(folder, dtype)
-    # `import diffusers` pulls in every pipeline on first use; the model's own module is enough
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    check_folder(folder)
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            torch_dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
-    except (
-        Exception
-    ) as error:  # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FluxfastError(
-            f"cannot load the VAE from {folder}: {first_line}", hint="download the folder again"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing or info["mismatched_keys"]:
-        names = ", ".join(missing[:3]) or "of other shapes than its config.json says"
-        raise FluxfastError(f"{folder} lacks weights: {names}", hint="download the folder again")
-    return vae.eval().requires_grad_(False)
