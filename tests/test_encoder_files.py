@@ -181,7 +181,7 @@ def test_fingerprints_follow_the_content(folder, tmp_path):
         save_file(changed, tmp_path / "two.safetensors")
         one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
         assert component_fingerprint(two, "vae") not in same
-        assert component_fingerprint(one, "text_encoder") == component_fingerprint(two, "text_encoder")
+        assert len({component_fingerprint(file, "text_encoder") for file in (one, two)}) == 1
 
 
 def test_two_of_a_kind_are_named(folder, tmp_path):
