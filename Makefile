@@ -51,7 +51,7 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 # the benchmark suite, beside its peers; on a GPU machine: make bench DEVICE=cuda
 DEVICE ?= cpu
 bench: $(VENV)/installed-test
-	PYTHONPATH=.:kernels $(BIN)/python bench/run.py --suite $(if $(filter cuda,$(DEVICE)),gpu,cpu)
+	$(BIN)/python -m bench.run --suite $(if $(filter cuda,$(DEVICE)),gpu,cpu)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,8 +1,8 @@
 """What activations saved in 8 bits cost training, beside the memory that they free.
 
-    PYTHONPATH=.:kernels python bench/activations.py            measures; 1 past a limit
-    PYTHONPATH=.:kernels python bench/activations.py --short    one short run: that it works
-    … --save     keeps the rows in bench/results/activations.jsonl; bench/report.py writes the
+    python -m bench.activations            measures; 1 past a limit
+    python -m bench.activations --short    one short run: that it works
+    … --save     keeps the rows in bench/results/activations.jsonl; bench.report writes the
                  README's table of them
 
 On the pretrained nano model and the zorb of `examples/nano/zorb.yaml`, every block under one policy
@@ -37,8 +37,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench import quality, timing
-from bench.quality import QUIET, ROOT, gradients, spread
+from bench import RESULTS, quality, timing
+from bench.quality import QUIET, gradients, spread
 from fluxfast.config import Config, MemoryConfig
 from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
@@ -52,7 +52,7 @@ from fluxfast.prepare import prepare
 from fluxfast.train import train
 from fluxfast.validation import best, read_validations
 
-RESULTS = ROOT / "bench" / "results" / "activations.jsonl"
+ROWS = RESULTS / "activations.jsonl"
 BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
 POLICIES = ("keep", "u8", "8bit")
 LEAST_COSINE = {"u8": 0.9996, "8bit": 0.9991}
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batches", type=int, default=4, help="that gradients are compared over")
     parser.add_argument("--short", action="store_true", help="one run of 4 steps, no loss compared")
-    parser.add_argument("--save", action="store_true", help=f"append rows to {RESULTS.name}")
+    parser.add_argument("--save", action="store_true", help=f"append rows to {ROWS.name}")
     options = parser.parse_args(arguments)
     policies = POLICIES
     if options.short:  # no two runs to compare: the losses of so few steps prove nothing
@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(wrong) if wrong else "within the limits")
     if options.save:
         noted = timing.conditions("cpu")
-        timing.append_rows(RESULTS, [row | noted for row in rows])
+        timing.append_rows(ROWS, [row | noted for row in rows])
     return 1 if wrong else 0
 
 

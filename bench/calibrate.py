@@ -1,7 +1,7 @@
 """Writes fluxfast/memory/measured.json: how much longer a step takes than the cost model predicts.
 
-    PYTHONPATH=.:kernels python bench/calibrate.py           from bench/results/step-cuda.jsonl
-    PYTHONPATH=.:kernels python bench/calibrate.py --dry-run  prints, writes nothing
+    python -m bench.calibrate           from bench/results/step-cuda.jsonl
+    python -m bench.calibrate --dry-run  prints, writes nothing
 
 Per card and compute kind: the median over rows of measured / predicted, of the fluxfast candidates
 that ran ("ok") over full-width blocks on a card of the table: bare steps of one size in the plain
@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from bench.step_candidates import WORDS
-from bench.step_table import comparable
+from bench import RESULTS
+from bench.step.candidates import WORDS
+from bench.step.table import comparable
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import MEASURED, card
 from fluxfast.memory.cost import (
@@ -32,7 +33,7 @@ from fluxfast.memory.cost import (
 )
 from fluxfast.model.spec import DEV
 
-ROWS = Path(__file__).resolve().parent / "results" / "step-cuda.jsonl"
+ROWS = RESULTS / "step-cuda.jsonl"
 
 
 def usable(row: dict) -> bool:
@@ -48,7 +49,7 @@ def usable(row: dict) -> bool:
 
 
 def work_of(row: dict) -> tuple[Work, Shape]:
-    """What a row of bench/step.py was timed on."""
+    """What a row of bench.step was timed on."""
     blocks = {"depth": row["double_blocks"], "depth_single_blocks": row["single_blocks"]}
     spec = replace(DEV, **blocks)
     storage, products, activations = (
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=Path, default=ROWS, help="JSON lines of bench/step.py")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="JSON lines of bench.step")
     parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)

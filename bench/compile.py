@@ -1,6 +1,6 @@
 """Compiles every kernel in every shipped configuration for cards that need not be here.
 
-    PYTHONPATH=.:kernels python bench/compile.py [--arch 89 90] [--only NAME]
+    python -m bench.compile [--arch 89 90] [--only NAME]
 
 Prints registers, stack, shared memory and tensor-core instructions per kernel, and exits with 1 if
 one spills (a stack above zero, or LDL/STL instructions), needs more shared memory than the card

@@ -1,6 +1,6 @@
 """Three ways to multiply dY·W with 8-bit codes when W is kept as [N, K], compared by their code.
 
-    PYTHONPATH=.:kernels python bench/dx_layouts.py [--arch 89]
+    python -m bench.dx_layouts [--arch 89]
 
 The contraction runs along N, across W's rows; the tensor cores of sm_80 to sm_120 want four bytes
 along the contraction in a register, and ldmatrix transposes only 16-bit pairs. Compiled offline,

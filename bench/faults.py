@@ -1,7 +1,7 @@
 """The kill test: a run that is killed again and again ends with the bytes of an undisturbed one.
 
-    PYTHONPATH=.:kernels python bench/faults.py               50 kills
-    PYTHONPATH=.:kernels python bench/faults.py --kills 5     that it works
+    python -m bench.faults               50 kills
+    python -m bench.faults --kills 5     that it works
 
 A small run on the nano model (two bucket sizes, accumulation, caption dropout, an average,
 validation, previews) is started through the command line, killed with SIGKILL, started again, until
@@ -36,7 +36,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import ROOT
+
 NAME = "faults"
 SECONDS = 300  # that a child may take before it counts as hanging, and is lost
 TIMES = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib")  # of metrics.jsonl: not reproducible

@@ -1,7 +1,7 @@
 """What 8-bit products do to training: the same runs in bf16, NF4, int8 and fp8, paired.
 
-    PYTHONPATH=.:kernels python bench/quality.py            three seeds, 300 steps; 1 past a limit
-    PYTHONPATH=.:kernels python bench/quality.py --short    one seed, few steps: that it runs
+    python -m bench.quality            three seeds, 300 steps; 1 past a limit
+    python -m bench.quality --short    one seed, few steps: that it runs
 
 Each mode (storage/compute) teaches the pretrained nano model the zorb of `examples/nano/zorb.yaml`,
 from the same drawings, noise, timesteps and LoRA start for a seed, so that two modes differ by
@@ -12,7 +12,7 @@ reference, the same storage (or bf16 for int8 storage) with bf16 products, seed 
 Then, at the LoRA that the first seed's bf16 run trained, the gradient of every layer's LoRA with
 8-bit products and everything else in fp32 is compared with the same in fp32, as a cosine.
 
-Rows go to bench/results/quality.jsonl with --save; `python bench/report.py` draws them.
+Rows go to bench/results/quality.jsonl with --save; `python -m bench.report` draws them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import timing
+from bench import RESULTS, ROOT, timing
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
@@ -37,8 +37,7 @@ from fluxfast.prepare import prepare
 from fluxfast.train import train
 from fluxfast.validation import best, read_validations
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
+ROWS = RESULTS / "quality.jsonl"
 ZORB = ROOT / "examples" / "nano" / "zorb.yaml"
 MODES = {
     "bf16/bf16": ("bf16", "bf16"),
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--short", action="store_true", help="one seed, 8 steps, no limits on loss")
-    parser.add_argument("--save", action="store_true", help=f"append rows to {RESULTS.name}")
+    parser.add_argument("--save", action="store_true", help=f"append rows to {ROWS.name}")
     options = parser.parse_args(arguments)
     if options.short:
         options.seeds, options.steps = 1, 8
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(wrong) if wrong else "within the limits")
     if options.save:
         noted = timing.conditions("cpu")
-        timing.append_rows(RESULTS, [row | noted for row in rows])
+        timing.append_rows(ROWS, [row | noted for row in rows])
     return 1 if wrong else 0
 
 

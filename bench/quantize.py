@@ -1,6 +1,6 @@
 """NF4 on a CPU beside bitsandbytes: quantise a bf16 matrix, and decode it to bf16.
 
-    PYTHONPATH=.:kernels python bench/quantize.py [--save | --out FILE]
+    python -m bench.quantize [--save | --out FILE]
 
 The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one process on the same
 threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
@@ -18,12 +18,12 @@ import fluxfast_kernels as fk
 import torch
 from fluxfast_kernels.quant import native
 
-from bench import timing
+from bench import RESULTS, timing
 
 SHAPE = (21504, 3072)
 LEAST = {"quantize": 30.0, "decode": 2.5}
 OURS, FRESH, THEIRS = "fluxfast", "fluxfast, fresh memory", "bitsandbytes"
-RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
+ROWS = RESULTS / "quantize.jsonl"
 
 
 def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=SHAPE[0])
     parser.add_argument("--columns", type=int, default=SHAPE[1])
-    parser.add_argument("--save", action="store_true", help=f"append to {RESULTS.name}")
+    parser.add_argument("--save", action="store_true", help=f"append to {ROWS.name}")
     parser.add_argument("--out", type=Path, help="append to this file instead")
     given = parser.parse_args(arguments)
     rows = run((given.rows, given.columns), given.rounds, warmup=2)
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     missed = too_slow(rows, native.isa())
     for line in missed:
         print(f"missed: {line}", file=sys.stderr)
-    if out := given.out or (RESULTS if given.save else None):
+    if out := given.out or (ROWS if given.save else None):
         timing.append_rows(out, rows)
     return int(bool(missed))
 

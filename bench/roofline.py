@@ -1,11 +1,11 @@
 """A training step on a card that need not be here: FLOP, bytes, bound and time of every op.
 
-    PYTHONPATH=.:kernels python bench/roofline.py --card 4090                    the defaults
-    PYTHONPATH=.:kernels python bench/roofline.py --card 4090 --setting stock    ai-toolkit's file
-    PYTHONPATH=.:kernels python bench/roofline.py --tables      the arithmetic, batch 1, no update
+    python -m bench.roofline --card 4090                    the defaults
+    python -m bench.roofline --card 4090 --setting stock    ai-toolkit's file
+    python -m bench.roofline --tables      the arithmetic, batch 1, no update
 
 The step is that of the memory plan which `fluxfast plan` prints, and so is its predicted time, but
-for ops that `bench/results/kernels-cuda.jsonl` has rows of (`bench/step_ops.py` says how they
+for ops that `bench/results/kernels-cuda.jsonl` has rows of (`bench/step/ops.py` says how they
 count). Where `bench/calibrate.py` has measured whole steps of the card, the projection is theirs.
 A projection is no measurement. Only the stock setting at 512, 768 and 1024 px is set beside
 ai-toolkit's figures, which are of that.
@@ -16,16 +16,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import arithmetic, rows
-from bench.plan_table import configuration
-from bench.step_ops import Line, lines_of
+from bench import RESULTS, rows
+from bench.report import arithmetic
+from bench.report.plan_table import configuration
+from bench.step.ops import Line, lines_of
 from fluxfast.config import Config
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import card
 from fluxfast.memory.plan import Plan
 from fluxfast.planning import plan_rows, summary
 
-ROWS = Path(__file__).resolve().parent / "results" / "kernels-cuda.jsonl"
+ROWS = RESULTS / "kernels-cuda.jsonl"
 # it/s that are reported of ai-toolkit with its stock file, by card and batch
 HEADLINE = {("4090", 1): 0.4375, ("L40S", 1): 0.838, ("A100", 4): 0.3478, ("H100", 4): 0.4537}
 MIX = [512, 768, 1024]

@@ -1,9 +1,9 @@
 """The benchmark suite: one command, a time budget, rows as they come, one short table last.
 
-    PYTHONPATH=.:kernels python bench/run.py --suite cpu            about ten minutes on two cores
-    PYTHONPATH=.:kernels python bench/run.py --suite gpu --budget-s 480 --out rows.jsonl
-    PYTHONPATH=.:kernels python bench/run.py --compare A.jsonl B.jsonl
-    PYTHONPATH=.:kernels python bench/run.py --save rows.jsonl
+    python -m bench.run --suite cpu            about ten minutes on two cores
+    python -m bench.run --suite gpu --budget-s 480 --out rows.jsonl
+    python -m bench.run --compare A.jsonl B.jsonl
+    python -m bench.run --save rows.jsonl
 
 The most valuable comes first. What a file has already, from the same commit, device, settings and
 libraries, is not measured again, so that the same command goes on where it was stopped; without
@@ -24,15 +24,14 @@ from pathlib import Path
 
 import torch
 
-from bench import timing
+from bench import RESULTS, ROOT, timing
 from bench.rows import Kept, Row, compare, read
-from bench.run_items import ROOT, run_items
+from bench.run_items import run_items
 from bench.run_suites import cpu_suite, gpu_suite
 from bench.run_table import table, wrong
 
 SUITES = {"cpu": cpu_suite, "gpu": gpu_suite}
 BUDGET_S = {"cpu": 580.0, "gpu": 3600.0}
-RESULTS = ROOT / "bench" / "results"
 FILES = {  # bench -> the file that its rows are kept in
     "step": "step-{device}.jsonl",
     "kernels": "kernels-{device}.jsonl",

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from bench import timing
+from bench import ROOT, timing
 from bench.rows import Kept, Row, beside
-from bench.step_candidates import BASELINE
-from bench.step_run import measure_apart, say
-from bench.step_settings import Settings
-from bench.step_table import row_settings, rows
+from bench.step.candidates import BASELINE
+from bench.step.run import measure_apart, say
+from bench.step.settings import Settings
+from bench.step.table import row_settings, rows
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3.0  # times its estimate, an item may take before it is cut
 OWN_SHARE = 0.8  # of that, for a command that watches its time itself: it must start and end, too
 
@@ -62,7 +61,7 @@ def run_items(
 
 @dataclass
 class StepItem:
-    """Candidates of bench/step.py in one process, interleaved where there are several."""
+    """Candidates of bench.step in one process, interleaved where there are several."""
 
     settings: Settings
     names: list[str]
@@ -139,13 +138,12 @@ class CommandItem:
     """A script or module that appends its own rows to the suite's file, or has only an outcome.
 
     arguments: of Python, where {out}, {budget_s} stand for the file and the seconds it should take.
-    script: of the repository, that must be there. needs: a module that must be, too.
+    needs: a module that must be there.
     """
 
     name: str
     arguments: list[str]
     estimate_s: float
-    script: str = ""
     needs: str = ""
 
     def __str__(self) -> str:
@@ -176,8 +174,6 @@ class CommandItem:
         self._outcome(kept, "out of time", reason, 0.0)
 
     def _missing(self) -> str | None:
-        if self.script and not (ROOT / self.script).is_file():
-            return f"{self.script} is not here"
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"No module named {self.needs!r}"
         return None
@@ -205,12 +201,10 @@ class CommandItem:
 def run_python(words: list[str], limit_s: float) -> tuple[int | None, str]:
     """Run Python from the repository's root, killed with all it started after limit_s -> (exit code
     or None where it was killed, all it printed)."""
-    path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             [sys.executable, *words],
-            cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
+            cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         code = None
         try:

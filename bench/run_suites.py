@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from bench.run_items import CommandItem, Item, StepItem
-from bench.step_candidates import BASELINE, DEFAULTS
-from bench.step_settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
+from bench.step.candidates import BASELINE, DEFAULTS
+from bench.step.settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
 from fluxfast.model.spec import DEV
 
 SIDES = (512, 768, 1024)
@@ -69,8 +69,8 @@ def cpu_suite(tiny: bool = False) -> list[Item]:
     """At most ten minutes on two cores. tiny: without what has one size only."""
     settings = replace(_tiny(), apart=False) if tiny else _cpu()
     full = [
-        CommandItem("NF4", ["bench/quantize.py", "--out", "{out}"], 45),
-        CommandItem("saved bytes", ["bench/saved.py", "--out", "{out}"], 45),
+        CommandItem("NF4", ["-m", "bench.quantize", "--out", "{out}"], 45),
+        CommandItem("saved bytes", ["-m", "bench.saved", "--out", "{out}"], 45),
     ]
     step = StepItem(settings, DEFAULTS["cpu"], 330)
     return [step, *([] if tiny else full), _kernels("kernels", "cpu", 150, tiny)]
@@ -100,7 +100,6 @@ def _tests(name: str, files: list[str], seconds: float) -> CommandItem:
 def _kernels(
     name: str, device: str, seconds: float, tiny: bool, shapes: list[str] = ()
 ) -> CommandItem:
-    script = "bench/kernels.py"
-    words = [script, "--device", device, "--out", "{out}", "--budget-s", "{budget_s}"]
-    words += ["--tiny"] if tiny else shapes
-    return CommandItem(name, words, seconds, script=script)
+    words = ["-m", "bench.kernels", "--device", device]
+    words += ["--out", "{out}", "--budget-s", "{budget_s}", *(["--tiny"] if tiny else shapes)]
+    return CommandItem(name, words, seconds)

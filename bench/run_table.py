@@ -2,7 +2,7 @@
 
 from bench import timing
 from bench.rows import Row, newest, title
-from bench.step_table import over_limits
+from bench.step.table import over_limits
 from fluxfast.model.spec import DEV
 
 SLOWEST = 5

@@ -1,6 +1,6 @@
 """Bytes that autograd keeps per token in one block: fluxfast beside diffusers + peft, counted.
 
-    PYTHONPATH=.:kernels python bench/saved.py [--out FILE]
+    python -m bench.saved [--out FILE]
 
 Full-width blocks (hidden 3072, bf16 products, LoRA rank 16) run at two lengths; the difference of
 what saved-tensor hooks see, over the difference in tokens, is the count per token: exact, and the
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.gate import kept_bytes
+from bench.step.gate import kept_bytes
 from fluxfast.model.spec import DEV, FluxSpec
 
 SPEC = replace(DEV, depth=1, depth_single_blocks=1, in_channels=16)
@@ -79,7 +79,7 @@ def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[st
 
 def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
     """The same of diffusers + peft under autocast, as it is used (LoRA on attention and MLP)."""
-    from bench.peers import BaseWeights, build_diffusers
+    from bench.step.peers import BaseWeights, build_diffusers
 
     weights = BaseWeights(spec, 0, "cpu")
     model = build_diffusers(weights, "dense", torch.bfloat16, RANK).model

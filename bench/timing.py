@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,11 @@ from pathlib import Path
 
 import torch
 
+from bench import ROOT
+
 LIBRARIES = (
     "numpy", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "liger_kernel",
 )  # fmt: skip
-REPOSITORY = Path(__file__).resolve().parent.parent
-# Python puts a script's own folder first in its path: bitsandbytes, transformers and diffusers
-# would find bench/kernels.py there for the package `kernels`, which they import where there is one
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != REPOSITORY / "bench"]
 FLUSH_BYTES = 256 << 20  # overwritten before a cold run: twice the largest L2 of a card (128 MB)
 HEAD_START_CYCLES = 2_000_000  # the GPU spins for about 1 ms while the host queues a run's launches
 
@@ -238,8 +235,8 @@ def _status_bytes(key: str) -> int | None:
 def conditions(device: str) -> dict[str, object]:
     """What a number depends on in this machine and checkout. None: not known, or not there."""
     cuda = torch.device(device).type == "cuda"
-    commit = _run("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
-    changes = _run("git", "-C", str(REPOSITORY), "status", "--porcelain")
+    commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _run("git", "-C", str(ROOT), "status", "--porcelain")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,

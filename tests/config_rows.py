@@ -1,4 +1,4 @@
-"""What a file of `dispatch/configs` may hold, shipped or written by `bench/tune.py`."""
+"""What a file of `dispatch/configs` may hold, shipped or written by `bench.tune`."""
 
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.ops import attention_triton

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import calibrate, step_table, timing
-from bench.step_settings import Cycle, Settings
+from bench import calibrate, timing
+from bench.step import table as step_table
+from bench.step.settings import Cycle, Settings
 from fluxfast.errors import ConfigError
 from fluxfast.memory.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
 from fluxfast.memory.cost import (
@@ -119,7 +120,7 @@ INT8 = Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
 
 
 def row(name: str, ratio: float, pixels: int = 512, **other) -> dict:
-    """As bench/step.py writes it: `ratio` times what the model predicts for INT8 on a 4090."""
+    """As bench.step writes it: `ratio` times what the model predicts for INT8 on a 4090."""
     cycle = Cycle((pixels,), 1)
     settings = Settings(
         DEV, "cuda", torch.bfloat16, [cycle], 512, 16, rounds=9, warmup=3, apart=True

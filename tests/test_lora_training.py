@@ -17,7 +17,7 @@ from test_memory_run import losses, planned
 from test_memory_run import start as start_planned
 from test_train import metrics, start
 
-from bench.gate import kept_bytes
+from bench.step.gate import kept_bytes
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora import load_assistant, load_lora, lora_of, save_lora

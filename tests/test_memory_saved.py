@@ -8,7 +8,7 @@ import torch
 from small import SMALL
 
 import fluxfast.model.saving as saving
-from bench.gate import kept_bytes
+from bench.step.gate import kept_bytes
 from fluxfast.config import TrainConfig
 from fluxfast.memory import saved
 from fluxfast.memory.cost import Shape, Work, lora_of

@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_flux
 from fluxfast_kernels.integrations import diffusers as module
 from torch import nn
 
-from bench.peers import LORA_MODULES
+from bench.step.peers import LORA_MODULES
 
 patch_diffusers, unpatch_diffusers = module.patch_diffusers, module.unpatch_diffusers
 BATCH, ROWS, COLUMNS, TEXT, CHANNELS = 2, 3, 5, 7, 16

@@ -1,7 +1,7 @@
 """GPUs that the cost model knows: peaks, bandwidth, and the share of them that real kernels reach.
 
 `cards.json` holds data-sheet peaks and assumed shares, each with its source. `measured.json`, where
-`python bench/calibrate.py` has written one, holds per card and compute kind how much longer a whole
+`python -m bench.calibrate` has written one, holds per card and compute kind how much longer a whole
 step took than it was predicted to. A step's time says nothing of single ops, so that factor
 stretches whole predictions (`cost.total_seconds`) and leaves the shares as they are.
 """

@@ -13,7 +13,7 @@ counts: those that name the op first, of these those that name n and k, of these
 fused_up_to_m: the largest M for which our kernel takes the weight as it is kept (null: always).
 Above it NF4 is decoded to a scratch, and a dense weight goes to torch's matmul; codes go, towards
 x, through a scratch that holds them transposed (`gemm_8bit_dx`), and to torch's fp8 product
-(`gemm_8bit`, fp8). `source` says "measured: ", commit, GPU and times (`bench/tune.py write`), or
+(`gemm_8bit`, fp8). `source` says "measured: ", commit, GPU and times (`bench.tune write`), or
 "assumed: " and why.
 """
 

@@ -1,0 +1,1 @@
+"""Every op of `fluxfast_kernels` by itself: `python -m bench.kernels`."""

@@ -1,0 +1,49 @@
+"""The README's table of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and
+for ai-toolkit's stock file. `bench.report` puts it there; nothing in it is measured.
+"""
+
+from bench import ROOT
+from fluxfast.config import Config, build_config, load_config
+from fluxfast.memory.plan import CONTEXT, GIB
+from fluxfast.planning import Row, plan_rows, what
+
+BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
+STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
+
+
+def configuration(setting: str, overrides: list[str] = ()) -> Config:
+    """FLUX.1-dev at 512, 768 and 1024 px. setting: "plain" is the defaults, "stock" is ai-toolkit's
+    file for 24 GB. overrides: as `--set` takes them."""
+    if setting == "stock":
+        return load_config(STOCK, overrides)
+    data = [{"folder": ".", "resolution": [512, 768, 1024]}]
+    raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": data}
+    return build_config(raw, overrides)
+
+
+def rows() -> list[tuple[str, Row]]:
+    """(what is trained, row): the defaults on every preset, the stock file on 24 GB."""
+    plain = [("defaults", row) for row in plan_rows(configuration("plain"), None, None)]
+    stock = plan_rows(configuration("stock"), 24, None)
+    stock = [("ai-toolkit's stock file", row) for row in stock]
+    return [pair for pair in [*plain, *stock] if pair[1].label != "mixed"] + stock[-1:]
+
+
+def block() -> str:
+    lines = [
+        "| card | trained | picture | needs GiB | s/it | how |",
+        "|---|---|---|---|---|---|",
+    ]
+    for trained, row in rows():
+        start = [f"{row.card.name}", trained, row.label]
+        if row.plan is None:
+            figures = ["does not fit", "", row.reason]
+        else:
+            seconds = row.seconds()
+            figures = [f"{(row.plan.peak + CONTEXT) / GIB:.1f}", f"{seconds:.2f}", what(row.plan)]
+        lines.append("| " + " | ".join([*start, *figures]) + " |")
+    note = (
+        "Predicted, not measured: bytes counted from what the ops save, speeds from data sheets "
+        "and assumed shares of them; batch 1, 512 text tokens."
+    )
+    return "\n\n".join([BEGIN, "\n".join(lines), note, END])

@@ -1,0 +1,1 @@
+"""A whole training step, beside diffusers + peft + bitsandbytes: `python -m bench.step`."""

@@ -1,0 +1,5 @@
+import sys
+
+from bench.step.cli import main
+
+sys.exit(main())

@@ -1,0 +1,255 @@
+"""fluxfast's step as `fluxfast train` takes it: planned memory, modulation ahead, CUDA graphs,
+clipping and guard; over random weights and random encoded pictures instead of files.
+
+What the trainer reads of its configuration stands here under the same names, since the
+configuration itself needs libraries that a bare GPU machine does not have.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from bench import timing
+from bench.step.candidates import Kind, build_model, work_of
+from bench.step.peers import Batch, normal
+from bench.step.settings import (
+    EMA_DECAY,
+    LEARNING_RATE,
+    SEED,
+    SETTINGS,
+    Cycle,
+    Settings,
+)
+from fluxfast.assemble import assemble, bucket_shapes
+from fluxfast.memory.fitting import DoesNotFit, plan_on
+from fluxfast.memory.plan import GIB, MARGIN, Plan, Request
+from fluxfast.memory.runtime import MemoryExhausted
+from fluxfast.objective import image_ids, text_ids
+from fluxfast.step import graph_key, train_step
+
+ENDLESS = 10**6  # steps that a run is said to have
+
+
+def trainer_config(settings: Settings, batch: int) -> SimpleNamespace:
+    """The part of `fluxfast.config.Config` that a step reads, with its defaults but for the
+    setting's."""
+    setting = SETTINGS[settings.setting]
+    train = SimpleNamespace(
+        steps=ENDLESS,
+        batch_size=batch,
+        gradient_accumulation=1,
+        lr=LEARNING_RATE,
+        optimizer=setting.optimizer,
+        optimizer_args={},
+        lr_schedule="constant",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        timesteps="sigmoid",
+        timestep_bias="balanced",
+        guidance=1.0,
+        ema=SimpleNamespace(enabled=setting.ema, decay=EMA_DECAY),
+    )
+    memory = SimpleNamespace(
+        policy="auto", modulation="auto", optimizer_state="auto", saved_8bit="u", graphs=True
+    )
+    lora = SimpleNamespace(dropout=0.0)
+    return SimpleNamespace(seed=SEED, train=train, lora=lora, memory=memory)
+
+
+@dataclass
+class Encoded:
+    """As `fluxfast.data.loader.Batch`."""
+
+    mean: Tensor
+    std: Tensor
+    mask: Tensor | None
+    t5: Tensor
+    pooled: Tensor
+    indices: list[int]
+
+
+class RandomLoader:
+    """What a step asks of `fluxfast.data.loader.Loader`: one random batch of each size in turn, on
+    the host, in pinned memory where a GPU copies from it."""
+
+    def __init__(self, settings: Settings, cycle: Cycle):
+        self.batch_size, self.text_length = cycle.batch, settings.text_tokens
+        self.places = range(cycle.batch)
+        self.latent_sizes = {(side, side): (side // 8, side // 8) for side in cycle.pixels}
+        self._batches = [self._drawn(settings, side, cycle.batch) for side in cycle.pixels]
+
+    def _drawn(self, settings: Settings, side: int, batch: int) -> Encoded:
+        spec, pin = settings.spec, settings.device != "cpu"
+        latents = (batch, spec.in_channels // 4, side // 8, side // 8)
+        mean, std, t5, pooled = (
+            normal(SEED, name, shape, "cpu")
+            for name, shape in (
+                ("mean", latents),
+                ("std", latents),
+                ("t5", (batch, self.text_length, spec.context_in_dim)),
+                ("pooled", (batch, spec.vec_in_dim)),
+            )
+        )
+        made = [mean, 0.01 * std.abs(), t5.to(settings.compute), pooled.to(settings.compute)]
+        mean, std, t5, pooled = (tensor.pin_memory() for tensor in made) if pin else made
+        return Encoded(mean, std, None, t5, pooled, list(range(batch)))
+
+    def batch(self, step: int) -> Encoded:
+        first = step * self.batch_size
+        indices = list(range(first, first + self.batch_size))
+        return replace(self._batches[step % len(self._batches)], indices=indices)
+
+    def examples(self) -> Iterator[Encoded]:
+        return iter(self._batches)
+
+    def peek(self, step: int) -> tuple[list[int], int, Tensor]:
+        batch = self.batch(step)
+        rows, columns = batch.mean.shape[-2:]
+        return batch.indices, (rows // 2) * (columns // 2), batch.pooled
+
+
+class TrainerStep:
+    """A cycle's steps by `fluxfast.step.train_step`, with a plan of the cycle's own."""
+
+    def __init__(self, kind: Kind, settings: Settings):
+        self.kind, self.settings = kind, settings
+        self.device = torch.device(settings.device)
+        if self.device.type == "cuda":  # by its number, as tensors name it
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        # before the weights are there: a plan counts them itself
+        self._plans = {cycle: self._plan(cycle) for cycle in settings.cycles}
+        self.candidate = build_model(kind, settings)
+        self.parameters = self.candidate.parameters()
+        self.run = None
+        self._notes: list[str] = []
+
+    def _plan(self, cycle: Cycle) -> Plan | DoesNotFit | None:
+        """The plan; None on a CPU without a cap; the error where nothing fits."""
+        settings = self.settings
+        setting, cap = SETTINGS[settings.setting], settings.cap_gib
+        request = Request(
+            work_of(self.kind, settings),
+            bucket_shapes(RandomLoader(settings, cycle)),
+            optimizer=setting.optimizer,
+            ema=setting.ema,
+            graphs=self.device.type == "cuda",
+            encodes=False,
+        )
+        # what a card of that size leaves free, so that this one is planned for as that one is
+        limit = None if cap is None else cap * (1 - MARGIN)
+        try:
+            return plan_on(self.device, request, limit)
+        except DoesNotFit as error:
+            return error
+
+    def begin(self, cycle: Cycle, batches: list[Batch]) -> None:
+        """Plan, capture, and take a first step. Raises MemoryError where no plan fits."""
+        plan = self._plans[cycle]
+        if isinstance(plan, DoesNotFit):
+            raise MemoryError(plan.message)
+        self._cycle, self._steps = cycle, 0
+        self._loader = RandomLoader(self.settings, cycle)
+        self._notes.clear()
+        config = trainer_config(self.settings, cycle.batch)
+        self.run = assemble(
+            config, self.candidate.model, self.parameters, self._loader, self.device,
+            self._notes.append, plan,
+        )  # fmt: skip
+        limit_memory(self.settings)  # assembling has set the plan's own limit
+        self._within_memory(self.run.capture)
+        self.step()
+
+    def backward(self, batch: Batch) -> Tensor:
+        """The trainer's gradient pass, as a graph where there is one, on a given batch."""
+        run, t = self.run, batch.timesteps
+        side = 2 * round(batch.img.shape[1] ** 0.5)
+        modulation = None
+        if run.ahead is not None:
+            with torch.no_grad():
+                modulation = run.model.modulation(t, batch.y, batch.guidance)
+        inputs = {
+            "noisy": batch.img.float(),
+            "target": batch.target,
+            "timesteps": t,
+            "weight": torch.ones_like(t),
+            "mask": None,
+            "img_ids": image_ids(side, side, self.device),
+            "txt_ids": text_ids(batch.txt.shape[1], self.device),
+            "t5": batch.txt,
+            "pooled": batch.y,
+            "modulation": modulation,
+        }
+        self.clear()
+        return run.graphs(graph_key(inputs), inputs)
+
+    def clear(self) -> None:
+        self.run.gradients.zero_()
+
+    def step(self) -> None:
+        for _ in self._cycle.pixels:
+            batch = self._loader.batch(self._steps)
+            self._within_memory(lambda batch=batch: train_step(self.run, [batch], self._steps))
+            self._steps += 1
+
+    def _within_memory(self, work) -> None:
+        try:
+            work()
+        except MemoryExhausted as error:
+            raise MemoryError(error.message) from None
+
+    def saved_bytes(self) -> None:
+        """Not counted: a graph keeps what it keeps, and policies hook it themselves."""
+
+    def peak_memory(self) -> tuple[int, str] | None:
+        """A graph's replay allocates nothing: what counts is the pass that captures it, beside the
+        optimiser's state, as after every validation of a run. None where there are no graphs."""
+        if not self.run.graphs.captured:
+            return None
+        return timing.peak_memory(self._again, self.settings.device)
+
+    def _again(self) -> None:
+        self._within_memory(self.run.capture)
+        self.step()
+
+    def details(self) -> dict[str, object]:
+        """How memory was planned, and what became of the plan."""
+        run, plan = self.run, self._plans[self._cycle]
+        policies = {label: dict(Counter(words)) for label, words in run.memory.policies.items()}
+        in_place = run.ahead is None
+        return {
+            "policies": policies,
+            "modulation": plan.modulation if plan else "in_place" if in_place else "ahead",
+            "graphs": run.graphs.captured,
+            "planned_gib": plan.peak / GIB if plan else None,
+            "notes": list(self._notes),
+        }
+
+    def end(self) -> None:
+        run, self.run = self.run, None
+        if run is None:
+            return
+        run.graphs.drop()
+        plan = self._plans[self._cycle]
+        if plan is not None and plan.modulation == "host":
+            # the weights have left the device and lie in this run's buffers: they are made anew
+            del run
+            self.candidate = None
+            gc.collect()
+            self.candidate = build_model(self.kind, self.settings)
+            self.parameters = self.candidate.parameters()
+
+
+def limit_memory(settings: Settings) -> None:
+    """Let torch's allocator have `cap_gib` of the GPU, where there is a cap."""
+    if settings.cap_gib is None or settings.device == "cpu":
+        return
+    device = torch.cuda.current_device()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, settings.cap_gib * GIB / total), device)

@@ -1,0 +1,5 @@
+import sys
+
+from bench.tune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,121 @@
+"""The bench of 8-bit saved activations: its short form runs, its limits refuse, its block says the
+rows."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from bench import activations
+from bench.report import cli as report
+from bench.rows import last_run
+from fluxfast.model import saving
+
+README = report.README.read_text(encoding="utf-8")
+
+
+def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
+    """Rows of a run of two seeds; the arguments are u8's."""
+    conditions = {"date": "now", "device_name": "a CPU", "threads": 2, "torch": "2",
+                  "commit": "0123456789"}  # fmt: skip
+    rows = []
+    for policy in activations.POLICIES:
+        u8 = policy == "u8"
+        for seed in (1, 2):
+            rows.append({"bench": "activations-loss", "policy": policy, "seed": seed, "steps": 9,
+                         "best_loss": loss if u8 else 0.7})  # fmt: skip
+        if policy != "keep":
+            rows.append({"bench": "activations-gradients", "policy": policy,
+                         "cosines": {"a": [0.99999, 0.9999], "b": [1.0, cosine if u8 else 0.9995]},
+                         "errors": {"a": [0.01, 0.02], "b": [0.03, 0.06]}})  # fmt: skip
+        rows.append({"bench": "activations-bytes", "policy": policy, "batch_size": 8, "tokens": 48,
+                     "counted": counted if u8 else 1_000_000, "predicted": 1_000_000,
+                     "flux_dev_predicted": 15_000_000_000, "flux_dev_pixels": 1024,
+                     "lora_rank": 16, "lora_targets": "attn+mlp"})  # fmt: skip
+    return [row | conditions for row in rows]
+
+
+def megabytes(line: str) -> list[float]:
+    """Of a table's line: counted, predicted."""
+    return [float(number) for number in re.search(r"([\d.]+) / ([\d.]+) MB", line).groups()]
+
+
+def test_short_form(capsys, monkeypatch):
+    """Trains under 8bit, and finds errors, and bytes, of the sizes that 8 bits explain."""
+    passes, plain = [], saving.BlockRunner.__init__
+
+    def noted(self, policies, *rest):
+        plain(self, policies, *rest)
+        if self.grad:
+            passes.append(set(policies))
+
+    monkeypatch.setattr(saving.BlockRunner, "__init__", noted)
+    assert activations.main(["--short"]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("within the limits")
+    steps = 4
+    gradients = [{"keep"}, {"u8"}, {"8bit"}]
+    assert passes == [{"8bit"}] * steps + gradients + gradients  # the last for the bytes
+    keep, u8, all_8 = (line for line in said.splitlines() if line.startswith("| `"))
+    for line, smallest in ((u8, 1e-4), (all_8, 1e-3)):
+        median, largest = map(float, re.search(r"([\d.]+)% \(([\d.]+)%\)", line).groups())
+        assert smallest < median / 100 < largest / 100 < 0.042
+    counts = [megabytes(line) for line in (keep, u8, all_8)]
+    assert all(counted == pytest.approx(predicted, rel=0.02) for counted, predicted in counts)
+    # of 4.91 MB in bf16 u's 2 MB are halved, then nearly all of it
+    assert counts[1][0] < 0.82 * counts[0][0] and counts[2][0] < 0.57 * counts[0][0]
+
+
+def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
+    """What the limits are for: with four bits instead of eight they refuse 8bit, and only that."""
+    config = activations.settings("keep", 1, 1, tmp_path)
+    batches = activations.batches_of(config, 1)
+    activations.train(config, console=activations.QUIET)
+    put = saving.CodesKeeper.put
+
+    def four_bits(self, flat):
+        codes, scale, dtype = put(self, flat)
+        return (codes.float() / 16).round().mul(16).clamp(-127, 127).to(torch.int8), scale, dtype
+
+    monkeypatch.setattr(saving.CodesKeeper, "put", four_bits)
+    lora = config.run_dir / f"{config.name}.safetensors"
+    wrong = activations.over_limits(activations.gradient_rows(config, batches, lora))
+    assert len(wrong) == 1 and wrong[0].startswith("8bit: gradient cosine 0.9")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (made(), None),
+        (made(loss=0.7 * 1.009), None),
+        (made(loss=0.7 * 1.011), "u8: best loss +1.10%"),
+        (made(loss=0.7 * 0.989), "u8: best loss -1.10%"),
+        (made(loss=float("nan")), "u8: best loss +nan%"),
+        (made(cosine=0.9995), "u8: gradient cosine 0.99950 in b"),
+        (made(cosine=float("nan")), "u8: gradient cosine nan in b"),
+        (made(counted=1_030_000), "u8: predicted bytes off by -2.9%"),
+    ],
+)
+def test_limits(rows, said):
+    wrong = activations.over_limits(rows)
+    assert wrong == [] if said is None else len(wrong) == 1 and wrong[0].startswith(said)
+
+
+def test_block_of_the_newest_run(tmp_path):
+    rows, old = made(loss=0.7035), [{**row, "date": "before"} for row in made(loss=0.8)]
+    path = tmp_path / "activations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*old, *rows]))
+    found = last_run(path)
+    assert found == rows
+    text = activations.block(found)
+    assert ("| `u8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
+            "+0.50% (+0.50% to +0.50%) |") in text  # fmt: skip
+    assert "batch 8 with 48 tokens a picture" in text and "best of 9 steps in fp32, 2 seeds" in text
+
+
+def test_committed_rows_are_within_the_limits_that_the_readme_names():
+    assert activations.over_limits(last_run(activations.ROWS)) == []
+    u8, all_8 = (activations.LEAST_COSINE[policy] for policy in ("u8", "8bit"))
+    assert f"below {u8} (`u8`) or {all_8} (`8bit`)" in README
+    assert f"by more than {activations.LOSS_LIMIT * 100:.0f} %" in README

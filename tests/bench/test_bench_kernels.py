@@ -1,0 +1,357 @@
+"""The bench of single ops: what its rows and its table say, and what becomes of failures."""
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import fluxfast_kernels as fk
+import pytest
+import torch
+from bench_kernels import ROOF, case_of, measured, quick, tiny  # noqa: F401
+
+from bench import timing
+from bench.kernels import cli as kernels
+from bench.kernels.cases import Case, cases, ops_of
+from bench.kernels.problem import BOTH, CANDIDATES, EAGER, FORWARD, OURS
+from bench.kernels.table import table
+from fluxfast.memory.cost import total_bytes, total_flop
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW_FIELDS = {
+    *("name", "status", "reason", "median_ms", "p10_ms", "p90_ms", "ratio", "rounds", "warmup"),
+    *("peak_memory_bytes", "peak_memory_kind", "date", "commit", "dirty", "device", "device_name"),
+    *("driver", "cuda", "cpu_model", "cpu_count", "threads", "python", "torch", *timing.LIBRARIES),
+    *("bench", "op", "direction", "storage", "products", "compute", "pixels", "batch", "tokens"),
+    *("text_tokens", "hidden", "rank", "bytes", "flop", "copy_gb_per_s", "matmul_tflop_per_s"),
+    *("floor_ms", "percent_of_floor", "gb_per_s", "tflop_per_s", "interleaved"),
+    *("worst", "worst_error", "tolerance"),
+}
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    ops = ["lora_linear", "attention", "nf4_decode", "quantize_rows", "flow_mix"]
+    arguments = ["--device", "cpu", "--tiny", "--compute", "fp32", "--rounds", "2"]
+    assert kernels.main([*arguments, "--ops", *ops, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["op"] for row in rows} == set(ops)
+    for row in rows:
+        assert row.keys() == ROW_FIELDS, row.keys() ^ ROW_FIELDS
+        assert row["bench"] == "kernels" and row["status"] == "ok", (row["name"], row["reason"])
+        assert row["rounds"] == 2 and row["worst_error"] <= row["tolerance"]
+        rate, copy = row["matmul_tflop_per_s"] * 1e12, row["copy_gb_per_s"] * 1e9
+        seconds = row["median_ms"] / 1e3
+        least = max(row["bytes"] / copy, row["flop"] / rate)
+        assert row["floor_ms"] == pytest.approx(1e3 * least)
+        assert row["percent_of_floor"] == pytest.approx(100 * least / seconds)
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / seconds / 1e9)
+        assert row["tflop_per_s"] == pytest.approx(row["flop"] / seconds / 1e12)
+    settings = tiny()
+    for case in (case_of("attention"), case_of("lora_linear", "nf4", "int8")):
+        forward, backward = ops_of(case, settings)
+        for direction, ops in ((FORWARD, forward), (BOTH, forward + backward)):
+            (row,) = (
+                r for r in rows
+                if (r["op"], r["products"]) == (case.op, case.products or "float32")
+                and r["storage"] == (case.storage or None) and r["name"] == OURS
+                and r["direction"] == direction
+            )  # fmt: skip
+            assert row["bytes"] == round(total_bytes(ops)) and row["flop"] == total_flop(ops)
+    seen = {(r["op"], r["storage"], r["products"], r["name"], r["direction"]) for r in rows}
+    for direction in (FORWARD, BOTH):
+        for name in (OURS, EAGER, "bitsandbytes-gemm", "bitsandbytes-dequantize"):
+            assert ("lora_linear", "nf4", "float32", name, direction) in seen
+        assert ("lora_linear", "float32", "float32", EAGER, direction) in seen
+        assert ("lora_linear", "int8", "int8", EAGER, direction) in seen
+        assert ("attention", None, "float32", "sdpa", direction) in seen
+    assert ("nf4_decode", "nf4", "float32", "bitsandbytes-dequantize", FORWARD) in seen
+    assert not any(op in ("nf4_decode", "flow_mix") and d == BOTH for op, *_, d in seen)
+    linear = next(r for r in rows if r["op"] == "lora_linear" and r["direction"] == BOTH)
+    assert (linear["tokens"], linear["text_tokens"], linear["pixels"]) == (16, 8, 64)
+    said = capsys.readouterr().out
+    assert "11 of 11 cases" in said and "five slowest kernels" in said
+    assert len(re.findall(r"^lora_linear .* \+backward ", said, re.MULTILINE)) == 6
+
+
+def test_torch_compile_does_the_same_work(monkeypatch):
+    # without the code generator, which takes a C++ compiler and most of a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    found = measured(case_of("gate_residual"), tiny(candidates=[OURS, EAGER, "compile"]))
+    assert found["compile", BOTH]["status"] == "ok", found["compile", BOTH]["reason"]
+    assert found["compile", BOTH]["ratio"] > 0
+
+
+def test_a_missing_library_is_a_skipped_row_that_names_it(monkeypatch):
+    for name in ("bitsandbytes", "bitsandbytes.functional", "liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, None)
+    settings = tiny(candidates=CANDIDATES[:2] + CANDIDATES[3:])
+    for case, name, library in (
+        (case_of("lora_linear", "nf4"), "bitsandbytes-gemm", "bitsandbytes"),
+        (case_of("lora_linear", "nf4"), "bitsandbytes-dequantize", "bitsandbytes"),
+        (Case("nf4_decode", "nf4"), "bitsandbytes-dequantize", "bitsandbytes"),
+        (case_of("norm_modulate"), "liger", "liger_kernel"),
+    ):
+        found = measured(case, settings)
+        row = found[name, FORWARD]
+        assert row["status"] == "skipped" and library in row["reason"] and not row["median_ms"]
+        assert found[OURS, FORWARD]["status"] == found[EAGER, FORWARD]["status"] == "ok"
+
+
+def raises_after(error: Exception, calls: int = 0):
+    """gate_residual, until it has been called so often."""
+    real, seen = fk.gate_residual, []
+
+    def call(h, gate, y):
+        seen.append(0)
+        if len(seen) > calls:
+            raise error
+        return real(h, gate, y)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "status", "code"),
+    [
+        (RuntimeError("an illegal address\nand where"), 0, "gate failed", 1),
+        (RuntimeError("an illegal address\nand where"), 3, "failed", 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 0, "out of memory", 0),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, "out of memory", 0),
+    ],
+)
+def test_a_kernel_that_raises_is_a_row(monkeypatch, tmp_path, capsys, error, calls, status, code):
+    monkeypatch.setattr(fk, "gate_residual", raises_after(error, calls))
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--tiny", "--ops", "gate_residual", "--out", str(out)]
+    assert kernels.main(arguments) == code
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = [row for row in rows if row["name"] == OURS]
+    assert [row["status"] for row in ours] == [status, status]
+    assert all(row["reason"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
+               and row["percent_of_floor"] is None for row in ours)  # fmt: skip
+    assert [row["status"] for row in rows if row["name"] == EAGER] == ["ok", "ok"]
+    assert f"{OURS} {status}" in capsys.readouterr().out
+
+
+def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
+    def build(case, settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "build", build)
+    (row,) = kernels.measure(case_of("attention"), tiny(), ROOF)
+    assert row["name"] == OURS and row["status"] == "out of memory"
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_spent_budget_leaves_cases_out(capsys):
+    assert kernels.main(["--device", "cpu", "--tiny", "--ops", "flow_mix", "--budget-s", "0"]) == 0
+    assert "0 of 1 cases" in capsys.readouterr().out
+
+
+def test_a_bad_call_ends_with_2():
+    for bad in (["--pixels", "100"], ["--ops", "unknown"], ["--candidates", "unknown"]):
+        with pytest.raises(SystemExit) as error:
+            kernels.parse(["--device", "cpu", *bad])
+        assert error.value.code == 2
+
+
+WANTED = [case_of(op) for op in ("attention", "norm_modulate", "gate_residual", "flow_mix")]
+
+
+def _child(wanted, settings, roof, deadline, sender):
+    """Dies in norm_modulate; in gate_residual it loses the device after its rows."""
+    if os.environ.get("WITHOUT_ROOF"):
+        os._exit(7)
+    sender.send(roof or ROOF)
+    for case in wanted:
+        if case.op == "norm_modulate":
+            os._exit(9)
+        sender.send([{"op": case.op, "roof": roof is not None}])
+        if case.op == "gate_residual":
+            sender.close()
+            os._exit(kernels.LOST)
+    sender.close()
+    os._exit(0)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(kernels.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(kernels, "_child", _child)
+
+
+def test_a_case_that_ends_its_process_costs_its_own_rows(forked):
+    found = []
+
+    def report(case, rows):
+        found.append((case.op, rows[0].get("reason"), rows[0].get("roof")))
+
+    assert kernels.measure_apart(WANTED, tiny(), report, float("inf")) == []
+    assert found == [
+        ("attention", None, False),
+        ("norm_modulate", "RuntimeError: its process ended with code 9", None),
+        ("gate_residual", None, True),  # the first process's roof goes on
+        ("flow_mix", None, True),
+    ]
+
+
+def test_a_process_that_cannot_start_is_not_tried_for_every_case(forked, monkeypatch):
+    monkeypatch.setenv("WITHOUT_ROOF", "1")
+    with pytest.raises(RuntimeError, match="ended with code 7"):
+        kernels.measure_apart(WANTED, tiny(), lambda *_: None, float("inf"))
+
+
+def test_a_lost_device_ends_the_process_after_its_rows(monkeypatch):
+    sent = []
+
+    class Sender:
+        send = sent.append
+
+        def close(self):
+            sent.append("closed")
+
+    def answers_no_more(device):
+        raise RuntimeError("an illegal address")
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(kernels, "roof_of", None)  # the roof is given
+    monkeypatch.setattr(timing, "synchronize", answers_no_more)
+    monkeypatch.setattr(kernels.os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        kernels._child(WANTED[3:] + WANTED, tiny(), ROOF, float("inf"), Sender())
+    assert ended.value.code == kernels.LOST
+    roof, rows, last = sent
+    assert roof is ROOF and rows[0]["op"] == "flow_mix" and last == "closed"
+
+
+def test_a_process_of_its_own_measures_the_same():
+    rows = []
+    settings = tiny("--ops", "flow_mix", candidates=[OURS])
+    report = lambda case, found: rows.extend(found)  # noqa: E731
+    assert kernels.measure_apart(cases(settings), settings, report, float("inf")) == []
+    assert [(row["name"], row["status"]) for row in rows] == [(OURS, "ok")]
+    assert rows[0]["percent_of_floor"] > 0
+
+
+def test_the_table_says_what_costs_a_step_most():
+    def row(op, direction, median, name=OURS, floor=1.0, **more):
+        shape = {"storage": None, "products": "bfloat16", "pixels": 1024, "batch": 1}
+        return {"op": op, "direction": direction, "name": name, "median_ms": median,
+                "floor_ms": floor, "percent_of_floor": median and 100 * floor / median,
+                "status": "ok", "reason": None} | shape | more  # fmt: skip
+
+    rows = [
+        row("attention", FORWARD, 90.0),
+        row("attention", BOTH, 4.0),
+        row("attention", BOTH, 8.0, EAGER),
+        row("attention", BOTH, 5.0, "compile"),
+        row("attention", BOTH, 16.0, "sdpa"),
+        row("attention", BOTH, 40.0, "liger"),  # the faster peer counts
+        row("norm_modulate", BOTH, 3.0),
+        row("flow_mix", FORWARD, 50.0),
+        row("flow_loss", BOTH, None, status="out of memory", reason="too much"),
+        row("flow_loss", BOTH, None, "liger", status="skipped", reason="No module"),
+    ]
+    said = table(rows).splitlines()
+    (line,) = (each for each in said if each.startswith("attention") and "+backward" in each)
+    assert line.split()[-5:] == ["4.000", "25", "0.50", "0.80", "0.25"]
+    assert any("flow_loss" in each and "out of memory: too much" in each for each in said)
+    assert any(each == "liger skipped: No module" for each in said)
+    first = said.index(next(each for each in said if "five slowest" in each))
+    # by calls times the time over the floor, of the longest direction: 57 x 3, 76 x 2, 1 x 49
+    assert [each.split()[0] for each in said[first + 1 :]] == [
+        "attention", "norm_modulate", "flow_mix",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- what it stands on
+
+
+class _Event:
+    log: list[str] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.log.append("record")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        return 12.5
+
+
+@pytest.mark.parametrize(
+    ("cold", "before"), [(False, ["ready"]), (True, ["ready", "flush", "spin"])]
+)
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch, cold, before):
+    log = _Event.log = []
+
+    class Flushed:
+        def zero_(self):
+            log.append("flush")
+
+    def empty(count, dtype, device):
+        assert count >= 256 << 20 and dtype.itemsize == 1 and device == "cuda"
+        return Flushed()
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", _Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: log.append("ready"))
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: log.append("spin"))
+    with monkeypatch.context() as patch:
+        patch.setattr(timing.torch, "empty", empty)
+        elapsed = timing.elapsed_ms(lambda: log.append("work"), "cuda", cold)
+    assert elapsed == 12.5
+    assert log == [*before, "record", "work", "record", "wait"]
+
+
+def test_ops_are_timed_cold(monkeypatch):
+    seen = []
+    real = timing.compare
+    monkeypatch.setattr(timing, "compare", lambda *a, **k: seen.append(k) or real(*a, **k))
+    measured(case_of("flow_mix"))
+    assert seen == [{"cold": True}]
+
+
+def test_no_script_hides_the_package_kernels():
+    """bitsandbytes, transformers and diffusers import `kernels` where there is one."""
+    found = find_spec("kernels")
+    assert found is None or found.origin is None  # a folder with no code in it
+
+
+def test_pytest_benchmark_runs_the_cases_and_the_ordinary_run_does_not(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"]
+    arguments = [
+        "bench/kernels/test_benchmark.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "flow_loss",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout

@@ -1,0 +1,379 @@
+"""What the README shows is what the rows say: which rows count, in which table, on which chart."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import quantize, rows
+from bench.report import charts, plan_table, step_chart, technique_table
+from bench.report import cli as report
+from fluxfast.memory import saved
+from fluxfast.memory.cost import Work, lora_of
+from fluxfast.model.spec import DEV
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG = (ROOT / "bench" / "LOG.md").read_text(encoding="utf-8")
+
+
+def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **other) -> dict:
+    """A row of bench.step: full-size FLUX.1-dev on an H100 where nothing else is said."""
+    timed = median_ms is not None
+    return {
+        "name": name, "status": "ok" if timed else "failed", "reason": None,
+        "median_ms": median_ms, "p10_ms": timed and median_ms - 5, "p90_ms": timed and
+        median_ms + 9, "ratio": 0.5 if timed else None, "rounds": 9 if timed else 0,
+        "peak_memory_bytes": 13 * 2**30, "saved_bytes": 5 * 2**30, "bench": "step",
+        "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "threads": 8,
+        "storage": "nf4", "compute": "bfloat16", "hidden": 3072, "double_blocks": 19,
+        "single_blocks": 38, "pixels": 512, "image_tokens": 1024, "text_tokens": 512, "batch": 1,
+        "rank": 16, "lora_targets": "attn+mlp", "optimizer": "torch AdamW, fused",
+        "interleaved": False, "torch": "2.11.0", "commit": "0123456789", "date": "today",
+    } | other  # fmt: skip
+
+
+CPU = {
+    "device": "cpu", "device_name": "a CPU", "driver": None, "threads": 2, "double_blocks": 1,
+    "single_blocks": 2, "pixels": 256, "image_tokens": 256, "text_tokens": 128,
+    "interleaved": True,
+}  # fmt: skip
+STOCK = {"setting": "stock", "lora_targets": "all", "ema": True, "optimizer": "AdamW8bit"}
+
+
+def write(folder: Path, name: str, *written: dict) -> Path:
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(one) + "\n" for one in written)
+    return folder
+
+
+def lines(text: str) -> list[list[str]]:
+    """The cells of a Markdown table's rows, its head and rule left out."""
+    found = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1:]]
+
+
+# ---------------------------------------------------------------- which rows, in which table
+
+
+def test_gpus_come_first_and_are_on_the_chart(tmp_path):
+    write(tmp_path, "step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU))
+    assert step_chart.NO_GPU in step_chart.block(tmp_path)
+    write(tmp_path, "step-cuda.jsonl", row("diffusers-nf4"), row())
+    text = step_chart.block(tmp_path)
+    assert "No GPU has timed" not in text and "checked under" in text
+    gpu, cpu = step_chart.tables(tmp_path)
+    assert (gpu[0]["device"], cpu[0]["device"]) == ("cuda", "cpu")
+    image = "![one training step of FLUX.1-dev on one NVIDIA H100 80GB HBM3, beside diffusers + "
+    assert f"{image}peft + bitsandbytes](bench/results/step-cuda.svg)" in text
+    assert text.index(image) < text.index("NVIDIA H100 80GB HBM3, driver") < text.index("a CPU, 2")
+    assert step_chart.charted([gpu, cpu]) == gpu
+
+
+def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(tmp_path):
+    write(tmp_path, "step-cuda.jsonl", row(median_ms=None, status="out of memory", reason="2 GiB"))
+    write(tmp_path, "step-cpu.jsonl", row(**CPU))
+    text = step_chart.block(tmp_path)
+    assert "| fluxfast | 512 | 1 | out of memory: 2 GiB |" in text
+    assert "step-cpu.svg" in text and step_chart.NO_GPU in text
+
+
+def test_the_main_table_is_plain_and_the_others_come_with_their_rows(tmp_path):
+    write(tmp_path, "step-cuda.jsonl", row(setting="plain", memory_cap_gib=None))
+    assert len(step_chart.tables(tmp_path)) == 1
+    write(
+        tmp_path,
+        "step-cuda.jsonl",
+        row(median_ms=900.0, memory_cap_gib=24.0),
+        row(median_ms=950.0, memory_cap_gib=16.0),
+        row("fluxfast-nf4", None, memory_cap_gib=12.0, status="out of memory", reason="no room"),
+        row(median_ms=700.0, **STOCK),
+        row(median_ms=750.0, **STOCK, pixels=None, image_tokens=None, mix=[512, 768, 1024]),
+        row(median_ms=800.0, lora_targets="all"),
+        row("fluxfast-nf4-int8", 90.0),
+    )
+    plain, *others = step_chart.tables(tmp_path)
+    assert [one["median_ms"] for one in plain] == [100.0, 90.0]
+    assert step_chart.heading(plain) == ""
+    found = {step_chart.heading(one): lines(step_chart.table(one)) for one in others}
+    stock = found["With ai-toolkit's stock setting, LoRA on all:"]
+    assert [cells[:4] for cells in stock] == [
+        ["fluxfast", "512", "1", "700"],
+        ["fluxfast", "512/768/1024", "1", "750"],
+    ]
+    capped = found["With the GPU's memory capped, as on smaller cards:"]
+    assert [cells[:5] for cells in capped] == [
+        ["fluxfast", "12", "512", "1", "out of memory: no room"],
+        ["fluxfast", "16", "512", "1", "950"],
+        ["fluxfast", "24", "512", "1", "900"],
+    ]
+    assert [cells[3] for cells in found["With LoRA on all:"]] == ["800"] and len(found) == 3
+    assert step_chart.heading(others[-1]).startswith("With the GPU's memory capped")
+
+
+def test_every_device_has_a_table_and_of_cpus_the_last(tmp_path):
+    other = {"device_name": "NVIDIA GeForce RTX 4090"}
+    write(tmp_path, "step-cuda.jsonl", row(), row(**other), row("fluxfast-nf4-int8"))
+    write(tmp_path, "step-cpu.jsonl", row(**CPU), row(**CPU | {"device_name": "a newer CPU"}))
+    names = [[one["device_name"] for one in group] for group in step_chart.tables(tmp_path)]
+    h100, cpu = "NVIDIA H100 80GB HBM3", "a newer CPU"
+    assert names == [[h100, h100], ["NVIDIA GeForce RTX 4090"], [cpu]]
+
+
+def test_the_newest_row_counts_but_not_one_that_was_never_tried(tmp_path):
+    write(
+        tmp_path,
+        "step-cuda.jsonl",
+        *(row("diffusers-nf4"), row(median_ms=100.0), row(median_ms=110.0, batch=4)),
+        row("diffusers-nf4", None, status="skipped", reason="no module named peft"),
+        row("fluxfast-nf4", None, status="gate failed", reason="loss|norm"),
+        row(median_ms=120.0, batch=4),
+        row("fluxfast-nf4-fp8", None, status="out of time", reason="60 s"),
+    )
+    (group,) = step_chart.tables(tmp_path)
+    assert [cells[:4] for cells in lines(step_chart.table(group).replace("\\|", "/"))] == [
+        ["diffusers + peft + bitsandbytes", "512", "1", "100"],
+        ["fluxfast", "512", "1", "gate failed: loss/norm"],
+        ["fluxfast, fp8 products", "512", "1", "out of time: 60 s"],
+        ["fluxfast", "512", "4", "120"],
+    ]
+
+
+def test_rows_whose_caption_differs_share_no_table(tmp_path):
+    write(tmp_path, "step-cuda.jsonl", row(), row(rank=64), row(text_tokens=77))
+    captions = [step_chart.caption(group) for group in step_chart.tables(tmp_path)]
+    assert len(captions) == 3 and "rank 64" in captions[1] and "77 text" in captions[2]
+
+
+def test_a_gpus_figures(tmp_path):
+    full = row(median_ms=500.0, batch=4, mfu=0.314, launches=37)
+    (cells,) = lines(step_chart.table([full]))
+    assert cells == [
+        *("fluxfast", "512", "4", "500", "495–509", "0.50", "8.00", "31%", "37", "13.0", "5120")
+    ]
+    bare = row(ratio=None, peak_memory_bytes=None, saved_bytes=None)
+    (cells,) = lines(step_chart.table([bare]))
+    assert cells[5:] == ["", "10.00", "", "", "", ""]
+    assert step_chart.title("fluxfast-nf4-int8-trainer") == (
+        "fluxfast, int8 products, as `fluxfast train` runs it"
+    )
+
+
+def test_a_caption_says_what_holds_for_its_rows():
+    one = row("diffusers-nf4", **CPU)
+    two = row("fluxfast-nf4-int8", **CPU | {"commit": "abcdef012345"})
+    text = step_chart.caption([one, two])
+    assert text.startswith(
+        "a CPU, 2 threads; 1 double and 2 single blocks of width 3072, 256 image"
+    )
+    assert "NF4 base" in text and "medians of 9 rounds, interleaved;" in text
+    assert text.endswith("commit 0123456, abcdef0.")
+    text = step_chart.caption([row(**STOCK), row(**STOCK, storage="int8", image_tokens=2304)])
+    assert "driver 580.1" in text and "AdamW8bit, EMA; medians of 9 rounds;" in text
+    assert "NF4" not in text and "image" not in text
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_the_chart_has_the_largest_picture_of_the_smallest_batch(tmp_path):
+    shown = [row("diffusers-nf4", 900.0, pixels=1024), row(median_ms=800.0, pixels=1024)]
+    other = [row(), row(batch=4, pixels=1024), row("fluxfast-nf4-fp8", None, pixels=1024)]
+    write(tmp_path, "step-cuda.jsonl", *other, *shown)
+    assert step_chart.charted(step_chart.tables(tmp_path)) == shown
+    path = tmp_path / "step-cuda.svg"
+    step_chart.draw(shown, path)
+    assert charts.is_of(path, shown) and not charts.is_of(path, [*shown, row()])
+    first = path.read_bytes()
+    step_chart.draw(shown, path)
+    assert path.read_bytes() == first
+    assert not charts.is_of(tmp_path / "none.svg", shown)
+
+
+# ---------------------------------------------------------------- techniques
+
+
+def gives(folder: Path) -> list[str]:
+    return [cells[3] for cells in lines(technique_table.block(folder))]
+
+
+def test_without_rows_nothing_is_said_to_be_measured(tmp_path):
+    found = gives(tmp_path)
+    assert len(found) == len(technique_table.TECHNIQUES)
+    assert found.count("not measured") == 7 and not any("measured:" in cell for cell in found)
+    assert sum(cell.startswith("counted: ") for cell in found) == 3
+
+
+def test_every_class_is_one_that_the_table_explains(tmp_path):
+    text = technique_table.block(tmp_path)
+    kinds = {cells[1] for cells in lines(text)}
+    assert kinds == {"exact", "rounding", "lossy"} == set(technique_table.CLASSES)
+    assert all(meaning in text for meaning in technique_table.CLASSES.values())
+    for cells in lines(text):  # what is exact changes nothing
+        assert (cells[1] == "exact") == cells[2].startswith("nothing"), cells
+
+
+def kernel_row(name: str, op: str, median_ms: float, **other) -> dict:
+    return {
+        "name": name, "op": op, "median_ms": median_ms, "status": "ok", "storage": "nf4",
+        "products": "bfloat16", "compute": "bfloat16", "direction": "forward+backward",
+        "pixels": 1024, "batch": 1, "device_name": "a GPU",
+    } | other  # fmt: skip
+
+
+def test_what_techniques_give_is_read_from_rows(tmp_path):
+    write(
+        tmp_path,
+        "step-cuda.jsonl",
+        row("diffusers-nf4", 400.0, saved_bytes=900 * 2**20),
+        row("diffusers-nf4-checkpoint", 500.0),
+        row(median_ms=300.0, saved_bytes=450 * 2**20, launches=3000),
+        row("fluxfast-nf4-int8", 210.0),
+        row("fluxfast-nf4-trainer", 290.0, launches=41),
+    )
+    write(
+        tmp_path,
+        "kernels-cuda.jsonl",
+        *(kernel_row(name, "lora_linear", ms) for name, ms in (("fluxfast", 3.0), ("eager", 4.0))),
+        # of the smallest batch, the largest picture; whole; over NF4 with products in bf16
+        kernel_row("fluxfast", "lora_linear", 9.0, batch=4),
+        kernel_row("eager", "lora_linear", 9.0, batch=4),
+        kernel_row("fluxfast", "lora_linear", 9.0, pixels=512),
+        kernel_row("eager", "lora_linear", 9.0, pixels=512),
+        kernel_row("fluxfast", "lora_linear", 9.0, direction="forward"),
+        kernel_row("fluxfast", "lora_linear", 9.0, products="int8"),
+        kernel_row("fluxfast", "lora_linear", 9.0, storage="bfloat16"),
+        kernel_row("fluxfast", "lora_linear", 9.0, status="failed"),
+        kernel_row("fluxfast", "qk_norm_rope_attention", 1.0, storage=None),
+        kernel_row("eager", "qk_norm_rope_attention", 4.0, storage=None),
+        kernel_row("fluxfast", "gelu_lora_linear", 1.0),  # beside no eager
+    )
+    decode = {"what": "decode", "device_name": "a CPU"}
+    write(
+        tmp_path,
+        quantize.ROWS.name,
+        {"name": quantize.OURS, "ratio": 0.9} | decode,
+        {"name": quantize.OURS, "ratio": 0.25} | decode,
+        {"name": quantize.THEIRS, "ratio": 1.0} | decode,
+        {"name": quantize.OURS, "ratio": 0.01} | decode | {"what": "quantize"},
+    )
+    for name in ("quality.jsonl", "activations.jsonl"):
+        shutil.copy(report.RESULTS / name, tmp_path)
+    found = gives(tmp_path)
+    assert found[0] == (
+        "measured: 450 MiB kept for backward where diffusers + peft keeps 900, and takes 1.25 "
+        "times as long with checkpointing (NVIDIA H100 80GB HBM3)"
+    )
+    assert found[1] == "not measured"
+    assert found[2] == "measured: qk_norm_rope_attention takes 0.25 (a GPU) of eager PyTorch's time"
+    assert found[3] == "measured: lora_linear takes 0.75 (a GPU) of eager PyTorch's time"
+    assert found[4] == "measured: decoding takes 0.25 of bitsandbytes' time (a CPU)"
+    assert found[5].startswith("measured: int8 takes 0.70 of the time of bf16 products (NVIDIA")
+    assert re.search(r"held-out loss [+-]\d\.\d\d%$", found[5])
+    assert re.match(r"predicted: \d+\.\d GB .*; measured: gradients err by \d\.\d\d%", found[7])
+    assert found[9] == "measured: 41 launches a step instead of 3000"
+
+
+def test_counted_figures_are_the_cost_models(tmp_path):
+    found = gives(tmp_path)
+    modulation = saved.weights(Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16)))["modulation"]
+    assert f"{modulation / 1e9:.1f} GB of weights" in found[8]
+    assert 1.8e9 < modulation < 1.9e9  # 3.25 B weights at 4.5 bits, the last layer's in bf16
+    apart, fused = re.search(r"move ([\d.]+) GB .* instead of ([\d.]+)", found[6]).groups()
+    assert float(fused) > float(apart) > 50
+    (count,) = re.findall(r"counted: (\d+) launches", found[9])
+    assert 3000 < int(count) < 4000
+
+
+# ---------------------------------------------------------------- the README
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch) -> Path:
+    """A folder with the README and the results, which bench.report takes for its own."""
+    text = report.README.read_text(encoding="utf-8")
+    inside = text.partition(plan_table.BEGIN)[2].partition(plan_table.END)[0]
+    plan = plan_table.BEGIN + inside + plan_table.END
+    monkeypatch.setattr(plan_table, "block", lambda: plan)  # planning takes seconds
+    shutil.copytree(report.RESULTS, tmp_path / "results")
+    shutil.copy(report.README, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    return tmp_path
+
+
+def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
+    readme, text = report.README, report.README.read_text(encoding="utf-8")
+    assert report.main(["--check"]) == 0
+    blocks = report.blocks(report.RESULTS)
+    assert len(blocks) == 5
+    for block in blocks:
+        begin, *_, end = block.splitlines()
+        assert text.count(begin) == text.count(end) == 1
+        readme.write_text(text.replace(block, f"{begin}\n{end}"), encoding="utf-8")
+        assert report.main(["--check"]) == 1
+        assert "README.md is not what the rows say" in capsys.readouterr().out
+        assert report.main([]) == 0
+        assert readme.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    "name, changed",
+    [("step-cpu", ("median_ms", "p10_ms", "p90_ms")), ("quality", ("best_loss",))],
+)
+def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, name, changed):
+    run = rows.last_run(report.RESULTS / f"{name}.jsonl")
+    later = [one | {"date": "later"} for one in run]
+    later[0] |= {key: 1.5 * later[0][key] for key in changed}
+    write(report.RESULTS, f"{name}.jsonl", *later)
+    assert report.main(["--check"]) == 1
+    said = capsys.readouterr().out
+    assert "README.md is not" in said and f"{name}.svg is not what the rows say" in said
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+
+
+def test_a_gpus_rows_need_its_chart(copied, capsys):
+    write(report.RESULTS, "step-cuda.jsonl", row("diffusers-nf4"), row())
+    assert report.main(["--check"]) == 1
+    assert "step-cuda.svg is not" in capsys.readouterr().out
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    text = report.README.read_text(encoding="utf-8")
+    assert "results/step-cuda.svg" in text and "No GPU has timed" not in text
+    assert "(NVIDIA H100 80GB HBM3)" not in text  # no candidate of a technique is among the rows
+
+
+@pytest.mark.parametrize("text", ["", "<!-- b -->", "<!-- e --><!-- b -->",
+                                  "<!-- b --><!-- e --><!-- b --><!-- e -->",
+                                  "<!-- b --><!-- e --><!-- e -->"])  # fmt: skip
+def test_a_block_has_one_place(text):
+    with pytest.raises(ValueError, match="one <!-- b --> and then one <!-- e -->"):
+        report.put(text, "<!-- b -->\n1\n<!-- e -->")
+    assert report.put("a<!-- b -->old<!-- e -->z", "<!-- b -->\n1\n<!-- e -->") == (
+        "a<!-- b -->\n1\n<!-- e -->z"
+    )
+
+
+# ---------------------------------------------------------------- the log
+
+
+def entries() -> list[tuple[str, str]]:
+    """(title, text) of each."""
+    parts = re.split(r"^## ", LOG, flags=re.M)[1:]
+    return [(title, text.strip()) for title, _, text in (part.partition("\n") for part in parts)]
+
+
+def test_every_entry_of_the_log_ends_its_title_in_a_verdict():
+    """Kept, dropped or open; for what, or under which condition, may follow."""
+    found = entries()
+    assert len(found) >= 7
+    for title, text in found:
+        tried, _, verdict = title.rpartition(". ")
+        assert re.fullmatch(r"(Kept|Dropped|Open)( \([^()]+\)| for [^.]+)?", verdict), title
+        assert tried, title
+        assert len(text) > 40 and re.search(r"\d", text), f"{title}: no figure says why"
+
+
+def test_rows_that_the_log_names_are_there():
+    for name in re.findall(r"`(results/[\w.-]+)`", LOG):
+        assert (ROOT / "bench" / name).is_file(), name

@@ -1,0 +1,336 @@
+"""Who takes the step in the bench: the trainer's own, the stock setting, what a gate refuses, and
+the figures that follow from a time."""
+
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
+
+import fluxfast_kernels as fk
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from bench import RESULTS, timing
+from bench.rows import read
+from bench.step import cli as step
+from bench.step import run as step_run
+from bench.step import trainer as step_trainer
+from bench.step.candidates import (
+    BASELINE,
+    CANDIDATES,
+    ModelStep,
+    build_model,
+    reset_adapters,
+    work_of,
+)
+from bench.step.figures import count_launches, figures
+from bench.step.settings import EMA_DECAY, TINY_SPEC, Cycle, Settings, make_batch
+from bench.step.table import comparable, per_step, row_settings
+from bench.step.trainer import RandomLoader, TrainerStep, limit_memory, trainer_config
+from fluxfast.config import build_config
+from fluxfast.memory.cost import Shape, model_flop
+from fluxfast.model.names import block_linears, linear_shape
+from fluxfast.model.spec import DEV
+
+CYCLE = Cycle((64,), 1)
+MIX = Cycle((64, 96), 1)
+PLAIN = Settings(TINY_SPEC, "cpu", torch.float32, [CYCLE], 8, 4, rounds=1, warmup=1, apart=False)
+STOCK = replace(PLAIN, setting="stock", targets="all", cycles=[CYCLE, MIX])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much where other tests run beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measured(settings: Settings, names: list[str], folder) -> dict[tuple, tuple]:
+    """-> (cycle, name) -> result, details."""
+    found = {}
+
+    def report(cycle, results, details):
+        found.update({(cycle, name): (results[name], details[name]) for name in names})
+
+    step_run.measure(settings, names, folder, report)
+    return found
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
+    """By a right candidate that came before, though no peer is there."""
+    names = ["fluxfast-nf4", "fluxfast-nf4-trainer"]
+    first = measured(PLAIN, names, tmp_path)
+    assert [first[CYCLE, name][0].status for name in names] == ["ok", "ok"]
+    assert first[CYCLE, names[1]][1]["reference"] == names[0]
+
+    right = fk.qk_norm_rope_attention
+    monkeypatch.setattr(fk, "qk_norm_rope_attention", lambda *a, **k: 1.01 * right(*a, **k))
+    result, details = measured(PLAIN, names[1:], tmp_path)[CYCLE, names[1]]
+    assert result.status == "gate failed" and result.median_ms is None
+    assert details["worst_error"] > details["tolerance"] and "differs by" in result.reason
+
+
+def test_a_kernel_that_raises_and_memory_that_ends_are_rows(tmp_path, monkeypatch):
+    """One while it is built, one in its gradient pass, one in the second round."""
+    right, calls = step_run.build, count()
+
+    def breaks():
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def raises(batch):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    def build(name: str, settings: Settings):
+        if name == "fluxfast-nf4-int8":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        stepper = right(name, settings)
+        if name == "fluxfast-nf4-fp8":
+            stepper.backward = raises
+        if name == "fluxfast-nf4":
+            stepper.step = breaks
+        return stepper
+
+    monkeypatch.setattr(step_run, "build", build)
+    names = ["fluxfast-nf4", "fluxfast-nf4-int8", "fluxfast-nf4-fp8", "fluxfast-int8-int8"]
+    found = measured(replace(PLAIN, rounds=3, warmup=0), names, tmp_path)
+    assert {name: found[CYCLE, name][0].status for name in names} == {
+        "fluxfast-nf4": "out of memory",
+        "fluxfast-nf4-int8": "out of memory",
+        "fluxfast-nf4-fp8": "gate failed",
+        "fluxfast-int8-int8": "ok",
+    }
+    assert "misaligned" in found[CYCLE, "fluxfast-nf4-fp8"][0].reason
+
+
+# ---------------------------------------------------------------- the trainer's own step
+
+
+def test_the_trainers_settings_are_its_defaults():
+    """Every key that a step reads is one of the configuration's, with its value."""
+    whole = build_config({"model": {"path": "x"}, "data": {"folder": "."}})
+    given = trainer_config(PLAIN, batch=1)
+    for section in ("train", "memory", "lora"):
+        for key, value in vars(getattr(given, section)).items():
+            wanted = getattr(getattr(whole, section), key)
+            if key == "ema":
+                assert (value.enabled, value.decay) == (wanted.enabled, wanted.decay)
+            elif (section, key) not in {("train", "steps"), ("train", "lr")}:
+                assert value == wanted, (section, key)
+    assert trainer_config(STOCK, batch=1).train.optimizer == "adamw8bit"
+    assert trainer_config(STOCK, batch=1).train.ema.enabled
+
+
+def test_the_loader_gives_each_size_in_turn_with_its_own_numbers():
+    loader = RandomLoader(PLAIN, Cycle((64, 96), 2))
+    batches = [loader.batch(n) for n in range(3)]
+    assert [b.mean.shape[-1] for b in batches] == [8, 12, 8]
+    assert [b.indices for b in batches] == [[0, 1], [2, 3], [4, 5]]
+    assert [len(b.mean) for b in loader.examples()] == [2, 2]
+    indices, tokens, pooled = loader.peek(1)
+    assert (indices, tokens, pooled.shape) == ([2, 3], 36, (2, TINY_SPEC.vec_in_dim))
+
+
+def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
+    """On a CPU the plan is carried out, though nothing keeps the process to it."""
+    kind = CANDIDATES["fluxfast-nf4-trainer"]
+    batch = make_batch(PLAIN, 64, 1)
+
+    def gradients(cap: float | None) -> tuple[torch.Tensor, dict]:
+        stepper = TrainerStep(kind, replace(PLAIN, cap_gib=cap))
+        stepper.begin(CYCLE, [batch])
+        reset_adapters(stepper.candidate)
+        stepper.backward(batch)
+        return stepper.run.gradients.clone(), stepper.details()
+
+    kept, details = gradients(None)
+    assert details["policies"] == {"64x64": {"keep": 3}} and details["planned_gib"] is None
+    assert details["modulation"] == "ahead" and not details["graphs"]
+    roomy = gradients(1.0)[1]
+    assert roomy["policies"] == details["policies"]
+    least = roomy["planned_gib"] - 0.0002
+    planned, lean = gradients(least / (1 - step_trainer.MARGIN))
+    assert lean["planned_gib"] < roomy["planned_gib"] and lean["policies"] != details["policies"]
+    error = (planned - kept).norm() / kept.norm()  # u is kept in 8 bits
+    assert 0 < error < 0.05
+
+
+def test_what_does_not_fit_is_out_of_memory(tmp_path):
+    name = "fluxfast-nf4-trainer"
+    found = measured(replace(PLAIN, cap_gib=0.01), [name], tmp_path)
+    result, details = found[CYCLE, name]
+    assert result.status == "out of memory" and "does not fit" in result.reason
+
+
+def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
+    """The trainer goes over to leaner policies first, as it does in a run."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    name = "fluxfast-nf4-trainer"
+    monkeypatch.setattr("fluxfast.step.predict", full)
+    result, _ = measured(PLAIN, [name], tmp_path)[CYCLE, name]
+    assert result.status == "out of memory" and "memory is full" in result.reason
+
+
+# ---------------------------------------------------------------- the stock setting
+
+
+def test_everyone_trains_the_same_in_the_stock_setting(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    names = [BASELINE, "fluxfast-nf4", "fluxfast-nf4-trainer"]
+    found = measured(replace(STOCK, cycles=[MIX]), names, tmp_path)
+    for (_, name), (result, details) in found.items():
+        assert result.status == "ok", (name, result.reason)
+        if name != BASELINE:
+            assert details["reference"] == BASELINE
+            assert details["worst_error"] <= details["tolerance"]
+    # the modulation is trained: not ahead, and both sizes have their policies
+    details = found[MIX, "fluxfast-nf4-trainer"][1]
+    assert details["modulation"] == "in_place" and len(details["policies"]) == 2
+    row = row_settings(STOCK, BASELINE, MIX)
+    assert (row["pixels"], row["mix"], row["ema"]) == (None, [64, 96], True)
+    assert row["optimizer"] == "bitsandbytes AdamW8bit" and row["max_grad_norm"] == 1.0
+
+
+def test_the_bare_step_clips_and_averages(monkeypatch):
+    """A gradient of any size moves the weights by its direction; the average follows by 1 %."""
+    candidate = build_model(CANDIDATES["fluxfast-dense"], PLAIN)
+    stepper = ModelStep(candidate, PLAIN)
+    stepper.setting = replace(stepper.setting, ema=True, max_grad_norm=0.5)
+    norms = []
+    take = stepper.optimizer.step
+
+    def watched():
+        grads = [p.grad for p in stepper.parameters]
+        norms.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads])).item())
+        take()
+
+    monkeypatch.setattr(stepper.optimizer, "step", watched)
+    reset_adapters(candidate)
+    before = [p.detach().clone() for p in stepper.parameters]
+    stepper.average = [p.clone() for p in before]
+    stepper.begin(CYCLE, [make_batch(PLAIN, 64, 1)])
+    stepper.step()
+    assert norms == [pytest.approx(0.5, rel=1e-4)]
+    for now, was, average in zip(stepper.parameters, before, stepper.average, strict=True):
+        wanted = was + (1 - EMA_DECAY) * (now.detach() - was)
+        assert torch.allclose(average, wanted, rtol=1e-6, atol=1e-9)
+        assert not torch.equal(now, was)
+    assert all(p.grad is None for p in stepper.parameters)
+
+
+def test_a_mix_is_timed_as_a_cycle_and_said_per_step(tmp_path, monkeypatch):
+    name = "fluxfast-dense"
+    monkeypatch.setattr(timing.time, "perf_counter", count(0, 0.6).__next__)  # 600 ms a call
+    settings = replace(PLAIN, cycles=[CYCLE, MIX], rounds=2)
+    found = measured(settings, [name], tmp_path)
+    assert found[CYCLE, name][0].median_ms == pytest.approx(600)
+    mixed = found[MIX, name][0]
+    assert mixed.times_ms == pytest.approx([300, 300]) and mixed.p90_ms == pytest.approx(300)
+    assert found[CYCLE, name][1]["saved_bytes"] > 0 and found[MIX, name][1]["saved_bytes"] is None
+    failed = timing.Result(name, "failed", "why")
+    assert per_step(failed, 3) is failed
+
+
+def test_settings_of_the_command_line():
+    options = step.parse(
+        ["--device", "cpu", "--tiny", "--setting", "stock", "--pixels", "64", "96"]
+    )
+    settings = step.settings_of(options)
+    assert settings.targets == "all" and settings.cycles == [*map(_single, (64, 96)), MIX]
+    assert step.settings_of(step.parse(["--device", "cpu", "--tiny"])).targets == "attn+mlp"
+    for bad in (["--setting", "stock", "--targets", "attn+mlp"], ["--cap", "12"]):
+        with pytest.raises(SystemExit) as error:
+            step.parse(["--device", "cpu", *bad])
+        assert error.value.code == 2
+
+
+def _single(side: int) -> Cycle:
+    return Cycle((side,), 1)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_model_flop_is_what_a_step_cannot_do_without():
+    """By hand: 4·M·N·K a frozen linear (forward, towards x), the LoRA's two factors and their four
+    products, attention's 2 and 4."""
+    settings = replace(PLAIN, spec=replace(DEV, depth=1, depth_single_blocks=1), rank=16)
+    work = work_of(CANDIDATES["fluxfast-nf4"], settings)
+    images, texts, D = 1024, 512, 3072
+    T = images + texts
+    shape = Shape(1, images, texts)
+    wanted = 6 * 2.0 * T * T * D * 2
+    for name in block_linears(work.spec):
+        if "mod" in name:
+            continue
+        M = T if "single" in name else images if ".img_" in name else texts
+        N, K = linear_shape(name, work.spec)
+        parts, rows = work.lora.modules[name]
+        wanted += 4.0 * M * N * K
+        wanted += 2.0 * M * 16 * (3 * parts * K + 3 * rows)  # A: x, dA, dx; B: y, dB, d(down)
+    assert model_flop(work, shape) == pytest.approx(wanted, rel=0.01)
+
+
+def test_figures_of_a_time():
+    settings = replace(PLAIN, spec=DEV, device="cuda", compute=torch.bfloat16, text_tokens=512)
+    cycle = Cycle((512, 1024), 2)
+    found = figures(settings, "fluxfast-nf4-int8", cycle, 500.0, "NVIDIA H100 80GB HBM3")
+    work = work_of(CANDIDATES["fluxfast-nf4-int8"], settings)
+    mean = sum(model_flop(work, Shape(2, n, 512)) for n in (1024, 4096)) / 2e12
+    assert found["tflop"] == pytest.approx(mean) and found["images_per_s"] == pytest.approx(4)
+    assert found["tflop_per_s"] == pytest.approx(2 * mean)
+    assert found["mfu"] == pytest.approx(2 * mean / 1979, rel=0.01)  # its int8 peak
+    assert figures(settings, "fluxfast-nf4", cycle, 500.0, "Unknown")["mfu"] is None
+    none = figures(settings, "fluxfast-nf4", cycle, None, "Unknown")
+    assert none["tflop"] > 0 and none["images_per_s"] is none["mfu"] is None
+    cpu = replace(settings, device="cpu")
+    assert figures(cpu, "fluxfast-nf4", cycle, 500.0, "NVIDIA H100 80GB HBM3")["mfu"] is None
+
+
+def test_launches_are_the_hosts_calls_and_kernels_what_ran():
+    def event(name: str, device: DeviceType, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation)
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [event(name, cpu) for name in ("aten::mm", "cudaLaunchKernel", "cuLaunchKernelEx")]
+    events += [event(n, cpu) for n in ("cudaGraphLaunch", "cudaMemcpyAsync", "cudaLaunchHostFunc")]
+    events += [event(name, cuda) for name in ("gemm", "gemm", "norm", "Memcpy HtoD", "Memset")]
+    events += [event("Optimizer.step", cuda, annotation=True)]
+    assert count_launches(events) == {"launches": 3, "kernels": 3}
+
+
+def test_rows_from_before_are_comparable_and_the_new_ones_only_where_they_are():
+    old = read(RESULTS / "step-cpu.jsonl")
+    assert old and all(comparable(row) for row in old)
+    plain = row_settings(PLAIN, "fluxfast-nf4", CYCLE) | {"status": "ok"}
+    assert comparable(plain)
+    for other in (
+        row_settings(PLAIN, "fluxfast-nf4-trainer", CYCLE),
+        row_settings(replace(PLAIN, targets="all"), "fluxfast-nf4", CYCLE),
+        row_settings(replace(PLAIN, cap_gib=12), "fluxfast-nf4", CYCLE),
+        row_settings(STOCK, "fluxfast-nf4", CYCLE),
+        plain | {"status": "out of time"},
+    ):
+        assert not comparable({"status": "ok"} | other)
+
+
+def test_a_cap_is_so_many_gib_of_the_card(monkeypatch):
+    asked = []
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given)
+    )
+    for cap in (None, 12.0, 96.0):
+        limit_memory(replace(PLAIN, device="cuda", cap_gib=cap))
+    assert asked == [(0.15, 0), (1.0, 0)]

@@ -1,0 +1,372 @@
+"""The roofline of a step: ops that add up to the plan, measured rows in their places, a projection
+that says what it is."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from bench import roofline
+from bench.report import arithmetic
+from bench.report.plan_table import configuration
+from bench.step import ops as step_ops
+from fluxfast.memory.cards import Efficiency, card
+from fluxfast.memory.cost import Op, total_bytes, total_flop, total_seconds
+from fluxfast.memory.fitting import make_plan
+from fluxfast.memory.plan import Plan, usable
+from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.spec import DEV
+from fluxfast.planning import Row, plan_rows
+
+# ---------------------------------------------------------------- the step by op
+
+
+def planned(setting: str, gpu: str, *overrides: str) -> Plan:
+    return plan_rows(configuration(setting, list(overrides)), None, gpu)[-1].plan
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plan:
+    return planned("plain", "4090")
+
+
+@pytest.fixture(scope="module")
+def stock() -> Plan:
+    return planned("stock", "4090")
+
+
+def total(lines, key: str = "seconds") -> float:
+    return sum(getattr(line, key) for line in lines)
+
+
+def test_ops_add_up_to_what_the_plan_predicts(plain, stock):
+    for plan in (plain, stock):
+        for label in plan.buckets:
+            lines = step_ops.lines_of(plan, label)
+            assert total(lines) == pytest.approx(plan.seconds(label), rel=1e-9)
+            assert {line.source for line in lines} == {"assumed"}
+            assert not any(line.bound == "copies" for line in lines)
+    policies = {word for bucket in stock.buckets.values() for word in bucket.choice.policies}
+    assert "u8" in policies  # else the sum above says nothing of them
+
+
+def test_a_factor_of_whole_steps_leaves_the_ops_as_they_are(plain):
+    """And adds nothing that looks like a copy."""
+    factor = Efficiency(1.3, "measured: commit abc, a card, 9 rows")
+    slower = replace(plain.card, factors={"int8": factor})
+    given = plain.request, slower, usable(24)
+    plan = make_plan(*given)
+    label = "512 px"
+    assert plan.seconds(label) > 1.25 * plain.seconds(label)
+    assert step_ops.lines_of(plan, label) == step_ops.lines_of(plain, label)
+
+
+@pytest.mark.parametrize("policy", ["fc1", "replay", "8bit", "offload"])
+def test_what_a_policy_costs_is_in_the_step(policy):
+    plan = planned("plain", "h100", f"memory.policy={policy}", "data.0.resolution=768")
+    lines = step_ops.lines_of(plan, "768 px")
+    assert total(lines) == pytest.approx(plan.seconds("768 px"), rel=1e-9)
+    if policy == "offload":
+        assert [line.group for line in lines if line.bound == "copies"]
+        assert plan.seconds("768 px") > 1.02 * total(line for line in lines if line.flop)
+        return
+    more = [line for line in lines if line.group == f"policy {policy}"]
+    forward, backward = (
+        [line for line in more if line.direction == way] for way in ("forward", "backward")
+    )
+    if policy == "8bit":  # forward writes the codes of u besides, a byte each
+        u = 57 * 2816 * DEV.mlp_hidden
+        assert total(forward, "bytes") - total(backward, "bytes") == pytest.approx(u)
+    else:
+        blocks = [
+            one for one in lines if one.direction == "forward" and one.group in step_ops.TIMED
+        ]
+        again = total(backward, "flop") / total(blocks, "flop")
+        assert not forward and (again == 1 if policy == "replay" else 0.3 < again < 0.7)
+
+
+def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):
+    ops = [one for one in step_ops.step_of(plain, "512 px") if one.group == "modulation"]
+    assert {one.times for one in ops} == {1 / MODULATION_ROWS}
+    batch = planned("plain", "h100", "train.batch_size=4", "data.0.resolution=512")
+    ops = [one for one in step_ops.step_of(batch, "512 px") if one.group == "modulation"]
+    assert {one.times for one in ops} == {4 / MODULATION_ROWS}
+
+
+def test_every_launch_of_a_block_has_its_op(stock):
+    counted = step_ops.step_of(stock, "512 px")
+    groups = {one.group for one in counted}
+    wanted = {"autograd", "outside the blocks", "modulation", "optimiser", *step_ops.TIMED}
+    assert groups == wanted
+    parts = {one.part for one in counted if one.group == "gelu_lora_linear"}
+    assert parts == {"product", "update", "weight", "element-wise"}
+    forward = [one.op for one in counted if (one.group, one.part) == ("lora_linear", "product")
+               and one.direction == "forward"]  # fmt: skip
+    # the projections of both streams
+    assert total_flop(forward) == 19 * 2 * (1024 + 512) * 3072 * 3072
+
+
+def test_lines_hold_their_ops(plain):
+    counted = step_ops.step_of(plain, "512 px")
+    lines = step_ops.lines_of(plain, "512 px")
+    key = ("norm_modulate_lora_linear", "backward", "update")
+    (line,) = [line for line in lines if (line.group, line.direction, line.part) == key]
+    ops = [one.op for one in counted if (one.group, one.direction, one.part) == key]
+    assert len(ops) > 100
+    assert (line.flop, line.bytes) == (total_flop(ops), pytest.approx(total_bytes(ops)))
+    assert line.seconds == pytest.approx(total_seconds(ops, plain.card))
+    assert line.peak_s == pytest.approx(total_seconds(ops, arithmetic.at_peak(plain.card)))
+    assert line.launches == sum(op.launches for op in ops)
+
+
+def test_weights_are_decoded_or_transposed():
+    """An 8-bit base that is multiplied so is only transposed, towards x."""
+    plan = planned("plain", "h100", "model.storage=int8", "model.compute=int8")
+    counted = [one for one in step_ops.step_of(plan, "1024 px") if one.group in step_ops.TIMED]
+    ready = [one for one in counted if one.part == "weight"]
+    assert {one.op.name.partition(" ")[2] for one in ready} == {"transpose"}
+    assert {one.direction for one in ready} == {"backward"}
+
+
+def test_of_mixed_ops_the_longer_half_names_the_bound(plain):
+    """A millisecond of products, and more or less than that of bytes."""
+    product = Op("x product", "bf16", 1e-3 * 165.2e12 * 0.909, 0.0)
+    for milliseconds, bound in ((0.9, "compute"), (1.1, "memory")):
+        element = Op("x product", "element", 0.0, milliseconds * 1e-3 * 1008e9 * 0.91)
+        counted = [step_ops.Counted("x", "forward", op) for op in (product, element)]
+        line = step_ops._line("x", "forward", "product", counted, plain.card, None)
+        assert line.bound == bound and line.seconds == pytest.approx(1e-3 * (1 + milliseconds))
+
+
+def test_the_bound_is_what_takes_longer(plain):
+    bounds = {(line.group, line.part): line.bound for line in step_ops.lines_of(plain, "1024 px")}
+    assert bounds["qk_norm_rope_attention", "attention"] == "compute"
+    assert bounds["gelu_lora_linear", "product"] == "compute"
+    assert bounds["gelu_lora_linear", "element-wise"] == "memory"
+    assert bounds["modulation", "product"] == "memory"  # sixteen rows over every weight
+
+
+# ---------------------------------------------------------------- measured rows
+
+
+def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:
+    """As bench.kernels writes it: at 512 px, on an RTX 4090, NF4 and int8."""
+    tokens = 1024 if op == "lora_linear" else 1536
+    return {
+        "bench": "kernels", "op": op, "direction": direction, "name": "fluxfast", "status": "ok",
+        "storage": "nf4", "products": "int8", "compute": "bfloat16", "pixels": 512, "batch": 1,
+        "tokens": tokens, "text_tokens": 512, "hidden": 3072, "rank": 16, "median_ms": median_ms,
+        "device_name": "NVIDIA GeForce RTX 4090",
+    } | other  # fmt: skip
+
+
+def predicted_ms(plan: Plan, op: str, direction: str) -> float:
+    row = kernel_row(op, "forward", 0.0)
+    return 1e3 * step_ops.predicted_s(row, direction, plan.card, plan.request.work)
+
+
+@pytest.mark.parametrize("op", step_ops.TIMED)
+def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
+    forward, backward = (predicted_ms(plain, op, way) for way in ("forward", "backward"))
+    rows = [
+        kernel_row(op, "forward", 9.0 * forward),  # an older one
+        kernel_row(op, "forward", 2.0 * forward),
+        kernel_row(op, "forward+backward", 2.0 * forward + 1.5 * backward),
+    ]
+    before, after = (step_ops.lines_of(plain, "512 px", given) for given in ([], rows))
+    for old, new in zip(before, after, strict=True):
+        times = {"forward": 2.0, "backward": 1.5}[old.direction] if old.group == op else 1.0
+        assert new.seconds == pytest.approx(times * old.seconds), old
+        assert new.source == ("measured" if old.group == op else "assumed")
+        assert new.peak_s == old.peak_s
+    # of other picture sizes nothing is known
+    assert step_ops.lines_of(plain, "768 px", rows) == step_ops.lines_of(plain, "768 px")
+
+
+@pytest.mark.parametrize(
+    "op, where",
+    [
+        ("norm_modulate_lora_linear", "single_blocks.7."),
+        ("gelu_lora_linear", "single_blocks.7."),
+        ("lora_linear", "double_blocks.7.img_"),
+    ],
+)
+def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, where):
+    """What is predicted of a row is what the step has of it in one block."""
+    own = [
+        one.op
+        for one in step_ops.step_of(plain, "512 px")
+        if one.group == op and one.op.name.startswith(where)
+    ]
+    assert 1e3 * total_seconds(own, plain.card) == pytest.approx(
+        sum(predicted_ms(plain, op, way) for way in ("forward", "backward"))
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"status": "gate failed", "median_ms": None},
+        {"name": "eager"},
+        {"device_name": "NVIDIA GeForce RTX 3090"},
+        {"device_name": "NVIDIA GeForce RTX 4090 Laptop GPU"},
+        {"storage": "int8"},
+        {"products": "bfloat16"},
+        {"compute": "float32"},
+        {"pixels": 768},
+        {"batch": 4},
+        {"hidden": 128},
+        {"op": "nf4_decode", "pixels": None, "batch": None, "tokens": None, "products": "bfloat16"},
+    ],
+)
+def test_rows_of_something_else_count_for_nothing(plain, other):
+    rows = [kernel_row("lora_linear", "forward", 1e3) | other]
+    assert step_ops.lines_of(plain, "512 px", rows) == step_ops.lines_of(plain, "512 px")
+
+
+def test_attention_has_no_weight_whose_storage_counts(plain):
+    rows = [kernel_row(step_ops.ATTENTION, "forward", 5.0, storage=None, products="bfloat16")]
+    sources = {(line.group, line.direction): line.source
+               for line in step_ops.lines_of(plain, "512 px", rows)}  # fmt: skip
+    assert sources[step_ops.ATTENTION, "forward"] == "measured"
+    assert sources[step_ops.ATTENTION, "backward"] == "assumed"  # forward alone was timed
+
+
+def test_shares_that_are_measured_are_said_to_be(plain):
+    measured = {**plain.card.efficiency, "int8": Efficiency(0.7, "measured: commit abc, a card")}
+    plan = replace(plain, card=replace(plain.card, efficiency=measured))
+    sources = {line.part: line.source for line in step_ops.lines_of(plan, "512 px")
+               if line.group == "lora_linear"}  # fmt: skip
+    assert sources["product"] == "measured" and sources["update"] == "assumed"
+
+
+# ---------------------------------------------------------------- the projection
+
+# it/s reported of ai-toolkit with its stock file
+REPORTED = ["4090, batch 1: 0.4375 it/s", "L40S, batch 1: 0.838 it/s"]
+REPORTED += ["A100, batch 4: 0.3478 it/s", "H100, batch 4: 0.4537 it/s"]
+
+
+def said(capsys, *arguments: str) -> str:
+    assert roofline.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_stock_setting_is_set_beside_the_headline(capsys, stock):
+    text = said(capsys, "--card", "4090", "--setting", "stock")
+    seconds = sum(stock.seconds(label) for label in stock.buckets) / 3
+    assert f"Projection, not measured: {1 / seconds:.2f} it/s ({seconds:.3f} s a step" in text
+    assert "; 0% of it from measured ops, the rest from assumed shares" in text
+    assert all(f"\n  {line}" in text for line in REPORTED)
+    # the ratio to the one of the same card and batch, and to no other
+    assert re.findall(r"batch (\d): (.*) it/s; projected: (.*) times that", text) == [
+        ("1", "0.4375", f"{1 / seconds / 0.4375:.1f}")
+    ]
+    assert "LoRA of rank 16 on all, adamw8bit, EMA; nf4 base, bf16 products, batch 1" in text
+    for label in ("512 px", "768 px", "1024 px"):
+        assert f"\n{label}: " in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--card", "4090"),
+        ("--card", "4090", "--setting", "stock", "--pixels", "1024"),
+    ],
+)
+def test_other_settings_are_not(capsys, arguments):
+    text = said(capsys, *arguments)
+    assert "Projection, not measured:" in text and "none is set beside this" in text
+    assert not any(line in text for line in REPORTED) and "times that" not in text
+
+
+def test_another_batch_is_no_ratio(capsys):
+    text = said(capsys, "--card", "L40S", "--setting", "stock", "--batch", "4")
+    assert all(line in text for line in REPORTED) and "times that" not in text
+
+
+def test_rows_count_in_the_projection(capsys, tmp_path):
+    row = kernel_row("lora_linear", "forward", 1e3)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    common = ["--card", "4090", "--pixels", "512"]
+    without = said(capsys, *common, "--rows", str(tmp_path / "none.jsonl"))
+    text = said(capsys, *common, "--rows", str(tmp_path / "rows.jsonl"))
+    assert "lora_linear" in without and "measured\n" not in without
+    assert re.search(r"lora_linear +forward +product .* measured\n", text)
+    rate = float(re.search(r"measured: ([\d.]+) it/s", text)[1])
+    share = int(re.search(r"(\d+)% of it from measured ops", text)[1])
+    assert rate < 0.1 and share > 95  # 38 projections of about a second
+
+
+def test_whole_measured_steps_are_what_is_projected(plain):
+    factor = Efficiency(1.3, "measured: commit abc, a card, 9 rows")
+    plan = replace(plain, card=replace(plain.card, factors={"int8": factor}))
+    lines = {label: step_ops.lines_of(plain, label) for label in plain.buckets}
+    found = roofline.project(plan, lines)
+    seconds = [plan.seconds(label) for label in plan.buckets]
+    assert found.seconds == pytest.approx(sum(seconds) / 3)
+    assert (
+        found.basis == "1.3 of what shipped shares predict (measured: commit abc, a card, 9 rows)"
+    )
+
+
+def test_options_reach_the_plan(capsys):
+    text = said(capsys, "--card", "4090", "--pixels", "512", "--batch", "2", "--storage", "int8",
+                "--compute", "int8")  # fmt: skip
+    assert "int8 base, int8 products, batch 2" in text and "\n512 px: " in text
+    assert "\n768 px: " not in text and " at 512 px)" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--card", "5070"], "hint: the nearest is"),
+        (["--card", "3090", "--compute", "fp8"], "compute fp8 needs"),
+        (["--card", "4090", "--pixels", "0"], "resolution"),
+    ],
+)
+def test_a_bad_call_says_why(capsys, arguments, words):
+    assert roofline.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_does_not_fit_says_what_is_missing(capsys, monkeypatch):
+    row = Row(
+        card("3060"), 12, "mixed", None, "it needs at least 14 GiB; what fits: a smaller batch"
+    )
+    monkeypatch.setattr(roofline, "plan_rows", lambda *given: [row])
+    assert roofline.main(["--card", "3060", "--batch", "4"]) == 2
+    assert "RTX 3060 12 GB: it needs at least 14 GiB; what fits" in capsys.readouterr().err
+
+
+def test_no_card_is_a_bad_call():
+    with pytest.raises(SystemExit) as error:
+        roofline.main([])
+    assert error.value.code == 2
+
+
+def test_sums_are_of_the_lines():
+    lines = [
+        step_ops.Line("a", "forward", "product", 3, 2e9, 4e9, "compute", 0.001, 0.002, "assumed"),
+        step_ops.Line("b", "backward", "update", 4, 5e9, 6e9, "memory", 0.003, 0.005, "measured"),
+    ]
+    head, first, second, last = roofline.table(lines).splitlines()
+    assert first.split() == [
+        *("a", "forward", "product", "3", "2.0", "4.00", "compute", "1.00", "2.00", "assumed")
+    ]
+    assert last.split() == ["step", "7", "7.0", "10.00", "4.00", "7.00"]
+
+
+def test_an_op_of_no_block_is_told_from_one():
+    assert step_ops.fused_op("double_blocks.1", Op("attention forward", "bf16", 0, 0)) == (
+        step_ops.ATTENTION
+    )
+    for name, op in (
+        ("double_blocks.1.txt_mlp.2 dx", "gelu_lora_linear"),
+        ("double_blocks.1.img_attn.qkv norm", "norm_modulate_lora_linear"),
+        ("double_blocks.1.img_attn.qkv gradients added", "autograd"),
+        ("double_blocks.1 gradients joined", "autograd"),
+        ("double_blocks.1 qk norm", step_ops.ATTENTION),
+    ):
+        assert step_ops.fused_op("double_blocks.1", Op(name, "element", 0, 0)) == op

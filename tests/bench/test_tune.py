@@ -1,0 +1,215 @@
+"""The search space and the compiler's verdicts on it: which tiles may be timed on a card."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.ops import attention_triton
+
+from bench import compile as bench_compile
+from bench.offline import SHARED_LIMIT
+from bench.tune import cli as tune
+from bench.tune import tiles as tune_tiles
+from bench.tune.space import ATTENTION, KERNELS, Kernel, cases, groups, named_tile, space, tile_name
+from bench.tune.tiles import DIED, KEPT, candidates, heading_of, kept, load
+from fluxfast.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+DENSE = Kernel("lora_gemm", "dense", "half")
+NAMES = ["64x64x32.4w2", "64x64x32.4w3", "64x64x32.4w4"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_the_space_of_every_kernel(kernel):
+    tiles = space(kernel, 89)
+    assert 8 <= len(tiles) == len(set(tiles)) <= 90
+    assert len(space(kernel, 90)) >= len(tiles)  # it has more shared memory
+    for tile in tiles:
+        name = tile_name(tile, with_group=False)
+        assert named_tile(kernel, name) == tile == named_tile(kernel, tile_name(tile))
+        if kernel.op in ATTENTION:
+            assert isinstance(tile, attention_triton.Tile) and not groups(kernel)
+            continue
+        assert tile.group_m == groups(kernel)[0]
+        if kernel.op not in ("lora_skinny", "lora_skinny_8bit", "lora_grads"):
+            assert tile.block_m * tile.block_n <= 128 * 32 * tile.num_warps
+            if kernel.storage == "dense":
+                width = 2 if kernel.dtype == "half" else 1
+                step = (tile.block_m + tile.block_n) * tile.block_k * width
+                assert (tile.num_stages - 1) * step <= SHARED_LIMIT[89]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_what_ships_is_compiled_as_its_kernel_is(kernel):
+    """The cases of a tile are those that `bench/compile.py` has for a row that ships it."""
+    if kernel.op in ATTENTION:
+        half = tune.torch.bfloat16
+        (shipped, *_) = attention_triton.shipped_to(kernel.op, half, 128)
+    else:
+        (shipped, *_) = dispatch.shipped_to(*kernel)
+    shipped_cases = {case.name for case in bench_compile.cases()}
+    found = list(cases(kernel, shipped))
+    assert found and {case.name for case in found} <= shipped_cases
+
+
+@pytest.mark.parametrize("name", ["128x128.4w3", "128x128x64", "128x128x64.4w3g", "x"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="no name of a tile"):
+        named_tile(DENSE, name)
+
+
+FINE = {"registers": 200, "stack": 0, "shared": SHARED_LIMIT[89], "sass": {"HMMA": 4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "heading"),
+    [
+        ({}, KEPT),
+        ({"stack": 8}, "spills"),
+        ({"sass": {"HMMA": 4, "LDL": 1}}, "spills"),
+        ({"shared": SHARED_LIMIT[89] + 1}, "too much shared memory"),
+        ({"sass": {"FFMA": 4}}, "no tensor cores"),
+        (None, "does not compile"),
+    ],
+)
+def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, heading):
+    last = list(cases(DENSE, named_tile(DENSE, NAMES[0])))[-1].name
+
+    def cost_of(case, arch):
+        if case.name != last:
+            return FINE, None
+        if change is None:
+            return {}, "failed: no such layout"
+        return FINE | change, bench_compile.verdict(case, FINE | change, arch)
+
+    assert heading_of(DENSE, NAMES[0], 89, cost_of) == heading
+
+
+def test_cases_that_a_card_does_not_have_are_left_out():
+    kernel, seen = Kernel("lora_skinny_8bit", "dense", "half"), []
+
+    def cost_of(case, arch):
+        seen.append(case.name)
+        return FINE, None
+
+    name = tile_name(space(kernel, 80)[0])
+    assert heading_of(kernel, name, 80, cost_of) == KEPT
+    assert seen and not any("fp8" in name for name in seen)
+    heading_of(kernel, name, 89, cost_of)
+    assert any("fp8" in name for name in seen)
+
+
+def judged(kernel, name, arch):
+    return {NAMES[0]: KEPT, NAMES[1]: "spills"}.get(name, "does not compile")
+
+
+def dies(kernel, name, arch):
+    if name == NAMES[1]:
+        os._exit(139)
+    return KEPT
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three tiles for each kernel."""
+    tiles = [named_tile(DENSE, name) for name in NAMES]
+    monkeypatch.setattr(tune_tiles, "space", lambda kernel, arch: tiles)
+
+
+def test_the_list_holds_every_tile_under_what_is_said_of_it(few, tmp_path):
+    path = tmp_path / "sm_89.json"
+    other = Kernel("gemm_8bit", "dense", "int8")
+    found = candidates(89, [other, DENSE], path, workers=2, judge=judged)
+    assert found == load(path) and load(path, "another") == {}
+    assert kept(found, DENSE) == [named_tile(DENSE, NAMES[0])]
+    text = path.read_text()
+    assert f'"{KEPT}": ["{NAMES[0]}"]' in text and f'"spills": ["{NAMES[1]}"]' in text
+    table = json.loads(text)
+    assert list(table["kernels"]) == [str(DENSE), str(other)]  # whatever came first
+    assert table["arch"] == 89 and table["triton"] == tune_tiles.triton_of(path)
+
+
+def test_a_list_goes_on_where_it_stopped(few, tmp_path):
+    path = tmp_path / "sm_89.json"
+    assert candidates(89, [DENSE], path, budget_s=0.0, judge=judged) == {}
+    candidates(89, [DENSE], path, workers=1, judge=judged)
+    table = json.loads(path.read_text())
+    del table["kernels"][str(DENSE)]["spills"]
+    path.write_text(json.dumps(table))
+    again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
+    assert again[str(DENSE)] == {
+        NAMES[0]: KEPT, NAMES[1]: "asked", NAMES[2]: "does not compile"
+    }  # fmt: skip
+    path.write_text(path.read_text().replace(table["triton"], "3.0.0"))
+    again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
+    assert set(again[str(DENSE)].values()) == {"asked"}
+
+
+def test_a_compiler_that_dies_refuses_its_tile_alone(few, tmp_path):
+    found = candidates(89, [DENSE], tmp_path / "list.json", workers=3, judge=dies)
+    assert found[str(DENSE)] == {NAMES[0]: KEPT, NAMES[1]: DIED, NAMES[2]: KEPT}
+
+
+def test_the_budget_ends_it(few, tmp_path):
+    def slow(kernel, name, arch):
+        time.sleep(0.4)
+        return KEPT
+
+    found = candidates(89, [DENSE], tmp_path / "x.json", budget_s=0.2, workers=1, judge=slow)
+    assert list(found[str(DENSE)]) == NAMES[:1]
+
+
+def test_fp8_is_left_out_before_sm_89(few, tmp_path):
+    kernels = [Kernel("gemm_8bit", "dense", kind) for kind in ("int8", "fp8")]
+    for arch, count in ((80, 1), (89, 2)):
+        path = tmp_path / f"{arch}.json"
+        assert len(candidates(arch, kernels, path, workers=1, judge=judged)) == count
+
+
+def test_what_is_no_list_is_refused(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"no list of tiles[\s\S]*hint"):
+        load(path)
+
+
+def test_two_tiles_are_compiled_for_a_4090(tmp_path):
+    """The larger one spills there (as `bench/LOG.md` has it of 4 warps)."""
+    path, names = tmp_path / "sm_89.json", ["64x64x32.4w2", "128x128x64.4w3"]
+    script = (
+        "from bench.tune import cli, tiles\n"
+        "tiles.space = lambda kernel, arch: "
+        f"[tiles.named_tile(kernel, name) for name in {names}]\n"
+        f"cli.main(['candidates', '--arch', '89', '--op', '{DENSE}', '--out', {str(path)!r}])\n"
+    )
+    # a process that interprets cannot compile
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load(path)[str(DENSE)] == {names[0]: KEPT, names[1]: "spills"}
+    assert done.stdout.splitlines()[1].split() == [str(DENSE), "1", "2"]
+
+
+SHIPPED_LISTS = sorted(tune_tiles.FOLDER.glob("sm_*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED_LISTS, ids=lambda path: path.name)
+def test_the_lists_that_are_kept_are_of_this_space(path, tmp_path):
+    arch, verdicts = int(path.stem[3:]), load(path)
+    tune_tiles.save(tmp_path / path.name, arch, tune_tiles.triton_of(path), verdicts)
+    assert (tmp_path / path.name).read_text() == path.read_text()
+    for kernel in KERNELS:
+        names = {tile_name(tile, with_group=False) for tile in space(kernel, arch)}
+        found = verdicts.get(str(kernel))
+        assert found is None or set(found) == names, kernel
+        assert found is None or KEPT in found.values(), kernel
+
+
+def test_kernels_are_named_by_the_words_they_begin_with():
+    assert tune.wanted([]) == list(KERNELS)
+    assert tune.wanted(["lora_gemm.dense"]) == [DENSE]
+    assert {k.op for k in tune.wanted(["gemm_8bit_dx"])} == {"gemm_8bit_dx", "gemm_8bit_dx_pair"}
