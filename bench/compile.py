@@ -8,26 +8,13 @@ has, or multiplies matrices without tensor cores. No GPU and no driver are neede
 """
 
 import argparse
-import importlib
 import multiprocessing
 import os
-import pkgutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TENSOR_CORE = ("HMMA", "IMMA", "QMMA", "WGMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "OMMA")
-
-
-def cases() -> Iterator:
-    """Every `KernelCase` that a module of fluxfast_kernels names in its `kernel_cases()`."""
-    import fluxfast_kernels
-
-    for module in pkgutil.walk_packages(fluxfast_kernels.__path__, "fluxfast_kernels."):
-        found = importlib.import_module(module.name)
-        if hasattr(found, "kernel_cases"):
-            yield from found.kernel_cases()
 
 
 def verdict(case, cost: dict, arch: int) -> str | None:
@@ -53,7 +40,7 @@ def cost_of(case, arch: int) -> tuple[dict, str | None]:
     or None."""
     from bench.offline import compile_for, resources
 
-    settings = {"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options
+    settings = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     try:
         cost = resources(compile_for(case.fn, case.signature, case.constants, arch, **settings))
     except Exception as error:  # one kernel's failure is a row too
@@ -83,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
+    from bench.compile_cases import cases
+
     _CASES[:] = [case for case in cases() if options.only in case.name]
     work = [
         (index, arch)

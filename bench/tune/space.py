@@ -7,16 +7,11 @@ card's shared memory.
 """
 
 import re
-from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import KernelCase
-from fluxfast_kernels.gemm import dense as gemm
-from fluxfast_kernels.gemm import eight_bit as gemm_8bit
-from fluxfast_kernels.gemm import grads as gemm_grads
-from fluxfast_kernels.ops import attention_triton, qk_norm_rope
+from fluxfast_kernels.ops import attention_triton
 
 C = 128  # FLUX's head width
 ACCUMULATORS = (8, 128)  # fp32 sums a thread: fewer leave it idle, more spill
@@ -112,13 +107,3 @@ def _fits(kernel: Kernel, arch: int, m: int, n: int, k: int, warps: int, stages:
     ahead = (stages - 1) * width * k * (m if kernel.storage == "nf4" else m + n)
     least, most = ACCUMULATORS
     return least <= sums <= most and ahead <= SHARED_LIMIT[arch]
-
-
-def cases(kernel: Kernel, tile: dispatch.Tile | attention_triton.Tile) -> Iterator[KernelCase]:
-    """Everything that `bench/compile.py` would compile of a row that ships this tile."""
-    if kernel.op == "qk_norm_rope":
-        return qk_norm_rope.tile_cases(C, tile)
-    if kernel.op in ATTENTION:
-        return attention_triton.tile_cases(kernel.op, C, "bf16", tile)
-    module = gemm_8bit if kernel.op in _8BIT else gemm if "gemm" in kernel.op else gemm_grads
-    return module.tile_cases(*kernel, tile)

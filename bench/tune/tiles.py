@@ -19,7 +19,8 @@ from pathlib import Path
 
 from bench import ROOT
 from bench.compile import cost_of
-from bench.tune.space import KERNELS, Kernel, cases, named_tile, space, tile_name
+from bench.compile_cases import tile_cases
+from bench.tune.space import KERNELS, Kernel, named_tile, space, tile_name
 from fluxfast.errors import ConfigError
 
 FOLDER = ROOT / "bench" / "tiles"
@@ -90,7 +91,7 @@ def heading_of(
     kernel: Kernel, name: str, arch: int, cost_of: Callable[..., tuple] = cost_of
 ) -> str:
     """KEPT, or what is wrong with the first case of a tile that has anything wrong."""
-    for case in cases(kernel, named_tile(kernel, name)):
+    for case in tile_cases(*kernel, named_tile(kernel, name)):
         wrong = cost_of(case, arch)[1] if case.least_arch <= arch else None
         if wrong is not None:
             return REFUSALS[wrong.split(":")[0].split()[0]]

@@ -69,7 +69,7 @@ def test_a_transposed_weight_is_the_shortest_way_to_dx():
     ],
 )
 def test_what_is_wrong_is_said(change, said):
-    from fluxfast_kernels.dispatch.backend import KernelCase
+    from bench.compile_cases import KernelCase
 
     cost = {"stack": 0, "shared": 101_376, "sass": {"HMMA": 4}} | change
     problem = verdict(KernelCase("k", None, {}, {}, matrix=True), cost, 89)

@@ -12,10 +12,11 @@ from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.ops import attention_triton
 
 from bench import compile as bench_compile
+from bench import compile_cases
 from bench.offline import SHARED_LIMIT
 from bench.tune import cli as tune
 from bench.tune import tiles as tune_tiles
-from bench.tune.space import ATTENTION, KERNELS, Kernel, cases, groups, named_tile, space, tile_name
+from bench.tune.space import ATTENTION, KERNELS, Kernel, groups, named_tile, space, tile_name
 from bench.tune.tiles import DIED, KEPT, candidates, heading_of, kept, load
 from fluxfast.errors import ConfigError
 
@@ -52,8 +53,8 @@ def test_what_ships_is_compiled_as_its_kernel_is(kernel):
         (shipped, *_) = attention_triton.shipped_to(kernel.op, half, 128)
     else:
         (shipped, *_) = dispatch.shipped_to(*kernel)
-    shipped_cases = {case.name for case in bench_compile.cases()}
-    found = list(cases(kernel, shipped))
+    shipped_cases = {case.name for case in compile_cases.cases()}
+    found = list(compile_cases.tile_cases(*kernel, shipped))
     assert found and {case.name for case in found} <= shipped_cases
 
 
@@ -78,7 +79,7 @@ FINE = {"registers": 200, "stack": 0, "shared": SHARED_LIMIT[89], "sass": {"HMMA
     ],
 )
 def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, heading):
-    last = list(cases(DENSE, named_tile(DENSE, NAMES[0])))[-1].name
+    last = list(compile_cases.tile_cases(*DENSE, named_tile(DENSE, NAMES[0])))[-1].name
 
     def cost_of(case, arch):
         if case.name != last:

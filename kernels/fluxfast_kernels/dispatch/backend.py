@@ -1,4 +1,4 @@
-"""Where an op runs, what it is told when it is called wrongly, and what the offline compiler needs.
+"""Where an op runs, and the checks of its arguments.
 
 On a CUDA tensor an op launches its Triton kernels. On a CPU tensor it runs its plain-torch
 reference, unless Triton's interpreter is on (TRITON_INTERPRET=1 when this package is imported):
@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,28 +73,6 @@ def last_stride_1(gradient: Tensor) -> Tensor:
     from one number): autograd, not the caller, chose its strides."""
     # cloned: to `contiguous` a tensor of no rows is contiguous whatever its strides
     return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=_CONTIGUOUS)
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One kernel in one shipped configuration, for `bench/compile.py`.
-
-    signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32");
-    constants: value per constexpr argument; matrix: whether it must use tensor cores; least_arch:
-    the oldest compute capability that has what it needs (fp8: 89); archs: those whose rows choose
-    it, None for all.
-    """
-
-    name: str
-    fn: object
-    signature: dict[str, str]
-    constants: dict[str, object]
-    num_warps: int = 4
-    num_stages: int = 3
-    matrix: bool = False
-    options: dict[str, object] = field(default_factory=dict)
-    least_arch: int = 80
-    archs: tuple[int, ...] | None = None
 
 
 class _PerThread(threading.local):

@@ -22,12 +22,10 @@ Refused (ValueError): a last stride other than 1, NF4 with K not a multiple of 6
 width is not, tensors of another shape, dtype or device.
 """
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, tl, triton
 from fluxfast_kernels.gemm.checks import (
     check_down,
     check_gated,
@@ -293,62 +291,3 @@ def lora_gemm_dx(
     return _launch(
         "lora_gemm_dx", dys, weight, dxs, K, N, tile, False, None, d_down, up, up_strides
     )
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile, dense and NF4, forward and towards x."""
-    for op in ("lora_gemm", "lora_gemm_dx"):
-        for dtype in ("half", "fp32"):
-            for storage in dispatch.STORAGES:
-                for tile, archs in dispatch.shipped_to(op, storage, dtype).items():
-                    yield from tile_cases(op, storage, dtype, tile, archs)
-
-
-def tile_cases(
-    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
-) -> Iterator[KernelCase]:
-    """What a tile must compile as: with all options, which is the most likely to spill, and
-    without. dtype: as in dispatch's rows."""
-    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
-        if kind != "fp16":
-            yield _case(op, kind, storage, tile, True, archs)
-        yield _case(op, kind, storage, tile, False, archs)
-
-
-def _case(
-    op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool,
-    archs: tuple[int, ...] | None,
-) -> KernelCase:  # fmt: skip
-    """full: rank 128, two inputs and outputs, masks, nested absmax; forward also parts, a gate."""
-    transposed, nf4 = op == "lora_gemm", storage == "nf4"
-    types = {
-        "x0": dtype, "x1": dtype, "w": "u8" if nf4 else dtype, "absmax": "fp32", "nested": "fp32",
-        "offset": "fp32", "code": "fp32", "table": "fp32", "bias": dtype, "down": dtype,
-        "up": "fp32", "gate": dtype, "residual": dtype, "y0": dtype, "y1": dtype,
-    }  # fmt: skip
-    rank = 128 if full else 16
-    absent = set() if nf4 else {"absmax", "code"}
-    if not (full and nf4):
-        absent |= {"nested", "offset", "table"}
-    else:
-        types["absmax"] = "u8"
-    if not full:
-        absent |= {"x1", "y1", "gate", "residual"}
-    if not transposed:
-        absent |= {"bias", "gate", "residual"}
-    three = (0, 3072, 0, 0, 3072, 6144, 1, 3072, 6144, 9216, 2, 6144)
-    parts = three if full and transposed else ()
-    signature = dict.fromkeys(_gemm_kernel.arg_names, "i32") | {"scale": "fp32"}
-    signature |= {name: f"*{kind}" for name, kind in types.items()}
-    constants = {
-        "TRANSPOSED": transposed, "MASKED": full, "OFFSETS": full, "RANK": rank,
-        "BLOCK_R": rank_block(rank),
-        "PARTS": parts, "PART_COUNT": len(parts) // 4, "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
-    }  # fmt: skip
-    shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}.{tile.num_warps}w{tile.num_stages}"
-    return KernelCase(
-        f"{op}.{dtype}.{storage}.{shape}{'.full' if full else ''}", _gemm_kernel,
-        signature, constants | dict.fromkeys(absent),
-        tile.num_warps, tile.num_stages, matrix=dtype != "fp32", archs=archs,
-    )  # fmt: skip

@@ -23,13 +23,11 @@ Refused (ValueError): other layouts, kinds that differ, K or N above the exact s
 an input's width not a multiple of 64.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, tl, triton
 from fluxfast_kernels.gemm.checks import (
     check_down,
     check_gated,
@@ -313,69 +311,4 @@ def gemm_8bit_dx(
     return _launch(
         "gemm_8bit_dx", kind, rows, w, None, nf4, N if transposed else K, dxs, K, N,
         product or dtype, tile, transposed, rank, None, d_down, lora_a, up_strides,
-    )  # fmt: skip
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile in int8 and fp8, over codes and NF4, forward and towards x."""
-    for op in ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair"):
-        for kind in DTYPE:
-            for storage in dispatch.STORAGES:
-                for tile, archs in dispatch.shipped_to(op, storage, kind).items():
-                    yield from tile_cases(op, storage, kind, tile, archs)
-
-
-def tile_cases(
-    op: str, storage: str, kind: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
-) -> Iterator[KernelCase]:
-    """What a tile must compile as: forward with all options, which is the most likely to spill,
-    and without, in bf16 and fp32; towards x with W8 as it is kept and transposed, two inputs with
-    all options."""
-    if op == "gemm_8bit":
-        yield _case(op, kind, storage, tile, True, True, archs)
-        yield _case(op, kind, storage, tile, False, True, archs)
-        yield _case(op, kind, storage, tile, False, True, archs, "fp32")
-        return
-    pair = op == "gemm_8bit_dx_pair"
-    yield _case(op, kind, storage, tile, pair, False, archs)
-    if not pair:
-        yield _case(op, kind, storage, tile, False, False, archs, "fp32")
-    if storage == "dense":
-        yield _case(op, kind, storage, tile, pair, True, archs)
-
-
-def _case(
-    op: str, kind: str, storage: str, tile: dispatch.Tile, full: bool, transposed: bool,
-    archs: tuple[int, ...] | None = None, product: str = "bf16",
-) -> KernelCase:  # fmt: skip
-    """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""
-    forward, nf4 = op == "gemm_8bit", storage == "nf4"
-    code = "i8" if kind == "int8" else "fp8e4nv"
-    types = dict.fromkeys(("bias", "down", "gate", "residual", "y0", "y1"), product)
-    types |= dict.fromkeys(("s0", "s1", "w_scale", "absmax", "code", "inverse", "up"), "fp32")
-    types |= {"x0": code, "x1": code, "w": "u8" if nf4 else code}
-    absent = set() if nf4 else {"absmax", "code", "inverse"}
-    absent |= set() if full else {"x1", "s1", "y1"}
-    absent |= set() if full and forward else {"gate", "residual"}
-    absent |= set() if forward else {"w_scale", "bias"}
-    three = (0, 3072, 0, 0, 3072, 6144, 1, 3072, 6144, 9216, 2, 6144)
-    parts = three if full and forward else ()
-    rank = 128 if full else 16
-    signature = dict.fromkeys(_gemm_8bit_kernel.arg_names, "i32") | {"scale": "fp32"}
-    signature |= {name: f"*{kind_}" for name, kind_ in types.items()}
-    constants = {
-        "TRANSPOSED": transposed, "MASKED": full, "TOP": TOP[kind],
-        "SUM": tl.int32 if kind == "int8" else tl.float32,
-        "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[product],
-        "RANK": rank, "BLOCK_R": rank_block(rank), "PARTS": parts, "PART_COUNT": len(parts) // 4,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
-    }  # fmt: skip
-    shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}.{tile.num_warps}w{tile.num_stages}"
-    way = "" if forward else f".{'transposed' if transposed else 'as_kept'}"
-    return KernelCase(
-        f"{op}.{kind}.{storage}{way}.{shape}{'.full' * full}{'.fp32' * (product == 'fp32')}",
-        _gemm_8bit_kernel, signature,
-        constants | dict.fromkeys(absent), tile.num_warps, tile.num_stages, matrix=True,
-        least_arch=89 if kind == "fp8" else 80, archs=archs,
     )  # fmt: skip

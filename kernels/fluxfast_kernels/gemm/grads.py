@@ -23,17 +23,14 @@ FLOP: 2·M·K·P·R or 2·M·N'·R each.
 Refused (ValueError): other shapes, dtypes, a last stride other than 1.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, tl, triton
 from fluxfast_kernels.gemm.checks import check_parts, check_side_by_side
 from fluxfast_kernels.quant.hadamard import rotated
 from fluxfast_kernels.quant.rows import (
-    TOP,
     Rows,
     encoded,
     magnitude,
@@ -349,76 +346,3 @@ def lora_db(
     check(down.shape[1] >= rank * (most + 1), "down", f"[{down.shape[0]}, P·{rank}]",
           tuple(down.shape))  # fmt: skip
     return _grads(dys, down, triples, rank, scale, out, (rank, 1), tile)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile."""
-    for op in ("lora_skinny", "lora_grads", "lora_skinny_8bit"):
-        for dtype in ("half", "fp32"):
-            for tile, archs in dispatch.shipped_to(op, "dense", dtype).items():
-                yield from tile_cases(op, "dense", dtype, tile, archs)
-
-
-def tile_cases(
-    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: tuple[int, ...] | None = None
-) -> Iterator[KernelCase]:
-    """What a tile must compile as: at ranks 128, 48 (three parts of 16) and 16 over K or N of 3072;
-    with 8-bit rows to fill in either kind, of x and of dy. storage: always "dense"."""
-    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
-        if op == "lora_skinny_8bit":
-            for codes in ("int8", "fp8"):
-                for towards in ("x", "dy"):
-                    yield _quantizing_case(codes, kind, towards, tile, archs)
-            continue
-        for rank in (128, 48, 16):
-            yield _case(op, kind, rank, tile, archs)
-
-
-def _case(op: str, dtype: str, rank: int, tile: dispatch.Tile, archs) -> KernelCase:
-    blocks = {
-        "RANK": rank, "SEGMENTS": (0, 0, 3072, 0, 0), "SEGMENT_COUNT": 1, "BLOCK_M": tile.block_m,
-        "BLOCK_N": _power_of_two(rank, tile.block_n), "BLOCK_K": tile.block_k,
-    }  # fmt: skip
-    if op == "lora_skinny":
-        kernel, types = _skinny_kernel, {"x0": f"*{dtype}", "w": "*fp32", "out": f"*{dtype}"}
-        blocks |= {"x1": None, "SLOTS": 1, "TOP": 127.0, "ROTATION": 0, "BLOCK_Q": BLOCK_Q}
-        blocks |= dict.fromkeys(("codes0", "codes1", "scale0", "scale1", "channel"))
-    else:
-        kernel, types = _grads_kernel, {"x": f"*{dtype}", "skinny": f"*{dtype}", "out": "*fp32"}
-    return KernelCase(
-        f"{op}.{dtype}.r{rank}.{_shape(tile)}", kernel,
-        dict.fromkeys(kernel.arg_names, "i32") | types | {"scale": "fp32"}, blocks,
-        tile.num_warps, tile.num_stages, dtype != "fp32", archs=archs,
-    )  # fmt: skip
-
-
-def _quantizing_case(
-    kind: str, dtype: str, towards: str, tile: dispatch.Tile, archs
-) -> KernelCase:  # fmt: skip
-    """x: two inputs, the first quantised and rotated; dy: two of three parts, both with scales."""
-    code = "i8" if kind == "int8" else "fp8e4nv"
-    rank = 48 if towards == "x" else 16
-    types = dict.fromkeys(("x0", "x1", "out"), f"*{dtype}") | {"w": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("codes0", "codes1"), f"*{code}")
-    types |= dict.fromkeys(("scale0", "scale1", "channel"), "*fp32")
-    segments = (0, 0, 3072, 0, 0, 1, 0, 12288, 0, 3072)
-    if towards == "dy":
-        segments = (0, 0, 3072, 0, 0, 0, 3072, 6144, 1, 3072, 1, 0, 12288, 2, 6144)
-    blocks = {
-        "RANK": rank, "SEGMENTS": segments, "SEGMENT_COUNT": len(segments) // 5,
-        "SLOTS": 1 if towards == "x" else 3, "TOP": TOP[kind],
-        "ROTATION": 256 if towards == "x" else 0, "BLOCK_Q": 256 if towards == "x" else BLOCK_Q,
-        "BLOCK_M": tile.block_m, "BLOCK_N": _power_of_two(rank, tile.block_n),
-        "BLOCK_K": tile.block_k,
-    }  # fmt: skip
-    absent = ("codes1", "scale1", "channel") if towards == "x" else ()
-    return KernelCase(
-        f"lora_skinny_8bit.{kind}.{dtype}.{towards}.{_shape(tile)}", _skinny_kernel,
-        dict.fromkeys(_skinny_kernel.arg_names, "i32") | types, blocks | dict.fromkeys(absent),
-        tile.num_warps, tile.num_stages, dtype != "fp32",
-        least_arch=89 if kind == "fp8" else 80, archs=archs,
-    )  # fmt: skip
-
-
-def _shape(tile: dispatch.Tile) -> str:
-    return f"{tile.block_m}x{tile.block_k}.{tile.num_warps}w{tile.num_stages}"

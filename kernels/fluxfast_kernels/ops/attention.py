@@ -26,13 +26,12 @@ Refused (ValueError): other ranks or shapes, different dtypes, a last stride oth
 unknown backend.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches
+from fluxfast_kernels.dispatch.backend import check, check_dtype, launches
 from fluxfast_kernels.dispatch.dispatch import arch_of
 from fluxfast_kernels.ops import attention_triton
 
@@ -210,12 +209,3 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5
     lse = torch.logsumexp(scores, -1)
     return stored((torch.exp(scores - lse[..., None]) @ v.to(wide)).to(q.dtype)), lse
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile."""
-    for kernel in attention_triton.KERNELS:
-        for C in attention_triton.WIDTHS:
-            for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                for chosen, archs in attention_triton.shipped_to(kernel, dtype, C).items():
-                    yield from attention_triton.tile_cases(kernel, C, name, chosen, archs)

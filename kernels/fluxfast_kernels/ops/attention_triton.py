@@ -23,7 +23,6 @@ scores. Tiles are rows of `dispatch/configs/attention.json`.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -31,7 +30,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, tl, triton
 from fluxfast_kernels.dispatch.dispatch import ARCHITECTURES, arch_of
 
 WIDTHS = (32, 64, 128)
@@ -350,28 +349,3 @@ def launch_dkdv(
 
 
 KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
-
-
-def tile_cases(
-    kernel: str, C: int, dtype: str, chosen: Tile, archs: tuple[int, ...] | None = None
-) -> Iterator[KernelCase]:
-    """What a tile must compile as: with queries or keys past T in the last block, and without at
-    C=128. dtype: "bf16" or "fp32"."""
-    fn = KERNELS[kernel]
-    pointers = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), f"*{dtype}")
-    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    blocks = f"{chosen.block_m}x{chosen.block_n}"
-    name = f"attention {kernel} {C} {dtype} {blocks} w{chosen.num_warps}s{chosen.num_stages}"
-    for tail in (True, False) if C == 128 and dtype == "bf16" else (True,):
-        constants = {
-            "C": C,
-            "BLOCK_M": chosen.block_m,
-            "BLOCK_N": chosen.block_n,
-            "TAIL": tail,
-            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-        }
-        yield KernelCase(
-            name if tail else f"{name} even", fn,
-            {a: pointers.get(a, "i32") for a in fn.arg_names if a not in constants}, constants,
-            chosen.num_warps, chosen.num_stages, matrix=dtype != "fp32", archs=archs,
-        )  # fmt: skip

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import DTYPES, KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, tl, triton
 
 BLOCK = 1024  # elements per program of the element-wise kernels
 CHUNK = 4  # blocks per partial sum
@@ -122,37 +122,6 @@ def _flow_loss_backward_kernel(
     factor = tl.load(FACTOR + b) * tl.load(D_LOSS + b * d_loss_stride)
     gradient = tl.load(GRADIENT + start + i, mask=mask, other=0).to(tl.float32) * factor
     tl.store(D_PREDICTION + start + i, gradient.to(D_PREDICTION.dtype.element_ty), mask=mask)
-
-
-def kernel_cases():
-    wide = dict.fromkeys
-    mix = wide(("MEAN", "STD", "VAE_NOISE", "NOISE", "TIME", "TARGET"), "*fp32") | {"size": "i32"}
-    loss = wide(("TARGET", "MASK", "PARTIAL"), "*fp32")
-    loss |= wide(("size", "batch", "prediction_batch"), "i32")
-    back = wide(("FACTOR", "D_LOSS"), "*fp32") | wide(("size", "d_loss_stride"), "i32")
-    for dtype in ("bf16", "fp16", "fp32"):
-        own = f"*{dtype}"
-        yield KernelCase(
-            f"flow_mix_{dtype}", _flow_mix_kernel, mix | {"NOISY": own},
-            {"HAS_STD": True, "BLOCK": BLOCK},
-        )  # fmt: skip
-        for masked in (False, True):
-            constants = {"HAS_MASK": masked, "HAS_GRADIENT": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
-            yield KernelCase(
-                f"flow_loss_{dtype}{'_masked' if masked else ''}", _flow_loss_kernel,
-                loss | {"PREDICTION": own, "GRADIENT": own}, constants,
-            )  # fmt: skip
-        yield KernelCase(
-            f"flow_loss_backward_{dtype}", _flow_loss_backward_kernel,
-            back | {"GRADIENT": own, "D_PREDICTION": own}, {"BLOCK": BLOCK},
-        )  # fmt: skip
-    sums = wide(("PARTIAL", "WEIGHT", "LOSS", "FACTOR"), "*fp32")
-    sums |= wide(("size", "batch", "chunks"), "i32")
-    for given in (False, True):
-        yield KernelCase(
-            f"flow_loss_sum{'_weighted' if given else ''}", _flow_loss_sum_kernel, sums,
-            {"HAS_MASK": given, "HAS_WEIGHT": given, "BLOCK": SUM_BLOCK},
-        )  # fmt: skip
 
 
 def _launch_mix(mean, std, vae_noise, noise, t, noisy: Tensor, target: Tensor) -> None:

@@ -18,14 +18,13 @@ Refused with ValueError: other shapes, mixed dtypes, a last stride other than 1.
 Source: adaptive layer norm with gates (DiT, arXiv 2212.09748), as FLUX's blocks use it.
 """
 
-from collections.abc import Iterator
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, tl, triton
 
 TILE = 4096  # elements a program holds at once
 STEPS = (
@@ -119,31 +118,6 @@ def launch_gate_residual_backward(
     )  # fmt: skip
     if dgate is not None:
         dgate.copy_(partial.sum(1, keepdim=True))
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """FLUX's width in bf16 and fp32, and a head-sized one."""
-    strides = dict.fromkeys(("gate_batch", "y_batch", "y_token", "T"), "i32")
-    h_strides = dict.fromkeys(("h_batch", "h_token"), "i32")
-    dout_strides = dict.fromkeys(("dout_batch", "dout_token"), "i32")
-    for dtype, D in (("bf16", 3072), ("fp32", 3072), ("bf16", 128)):
-        rows, block = tile(D)
-        shape = {"D": D, "ROWS": rows, "BLOCK": block}
-        types = dict.fromkeys(("H", "GATE", "Y", "OUT", "DOUT", "DY"), f"*{dtype}")
-        types |= strides | h_strides | dout_strides | {"PARTIAL": "*fp32"}
-        name = f"gate_residual {dtype} {D}"
-        yield KernelCase(name, _gate_residual_kernel, types, shape)
-        for has_dy, has_dgate in ((True, False), (True, True), (False, True)):
-            constants = shape | {"STEPS": STEPS if has_dgate else 1}
-            constants |= {"HAS_DY": has_dy, "HAS_DGATE": has_dgate}
-            absent = [] if has_dy else ["GATE", "DY"]
-            absent += [] if has_dgate else ["Y", "PARTIAL"]
-            yield KernelCase(
-                f"gate_residual_backward {'dy ' * has_dy}{'dgate ' * has_dgate}{dtype} {D}",
-                _gate_residual_backward_kernel,
-                types,
-                constants | dict.fromkeys(absent),
-            )
 
 
 # ---------------------------------------------------------------- the op

@@ -3,14 +3,11 @@
 Formulas, layouts, codes and bytes: `gelu.py`. Everything is fp32 between load and store.
 """
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, tl, triton
+from fluxfast_kernels.dispatch.backend import tl, triton
 from fluxfast_kernels.quant.hadamard import rotated
 from fluxfast_kernels.quant.rows import (
-    TOP,
     Rows,
     encoded,
     magnitude,
@@ -135,35 +132,6 @@ def _gelu_backward_kernel(
     slope = s + u * product * (1.0 + u * u * _CUBIC_SLOPE) * _TWO_K
     du_offset = batch * du_batch + token * du_row
     tl.store(DU + du_offset + cols, (slope * dx).to(DU.dtype.element_ty), mask=mask)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    strides = dict.fromkeys(("T", "F", "u_batch", "u_row"), "i32")
-    x_strides, dx_strides = (dict.fromkeys((f"{n}_batch", f"{n}_row"), "i32") for n in ("x", "dx"))
-    du_strides = dict.fromkeys(("du_batch", "du_row"), "i32")
-    for dtype in ("bf16", "fp16", "fp32"):
-        out = f"*{dtype}"
-        for codes in (False, True):
-            u = {"U": "*i8" if codes else out, "ROW_SCALE": "*fp32"}
-            constants = {"CODES": codes, "BLOCK": BLOCK}
-            name = f"{dtype}{'_codes' if codes else ''}"
-            forward = u | {"X": out} | strides | x_strides
-            yield KernelCase(f"gelu_{name}", _gelu_kernel, forward, constants)
-            backward = u | {"DX": out, "DU": out} | strides | dx_strides | du_strides
-            yield KernelCase(f"gelu_backward_{name}", _gelu_backward_kernel, backward, constants)
-        fixed = strides | x_strides | {"ROW_SCALE": "*fp32", "X_SCALE": "*fp32", "CODE": "*i8"}
-        for kind, code in (("", "i8"), ("int8", "i8"), ("fp8", "fp8e4nv")):
-            for codes, rotation in ((True, 0), (False, 0), (False, 256)):
-                if not kind and not codes:
-                    continue
-                absent = () if codes else ("CODE", "ROW_SCALE")
-                absent += () if kind else ("X_CODE", "X_SCALE")
-                constants = {"TOP": TOP[kind or "int8"], "ROTATION": rotation, "BLOCK": ROW_BLOCK}
-                name = f"gelu_rows_{dtype}{'_codes' * codes}{f'_{kind}' * bool(kind)}_{rotation}"
-                yield KernelCase(
-                    name, _gelu_rows_kernel, fixed | {"U": out, "X": out, "X_CODE": f"*{code}"},
-                    constants | dict.fromkeys(absent), 8, least_arch=89 if kind == "fp8" else 80,
-                )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launchers

@@ -8,15 +8,12 @@ A row is held in registers, so its mean and its variance about that mean take on
 Everything is fp32 between load and store. Layouts, bytes and FLOP: `norm_modulate.py`.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, tl, triton
+from fluxfast_kernels.dispatch.backend import tl, triton
 from fluxfast_kernels.quant.hadamard import rotated
 from fluxfast_kernels.quant.rows import (
-    TOP,
     Rows,
     encoded,
     magnitude,
@@ -174,41 +171,3 @@ def launch_norm_modulate_backward(
     if d_modulation is not None:
         for out, total in zip(d_modulation, partial.sum(1).unbind(1), strict=True):
             out.copy_(total[:, None])
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """FLUX's width in the three dtypes, and the ends of what is tested."""
-    names = ("h_batch", "h_token", "shift_batch", "scale_batch", "dx_batch", "dx_token", "T")
-    fixed = dict.fromkeys(names, "i32") | dict.fromkeys(("MEAN", "RSTD", "PARTIAL"), "*fp32")
-    for dtype, D in (("bf16", 3072), ("fp32", 3072), ("fp16", 3072), ("bf16", 128), ("bf16", 4096)):
-        rows, block, warps = tile(D)
-        types = fixed | dict.fromkeys(("H", "SHIFT", "SCALE", "X", "DX", "DH"), f"*{dtype}")
-        shape = {"D": D, "ROWS": rows, "BLOCK": block}
-        none = {"CODES": None, "ROW_SCALE": None}
-        for rebuild in (False, True):
-            name = f"norm_modulate {'rebuild ' * rebuild}{dtype} {D}"
-            constants = shape | {"EPS": EPS, "REBUILD": rebuild, "TOP": 127.0, "ROTATION": 0}
-            yield KernelCase(name, _norm_modulate_kernel, types, constants | none, warps)
-        for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
-            for rotation in (0, min(256, D)):
-                rows, block, warps = tile(D, rotation)
-                constants = {"D": D, "ROWS": rows, "BLOCK": block, "EPS": EPS}
-                constants |= {"REBUILD": False, "TOP": TOP[kind]}
-                yield KernelCase(
-                    f"norm_modulate {kind} {rotation} {dtype} {D}", _norm_modulate_kernel,
-                    types | {"CODES": f"*{code}", "ROW_SCALE": "*fp32"},
-                    constants | {"ROTATION": rotation}, warps,
-                    least_arch=89 if kind == "fp8" else 80,
-                )  # fmt: skip
-        rows, block, warps = tile(D)
-        for has_dh, has_sums in ((True, False), (True, True), (False, True)):
-            constants = shape | {"STEPS": STEPS if has_sums else 1}
-            constants |= {"HAS_DH": has_dh, "HAS_SUMS": has_sums}
-            absent = ([] if has_dh else ["DH"]) + ([] if has_sums else ["PARTIAL"])
-            yield KernelCase(
-                f"norm_modulate_backward {'dh ' * has_dh}{'sums ' * has_sums}{dtype} {D}",
-                _norm_modulate_backward_kernel,
-                types,
-                constants | dict.fromkeys(absent),
-                warps,
-            )

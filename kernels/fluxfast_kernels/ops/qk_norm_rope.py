@@ -23,12 +23,10 @@ one that is not a power of two from 16 to 256), different dtypes, a last stride 
 sin of another shape or dtype.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, launches, tl, triton
 from fluxfast_kernels.dispatch.dispatch import arch_of
 from fluxfast_kernels.ops import attention_triton
 from fluxfast_kernels.ops.attention import (
@@ -388,30 +386,3 @@ def qk_norm_rope_attention_reference(
     """The op's forward in plain torch with the scores in memory. No autograd."""
     q, k, v = (x.transpose(1, 2) for x in qk_norm_rope_reference(qkv, scales, cos, sin, heads))
     return attention_reference(q, k, v)[0].transpose(1, 2).flatten(2)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    """Every shipped tile."""
-    for C in (64, 128):
-        shipped = attention_triton.shipped_to("qk_norm_rope", torch.bfloat16, C)
-        for chosen, archs in shipped.items():
-            yield from tile_cases(C, chosen, archs)
-
-
-def tile_cases(
-    C: int, chosen: attention_triton.Tile, archs: tuple[int, ...] | None = None
-) -> Iterator[KernelCase]:
-    """What a tile must compile as: both kernels, in bf16."""
-    names = ("qkv", "q", "k", "v", "q_scale", "k_scale", "dq", "dk", "dv", "dqkv")
-    pointers = dict.fromkeys(names, "*bf16") | {"cos": "*fp32", "sin": "*fp32"}
-    for name, fn, more in (
-        ("forward", _forward_kernel, {"COPY_V": True}),
-        ("backward", _backward_kernel, {}),
-    ):
-        constants = {"C": C, "ROWS": chosen.block_m, "EPSILON": EPSILON, **more}
-        arguments = (a for a in fn.arg_names if a not in constants)
-        yield KernelCase(
-            f"qk_norm_rope {name} {C} {chosen.block_m} w{chosen.num_warps}", fn,
-            {a: pointers.get(a, "i32") for a in arguments}, constants, chosen.num_warps,
-            archs=archs,
-        )  # fmt: skip

@@ -17,13 +17,13 @@ Bytes a weight: NF4 to codes reads 0.5625 and writes 1; transposing codes reads 
 codes from dense read it once and write 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference
 from fluxfast_kernels.quant.nf4 import (
@@ -176,25 +176,6 @@ def _transpose_kernel(codes, out, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexp
     inside = (n < N)[:, None] & (k < K)[None, :]
     tile = tl.load(codes + n.to(tl.int64)[:, None] * K + k[None, :], inside, other=0)
     _store_tile(out, tile, n, k, N, K, True)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
-        least = 89 if kind == "fp8" else 80
-        types = {"packed": "*u8", "absmax": "*fp32", "code": "*fp32", "out": f"*{code}"}
-        types |= {"scale": "*fp32", "N": "i32", "K": "i32"}
-        for transposed in (False, True):
-            for groups in (64, 256):
-                yield KernelCase(
-                    f"nf4_codes.{kind}.{groups}{'.transposed' * transposed}",
-                    _nf4_codes_kernel, types,
-                    {"GROUPS": groups, "TOP": TOP[kind], "TRANSPOSED": transposed, "ROWS": ROWS,
-                     "SPAN": SPAN}, least_arch=least,
-                )  # fmt: skip
-    types = {"codes": "*u8", "out": "*u8", "N": "i32", "K": "i32"}
-    yield KernelCase(
-        "transpose_codes", _transpose_kernel, types, {"ROWS": ROWS, "COLUMNS": COLUMNS}
-    )
 
 
 def launch_nf4_codes(weight: NF4Tensor, out: Tensor, scale: Tensor, transposed: bool) -> None:

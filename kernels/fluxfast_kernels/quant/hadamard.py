@@ -14,13 +14,11 @@ Refused with ValueError: a width that is not a multiple of b, b not a power of t
 Source: QuaRot (arXiv 2404.00456), whose online Hadamard this is, in blocks.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import KernelCase, check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, tl, triton
 
 LARGEST = 256
 BLOCK = 1024  # columns a program
@@ -48,13 +46,6 @@ def _rotate_kernel(X, Y, width, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.load(X + row + columns, inside, other=0.0).to(tl.float32)
     y = tl.reshape(rotated(tl.reshape(x, (1, BLOCK)), ROTATION), (BLOCK,))
     tl.store(Y + row + columns, y.to(Y.dtype.element_ty), inside)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    for dtype in ("bf16", "fp32"):
-        types = {"X": f"*{dtype}", "Y": f"*{dtype}", "width": "i32"}
-        constants = {"ROTATION": LARGEST, "BLOCK": BLOCK}
-        yield KernelCase(f"hadamard.{dtype}", _rotate_kernel, types, constants)
 
 
 def largest_rotation(*widths: int) -> int:

@@ -15,7 +15,6 @@ Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic 
 2110.02861.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Optional
@@ -23,7 +22,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, launches, tl, triton
 from fluxfast_kernels.quant import native
 
 BLOCK = 64
@@ -211,15 +210,6 @@ def launch_decode(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
     _decode_kernel[grid](
         packed, absmax, code_table(packed.device), out, blocks, BLOCKS, num_warps=WARPS
     )
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    for dtype in ("fp32", "bf16", "fp16"):
-        types = {"packed": "*u8", "absmax": "*fp32", "code": "*fp32", "out": f"*{dtype}"}
-        signature = types | {"blocks": "i32"}
-        yield KernelCase(
-            f"nf4_decode.{dtype}", _decode_kernel, signature, {"BLOCKS": BLOCKS}, num_warps=WARPS
-        )
 
 
 # ---------------------------------------------------------------- decode: the op

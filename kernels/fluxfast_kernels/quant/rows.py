@@ -23,7 +23,6 @@ a gate 2 more for the gated dy in a 2-byte dtype. FLOP: about 4 a value.
 Refused with ValueError: other kinds, shapes, dtypes; a last stride other than 1.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import KernelCase, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference, rotated
 
@@ -132,26 +131,6 @@ def _quantize_kernel(
         v = _row_tile(X, GATE, CHANNEL, None, at, out, cols, cols < K, ROTATION)
         codes = encoded(v * inverse[:, None], TOP, CODES.dtype.element_ty)
         tl.store(CODES + out + cols, codes, cols < K)
-
-
-def kernel_cases() -> Iterator[KernelCase]:
-    sizes = dict.fromkeys(("T", "K", "x_batch", "x_row", "gate_batch"), "i32")
-    for kind, code in (("int8", "i8"), ("fp8", "fp8e4nv")):
-        for dtype in ("bf16", "fp16", "fp32"):
-            types = dict.fromkeys(("X", "GATE", "DY"), f"*{dtype}") | sizes
-            types |= {"CHANNEL": "*fp32", "SCALE": "*fp32", "CODES": f"*{code}"}
-            for name, absent, rotation, block in (
-                ("plain", ("GATE", "CHANNEL", "DY"), 0, BLOCK),
-                ("short", ("GATE", "CHANNEL", "DY"), 0, 128),
-                ("rotated", ("GATE", "CHANNEL", "DY"), 256, BLOCK),
-                ("gated", (), 0, BLOCK),
-            ):
-                constants = {"TOP": TOP[kind], "ROTATION": rotation, "BLOCK": block}
-                yield KernelCase(
-                    f"quantize_rows.{kind}.{dtype}.{name}", _quantize_kernel, types,
-                    constants | dict.fromkeys(absent), num_warps=warps(block),
-                    least_arch=89 if kind == "fp8" else 80,
-                )  # fmt: skip
 
 
 def launch_quantize(
