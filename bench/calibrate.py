@@ -77,7 +77,7 @@ def calibrate(rows: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
         except ConfigError:
             unknown[row["device_name"]] = None
             continue
-        found[known, work_of(row)[0].compute].append(row)
+        found[known, work_of(row)[0].matmul].append(row)
     table: dict[str, dict[str, dict]] = defaultdict(dict)
     for (known, compute), group in sorted(found.items()):
         commits = ", ".join(dict.fromkeys((row["commit"] or "unknown")[:7] for row in group))

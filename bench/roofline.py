@@ -42,7 +42,7 @@ class Projection:
 
 def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
     """lines: by bucket."""
-    compute = plan.request.work.compute
+    compute = plan.request.work.matmul
     if compute in plan.card.factors:
         total = sum(plan.seconds(label) for label in lines)
         factor = plan.card.factors[compute]
@@ -90,7 +90,7 @@ def title(setting: str, config: Config, plan: Plan) -> str:
     ema = ", EMA" if train.ema.enabled else ""
     return (
         f"{plan.card.name}, the {setting} setting: LoRA of rank {config.lora.rank} on "
-        f"{config.lora.targets}, {train.optimizer}{ema}; {work.storage} base, {work.compute} "
+        f"{config.lora.targets}, {train.optimizer}{ema}; {work.storage} base, {work.matmul} "
         f"products, batch {train.batch_size}; modulation "
         + {"in_place": "formed in every step"}.get(plan.modulation, "formed ahead")
     )

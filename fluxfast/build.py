@@ -1,7 +1,6 @@
 """What a run trains with: the frozen model and its LoRA, from files; `assemble` does the rest."""
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,8 +11,8 @@ from fluxfast.config import Config
 from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import init_lora, load_assistant, lora_of, read_lora
 from fluxfast.formats.lora_write import to_state
-from fluxfast.hub import resolve_lora
-from fluxfast.load import load_transformer
+from fluxfast.hub import fetch_lora
+from fluxfast.load import ResolvedModel, load_resolved
 from fluxfast.memory.plan import Plan
 from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
@@ -28,14 +27,14 @@ def check_loras(config: Config, fresh: bool) -> None:
     are encoded. fresh: the run starts at step 0, from `lora.init_from` where there is one.
     """
     if config.model.assistant_lora:
-        read_lora(resolve_lora(config.model.assistant_lora))
+        read_lora(fetch_lora(config.model.assistant_lora))
     if config.lora.init_from and fresh:
         read_lora(config.lora.init_from)
 
 
 def build(
     config: Config,
-    base: Path,
+    resolved: ResolvedModel,
     loader: Loader,
     device: torch.device,
     console: Console,
@@ -43,14 +42,11 @@ def build(
     ranks: Ranks = ALONE,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
-    assistant = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
+    assistant = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
     with console.status("loading the transformer"):
-        model = load_transformer(
-            base,
-            config.model.storage,
-            config.model.compute,
+        model = load_resolved(
+            resolved,
             device,
-            layers=config.model.layers,
             double_quant=config.model.double_quant,
             announce=lambda line: say(console, f"note: {line}"),
         )

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,24 +21,23 @@ from fluxfast import __version__, draws
 from fluxfast.checkpoint import newest_checkpoint, put_weights, read_state
 from fluxfast.config import Config
 from fluxfast.data.loader import Batch, Loader
+from fluxfast.data.store import Dataset
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.base import open_base
 from fluxfast.layer_errors import LIMITS, Measured, measure, table
-from fluxfast.load import load_transformer, resolve_device, resolve_precision, stored_as
+from fluxfast.load import ResolvedModel, load_resolved, resolve_device
 from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import (
     DTYPES,
     IN_8_BITS,
-    activation_dtype,
     layer_precisions,
     multiplies_in_8_bits,
 )
-from fluxfast.model.spec import FluxSpec
 from fluxfast.objective import flow_loss, noise_batch, predict
-from fluxfast.prepare import prepare
+from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.resume import SHAPING, changes
 from fluxfast.settings import dump_yaml
 
@@ -49,13 +47,11 @@ FRESH_B = 0.01  # deviation of B in a LoRA that was never trained: B = 0 would m
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured where. kind: int8 or fp8; dtype: of the activations."""
+    """What is measured where."""
 
     config: Config
-    storage: str
-    kind: str
+    model: ResolvedModel
     device: torch.device
-    dtype: torch.dtype
     console: Console
 
 
@@ -72,17 +68,19 @@ def check(
     """
     console = console or Console(stderr=True)
     device = resolve_device(config.device)
-    storage, kind = resolve_precision(config.model.storage, config.model.compute, device)
-    if kind not in IN_8_BITS:
+    parts = resolve_parts(config.model, device)
+    matmul = parts.model.matmul
+    if matmul not in IN_8_BITS:
         raise ConfigError(
-            f"compute is {kind}: there are no 8-bit products to check",
+            f"compute is {matmul}: there are no 8-bit products to check",
             hint="--set model.compute=int8 (or fp8)",
         )
-    dtype = activation_dtype(kind, "auto", device)
-    setting = Setting(config, storage, kind, device, dtype, console)
+    setting = Setting(config, parts.model, device, console)
     with sole_user(config.run_dir):
         try:
-            return _check(setting, LIMITS[kind] if limit is None else limit, batches)
+            prepared = prepare(config, device, console, parts=parts)
+            limit = LIMITS[matmul] if limit is None else limit
+            return _check(setting, prepared.dataset, limit, batches)
         except torch.OutOfMemoryError as error:
             raise FluxfastError(
                 f"the GPU's memory is full: {str(error).splitlines()[0]}",
@@ -90,39 +88,32 @@ def check(
             ) from None
 
 
-def _check(setting: Setting, limit: float, count: int) -> list[Measured]:
-    config, kind = setting.config, setting.kind
-    prepared = prepare(config, setting.device, setting.console)
-    with open_base(prepared.base) as base:
-        storage = stored_as(config.model.storage, kind, base.storage)
-    if storage != "auto":
-        setting = replace(setting, storage=storage)
-    storage = setting.storage
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
+def _check(setting: Setting, dataset: Dataset, limit: float, count: int) -> list[Measured]:
+    config, model = setting.config, setting.model
+    storage, matmul, dtype = model.storage, model.matmul, DTYPES[model.activations]
+    loader = Loader(dataset, config.train.batch_size, config.seed)
     layers = []
-    with open_base(prepared.base) as base:
-        spec = base.spec
-        # what is said of single layers is no reason not to measure them
-        now = layer_precisions(spec, storage, kind, config.model.layers)
-        names = [n for n, p in now.items() if p.products or multiplies_in_8_bits(n)]
-        rows, cosines, step = _run_model(setting, prepared.base, names, loader, count)
-        plain = layer_precisions(spec, storage, kind, dict.fromkeys(names, "8bit"))
-        with _progress(setting.console, "measuring layers", len(names)) as advance:
-            for name in names:
-                tensors = _finite(name, base.read(f"{name}.weight"), *rows.pop(name))
-                weight, x, dy = (
-                    None if tensor is None else tensor.to(setting.device, torch.float32)
-                    for tensor in tensors
-                )
-                how = (plain[name], limit, setting.dtype, config.model.double_quant)
-                layer = measure(name, spec, weight, x, dy, *how)
-                layers.append(replace(layer, cosine=cosines.get(name)))
-                advance()
+    # a choice made for a layer is no reason not to measure it
+    names = [n for n, p in model.precisions.items() if p.matmul or multiplies_in_8_bits(n)]
+    rows, cosines, step = _run_model(setting, names, loader, count)
+    plain = layer_precisions(model.spec, storage, matmul, dict.fromkeys(names, "8bit"))
+    bars = _progress(setting.console, "measuring layers", len(names))
+    with open_base(model.path) as base, bars as advance:
+        for name in names:
+            tensors = _finite(name, base.read(f"{name}.weight"), *rows.pop(name))
+            weight, x, dy = (
+                None if tensor is None else tensor.to(setting.device, torch.float32)
+                for tensor in tensors
+            )
+            how = (plain[name], limit, dtype, config.model.double_quant)
+            layer = measure(name, model.spec, weight, x, dy, *how)
+            layers.append(replace(layer, cosine=cosines.get(name)))
+            advance()
     conditions = (
-        f"fluxfast {__version__}: {kind} products, base in {storage}, limit {limit:g}, "
+        f"fluxfast {__version__}: {matmul} products, base in {storage}, limit {limit:g}, "
         f"{count} batches of {config.train.batch_size}, LoRA of step {step}"
     )
-    _write(setting, spec, layers, conditions)
+    _write(setting, layers, conditions)
     return layers
 
 
@@ -141,17 +132,18 @@ def _finite(name: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _run_model(
-    setting: Setting, base: Path, names: list[str], loader: Loader, count: int
+    setting: Setting, names: list[str], loader: Loader, count: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, float], int]:
     """-> rows of x and dY of the layers `names`, the gradients' cosine of the layers with a LoRA,
     and the step that the LoRA is of.
     """
     config, console = setting.config, setting.console
+    # stored as configured, multiplied in the activations' dtype, no layer rotated
+    spec, storage, dense = setting.model.spec, setting.model.storage, setting.model.activations
+    precisions = layer_precisions(spec, storage, dense)
     with console.status("loading the transformer"):
-        model = load_transformer(
-            base,
-            setting.storage,
-            next(word for word, dtype in DTYPES.items() if dtype == setting.dtype),
+        model = load_resolved(
+            replace(setting.model, matmul=dense, precisions=precisions),
             setting.device,
             double_quant=config.model.double_quant,
             announce=lambda line: say(console, f"note: {line}"),
@@ -171,7 +163,7 @@ def _run_model(
             layer.probe = capture.probe(name)
         true = _gradients(*run, advance)
         for layer in layers.values():
-            layer.probe, layer.products = None, setting.kind
+            layer.probe, layer.products = None, setting.model.matmul
         coded = _gradients(*run, advance)
     return capture.rows(), {name: _cosine(true[name], coded[name]) for name in true}, step
 
@@ -285,10 +277,10 @@ def _progress(console: Console, what: str, total: int):
         yield lambda: bars.advance(task)
 
 
-def _write(setting: Setting, spec: FluxSpec, layers: list[Measured], conditions: str) -> None:
+def _write(setting: Setting, layers: list[Measured], conditions: str) -> None:
     """check.yaml, and the words about it."""
     config, console = setting.config, setting.console
-    wanted = _merged(setting, spec, {layer.name: layer.choice for layer in layers})
+    wanted = _merged(setting, {layer.name: layer.choice for layer in layers})
     path = config.run_dir / CHECK_FILE
     comments = [conditions, "relative errors; see `fluxfast check --help`", "", *table(layers)]
     text = "".join(f"# {line}".rstrip() + "\n" for line in comments)
@@ -307,17 +299,17 @@ def _write(setting: Setting, spec: FluxSpec, layers: list[Measured], conditions:
     counts = Counter(layer.choice for layer in layers)
     say(
         console,
-        f"{counts['8bit']} layers in plain {setting.kind}, {counts['rotate']} rotated, "
+        f"{counts['8bit']} layers in plain {setting.model.matmul}, {counts['rotate']} rotated, "
         f"{counts['bf16']} in bf16; train so with --set model.layers={path}",
     )
 
 
-def _merged(setting: Setting, spec: FluxSpec, choices: dict[str, str]) -> dict[str, str]:
+def _merged(setting: Setting, choices: dict[str, str]) -> dict[str, str]:
     """What the configuration says of single layers, then the layers that came out otherwise, so
     that the file stands alone.
     """
-    given = setting.config.model.layers
-    now = layer_precisions(spec, setting.storage, setting.kind, given)
-    then = layer_precisions(spec, setting.storage, setting.kind, choices)
+    given, now = setting.config.model.layers, setting.model.precisions
+    spec, storage, matmul = setting.model.spec, setting.model.storage, setting.model.matmul
+    then = layer_precisions(spec, storage, matmul, choices)
     changed = {name: choice for name, choice in choices.items() if now[name] != then[name]}
     return {name: choice for name, choice in given.items() if name not in changed} | changed

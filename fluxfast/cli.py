@@ -256,13 +256,13 @@ def quantize(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fluxfast.formats.quantize import quantize as run
-    from fluxfast.hub import TRANSFORMER, resolve_model
+    from fluxfast.hub import TRANSFORMER, fetch_model
     from fluxfast.interrupt import stop_on_signals
 
     console = Console(stderr=True)
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with interruptible("nothing was written"):
-        base = resolve_model(source, TRANSFORMER)
+        base = fetch_model(source, TRANSFORMER)
         bars = Progress(*columns, console=console, disable=not console.is_terminal)
         # it ends between two tensors and takes the unfinished file away: within one, safetensors
         # makes a ValueError of the interrupt

@@ -10,7 +10,7 @@ import torch
 from fluxfast.config import ModelConfig
 from fluxfast.encoders.text import TextEncoders
 from fluxfast.formats.lora import load_lora, read_lora
-from fluxfast.load import load_transformer, resolve_device, resolve_precision
+from fluxfast.load import load_resolved, resolve_device
 from fluxfast.prepare import encoder_dtype, resolve_parts
 from fluxfast.sample import Picture, draw_pictures, save_picture
 
@@ -33,24 +33,15 @@ def generate(
     precision.
     """
     place = resolve_device(device)
-    # before the encoders take their time
-    resolve_precision(model.storage, model.compute, place)
     for file in [lora] if isinstance(lora, Path) else lora:
         read_lora(file)
-    base, root, length = resolve_parts(model)
+    resolved, root, length = resolve_parts(model, place)
     dtype = encoder_dtype(place)
     encoders = TextEncoders(root, place, dtype)
     t5, pooled = encoders.encode([picture.prompt for picture in pictures], length)
     t5, pooled = t5.cpu(), pooled.cpu()
     encoders.close()
-    flux = load_transformer(
-        base,
-        model.storage,
-        model.compute,
-        place,
-        layers=model.layers,
-        double_quant=model.double_quant,
-    )
+    flux = load_resolved(resolved, place, double_quant=model.double_quant)
     if lora:
         load_lora(flux, lora, strength, say=say)
     images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, place, dtype)

@@ -14,7 +14,7 @@ ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve_model(path: str, components: tuple[str, ...]) -> Path:
+def fetch_model(path: str, components: tuple[str, ...]) -> Path:
     """`path` if it exists here; else, for a Hub id, the snapshot folder that holds `components`.
 
     Looks in the Hub cache first and goes online only where a component is missing there.
@@ -27,10 +27,10 @@ def resolve_model(path: str, components: tuple[str, ...]) -> Path:
     return _from_hub(path, components)
 
 
-def resolve_lora(path: str) -> Path:
+def fetch_lora(path: str) -> Path:
     """`path` if it exists here; else, for a Hub id, the snapshot folder with its LoRA file.
 
-    Raises FluxfastError as `resolve_model` does.
+    Raises FluxfastError as `fetch_model` does.
     """
     if (local := _local(path)).exists():
         return local
@@ -41,11 +41,11 @@ def resolve_lora(path: str) -> Path:
     return _from_hub(path, (), ("*.safetensors",))
 
 
-def resolve_tokenizer(repo: str, name: str, beside: Path) -> Path:
+def fetch_tokenizer(repo: str, name: str, beside: Path) -> Path:
     """The snapshot folder of a repository with a tokenizer at its top level, from the cache first.
 
     name: tokenizer or tokenizer_2, the diffusers folder that would do instead, at `beside`. Raises
-    FluxfastError as `resolve_model` does.
+    FluxfastError as `fetch_model` does.
     """
     files = ("vocab.json", "merges.txt") if name == "tokenizer" else ("spiece.model",)
     try:

@@ -94,7 +94,7 @@ def measure(
     rotation = rotation_of(name, spec)
     return Measured(
         name,
-        own=errors(replace(plain, products="")),
+        own=errors(replace(plain, matmul="")),
         plain=errors(plain),
         rotated=errors(replace(plain, rotation=rotation)) if rotation else None,
         limit=limit,
@@ -110,7 +110,7 @@ def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
     layer.rotation = way.rotation
     layer.set_weight(weight, way.storage, nested)
     update = (None, None, [], 1.0)
-    how = {"products": way.products, "rotation": way.rotation}
+    how = {"products": way.matmul, "rotation": way.rotation}
     xs = x[None].to(dtype).split(input_widths(name, spec), -1)
     (y,) = linear_forward(xs, layer.frozen(), None, *update, **how)
     if dy is None:

@@ -1,6 +1,7 @@
 """load_transformer: a base checkpoint on disk becomes a Flux on a device."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,13 +10,16 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
 from fluxfast.model.flux import Flux, fill
 from fluxfast.model.precision import (
-    COMPUTES,
+    DTYPES,
     IN_8_BITS,
+    MATMULS,
     STORAGES,
+    Precision,
     activation_dtype,
     layer_precisions,
     multiplies_bf16,
 )
+from fluxfast.model.spec import FluxSpec
 from fluxfast.ranks import local_rank
 
 # What `auto` chooses on a GPU. Assumed from data sheets and from the formats' errors on a CPU: no
@@ -60,57 +64,57 @@ def resolve_device(device: str = "auto") -> torch.device:
     return resolved
 
 
-def resolve_precision(storage: str, compute: str, device: torch.device) -> tuple[str, str]:
+def resolve_precision(storage: str, matmul: str, device: torch.device) -> tuple[str, str]:
     """Replace `auto` by what suits the device, see `choose_precision`."""
     bf16 = multiplies_bf16(device)
     if device.type != "cuda":
-        return choose_precision(storage, compute, None, 0.0, bf16)
+        return choose_precision(storage, matmul, None, 0.0, bf16)
     card = torch.cuda.get_device_properties(device)
     gib = card.total_memory / 2**30
-    return choose_precision(storage, compute, (card.major, card.minor), gib, bf16)
+    return choose_precision(storage, matmul, (card.major, card.minor), gib, bf16)
 
 
 def choose_precision(
-    storage: str, compute: str, capability: tuple[int, int] | None, memory_gib: float, bf16: bool
+    storage: str, matmul: str, capability: tuple[int, int] | None, memory_gib: float, bf16: bool
 ) -> tuple[str, str]:
-    """-> (storage, compute) without `auto`. capability: of the GPU, None for a CPU; bf16: whether
-    its products are in hardware.
+    """Returns (storage, matmul) without `auto`. matmul: the setting `model.compute`; capability: of
+    the GPU, None for a CPU; bf16: whether its products are in hardware.
 
-    compute on a GPU: int8 for 8.0, 8.6, 8.9 and 12.x, fp8 for 9.x; a base asked for in 8 bits
+    matmul on a GPU: int8 for 8.0, 8.6, 8.9 and 12.x, fp8 for 9.x; a base asked for in 8 bits
     decides the kind where the card has it. Otherwise, and on a CPU (whose int8 is there to study
     quality): bf16 where it is fast, else fp32. storage: fp32 on a CPU; on a GPU nf4, from 40 GiB on
-    the 8 bits of compute.
+    the 8 bits of matmul.
 
     Raises ConfigError for an unknown word, products that the GPU lacks, and two kinds of 8 bits.
     """
-    for what, got, known in (("storage", storage, STORAGES), ("compute", compute, COMPUTES)):
+    for what, got, known in (("storage", storage, STORAGES), ("compute", matmul, MATMULS)):
         if got not in ("auto", *known):
             raise ConfigError(f"{what} {got!r} is not one of auto, {', '.join(known)}")
-    if compute == "auto":
-        compute = _auto_kind(storage, capability) or ("bf16" if bf16 else "fp32")
+    if matmul == "auto":
+        matmul = _auto_kind(storage, capability) or ("bf16" if bf16 else "fp32")
     if storage == "auto":
-        in_codes = compute in IN_8_BITS and memory_gib >= _ROOMY_GIB
-        storage = "fp32" if capability is None else compute if in_codes else "nf4"
-    if {storage, compute} == set(IN_8_BITS):
+        in_codes = matmul in IN_8_BITS and memory_gib >= _ROOMY_GIB
+        storage = "fp32" if capability is None else matmul if in_codes else "nf4"
+    if {storage, matmul} == set(IN_8_BITS):
         raise ConfigError(
-            f"storage {storage} and compute {compute} do not go together: the codes that are kept "
+            f"storage {storage} and compute {matmul} do not go together: the codes that are kept "
             "are the codes that are multiplied",
             hint=f"--set model.compute={storage}, or --set model.storage=nf4",
         )
-    if capability and compute in IN_8_BITS and compute not in multiplies_8_bits(capability):
-        least, has = (".".join(map(str, pair)) for pair in (_LEAST[compute], capability))
+    if capability and matmul in IN_8_BITS and matmul not in multiplies_8_bits(capability):
+        least, has = (".".join(map(str, pair)) for pair in (_LEAST[matmul], capability))
         raise ConfigError(
-            f"compute {compute} needs a GPU of compute capability {least}, this one has {has}",
+            f"compute {matmul} needs a GPU of compute capability {least}, this one has {has}",
             hint="--set model.compute=auto takes what it has",
         )
-    return storage, compute
+    return storage, matmul
 
 
-def stored_as(storage: str, compute: str, kept: str | None) -> str:
+def stored_as(storage: str, matmul: str, kept: str | None) -> str:
     """What `auto` storage becomes for a file that is quantised already: kept, the storage it was
-    made for (None for another file). Not where compute asks for the other kind of 8 bits.
+    made for (None for another file). Not where matmul asks for the other kind of 8 bits.
     """
-    if storage != "auto" or kept is None or {kept, compute} == set(IN_8_BITS):
+    if storage != "auto" or kept is None or {kept, matmul} == set(IN_8_BITS):
         return storage
     return kept
 
@@ -130,6 +134,46 @@ def _auto_kind(storage: str, capability: tuple[int, int] | None) -> str:
     if kind and storage in IN_8_BITS:
         return storage if storage in multiplies_8_bits(capability) else ""
     return kind
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A base checkpoint and how it is stored and multiplied on a device: nothing is `auto` here.
+
+    storage: fp32, bf16, nf4, int8 or fp8, of the blocks' matrices. matmul: fp32, bf16, or int8 or
+    fp8 for products of 8-bit codes in the blocks (the setting `model.compute`). activations: fp32
+    or bf16. precisions: BFL name -> Precision, of every linear.
+    """
+
+    path: Path
+    spec: FluxSpec
+    storage: str
+    matmul: str
+    activations: str
+    precisions: Mapping[str, Precision]
+
+
+def resolve_model(
+    path: Path | str,
+    storage: str,
+    matmul: str,
+    device: torch.device,
+    *,
+    activations: str = "auto",
+    layers: Mapping[str, str] | None = None,
+) -> ResolvedModel:
+    """Reads the checkpoint's header, and decides what `auto` means for it on the device.
+
+    Arguments as `load_transformer` takes them, matmul its `compute`. Raises ConfigError for a
+    precision that cannot be, FluxfastError for a file that is no such model.
+    """
+    with open_base(path) as base:
+        spec, stored = base.spec, base.storage
+    storage, matmul = resolve_precision(stored_as(storage, matmul, stored), matmul, device)
+    dtype = activation_dtype(matmul, activations, device)
+    word = next(word for word, known in DTYPES.items() if known == dtype)
+    precisions = layer_precisions(spec, storage, matmul, layers)
+    return ResolvedModel(Path(path), spec, storage, matmul, word, precisions)
 
 
 def load_transformer(
@@ -155,20 +199,31 @@ def load_transformer(
     one line per thing that was done otherwise than asked; progress gets (done, total). Raises
     FluxfastError (ConfigError for a wrong argument or a file that is no such model).
     """
-    device = resolve_device(str(device))
-    resolve_precision(storage, compute, device)  # what cannot be is said before the file is opened
-    with open_base(path) as base:
-        storage = stored_as(storage, compute, base.storage)
-        storage, compute = resolve_precision(storage, compute, device)
-        dtype = activation_dtype(compute, activations, device)
-        precisions = layer_precisions(base.spec, storage, compute, layers)
-        model = Flux(base.spec, dtype)
+    place = resolve_device(str(device))
+    model = resolve_model(path, storage, compute, place, activations=activations, layers=layers)
+    return load_resolved(
+        model, place, double_quant=double_quant, announce=announce, progress=progress
+    )
+
+
+def load_resolved(
+    model: ResolvedModel,
+    device: torch.device,
+    *,
+    double_quant: bool = False,
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Flux:
+    """Load the weights, see `load_transformer`."""
+    flux = Flux(model.spec, DTYPES[model.activations])
+    with open_base(model.path) as base:
         kept = fill(
-            model, base.read_kept, precisions, nested=double_quant, device=device, progress=progress
-        )
+            flux, base.read_kept, model.precisions,
+            nested=double_quant, device=device, progress=progress,
+        )  # fmt: skip
     if kept and announce:
         announce(
             f"{len(kept)} matrices stay bf16 instead of nf4: their input width is not a "
             f"multiple of 64 (such as {kept[0]})"
         )
-    return model
+    return flux

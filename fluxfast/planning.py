@@ -14,14 +14,14 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.base import open_base
 from fluxfast.formats.lora_pieces import part_count
 from fluxfast.formats.lora_read import ranks_of
-from fluxfast.hub import resolve_lora
-from fluxfast.load import choose_precision, resolve_precision, stored_as
+from fluxfast.hub import fetch_lora
+from fluxfast.load import ResolvedModel, choose_precision, stored_as
 from fluxfast.memory.cards import Card, card
 from fluxfast.memory.fitting import DoesNotFit, make_plan, plan_on
 from fluxfast.memory.plan import CONTEXT, GIB, Plan, Request, usable
 from fluxfast.memory.work import Shape, Work, lora_of
 from fluxfast.model.names import linear_shape
-from fluxfast.model.precision import DTYPES, activation_dtype, linears
+from fluxfast.model.precision import DTYPES, layer_precisions, linears
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
 
 # memory in GiB -> the card that stands for it where none is named
@@ -30,18 +30,17 @@ PRESETS = {12: "RTX 3060 12 GB", 16: "RTX 4060 Ti 16 GB", 24: "RTX 4090", 80: "H
 
 def request_of(
     config: Config,
-    spec: FluxSpec,
-    precision: tuple[str, str, str],
+    model: ResolvedModel,
     shapes: Mapping[str, Shape],
     graphs: bool = True,
     assistant: Path | None = None,
 ) -> Request:
-    """precision: storage, compute, activations, without `auto`. assistant: a LoRA file."""
-    lora, memory = config.lora, config.memory
-    storage, compute, activations = precision
+    """assistant: a LoRA file."""
+    lora, memory, spec = config.lora, config.memory, model.spec
     trained = lora_of(spec, lora.rank, lora.targets, lora.include, lora.exclude, lora.share_a)
     dropout, layers = lora.dropout > 0, config.model.layers
-    work = Work(spec, storage, compute, activations, trained, dropout, layers)
+    precision = model.storage, model.matmul, model.activations
+    work = Work(spec, *precision, trained, dropout, layers)
     return Request(
         work,
         shapes,
@@ -78,7 +77,7 @@ def assistant_bytes(path: Path, spec: FluxSpec) -> int:
 
 
 def plan_run(
-    config: Config, base: Path, shapes: Mapping[str, Shape], device: torch.device
+    config: Config, model: ResolvedModel, shapes: Mapping[str, Shape], device: torch.device
 ) -> Plan | None:
     """The plan of a run on the device, its encoders gone; None on a CPU without memory.limit_gib.
 
@@ -87,17 +86,9 @@ def plan_run(
     limit = config.memory.limit_gib
     if device.type != "cuda" and limit is None:
         return None
-    with open_base(base) as checkpoint:
-        spec, kept = checkpoint.spec, checkpoint.storage
-    compute = config.model.compute
-    storage = stored_as(config.model.storage, compute, kept)
-    storage, compute = resolve_precision(storage, compute, device)
-    dtype = activation_dtype(compute, "auto", device)
-    activations = next(word for word, known in DTYPES.items() if known == dtype)
-    precision = storage, compute, activations
     cuda = device.type == "cuda"
-    lora = config.model.assistant_lora and resolve_lora(config.model.assistant_lora)
-    request = request_of(config, spec, precision, shapes, graphs=cuda, assistant=lora)
+    lora = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
+    request = request_of(config, model, shapes, graphs=cuda, assistant=lora)
     return plan_on(device, replace(request, encodes=False), limit)
 
 
@@ -155,7 +146,7 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
     """
     limit = config.memory.limit_gib or math.inf
     cards = [(known, min(gib, limit)) for known, gib in _cards(vram_gib, gpu)]
-    spec, kept = _model(config.model)
+    spec, stored = _model(config.model)
     assistant = config.model.assistant_lora and Path(config.model.assistant_lora)
     assistant = assistant if assistant and assistant.exists() else None
     sides = sorted({side for data in config.data for side in data.resolution})
@@ -169,8 +160,8 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
         for chosen in sets:
             label = next(iter(chosen)) if len(chosen) == 1 else "mixed"
             try:
-                precision = _precision(config.model, kept, known, vram)
-                request = request_of(config, spec, precision, chosen, assistant=assistant)
+                model = _resolved(config.model, spec, stored, known, vram)
+                request = request_of(config, model, chosen, assistant=assistant)
                 rows.append(Row(known, vram, label, make_plan(request, known, usable(vram))))
             except DoesNotFit as error:
                 reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"
@@ -193,12 +184,15 @@ def _cards(vram_gib: float | None, gpu: str | None) -> list[tuple[Card, float]]:
     return [(card(name), gib) for gib, name in PRESETS.items()]
 
 
-def _precision(
-    model: ModelConfig, kept: str | None, known: Card, vram_gib: float
-) -> tuple[str, str, str]:
-    storage = stored_as(model.storage, model.compute, kept)
-    storage, compute = choose_precision(storage, model.compute, known.capability, vram_gib, True)
-    return storage, compute, compute if compute in DTYPES else "bf16"
+def _resolved(
+    model: ModelConfig, spec: FluxSpec, stored: str | None, known: Card, vram_gib: float
+) -> ResolvedModel:
+    """The model as a card would have it; the file need not be here."""
+    storage = stored_as(model.storage, model.compute, stored)
+    storage, matmul = choose_precision(storage, model.compute, known.capability, vram_gib, True)
+    activations = matmul if matmul in DTYPES else "bf16"
+    precisions = layer_precisions(spec, storage, matmul, model.layers)
+    return ResolvedModel(Path(model.path), spec, storage, matmul, activations, precisions)
 
 
 def _model(model: ModelConfig) -> tuple[FluxSpec, str | None]:
@@ -265,7 +259,7 @@ def breakdown(rows: list[Row]) -> list[str]:
 def what(plan: Plan) -> str:
     """How a plan goes about it; of several sizes, the largest."""
     work = plan.request.work
-    words = [f"{work.storage} base, {work.compute} products"]
+    words = [f"{work.storage} base, {work.matmul} products"]
     if len(plan.buckets) == 1:
         (bucket,) = plan.buckets.values()
         words.append(summary(bucket.choice.policies))

@@ -7,6 +7,7 @@ Needs neither transformers nor diffusers when everything is cached.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -19,12 +20,11 @@ from fluxfast.data.store import Dataset, Sample
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import check_no_links, one_of_several
-from fluxfast.formats.base import open_base
 from fluxfast.formats.base_folder import tokenizer_length
-from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_model
-from fluxfast.load import resolve_precision, stored_as
+from fluxfast.hub import ENCODERS, TRANSFORMER, fetch_model
+from fluxfast.load import ResolvedModel, resolve_model, resolve_precision
 from fluxfast.metrics import say
-from fluxfast.model.precision import layer_precisions
+from fluxfast.model.spec import FluxSpec
 from fluxfast.ranks import ALONE, Ranks
 from fluxfast.validation import hold_out
 
@@ -34,18 +34,27 @@ _AT_ONCE = 1
 _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "encoding images"}
 
 
+class Parts(NamedTuple):
+    """A model's parts. root: what holds the VAE and the text encoders; text_length: T5 tokens per
+    prompt.
+    """
+
+    model: ResolvedModel
+    root: Path
+    text_length: int
+
+
 @dataclass
 class Prepared:
     """Everything that training reads from disk.
 
-    held_out: what validation measures on (empty without); base: the transformer's path; root: the
-    what holds the VAE and the text encoders; prompts: preview prompt (trigger put in) -> its
-    embeddings' file.
+    held_out: what validation measures on (empty without); model: the transformer; root: what holds
+    the VAE and the text encoders; prompts: preview prompt (trigger put in) -> its embeddings' file.
     """
 
     dataset: Dataset
     held_out: list[Sample]
-    base: Path
+    model: ResolvedModel
     root: Path
     prompts: dict[str, Path]
 
@@ -55,14 +64,15 @@ def prepare(
     device: torch.device,
     console: Console,
     ranks: Ranks = ALONE,
+    parts: Parts | None = None,
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
-    Raises FluxfastError for a missing or unfit model, data that cannot be used, or a full disk;
-    ConfigError for a precision that cannot be.
+    parts: the model's, where they are resolved already. Raises FluxfastError for a missing or unfit
+    model, data that cannot be used, or a full disk; ConfigError for a precision that cannot be.
     """
     with ranks.first_before_others():  # one fetches what is on the Hub
-        base, root, length = check_model(config.model, device)
+        model, root, length = parts or resolve_parts(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
     check_no_links(config.cache_path, "latents", "text")
@@ -96,18 +106,7 @@ def prepare(
     if held_out:
         pictures = len({sample.name for sample in held_out})
         say(console, f"validation: {pictures} pictures held out")
-    return Prepared(dataset, held_out, base, root, files)
-
-
-def check_model(model: ModelConfig, device: torch.device) -> tuple[Path, Path, int]:
-    """`resolve_parts`, and ConfigError where the model cannot be kept and multiplied as asked."""
-    resolve_precision(model.storage, model.compute, device)  # said before a model is looked for
-    parts = resolve_parts(model)
-    with open_base(parts[0]) as checkpoint:
-        storage = stored_as(model.storage, model.compute, checkpoint.storage)
-        precision = resolve_precision(storage, model.compute, device)
-        layer_precisions(checkpoint.spec, *precision, model.layers)
-    return parts
+    return Prepared(dataset, held_out, model, root, files)
 
 
 def _hold_out(
@@ -148,21 +147,22 @@ def preview_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def resolve_parts(model: ModelConfig) -> tuple[Path, Path, int]:
-    """-> (the transformer's path, what holds VAE and text encoders, T5 tokens per prompt).
-
-    Raises FluxfastError for a model that is missing, incomplete or unfit.
+def resolve_parts(config: ModelConfig, device: torch.device) -> Parts:
+    """Raises FluxfastError for a model that is missing, incomplete or unfit, ConfigError where it
+    cannot be stored and multiplied as asked.
     """
-    wanted = TRANSFORMER if model.encoders else (*TRANSFORMER, *ENCODERS)
-    base = resolve_model(model.path, wanted)
-    root = _encoders_root(model, base)
-    return base, root, _text_length(model, base, root)
+    resolve_precision(config.storage, config.compute, device)  # fails before a download
+    wanted = TRANSFORMER if config.encoders else (*TRANSFORMER, *ENCODERS)
+    base = fetch_model(config.path, wanted)
+    root = _encoders_root(config, base)
+    model = resolve_model(base, config.storage, config.compute, device, layers=config.layers)
+    return Parts(model, root, _text_length(config, model.spec, root))
 
 
 def _encoders_root(model: ModelConfig, base: Path) -> Path:
     """What holds the VAE, the text encoders and the tokenizers."""
     if model.encoders:
-        root = resolve_model(model.encoders, ENCODERS)
+        root = fetch_model(model.encoders, ENCODERS)
     else:
         root = base.parent if base.is_dir() and base.name == "transformer" else base
     missing = [name for name in ENCODERS if not has_component(root, name)]
@@ -181,14 +181,12 @@ def _encoders_root(model: ModelConfig, base: Path) -> Path:
     return root
 
 
-def _text_length(model: ModelConfig, base: Path, root: Path) -> int:
+def _text_length(model: ModelConfig, spec: FluxSpec, root: Path) -> int:
     """T5 tokens: as asked, else the model's own length, never more than its tokenizer takes."""
-    with open_base(base) as checkpoint:
-        default = checkpoint.spec.text_length
     asked = model.max_sequence_length
     limit = tokenizer_length(component(root, "tokenizer_2"))
     if asked and limit and asked > limit:
         raise ConfigError(
             f"model.max_sequence_length is {asked}, the model's T5 tokenizer takes at most {limit}"
         )
-    return asked or min(default, limit or default)
+    return asked or min(spec.text_length, limit or spec.text_length)

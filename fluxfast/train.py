@@ -35,7 +35,7 @@ from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_assisted
 from fluxfast.optim import averaged, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
-from fluxfast.prepare import check_model, prepare
+from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.ranks import Ranks, attempt, joined
 from fluxfast.report import write_report
 from fluxfast.saves import Saves, lora_file, save_best
@@ -71,7 +71,7 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
 def _make_room(config: Config, console: Console) -> None:
     """Move an earlier run aside, once it is known that another can begin."""
     if config.run_dir.exists():
-        check_model(config.model, resolve_device(config.device))
+        resolve_parts(config.model, resolve_device(config.device))
         check_loras(config, fresh=True)
         with sole_user(config.run_dir):
             _move_aside(config.run_dir, console)
@@ -113,11 +113,11 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
     if ranks.count > 1:
         say(console, f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
     ranks.meet(device)
-    plan = plan_run(config, prepared.base, bucket_shapes(loader), device)
+    plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
         say(console, line)
     try:
-        run = build(config, prepared.base, loader, device, console, plan, ranks)
+        run = build(config, prepared.model, loader, device, console, plan, ranks)
         _check_fits(run.model, loader.batch(0))
         first, logged = saves.restore(run)
         if ranks.first:

@@ -71,13 +71,13 @@ fluxfast.data.cache      data.* encoders.* config draws errors ranks
 fluxfast.ahead           data.loader model.flux objective config
 fluxfast.planning        memory.* model.* data.buckets formats.base formats.lora_pieces formats.lora_read hub load config errors
 fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config ranks
-fluxfast.diagnose        data.loader lines memory.runtime model.lora step
+fluxfast.diagnose        data.loader lines memory.runtime model.lora objective step
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation settings files
-fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base formats.base_folder hub load model.precision config metrics validation files errors ranks
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base_folder hub load model.spec config metrics validation files errors ranks
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config metrics files
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors ranks
@@ -85,7 +85,7 @@ fluxfast.build           assemble checkpoint data.loader formats.lora formats.lo
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
 fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch ranks
 fluxfast.layer_errors    model.* fluxfast_kernels.gemm.linear
-fluxfast.check           config checkpoint data.loader draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
+fluxfast.check           config checkpoint data.loader data.store draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.quant.native
 fluxfast.cli_shared      config errors interrupt lines
 fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train ranks cli_shared
@@ -176,7 +176,7 @@ def test_the_sources_are_found():
     assert "fluxfast_kernels.quant.nf4" in MODULES
     assert _ours(_imports(_tree("fluxfast.load"))) == {
         "fluxfast.errors", "fluxfast.formats.base", "fluxfast.model.flux",
-        "fluxfast.model.precision", "fluxfast.ranks",
+        "fluxfast.model.precision", "fluxfast.model.spec", "fluxfast.ranks",
     }  # fmt: skip
 
 

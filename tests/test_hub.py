@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from fluxfast.errors import FluxfastError
-from fluxfast.hub import ENCODERS, TRANSFORMER, resolve_lora, resolve_model
+from fluxfast.hub import ENCODERS, TRANSFORMER, fetch_lora, fetch_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EVERYTHING = (*TRANSFORMER, *ENCODERS)
@@ -52,7 +52,7 @@ def write_component(folder: Path, shards: list[str], index: bool = True) -> None
 
 def refused(path: str, components=EVERYTHING) -> FluxfastError:
     with pytest.raises(FluxfastError) as caught:
-        resolve_model(path, components)
+        fetch_model(path, components)
     assert caught.value.exit_code == 1 and caught.value.hint
     assert "\n" not in caught.value.message
     return caught.value
@@ -61,7 +61,7 @@ def refused(path: str, components=EVERYTHING) -> FluxfastError:
 def test_a_whole_snapshot_needs_no_network(snapshot, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = record_downloads(monkeypatch)
-    assert resolve_model("org/flux", EVERYTHING) == snapshot
+    assert fetch_model("org/flux", EVERYTHING) == snapshot
     assert [call["local_files_only"] for call in asked] == [True]
 
 
@@ -85,7 +85,7 @@ def test_a_missing_file_sends_us_online(snapshot, damage):
 
 def test_what_is_not_asked_for_may_be_missing(snapshot):
     (snapshot / "vae" / "m.safetensors").unlink()
-    assert resolve_model("org/flux", TRANSFORMER) == snapshot
+    assert fetch_model("org/flux", TRANSFORMER) == snapshot
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_download_completes_the_snapshot(snapshot, monkeypatch):
     shard = snapshot / "transformer" / "m-2.safetensors"
     shard.unlink()
     asked = record_downloads(monkeypatch, lambda: (shard.write_bytes(b"x"), str(snapshot))[1])
-    assert resolve_model("org/flux", EVERYTHING) == snapshot
+    assert fetch_model("org/flux", EVERYTHING) == snapshot
     assert [call["local_files_only"] for call in asked] == [True, False]
     patterns = asked[-1]["allow_patterns"]
     assert {f"{name}/*" for name in EVERYTHING} <= set(patterns)
@@ -180,19 +180,19 @@ def record_downloads(monkeypatch, online=None) -> list[dict]:
 
 def test_a_local_path_wins_over_the_hub(snapshot, tmp_path):
     (tmp_path / "org" / "flux").mkdir(parents=True)
-    assert resolve_model("org/flux", EVERYTHING) == Path("org/flux")
+    assert fetch_model("org/flux", EVERYTHING) == Path("org/flux")
 
 
 def test_a_file_is_a_local_path_too(tmp_path):
     file = tmp_path / "flux.safetensors"
     file.write_bytes(b"")
-    assert resolve_model(str(file), TRANSFORMER) == file
+    assert fetch_model(str(file), TRANSFORMER) == file
 
 
 def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
-    assert resolve_model("~/model", EVERYTHING) == tmp_path / "model"
+    assert fetch_model("~/model", EVERYTHING) == tmp_path / "model"
 
 
 @pytest.mark.parametrize(
@@ -210,15 +210,15 @@ def test_what_is_neither_path_nor_hub_id(path, monkeypatch):
 def test_a_lora_by_its_path_or_from_the_cache(cache, tmp_path):
     """A cached repository without a LoRA file is not enough."""
     (tmp_path / "mine.safetensors").write_bytes(b"weights")
-    assert resolve_lora("mine.safetensors") == Path("mine.safetensors")
+    assert fetch_lora("mine.safetensors") == Path("mine.safetensors")
     folder = cache / "models--org--adapter" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
     (folder.parent.parent / "refs").mkdir()
     (folder.parent.parent / "refs" / "main").write_text(COMMIT)
     with pytest.raises(FluxfastError, match="org/adapter"):
-        resolve_lora("org/adapter")
+        fetch_lora("org/adapter")
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    assert resolve_lora("org/adapter") == folder
+    assert fetch_lora("org/adapter") == folder
     for missing in ("none.safetensors", "a/none.safetensors"):
         with pytest.raises(FluxfastError, match="does not exist"):
-            resolve_lora(missing)
+            fetch_lora(missing)

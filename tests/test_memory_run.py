@@ -47,7 +47,7 @@ def photos(tmp_path_factory):
 def start(config, plan=None):
     prepared = prepare(config, CPU, QUIET)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.base, loader, CPU, QUIET, plan), loader
+    return build(config, prepared.model, loader, CPU, QUIET, plan), loader
 
 
 def losses(run, loader, steps=4):
@@ -66,7 +66,7 @@ def planned(config, share=None, **more):
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
     at_ease = config.model_copy(update={"memory": config.memory.model_copy(
         update={"limit_gib": 100.0})})  # fmt: skip
-    plan = plan_run(at_ease, prepared.base, bucket_shapes(loader), CPU)
+    plan = plan_run(at_ease, prepared.model, bucket_shapes(loader), CPU)
     request = replace(plan.request, **more)
     if share is None:
         return make_plan(request, plan.card, plan.limit)

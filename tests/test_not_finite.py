@@ -54,7 +54,7 @@ def spoil(loader: Loader, name: str, value: float) -> None:
 def start(config: Config) -> Training:
     prepared = prepare(config, CPU, QUIET)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.base, loader, CPU, QUIET)
+    return build(config, prepared.model, loader, CPU, QUIET)
 
 
 # ---------------------------------------------------------------- a run that cannot go on

@@ -19,7 +19,7 @@ from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.names import block_linears
 from fluxfast.model.precision import (
-    COMPUTES,
+    MATMULS,
     STORAGES,
     Precision,
     activation_dtype,
@@ -32,7 +32,7 @@ from fluxfast.train import train
 
 CPU = torch.device("cpu")
 CLASH = [("int8", "fp8"), ("fp8", "int8")]
-PAIRS = [(s, c) for s in STORAGES for c in COMPUTES if (s, c) not in CLASH]
+PAIRS = [(s, c) for s in STORAGES for c in MATMULS if (s, c) not in CLASH]
 MODULATION = ("double_blocks.0.img_mod.lin", "single_blocks.1.modulation.lin")
 OUTER = ("img_in", "time_in.in_layer", "final_layer.linear", "final_layer.adaLN_modulation.1")
 
@@ -57,7 +57,7 @@ def test_without_choices(storage, compute):
             assert precision == Precision(storage)
         if name in OUTER:
             assert precision == Precision("fp32" if storage == "fp32" else "bf16")
-    in_8_bits = [name for name, precision in found.items() if precision.products]
+    in_8_bits = [name for name, precision in found.items() if precision.matmul]
     expected = [name for name in block_linears(SMALL) if "mod" not in name]
     assert in_8_bits == (expected if kind else [])
     assert all(found[name] == Precision(storage, kind) for name in in_8_bits)

@@ -180,7 +180,7 @@ def test_auto_is_what_the_file_is_in(storage, compute, kept, expected):
 
 def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model):
     from fluxfast.planning import plan_run
-    from fluxfast.prepare import check_model
+    from fluxfast.prepare import resolve_parts
 
     quantize(source, tmp_path / "q", "nf4")
     config = configure(
@@ -188,7 +188,7 @@ def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model)
         memory__limit_gib=8,
     )  # fmt: skip
     device = torch.device("cpu")
-    check_model(config.model, device)
+    resolve_parts(config.model, device)
     plan = plan_run(config, tmp_path / "q", {"64": shape_of(64, 64, 1, 32)}, device)
     assert plan.request.work.storage == "nf4"
 

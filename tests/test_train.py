@@ -42,7 +42,7 @@ def start(config: Config):
     device = resolve_device(config.device)
     prepared = prepare(config, device, QUIET)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.base, loader, device, QUIET), loader
+    return build(config, prepared.model, loader, device, QUIET), loader
 
 
 def metrics(config: Config) -> list[dict]:

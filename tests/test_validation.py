@@ -111,7 +111,7 @@ def test_measurement_is_fixed_and_paired(configure):
     prepared = prepare(config, device, QUIET)
     assert len(prepared.held_out) == 2
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    run = build(config, prepared.base, loader, device, QUIET)
+    run = build(config, prepared.model, loader, device, QUIET)
     validator = Validator(prepared.held_out, 1, 3, 1.0)
     first = validator.measure(run.model, device, 0)
     assert first.difference == 0 and first.low == first.high == 0 and first.pictures == 2

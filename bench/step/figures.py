@@ -35,7 +35,7 @@ def figures(
         return found
     found["images_per_s"] = cycle.batch * 1e3 / median_ms
     found["tflop_per_s"] = tflop * 1e3 / median_ms
-    peak = _peak(device_name, work.compute) if settings.device != "cpu" else 0
+    peak = _peak(device_name, work.matmul) if settings.device != "cpu" else 0
     if peak:
         found["mfu"] = found["tflop_per_s"] * 1e12 / peak
     return found

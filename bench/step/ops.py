@@ -140,7 +140,7 @@ def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
     said = {key: WORDS.get(row[key], row[key]) for key in ("storage", "products", "compute")}
     same = same and said["compute"] == work.activations
     if row["op"] != ATTENTION:  # which has no weight
-        same = same and (said["storage"], said["products"]) == (work.storage, work.compute)
+        same = same and (said["storage"], said["products"]) == (work.storage, work.matmul)
     tokens = (row["pixels"] // 16) ** 2
     return same and (tokens, row["batch"]) == (shape.image_tokens, shape.batch)
 
@@ -192,7 +192,7 @@ def lines_of(plan: Plan, label: str, rows: Iterable[dict] = ()) -> list[Line]:
     starts = sum(one.times * one.op.launches for one in counted if one.eager)
     starting = starts * known.launch_s
     waits = plan.seconds(label) - sum(
-        one.times * total_seconds([one.op], plan.card, plan.request.work.compute, one.eager)
+        one.times * total_seconds([one.op], plan.card, plan.request.work.matmul, one.eager)
         for one in counted
     )
     for name, bound, time in (

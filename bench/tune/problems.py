@@ -156,7 +156,7 @@ def _rows(linear: str, shape: Shape) -> int:
 def _of_linear(work: Work, linear: str, what: str, M: int, arch: int) -> tuple | None:
     """-> kernel, M, N, K of one launch of a linear; None for passes that ask nothing."""
     (N, K), (P, _) = linear_shape(linear, work.spec), work.lora.modules.get(linear, (0, 0))
-    R, products = work.lora.rank, work.precisions[linear].products
+    R, products = work.lora.rank, work.precisions[linear].matmul
     gated = linear.endswith(("proj", "mlp.2", "linear2"))
     if what in ("product", "dx"):
         op = ("gemm_8bit" if products else "lora_gemm") + "_dx" * (what == "dx")

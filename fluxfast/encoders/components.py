@@ -16,7 +16,7 @@ import torch
 from fluxfast.encoders.fingerprint import fingerprint
 from fluxfast.encoders.single_file import NAMES, Part, find_part, fingerprint_part, load_part
 from fluxfast.errors import FluxfastError
-from fluxfast.hub import resolve_tokenizer
+from fluxfast.hub import fetch_tokenizer
 
 # repositories that FLUX.1's own tokenizers came from, open to all
 _TOKENIZERS = {
@@ -36,7 +36,7 @@ def component(root: Path, name: str) -> Path | Part:
         return folder
     if name in _TOKENIZERS and root.exists() and not _is_diffusers(root):
         beside = root.parent / name if root.is_file() else folder
-        return beside if beside.is_dir() else resolve_tokenizer(_TOKENIZERS[name], name, beside)
+        return beside if beside.is_dir() else fetch_tokenizer(_TOKENIZERS[name], name, beside)
     part = None if name in _TOKENIZERS else find_part(root, name)
     if part is None:
         problem = f"{root} holds no {NAMES[name]}" if root.is_file() else f"{folder} is missing"

@@ -106,7 +106,7 @@ class Chooser:
             self.blocks.append(known[key])
 
     def _seconds(self, ops) -> float:
-        return total_seconds(ops, self.card, self.work.compute, self.launches)
+        return total_seconds(ops, self.card, self.work.matmul, self.launches)
 
     def _figures(self, name: str) -> _Block:
         work, shape = self.work, self.shape

@@ -72,18 +72,18 @@ class _Linear:
         self.work, self.name, self.M, self.gate = work, name, M, gate
         self.N, self.K = linear_shape(name, work.spec)
         self.P, self.rows = work.lora.modules.get(name, (0, 0))
-        self.R, self.e, self.products = work.lora.rank, work.width, work.precisions[name].products
+        self.R, self.e, self.matmul = work.lora.rank, work.width, work.precisions[name].matmul
         self.drops = work.dropout and self.P > 0  # takes a path that fuses nothing
-        self.made = 0 if self.drops or not self.products else made
+        self.made = 0 if self.drops or not self.matmul else made
         self.apart = gate == "trained" or (gate != "" and self.drops)
         # what the product multiplies, and in how many bytes
-        self.kind = self.products or work.activations
-        self.operand = 1 if self.products else self.e
+        self.kind = self.matmul or work.activations
+        self.operand = 1 if self.matmul else self.e
 
     def forward(self) -> list[Op]:
         M, N, K, e = self.M, self.N, self.K, self.e
         ops, weight = self._weight()
-        unmade = M * (K - self.made) if self.products else 0
+        unmade = M * (K - self.made) if self.matmul else 0
         if unmade and (self.drops or not self.P):
             ops.append(self._pass("codes", unmade, e + 1, 4.0))
             unmade = 0
@@ -103,7 +103,7 @@ class _Linear:
     def backward(self, need_dx: bool = True) -> list[Op]:
         M, N, K, e = self.M, self.N, self.K, self.e
         ops, weight = self._weight(towards_x=True) if need_dx else ([], 0)
-        codes = 1 if self.products and need_dx else 0  # of dy, still to be made
+        codes = 1 if self.matmul and need_dx else 0  # of dy, still to be made
         if self.gate:  # dy = gate · dout; the gate's own gradient reads y as well
             trained = self.gate == "trained"
             each = 3 * e if trained else 2 * e
@@ -158,7 +158,7 @@ class _Linear:
         """-> (the pass that makes the weight ready, or none; bytes a weight that the product
         reads)."""
         kept = self.work.kept(self.name)
-        halves = self.products or self.work.activations == "bf16"  # fp32 products are torch's
+        halves = self.matmul or self.work.activations == "bf16"  # fp32 products are torch's
         if kept == "nf4" and halves and self.M <= FUSED_ROWS:
             return [], NF4
         held = {"nf4": NF4, "int8": 1 + 4 / self.K, "fp8": 1 + 4 / self.K}.get(kept)
@@ -166,7 +166,7 @@ class _Linear:
         weights = self.N * self.K
         if kept != self.kind:
             return [self._pass("decode", weights, held + self.operand, 1.0)], self.operand
-        if kept == self.products and towards_x and self.M > UNTRANSPOSED_ROWS:
+        if kept == self.matmul and towards_x and self.M > UNTRANSPOSED_ROWS:
             return [self._pass("transpose", weights, 2.0, 0.0)], 1
         return [], held
 

@@ -57,12 +57,10 @@ def total_bytes(ops: Iterable[Op]) -> float:
     return sum(op.bytes for op in ops)
 
 
-def total_seconds(
-    ops: Iterable[Op], card: Card, compute: str = "", launches: bool = False
-) -> float:
-    """Of ops one after the other. compute: stretched by the card's measured factor of that compute
-    kind, where it has one; copies over PCIe are not, as no measured step had any."""
-    factor = card.factors[compute].value if compute in card.factors else 1.0
+def total_seconds(ops: Iterable[Op], card: Card, matmul: str = "", launches: bool = False) -> float:
+    """Of ops one after the other. matmul: stretched by the card's measured factor of that kind,
+    where it has one; copies over PCIe are not, as no measured step had any."""
+    factor = card.factors[matmul].value if matmul in card.factors else 1.0
     return sum(seconds(op, card, launches) * (1 if op.kind == "copy" else factor) for op in ops)
 
 

@@ -226,7 +226,7 @@ def _bucket(request, card, shape, budget, host, modulation, staging, choosers) -
             continue
         outer = outer_ops(request.work, shape)
         each = total_seconds(
-            [*outer.forward, *outer.backward], card, request.work.compute, not graphed
+            [*outer.forward, *outer.backward], card, request.work.matmul, not graphed
         )
         each += choice.seconds + _modulation_seconds(request, card, shape, modulation)
         found.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
@@ -237,7 +237,7 @@ def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: 
     """Per micro-batch. Ahead: one pass of MODULATION_ROWS rows serves several."""
     rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
     ops = modulation_ops(request.work, rows)
-    total = total_seconds([*ops.forward, *ops.backward], card, request.work.compute, True)
+    total = total_seconds([*ops.forward, *ops.backward], card, request.work.matmul, True)
     if modulation == "in_place":
         return total
     if modulation == "host":
@@ -248,7 +248,7 @@ def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: 
 
 def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state: str) -> float:
     ops = optimizer_ops(request.work, request.optimizer, request.ema)
-    total = total_seconds(ops, card, request.work.compute, True)
+    total = total_seconds(ops, card, request.work.matmul, True)
     if state == "host":
         moved = _on_host_bytes(request, "optimiser", state)
         total += 2 * seconds(Op("optimiser state", "copy", 0.0, moved), card)

@@ -166,7 +166,7 @@ def transient(work: Work, block: str, shape: Shape) -> int:
     """
     D, F = work.spec.hidden_size, work.spec.mlp_hidden
     M = shape.batch * shape.tokens
-    codes = 2 * D if work.compute in ("int8", "fp8") else 0
+    codes = 2 * D if work.matmul in ("int8", "fp8") else 0
     return M * (work.width * (2 * F + 3 * D + D // 2) + codes)
 
 
@@ -265,9 +265,9 @@ def scratch_counts(work: Work) -> dict[str, int]:
     found = {"dense": 0, "int8": 0, "fp8": 0}
     for name in linears(work.spec):
         N, K = linear_shape(name, work.spec)
-        kept, products = work.kept(name), work.precisions[name].products
-        if products:  # towards x even codes go through one, transposed
-            found[products] = max(found[products], N * K)
+        kept, matmul = work.kept(name), work.precisions[name].matmul
+        if matmul:  # towards x even codes go through one, transposed
+            found[matmul] = max(found[matmul], N * K)
         elif kept not in WIDTH:
             found["dense"] = max(found["dense"], N * K)
     return found

@@ -8,9 +8,9 @@ from fluxfast.errors import ConfigError
 from fluxfast.model.lora import select_targets
 from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import (
-    COMPUTES,
     DTYPES,
     IN_8_BITS,
+    MATMULS,
     STORAGES,
     Precision,
     layer_precisions,
@@ -58,28 +58,33 @@ def lora_of(
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained and how: storage, compute, activations and layers as `load_transformer` takes
-    them, without `auto`. Raises ConfigError for other words and for what does not go together.
+    """What is trained and how: storage, matmul and activations without `auto`, layers as
+    `layer_precisions` takes them. Raises ConfigError for other words and for what does not go
+    together.
     """
 
     spec: FluxSpec
     storage: str
-    compute: str
+    matmul: str
     activations: str
     lora: Lora
     dropout: bool = False
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        allowed = {"storage": STORAGES, "compute": COMPUTES, "activations": tuple(DTYPES)}
-        for name, words in allowed.items():
-            if (word := getattr(self, name)) not in words:
+        allowed = [
+            ("storage", self.storage, STORAGES),
+            ("compute", self.matmul, MATMULS),
+            ("activations", self.activations, tuple(DTYPES)),
+        ]
+        for name, word, words in allowed:
+            if word not in words:
                 raise ConfigError(f"{name} {word!r} is not one of {', '.join(words)}")
-        if self.compute in DTYPES and self.activations != self.compute:
-            said = f"activations {self.activations} do not go with compute {self.compute}"
+        if self.matmul in DTYPES and self.activations != self.matmul:
+            said = f"activations {self.activations} do not go with compute {self.matmul}"
             raise ConfigError(said, hint="they are chosen apart for compute int8 or fp8 alone")
-        if {self.storage, self.compute} == set(IN_8_BITS):
-            said = f"compute {self.compute} cannot multiply a base kept in {self.storage}"
+        if {self.storage, self.matmul} == set(IN_8_BITS):
+            said = f"compute {self.matmul} cannot multiply a base kept in {self.storage}"
             raise ConfigError(said, hint=f"compute {self.storage} or bf16")
         if unknown := set(self.lora.modules) - set(linears(self.spec)):
             raise ConfigError(f"lora: {min(unknown)!r} is no linear of this model")
@@ -91,7 +96,7 @@ class Work:
 
     @cached_property
     def precisions(self) -> dict[str, Precision]:
-        return layer_precisions(self.spec, self.storage, self.compute, self.layers)
+        return layer_precisions(self.spec, self.storage, self.matmul, self.layers)
 
     def kept(self, name: str) -> str:
         """How a linear's weight lies in memory: a word of STORAGES."""

@@ -296,7 +296,7 @@ class Flux(nn.Module):
         module = self.get_submodule(module_name)
         if kind == "weight":
             precision = precisions[module_name]
-            module.products, module.rotation = precision.products, precision.rotation
+            module.products, module.rotation = precision.matmul, precision.rotation
             return module.set_weight(tensor, precision.storage, nested)
         setattr(module, kind, tensor.to(self.compute_dtype, copy=True))
         return True

@@ -1,8 +1,8 @@
-"""How each linear of the model is kept and multiplied, from the storage, the compute kind and the
+"""How each linear of the model is kept and multiplied, from the storage, the kind of matmul and the
 choices made for single layers.
 
 Inside the blocks everything is kept in `storage`; around them in bf16, or fp32 where that is the
-storage. With 8-bit compute the blocks' linears multiply in codes, but for their modulation: it runs
+storage. With 8-bit matmul the blocks' linears multiply in codes, but for their modulation: it runs
 on one token a picture, so there is no time in it, and every token's norm hangs on it.
 """
 
@@ -20,20 +20,20 @@ from fluxfast.model.spec import FluxSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGES = ("fp32", "bf16", "nf4", "int8", "fp8")
-COMPUTES = ("fp32", "bf16", "int8", "fp8")
+MATMULS = ("fp32", "bf16", "int8", "fp8")
 IN_8_BITS = ("int8", "fp8")
 CHOICES = ("8bit", "rotate", "bf16")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Of one linear. storage: fp32, bf16, nf4, int8 or fp8. products: "int8" or "fp8", of 8-bit
-    codes; "" in the activations' dtype. rotation: columns a block of the Hadamard rotation that the
-    weight is kept in; 0 for none.
+    """Of one linear. storage: fp32, bf16, nf4, int8 or fp8. matmul: "int8" or "fp8", products of
+    8-bit codes; "" in the activations' dtype. rotation: columns a block of the Hadamard rotation
+    that the weight is kept in; 0 for none.
     """
 
     storage: str
-    products: str = ""
+    matmul: str = ""
     rotation: int = 0
 
 
@@ -44,7 +44,7 @@ def linears(spec: FluxSpec) -> list[str]:
 
 
 def multiplies_in_8_bits(name: str) -> bool:
-    """Whether a linear has 8-bit products where compute is int8 or fp8 and nothing else is said."""
+    """Whether a linear has 8-bit products where matmul is int8 or fp8 and nothing else is said."""
     return "_blocks." in name and "mod" not in name
 
 
@@ -62,19 +62,19 @@ def rotation_of(name: str, spec: FluxSpec) -> int:
 
 
 def layer_precisions(
-    spec: FluxSpec, storage: str, compute: str, choices: Mapping[str, str] | None = None
+    spec: FluxSpec, storage: str, matmul: str, choices: Mapping[str, str] | None = None
 ) -> dict[str, Precision]:
     """BFL name -> Precision, of every linear of the model.
 
-    storage, compute: as `load_transformer` takes them, without `auto`. choices: name or glob ->
-    `8bit` (compute's products), `rotate` (these on the rotated weight and input) or `bf16` (dense,
-    fp32 where the storage is); the last pattern that matches wins. nf4 of a layer whose K is not a
-    multiple of 64 becomes bf16 where the weight is set.
+    storage, matmul: without `auto`. choices: name or glob -> `8bit` (products of matmul's kind),
+    `rotate` (these on the rotated weight and input) or `bf16` (dense, fp32 where the storage is);
+    the last pattern that matches wins. nf4 of a layer whose K is not a multiple of 64 becomes bf16
+    where the weight is set.
 
-    Raises ConfigError for a pattern that matches nothing, for 8-bit products without 8-bit compute,
+    Raises ConfigError for a pattern that matches nothing, for 8-bit products without 8-bit matmul,
     and for a rotation that does not fit.
     """
-    kind = compute if compute in IN_8_BITS else ""
+    kind = matmul if matmul in IN_8_BITS else ""
     dense = "fp32" if storage == "fp32" else "bf16"
     precisions = {}
     for name, choice in _chosen(linears(spec), choices or {}).items():
@@ -85,7 +85,7 @@ def layer_precisions(
             precisions[name] = Precision(kept, kind if multiplies_in_8_bits(name) else "")
         elif not kind:
             raise ConfigError(
-                f"model.layers: {name} is to be {choice}, compute is {compute}: there are no 8-bit "
+                f"model.layers: {name} is to be {choice}, compute is {matmul}: there are no 8-bit "
                 "products to give it",
                 hint="--set model.compute=int8 (or fp8), or take it out of model.layers",
             )
@@ -135,21 +135,21 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def activation_dtype(compute: str, activations: str, device: torch.device) -> torch.dtype:
+def activation_dtype(matmul: str, activations: str, device: torch.device) -> torch.dtype:
     """What norms, attention, the LoRA and all products that are not in 8 bits run in.
 
-    activations: fp32, bf16 or `auto`: the compute kind itself, and with 8-bit products bf16 where
-    the device multiplies it. Raises ConfigError for another word or one that compute contradicts.
+    activations: fp32, bf16 or `auto`: the matmul kind itself, and with 8-bit products bf16 where
+    the device multiplies it. Raises ConfigError for another word or one that matmul contradicts.
     """
     if activations not in ("auto", *DTYPES):
         raise ConfigError(f"activations {activations!r} is not one of auto, {', '.join(DTYPES)}")
-    if compute not in IN_8_BITS:
-        if activations not in ("auto", compute):
+    if matmul not in IN_8_BITS:
+        if activations not in ("auto", matmul):
             raise ConfigError(
-                f"activations {activations} do not go with compute {compute}",
+                f"activations {activations} do not go with compute {matmul}",
                 hint="they are chosen apart for 8-bit products alone: compute int8 or fp8",
             )
-        return DTYPES[compute]
+        return DTYPES[matmul]
     if activations == "auto":
         activations = "bf16" if multiplies_bf16(device) else "fp32"
     return DTYPES[activations]
