@@ -47,7 +47,7 @@ from fluxfast.memory.saved import block_saved, blocks_of, outer_saved
 from fluxfast.memory.work import Shape, Work, lora_of, shape_of
 from fluxfast.model import saving
 from fluxfast.model.spec import DEV
-from fluxfast.objective import noise_batch, predict
+from fluxfast.objective import noise_batch
 from fluxfast.prepare import prepare
 from fluxfast.train import train
 from fluxfast.validation import best, read_validations
@@ -187,20 +187,30 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
     model = load_transformer(config.model.path, "bf16", "bf16", "cpu")
     load_lora(model, lora)
     train = config.train
-    noisy = noise_batch(batch.mean, batch.std, batch.mask, batch.t5.shape[1], batch.indices,
-                        config.seed, train.timesteps, train.timestep_bias)  # fmt: skip
-    given = [batch.t5, batch.pooled, *(v for v in vars(noisy).values() if isinstance(v, Tensor))]
-    known = [*model.parameters(), *model.buffers(), *given]
+    inputs = noise_batch(
+        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
+        config.seed, train.timesteps, train.timestep_bias,
+    )  # fmt: skip
+    known = [*model.parameters(), *model.buffers(), *(each for each in inputs if each is not None)]
     targets = config.lora.targets
     nano = Work(model.spec, "bf16", "bf16", "bf16", lora_of(model.spec, config.lora.rank, targets))
     dev = Work(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
-    shape = Shape(len(batch.indices), noisy.noisy.shape[1], batch.t5.shape[1])
+    shape = Shape(len(batch.indices), inputs.noisy.shape[1], batch.t5.shape[1])
     dev_shape = shape_of(FLUX_PIXELS, FLUX_PIXELS, 1, DEV.text_length)
     rows = []
     for policy in POLICIES:
         model.policies = [policy] * len(model.policies)
         counted = kept_with_policies(
-            known, lambda: predict(model, noisy, batch.t5, batch.pooled, train.guidance)
+            known,
+            lambda: model(
+                inputs.noisy,
+                inputs.img_ids,
+                inputs.t5,
+                inputs.txt_ids,
+                inputs.timesteps,
+                inputs.pooled,
+                torch.full_like(inputs.timesteps, train.guidance),
+            ),
         )
         rows.append({
             "bench": "activations-bytes",

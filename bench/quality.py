@@ -32,7 +32,7 @@ from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
 from fluxfast.load import load_transformer
 from fluxfast.model.lora import lora_layers
-from fluxfast.objective import flow_loss, noise_batch, predict
+from fluxfast.objective import noise_batch, sample_losses
 from fluxfast.prepare import prepare
 from fluxfast.train import train
 from fluxfast.validation import best, read_validations
@@ -103,10 +103,11 @@ def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
     for layer in lora_layers(model).values():
         layer.lora_A.grad = layer.lora_B.grad = None
     train = config.train
-    drawn = (batch.indices, config.seed, train.timesteps, train.timestep_bias)
-    noisy = noise_batch(batch.mean, batch.std, batch.mask, batch.t5.shape[1], *drawn)
-    prediction = predict(model, noisy, batch.t5, batch.pooled, train.guidance)
-    flow_loss(prediction, noisy).mean().backward()
+    inputs = noise_batch(
+        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
+        config.seed, train.timesteps, train.timestep_bias,
+    )  # fmt: skip
+    sample_losses(model, inputs, train.guidance).mean().backward()
     return {
         name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])
         for name, layer in lora_layers(model).items()

@@ -36,7 +36,7 @@ from fluxfast.model.precision import (
     layer_precisions,
     multiplies_in_8_bits,
 )
-from fluxfast.objective import flow_loss, noise_batch, predict
+from fluxfast.objective import noise_batch, sample_losses
 from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.resume import SHAPING, changes
 from fluxfast.settings import dump_yaml
@@ -212,16 +212,14 @@ def _gradients(
 
 
 def _loss(setting: Setting, model: Flux, batch: Batch) -> Tensor:
-    """A batch's mean loss, with the draws that training makes."""
-    train, device = setting.config.train, setting.device
-    mean, std, t5, pooled = (
-        tensor.to(device) for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
-    )
-    mask = None if batch.mask is None else batch.mask.to(device)
-    draw = (batch.indices, setting.config.seed, train.timesteps, train.timestep_bias)
-    noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
+    """A batch's mean loss, at training's own random numbers."""
+    train = setting.config.train
+    inputs = noise_batch(
+        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
+        setting.config.seed, train.timesteps, train.timestep_bias, device=setting.device,
+    )  # fmt: skip
     model.dropout_clock.indices = batch.indices
-    return flow_loss(predict(model, noisy, t5, pooled, train.guidance), noisy).mean()
+    return sample_losses(model, inputs, train.guidance).mean()
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -16,6 +16,7 @@ from fluxfast.data.loader import Batch
 from fluxfast.lines import plain
 from fluxfast.memory.runtime import is_out_of_memory
 from fluxfast.model.lora import lora_layers
+from fluxfast.objective import Inputs
 from fluxfast.step import Training
 
 
@@ -53,10 +54,10 @@ def _broken_weights(run: Training) -> list[str]:
 def _of_batch(run: Training, batch: Batch, step: int) -> Iterator[str]:
     inputs = run.inputs(batch)
     for row, name in enumerate(map(plain, batch.names)):
-        alone = {key: _row(tensor, row, len(batch.names)) for key, tensor in inputs.items()}
-        alone["modulation"] = None  # formed here, where it is seen
+        alone = Inputs(*(_row(tensor, row, len(batch.names)) for tensor in inputs))
+        alone = alone._replace(modulation=None)  # formed here, where it is seen
         run.model.dropout_clock.indices = [batch.indices[row]]
-        broken = [key for key, tensor in alone.items() if not _finite(tensor)]
+        broken = [key for key, tensor in alone._asdict().items() if not _finite(tensor)]
         if broken:
             yield f"step {step}, {name}: the cached sample itself is not finite ({broken[0]})"
         elif found := _of_sample(run, alone):
@@ -68,7 +69,7 @@ def _row(tensor: Tensor | None, row: int, count: int) -> Tensor | None:
     return tensor[row : row + 1] if tensor is not None and len(tensor) == count else tensor
 
 
-def _of_sample(run: Training, inputs: dict[str, Tensor | None]) -> str | None:
+def _of_sample(run: Training, inputs: Inputs) -> str | None:
     """What is not finite of one sample's loss and gradients, and where it began."""
     run.gradients.zero_()
     watch = _Watch(run)

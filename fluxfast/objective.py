@@ -2,14 +2,13 @@
 
     x_t = (1 − t)·x + t·n,   target = n − x,   t = 1 is pure noise
 
-Every draw is a pure function of (seed, global sample index). Imports torch and fluxfast_kernels
-only.
+Every random number is a pure function of (seed, global sample index).
 Shape legend: B batch, C latent channels, h, w latent rows and columns, T = h/2 · w/2 image tokens.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import fluxfast_kernels as fk
 import torch
@@ -19,8 +18,7 @@ from fluxfast import draws
 
 
 def flux_shift(t: Tensor, tokens: int) -> Tensor:
-    """FLUX's resolution-dependent shift of t towards noise: mu runs from 0.5 at 256 tokens to 1.15
-    at 4096.
+    """FLUX's shift of t towards noise by resolution: mu is 0.5 at 256 tokens, 1.15 at 4096.
 
     Source: BFL `flux/sampling.py`, time_shift and get_lin_function.
     """
@@ -36,8 +34,7 @@ def draw_timesteps(
     bias: str = "balanced",
     device="cpu",
 ) -> Tensor:
-    """t [B] in (0, 1), fp32, one uniform draw per global sample index through an inverse
-    distribution.
+    """t [B] in (0, 1), fp32: a uniform number per global sample index through a quantile function.
 
     kind: `sigmoid` (logit-normal, no shift), `uniform`, `linear` (uniform, to be used with its
     weight), or `flux_shift`. bias: `content` favours noise (1 − u³), `style` clean pictures (u³),
@@ -72,9 +69,7 @@ def timestep_weight(t: Tensor, kind: str) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, T, 4C]: 2 x 2 patches become tokens, channels outermost, as FLUX packs
-    them.
-    """
+    """[B, C, h, w] -> [B, T, 4C]: 2 x 2 patches become tokens, channels outermost, as in FLUX."""
     b, c, h, w = latents.shape
     patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(b, (h // 2) * (w // 2), c * 4)
@@ -100,9 +95,11 @@ def text_ids(length: int, device="cpu") -> Tensor:
     return torch.zeros(1, length, 3, device=device)
 
 
-@dataclass
-class NoisyBatch:
-    """What one prediction needs and is judged by. Tokens are packed: [B, T, 4C] fp32."""
+class Inputs(NamedTuple):
+    """What a forward takes and is judged by: tensors alone, which a graph reads from fixed memory.
+
+    Tokens are packed: [B, T, 4C] fp32.
+    """
 
     noisy: Tensor
     target: Tensor
@@ -111,75 +108,57 @@ class NoisyBatch:
     mask: Tensor | None  # [B, T, 4C]
     img_ids: Tensor
     txt_ids: Tensor
+    t5: Tensor  # [B, L, 4096]
+    pooled: Tensor  # [B, 768]
+    modulation: Tensor | None  # `Flux.modulation` of these, where it was formed ahead
 
 
 def noise_batch(
     mean: Tensor,
     std: Tensor,
     mask: Tensor | None,
-    text_length: int,
+    t5: Tensor,
+    pooled: Tensor,
     indices: list[int],
     seed: int,
     kind: str = "sigmoid",
     bias: str = "balanced",
     *,
+    device: torch.device | str = "cpu",
     stream: str = "",
     timesteps: Tensor | None = None,
-) -> NoisyBatch:
-    """Draw the VAE's own noise, the timesteps and the flow's noise for these samples.
-
-    mean, std [B, C, h, w] of the encoded pictures, normalised; mask [B, h, w] or None.
-    stream goes before the names of the draws; timesteps [B] are taken instead of drawn ones.
-    """
-    shape, device = tuple(mean.shape[1:]), mean.device
-    latents = pack(mean + std * draws.normal(seed, f"{stream}vae", indices, shape, device))
-    noise = pack(draws.normal(seed, f"{stream}noise", indices, shape, device))
-    t = timesteps
-    if t is None:
-        t = draw_timesteps(seed, indices, latents.shape[1], kind, bias, device)
-    if mask is not None:
-        mask = pack(mask[:, None].expand_as(mean).contiguous())
-    mix = t[:, None, None]
-    return NoisyBatch(
-        noisy=(1 - mix) * latents + mix * noise,
-        target=noise - latents,
-        timesteps=t,
-        weight=timestep_weight(t, kind),
-        mask=mask,
-        img_ids=image_ids(*shape[1:], device),
-        txt_ids=text_ids(text_length, device),
-    )
-
-
-def predict(
-    model: Callable[..., Tensor],
-    noisy: NoisyBatch,
-    t5: Tensor,
-    pooled: Tensor,
-    guidance: float,
     modulation: Tensor | None = None,
-) -> Tensor:
-    """The model's velocity [B, T, 4C] for a noised batch.
+) -> Inputs:
+    """The batch on the device, with the VAE's own noise, timesteps and the flow's noise drawn for
+    these samples. Does not synchronize where the batch lies in page-locked memory.
 
-    t5 [B, L, 4096], pooled [B, 768]; guidance: one number for the whole batch; modulation: what
-    `Flux.modulation` made of these, where it was formed ahead.
+    mean, std [B, C, h, w] of the encoded pictures, normalised, fp32; mask [B, h, w] or None.
+    stream prefixes the names of the random streams; timesteps [B] are taken instead of drawn ones.
     """
-    return model(
-        noisy.noisy,
-        noisy.img_ids,
-        t5,
-        noisy.txt_ids,
-        noisy.timesteps,
-        pooled,
-        torch.full_like(noisy.timesteps, guidance),
-        modulation,
-    )
+    host = mean, std, t5, pooled
+    mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
+    shape = tuple(mean.shape[1:])
+    vae_noise = draws.normal(seed, f"{stream}vae", indices, shape, device)
+    noise = draws.normal(seed, f"{stream}noise", indices, shape, device)
+    if timesteps is None:
+        tokens = (shape[1] // 2) * (shape[2] // 2)
+        timesteps = draw_timesteps(seed, indices, tokens, kind, bias, device)
+    t = timesteps.to(device)
+    noisy, target = fk.flow_mix(pack(mean), pack(std), pack(vae_noise), pack(noise), t)
+    if mask is not None:
+        mask = mask.to(device, non_blocking=True)
+        mask = pack(mask[:, None].expand_as(mean).contiguous())
+    ids = image_ids(*shape[1:], device), text_ids(t5.shape[1], device)
+    weight = timestep_weight(t, kind)
+    return Inputs(noisy, target, t, weight, mask, *ids, t5, pooled, modulation)
 
 
-def flow_loss(prediction: Tensor, batch: NoisyBatch) -> Tensor:
-    """Per-sample loss [B], fp32: weight · mean of mask · (prediction − target)², the mask's mean
-    brought to 1.
+def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float) -> Tensor:
+    """Losses [B], fp32: weight · mean of mask · (velocity − target)², the mask's mean brought to 1.
 
     So a mask moves the loss to where it is white without making the picture count for less.
     """
-    return fk.flow_loss(prediction, batch.target, batch.weight, batch.mask)
+    text = inputs.t5, inputs.txt_ids, inputs.timesteps, inputs.pooled
+    scale = torch.full_like(inputs.timesteps, guidance)
+    velocity = model(inputs.noisy, inputs.img_ids, *text, scale, inputs.modulation)
+    return fk.flow_loss(velocity, inputs.target, inputs.weight, inputs.mask)

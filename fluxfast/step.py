@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fluxfast.ahead import Ahead
-from fluxfast.memory.graphs import Graphs, Inputs, why_not
+from fluxfast.memory.graphs import Graphs, why_not
 from fluxfast.memory.runtime import MemoryRuntime, is_out_of_memory
 from fluxfast.model.flux import Flux
-from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
+from fluxfast.objective import Inputs, noise_batch, sample_losses
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
 from fluxfast.ranks import ALONE, Ranks
 
@@ -61,35 +61,22 @@ class Training:
 
     def loss(self, inputs: Inputs) -> Tensor:
         """Forward of one batch. -> its share of the step's loss."""
-        self.memory.use(self.labels[inputs["noisy"].shape[1]])
-        noisy = NoisyBatch(**{each.name: inputs[each.name] for each in fields(NoisyBatch)})
+        self.memory.use(self.labels[inputs.noisy.shape[1]])
         train = self.config.train
-        prediction = predict(
-            self.model,
-            noisy,
-            inputs["t5"],
-            inputs["pooled"],
-            train.guidance,
-            inputs["modulation"],
-        )
         # every batch counts the same, so accumulation is one larger batch; ranks share each alike
         parts = train.gradient_accumulation * self.ranks.count
-        return flow_loss(prediction, noisy).mean() / parts
+        return sample_losses(self.model, inputs, train.guidance).mean() / parts
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+    def inputs(self, batch: Batch) -> Inputs:
         """A batch on the device, noised: x_t, and what is to be predicted."""
-        train, device = self.config.train, self.device
-        mean, std, t5, pooled = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (batch.mean, batch.std, batch.t5, batch.pooled)
-        )
-        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
-        draw = (batch.indices, self.config.seed, train.timesteps, train.timestep_bias)
-        noisy = noise_batch(mean, std, mask, t5.shape[1], *draw)
+        train = self.config.train
         self.model.dropout_clock.indices = batch.indices
         number = batch.indices[0] // self.loader.batch_size
-        modulation = self.ahead(number) if self.ahead else None
-        return {**vars(noisy), "t5": t5, "pooled": pooled, "modulation": modulation}
+        return noise_batch(
+            batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
+            self.config.seed, train.timesteps, train.timestep_bias, device=self.device,
+            modulation=self.ahead(number) if self.ahead else None,
+        )  # fmt: skip
 
     def capture(self) -> None:
         """One graph per bucket, where there are graphs; with leaner policies where memory does not
@@ -110,11 +97,11 @@ class Training:
             del examples
             self.memory.out_of_memory(self.labels[tokens], failed)
 
-    def _examples(self) -> Iterator[dict[str, Tensor | None]]:
+    def _examples(self) -> Iterator[Inputs]:
         for batch in self.loader.examples():
             inputs = self.inputs(batch)
-            if inputs["modulation"] is not None:  # not the whole filling that it is a part of
-                inputs["modulation"] = inputs["modulation"].clone()
+            if inputs.modulation is not None:  # not the whole filling that it is a part of
+                inputs = inputs._replace(modulation=inputs.modulation.clone())
             yield inputs
 
     @contextmanager
@@ -129,7 +116,7 @@ class Training:
 
 def graph_key(inputs: Inputs) -> tuple:
     """What a graph is captured for: shapes, and whether there is a mask."""
-    return tuple(inputs["noisy"].shape), inputs["t5"].shape[1], inputs["mask"] is None
+    return tuple(inputs.noisy.shape), inputs.t5.shape[1], inputs.mask is None
 
 
 def train_step(

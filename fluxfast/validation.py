@@ -23,7 +23,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.files import read_rows, with_step, write_atomic
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_lora_strength
-from fluxfast.objective import flow_loss, noise_batch, predict
+from fluxfast.objective import noise_batch, sample_losses
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,18 @@ class Validator:
         try:
             for index, sample in enumerate(self.samples):
                 latents = read_tensors(sample.latents, LATENTS)
-                text = read_tensors(sample.texts[0], TEXT)
-                mean, std = (latents[key][None].to(device) for key in LATENTS)
-                mask = latents["mask"][None].to(device) if "mask" in latents else None
-                t5, pooled = text["t5"][None].to(device), text["pooled"][None].to(device)
+                tensors = {**latents, **read_tensors(sample.texts[0], TEXT)}
+                names = (*LATENTS, "mask", *TEXT)
+                encoded = [tensors[n][None].to(device) if n in tensors else None for n in names]
                 for position, t in enumerate(self.timesteps):
                     draw = index * len(self.timesteps) + position
-                    noisy = noise_batch(
-                        mean,
-                        std,
-                        mask,
-                        t5.shape[1],
-                        [draw],
-                        self.seed,
-                        stream="validation/",
-                        timesteps=t[None].to(device),
-                    )
-                    prediction = predict(model, noisy, t5, pooled, self.guidance)
-                    loss = flow_loss(prediction, noisy).item()  # sync: validation reads its result
-                    per_picture.setdefault(sample.name, []).append(loss)
+                    inputs = noise_batch(
+                        *encoded, [draw], self.seed,
+                        device=device, stream="validation/", timesteps=t[None],
+                    )  # fmt: skip
+                    loss = sample_losses(model, inputs, self.guidance)
+                    # sync: validation reads its result
+                    per_picture.setdefault(sample.name, []).append(loss.item())
         finally:
             model.train(training)
         means = [math.fsum(losses) / len(losses) for losses in per_picture.values()]

@@ -5,6 +5,8 @@ with the tensors that they ran on, and replays them into the same memory, where 
 out their activations over each other's. What a graph gets wrong it gets wrong too.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from small import SMALL
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fluxfast.memory.graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
-from fluxfast.objective import NoisyBatch, flow_loss, noise_batch, predict
+from fluxfast.objective import Inputs, noise_batch, sample_losses
 from fluxfast.optim import flat_gradients
 
 
@@ -118,9 +120,7 @@ class Step:
 
     def work(self, inputs) -> Tensor:
         self.calls += 1
-        noisy = NoisyBatch(**{name: inputs[name] for name in NAMES})
-        prediction = predict(self.model, noisy, inputs["t5"], inputs["pooled"], 1.0)
-        loss = flow_loss(prediction, noisy).mean() / 2
+        loss = sample_losses(self.model, inputs, 1.0).mean() / 2
         loss.backward()
         return loss.detach()
 
@@ -130,21 +130,20 @@ class Step:
             parameter.sub_(parameter.grad, alpha=0.1)
 
 
-NAMES = ("noisy", "target", "timesteps", "weight", "mask", "img_ids", "txt_ids")
 # of samples in pairs: latent rows, columns, and whether there is a mask
 BUCKETS = {"small": (4, 4, False), "wide": (4, 8, True), "tall": (8, 4, False)}
 
 
-def draw(bucket: str, index: int, device: str = "cpu") -> dict[str, Tensor | None]:
+def draw(bucket: str, index: int, device: str = "cpu") -> Inputs:
     """The inputs of sample `index` and the next."""
     rows, columns, masked = BUCKETS[bucket]
     g = torch.Generator().manual_seed(index)
     mean = torch.randn(2, SMALL.in_channels // 4, rows, columns, generator=g).to(device)
     mask = torch.rand(2, rows, columns, generator=g).to(device) if masked else None
-    noisy = noise_batch(mean, torch.ones_like(mean), mask, 3, [index, index + 1], seed=0)
     t5 = torch.randn(2, 3, SMALL.context_in_dim, generator=g).to(device)
     pooled = torch.randn(2, SMALL.vec_in_dim, generator=g).to(device)
-    return {**{name: getattr(noisy, name) for name in NAMES}, "t5": t5, "pooled": pooled}
+    encoded = mean, torch.ones_like(mean), mask, t5, pooled
+    return noise_batch(*encoded, [index, index + 1], seed=0, device=device)
 
 
 ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]
@@ -195,6 +194,16 @@ def test_capture_changes_no_training_state():
     )
 
 
+class X(NamedTuple):
+    x: Tensor | None
+    shift: Tensor | None = None
+
+
+class More(NamedTuple):
+    x: Tensor
+    more: Tensor
+
+
 class Line:
     """loss = sum(w · x · factor), its gradient x · factor; factor is Python's."""
 
@@ -204,7 +213,7 @@ class Line:
         self.factor, self.ran = 1.0, []
 
     def work(self, inputs) -> Tensor:
-        x, shift = inputs["x"], inputs.get("shift")
+        x, shift = inputs.x, inputs.shift
         self.ran.append(tuple(x.shape))
         loss = (self.w * x * self.factor).sum()
         if shift is not None:
@@ -217,7 +226,7 @@ def line(*counts: int, recorder=None) -> tuple[Line, Graphs, ReplayRecorder]:
     """Captured with x [count, 3] per count."""
     step, recorder = Line(), recorder or ReplayRecorder()
     graphs = Graphs(step.work, step.gradients, print, recorder=recorder)
-    graphs.capture({count: {"x": torch.ones(count, 3), "shift": None} for count in counts})
+    graphs.capture({count: X(torch.ones(count, 3)) for count in counts})
     return step, graphs, recorder
 
 
@@ -226,19 +235,19 @@ def test_largest_first_and_nothing_runs_eagerly_beside_a_pool():
     assert step.ran == [(5, 3), (5, 3), (2, 3), (2, 3), (1, 3), (1, 3), (5, 3), (2, 3), (1, 3)]
     assert recorder.log == ["release", *["warm up"] * 3, *["record"] * 3]
     step.ran.clear()
-    graphs.capture({n: {"x": torch.ones(n, 3)} for n in (1, 2)}, size=lambda x: -len(x["x"]))
+    graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2)}, size=lambda x: -len(x.x))
     assert step.ran[-2:] == [(1, 3), (2, 3)] and 5 not in graphs
 
 
 def test_the_stand_in_goes_wrong_where_a_graph_does():
     """It freezes what Python said, and a loss of the last replay is gone after the next."""
     step, graphs, _ = line(1, 2)
-    ones = {"x": torch.ones(1, 3), "shift": None}
+    ones = X(torch.ones(1, 3))
     step.factor = 7.0
     assert graphs(1, ones) == 3.0  # not 21
     raw = graphs._recordings[1].output
     assert raw == 3.0
-    graphs(2, {"x": torch.ones(2, 3), "shift": None})
+    graphs(2, X(torch.ones(2, 3)))
     assert torch.isnan(raw)
 
 
@@ -246,24 +255,23 @@ def test_inputs_that_the_graph_was_not_captured_with():
     step, graphs, _ = line(2)
     x = torch.ones(2, 3)
     for odd, message in (
-        ({"x": torch.ones(4, 3), "shift": None}, r"x .* graph of 2 .* \[2, 3\], got .*\[4, 3\]"),
-        ({"x": x.double(), "shift": None}, "x .* float32 .* got float64"),
-        ({"x": x, "shift": x}, r"shift .* graph of 2 .* None, got float32 \[2, 3\]"),
-        ({"x": None, "shift": None}, "x .* got None"),
-        ({"x": x}, "graph of 2 .*: shift"),
-        ({"x": x, "shift": None, "more": x}, "graph of 2 .*: more"),
+        (X(torch.ones(4, 3)), r"x .* graph of 2 .* \[2, 3\], got .*\[4, 3\]"),
+        (X(x.double()), "x .* float32 .* got float64"),
+        (X(x, x), r"shift .* graph of 2 .* None, got float32 \[2, 3\]"),
+        (X(None), "x .* got None"),
+        (More(x, x), "graph of 2 .*: more, shift"),
     ):
         with pytest.raises(ValueError, match=message):
             graphs(2, odd)
     assert (step.gradients == 0).all()
-    assert graphs(2, {"x": x, "shift": None}) == 6.0
+    assert graphs(2, X(x)) == 6.0
 
 
 def test_a_shape_that_was_not_captured_runs_eagerly():
     step, graphs, _ = line(2)
     step.ran.clear()
-    assert graphs(3, {"x": torch.ones(3, 3)}) == 9.0 and step.ran == [(3, 3)]
-    assert graphs(2, {"x": torch.ones(2, 3), "shift": None}) == 6.0 and step.ran == [(3, 3)]
+    assert graphs(3, X(torch.ones(3, 3))) == 9.0 and step.ran == [(3, 3)]
+    assert graphs(2, X(torch.ones(2, 3))) == 6.0 and step.ran == [(3, 3)]
     assert step.gradients[:3].tolist() == [5.0, 5.0, 5.0]
 
 
@@ -275,7 +283,7 @@ def test_dropping():
     graphs.drop()
     assert 2 not in graphs and recorder.log == ["release"]
     step.factor = 7.0
-    assert graphs(2, {"x": torch.ones(2, 3)}) == 42.0  # eagerly
+    assert graphs(2, X(torch.ones(2, 3))) == 42.0  # eagerly
 
 
 def test_a_step_that_waits_is_run_eagerly_and_said_so_once():
@@ -284,19 +292,19 @@ def test_a_step_that_waits_is_run_eagerly_and_said_so_once():
 
     def work(inputs):
         loss = step.work(inputs)
-        return loss * loss.item() if len(inputs["x"]) == 1 else loss
+        return loss * loss.item() if len(inputs.x) == 1 else loss
 
     recorder = ReplayRecorder()
     graphs = Graphs(work, step.gradients, said.append, recorder=recorder)
     step.gradients.fill_(5.0)
-    graphs.capture({n: {"x": torch.ones(n, 3)} for n in (1, 2)})
+    graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2)})
     assert (step.gradients == 5.0).all()
     assert graphs.reason == "operation not permitted when stream is capturing"
     assert said == [f"CUDA graphs are off: {graphs.reason}"]
     assert 2 not in graphs and not recorder.pool and recorder.log[-1] == "release"
-    assert graphs(1, {"x": 2 * torch.ones(1, 3)}) == 36.0
+    assert graphs(1, X(2 * torch.ones(1, 3))) == 36.0
     recorder.log.clear()
-    graphs.capture({2: {"x": torch.ones(2, 3)}})  # not tried again
+    graphs.capture({2: X(torch.ones(2, 3))})  # not tried again
     assert "record" not in recorder.log and 2 not in graphs and len(said) == 1
 
 
@@ -320,7 +328,7 @@ def test_an_error_of_the_step_itself_is_raised():
 
     graphs = Graphs(work, step.gradients, said.append, recorder=ReplayRecorder())
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.capture({1: {"x": torch.ones(1, 3)}})
+        graphs.capture({1: X(torch.ones(1, 3))})
     assert (step.gradients == 0).all() and graphs.reason is None and not said
 
 
@@ -337,8 +345,8 @@ def test_reasons_known_beforehand(monkeypatch):
 def test_a_known_reason_is_announced_except_of_a_cpu(reason):
     step, said = Line(), []
     graphs = Graphs(step.work, step.gradients, said.append, reason)
-    graphs.capture({1: {"x": torch.ones(1, 3)}})
-    assert not step.ran and graphs(1, {"x": torch.ones(1, 3)}) == 3.0
+    graphs.capture({1: X(torch.ones(1, 3))})
+    assert not step.ran and graphs(1, X(torch.ones(1, 3))) == 3.0
     assert said == ([] if reason == ON_CPU else ["CUDA graphs are off: LoRA dropout"])
 
 
@@ -360,7 +368,7 @@ class Wide:
 
     def work(self, inputs) -> Tensor:
         y = self.w
-        for row in inputs["x"]:
+        for row in inputs.x:
             y = torch.sin(y * row)
         self.spoil()
         loss = y.sum()
@@ -368,7 +376,7 @@ class Wide:
         return loss.detach()
 
     def examples(self, *counts: int):
-        return {n: {"x": torch.ones(n, 1, device="cuda")} for n in counts}
+        return {n: X(torch.ones(n, 1, device="cuda")) for n in counts}
 
 
 def _reserved() -> int:

@@ -9,18 +9,28 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from fluxfast import draws
 from fluxfast.objective import (
+    Inputs,
     draw_timesteps,
-    flow_loss,
     flux_shift,
     image_ids,
     noise_batch,
     pack,
+    sample_losses,
     text_ids,
     timestep_weight,
     unpack,
 )
 
 MANY = list(range(20_000))
+
+
+def noised(mean, std, mask, indices, **more) -> Inputs:
+    text = torch.zeros(len(mean), 5, 2), torch.zeros(len(mean), 3)
+    return noise_batch(mean, std, mask, *text, indices, **more)
+
+
+def losses_of(velocity, batch: Inputs) -> torch.Tensor:
+    return sample_losses(lambda *_: velocity, batch, 1.0)
 
 
 def test_sigmoid_is_logit_normal():
@@ -69,17 +79,17 @@ def test_linear_weight_is_a_bell_of_mean_one():
 def test_draws_belong_to_the_sample_not_to_the_batch():
     shape = (2, 4, 4)
     mean, std = torch.zeros(3, *shape), torch.ones(3, *shape)
-    three = noise_batch(mean, std, None, 5, [4, 5, 6], seed=1)
-    one = noise_batch(mean[:1], std[:1], None, 5, [5], seed=1)
+    three = noised(mean, std, None, [4, 5, 6], seed=1)
+    one = noised(mean[:1], std[:1], None, [5], seed=1)
     assert torch.equal(three.noisy[1:2], one.noisy) and torch.equal(three.target[1:2], one.target)
     assert not torch.equal(three.noisy[0], three.noisy[1])
-    assert not torch.equal(noise_batch(mean, std, None, 5, [4, 5, 6], seed=2).noisy, three.noisy)
+    assert not torch.equal(noised(mean, std, None, [4, 5, 6], seed=2).noisy, three.noisy)
 
 
 def test_mixture_and_target():
     """x_t = (1 - t) x + t n and target n - x, with x carrying the VAE's own noise."""
     mean = torch.randn(2, 3, 4, 6)
-    batch = noise_batch(mean, 0.1 * torch.ones_like(mean), None, 5, [7, 8], seed=3)
+    batch = noised(mean, 0.1 * torch.ones_like(mean), None, [7, 8], seed=3)
     x = pack(mean + 0.1 * draws.normal(3, "vae", [7, 8], (3, 4, 6)))
     n = pack(draws.normal(3, "noise", [7, 8], (3, 4, 6)))
     t = batch.timesteps[:, None, None]
@@ -103,20 +113,20 @@ def test_mask_weights_places_and_keeps_the_scale():
     mean = torch.randn(2, 4, 4, 4)
     mask = torch.zeros(2, 4, 4)
     mask[:, :2] = 1.0
-    batch = noise_batch(mean, torch.zeros_like(mean), mask, 5, [0, 1], seed=0)
+    batch = noised(mean, torch.zeros_like(mean), mask, [0, 1], seed=0)
     right = batch.target.clone()
-    assert torch.equal(flow_loss(right, batch), torch.zeros(2))
+    assert torch.equal(losses_of(right, batch), torch.zeros(2))
     black = unpack(right, 4, 4)
     black[:, :, 2:] += 100.0
-    assert torch.equal(flow_loss(pack(black), batch), torch.zeros(2))
+    assert torch.equal(losses_of(pack(black), batch), torch.zeros(2))
     white = unpack(right, 4, 4)
     white[:, :, :2] += 3.0
-    assert torch.allclose(flow_loss(pack(white), batch), torch.full((2,), 9.0), atol=1e-4)
+    assert torch.allclose(losses_of(pack(white), batch), torch.full((2,), 9.0), atol=1e-4)
 
 
 def test_loss_is_per_sample_and_weighted():
     mean = torch.randn(3, 4, 4, 4)
-    batch = noise_batch(mean, torch.zeros_like(mean), None, 5, [0, 1, 2], seed=0, kind="linear")
-    per_sample = flow_loss(batch.target + 2.0, batch)
+    batch = noised(mean, torch.zeros_like(mean), None, [0, 1, 2], seed=0, kind="linear")
+    per_sample = losses_of(batch.target + 2.0, batch)
     assert torch.allclose(per_sample, 4.0 * timestep_weight(batch.timesteps, "linear"), atol=1e-5)
     assert math.isfinite(per_sample.sum())

@@ -31,7 +31,7 @@ from fluxfast.assemble import assemble, bucket_shapes
 from fluxfast.memory.fitting import DoesNotFit, plan_on
 from fluxfast.memory.plan import GIB, MARGIN, Plan, Request
 from fluxfast.memory.runtime import MemoryExhausted
-from fluxfast.objective import image_ids, text_ids
+from fluxfast.objective import Inputs, image_ids, text_ids
 from fluxfast.step import graph_key, train_step
 
 ENDLESS = 10**6  # steps that a run is said to have
@@ -174,18 +174,18 @@ class TrainerStep:
         if run.ahead is not None:
             with torch.no_grad():
                 modulation = run.model.modulation(t, batch.y, batch.guidance)
-        inputs = {
-            "noisy": batch.img.float(),
-            "target": batch.target,
-            "timesteps": t,
-            "weight": torch.ones_like(t),
-            "mask": None,
-            "img_ids": image_ids(side, side, self.device),
-            "txt_ids": text_ids(batch.txt.shape[1], self.device),
-            "t5": batch.txt,
-            "pooled": batch.y,
-            "modulation": modulation,
-        }
+        inputs = Inputs(
+            noisy=batch.img.float(),
+            target=batch.target,
+            timesteps=t,
+            weight=torch.ones_like(t),
+            mask=None,
+            img_ids=image_ids(side, side, self.device),
+            txt_ids=text_ids(batch.txt.shape[1], self.device),
+            t5=batch.txt,
+            pooled=batch.y,
+            modulation=modulation,
+        )
         self.clear()
         return run.graphs(graph_key(inputs), inputs)
 

@@ -21,12 +21,12 @@ import gc
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Inputs = Mapping[str, Tensor | None]
+Inputs = Any  # a NamedTuple of tensors and None
 Work = Callable[[Inputs], Tensor]
 
 ON_CPU = "the device is a CPU"
@@ -98,7 +98,7 @@ class Graphs:
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
         self._static: dict[tuple, Tensor] = {}
-        self._inputs: dict[Hashable, dict[str, Tensor | None]] = {}
+        self._inputs: dict[Hashable, Inputs] = {}
         self._recordings: dict[Hashable, Recording] = {}
         if reason is not None:
             self._run_eagerly(reason)
@@ -203,39 +203,38 @@ class Graphs:
         if reason != ON_CPU:
             self._announce(f"CUDA graphs are off: {reason}")
 
-    def _make_static(self, example: Inputs) -> dict[str, Tensor | None]:
-        static: dict[str, Tensor | None] = {}
-        for name, tensor in example.items():
+    def _make_static(self, example: Inputs) -> Inputs:
+        static: list[Tensor | None] = []
+        for name, tensor in zip(example._fields, example, strict=True):
             if tensor is None:
-                static[name] = None
+                static.append(None)
                 continue
             kind = name, tuple(tensor.shape), tensor.dtype
             if kind not in self._static:
                 made = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._gradients.device)
                 self._static[kind] = made.copy_(tensor)
-            static[name] = self._static[kind]
-        return static
+            static.append(self._static[kind])
+        return example._make(static)
 
 
 def _nbytes(inputs: Inputs) -> int:
-    return sum(tensor.nbytes for tensor in inputs.values() if tensor is not None)
+    return sum(tensor.nbytes for tensor in inputs if tensor is not None)
 
 
-def _fill(static: Mapping[str, Tensor | None], inputs: Inputs, key: Hashable) -> None:
+def _fill(static: Inputs, inputs: Inputs, key: Hashable) -> None:
     """Copy the inputs to where the graph of `key` reads them."""
-    if static.keys() != inputs.keys():
-        odd = sorted(static.keys() ^ inputs.keys())
+    if static._fields != inputs._fields:
+        odd = sorted(set(static._fields) ^ set(inputs._fields))
         raise ValueError(f"the graph of {key} was captured with other inputs: {', '.join(odd)}")
-    for name, held in static.items():
-        given = inputs[name]
-        if _kind(given) != _kind(held):
+    for name, target, source in zip(static._fields, static, inputs, strict=True):
+        if _kind(source) != _kind(target):
             raise ValueError(
-                f"{name} must be as the graph of {key} was captured, {_kind(held)}, "
-                f"got {_kind(given)}"
+                f"{name} must be as the graph of {key} was captured, {_kind(target)}, "
+                f"got {_kind(source)}"
             )
-    for name, held in static.items():
-        if held is not None:
-            held.copy_(inputs[name], non_blocking=True)
+    for target, source in zip(static, inputs, strict=True):
+        if target is not None:
+            target.copy_(source, non_blocking=True)
 
 
 def _kind(tensor: Tensor | None) -> str:
