@@ -62,9 +62,14 @@ def assemble(
     labels, policies = bucket_labels(loader), _policies(config, model, loader, plan)
     memory = MemoryRuntime(model, plan, policies, device, announce)
     memory.attach(optimizer)
+    gradients = flat_gradients(parameters)
     run = Training(
-        config, device, model, parameters, flat_gradients(parameters), optimizer, ema, memory,
-        labels, loader, announce, ranks=ranks,
+        config, device, model, parameters, gradients, optimizer, ema, memory,
+        labels, loader, ranks=ranks,
+    )  # fmt: skip
+    run.graphs = memory.make_graphs(
+        run.gradient_pass, gradients, run.examples,
+        lora_dropout=config.lora.dropout > 0, wanted=config.memory.graphs,
     )  # fmt: skip
     if _forms_ahead(config, model, plan):
         run.ahead = Ahead(model, loader, config, device)

@@ -1,12 +1,11 @@
-"""One optimiser step on one page, and what it works on.
+"""One optimizer step on one page, and what it works on.
 
 Runs with torch and triton alone: of the configuration and the loader only the types are named here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.ahead import Ahead
-from fluxfast.memory.graphs import Graphs, why_not
-from fluxfast.memory.runtime import MemoryRuntime, is_out_of_memory
+from fluxfast.memory.graphs import Graphs
+from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
 from fluxfast.objective import Inputs, noise_batch, sample_losses
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
@@ -40,18 +39,10 @@ class Training:
     memory: MemoryRuntime
     labels: dict[int, str]
     loader: Loader
-    announce: Callable[[str], None]
     ahead: Ahead | None = None
     ranks: Ranks = ALONE
-    updating: bool = False  # whether the optimiser has begun a step and not ended it
+    updating: bool = False  # whether the optimizer has begun a step and not ended it
     graphs: Graphs = field(init=False)
-
-    def __post_init__(self):
-        dropout, offload = self.config.lora.dropout > 0, self.memory.offloads
-        reason = why_not(self.device, lora_dropout=dropout, offload=offload)
-        if reason is None and not self.config.memory.graphs:
-            reason = "memory.graphs is false"
-        self.graphs = Graphs(self.gradient_pass, self.gradients, self.announce, reason)
 
     def gradient_pass(self, inputs: Inputs) -> Tensor:
         """Forward and backward of one batch into the gradients. -> its loss, detached."""
@@ -78,43 +69,23 @@ class Training:
             modulation=self.ahead(number) if self.ahead else None,
         )  # fmt: skip
 
-    def capture(self) -> None:
-        """One graph per bucket, where there are graphs; with leaner policies where memory does not
-        do for them.
-        """
-        while self.graphs.reason is None:
-            examples = {graph_key(inputs): inputs for inputs in self._examples()}
-            failed = None
-            try:
-                self.graphs.capture(examples)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = str(error)
-            if failed is None:
-                return
-            (_, tokens, _), *_ = self.graphs.failed_key
-            del examples
-            self.memory.out_of_memory(self.labels[tokens], failed)
-
-    def _examples(self) -> Iterator[Inputs]:
+    def examples(self) -> dict[Hashable, Inputs]:
+        """Inputs of every shape that the data has, by what a graph is captured for."""
+        found = {}
         for batch in self.loader.examples():
-            inputs = self.inputs(batch)
-            if inputs.modulation is not None:  # not the whole filling that it is a part of
-                inputs = inputs._replace(modulation=inputs.modulation.clone())
-            yield inputs
-
-    @contextmanager
-    def without_graphs(self, again: bool):
-        """Their memory is there for something else inside. again: they are captured anew after."""
-        captured = self.graphs.captured
-        self.graphs.drop()
-        yield
-        if captured and again:
-            self.capture()
+            inputs = _own_modulation(self.inputs(batch))
+            found[graph_key(inputs)] = inputs
+        return found
 
 
-def graph_key(inputs: Inputs) -> tuple:
+def _own_modulation(inputs: Inputs) -> Inputs:
+    """Modulation is a view of what was formed ahead for many batches, which it would keep alive."""
+    if inputs.modulation is None:
+        return inputs
+    return inputs._replace(modulation=inputs.modulation.clone())
+
+
+def graph_key(inputs: Inputs) -> Hashable:
     """What a graph is captured for: shapes, and whether there is a mask."""
     return tuple(inputs.noisy.shape), inputs.t5.shape[1], inputs.mask is None
 
@@ -122,15 +93,14 @@ def graph_key(inputs: Inputs) -> tuple:
 def train_step(
     run: Training, batches: list[Batch], step: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """One optimiser step (counted from 0) on the mean loss of `batches`, of which every rank gives
-    its own samples. Waits for nothing.
+    """One optimizer step (counted from 0) on the mean loss of `batches`, of which every rank gives
+    its own samples. Does not synchronize with the device.
 
-    -> loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on the
-    device), and the learning rate. Where memory runs out before the optimiser has begun, the whole
-    window is taken again with leaner policies.
+    Returns loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on
+    the device), and the learning rate. Where memory runs out before the optimizer has begun, the
+    whole window is taken again with cheaper policies.
     """
-    while (total := _accumulate(run, batches)) is None:
-        pass
+    total = run.memory.retry(lambda: _accumulate(run, batches))
     run.ranks.sum_(run.gradients, total)
     train = run.config.train
     norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
@@ -145,30 +115,13 @@ def train_step(
     return total, norm, bad, lr
 
 
-def _accumulate(run: Training, batches: list[Batch]) -> Tensor | None:
-    """The summed loss of a window, its gradients in `run.gradients`; None where memory ran out and
-    leaner policies are in force."""
+def _accumulate(run: Training, batches: list[Batch]) -> Tensor:
+    """The summed loss of a window, its gradients in `run.gradients`."""
     run.gradients.zero_()
     total = torch.zeros((), device=run.device)
-    failed, captured = None, run.graphs.captured
     for batch in batches:
         rows, columns = batch.mean.shape[-2:]
-        label = run.labels[(rows // 2) * (columns // 2)]
-        run.memory.expect(label)
-        try:
-            inputs = run.inputs(batch)
-            total += run.graphs(graph_key(inputs), inputs)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            # the message alone: the error holds the frames, these the tensors
-            failed = str(error)
-            break
-    if failed is None:
-        return total
-    inputs = None  # let go of what the failed pass was given
-    run.graphs.drop()
-    run.memory.out_of_memory(label, failed)
-    if captured:
-        run.capture()
-    return None
+        run.memory.expect(run.labels[(rows // 2) * (columns // 2)])
+        inputs = run.inputs(batch)
+        total += run.graphs(graph_key(inputs), inputs)
+    return total

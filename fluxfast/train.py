@@ -172,7 +172,7 @@ def _loop(
     if watch.due(first):
         _look(run, watch, first, console)
     if first < steps:
-        run.capture()
+        run.memory.capture()
 
     def kept(done: int) -> dict:
         return {**log.state(), **watch.state(done)}
@@ -275,7 +275,7 @@ def _look(run: Training, watch: Watch, done: int, console: Console) -> None:
 
 def _look_alone(run: Training, watch: Watch, done: int, console: Console) -> None:
     again = done < run.config.train.steps
-    with averaged(run.optimizer, run.parameters), run.without_graphs(again=again):
+    with averaged(run.optimizer, run.parameters), run.memory.without_graphs(again=again):
         set_assisted(run.model, False)
         row = watch.look(done)
         set_assisted(run.model, True)

@@ -163,7 +163,7 @@ class TrainerStep:
             self._notes.append, plan,
         )  # fmt: skip
         limit_memory(self.settings)  # assembling has set the plan's own limit
-        self._within_memory(self.run.capture)
+        self._within_memory(self.run.memory.capture)
         self.step()
 
     def backward(self, batch: Batch) -> Tensor:
@@ -215,7 +215,7 @@ class TrainerStep:
         return timing.peak_memory(self._again, self.settings.device)
 
     def _again(self) -> None:
-        self._within_memory(self.run.capture)
+        self._within_memory(self.run.memory.capture)
         self.step()
 
     def details(self) -> dict[str, object]:

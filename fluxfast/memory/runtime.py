@@ -2,15 +2,18 @@
 on the host, and the step back to leaner policies where memory runs out all the same.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from fluxfast_kernels.dispatch import backend
+from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.memory import saved
 from fluxfast.memory.copies import Copies, CudaCopies, SimulatedCopies
+from fluxfast.memory.graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.plan import MARGIN, Plan, leaner, leaner_policies
@@ -33,6 +36,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+T = TypeVar("T")
 
 
 class _Bound:
@@ -67,6 +73,9 @@ class MemoryRuntime:
         self.device = device
         self.changes = 0  # how often policies became leaner
         self._tried_again: set[str] = set()
+        self.graphs: Graphs | None = None
+        self._examples: Callable[[], Mapping[Hashable, Inputs]] = dict
+        self._label: str | None = None  # of the pass that is being taken
         self.expected = 0.0  # seconds predicted for the passes since `take_expected`
         self._copies: Copies | None = None
         self._engine: Offload | None = None
@@ -98,6 +107,24 @@ class MemoryRuntime:
     def offloads(self) -> bool:
         return any("offload" in policies for policies in self.policies.values())
 
+    def make_graphs(
+        self,
+        work: Callable[[Inputs], Tensor],
+        gradients: Tensor,
+        examples: Callable[[], Mapping[Hashable, Inputs]],
+        *,
+        lora_dropout: bool,
+        wanted: bool,
+    ) -> Graphs:
+        """Graphs of `work` (see `Graphs`), none of them captured yet. examples: makes inputs of
+        every shape, by their keys. wanted: the setting `memory.graphs`.
+        """
+        reason = why_not(self.device, lora_dropout=lora_dropout, offload=self.offloads)
+        if reason is None and not wanted:
+            reason = "memory.graphs is false"
+        self.graphs, self._examples = Graphs(work, gradients, self.say, reason), examples
+        return self.graphs
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the optimiser's state on the host between steps, where the plan says so."""
         if self.plan is not None and self.plan.optimizer_state == "host":
@@ -109,6 +136,7 @@ class MemoryRuntime:
 
     def expect(self, label: str) -> None:
         """A pass of this bucket is being taken."""
+        self._label = label
         self.expected += 1.0 if self.plan is None else self.plan.buckets[label].seconds
 
     def take_expected(self) -> float:
@@ -118,16 +146,58 @@ class MemoryRuntime:
 
     def use(self, label: str) -> None:
         """The next pass is one of this bucket's."""
+        self._label = label
         policies = self.policies[label]
         self.model.policies = list(policies)
         offloads = "offload" in policies
         self.model.offload = _Bound(self._engine, (label, policies)) if offloads else None
 
-    def out_of_memory(self, label: str, message: str) -> None:
-        """Make the bucket's policies a notch leaner, by exact ones alone; where they are as lean as
-        they get, once in a run leave them as they are.
+    def retry(self, fn: Callable[[], T]) -> T:
+        """Returns fn(), which is called again where memory runs out in it: graphs dropped, the
+        bucket in hand under cheaper policies, graphs captured anew where there were any.
 
-        Raises MemoryExhausted after that. The caller has let go of the step's tensors.
+        Raises MemoryExhausted where no policy is cheaper.
+        """
+        while True:
+            self._label = None
+            try:
+                return fn()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self._label is None:
+                    raise
+                # the message alone: the error holds the frames, these the tensors
+                message = str(error)
+            captured = self._drop_graphs()
+            self._make_cheaper(self._label, message)
+            if captured:
+                self.capture()
+
+    def capture(self) -> None:
+        """One graph per example, where there are graphs; with cheaper policies where memory does
+        not do for them.
+        """
+        if self.graphs is not None and self.graphs.reason is None:
+            self._drop_graphs()
+            self.retry(lambda: self.graphs.capture(self._examples()))
+
+    @contextmanager
+    def without_graphs(self, again: bool) -> Iterator[None]:
+        """Their memory is free inside. again: they are captured anew after."""
+        captured = self._drop_graphs()
+        yield
+        if captured and again:
+            self.capture()
+
+    def _drop_graphs(self) -> bool:
+        """Returns whether there were any."""
+        captured = self.graphs is not None and self.graphs.captured
+        if self.graphs is not None:
+            self.graphs.drop()
+        return captured
+
+    def _make_cheaper(self, label: str, message: str) -> None:
+        """Policies a notch cheaper in memory for the bucket, exact ones alone; where none is, once
+        in a run leave them as they are. Raises MemoryExhausted after that.
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
