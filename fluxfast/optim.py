@@ -1,5 +1,5 @@
-"""Optimisers, each from its own library, and the learning-rate schedule as a function of the
-step.
+"""The optimizer's half of a step: learning rate, clipping, a step that may be skipped, the moving
+average; below it how optimizers are built, each from its own library.
 """
 
 from __future__ import annotations
@@ -25,8 +25,162 @@ def default_lr(train: TrainConfig) -> float:
     return 1.0 if train.optimizer == "prodigy" else 1e-4
 
 
+def lr_multiplier(step: int, train: TrainConfig) -> float:
+    """Of the learning rate at optimizer step `step`, counted from 0.
+
+    Warm-up rises linearly to 1 over `warmup_steps`; then constant, linear or cosine down to 0 at
+    `steps`. Schedule-free warms up by itself.
+    """
+    if train.optimizer == "schedulefree":
+        return 1.0
+    if step < train.warmup_steps:
+        return (step + 1) / (train.warmup_steps + 1)
+    if train.lr_schedule == "constant":
+        return 1.0
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    done = min(1.0, done)
+    return 1 - done if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_and_guard(
+    gradients: Tensor, max_norm: float | None, loss: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Clip all gradients (flat) to a total norm, and zero them where it or the loss (a scalar) is
+    not finite. Does not synchronize with the device.
+
+    A bad batch then moves nothing by its own gradient; `step_unless` keeps momentum from moving
+    anything either. Returns the norm before clipping, and 1.0 where it was not finite, else 0.0:
+    both fp32 scalars.
+    """
+    norm = torch.linalg.vector_norm(gradients)
+    finite = torch.isfinite(norm if loss is None else norm + loss)
+    factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # in place: beside a full pool of activations there is no room for copies. 0 · NaN is NaN, so
+    # what is not finite is replaced, not multiplied
+    gradients.mul_(factor).masked_fill_(~finite, 0.0)
+    return norm, (~finite).float()
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """One optimizer step, skipped where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Does not
+    synchronize with a GPU.
+
+    Fused AdamW is masked on the device (torch's `found_inf`, as GradScaler uses it) and leaves
+    parameters, moments and its step count as they are, bit for bit. The others, and AdamW that is
+    configured or restored unfused, have no such mask: on a CPU their step is not taken; on a GPU it
+    is, on gradients that `clip_and_guard` has zeroed, moved by momentum and weight decay alone.
+    """
+    # torch's other AdamW steps assert that there is no found_inf
+    masked = _is_masked(optimizer)
+    if not masked and bad.device.type == "cpu" and bad:
+        return
+    if masked:
+        optimizer.found_inf = bad
+    optimizer.step()
+    if masked:
+        del optimizer.found_inf
+
+
+def _is_masked(optimizer: torch.optim.Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+class Ema:
+    """An exponential moving average of the parameters: fp32 shadows of them.
+
+    shadow += (1 − decay)·(parameter − shadow) after every step; the decay warms up as (1 + n)/(10 +
+    n), so that a short run's average is not its starting point. n is counted on the device, since
+    only there it is known which steps were skipped.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.decay = decay
+        self.updates = torch.zeros((), device=parameters[0].device)
+        self.shadow = [p.detach().clone().float() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: list[nn.Parameter], bad: Tensor | None = None) -> None:
+        """Follow one step, unless `bad` (fp32 scalar on the device) is 1.0."""
+        taken = torch.ones_like(self.updates) if bad is None else 1 - bad
+        self.updates += taken
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        weight = (1 - decay) * taken
+        for shadow, parameter in zip(self.shadow, parameters, strict=True):
+            shadow.lerp_(parameter.float(), weight)
+
+    def restart(self, parameters: list[nn.Parameter]) -> None:
+        """Begin anew from these values."""
+        self.updates.zero_()
+        for shadow, parameter in zip(self.shadow, parameters, strict=True):
+            shadow.copy_(parameter.detach())
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "average": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates.fill_(state["updates"])
+        for shadow, saved in zip(self.shadow, state["average"], strict=True):
+            shadow.copy_(saved)
+
+
+# ---------------------------------------------------------------- around the steps
+
+
+def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether `step_unless` leaves parameters and state as they are where a step is bad."""
+    return device.type == "cpu" or _is_masked(optimizer)
+
+
+def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Schedule-free keeps two points: one to train at, one to save and sample. Others have no such
+    mode.
+    """
+    mode: Any = getattr(optimizer, "train" if training else "eval", None)
+    if callable(mode):
+        mode()
+
+
+@contextmanager
+def eval_weights(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+) -> Iterator[None]:
+    """Inside, schedule-free's parameters are at the point to save and sample at; after, at the one
+    to train at, bit for bit: turned back in fp32 it would be rounded, so a copy waits on the host.
+    """
+    if not callable(getattr(optimizer, "eval", None)):
+        yield
+        return
+    train_point = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    set_mode(optimizer, training=False)
+    try:
+        yield
+    finally:
+        set_mode(optimizer, training=True)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, train_point, strict=True):
+                parameter.copy_(value)
+
+
+def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One fp32 buffer that all gradients are views of, so that clearing, norm and clipping are
+    single passes.
+
+    Sets every `.grad`; autograd adds into them. Each view starts at a multiple of 256 bytes.
+    """
+    sizes = [-(-p.numel() // 64) * 64 for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = piece[: parameter.numel()].view_as(parameter)
+    return flat
+
+
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser named in the configuration; `optimizer_args` reach it unchanged.
+    """The optimizer named in the configuration; `optimizer_args` reach it unchanged.
 
     Raises ConfigError for an argument that it does not take, or a missing library.
     """
@@ -96,153 +250,3 @@ _FACTORIES = {
     "schedulefree": _schedulefree,
     "adafactor": _adafactor,
 }
-
-
-def lr_multiplier(step: int, train: TrainConfig) -> float:
-    """Of the learning rate at optimiser step `step`, counted from 0.
-
-    Warm-up rises linearly to 1 over `warmup_steps`; then constant, linear or cosine down to 0 at
-    `steps`. Schedule-free warms up by itself.
-    """
-    if train.optimizer == "schedulefree":
-        return 1.0
-    if step < train.warmup_steps:
-        return (step + 1) / (train.warmup_steps + 1)
-    if train.lr_schedule == "constant":
-        return 1.0
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    done = min(1.0, done)
-    return 1 - done if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Schedule-free keeps two points: one to train at, one to save and sample. Others have no such
-    mode.
-    """
-    mode: Any = getattr(optimizer, "train" if training else "eval", None)
-    if callable(mode):
-        mode()
-
-
-@contextmanager
-def averaged(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, schedule-free's parameters are at the point to save and sample; after, at the one to
-    train at, bit for bit: turned back in fp32 it would be rounded, so a copy waits on the host.
-    """
-    if not callable(getattr(optimizer, "eval", None)):
-        yield
-        return
-    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    set_mode(optimizer, training=False)
-    try:
-        yield
-    finally:
-        set_mode(optimizer, training=True)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-
-
-def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """One fp32 buffer that all gradients are views of, so that clearing, norm and clipping are
-    single passes.
-
-    Sets every `.grad`; autograd adds into them. Each view starts at a multiple of 256 bytes.
-    """
-    sizes = [-(-p.numel() // 64) * 64 for p in parameters]
-    flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = piece[: parameter.numel()].view_as(parameter)
-    return flat
-
-
-def clip_and_guard(
-    gradients: Tensor, max_norm: float | None, loss: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Clip all gradients (flat) to a total norm, and zero them where it or the loss (a scalar) is
-    not finite, on the device.
-
-    A bad batch then moves nothing by its own gradient, and nobody waits for the device to find out;
-    `step_unless` keeps what came before it from moving anything either.
-    -> (norm before clipping, 1.0 where it was not finite else 0.0), both fp32 scalars.
-    """
-    norm = torch.linalg.vector_norm(gradients)
-    finite = torch.isfinite(norm if loss is None else norm + loss)
-    factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # in place: beside a full pool of activations there is no room for copies. 0 · NaN is NaN, so
-    # what is not finite is replaced, not multiplied
-    gradients.mul_(factor).masked_fill_(~finite, 0.0)
-    return norm, (~finite).float()
-
-
-def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One optimiser step, left out where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Waits
-    for nothing.
-
-    Fused AdamW is masked on the device, and leaves parameters, moments and its step count as they
-    are, bit for bit: torch's `found_inf`, as its GradScaler uses it. The other optimisers count
-    their steps on the host and know no such mask. On a CPU their step is not taken. On a GPU it is,
-    on the gradients that `clip_and_guard` has zeroed, moved by momentum and weight decay alone. So
-    does AdamW that was asked, or restored from a checkpoint, not to be fused.
-    """
-    # torch's other AdamW steps assert that there is no found_inf
-    masked = _is_masked(optimizer)
-    if not masked and bad.device.type == "cpu" and bad:
-        return
-    if masked:
-        optimizer.found_inf = bad
-    optimizer.step()
-    if masked:
-        del optimizer.found_inf
-
-
-def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether `step_unless` leaves parameters and state as they are where a step is bad."""
-    return device.type == "cpu" or _is_masked(optimizer)
-
-
-def _is_masked(optimizer: torch.optim.Optimizer) -> bool:
-    return all(group.get("fused") for group in optimizer.param_groups)
-
-
-class Ema:
-    """An exponential moving average of the parameters, kept beside them in fp32.
-
-    average += (1 − decay)·(parameter − average) after every step; the decay warms up as (1 + n)/(10
-    + n), so that a short run's average is not its starting point. n is counted on the device, since
-    only there it is known which steps were skipped.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.decay = decay
-        self.updates = torch.zeros((), device=parameters[0].device)
-        self.average = [p.detach().clone().float() for p in parameters]
-
-    @torch.no_grad()
-    def update(self, parameters: list[nn.Parameter], bad: Tensor | None = None) -> None:
-        """Follow one step; not at all where `bad` (fp32 scalar on the device) is 1.0."""
-        taken = torch.ones_like(self.updates) if bad is None else 1 - bad
-        self.updates += taken
-        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        weight = (1 - decay) * taken
-        for mine, theirs in zip(self.average, parameters, strict=True):
-            mine.lerp_(theirs.float(), weight)
-
-    def restart(self, parameters: list[nn.Parameter]) -> None:
-        """Begin anew from these values."""
-        self.updates.zero_()
-        for mine, theirs in zip(self.average, parameters, strict=True):
-            mine.copy_(theirs.detach())
-
-    def state_dict(self) -> dict:
-        return {"updates": self.updates, "average": self.average}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates.fill_(state["updates"])
-        for mine, theirs in zip(self.average, state["average"], strict=True):
-            mine.copy_(theirs)

@@ -21,7 +21,7 @@ from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.files import write_atomic
 from fluxfast.formats.lora import save_lora
 from fluxfast.model.lora import lora_layers
-from fluxfast.optim import averaged
+from fluxfast.optim import eval_weights
 from fluxfast.resume import check_changes
 from fluxfast.step import Training
 
@@ -162,10 +162,10 @@ def save_best(run: Training, done: int, loss: float) -> None:
 def _write_files(run: Training, folder: Path, done: int) -> None:
     """NAME.safetensors, NAME_ema.safetensors where an average is kept, and the best step's."""
     config, meta = run.config, _metadata(run, done)
-    with averaged(run.optimizer, run.parameters):
+    with eval_weights(run.optimizer, run.parameters):
         _save_formats(run, lora_file(config, folder), meta)
     if run.ema:
-        pairs = zip(run.ema.average[::2], run.ema.average[1::2], strict=True)
+        pairs = zip(run.ema.shadow[::2], run.ema.shadow[1::2], strict=True)
         tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
         file = folder / f"{config.name}_ema.safetensors"
         _save_formats(run, file, {**meta, "ema": str(run.ema.decay)}, tensors)

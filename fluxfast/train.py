@@ -33,7 +33,7 @@ from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.metrics import NotFinite, RunLog, say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_assisted
-from fluxfast.optim import averaged, set_mode, skips_exactly
+from fluxfast.optim import eval_weights, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.ranks import Ranks, attempt, joined
@@ -275,7 +275,7 @@ def _look(run: Training, watch: Watch, done: int, console: Console) -> None:
 
 def _look_alone(run: Training, watch: Watch, done: int, console: Console) -> None:
     again = done < run.config.train.steps
-    with averaged(run.optimizer, run.parameters), run.memory.without_graphs(again=again):
+    with eval_weights(run.optimizer, run.parameters), run.memory.without_graphs(again=again):
         set_assisted(run.model, False)
         row = watch.look(done)
         set_assisted(run.model, True)

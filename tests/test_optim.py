@@ -10,10 +10,10 @@ from fluxfast.config import TrainConfig
 from fluxfast.errors import ConfigError
 from fluxfast.optim import (
     Ema,
-    averaged,
     build_optimizer,
     clip_and_guard,
     default_lr,
+    eval_weights,
     flat_gradients,
     lr_multiplier,
     set_lr,
@@ -104,7 +104,7 @@ def test_schedule_free_is_put_back_to_the_last_bit():
     train = TrainConfig(optimizer="schedulefree", lr=0.01)
     params, optimizer = descend(train, 5, at_end=False)
     before = [p.detach().clone() for p in params]
-    with averaged(optimizer, params):
+    with eval_weights(optimizer, params):
         assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
         assert not optimizer.param_groups[0]["train_mode"]
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
@@ -114,7 +114,7 @@ def test_schedule_free_is_put_back_to_the_last_bit():
     assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     adamw, other = descend(TrainConfig(optimizer="adamw", lr=0.01), 2)
     before = [p.detach().clone() for p in adamw]
-    with averaged(other, adamw):
+    with eval_weights(other, adamw):
         assert all(torch.equal(p, b) for p, b in zip(adamw, before, strict=True))
 
 
@@ -122,7 +122,7 @@ def everything(params, optimizer, ema) -> list[torch.Tensor]:
     """Parameters, the optimiser's state (moments and step counts) and the average."""
     state = optimizer.state_dict()["state"]
     kept = [state[i][key] for i in sorted(state) for key in sorted(state[i])]
-    return [*(p.detach() for p in params), *kept, *ema.average, ema.updates]
+    return [*(p.detach() for p in params), *kept, *ema.shadow, ema.updates]
 
 
 @pytest.mark.parametrize("poisoned", [0, 4, 8])
@@ -276,7 +276,7 @@ def test_average_follows():
         ema.update(params)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay)
-    assert torch.allclose(ema.average[0], start[0] + expected, atol=1e-5)
+    assert torch.allclose(ema.shadow[0], start[0] + expected, atol=1e-5)
     other = Ema(parameters(), 0.9)
     other.load_state_dict(ema.state_dict())
-    assert other.updates == 39 and torch.equal(other.average[1], ema.average[1])
+    assert other.updates == 39 and torch.equal(other.shadow[1], ema.shadow[1])

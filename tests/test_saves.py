@@ -19,7 +19,7 @@ from fluxfast.formats.lora import save_lora
 from fluxfast.metrics import NotFinite, RunLog
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
-from fluxfast.optim import Ema, averaged
+from fluxfast.optim import Ema, eval_weights
 from fluxfast.ranks import ALONE
 from fluxfast.saves import Saves
 
@@ -62,7 +62,7 @@ def test_schedule_frees_other_point_waits_on_the_host():
             parameters[0].values.fill_(7.0)
 
     parameters = [OnDevice(each) for each in values(3)]
-    with averaged(TwoPoints(), parameters):
+    with eval_weights(TwoPoints(), parameters):
         assert (parameters[0].values == 7).all() and len(OnDevice.held) == 3
     assert all(map(torch.equal, (p.values for p in parameters), values(3)))
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     raw = {"model": {"path": "m"}, "data": {"folder": "d"}, "output_dir": str(tmp_path)}
     saves = Saves(build_config(raw), pytest.fail)
     ema = Ema([torch.zeros(6, 4)] * 2, 0.9)
-    ema.updates, ema.average = OnDevice(torch.tensor(3.0)), list(map(OnDevice, values(2)))
+    ema.updates, ema.shadow = OnDevice(torch.tensor(3.0)), list(map(OnDevice, values(2)))
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
     run = SimpleNamespace(
         parameters=list(map(OnDevice, values(2))), ema=ema, loader=SimpleNamespace(fingerprint="f"),

@@ -143,7 +143,7 @@ def test_nan_is_skipped_and_counted(configure):
     before = [p.detach().clone() for p in run.parameters]
     _, _, bad, _ = train_step(run, [poisoned], 0)
     assert bad == 1 and all(p.isfinite().all() for p in run.parameters)
-    assert run.ema.updates == 0 and torch.equal(run.ema.average[0], before[0])
+    assert run.ema.updates == 0 and torch.equal(run.ema.shadow[0], before[0])
     # B is zero and its gradient was dropped; A moves by weight decay alone
     assert all(torch.equal(p, b) for p, b in zip(run.parameters[1::2], before[1::2], strict=True))
     _, _, bad, _ = train_step(run, [good], 1)
