@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import fluxfast_kernels as fk
 import pytest
 import torch
+from simulated_copies import SimulatedCopies, ThreadedCopies
 from test_offload import Ordered
 
 from fluxfast.config import TrainConfig
-from fluxfast.memory.copies import CudaCopies, SimulatedCopies, ThreadedCopies
+from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.timeline import aligned
 from fluxfast.model.linear import LoRALinear

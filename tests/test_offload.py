@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 import torch
+from simulated_copies import POISON, SimulatedCopies, ThreadedCopies
 
 from fluxfast.errors import FluxfastError
-from fluxfast.memory.copies import CudaCopies, SimulatedCopies, ThreadedCopies, pinned
+from fluxfast.memory.copies import CudaCopies, pinned
 from fluxfast.memory.offload import ArenaOverflow, Offload
 
-POISON = 0xFF
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.memory import saved
-from fluxfast.memory.copies import Copies, CudaCopies, SimulatedCopies
+from fluxfast.memory.copies import Copies, CpuCopies, CudaCopies
 from fluxfast.memory.graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
@@ -97,10 +97,10 @@ class MemoryRuntime:
 
     @property
     def copies(self) -> Copies:
-        """By streams on a GPU; on a CPU they only take their order from the engine."""
+        """By streams on a GPU; in place on a CPU."""
         if self._copies is None:
             cuda = self.device.type == "cuda"
-            self._copies = CudaCopies(self.device) if cuda else SimulatedCopies()
+            self._copies = CudaCopies(self.device) if cuda else CpuCopies()
         return self._copies
 
     @property
