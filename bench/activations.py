@@ -187,10 +187,7 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
     model = load_transformer(config.model.path, "bf16", "bf16", "cpu")
     load_lora(model, lora)
     train = config.train
-    inputs = noise_batch(
-        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
-        config.seed, train.timesteps, train.timestep_bias,
-    )  # fmt: skip
+    inputs = noise_batch(batch, config.seed, train.timesteps, train.timestep_bias)
     known = [*model.parameters(), *model.buffers(), *(each for each in inputs if each is not None)]
     targets = config.lora.targets
     nano = Work(model.spec, "bf16", "bf16", "bf16", lora_of(model.spec, config.lora.rank, targets))

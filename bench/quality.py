@@ -103,10 +103,7 @@ def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
     for layer in lora_layers(model).values():
         layer.lora_A.grad = layer.lora_B.grad = None
     train = config.train
-    inputs = noise_batch(
-        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
-        config.seed, train.timesteps, train.timestep_bias,
-    )  # fmt: skip
+    inputs = noise_batch(batch, config.seed, train.timesteps, train.timestep_bias)
     sample_losses(model, inputs, train.guidance).mean().backward()
     return {
         name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])

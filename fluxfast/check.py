@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fluxfast import __version__, draws
 from fluxfast.checkpoint import newest_checkpoint, put_weights, read_state
 from fluxfast.config import Config
-from fluxfast.data.loader import Batch, Loader
+from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.files import CHECK_FILE, sole_user, write_atomic
@@ -36,7 +36,7 @@ from fluxfast.model.precision import (
     layer_precisions,
     multiplies_in_8_bits,
 )
-from fluxfast.objective import noise_batch, sample_losses
+from fluxfast.objective import Batch, noise_batch, sample_losses
 from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.resume import SHAPING, changes
 from fluxfast.settings import dump_yaml
@@ -214,10 +214,8 @@ def _gradients(
 def _loss(setting: Setting, model: Flux, batch: Batch) -> Tensor:
     """A batch's mean loss, at training's own random numbers."""
     train = setting.config.train
-    inputs = noise_batch(
-        batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
-        setting.config.seed, train.timesteps, train.timestep_bias, device=setting.device,
-    )  # fmt: skip
+    drawn = setting.config.seed, train.timesteps, train.timestep_bias
+    inputs = noise_batch(batch, *drawn, device=setting.device)
     model.dropout_clock.indices = batch.indices
     return sample_losses(model, inputs, train.guidance).mean()
 

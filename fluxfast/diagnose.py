@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fluxfast.data.loader import Batch
 from fluxfast.lines import plain
 from fluxfast.memory.runtime import is_out_of_memory
 from fluxfast.model.lora import lora_layers
-from fluxfast.objective import Inputs
+from fluxfast.objective import Batch, Inputs
 from fluxfast.step import Training
 
 

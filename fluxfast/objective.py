@@ -8,6 +8,7 @@ Shape legend: B batch, C latent channels, h, w latent rows and columns, T = h/2 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import fluxfast_kernels as fk
@@ -41,8 +42,7 @@ def draw_timesteps(
     `balanced` neither.
     """
     u = draws.uniform(seed, "timestep", indices, device=device).view(-1)
-    quantile = {"balanced": u, "content": 1 - u**3, "style": u**3}[bias]
-    quantile = quantile.clamp(1e-6, 1 - 1e-6)
+    quantile = {"balanced": u, "content": 1 - u**3, "style": u**3}[bias].clamp(1e-6, 1 - 1e-6)
     if kind == "sigmoid":
         return torch.sigmoid(torch.special.ndtri(quantile))
     if kind == "flux_shift":
@@ -84,10 +84,8 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 def image_ids(h: int, w: int, device="cpu") -> Tensor:
     """RoPE positions of the image tokens, fp32 [1, T, 3]: (0, row, column)."""
-    axes = torch.arange(h // 2, device=device), torch.arange(w // 2, device=device)
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-    return ids.view(1, -1, 3).float()
+    axes = (torch.arange(size, device=device) for size in (1, h // 2, w // 2))
+    return torch.cartesian_prod(*axes).view(1, -1, 3).float()
 
 
 def text_ids(length: int, device="cpu") -> Tensor:
@@ -95,31 +93,36 @@ def text_ids(length: int, device="cpu") -> Tensor:
     return torch.zeros(1, length, 3, device=device)
 
 
+@dataclass
+class Batch:
+    """Encoded samples of one size. indices: of the samples in the whole run, for every draw."""
+
+    mean: Tensor  # [B, C, h, w] fp32, normalised
+    std: Tensor  # likewise
+    mask: Tensor | None  # [B, h, w] fp32 loss weights
+    t5: Tensor  # [B, L, 4096] in the encoders' dtype
+    pooled: Tensor  # [B, 768]
+    indices: list[int]
+    names: list[str] = field(default_factory=list)  # of the pictures
+
+
 class Inputs(NamedTuple):
-    """What a forward takes and is judged by: tensors alone, which a graph reads from fixed memory.
+    """What a forward takes and is judged by: tensors alone, so that a graph can read them."""
 
-    Tokens are packed: [B, T, 4C] fp32.
-    """
-
-    noisy: Tensor
-    target: Tensor
+    noisy: Tensor  # [B, T, 4C] fp32
+    target: Tensor  # likewise
     timesteps: Tensor  # [B]
     weight: Tensor  # [B]
     mask: Tensor | None  # [B, T, 4C]
     img_ids: Tensor
     txt_ids: Tensor
-    t5: Tensor  # [B, L, 4096]
-    pooled: Tensor  # [B, 768]
+    t5: Tensor
+    pooled: Tensor
     modulation: Tensor | None  # `Flux.modulation` of these, where it was formed ahead
 
 
 def noise_batch(
-    mean: Tensor,
-    std: Tensor,
-    mask: Tensor | None,
-    t5: Tensor,
-    pooled: Tensor,
-    indices: list[int],
+    batch: Batch,
     seed: int,
     kind: str = "sigmoid",
     bias: str = "balanced",
@@ -129,28 +132,26 @@ def noise_batch(
     timesteps: Tensor | None = None,
     modulation: Tensor | None = None,
 ) -> Inputs:
-    """The batch on the device, with the VAE's own noise, timesteps and the flow's noise drawn for
-    these samples. Does not synchronize where the batch lies in page-locked memory.
+    """The batch on the device, with the VAE's own noise, timesteps and the flow's noise. Does not
+    synchronize where the batch lies in page-locked memory.
 
-    mean, std [B, C, h, w] of the encoded pictures, normalised, fp32; mask [B, h, w] or None.
     stream prefixes the names of the random streams; timesteps [B] are taken instead of drawn ones.
     """
-    host = mean, std, t5, pooled
+    host = batch.mean, batch.std, batch.t5, batch.pooled
     mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
-    shape = tuple(mean.shape[1:])
+    indices, shape = batch.indices, tuple(mean.shape[1:])
     vae_noise = draws.normal(seed, f"{stream}vae", indices, shape, device)
     noise = draws.normal(seed, f"{stream}noise", indices, shape, device)
     if timesteps is None:
         tokens = (shape[1] // 2) * (shape[2] // 2)
         timesteps = draw_timesteps(seed, indices, tokens, kind, bias, device)
-    t = timesteps.to(device)
+    t, mask = timesteps.to(device), batch.mask
     noisy, target = fk.flow_mix(pack(mean), pack(std), pack(vae_noise), pack(noise), t)
     if mask is not None:
-        mask = mask.to(device, non_blocking=True)
-        mask = pack(mask[:, None].expand_as(mean).contiguous())
+        mask = mask.to(device, non_blocking=True)[:, None]
+        mask = pack(mask.expand_as(mean).contiguous())
     ids = image_ids(*shape[1:], device), text_ids(t5.shape[1], device)
-    weight = timestep_weight(t, kind)
-    return Inputs(noisy, target, t, weight, mask, *ids, t5, pooled, modulation)
+    return Inputs(noisy, target, t, timestep_weight(t, kind), mask, *ids, t5, pooled, modulation)
 
 
 def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float) -> Tensor:

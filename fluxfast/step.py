@@ -16,13 +16,13 @@ from fluxfast.ahead import Ahead
 from fluxfast.memory.graphs import Graphs
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
-from fluxfast.objective import Inputs, noise_batch, sample_losses
+from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
 from fluxfast.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from fluxfast.config import Config
-    from fluxfast.data.loader import Batch, Loader
+    from fluxfast.data.loader import Loader
 
 
 @dataclass
@@ -63,11 +63,9 @@ class Training:
         train = self.config.train
         self.model.dropout_clock.indices = batch.indices
         number = batch.indices[0] // self.loader.batch_size
-        return noise_batch(
-            batch.mean, batch.std, batch.mask, batch.t5, batch.pooled, batch.indices,
-            self.config.seed, train.timesteps, train.timestep_bias, device=self.device,
-            modulation=self.ahead(number) if self.ahead else None,
-        )  # fmt: skip
+        modulation = self.ahead(number) if self.ahead else None
+        drawn = self.config.seed, train.timesteps, train.timestep_bias
+        return noise_batch(batch, *drawn, device=self.device, modulation=modulation)
 
     def examples(self) -> dict[Hashable, Inputs]:
         """Inputs of every shape that the data has, by what a graph is captured for."""

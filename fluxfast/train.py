@@ -14,7 +14,7 @@ from fluxfast.assemble import bucket_shapes
 from fluxfast.build import build, check_loras
 from fluxfast.checkpoint import checkpoints
 from fluxfast.config import Config, dump_config
-from fluxfast.data.loader import Batch, Loader
+from fluxfast.data.loader import Loader
 from fluxfast.data.store import CacheDamaged
 from fluxfast.diagnose import diagnose
 from fluxfast.errors import FluxfastError, LostRank
@@ -33,6 +33,7 @@ from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.metrics import NotFinite, RunLog, say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_assisted
+from fluxfast.objective import Batch
 from fluxfast.optim import eval_weights, set_mode, skips_exactly
 from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import prepare, resolve_parts

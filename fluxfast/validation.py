@@ -23,7 +23,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.files import read_rows, with_step, write_atomic
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_lora_strength
-from fluxfast.objective import noise_batch, sample_losses
+from fluxfast.objective import Batch, noise_batch, sample_losses
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,10 @@ class Validator:
                 names = (*LATENTS, "mask", *TEXT)
                 encoded = [tensors[n][None].to(device) if n in tensors else None for n in names]
                 for position, t in enumerate(self.timesteps):
-                    draw = index * len(self.timesteps) + position
+                    batch = Batch(*encoded, [index * len(self.timesteps) + position])
                     inputs = noise_batch(
-                        *encoded, [draw], self.seed,
-                        device=device, stream="validation/", timesteps=t[None],
-                    )  # fmt: skip
+                        batch, self.seed, device=device, stream="validation/", timesteps=t[None]
+                    )
                     loss = sample_losses(model, inputs, self.guidance)
                     # sync: validation reads its result
                     per_picture.setdefault(sample.name, []).append(loss.item())

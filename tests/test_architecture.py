@@ -66,12 +66,12 @@ fluxfast.data.skips      errors
 fluxfast.data.captions   data.reading draws errors
 fluxfast.data.store      formats.safetensors_out files errors
 fluxfast.data.scan       files data.images data.buckets data.reading data.skips data.store config errors
-fluxfast.data.loader     data.store draws errors
+fluxfast.data.loader     data.store objective draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors ranks
 fluxfast.ahead           data.loader model.flux objective config
 fluxfast.planning        memory.* model.* data.buckets formats.base formats.lora_pieces formats.lora_read hub load config errors
 fluxfast.step            ahead data.loader memory.graphs memory.runtime model.flux objective optim config ranks
-fluxfast.diagnose        data.loader lines memory.runtime model.lora objective step
+fluxfast.diagnose        lines memory.runtime model.lora objective step
 fluxfast.sample          model.* objective draws encoders.vae files errors
 fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
@@ -83,7 +83,7 @@ fluxfast.watch           preview validation plots prepare model.* config metrics
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors ranks
 fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config ranks
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
-fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* optim planning prepare report saves step watch ranks
+fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* objective optim planning prepare report saves step watch ranks
 fluxfast.layer_errors    model.* fluxfast_kernels.gemm.linear
 fluxfast.check           config checkpoint data.loader data.store draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.quant.native

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fluxfast.memory.graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
-from fluxfast.objective import Inputs, noise_batch, sample_losses
+from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import flat_gradients
 
 
@@ -143,7 +143,7 @@ def draw(bucket: str, index: int, device: str = "cpu") -> Inputs:
     t5 = torch.randn(2, 3, SMALL.context_in_dim, generator=g).to(device)
     pooled = torch.randn(2, SMALL.vec_in_dim, generator=g).to(device)
     encoded = mean, torch.ones_like(mean), mask, t5, pooled
-    return noise_batch(*encoded, [index, index + 1], seed=0, device=device)
+    return noise_batch(Batch(*encoded, [index, index + 1]), seed=0, device=device)
 
 
 ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]

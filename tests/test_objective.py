@@ -9,6 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from fluxfast import draws
 from fluxfast.objective import (
+    Batch,
     Inputs,
     draw_timesteps,
     flux_shift,
@@ -26,7 +27,7 @@ MANY = list(range(20_000))
 
 def noised(mean, std, mask, indices, **more) -> Inputs:
     text = torch.zeros(len(mean), 5, 2), torch.zeros(len(mean), 3)
-    return noise_batch(mean, std, mask, *text, indices, **more)
+    return noise_batch(Batch(mean, std, mask, *text, indices), **more)
 
 
 def losses_of(velocity, batch: Inputs) -> torch.Tensor:

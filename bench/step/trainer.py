@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -31,6 +31,7 @@ from fluxfast.assemble import assemble, bucket_shapes
 from fluxfast.memory.fitting import DoesNotFit, plan_on
 from fluxfast.memory.plan import GIB, MARGIN, Plan, Request
 from fluxfast.memory.runtime import MemoryExhausted
+from fluxfast.objective import Batch as EncodedBatch
 from fluxfast.objective import Inputs, image_ids, text_ids
 from fluxfast.step import graph_key, train_step
 
@@ -63,18 +64,6 @@ def trainer_config(settings: Settings, batch: int) -> SimpleNamespace:
     return SimpleNamespace(seed=SEED, train=train, lora=lora, memory=memory)
 
 
-@dataclass
-class Encoded:
-    """As `fluxfast.data.loader.Batch`."""
-
-    mean: Tensor
-    std: Tensor
-    mask: Tensor | None
-    t5: Tensor
-    pooled: Tensor
-    indices: list[int]
-
-
 class RandomLoader:
     """What a step asks of `fluxfast.data.loader.Loader`: one random batch of each size in turn, on
     the host, in pinned memory where a GPU copies from it."""
@@ -85,7 +74,7 @@ class RandomLoader:
         self.latent_sizes = {(side, side): (side // 8, side // 8) for side in cycle.pixels}
         self._batches = [self._drawn(settings, side, cycle.batch) for side in cycle.pixels]
 
-    def _drawn(self, settings: Settings, side: int, batch: int) -> Encoded:
+    def _drawn(self, settings: Settings, side: int, batch: int) -> EncodedBatch:
         spec, pin = settings.spec, settings.device != "cpu"
         latents = (batch, spec.in_channels // 4, side // 8, side // 8)
         mean, std, t5, pooled = (
@@ -99,14 +88,14 @@ class RandomLoader:
         )
         made = [mean, 0.01 * std.abs(), t5.to(settings.compute), pooled.to(settings.compute)]
         mean, std, t5, pooled = (tensor.pin_memory() for tensor in made) if pin else made
-        return Encoded(mean, std, None, t5, pooled, list(range(batch)))
+        return EncodedBatch(mean, std, None, t5, pooled, list(range(batch)))
 
-    def batch(self, step: int) -> Encoded:
+    def batch(self, step: int) -> EncodedBatch:
         first = step * self.batch_size
         indices = list(range(first, first + self.batch_size))
         return replace(self._batches[step % len(self._batches)], indices=indices)
 
-    def examples(self) -> Iterator[Encoded]:
+    def examples(self) -> Iterator[EncodedBatch]:
         return iter(self._batches)
 
     def peek(self, step: int) -> tuple[list[int], int, Tensor]:

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,28 +15,10 @@ from torch import Tensor
 from fluxfast import draws
 from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
 from fluxfast.errors import FluxfastError
+from fluxfast.objective import Batch
 
 PREFETCH = 2  # batches read ahead
 TEXT_CACHE = 32  # embeddings kept in memory; T5-XXL's take 4 MiB each in bf16
-
-
-@dataclass
-class Batch:
-    """Samples of one size, on the CPU: what this process takes of a batch. B of them, C latent
-    channels, L T5 tokens, D and P widths.
-
-    mean, std: [B, C, h, w] fp32. mask: [B, h, w] fp32 loss weights, or None if no sample has one.
-    t5: [B, L, D], pooled: [B, P], in the encoders' dtype. indices: global sample indices, for every
-    other draw.
-    """
-
-    mean: Tensor
-    std: Tensor
-    mask: Tensor | None
-    t5: Tensor
-    pooled: Tensor
-    indices: list[int]
-    names: list[str]
 
 
 class Loader:
