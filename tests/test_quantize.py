@@ -188,8 +188,8 @@ def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model)
         memory__limit_gib=8,
     )  # fmt: skip
     device = torch.device("cpu")
-    resolve_parts(config.model, device)
-    plan = plan_run(config, tmp_path / "q", {"64": shape_of(64, 64, 1, 32)}, device)
+    model = resolve_parts(config.model, device).model
+    plan = plan_run(config, model, {"64": shape_of(64, 64, 1, 32)}, device)
     assert plan.request.work.storage == "nf4"
 
 
