@@ -27,7 +27,7 @@ from torch import nn
 
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.files import flush_folder, partial_of
-from fluxfast.formats.safetensors_out import write
+from fluxfast.formats.container import write
 from fluxfast.tree import put_together, take_apart
 
 FORMAT = 1  # raise it when a checkpoint is no longer read as it was

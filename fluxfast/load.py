@@ -218,7 +218,7 @@ def load_resolved(
     flux = Flux(model.spec, DTYPES[model.activations])
     with open_base(model.path) as base:
         kept = fill(
-            flux, base.read_kept, model.precisions,
+            flux, base.read_stored, model.precisions,
             nested=double_quant, device=device, progress=progress,
         )  # fmt: skip
     if kept and announce:

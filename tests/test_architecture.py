@@ -56,7 +56,7 @@ fluxfast.interrupt
 fluxfast.tree
 fluxfast.resume          config errors
 fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
-fluxfast.checkpoint      formats.safetensors_out tree files errors
+fluxfast.checkpoint      formats.container tree files errors
 fluxfast.load            formats.base model.* errors ranks
 fluxfast.encoders.*      encoders.* formats.base_8bit formats.opened model.linear hub errors
 fluxfast.data.buckets    errors
@@ -64,7 +64,7 @@ fluxfast.data.images     errors
 fluxfast.data.reading    errors
 fluxfast.data.skips      errors
 fluxfast.data.captions   data.reading draws errors
-fluxfast.data.store      formats.safetensors_out files errors
+fluxfast.data.store      formats.container files errors
 fluxfast.data.scan       files data.images data.buckets data.reading data.skips data.store config errors
 fluxfast.data.loader     data.store objective draws errors
 fluxfast.data.cache      data.* encoders.* config draws errors ranks

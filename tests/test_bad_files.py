@@ -292,7 +292,7 @@ def test_the_commands_work(tmp_path, tensors, monkeypatch, capfd):
             cli.main()
         assert not stop.value.code
     out, err = capfd.readouterr()
-    assert out.splitlines()[0] == str(tmp_path / "b") and "quantised to nf4" in out
+    assert out.splitlines()[0] == str(tmp_path / "b") and "quantized to nf4" in out
     assert "GB/s" in err
 
 

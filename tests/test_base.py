@@ -300,7 +300,7 @@ def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path):
 
 
 def test_layers_and_activations_reach_the_model(diffusers_folder):
-    """8-bit products over a quantised base, with choices for single layers."""
+    """8-bit products over a quantized base, with choices for single layers."""
     layers = {"single_blocks.*.linear2": "rotate", "double_blocks.0.txt_mlp.0": "bf16"}
     model = load(
         diffusers_folder / "whole",

@@ -266,8 +266,8 @@ def test_parts_whose_groups_do_not_fill_up(tmp_path):
     coded = bnb_tensors(checkpoints.split_tensors(tensors, SMALL), nested=True)
     file = write(tmp_path / "a", coded)
     with open_base(file) as base:
-        parts = [base._part(key) for key in base.keys("single_blocks.0.linear1.weight")]
-        joined = base.read_kept("single_blocks.0.linear1.weight")
+        parts = [base._read_part(key) for key in base.keys("single_blocks.0.linear1.weight")]
+        joined = base.read_stored("single_blocks.0.linear1.weight")
     assert all(part.nested_absmax is not None for part in parts)
     assert joined.nested_absmax is None and joined.absmax.dtype == torch.float32
     from fluxfast_kernels import nf4_decode
@@ -276,7 +276,7 @@ def test_parts_whose_groups_do_not_fill_up(tmp_path):
 
 
 def test_layers_that_were_left_dense(tmp_path, tensors):
-    """v2 files keep some: they are quantised here, the others stay."""
+    """v2 files keep some: they are quantized here, the others stay."""
     coded = bnb_tensors(tensors, nested=False, skip=("single_blocks.0",))
     model = load(write(tmp_path / "a", coded), "auto")
     layer = model.single_blocks[0].linear1
@@ -298,7 +298,7 @@ def test_other_4_bit_forms(tmp_path, tensors, kind, blocksize, nested):
     )
     state.dtype = torch.float32
     with open_base(file) as base:
-        kept, dense = base.read_kept(name), base.read(name)
+        kept, dense = base.read_stored(name), base.read(name)
         assert base.storage == ("nf4" if kind == "nf4" else None)
     assert isinstance(kept, NF4Tensor) is (kind == "nf4")
     theirs = bnb.dequantize_4bit(packed, state)
@@ -385,7 +385,7 @@ def write_gguf(path: Path, tensors, kind: str) -> dict[str, torch.Tensor]:
             writer.add_tensor(name, values)
             dense[name] = tensor.float()
             continue
-        # rows that are no multiple of the type's block stay F16, as llama.cpp's quantiser has it
+        # rows that are no multiple of the type's block stay F16, as llama.cpp's quantizer has it
         fits = values.shape[1] % gguf.GGML_QUANT_SIZES[quant][0] == 0
         type_ = quant if fits else gguf.GGMLQuantizationType.F16
         data = _blocks(values, type_)
@@ -401,7 +401,7 @@ def write_gguf(path: Path, tensors, kind: str) -> dict[str, torch.Tensor]:
 
 
 def _blocks(values: np.ndarray, quant) -> np.ndarray:
-    """gguf quantises to the plain types; to the K types it cannot, so these hold random codes with
+    """gguf quantizes to the plain types; to the K types it cannot, so these hold random codes with
     sane scales, which decode to something all the same."""
     import gguf
 
@@ -467,7 +467,7 @@ def test_a_gguf_type_that_is_not_read(tmp_path, tensors):
 
 
 def test_codes_stay_in_the_file(tmp_path, tensors):
-    """On a CPU a prequantised file is mapped, not copied."""
+    """On a CPU a prequantized file is mapped, not copied."""
     file = write(tmp_path / "mapped.safetensors", bnb_tensors(tensors, nested=False))
     model = load(file, "auto")
     assert file.name in Path("/proc/self/maps").read_text()
@@ -486,7 +486,7 @@ def test_kept_and_dense_reading_agree(tmp_path, tensors, keep):
     coded = bnb_tensors(tensors, True) if keep == "nf4" else fp8_tensors(tensors, True)
     with open_base(write(tmp_path / "a", coded)) as base:
         for name in tensors:
-            kept, dense = base.read_kept(name), base.read(name)
+            kept, dense = base.read_stored(name), base.read(name)
             assert isinstance(dense, torch.Tensor) and dense.shape == tensors[name].shape
             if keep == "fp8" and isinstance(kept, Rows):
                 assert torch.equal(kept.codes.float() * kept.scale[:, None], dense)
@@ -550,7 +550,7 @@ def test_fp16_whose_sum_overflows_is_finite(tmp_path, tensors):
         assert torch.equal(base.read(f"{MATRIX}.weight"), large)
 
 
-def test_what_was_quantised_is_not_looked_through_again(tmp_path, tensors, monkeypatch):
+def test_what_was_quantized_is_not_looked_through_again(tmp_path, tensors, monkeypatch):
     """It was when it was written; a mapped file is not read whole to start from it."""
     from fluxfast.formats import base as module
     from fluxfast.formats.quantize import quantize

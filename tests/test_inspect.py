@@ -78,12 +78,12 @@ def test_missing_and_extra(tmp_path, tensors, split):
     assert found["extra"] == "1: something.else"
 
 
-def test_folders_and_prequantised_files(tmp_path, tensors):
+def test_folders_and_prequantized_files(tmp_path, tensors):
     folder = checkpoints.write_diffusers(tmp_path / "d", tensors)
     assert seen(folder)["format"] == "safetensors, diffusers names, BF16"
     quantize(folder, tmp_path / "q", "fp8")
     found = seen(tmp_path / "q")
-    assert "quantised to fp8 by fluxfast" in found["format"]
+    assert "quantized to fp8 by fluxfast" in found["format"]
     assert "--checksum" in found["checksum"]
     assert seen(tmp_path / "q", checksum=True)["checksum"] == "right"
     content = bytearray((tmp_path / "q").read_bytes())

@@ -115,7 +115,7 @@ def test_gguf_goes_in(tmp_path, tensors):
 
 
 def test_codes_pass_through(tmp_path, tensors):
-    """Nothing is quantised twice: the bytes are the source's, nested scales too."""
+    """Nothing is quantized twice: the bytes are the source's, nested scales too."""
     coded = bnb_tensors(tensors, nested=True)
     quantize(write(tmp_path / "a", coded), tmp_path / "b", "nf4")
     stored = load_file(tmp_path / "b")
@@ -145,7 +145,7 @@ def test_bitsandbytes_reads_it(tmp_path, source, nested):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
-def test_quantising_what_was_quantised(tmp_path, source):
+def test_quantizing_what_was_quantized(tmp_path, source):
     """From one storage to another; nf4 to nf4 is the same file but for its source's name."""
     quantize(source, tmp_path / "a", "nf4")
     quantize(tmp_path / "a", tmp_path / "b", "nf4")

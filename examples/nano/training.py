@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fluxfast.formats.safetensors_out import write
+from fluxfast.formats.container import write
 from fluxfast.tree import put_together, take_apart
 
 SAVE_EVERY_S = 60.0

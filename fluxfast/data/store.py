@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.files import write_atomic
-from fluxfast.formats.safetensors_out import write
+from fluxfast.formats.container import write
 
 SPACE_HINT = "set `cache_dir` to a folder with enough space that you may write to"
 LATENTS = ("mean", "std")

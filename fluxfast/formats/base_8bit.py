@@ -4,8 +4,8 @@
     X.scale_weight     fp32, one value (ComfyUI) or one a row ([N, 1], fluxfast); plain fp8 has none
     X.weight_scale     the same in ComfyUI's newer files
 
-W = codes · scale. Both are the form that storage fp8 and int8 multiply in, so the codes stay as
-they are. float8_e5m2, which no product here takes, is decoded to fp32 without loss.
+W = quantized · scale. Both are the form that storage fp8 and int8 multiply in, so the values stay
+as they are. float8_e5m2, which no product here takes, is dequantized to fp32 without loss.
 
 Source: ComfyUI `comfy/ops.py` (scaled_fp8_ops) and `comfy/model_detection.py`.
 """
@@ -17,17 +17,16 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.opened import Files
 
-SCALES = ("scale_weight", "weight_scale")
-SIDE = (*SCALES, "scale_input", "input_scale", "comfy_quant")
+_SCALES = ("scale_weight", "weight_scale")
+SIDE = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
 MARKER = "scaled_fp8"  # a tensor of ComfyUI's, beside the model's
 _ROWS = 1024  # looked through at once
-KEPT = {"F8_E4M3": "fp8", "I8": "int8"}
 
 
 def scale_key(files: Files, key: str) -> str | None:
     """The name of the scale of the matrix `key` (….weight), None where there is none."""
     module = key.removesuffix("weight")
-    return next((module + name for name in SCALES if module + name in files.entries), None)
+    return next((module + name for name in _SCALES if module + name in files.entries), None)
 
 
 def check_8bit(files: Files, key: str, prefix: str) -> None:
@@ -47,36 +46,36 @@ def check_8bit(files: Files, key: str, prefix: str) -> None:
                 hint="int8 files of other tools (quanto, LLM.int8) are not read: use a bf16 one",
             )
         return
-    found = files.entries[scale]
+    dtype, shape = files.entries[scale].dtype, files.entries[scale].shape
     rows = entry.shape[0] if entry.shape else 1
-    fits = found.shape in ((), (1,), (1, 1), (rows,), (rows, 1))
-    if not fits or found.dtype not in ("F32", "F16", "BF16"):
+    fits = shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+    if not fits or dtype not in ("F32", "F16", "BF16"):
         raise ConfigError(
             f"{files.file_of(scale)}: {scale} should hold one value, or one a row of {rows}; "
-            f"it is {found.dtype} of shape {found.shape}"
+            f"it is {dtype} of shape {shape}"
         )
 
 
 def read_8bit(files: Files, key: str) -> Rows | Tensor:
-    """Codes and one fp32 scale a row; fp32 [N, K] for float8_e5m2. On the CPU."""
+    """Quantized values and one fp32 scale a row; fp32 [N, K] for float8_e5m2. On the CPU."""
     codes, scale = files.read(key), scale_key(files, key)
     rows = codes.shape[0]
     if scale is None:
         scales = torch.ones(rows)
     else:
         scales = files.read(scale).float().flatten().expand(rows).contiguous()
-    if codes.dtype == torch.float8_e5m2:
-        return codes.float() * scales[:, None]
-    return Rows(codes, scales)
+    return (
+        codes.float() * scales[:, None] if codes.dtype == torch.float8_e5m2 else Rows(codes, scales)
+    )
 
 
-def codes_are_finite(codes: Tensor) -> bool:
-    """Whether no code [N, K] stands for NaN, which e4m3 has (all bits set but the sign's) and int8
-    has not.
+def quantized_is_finite(quantized: Tensor) -> bool:
+    """Whether no value of a matrix stands for NaN, which e4m3 has (all bits set but the sign's) and
+    int8 has not.
     """
-    if codes.dtype == torch.int8:
+    if quantized.dtype == torch.int8:
         return True
-    pieces = codes.view(torch.uint8).split(_ROWS)
+    pieces = quantized.view(torch.uint8).split(_ROWS)
     return not any((piece & 127).amax() == 127 for piece in pieces)
 
 
@@ -84,6 +83,5 @@ def join_rows(parts: list[Rows]) -> Rows:
     """Stack the rows of several matrices of one kind, byte for byte."""
     if len(parts) == 1:
         return parts[0]
-    kind = parts[0].codes.dtype
-    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(kind)
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)
     return Rows(codes, torch.cat([part.scale for part in parts]))

@@ -1,20 +1,20 @@
 """Matrices in bitsandbytes' 4-bit form, as lllyasviel's all-in-one files and diffusers save them.
 
     X.weight                    uint8 [N * K / 2, 1], the first of a pair in the high nibble
-    X.weight.absmax             fp32 per block, or uint8 where it is itself quantised
+    X.weight.absmax             fp32 per block, or uint8 where it is itself quantized
     X.weight.quant_map          fp32 [16]
     X.weight.nested_absmax, X.weight.nested_quant_map     fp32 per 256 blocks, fp32 [256]
     X.weight.quant_state.bitsandbytes__nf4     JSON in bytes: shape, blocksize, nested_offset, …
 
 What has NF4's table, blocks that hold whole 64s and rows that hold whole blocks of 64 stays as it
-is, bytes and all; the rest (FP4, other tables) is decoded to fp32.
+is, bytes and all; the rest (FP4, other tables) is dequantized to fp32.
 
 Source: bitsandbytes 0.50 `functional.QuantState.as_dict` and `dequantize_4bit`.
 """
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from fluxfast_kernels.quant.nf4 import (
@@ -31,36 +31,23 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.opened import Files
 
 KINDS = ("nf4", "fp4")
-SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_STATE = "quant_state.bitsandbytes__"
+STATE = "quant_state.bitsandbytes__"
 _LONGEST_STATE = 65536  # bytes
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class State:
-    """What the JSON of a matrix says. nested: blocksize and offset of its quantised absmax, None
-    where it is plain. kept: it may stay in its codes; kept_nested: its absmax too.
+    """What a matrix is: by its JSON, and whether an NF4Tensor takes it byte for byte (is_nf4), its
+    quantized absmax too (is_nested_nf4).
     """
 
     kind: str  # "nf4" or "fp4"
     shape: tuple[int, int]
     blocksize: int
-    nested: tuple[int, float] | None
-    kept: bool = False
-    kept_nested: bool = False
-
-    @property
-    def blocks(self) -> int:
-        return -(-math.prod(self.shape) // self.blocksize)
-
-    def fits(self) -> bool:
-        """Whether the sizes let it be kept in codes."""
-        whole = self.shape[1] % BLOCK == 0 and math.prod(self.shape) % self.blocksize == 0
-        return self.kind == "nf4" and whole and self.blocksize % BLOCK == 0
-
-    def fits_nested(self) -> bool:
-        return self.nested is not None and (self.blocksize, self.nested[0]) == (BLOCK, NESTED_BLOCK)
+    nested: tuple[int, float] | None  # blocksize and offset of a quantized absmax
+    is_nf4: bool
+    is_nested_nf4: bool
 
 
 def bnb_state(files: Files, key: str) -> State | None:
@@ -68,54 +55,52 @@ def bnb_state(files: Files, key: str) -> State | None:
 
     Raises ConfigError where the state or the tensors beside it do not fit together.
     """
-    kind = next((kind for kind in KINDS if f"{key}.{_STATE}{kind}" in files.entries), None)
+    kind = next((kind for kind in KINDS if f"{key}.{STATE}{kind}" in files.entries), None)
     if kind is None:
         return None
-    state = _parsed(files, key, kind)
-    entry = files.entries[key]
-    half = -(-math.prod(state.shape) // 2)
-    _check(files, key, entry.bytes == half, f"{half} bytes for {state.shape}", f"{entry.bytes}")
+    shape, blocksize, nested = _parse_state(files, f"{key}.{STATE}{kind}", kind)
+    count = math.prod(shape)
+    stored, half = files.entries[key].bytes, -(-count // 2)
+    _check(files, key, stored == half, f"{half} bytes for {shape}", f"{stored}")
     # one value per block; several of bitsandbytes' blocks of 64 never share one
-    _side(files, f"{key}.quant_map", "F32", 16)
-    _side(files, f"{key}.absmax", "U8" if state.nested else "F32", state.blocks)
-    if state.nested:
-        _side(files, f"{key}.nested_absmax", "F32", -(-state.blocks // state.nested[0]))
-        _side(files, f"{key}.nested_quant_map", "F32", 256)
-    kept = state.fits() and _holds(files, f"{key}.quant_map", code_table(_CPU))
-    nested = kept and state.fits_nested()
-    nested = nested and _holds(files, f"{key}.nested_quant_map", dynamic_map(_CPU))
-    return replace(state, kept=kept, kept_nested=nested)
+    blocks = -(-count // blocksize)
+    _check_values(files, f"{key}.quant_map", "F32", 16)
+    _check_values(files, f"{key}.absmax", "U8" if nested else "F32", blocks)
+    if nested:
+        _check_values(files, f"{key}.nested_absmax", "F32", -(-blocks // nested[0]))
+        _check_values(files, f"{key}.nested_quant_map", "F32", 256)
+    whole = shape[1] % BLOCK == 0 and count % blocksize == 0 and blocksize % BLOCK == 0
+    is_nf4 = kind == "nf4" and whole and _holds(files, f"{key}.quant_map", code_table(_CPU))
+    is_nested = is_nf4 and nested is not None and (blocksize, nested[0]) == (BLOCK, NESTED_BLOCK)
+    is_nested = is_nested and _holds(files, f"{key}.nested_quant_map", dynamic_map(_CPU))
+    return State(kind, shape, blocksize, nested, is_nf4, is_nested)
 
 
 def _holds(files: Files, key: str, table: Tensor) -> bool:
     return torch.equal(files.read(key).flatten(), table)
 
 
-def _parsed(files: Files, key: str, kind: str) -> State:
-    name = f"{key}.{_STATE}{kind}"
+def _parse_state(
+    files: Files, name: str, kind: str
+) -> tuple[tuple[int, int], int, tuple[int, float] | None]:
+    """Shape, blocksize and nested (see State)."""
     entry = files.entries[name]
     known = entry.dtype == "U8" and entry.bytes <= _LONGEST_STATE
     _check(files, name, known, f"at most {_LONGEST_STATE} bytes of JSON", f"{entry.bytes} bytes")
     try:
-        said = json.loads(bytes(files.read(name).flatten().tolist()))
-        if said.get("quant_type", kind) != kind:
-            raise ValueError(said["quant_type"])
+        state = json.loads(bytes(files.read(name).flatten().tolist()))
+        if state.get("quant_type", kind) != kind:
+            raise ValueError(state["quant_type"])
         nested = None
-        if "nested_offset" in said:
-            nested = _size(said["nested_blocksize"]), float(said["nested_offset"])
-        rows, columns = said["shape"]
-        state = State(kind, (_size(rows), _size(columns)), _size(said["blocksize"]), nested)
+        if "nested_offset" in state:
+            nested = _size(state["nested_blocksize"]), float(state["nested_offset"])
+            if not math.isfinite(nested[1]):
+                raise ValueError(nested)
+        rows, columns = state["shape"]
+        return (_size(rows), _size(columns)), _size(state["blocksize"]), nested
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        state = None
-    finite = state is not None and (state.nested is None or math.isfinite(state.nested[1]))
-    _check(
-        files,
-        name,
-        finite,
-        f"JSON of {kind} with shape [N, K], blocksize and nested_*",
-        "something else",
-    )
-    return state
+        wanted = f"JSON of {kind} with shape [N, K], blocksize and nested_*"
+        raise _unfit(files, name, wanted, "something else") from None
 
 
 def _size(value: object) -> int:
@@ -124,7 +109,7 @@ def _size(value: object) -> int:
     return value
 
 
-def _side(files: Files, key: str, dtype: str, count: int) -> None:
+def _check_values(files: Files, key: str, dtype: str, count: int) -> None:
     entry = files.entries.get(key)
     got = "nothing" if entry is None else f"{entry.dtype} of {entry.count} values"
     wanted = f"{dtype} of {count} values"
@@ -133,20 +118,27 @@ def _side(files: Files, key: str, dtype: str, count: int) -> None:
 
 def _check(files: Files, key: str, fits: bool, wanted: str, got: str) -> None:
     if not fits:
-        path = files.containers[0].path
-        raise ConfigError(f"{path}: {key} should hold {wanted}, has {got}")
+        raise _unfit(files, key, wanted, got)
+
+
+def _unfit(files: Files, key: str, wanted: str, got: str) -> ConfigError:
+    return ConfigError(f"{files.containers[0].path}: {key} should hold {wanted}, has {got}")
 
 
 def read_bnb(files: Files, key: str, state: State) -> NF4Tensor | Tensor:
-    """The matrix in its codes where they may stay, else fp32 [N, K]. Both on the CPU."""
+    """The matrix quantized where it may stay so, else fp32 [N, K]. Both on the CPU."""
     packed = files.read(key).reshape(-1).view(torch.uint8)
     absmax = files.read(f"{key}.absmax").flatten()
-    if state.kept_nested:
+    if state.is_nested_nf4:
         nested = files.read(f"{key}.nested_absmax").flatten()
         offset = torch.tensor(state.nested[1], dtype=torch.float32)
         return NF4Tensor(packed[:, None], absmax, state.shape, nested, offset)
-    absmax = _unnested(files, key, state, absmax)
-    if state.kept:
+    if state.nested:
+        size, offset = state.nested
+        table = files.read(f"{key}.nested_quant_map").flatten()
+        scale = files.read(f"{key}.nested_absmax").flatten().repeat_interleave(size)
+        absmax = table[absmax.int()] * scale[: len(absmax)] + offset
+    if state.is_nf4:
         times = state.blocksize // BLOCK
         absmax = absmax.repeat_interleave(times) if times > 1 else absmax
         return NF4Tensor(packed[:, None], absmax, state.shape)
@@ -155,15 +147,6 @@ def read_bnb(files: Files, key: str, state: State) -> NF4Tensor | Tensor:
     index = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count].int()
     scale = absmax.repeat_interleave(state.blocksize)[:count]
     return (table[index] * scale).view(state.shape)
-
-
-def _unnested(files: Files, key: str, state: State, absmax: Tensor) -> Tensor:
-    if state.nested is None:
-        return absmax
-    size, offset = state.nested
-    table = files.read(f"{key}.nested_quant_map").flatten()
-    scale = files.read(f"{key}.nested_absmax").flatten().repeat_interleave(size)[: len(absmax)]
-    return table[absmax.int()] * scale + offset
 
 
 def join_nf4(parts: list[NF4Tensor]) -> NF4Tensor:
@@ -184,12 +167,12 @@ def join_nf4(parts: list[NF4Tensor]) -> NF4Tensor:
 
 
 def state_json(weight: NF4Tensor) -> bytes:
-    """The JSON of a matrix kept here, as bitsandbytes writes it. dtype: what it decodes to."""
-    said = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": weight.shape}
+    """The JSON of an NF4 matrix, as bitsandbytes writes it. dtype: what it dequantizes to."""
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": weight.shape}
     if weight.nested_absmax is not None:
-        said |= {
+        state |= {
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",
             "nested_offset": weight.offset.item(),
         }
-    return json.dumps(said).encode()
+    return json.dumps(state).encode()

@@ -2,6 +2,7 @@
 under whatever prefix, or something else that has a name.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,24 +11,24 @@ from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 
-# what the sizes are read from, in BFL's names and in diffusers'
+# what the sizes are read from: (BFL's name, diffusers' name)
 _SOURCES = {
     "marker": (
-        "double_blocks.0.img_attn.norm.key_norm.scale", "transformer_blocks.0.attn.norm_k.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "transformer_blocks.0.attn.norm_k.weight",
     ),
     "img_in": ("img_in.weight", "x_embedder.weight"),
     "txt_in": ("txt_in.weight", "context_embedder.weight"),
-    "vector_in": (
-        "vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight",
-    ),
+    "vector_in": ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"),
     "guidance_in": ("guidance_in.", "time_text_embed.guidance_embedder."),
     "mlp": ("double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight"),
     "out": ("final_layer.linear.weight", "proj_out.weight"),
     "doubles": ("double_blocks.", "transformer_blocks."),
     "singles": ("single_blocks.", "single_transformer_blocks."),
-}  # fmt: skip
+}
 # an SD3 or Qwen-Image transformer has the marker in diffusers' naming too; FLUX has all of these
 _ALL_OF = ("marker", "img_in", "txt_in", "vector_in")
+_MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
 
 # other models: every one of these strings is in some key. The first row that fits counts
 _OTHERS = (
@@ -54,10 +55,9 @@ _OTHERS = (
 )
 # in models that have FLUX.1's names otherwise
 _NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
-_LORA = (
-    ".lora_A", ".lora_B", ".lora_down.", ".lora_up.", "_lora1.", "_lora2.", ".lokr_", ".hada_",
-    "_lora.", ".lora.", ".lora_linear_layer.",
-)  # fmt: skip
+_LORA = re.compile(
+    r"\.lora_[AB]|\.lora_(down|up)\.|_lora[12]?\.|\.lora(_linear_layer)?\.|\.lokr_|\.hada_"
+)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def find_naming(keys: Iterable[str]) -> Naming | None:
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether they are a LoRA's; SVDQuant keeps low-rank parts in a base model."""
     keys = list(keys)
-    low_rank = any(word in key for key in keys for word in _LORA)
-    return low_rank and not any(key.endswith(".qweight") for key in keys)
+    return any(map(_LORA.search, keys)) and not any(key.endswith(".qweight") for key in keys)
 
 
 def other_model(keys: Iterable[str]) -> str | None:
@@ -118,8 +117,8 @@ def read_spec(
     def size(part: str, dim: int) -> int:
         key, sizes = naming.key(part), shape(naming.key(part))
         if sizes is None or len(sizes) <= dim or sizes[dim] < 1:
-            what = "is missing" if sizes is None else f"has shape {sizes}"
-            raise FluxfastError(f"{key} {what}")
+            problem = "is missing" if sizes is None else f"has shape {sizes}"
+            raise FluxfastError(f"{key} {problem}")
         return sizes[dim]
 
     hidden, head_dim = size("img_in", 0), size("marker", 0)
@@ -138,16 +137,22 @@ def read_spec(
         guidance_embed=guidance,
         text_length=(DEV if guidance else SCHNELL).text_length,
     )
-    check_channels(in_channels, out_channels)
+    check_spec(spec, out_channels)
     return spec
 
 
-def check_channels(in_channels: int, out_channels: int) -> None:
-    """Raise FluxfastError for a model that takes more channels than it returns."""
-    if in_channels != out_channels:
+def check_spec(spec: FluxSpec, out_channels: int) -> None:
+    """Raise FluxfastError for a model that takes more channels than it returns, and for more blocks
+    than a table is to be built of.
+    """
+    if spec.in_channels != out_channels:
         raise FluxfastError(
-            f"it takes {in_channels} channels and returns {out_channels}: an inpainting or "
+            f"it takes {spec.in_channels} channels and returns {out_channels}: an inpainting or "
             "control variant of FLUX.1, which cannot be trained as text-to-image"
+        )
+    if max(spec.depth, spec.depth_single_blocks) > _MOST_BLOCKS:
+        raise FluxfastError(
+            f"it has {spec.depth} double and {spec.depth_single_blocks} single blocks"
         )
 
 

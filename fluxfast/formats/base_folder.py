@@ -9,16 +9,21 @@ from functools import partial
 from pathlib import Path
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base_detect import Naming, check_channels, count_blocks
+from fluxfast.formats.base_detect import Naming, check_spec, count_blocks
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
 _WHOLE = "diffusion_pytorch_model.safetensors"
-_MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
+
+
+def transformer_folder(path: Path) -> Path:
+    """Where the transformer lies in a pipeline's folder, or the folder itself."""
+    return path / "transformer" if (path / "transformer").is_dir() else path
 
 
 def folder_spec(path: Path, folder: Path) -> FluxSpec:
-    """The sizes that a diffusers folder's config.json says. Raises ConfigError where they cannot
-    be, or are another model's.
+    """The sizes that the transformer folder's config.json says. path: the pipeline's folder.
+
+    Raises ConfigError where they cannot be, or are another model's.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -26,7 +31,7 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
             f"{folder} has no config.json: it is no diffusers model",
             hint="a model in one .safetensors or GGUF file is given by that file's own path",
         )
-    config = _json(file)
+    config = _read_json(file)
     if config.get("_class_name") != "FluxTransformer2DModel":
         raise ConfigError(
             f"{folder} holds a {config.get('_class_name', 'model of unknown kind')}, "
@@ -40,6 +45,8 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
     known = isinstance(axes, list | tuple) and [type(axis) for axis in axes] == [int] * 3
     if not known or min(axes) < 1:
         raise ConfigError(f"{file}: axes_dims_rope must be three positive integers, got {axes!r}")
+    # dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes
+    length = (DEV if guidance else SCHNELL).text_length
     try:
         spec = FluxSpec(
             in_channels=size("in_channels"),
@@ -51,37 +58,27 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
             depth_single_blocks=size("num_single_layers"),
             axes_dim=tuple(axes),
             guidance_embed=guidance,
-            text_length=_text_length(path, guidance),
+            text_length=min(length, tokenizer_length(path / "tokenizer_2") or length),
         )
-        check_channels(spec.in_channels, config.get("out_channels") or spec.in_channels)
+        check_spec(spec, config.get("out_channels") or spec.in_channels)
     except ConfigError:
         raise
     except FluxfastError as error:
         raise ConfigError(f"{path} is not a FLUX.1 transformer: {error.message}") from None
-    return of_some_depth(path, spec)
-
-
-def of_some_depth(path: Path, spec: FluxSpec) -> FluxSpec:
-    """The same; ConfigError for more blocks than a table is to be built of."""
-    if max(spec.depth, spec.depth_single_blocks) > _MOST_BLOCKS:
-        raise ConfigError(
-            f"{path} is not a FLUX.1 transformer: it has {spec.depth} double and "
-            f"{spec.depth_single_blocks} single blocks"
-        )
     return spec
 
 
-def check_nothing_is_left(path: Path, spec: FluxSpec, keys: Collection[str]) -> None:
-    """Raise ConfigError where the weights have more than config.json says: it would cut the model
-    short without a word.
+def check_weights_match(path: Path, spec: FluxSpec, keys: Collection[str]) -> None:
+    """Raise ConfigError where the weights have more than config.json says: the model would be cut
+    short in silence.
     """
     naming = Naming("", split=True)
-    said = (spec.depth, spec.depth_single_blocks)
-    found = [count_blocks(keys, naming.key(part)) for part in ("doubles", "singles")]
-    if found[0] > said[0] or found[1] > said[1]:
+    depths = spec.depth, spec.depth_single_blocks
+    stored = [count_blocks(keys, naming.key(part)) for part in ("doubles", "singles")]
+    if stored[0] > depths[0] or stored[1] > depths[1]:
         raise ConfigError(
-            f"{path}: config.json speaks of {said[0]} double and {said[1]} single blocks, the "
-            f"weights have {found[0]} and {found[1]}",
+            f"{path}: config.json speaks of {depths[0]} double and {depths[1]} single blocks, the "
+            f"weights have {stored[0]} and {stored[1]}",
             hint="the config.json is another model's",
         )
     guided = any(key.startswith(naming.key("guidance_in")) for key in keys)
@@ -102,38 +99,36 @@ def _size(file: Path, config: dict, key: str) -> int:
 
 def weight_files(folder: Path) -> list[Path]:
     """The shards that the index names; without one diffusers' own file, or else every .safetensors
-    file.
+    file. Raises ConfigError where there is none.
     """
     index = folder / f"{_WHOLE}.index.json"
-    found = [index] if index.is_file() else sorted(folder.glob("*.safetensors.index.json"))
-    if not found:
+    indices = [index] if index.is_file() else sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
         whole = folder / _WHOLE
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    shards = _json(found[0]).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ConfigError(f"{found[0]} does not map tensors to files under 'weight_map'")
-    names = sorted(set(shards.values()))
-    # as a file's name, not a path that leads elsewhere
-    if odd := next((n for n in names if not n.isprintable() or Path(n).name != n), None):
-        raise ConfigError(f"{found[0]} names {odd!r}, which is no file of the folder")
-    return [folder / name for name in names]
-
-
-def _text_length(path: Path, guidance: bool) -> int:
-    """dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes."""
-    length = (DEV if guidance else SCHNELL).text_length
-    return min(length, tokenizer_length(path / "tokenizer_2") or length)
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    else:
+        shards = _read_json(indices[0]).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise ConfigError(f"{indices[0]} does not map tensors to files under 'weight_map'")
+        names = sorted(set(shards.values()))
+        # as a file's name, not a path that leads elsewhere
+        if odd := next((n for n in names if not n.isprintable() or Path(n).name != n), None):
+            raise ConfigError(f"{indices[0]} names {odd!r}, which is no file of the folder")
+        files = [folder / name for name in names]
+    if not files:
+        raise ConfigError(f"{folder} holds no .safetensors weights")
+    return files
 
 
 def tokenizer_length(folder: Path) -> int | None:
     """The longest prompt that a tokenizer's folder says it takes, where it does."""
     config = folder / "tokenizer_config.json"
-    limit = _json(config).get("model_max_length") if config.is_file() else None
+    limit = _read_json(config).get("model_max_length") if config.is_file() else None
     # transformers writes 1e30 for "no limit"
     return int(limit) if type(limit) in (int, float) and 1 <= limit < 1e9 else None
 
 
-def _json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -4,8 +4,8 @@
     dimensions u32, [u64] innermost first, type u32, offset u64 | padding to `general.alignment` |
     data;   a string is its length u64 and its bytes; all little-endian
 
-The header is read here, within bounds, as a length that lies would keep gguf's own reader in a loop
-for ever; block types are decoded by the `gguf` package, tensor by tensor.
+The header is read here, within bounds, as a false length would keep gguf's own reader in a loop for
+ever; block types are dequantized by the `gguf` package, tensor by tensor.
 
 Source: ggml's docs/gguf.md, versions 2 and 3.
 """
@@ -24,26 +24,14 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import Entry
 
-HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
+# type of a value -> struct's letter
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_ROWS = 128  # decoded at once by one thread
+_ROWS = 128  # dequantized at once by one thread
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.int16, "F64": np.float64}
-BLOCK_TYPES = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-)  # fmt: skip
+_KINDS = ("4_0", "4_1", "5_0", "5_1", "8_0", "2_K", "3_K", "4_K", "5_K", "6_K")
+BLOCK_TYPES = tuple(f"Q{kind}" for kind in _KINDS)
 
 
 class _Damaged(ValueError):
@@ -61,47 +49,47 @@ class Gguf:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             header = _Header(self._map)
-            self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
-            self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
         except _Damaged as error:
             self._map.close()
             raise ConfigError(
                 f"cannot read {path}: {error}", hint="download the file again"
             ) from None
         self.metadata = header.metadata
+        self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
+        self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
 
     def read(self, key: str) -> Tensor:
         entry = self.entries[key]
-        kind = _PLAIN.get(entry.dtype, np.uint8)
-        count = entry.bytes // np.dtype(kind).itemsize
-        data = np.frombuffer(self._map, kind, count, self._offsets[key])
-        if entry.dtype in _PLAIN:
-            # a copy: the map is read-only, and would be kept open by what looks into it
-            values = torch.from_numpy(data.copy()).view(entry.shape)
-            return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
-        if entry.dtype not in BLOCK_TYPES:
+        if entry.dtype not in (*_PLAIN, *BLOCK_TYPES):
             raise ConfigError(
                 f"{self.path}: {key} is stored as {entry.dtype}, which is not read here",
                 hint=f"read are F32, F16, BF16, {', '.join(BLOCK_TYPES)}",
             )
-        rows = data.reshape(*entry.shape[:-1], -1)
-        return torch.from_numpy(_decoded(rows, entry.dtype, entry.shape))
+        kind = _PLAIN.get(entry.dtype, np.uint8)
+        count = entry.bytes // np.dtype(kind).itemsize
+        data = np.frombuffer(self._map, kind, count, self._offsets[key])
+        if entry.dtype in BLOCK_TYPES:
+            return _dequantize(data, entry)
+        # a copy: the map is read-only, and would be kept open by what looks into it
+        values = torch.from_numpy(data.copy()).view(entry.shape)
+        return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):  # an error on its way still looks into the map
             self._map.close()
 
 
-def _decoded(rows: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 [rows, bytes] of a block type -> fp32 of `shape`. gguf decodes on one core, so the rows
-    are shared out among torch's threads.
+def _dequantize(data: np.ndarray, entry: Entry) -> Tensor:
+    """uint8 of a block type to fp32. gguf dequantizes on one core, so the rows are shared out among
+    torch's threads.
     """
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[dtype]
-    out = np.empty(shape, np.float32)
-    flat, rows = out.reshape(-1, shape[-1]), rows.reshape(-1, rows.shape[-1])
+    kind = GGMLQuantizationType[entry.dtype]
+    out = np.empty(entry.shape, np.float32)
+    flat = out.reshape(-1, entry.shape[-1])
+    rows = data.reshape(len(flat), -1)
 
     def work(start: int) -> None:
         piece = slice(start, start + _ROWS)
@@ -110,7 +98,7 @@ def _decoded(rows: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(work, range(0, len(rows), _ROWS)))
-    return out
+    return torch.from_numpy(out)
 
 
 class _Header:
@@ -118,7 +106,7 @@ class _Header:
 
     def __init__(self, data: mmap.mmap):
         self._data, self._at = data, 4
-        self._end = min(len(data), HEADER_LIMIT)
+        self._end = min(len(data), _HEADER_LIMIT)
         version = self._number("I")
         if version not in (2, 3):
             raise _Damaged(f"GGUF version {version} is not 2 or 3")
@@ -199,7 +187,7 @@ def _scalar(kind: int) -> str:
 
 
 def _size(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
-    """-> ggml's name of a type, and the bytes of a tensor."""
+    """ggml's name of a type, and the bytes of a tensor."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

@@ -1,22 +1,36 @@
-"""What a file of tensors holds, by name, before anything is read: the form that .safetensors and
-GGUF files share here.
+"""Files of tensors: what a .safetensors or GGUF file holds, by name, before anything is read; and
+.safetensors files out, one tensor at a time, the same bytes for the same tensors and metadata (the
+library's own writer wants every tensor on the CPU at once, and orders metadata by chance).
 """
 
+import json
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
 
-BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16,
-    "BF16": 16, "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8,
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -39,33 +53,23 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-class Container(Protocol):
-    """An open file. `metadata` holds its strings; `read` maps where it can and copies nothing."""
-
-    path: Path
-    kind: str  # "safetensors" or "GGUF"
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
-
-    def read(self, key: str) -> Tensor: ...
-
-    def close(self) -> None: ...
-
-
 class Safetensors:
-    """An open .safetensors file. Its library checks header, shapes, offsets and length."""
+    """An open .safetensors file. Its library checks header, shapes, offsets and length; `read` maps
+    and copies nothing.
+    """
 
     kind = "safetensors"
 
     def __init__(self, path: Path):
         self.path = path
         self._handle = safe_open(path, framework="pt")
-        self.metadata = dict(self._handle.metadata() or {})
-        self.entries = {}
+        self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
+        self.entries: dict[str, Entry] = {}
         for key in self._handle.keys():  # noqa: SIM118
             entry = self._handle.get_slice(key)
             dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-            size = math.prod(shape) * BITS.get(dtype, 8) // 8
+            bits = re.search(r"\d+", dtype)  # F32, F8_E4M3, …; BOOL takes a byte
+            size = math.prod(shape) * int(bits[0] if bits else 8) // 8
             self.entries[key] = Entry(dtype, shape, size)
 
     def read(self, key: str) -> Tensor:
@@ -78,3 +82,53 @@ class Safetensors:
 
     def close(self) -> None:
         self._handle.__exit__(None, None, None)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Layout:
+    """header: how the file starts. offsets: where each tensor begins in it, in file order. size: of
+    the whole. All in bytes.
+    """
+
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def layout(
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> Layout:
+    """Where tensors of these dtypes and shapes go. KeyError for a dtype that the format lacks."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    # widest first, as the library orders them: every tensor is aligned
+    for key in sorted(shapes, key=lambda key: (-shapes[key][0].itemsize, key)):
+        dtype, shape = shapes[key]
+        starts[key] = end
+        end += math.prod(shape) * dtype.itemsize
+        table[key] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[key], end],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # the data starts at a multiple of 64
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {key: len(header) + start for key, start in starts.items()}
+    return Layout(header, offsets, len(header) + end)
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a whole file. Tensors may be on any device: one at a time is copied to the CPU."""
+    form = layout({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, metadata)
+    file.write(form.header)
+    for key in form.offsets:
+        file.write(tensor_bytes(tensors[key]))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values in order, as bytes; of its own memory where it lies so on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats import base_8bit, base_bnb
-from fluxfast.formats.base import STORAGE_KEY, folder_spec, not_flux, spec_of, weight_files
+from fluxfast.formats.base import STORAGE_KEY, file_spec, not_flux
 from fluxfast.formats.base_detect import Naming, find_naming, is_lora, model_name, other_model
-from fluxfast.formats.inspect_lora import describe_lora, is_adapter, named
+from fluxfast.formats.base_folder import folder_spec, transformer_folder, weight_files
+from fluxfast.formats.inspect_lora import describe_lora, is_adapter, listed
 from fluxfast.formats.opened import Files
 from fluxfast.formats.quantize import SHA_KEY, verify
 from fluxfast.model.names import tensor_sources
@@ -17,33 +17,28 @@ from fluxfast.model.spec import FluxSpec
 
 # other parts of an all-in-one file, by a piece of their keys
 _PARTS = {
-    "CLIP-L": "text_model.encoder.layers.0.", "T5": "block.0.layer.0.SelfAttention.",
-    "VAE": "decoder.up.0.", "VAE (diffusers)": "decoder.up_blocks.0.",
-}  # fmt: skip
+    "CLIP-L": "text_model.encoder.layers.0.",
+    "T5": "block.0.layer.0.SelfAttention.",
+    "VAE": "decoder.up.0.",
+    "VAE (diffusers)": "decoder.up_blocks.0.",
+}
 
 
 def inspect(path: Path | str, checksum: bool = False) -> list[str]:
     """Lines of `what  value` about a base checkpoint, a LoRA or another safetensors or GGUF file.
 
-    checksum: read a prequantised file whole and compare. Raises FluxfastError where there is no
+    checksum: read a prequantized file whole and compare. Raises FluxfastError where there is no
     such path, ConfigError where it cannot be read (or the checksum differs).
     """
     path = Path(path)
-    if path.is_file():
-        files, folder = Files([path]), None
-    elif path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
-        paths = weight_files(folder)
-        if not paths:
-            raise ConfigError(f"{folder} holds no .safetensors weights")
-        files = Files(paths)
-    else:
+    folder = transformer_folder(path) if path.is_dir() else None
+    if folder is None and not path.is_file():
         raise FluxfastError(f"{path} does not exist")
-    with files:
+    with Files(weight_files(folder) if folder else [path]) as files:
         rows = [("file", f"{path}, {_size(files)}"), *_describe(path, folder, files)]
         if SHA_KEY in files.metadata:
             rows.append(("checksum", _checksum(path, files, checksum)))
-    return [f"{what:9} {value}" for what, value in rows]
+    return [f"{title:9} {value}" for title, value in rows]
 
 
 def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, str]]:
@@ -53,19 +48,19 @@ def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, 
     has_config = folder is not None and (folder / "config.json").is_file()
     naming = Naming("", split=True) if has_config else find_naming(keys)
     if naming is None:
-        what = other_model(keys)
-        if what is None:
+        other = other_model(keys)
+        if other is None:
             raise not_flux(path, keys)
         return [
             ("format", _container(files)),
-            ("model", f"{what}: not a FLUX.1 transformer"),
+            ("model", f"{other}: not a FLUX.1 transformer"),
             ("dtypes", _dtypes(files)),
         ]
-    spec = folder_spec(path, folder) if has_config else spec_of(path, files, naming)
+    spec = folder_spec(path, folder) if has_config else file_spec(path, files, naming)
     return [
-        ("format", f"{_container(files)}, {_layout(files, naming, spec)}"),
+        ("format", f"{_container(files)}, {_layout(files, naming)}"),
         ("model", f"{model_name(spec)}: {_sizes(spec)}"),
-        ("dtypes", _dtypes(files, lambda key: key.startswith(naming.prefix))),
+        ("dtypes", _dtypes(files, naming.prefix)),
         *_keys(files, naming, spec),
     ]
 
@@ -75,33 +70,25 @@ def _container(files: Files) -> str:
     return files.containers[0].kind + (f" in {count} files" if count > 1 else "")
 
 
-def _layout(files: Files, naming: Naming, spec: FluxSpec) -> str:
+def _layout(files: Files, naming: Naming) -> str:
     names = "diffusers names" if naming.split else "BFL names"
     prefix = f" under {naming.prefix}" if naming.prefix else ""
-    kept = files.metadata.get(STORAGE_KEY)
-    if kept:
-        how = (
-            f"quantised to {kept} by fluxfast {files.metadata.get('fluxfast.version', '')}".strip()
+    if storage := files.metadata.get(STORAGE_KEY):
+        version = files.metadata.get("fluxfast.version", "")
+        form = f"quantized to {storage} by fluxfast {version}".strip()
+    else:  # of most of the blocks' matrices
+        forms = Counter(
+            _form(files, key)
+            for key, entry in files.entries.items()
+            if "_blocks." in key and key.endswith(".weight") and len(entry.shape) == 2
         )
-    else:
-        how = _encoding(files, naming)
-    return f"{names}{prefix}, {how}"
+        form = forms.most_common(1)[0][0] if forms else "no matrices"
+    return f"{names}{prefix}, {form}"
 
 
-def _encoding(files: Files, naming: Naming) -> str:
-    """How most of the blocks' matrices are kept."""
-    matrices = [
-        key
-        for key, entry in files.entries.items()
-        if "_blocks." in key and key.endswith(".weight") and len(entry.shape) == 2
-    ]
-    kinds = Counter(_kind(files, key) for key in matrices)
-    return kinds.most_common(1)[0][0] if kinds else "no matrices"
-
-
-def _kind(files: Files, key: str) -> str:
+def _form(files: Files, key: str) -> str:
     for kind in base_bnb.KINDS:
-        if f"{key}.quant_state.bitsandbytes__{kind}" in files.entries:
+        if f"{key}.{base_bnb.STATE}{kind}" in files.entries:
             nested = f"{key}.nested_absmax" in files.entries
             return f"bitsandbytes {kind.upper()}" + (" with nested scales" if nested else "")
     dtype = files.entries[key].dtype
@@ -118,35 +105,30 @@ def _sizes(spec: FluxSpec) -> str:
     )
 
 
-def _dtypes(files: Files, chosen: Callable[[str], bool] = lambda key: True) -> str:
-    counts = Counter(entry.dtype for key, entry in files.entries.items() if chosen(key))
+def _dtypes(files: Files, prefix: str = "") -> str:
+    counts = Counter(e.dtype for key, e in files.entries.items() if key.startswith(prefix))
     return ", ".join(f"{dtype} {count}" for dtype, count in counts.most_common())
 
 
 def _keys(files: Files, naming: Naming, spec: FluxSpec) -> list[tuple[str, str]]:
     """What the model lacks, and what is there beside it."""
-    table = tensor_sources(spec)
+    table, prefix = tensor_sources(spec), naming.prefix
     names = [source for sources in table.values() for source in sources] if naming.split else table
-    needed = {naming.prefix + name for name in names}
-    missing = sorted(needed - files.entries.keys())
-    extra = [key for key in files.entries.keys() - needed if not _side(key, needed)]
-    own = [key for key in extra if naming.prefix and key.startswith(naming.prefix)]
-    others = [key for key in extra if key not in set(own)] if naming.prefix else []
-    parts = [name for name, piece in _PARTS.items() if any(piece in key for key in others)]
-    rows = [
-        ("missing", named(missing)),
-        ("extra", named(sorted(own if naming.prefix else extra))),
-    ]
+    needed = {prefix + name for name in names}
+    extra = sorted(key for key in files.entries.keys() - needed if not _is_side(key, needed))
+    own = [key for key in extra if key.startswith(prefix)]
+    others = [key for key in extra if not key.startswith(prefix)]
+    rows = [("missing", listed(sorted(needed - files.entries.keys()))), ("extra", listed(own))]
     if others:
+        parts = [name for name, piece in _PARTS.items() if any(piece in key for key in others)]
         rows.append(("beside", f"{', '.join(parts) or 'other tensors'} ({len(others)} tensors)"))
     return rows
 
 
-def _side(key: str, needed: set[str]) -> bool:
-    """Whether it belongs to a matrix's codes."""
-    if match := re.match(
-        r"(.*\.weight)\.(?:\w+_quant_map|quant_map|\w*absmax|quant_state\.\w+)$", key
-    ):
+def _is_side(key: str, needed: set[str]) -> bool:
+    """Whether it belongs to a quantized matrix."""
+    pattern = r"(.*\.weight)\.(?:\w+_quant_map|quant_map|\w*absmax|quant_state\.\w+)"
+    if match := re.fullmatch(pattern, key):
         return match[1] in needed
     module, _, name = key.rpartition(".")
     if name in base_8bit.SIDE:
@@ -160,7 +142,7 @@ def _checksum(path: Path, files: Files, wanted: bool) -> str:
     if not verify(files):
         raise ConfigError(
             f"{path} is damaged: its checksum is not that of its tensors",
-            hint="quantise it again, or download it again",
+            hint="quantize it again, or download it again",
         )
     return "right"
 

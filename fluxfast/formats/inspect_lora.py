@@ -36,7 +36,7 @@ def describe_lora(files: Files) -> list[tuple[str, str]]:
         return [
             ("format", files.containers[0].kind),
             ("model", "LoRA of another model than FLUX.1"),
-            ("extra", named(unknown)),
+            ("extra", listed(unknown)),
         ]
     form = form_of([place for _, place in placed.values()], {role for role, _ in placed.values()})
     roles: dict[tuple[str, tuple[int, ...]], dict[str, str]] = defaultdict(dict)
@@ -47,12 +47,12 @@ def describe_lora(files: Files) -> list[tuple[str, str]]:
         ("model", f"LoRA of FLUX.1: {_linears([place for _, place in placed.values()])}"),
         ("rank", _ranks(files, roles)),
         ("alpha", _alphas(files, roles)),
-        ("missing", named(_halves(roles))),
-        ("extra", named(unknown)),
+        ("missing", listed(_halves(roles))),
+        ("extra", listed(unknown)),
     ]
 
 
-def named(keys: list[str]) -> str:
+def listed(keys: list[str]) -> str:
     """How many there are, and the first few."""
     if not keys:
         return "none"

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.container import all_finite
+from fluxfast.formats.container import all_finite, write
 from fluxfast.formats.lora_names import XLABS_DOUBLE, XLABS_SINGLE
 from fluxfast.formats.lora_pieces import Lora, Piece, fused, grouped, part_count, rows_of, split
-from fluxfast.formats.safetensors_out import write
 from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

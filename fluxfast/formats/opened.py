@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base_gguf import Gguf
-from fluxfast.formats.container import Container, Safetensors
+from fluxfast.formats.container import Safetensors
 
 
 class Files:
@@ -21,38 +21,44 @@ class Files:
     """
 
     def __init__(self, paths: list[Path]):
-        self.containers: list[Container] = []
-        self._where: dict[str, Container] = {}
+        self.containers: list[Safetensors | Gguf] = []
+        self._container_of: dict[str, Safetensors | Gguf] = {}
         try:
             for path in paths:
-                self.containers.append(open_container(path))
-                self._add(self.containers[-1])
+                self._add(path)
         except BaseException:
             self.close()
             raise
-        self.entries = {key: file.entries[key] for key, file in self._where.items()}
+        self.entries = {key: file.entries[key] for key, file in self._container_of.items()}
         self.metadata = {k: v for file in self.containers for k, v in file.metadata.items()}
 
-    def _add(self, file: Container) -> None:
+    def _add(self, path: Path) -> None:
+        file = _open_container(path)
+        self.containers.append(file)
         for key in file.entries:
-            if other := self._where.get(key):
+            if not key.isprintable():
+                # names go into messages: no line breaks, nothing that a terminal obeys
+                raise _unreadable(
+                    path, f"a tensor is called {key!r}", "tensors have names of plain text"
+                )
+            if other := self._container_of.get(key):
                 raise ConfigError(
                     f"{key} is in {other.path} and in {file.path}",
                     hint="one of them is not of this model: keep one, or the index that names "
                     "the right ones",
                 )
-            self._where[key] = file
+            self._container_of[key] = file
 
     def read(self, key: str) -> Tensor:
-        return self._where[key].read(key)
+        return self._container_of[key].read(key)
 
     def file_of(self, key: str) -> Path:
-        return self._where[key].path
+        return self._container_of[key].path
 
     def close(self) -> None:
         for container in self.containers:
             container.close()
-        self.containers, self._where = [], {}
+        self.containers, self._container_of = [], {}
 
     def __enter__(self):
         return self
@@ -61,29 +67,21 @@ class Files:
         self.close()
 
 
-def open_container(path: Path) -> Container:
+def _open_container(path: Path) -> Safetensors | Gguf:
     """Open one file by its content. Raises ConfigError where it is damaged or of another kind."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None
-    container = Gguf(path) if start.startswith(b"GGUF") else _open_safetensors(path, start)
-    odd = next((key for key in container.entries if not key.isprintable()), None)
-    if odd is not None:  # names go into messages: no line breaks, nothing that a terminal obeys
-        container.close()
-        raise _unreadable(path, f"a tensor is called {odd!r}", "tensors have names of plain text")
-    return container
-
-
-def _open_safetensors(path: Path, start: bytes) -> Safetensors:
-    if reason := _no_safetensors(start):
-        raise _unreadable(path, *reason)
+    if start.startswith(b"GGUF"):
+        return Gguf(path)
+    if problem := _not_safetensors(start):
+        raise _unreadable(path, *problem)
     try:
         return Safetensors(path)
     except (OSError, SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise _unreadable(path, reason) from None
+        raise _unreadable(path, " ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _unreadable(path: Path, reason: str, hint: str | None = None) -> ConfigError:
@@ -91,14 +89,15 @@ def _unreadable(path: Path, reason: str, hint: str | None = None) -> ConfigError
     return ConfigError(f"cannot read {path}: {reason}", hint=hint)
 
 
-def _no_safetensors(start: bytes) -> tuple[str, str] | None:
-    """-> what the file is instead and a hint, told by its first bytes; None where it may be one."""
+def _not_safetensors(start: bytes) -> tuple[str, str] | None:
+    """What a file is instead, by its first bytes, and a hint; None where it may be safetensors."""
     again = "download the file again"
     if not start:
         return "it is empty", again
     if start[8:9] == b"{":
         return None  # the first eight bytes are a header's length, which may look like anything
-    if start.startswith(b"PK\x03\x04") or _is_pickle(start):
+    # a zip file, as torch saves today; protocols 2 to 5
+    if start.startswith((b"PK\x03\x04", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
         return (
             "it is a pickle (.ckpt, .pt, .bin), which may run code when loaded and is never opened",
             "look for the model's .safetensors file",
@@ -108,8 +107,3 @@ def _no_safetensors(start: bytes) -> tuple[str, str] | None:
     if start.lstrip()[:1] == b"<":
         return "it is a web page", again
     return None
-
-
-def _is_pickle(start: bytes) -> bool:
-    """Protocol 2 to 5."""
-    return start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5")

@@ -3,24 +3,26 @@
 The output is a .safetensors file in Black Forest Labs' names. Inside the blocks
 
     nf4           bitsandbytes' form (see base_bnb.py), which Forge and ComfyUI's NF4 nodes know too
-    int8, fp8     X.weight in codes, X.scale_weight fp32 [N, 1] (see base_8bit.py)
+    int8, fp8     X.weight quantized, X.scale_weight fp32 [N, 1] (see base_8bit.py)
 
-and around them bf16; biases and norms keep the source's dtype. Codes of the storage asked for pass
-through as they are. Every size is known before anything is read, so the header goes first and then
-one matrix after another; the file is filled under another name and put in place when it is whole.
+and around them bf16; biases and norms keep the source's dtype. What the source has in the storage
+asked for passes through as it is. Every size is known before anything is read, so the header goes
+first and then one matrix after another; the file is filled under another name and put in place when
+it is whole.
 
 Metadata: fluxfast.storage, fluxfast.version, fluxfast.source, and fluxfast.sha256, the SHA-256 of
 the tensors' own SHA-256 digests, ordered by name.
 """
 
-import contextlib
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from fluxfast_kernels.quant.frozen import quantize_8bit
@@ -36,12 +38,12 @@ from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor
 
 from fluxfast import __version__
-from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.files import check_new
+from fluxfast.errors import ConfigError, DiskError, FluxfastError
+from fluxfast.files import check_new, partial_of
 from fluxfast.formats.base import STORAGE_KEY, BaseCheckpoint, open_base
-from fluxfast.formats.base_bnb import state_json
+from fluxfast.formats.base_bnb import STATE, state_json
+from fluxfast.formats.container import layout, tensor_bytes
 from fluxfast.formats.opened import Files
-from fluxfast.formats.safetensors_out import Layout, layout, tensor_bytes
 from fluxfast.model.linear import dense
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import layer_precisions
@@ -49,12 +51,12 @@ from fluxfast.model.precision import layer_precisions
 STORAGES = ("nf4", "int8", "fp8")
 SHA_KEY = "fluxfast.sha256"
 _STATE_BYTES = 256  # of the JSON beside a matrix, padded with spaces
-_ROWS = 2048  # quantised to 8 bits at once: 25 to 126 MB of fp32 in FLUX.1-dev
+_ROWS = 2048  # quantized to 8 bits at once: 25 to 126 MB of fp32 in FLUX.1-dev
 
 
 @dataclass(frozen=True)
 class Written:
-    """What became of it. bytes: of the output; read: of the source's tensors."""
+    """The output. bytes: its size; read: of the source's tensors."""
 
     path: Path
     storage: str
@@ -91,71 +93,78 @@ def quantize(
         raise ConfigError(f"double_quant goes with nf4: {storage} has one scale a row")
     check_new(target)
     started = time.perf_counter()
+    metadata = {
+        "format": "pt",
+        STORAGE_KEY: storage,
+        "fluxfast.version": __version__,
+        "fluxfast.source": source.name,
+        SHA_KEY: "0" * 64,
+    }
     with open_base(source) as base:
-        forms = {
-            name: _form(base, name, storage, double_quant) for name in tensor_sources(base.spec)
-        }
-        metadata = {
-            "format": "pt", STORAGE_KEY: storage, "fluxfast.version": __version__,
-            "fluxfast.source": source.name, SHA_KEY: "0" * 64,
-        }  # fmt: skip
-        writer = _Writer(target, [item for form in forms.values() for item in form], metadata)
-        with writer:
-            for index, name in enumerate(forms):
+        names = list(tensor_sources(base.spec))
+        shapes: Shapes = {}
+        for name in names:
+            shapes |= _shapes(base, name, storage, double_quant)
+        form, digests = layout(shapes, metadata), {}
+        with _new_file(target, form.size) as file:
+            for index, name in enumerate(names):
                 for key, tensor in _tensors(base, name, storage, double_quant):
-                    writer.write(key, tensor)
+                    assert (tensor.dtype, tuple(tensor.shape)) == shapes[key], key
+                    content = tensor_bytes(tensor)
+                    with _disk_errors(target.parent):
+                        file.seek(form.offsets[key])
+                        file.write(content)
+                    digests[key] = hashlib.sha256(content).digest()
                 if progress:
-                    progress(index + 1, len(forms))
+                    progress(index + 1, len(names))
+            assert digests.keys() == shapes.keys()
+            metadata[SHA_KEY] = checksum(digests)
+            with _disk_errors(target.parent):
+                file.seek(0)
+                file.write(layout(shapes, metadata).header)  # of the same length
         entries, prefix = base.files.entries, base.naming.prefix
         read = sum(entry.bytes for key, entry in entries.items() if key.startswith(prefix))
-    return Written(target, storage, writer.size, read, time.perf_counter() - started)
+    return Written(target, storage, form.size, read, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------- what is written
 
-
-@dataclass(frozen=True)
-class _Item:
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # key -> dtype and shape
 
 
-def _form(base: BaseCheckpoint, name: str, storage: str, double_quant: bool) -> list[_Item]:
-    """The tensors that `_tensors` gives for one of the model's, before any is read."""
+def _shapes(base: BaseCheckpoint, name: str, storage: str, double_quant: bool) -> Shapes:
+    """Of the tensors that `_tensors` gives for one of the model's, before any is read."""
     module, _, kind = name.rpartition(".")
     if kind != "weight":
-        sizes = (base.spec.head_dim,) if kind == "scale" else linear_shape(module, base.spec)[:1]
-        return [_Item(name, _vector_dtype(base, name), sizes)]
+        shape = (base.spec.head_dim,) if kind == "scale" else linear_shape(module, base.spec)[:1]
+        return {name: (_vector_dtype(base, name), shape)}
     N, K = linear_shape(module, base.spec)
-    kept = _storage_of(base, name, storage)
-    if kept == "bf16":
-        return [_Item(name, torch.bfloat16, (N, K))]
-    if kept != "nf4":
-        codes = torch.int8 if kept == "int8" else torch.float8_e4m3fn
-        return [_Item(name, codes, (N, K)), _Item(f"{module}.scale_weight", torch.float32, (N, 1))]
+    storage = _storage_of(base, name, storage)
+    if storage == "bf16":
+        return {name: (torch.bfloat16, (N, K))}
+    if storage != "nf4":
+        dtype = torch.int8 if storage == "int8" else torch.float8_e4m3fn
+        return {name: (dtype, (N, K)), f"{module}.scale_weight": (torch.float32, (N, 1))}
     blocks = N * K // BLOCK
-    nested = base.in_nested_nf4(name) if base.in_nf4(name) else double_quant
-    items = [
-        _Item(name, torch.uint8, (N * K // 2, 1)),
-        _Item(f"{name}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
-        _Item(f"{name}.quant_map", torch.float32, (16,)),
-        _Item(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (_STATE_BYTES,)),
-    ]
+    nested = base.is_nested_nf4(name) if base.is_nf4(name) else double_quant
+    shapes = {
+        name: (torch.uint8, (N * K // 2, 1)),
+        f"{name}.absmax": (torch.uint8 if nested else torch.float32, (blocks,)),
+        f"{name}.quant_map": (torch.float32, (16,)),
+        f"{name}.{STATE}nf4": (torch.uint8, (_STATE_BYTES,)),
+    }
     if nested:
-        items += [
-            _Item(f"{name}.nested_absmax", torch.float32, (-(-blocks // 256),)),
-            _Item(f"{name}.nested_quant_map", torch.float32, (256,)),
-        ]
-    return items
+        shapes[f"{name}.nested_absmax"] = torch.float32, (-(-blocks // 256),)
+        shapes[f"{name}.nested_quant_map"] = torch.float32, (256,)
+    return shapes
 
 
 def _storage_of(base: BaseCheckpoint, name: str, storage: str) -> str:
     """bf16, or the storage; as `layer_precisions` and `LoRALinear.set_weight` choose it."""
     module = name.rpartition(".")[0]
-    kept = layer_precisions(base.spec, storage, "bf16")[module].storage
+    storage = layer_precisions(base.spec, storage, "bf16")[module].storage
     fits = linear_shape(module, base.spec)[1] % BLOCK == 0
-    return kept if kept != "nf4" or fits else "bf16"
+    return storage if storage != "nf4" or fits else "bf16"
 
 
 def _vector_dtype(base: BaseCheckpoint, name: str) -> torch.dtype:
@@ -171,19 +180,19 @@ def _tensors(
     base: BaseCheckpoint, name: str, storage: str, double_quant: bool
 ) -> Iterator[tuple[str, Tensor]]:
     module, _, kind = name.rpartition(".")
-    weight = base.read_kept(name)
+    weight = base.read_stored(name)
     if kind != "weight":
         yield name, dense(weight).to(_vector_dtype(base, name))
         return
-    kept = _storage_of(base, name, storage)
-    if kept == "bf16":
+    storage = _storage_of(base, name, storage)
+    if storage == "bf16":
         yield name, dense(weight).to(torch.bfloat16)
-    elif kept == "nf4":
+    elif storage == "nf4":
         if not isinstance(weight, NF4Tensor):
             weight = nf4_quantize(dense(weight).contiguous(), double_quant)
         yield from _nf4_tensors(name, weight)
     else:
-        rows = _rows(weight, kept)
+        rows = _rows(weight, storage)
         yield name, rows.codes
         yield f"{module}.scale_weight", rows.scale[:, None]
 
@@ -197,14 +206,14 @@ def _nf4_tensors(name: str, weight: NF4Tensor) -> Iterator[tuple[str, Tensor]]:
     yield name, weight.packed
     yield f"{name}.absmax", weight.absmax
     yield f"{name}.quant_map", code_table(cpu)
-    yield f"{name}.quant_state.bitsandbytes__nf4", torch.tensor(list(state), dtype=torch.uint8)
+    yield f"{name}.{STATE}nf4", torch.tensor(list(state), dtype=torch.uint8)
     if weight.nested_absmax is not None:
         yield f"{name}.nested_absmax", weight.nested_absmax
         yield f"{name}.nested_quant_map", dynamic_map(cpu)
 
 
 def _rows(weight: Tensor | NF4Tensor | Rows, kind: str) -> Rows:
-    """8-bit codes; of a dense matrix some rows at a time, as the fp32 copies would be large."""
+    """In 8 bits; a dense matrix some rows at a time, as the fp32 copies would be large."""
     if isinstance(weight, Rows) and (weight.codes.dtype == torch.int8) == (kind == "int8"):
         return weight
     pieces = [quantize_8bit(rows, kind) for rows in dense(weight).split(_ROWS)]
@@ -215,76 +224,45 @@ def _rows(weight: Tensor | NF4Tensor | Rows, kind: str) -> Rows:
 # ---------------------------------------------------------------- writing
 
 
-class _Writer:
-    """A .safetensors file of known tensors, filled in any order. A context manager: leaving it
-    puts the file in place, or, with an error or a tensor missing, removes what there is of it.
+@contextmanager
+def _new_file(target: Path, size: int) -> Iterator[BinaryIO]:
+    """A file to be filled with `size` bytes: put in place at the end, or, where something is
+    raised, removed.
     """
+    folder, partial = target.parent, partial_of(target)
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise FluxfastError(
+                f"{folder} has {free / 1e9:.1f} GB free, the file needs {size / 1e9:.1f}",
+                hint="free some space, or name another folder",
+            )
+        file = open(partial, "wb")  # noqa: SIM115  closed below
+    try:
+        yield file
+        with _disk_errors(folder):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(partial, target)
+    finally:
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
-    def __init__(self, target: Path, items: list[_Item], metadata: dict[str, str]):
-        self._target, self._metadata = target, metadata
-        self._partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        self._items = {item.key: item for item in items}
-        self._digests: dict[str, bytes] = {}
-        form = self._layout()
-        self._at, self.size = form.offsets, form.size
 
-    def _layout(self) -> Layout:
-        shapes = {key: (item.dtype, item.shape) for key, item in self._items.items()}
-        return layout(shapes, self._metadata)
-
-    def __enter__(self):
-        folder = self._target.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if free < self.size:
-                raise FluxfastError(
-                    f"{folder} has {free / 1e9:.1f} GB free, the file needs {self.size / 1e9:.1f}",
-                    hint="free some space, or name another folder",
-                )
-            self._file = open(self._partial, "wb")  # noqa: SIM115  closed by __exit__
-        except OSError as error:
-            raise self._refused(error) from None
-        return self
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Put one tensor where it belongs. An OSError of the disk becomes a FluxfastError."""
-        item = self._items[key]
-        assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, item.shape), (key, tensor.shape)
-        try:
-            self._file.seek(self._at[key])
-            self._file.write(tensor_bytes(tensor))
-        except OSError as error:
-            raise self._refused(error) from None
-        self._digests[key] = _digest(tensor)
-
-    def __exit__(self, kind, value, trace):
-        try:
-            if kind is None:
-                self._finish()
-        except OSError as error:
-            raise self._refused(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self._partial.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        assert self._digests.keys() == self._items.keys()
-        self._metadata[SHA_KEY] = checksum(self._digests)
-        self._file.seek(0)
-        self._file.write(self._layout().header)  # of the same length, now with the checksum
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._target)
-
-    def _refused(self, error: OSError) -> FluxfastError:
-        return FluxfastError(
-            f"cannot write into {self._target.parent}: {error.strerror or error}",
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """An OSError becomes a DiskError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"cannot write into {folder}: {error.strerror or error}",
             hint="free some space, or name a folder that you may write to",
-        )
+        ) from None
 
 
 def checksum(digests: dict[str, bytes]) -> str:
@@ -293,12 +271,9 @@ def checksum(digests: dict[str, bytes]) -> str:
 
 
 def verify(files: Files) -> bool | None:
-    """Whether a prequantised file holds what was written; None where it has no checksum."""
-    said = files.metadata.get(SHA_KEY)
-    if said is None:
+    """Whether a prequantized file holds what was written; None where it has no checksum."""
+    expected = files.metadata.get(SHA_KEY)
+    if expected is None:
         return None
-    return checksum({key: _digest(files.read(key)) for key in files.entries}) == said
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor_bytes(tensor)).digest()
+    contents = ((key, tensor_bytes(files.read(key))) for key in files.entries)
+    return checksum({key: hashlib.sha256(data).digest() for key, data in contents}) == expected
