@@ -14,7 +14,7 @@ def row(name, what, ratio, reason=None):
 
 def test_a_small_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(quantize, "LEAST", {"quantize": 0.0, "decode": 0.0})
-    monkeypatch.setattr(quantize, "RESULTS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(quantize, "ROWS", tmp_path / "rows.jsonl")
     assert quantize.main(["--rounds", "2", "--rows", "64", "--columns", "128", "--save"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["what"], r["name"]) for r in rows] == [
