@@ -26,19 +26,19 @@ Limits, and why these:
 - Predicted bytes may be off by 2 %, as in `tests/test_memory_saved.py`.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench import RESULTS, quality, timing
-from bench.quality import QUIET, gradients, spread
+from bench import RESULTS, quality, terminal, timing
+from bench.quality import QUIET, gradients
+from bench.terminal import markdown, say
 from fluxfast.config import Config, MemoryConfig
 from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
@@ -49,8 +49,6 @@ from fluxfast.model import saving
 from fluxfast.model.spec import DEV
 from fluxfast.objective import noise_batch
 from fluxfast.prepare import prepare
-from fluxfast.train import train
-from fluxfast.validation import best, read_validations
 
 ROWS = RESULTS / "activations.jsonl"
 BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
@@ -69,23 +67,6 @@ def settings(policy: str, seed: int, steps: int, folder: Path) -> Config:
     memory = MemoryConfig(policy=policy)
     changes = {"name": f"{policy}-{seed}", "model": model, "memory": memory}
     return config.model_copy(update=changes)
-
-
-def run(config: Config) -> dict:
-    """Train once -> a row: the validation curve [[step, loss], …] and its best."""
-    train(config, restart=True, console=QUIET)
-    measured = read_validations(config.run_dir / "validation.jsonl")
-    lowest = best(measured)
-    return {
-        "bench": "activations-loss",
-        "policy": config.memory.policy,
-        "seed": config.seed,
-        "steps": config.train.steps,
-        "base_loss": lowest.base_loss,
-        "best_loss": lowest.loss,
-        "best_step": lowest.step,
-        "curve": [[row.step, row.loss] for row in measured],
-    }
 
 
 # ---------------------------------------------------------------- gradients
@@ -240,7 +221,7 @@ def ratios(rows: list[dict], policy: str) -> list[float]:
 
 
 def over_limits(rows: list[dict]) -> list[str]:
-    """What is past a limit, one line each."""
+    """A line for each limit that is exceeded."""
     wrong = []
     for policy, limit in LEAST_COSINE.items():
         for row in of(rows, "gradients", policy):
@@ -249,15 +230,14 @@ def over_limits(rows: list[dict]) -> list[str]:
             if not least >= limit:
                 wrong.append(f"{policy}: gradient cosine {least:.5f} in {name}, at least {limit}")
         found = ratios(rows, policy)
-        if found and not abs(spread(found)[0]) <= LOSS_LIMIT:
-            mean = spread(found)[0]
+        if found and not abs(mean := fmean(found)) <= LOSS_LIMIT:
             wrong.append(f"{policy}: best loss {mean:+.2%} beside keep's, at most {LOSS_LIMIT:.0%}")
     for policy in POLICIES:
         for row in of(rows, "bytes", policy):
             off = row["predicted"] / row["counted"] - 1
             if not abs(off) <= BYTES_LIMIT:
-                wrong.append(f"{policy}: predicted bytes off by {off:+.1%}, at most "
-                             f"{BYTES_LIMIT:.0%}")  # fmt: skip
+                said = f"predicted bytes off by {off:+.1%}, at most {BYTES_LIMIT:.0%}"
+                wrong.append(f"{policy}: {said}")
     return wrong
 
 
@@ -265,14 +245,10 @@ def percent(value: float) -> str:
     return f"{round(value, 4) + 0.0:+.2%}"  # + 0.0: no -0.00%
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """Markdown: one line a policy."""
-    lines = [
-        "| saved in 8 bits | FLUX.1-dev keeps (predicted) | nano keeps (counted / predicted) | "
-        "least gradient cosine | gradient error, median (largest) | held-out loss over `keep`'s |",
-        "|---|---|---|---|---|---|",
-    ]
     names = {"keep": "`keep`: nothing", "u8": "`u8`: u", "8bit": "`8bit`: u, h, q, k, v, o"}
+    lines = []
     for policy in POLICIES:
         (held,) = of(rows, "bytes", policy)
         cells = [
@@ -280,20 +256,18 @@ def table(rows: list[dict]) -> list[str]:
             f"{held['flux_dev_predicted'] / 1e9:.1f} GB",
             f"{held['counted'] / 1e6:.2f} / {held['predicted'] / 1e6:.2f} MB",
         ]
-        if policy == "keep":
-            cells += ["", "", ""]
-        else:
+        if policy != "keep":
             (row,) = of(rows, "gradients", policy)
-            errors, values = every(row["errors"]), ratios(rows, policy)
-            cells += [
-                f"{min(every(row['cosines'])):.5f}",
-                f"{statistics.median(errors):.2%} ({max(errors):.2%})",
-                f"{percent(spread(values)[0])} ({percent(min(values))} to {percent(max(values))})"
-                if values
-                else "",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            errors = every(row["errors"])
+            cells.append(f"{min(every(row['cosines'])):.5f}")
+            cells.append(f"{median(errors):.2%} ({max(errors):.2%})")
+            if values := ratios(rows, policy):
+                low, high = percent(min(values)), percent(max(values))
+                cells.append(f"{percent(fmean(values))} ({low} to {high})")
+        lines.append(cells)
+    head = ["saved in 8 bits", "FLUX.1-dev keeps (predicted)", "nano keeps (counted / predicted)"]
+    head += ["least gradient cosine", "gradient error, median (largest)"]
+    return markdown([*head, "held-out loss over `keep`'s"], lines)
 
 
 def block(rows: list[dict]) -> str:
@@ -313,7 +287,7 @@ def block(rows: list[dict]) -> str:
         f"range. {runs[0]['device_name']}, {runs[0]['threads']} threads; torch "
         f"{runs[0]['torch']}, commit {runs[0]['commit'][:7]}."
     )
-    return "\n".join([BEGIN, "", *table(rows), "", caption, "", END])
+    return "\n\n".join([BEGIN, table(rows), caption, END])
 
 
 def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> list[dict]:
@@ -323,9 +297,10 @@ def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> 
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, seeds + 1):
             for policy in policies:
-                rows.append(run(settings(policy, seed, steps, Path(folder))))
-                print(f"{policy} seed {seed}: best {rows[-1]['best_loss']:.4f} at step "
-                      f"{rows[-1]['best_step']}", file=sys.stderr, flush=True)  # fmt: skip
+                row = quality.trained(settings(policy, seed, steps, Path(folder)))
+                rows.append({"bench": "activations-loss", "policy": policy} | row)
+                best = f"best {row['best_loss']:.4f} at step {row['best_step']}"
+                say(f"{policy} seed {seed}: {best}")
         config = settings(policies[0], 1, steps, Path(folder))
         lora = config.run_dir / f"{config.name}.safetensors"
         drawn = batches_of(config, batches)
@@ -335,9 +310,7 @@ def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each policy")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batches", type=int, default=4, help="that gradients are compared over")
@@ -348,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.short:  # no two runs to compare: the losses of so few steps prove nothing
         options.seeds, options.steps, options.batches, policies = 1, 4, 1, ("8bit",)
     rows = measure(options.seeds, options.steps, options.batches, policies)
-    print("\n".join(table(rows)))
+    print(table(rows))
     wrong = over_limits(rows)
     print("\n".join(wrong) if wrong else "within the limits")
     if options.save:

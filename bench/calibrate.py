@@ -10,7 +10,6 @@ launches and AdamW with it, from the shipped shares: an older measured.json play
 such rows nothing is written, and the exit code is 0.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -18,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from bench import RESULTS
+from bench import RESULTS, terminal
 from bench.step.candidates import WORDS
 from bench.step.table import comparable
 from fluxfast.errors import ConfigError
@@ -89,9 +88,7 @@ def calibrate(rows: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--rows", type=Path, default=ROWS, help="JSON lines of bench.step")
     parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument("--dry-run", action="store_true")

@@ -7,11 +7,12 @@ one spills (a stack above zero, or LDL/STL instructions), needs more shared memo
 has, or multiplies matrices without tensor cores. No GPU and no driver are needed.
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+
+from bench import terminal
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TENSOR_CORE = ("HMMA", "IMMA", "QMMA", "WGMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "OMMA")
@@ -63,9 +64,7 @@ _CASES: list = []  # filled before the workers are forked: a kernel cannot be se
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)

@@ -230,22 +230,22 @@ def _gemm_8bit_cases(
     inputs with all options."""
     forward, full = op == "gemm_8bit", op == "gemm_8bit_dx_pair"
     if forward:
-        yield _gemm_8bit_case(op, kind, storage, tile, True, True, archs)
-    yield _gemm_8bit_case(op, kind, storage, tile, full, forward, archs)
+        yield gemm_8bit_case(op, kind, storage, tile, True, True, archs)
+    yield gemm_8bit_case(op, kind, storage, tile, full, forward, archs)
     if not full:
-        yield _gemm_8bit_case(op, kind, storage, tile, False, forward, archs, "fp32")
+        yield gemm_8bit_case(op, kind, storage, tile, False, forward, archs, "fp32")
     if not forward and storage == "dense":
-        yield _gemm_8bit_case(op, kind, storage, tile, full, True, archs)
+        yield gemm_8bit_case(op, kind, storage, tile, full, True, archs)
 
 
-def _gemm_8bit_case(
+def gemm_8bit_case(
     op: str,
     kind: str,
     storage: str,
     tile: dispatch.Tile,
     full: bool,
     transposed: bool,
-    archs: Archs,
+    archs: Archs = None,
     dtype: str = "bf16",
 ) -> KernelCase:
     """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""

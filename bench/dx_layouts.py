@@ -13,14 +13,14 @@ per step of the inner loop of a 128x128x64 tile (8 warps, 3 stages), without upd
 Fewer instructions per tensor-core instruction is better; nothing is timed here.
 """
 
-import argparse
 import sys
 
 import triton
 import triton.language as tl
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.gemm.eight_bit import _case
 
+from bench import terminal
+from bench.compile_cases import gemm_8bit_case
 from bench.offline import compile_for, hot_loop, resources
 
 TILE = dispatch.Tile(128, 128, 64, 8, 8, 3)
@@ -53,7 +53,7 @@ def compiled(way: str, kind: str, arch: int):
         constants = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k}
         constants["SUM"] = tl.int32 if kind == "int8" else tl.float32
         return compile_for(_swapped_kernel, types, constants, arch, TILE.num_warps, TILE.num_stages)
-    case = _case("gemm_8bit_dx", kind, "dense", TILE, False, way == "transposed")
+    case = gemm_8bit_case("gemm_8bit_dx", kind, "dense", TILE, False, way == "transposed")
     constants = case.constants | {"RANK": 0, "down": None, "up": None}
     return compile_for(case.fn, case.signature, constants, arch, TILE.num_warps, TILE.num_stages)
 
@@ -75,9 +75,7 @@ def rows(arch: int) -> list[list]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 120), default=89)
     arch = parser.parse_args(arguments).arch
     print(f"sm_{arch}, Triton {triton.__version__}: inner loop of a 128x128x64 tile")

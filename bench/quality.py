@@ -15,18 +15,18 @@ Then, at the LoRA that the first seed's bf16 run trained, the gradient of every 
 Rows go to bench/results/quality.jsonl with --save; `python -m bench.report` draws them.
 """
 
-import argparse
 import io
-import math
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from rich.console import Console
 
-from bench import RESULTS, ROOT, timing
+from bench import RESULTS, ROOT, terminal, timing
+from bench.terminal import aligned, say
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.formats.lora import load_lora
@@ -77,25 +77,27 @@ def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
     return load_config(ZORB, [f"{key}={value}" for key, value in sets.items()])
 
 
-def run(mode: str, seed: int, steps: int, folder: Path) -> dict:
-    """Train once -> a row: the validation curve [[step, loss], …], its best, its time."""
-    config = settings(mode, seed, steps, folder)
-    start = time.perf_counter()
+def trained(config: Config) -> dict:
+    """Train once -> what a row says of it: the validation curve [[step, loss], …] and its best."""
     train(config, restart=True, console=QUIET)
-    seconds = time.perf_counter() - start
     measured = read_validations(config.run_dir / "validation.jsonl")
     lowest = best(measured)
     return {
-        "bench": "quality",
-        "mode": mode,
-        "seed": seed,
-        "steps": steps,
-        "seconds": round(seconds, 1),
+        "seed": config.seed,
+        "steps": config.train.steps,
         "base_loss": lowest.base_loss,
         "best_loss": lowest.loss,
         "best_step": lowest.step,
         "curve": [[row.step, row.loss] for row in measured],
     }
+
+
+def run(mode: str, seed: int, steps: int, folder: Path) -> dict:
+    """The row of one run."""
+    start = time.perf_counter()
+    found = trained(settings(mode, seed, steps, folder))
+    seconds = round(time.perf_counter() - start, 1)
+    return {"bench": "quality", "mode": mode, "seconds": seconds, **found}
 
 
 def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
@@ -133,67 +135,68 @@ def cosines(config: Config, kinds: list[str]) -> list[dict]:
 
 
 def ratios(rows: list[dict], mode: str) -> list[float]:
-    """A mode's best loss over its reference's, less one, per seed."""
+    """A mode's best loss over its reference's, minus one, per seed."""
     of = {(row["mode"], row["seed"]): row["best_loss"] for row in rows if row["bench"] == "quality"}
     pairs = [(of[mode, seed], of.get((REFERENCE[mode], seed))) for m, seed in of if m == mode]
     return [loss / reference - 1 for loss, reference in pairs if reference]
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 for one value)."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+def deviation(values: list[float]) -> float:
+    """The standard deviation; 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def over_limits(rows: list[dict]) -> list[str]:
-    """What is past a limit, one line each."""
+    """A line for each limit that is exceeded."""
     wrong = []
     for mode, limit in LIMITS.items():
         found = ratios(rows, mode)
-        if found and spread(found)[0] > limit:
-            wrong.append(f"{mode}: best loss {spread(found)[0]:+.2%} over {REFERENCE[mode]}'s, "
-                         f"at most {limit:+.0%}")  # fmt: skip
+        if found and fmean(found) > limit:
+            over = f"{fmean(found):+.2%} over {REFERENCE[mode]}'s"
+            wrong.append(f"{mode}: best loss {over}, at most {limit:+.0%}")
     for row in rows:
         if row["bench"] == "quality-cosine" and row["products"] in LEAST_COSINE:
+            limit = LEAST_COSINE[row["products"]]
             name, least = min(row["cosines"].items(), key=lambda item: (item[1] >= 0, item[1]))
-            if not least >= LEAST_COSINE[row["products"]]:
-                wrong.append(f"{row['products']}: gradient cosine {least:.4f} in {name}, "
-                             f"at least {LEAST_COSINE[row['products']]}")  # fmt: skip
+            if not least >= limit:
+                said = f"gradient cosine {least:.4f} in {name}, at least {limit}"
+                wrong.append(f"{row['products']}: {said}")
     return wrong
 
 
 def table(rows: list[dict]) -> str:
-    """What was found, for a terminal."""
-    lines = [f"{'mode':12}{'best loss':>20}{'over its reference':>32}{'s a run':>10}"]
+    """The results, for a terminal."""
+    lines = [["mode", "best loss", "over its reference", "s a run"]]
     for mode in MODES:
         own = [row for row in rows if row.get("mode") == mode]
         if not own:
             continue
-        mean, deviation = spread([row["best_loss"] for row in own])
-        beside = ""
-        if mode in REFERENCE and ratios(rows, mode):
+        losses, values = [row["best_loss"] for row in own], []
+        if mode in REFERENCE:
             values = ratios(rows, mode)
-            each = " ".join(f"{value:+.2%}" for value in values)
-            beside = f"{spread(values)[0]:+.2%} ({each})"
-        seconds = spread([row["seconds"] for row in own])[0]
-        lines.append(f"{mode:12}{f'{mean:.4f} ± {deviation:.4f}':>20}{beside:>32}{seconds:>10.1f}")
+        each = " ".join(f"{value:+.2%}" for value in values)
+        lines.append(
+            [
+                mode,
+                f"{fmean(losses):.4f} ± {deviation(losses):.4f}",
+                f"{fmean(values):+.2%} ({each})" if values else "",
+                f"{fmean(row['seconds'] for row in own):.1f}",
+            ]
+        )
+    cosines = []
     for row in rows:
         if row["bench"] == "quality-cosine":
             values = sorted(row["cosines"].items(), key=lambda item: item[1])
             middle = values[len(values) // 2][1]
-            lines.append(
+            cosines.append(
                 f"{row['products']} products: gradient cosine per layer, least {values[0][1]:.5f} "
                 f"({values[0][0]}), median {middle:.5f}"
             )
-    return "\n".join(lines)
+    return "\n".join([aligned(lines), *cosines])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each mode")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
@@ -206,12 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, options.seeds + 1):
             for mode in options.modes:
-                rows.append(run(mode, seed, options.steps, Path(folder)))
-                print(f"{mode} seed {seed}: best {rows[-1]['best_loss']:.4f} at step "
-                      f"{rows[-1]['best_step']}, {rows[-1]['seconds']:.0f} s",
-                      file=sys.stderr, flush=True)  # fmt: skip
-        trained = settings(options.modes[0], 1, options.steps, Path(folder))
-        rows += cosines(trained, ["int8", "fp8"])
+                row = run(mode, seed, options.steps, Path(folder))
+                best = f"best {row['best_loss']:.4f} at step {row['best_step']}"
+                say(f"{mode} seed {seed}: {best}, {row['seconds']:.0f} s")
+                rows.append(row)
+        rows += cosines(settings(options.modes[0], 1, options.steps, Path(folder)), ["int8", "fp8"])
     print(table(rows))
     wrong = over_limits([r for r in rows if not options.short or r["bench"] != "quality"])
     print("\n".join(wrong) if wrong else "within the limits")

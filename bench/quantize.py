@@ -1,4 +1,4 @@
-"""NF4 on a CPU beside bitsandbytes: quantise a bf16 matrix, and decode it to bf16.
+"""NF4 on a CPU beside bitsandbytes: quantize a bf16 matrix, and decode it to bf16.
 
     python -m bench.quantize [--save | --out FILE]
 
@@ -6,7 +6,7 @@ The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one
 threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
 fluxfast decodes into memory that it has had before, as a training step does; bitsandbytes has no
 such way on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1 where
-quantising is less than LEAST["quantize"] times as fast, or decoding less than LEAST["decode"].
+quantizing is less than LEAST["quantize"] times as fast, or decoding less than LEAST["decode"].
 """
 
 import argparse

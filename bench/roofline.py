@@ -11,12 +11,11 @@ A projection is no measurement. Only the stock setting at 512, 768 and 1024 px i
 ai-toolkit's figures, which are of that.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import RESULTS, rows
+from bench import RESULTS, rows, terminal
 from bench.report import arithmetic
 from bench.report.plan_table import configuration
 from bench.step.ops import Line, lines_of
@@ -133,9 +132,7 @@ def report(setting: str, gpu: str, overrides: list[str], timed: list[dict]) -> s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--card", metavar="NAME", help="such as 4090, 3060, L40S, H100")
     parser.add_argument("--setting", choices=["plain", "stock"], default="plain")
     parser.add_argument("--pixels", nargs="+", type=int, help="image sides; default: 512 768 1024")

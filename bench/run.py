@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench import RESULTS, ROOT, timing
+from bench import RESULTS, ROOT, terminal, timing
 from bench.rows import Kept, Row, compare, read
 from bench.run_items import run_items
 from bench.run_suites import cpu_suite, gpu_suite
@@ -40,9 +40,7 @@ FILES = {  # bench -> the file that its rows are kept in
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=SUITES)
     what.add_argument("--compare", nargs=2, type=Path, metavar="FILE")

@@ -18,9 +18,10 @@ from typing import Protocol
 from bench import ROOT, timing
 from bench.rows import Kept, Row, beside
 from bench.step.candidates import BASELINE
-from bench.step.run import measure_apart, say
+from bench.step.run import measure_apart
 from bench.step.settings import Settings
 from bench.step.table import row_settings, rows
+from bench.terminal import say
 
 PATIENCE = 3.0  # times its estimate, an item may take before it is cut
 OWN_SHARE = 0.8  # of that, for a command that watches its time itself: it must start and end, too

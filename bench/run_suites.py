@@ -11,6 +11,7 @@ import torch
 from bench.run_items import CommandItem, Item, StepItem
 from bench.step.candidates import BASELINE, DEFAULTS
 from bench.step.settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
+from fluxfast.model.precision import multiplies_bf16
 from fluxfast.model.spec import DEV
 
 SIDES = (512, 768, 1024)
@@ -81,7 +82,7 @@ def _cuda() -> Settings:
 
 
 def _cpu() -> Settings:
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = multiplies_bf16(torch.device("cpu"))
     compute = torch.bfloat16 if bf16 else torch.float32
     cycles = [Cycle((256,), 1)]
     return Settings(CPU_SPEC, "cpu", compute, cycles, 128, 16, rounds=9, warmup=3, apart=False)

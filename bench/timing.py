@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import math
 import os
 import platform
 import subprocess
@@ -21,13 +20,14 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench import ROOT
 
 LIBRARIES = (
-    "numpy", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "liger_kernel",
-)  # fmt: skip
+    *("numpy", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "liger_kernel"),
+)
 FLUSH_BYTES = 256 << 20  # overwritten before a cold run: twice the largest L2 of a card (128 MB)
 HEAD_START_CYCLES = 2_000_000  # the GPU spins for about 1 ms while the host queues a run's launches
 
@@ -55,15 +55,6 @@ class Result:
     peak_memory_kind: str | None = None
 
 
-def quantile(values: list[float], q: float) -> float:
-    """The q-quantile (0..1) of a non-empty list, linear between neighbours."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def compare(
     candidates: dict[str, Callable[[], object] | Exception],
     rounds: int,
@@ -79,7 +70,7 @@ def compare(
     candidates: name -> a call that does the work once, or the error that stopped it from being
     built. gate: called with a name before anything is timed; returns None, or what is wrong.
     Raising counts as wrong. Each round runs all candidates once, and each round starts one further
-    along, so that none always follows the same neighbour. The warm-up rounds run in the same
+    along, so that none always follows the same neighbor. The warm-up rounds run in the same
     order; the last one measures peak memory. cold: see `elapsed_ms`.
     """
     results = {name: Result(name) for name in candidates}
@@ -99,8 +90,8 @@ def compare(
     for name in running:
         result = results[name]
         if result.times_ms:
-            result.median_ms = quantile(result.times_ms, 0.5)
-            result.p10_ms, result.p90_ms = (quantile(result.times_ms, q) for q in (0.1, 0.9))
+            quantiles = np.quantile(result.times_ms, (0.1, 0.5, 0.9)).tolist()
+            result.p10_ms, result.median_ms, result.p90_ms = quantiles
     add_ratios(results, baseline)
     return results
 
@@ -261,43 +252,6 @@ def row(result: Result, **conditions_and_settings: object) -> dict[str, object]:
     fields = asdict(result)
     times = fields.pop("times_ms")
     return fields | {"rounds": len(times)} | conditions_and_settings
-
-
-def table(results: dict[str, Result], details: dict[str, dict[str, object]]) -> str:
-    """One line a candidate: times, ratio to the baseline, peak and saved memory, the gate's error.
-
-    details: by name, `saved_bytes` and `worst_error` where they are known.
-    """
-    width = max(map(len, results))
-    kinds = {r.peak_memory_kind for r in results.values() if r.peak_memory_kind}
-    header = ("median ms", "p10-p90", "ratio", "peak MiB", "saved MiB")
-    lines = [_line("candidate", width, header, "gate")]
-    for name, r in results.items():
-        if r.median_ms is None:
-            lines.append(f"{name:{width}} {r.status}: {r.reason}")
-            continue
-        seen = details[name]
-        columns = (
-            f"{r.median_ms:.1f}",
-            f"{r.p10_ms:.1f}-{r.p90_ms:.1f}",
-            "-" if r.ratio is None else f"{r.ratio:.2f}",
-            _mib(r.peak_memory_bytes),
-            _mib(seen.get("saved_bytes")),
-        )
-        error = seen.get("worst_error")
-        lines.append(
-            _line(name, width, columns, "no reference" if error is None else f"error {error:.1e}")
-        )
-    return "\n".join([*lines, *(f"peak memory: {kind}" for kind in sorted(kinds))])
-
-
-def _line(name: str, width: int, columns: tuple[str, ...], gate: str) -> str:
-    padded = (f"{c:>{w}}" for c, w in zip(columns, (10, 17, 6, 9, 9), strict=True))
-    return f"{name:{width}} {' '.join(padded)}  {gate}"
-
-
-def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.1f}"
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:

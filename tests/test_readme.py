@@ -90,11 +90,9 @@ def test_ci_calls_the_readmes_command():
 
 
 def test_tables_hold_what_the_rows_say(capsys):
-    from bench.report import catalogue
     from bench.report import cli as report
 
     assert report.main(["--check"]) == 0, "python -m bench.report"
-    assert catalogue.main(["--check"]) == 0, "python -m bench.report.catalogue"
 
 
 def test_python_examples_run():

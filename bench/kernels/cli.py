@@ -16,14 +16,12 @@ fluxfast op failed or was wrong.
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from bench import RESULTS, timing
+from bench import terminal, timing
 from bench.kernels.cases import (
     CPU_MODES,
     MODES,
@@ -40,11 +38,17 @@ from bench.kernels.problem import BOTH, CANDIDATES, COMPILED, EAGER, FORWARD, OU
 from bench.kernels.table import table
 from bench.kernels.work import build
 from bench.step.settings import TINY_SPEC
+from bench.terminal import say
 from fluxfast.memory.cost import total_bytes, total_flop
-from fluxfast.model.precision import multiplies_bf16
 from fluxfast.model.spec import DEV
 
 GATE_FIELDS = ("worst", "worst_error", "tolerance")
+SIZES = {
+    "pixels": "cpu: 128; cuda: 512 768 1024",
+    "batch": "cpu: 1; cuda: 1 4",
+    "text_tokens": "cpu: 64; cuda: 512",
+    "rounds": "cpu: 5; cuda: 30",
+}
 LOST = 3  # exit code of a process whose device answers no more
 
 Report = Callable[[Case, list[dict[str, object]]], None]
@@ -203,52 +207,17 @@ def roof_of(wanted: list[Case], settings: Settings) -> Roof:
     return measure_roof(settings.device, kinds, settings.tiny)
 
 
-def say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------- command line
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    usual = f" (cuda: all; cpu: all but {COMPILED})"
+    parser = terminal.device_parser(__doc__, "kernels", CANDIDATES, usual, SIZES)
     parser.add_argument("--ops", nargs="+", choices=OPS, metavar="NAME", help=", ".join(OPS))
-    parser.add_argument(
-        "--candidates",
-        nargs="+",
-        choices=CANDIDATES,
-        metavar="NAME",
-        help=f"of {', '.join(CANDIDATES)} (cuda: all; cpu: all but {COMPILED})",
-    )
-    parser.add_argument("--pixels", nargs="+", type=int, help="cpu: 128; cuda: 512 768 1024")
-    parser.add_argument("--batch", nargs="+", type=int, help="cpu: 1; cuda: 1 4")
-    parser.add_argument("--text-tokens", type=int, help="cpu: 64; cuda: 512")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--compute", choices=["bf16", "fp32"], help="default: bf16 where products of it are fast"
-    )
-    parser.add_argument("--rounds", type=int, help="cpu: 5; cuda: 30")
-    parser.add_argument("--tiny", action="store_true", help="narrow layers: a check of the bench")
     parser.add_argument(
         "--budget-s", type=float, default=float("inf"), help="start no case after so many seconds"
     )
-    parser.add_argument(
-        "--save", action="store_true", help="append to bench/results/kernels-DEVICE.jsonl"
-    )
-    parser.add_argument("--out", type=Path, help="append to this file instead")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; hint: --device cpu")
-    if bad := [p for p in options.pixels or [] if p < 16 or p % 16]:
-        parser.error(f"--pixels: multiples of 16 only, got {bad}")
-    return options
+    return terminal.parse(parser, "kernels", arguments)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -257,13 +226,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if options.tiny:
         default = (TINY_SPEC, [64], [2], 8, 1, 1)
     spec, pixels, batches, text, rounds, warmup = default
-    bf16 = multiplies_bf16(torch.device(options.device))
-    compute = options.compute or ("bf16" if bf16 else "fp32")
     usual = CANDIDATES if cuda else [name for name in CANDIDATES if name != COMPILED]
     return Settings(
         spec=spec,
         device=options.device,
-        compute={"bf16": torch.bfloat16, "fp32": torch.float32}[compute],
+        compute=options.compute,
         ops=tuple(options.ops or OPS),
         modes=MODES if cuda or options.tiny else CPU_MODES,
         shapes=tuple((p, b) for b in options.batch or batches for p in options.pixels or pixels),
@@ -281,16 +248,13 @@ def main(arguments: list[str] | None = None) -> int:
     settings = settings_of(options)
     deadline = time.monotonic() + options.budget_s
     shared = timing.conditions(options.device)
-    out = options.out
-    if options.save and out is None:
-        out = RESULTS / f"kernels-{options.device}.jsonl"
     rows: list[dict[str, object]] = []
 
     def report(case: Case, found: list[dict[str, object]]) -> None:
         found = [row | shared for row in found]
         rows.extend(found)
-        if out is not None:
-            timing.append_rows(out, found)
+        if options.out is not None:
+            timing.append_rows(options.out, found)
 
     wanted = cases(settings)
     if settings.device == "cuda":

@@ -1,7 +1,7 @@
 """A linear's product in 8-bit codes out of torch's own operations: what a trainer without fused
 kernels would write, and what `fluxfast_kernels` is timed against.
 
-Rows of x, or of dy times W's scales, are quantised in a few passes, multiplied by torch's int8 or
+Rows of x, or of dy times W's scales, are quantized in a few passes, multiplied by torch's int8 or
 fp8 product and scaled in one more. The maths are those of `linear_8bit.py`: each input has a scale
 a row of its own, and so has the gradient of each output.
 """

@@ -82,7 +82,7 @@ def _qk_norm_rope_attention(case: Case, settings: Settings) -> Problem:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, C], its neighbours turned by the angles, in fp32 at least."""
+    """x [B, T, H, C], its neighbors turned by the angles, in fp32 at least."""
     even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return pairs.flatten(-2).to(x.dtype)

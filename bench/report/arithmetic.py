@@ -1,7 +1,7 @@
 """The arithmetic of a FLUX.1-dev step at batch 1 with 512 text tokens, as one table.
 
 `bench/roofline.py --tables` prints it. Linears and attention alone, without an update: no
-element-wise pass, no decoding, no launches, no optimiser. Nothing in it is measured: "peak" is at
+element-wise pass, no decoding, no launches, no optimizer. Nothing in it is measured: "peak" is at
 the data sheet's rates, "assumed" at the shares of them in `fluxfast/memory/cards.json`.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 
+from bench.terminal import markdown
 from fluxfast.memory.cards import Card, Efficiency, card
 from fluxfast.memory.cost import (
     BlockOps,
@@ -136,9 +137,8 @@ def rows() -> list[tuple[str, str, Figures]]:
 
 def table() -> str:
     """Markdown."""
-    heads = [f"{side} px, T={shape(side).tokens}" for side in SIDES]
-    lines = ["| " + " | ".join(["", *heads]) + " |", "|---" * (1 + len(SIDES)) + "|"]
-    for what, form, figures in rows():
+    lines = []
+    for name, form, figures in rows():
         cells = [" / ".join(f"{value:{form}}" for value in figures(side)) for side in SIDES]
-        lines.append("| " + " | ".join([what, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["", *(f"{side} px, T={shape(side).tokens}" for side in SIDES)], lines)

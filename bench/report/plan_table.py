@@ -1,8 +1,9 @@
-"""The README's table of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and
-for ai-toolkit's stock file. `bench.report` puts it there; nothing in it is measured.
+"""The table of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and for
+ai-toolkit's stock file. Nothing in it is measured.
 """
 
 from bench import ROOT
+from bench.terminal import markdown
 from fluxfast.config import Config, build_config, load_config
 from fluxfast.memory.plan import CONTEXT, GIB
 from fluxfast.planning import Row, plan_rows, what
@@ -30,20 +31,18 @@ def rows() -> list[tuple[str, Row]]:
 
 
 def block() -> str:
-    lines = [
-        "| card | trained | picture | needs GiB | s/it | how |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for trained, row in rows():
         start = [f"{row.card.name}", trained, row.label]
         if row.plan is None:
             figures = ["does not fit", "", row.reason]
         else:
-            seconds = row.seconds()
-            figures = [f"{(row.plan.peak + CONTEXT) / GIB:.1f}", f"{seconds:.2f}", what(row.plan)]
-        lines.append("| " + " | ".join([*start, *figures]) + " |")
+            needs = f"{(row.plan.peak + CONTEXT) / GIB:.1f}"
+            figures = [needs, f"{row.seconds():.2f}", what(row.plan)]
+        lines.append([*start, *figures])
     note = (
         "Predicted, not measured: bytes counted from what the ops save, speeds from data sheets "
         "and assumed shares of them; batch 1, 512 text tokens."
     )
-    return "\n\n".join([BEGIN, "\n".join(lines), note, END])
+    table = markdown(["card", "trained", "picture", "needs GiB", "s/it", "how"], lines)
+    return "\n\n".join([BEGIN, table, note, END])

@@ -187,10 +187,10 @@ def draw(group: list[dict], path: Path) -> None:
     figure = Figure(figsize=(8, 0.8 + 0.45 * len(group)), layout="constrained")
     axes = figure.subplots()
     for at, row in enumerate(reversed(group)):
-        colour = "#d6336c" if row["name"].startswith("fluxfast") else "#adb5bd"
+        color = "#d6336c" if row["name"].startswith("fluxfast") else "#adb5bd"
         median = row["median_ms"]
         spread = [[median - row["p10_ms"]], [row["p90_ms"] - median]]
-        axes.barh(at, median, color=colour, xerr=spread, ecolor="#495057")
+        axes.barh(at, median, color=color, xerr=spread, ecolor="#495057")
         axes.text(0, at, f"  {median:.0f} ms", va="center", color="white", fontweight="bold")
     names = [title(row["name"]).replace("`", "") for row in reversed(group)]
     axes.set_yticks(range(len(group)), names)

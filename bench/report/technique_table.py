@@ -1,18 +1,19 @@
-"""The README's table of techniques: what each changes in the result and what it gives.
+"""The table of techniques: what each changes in the result and what it gives.
 
 What it gives is read from rows on disk, or counted by the cost model; where there are no rows yet
-the table says so. `bench.report` writes it.
+the table says so.
 """
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import activations, quality, quantize, rows
 from bench.report import step_chart
 from bench.report.arithmetic import RANK, shape
-from bench.report.catalogue import step_ways
+from bench.report.catalog import step_ways
+from bench.terminal import markdown
 from fluxfast.memory import saved
 from fluxfast.memory.cost import Work, lora_of, modulation_ops, step_ops
 from fluxfast.model.flux import MODULATION_ROWS
@@ -27,12 +28,11 @@ CLASSES = {
 NOTHING = "not measured"
 DEFAULTS = Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, RANK))
 
-# a folder of rows -> what a technique gives, in words; empty where no row says so
+# the folder of rows -> what a technique gives, in words; empty where no row says so
 Figure = Callable[[Path], str]
 
 
-@dataclass(frozen=True)
-class Technique:
+class Technique(NamedTuple):
     """kind: of CLASSES. changes: what is different in the result."""
 
     name: str
@@ -41,63 +41,20 @@ class Technique:
     gives: Figure
 
 
-# ---------------------------------------------------------------- measured
+TECHNIQUES: list[Technique] = []  # in the table's order
+
+
+def technique(name: str, kind: str, changes: str = "nothing") -> Callable[[Figure], Figure]:
+    def add(gives: Figure) -> Figure:
+        TECHNIQUES.append(Technique(name, kind, changes, gives))
+        return gives
+
+    return add
 
 
 def steps(results: Path) -> dict[str, dict]:
     """Candidate -> its row, of those that the README's chart shows."""
     return {row["name"]: row for row in step_chart.charted(step_chart.tables(results))}
-
-
-def no_recompute(results: Path) -> str:
-    found, names = steps(results), ("fluxfast-nf4", "diffusers-nf4", "diffusers-nf4-checkpoint")
-    if not set(names) <= set(found):
-        return ""
-    ours, theirs, again = (found[name] for name in names)
-    kept, more = (row["saved_bytes"] / 2**20 for row in (ours, theirs))
-    slower = again["median_ms"] / theirs["median_ms"]
-    return (
-        f"measured: {kept:.0f} MiB kept for backward where diffusers + peft keeps {more:.0f}, and "
-        f"takes {slower:.2f} times as long with checkpointing ({ours['device_name']})"
-    )
-
-
-def int8_products(results: Path) -> str:
-    found, names = steps(results), ("fluxfast-nf4-int8", "fluxfast-nf4")
-    if not set(names) <= set(found):
-        return ""
-    int8, plain = (found[name] for name in names)
-    said = f"measured: int8 takes {int8['median_ms'] / plain['median_ms']:.2f} of the time of bf16 "
-    said += f"products ({int8['device_name']})"
-    trained = rows.last_run(results / quality.ROWS.name)
-    if trained:
-        moved = quality.spread(quality.ratios(trained, "nf4/int8"))[0]
-        said += f"; the nano model's best held-out loss {moved:+.2%}"
-    return said
-
-
-def nf4_decode(results: Path) -> str:
-    timed = [row for row in rows.read(results / quantize.ROWS.name) if row["what"] == "decode"]
-    ours = [row for row in timed if row["name"] == quantize.OURS and row["ratio"]]
-    if not ours:
-        return ""
-    return (
-        f"measured: decoding takes {ours[-1]['ratio']:.2f} of bitsandbytes' time "
-        f"({ours[-1]['device_name']})"
-    )
-
-
-def codes_of_u(results: Path) -> str:
-    found = rows.last_run(results / activations.ROWS.name)
-    if not found:
-        return ""
-    held = {p: activations.of(found, "bytes", p)[0]["flux_dev_predicted"] for p in ("keep", "u8")}
-    (row,) = activations.of(found, "gradients", "u8")
-    error = statistics.median(activations.every(row["errors"]))
-    return (
-        f"predicted: {held['u8'] / 1e9:.1f} GB kept at 1024 px instead of "
-        f"{held['keep'] / 1e9:.1f}; measured: gradients err by {error:.2%} (median, nano model)"
-    )
 
 
 def beside_eager(*ops: str) -> Figure:
@@ -128,9 +85,74 @@ def _beside_eager(timed: list[dict], op: str) -> str:
     return f"{op} takes {found['fluxfast'] / found['eager']:.2f} ({device})"
 
 
-# ---------------------------------------------------------------- counted
+@technique("Each fused op keeps its input and rebuilds the rest: no checkpointing", "exact")
+def no_recompute(results: Path) -> str:
+    found, names = steps(results), ("fluxfast-nf4", "diffusers-nf4", "diffusers-nf4-checkpoint")
+    if not set(names) <= set(found):
+        return ""
+    ours, theirs, again = (found[name] for name in names)
+    kept, more = (row["saved_bytes"] / 2**20 for row in (ours, theirs))
+    slower = again["median_ms"] / theirs["median_ms"]
+    return (
+        f"measured: {kept:.0f} MiB kept for backward where diffusers + peft keeps {more:.0f}, and "
+        f"takes {slower:.2f} times as long with checkpointing ({ours['device_name']})"
+    )
 
 
+technique(
+    "LayerNorm + modulation, GELU, gate + residual in the product's own op",
+    "rounding",
+    "fewer roundings",
+)(beside_eager("norm_modulate_lora_linear", "gelu_lora_linear"))
+technique("QK-norm + RoPE + both streams' joint layout in one pass", "rounding", "fewer roundings")(
+    beside_eager("qk_norm_rope_attention")
+)
+technique("LoRA's up-product inside the product's accumulator", "rounding", "one rounding fewer")(
+    beside_eager("lora_linear")
+)
+
+
+@technique(
+    "NF4 decoded in the product, or once into a scratch that is reused",
+    "exact",
+    "nothing: bytes as bitsandbytes has them",
+)
+def nf4_decode(results: Path) -> str:
+    timed = [row for row in rows.read(results / quantize.ROWS.name) if row["what"] == "decode"]
+    ours = [row for row in timed if row["name"] == quantize.OURS and row["ratio"]]
+    if not ours:
+        return ""
+    return (
+        f"measured: decoding takes {ours[-1]['ratio']:.2f} of bitsandbytes' time "
+        f"({ours[-1]['device_name']})"
+    )
+
+
+@technique(
+    "8-bit products, forward and towards x: int8 at four times a 4090's bf16 rate, or fp8",
+    "lossy",
+    "the blocks' linears round their inputs and gradients to 8 bits: see below",
+)
+def int8_products(results: Path) -> str:
+    found, names = steps(results), ("fluxfast-nf4-int8", "fluxfast-nf4")
+    if not set(names) <= set(found):
+        return ""
+    int8, plain = (found[name] for name in names)
+    said = f"measured: int8 takes {int8['median_ms'] / plain['median_ms']:.2f} of the time of bf16 "
+    said += f"products ({int8['device_name']})"
+    trained = rows.last_run(results / quality.ROWS.name)
+    if trained:
+        moved = statistics.fmean(quality.ratios(trained, "nf4/int8"))
+        said += f"; the nano model's best held-out loss {moved:+.2%}"
+    return said
+
+
+@technique(
+    "Codes and scales written by the kernel that makes the input, scales and LoRA in the product's "
+    "epilogue",
+    "exact",
+    "nothing more",
+)
 def fused_codes(results: Path) -> str:
     apart, fused = (moved / 1e9 for *_, moved in step_ways()[1:])
     return (
@@ -139,11 +161,31 @@ def fused_codes(results: Path) -> str:
     )
 
 
+@technique(
+    "The MLP's activation kept in 8 bits, in as many blocks as the memory asks for",
+    "lossy",
+    "gradients, in those blocks: see above",
+)
+def codes_of_u(results: Path) -> str:
+    found = rows.last_run(results / activations.ROWS.name)
+    if not found:
+        return ""
+    held = {p: activations.of(found, "bytes", p)[0]["flux_dev_predicted"] for p in ("keep", "u8")}
+    (row,) = activations.of(found, "gradients", "u8")
+    error = statistics.median(activations.every(row["errors"]))
+    return (
+        f"predicted: {held['u8'] / 1e9:.1f} GB kept at 1024 px instead of "
+        f"{held['keep'] / 1e9:.1f}; measured: gradients err by {error:.2%} (median, nano model)"
+    )
+
+
+@technique("Frozen modulation formed ahead for coming samples", "exact")
 def modulation_ahead(results: Path) -> str:
     held = saved.weights(DEFAULTS)["modulation"] / 1e9
     return f"counted: {held:.1f} GB of weights are read once for {MODULATION_ROWS} samples"
 
 
+@technique("One CUDA graph per picture size", "exact")
 def one_graph(results: Path) -> str:
     found = steps(results)
     timed = (found.get(f"fluxfast-nf4{end}", {}) for end in (step_chart.TRAINER, ""))
@@ -155,61 +197,10 @@ def one_graph(results: Path) -> str:
     return f"counted: {launches} launches of forward and backward started as one"
 
 
-# ---------------------------------------------------------------- the table
-
-TECHNIQUES = [
-    Technique(
-        "Each fused op keeps its input and rebuilds the rest: no checkpointing",
-        "exact", "nothing", no_recompute,
-    ),
-    Technique(
-        "LayerNorm + modulation, GELU, gate + residual in the product's own op",
-        "rounding", "fewer roundings",
-        beside_eager("norm_modulate_lora_linear", "gelu_lora_linear"),
-    ),
-    Technique(
-        "QK-norm + RoPE + both streams' joint layout in one pass",
-        "rounding", "fewer roundings", beside_eager("qk_norm_rope_attention"),
-    ),
-    Technique(
-        "LoRA's up-product inside the product's accumulator",
-        "rounding", "one rounding fewer", beside_eager("lora_linear"),
-    ),
-    Technique(
-        "NF4 decoded in the product, or once into a scratch that is reused",
-        "exact", "nothing: bytes as bitsandbytes has them", nf4_decode,
-    ),
-    Technique(
-        "8-bit products, forward and towards x: int8 at four times a 4090's bf16 rate, or fp8",
-        "lossy", "the blocks' linears round their inputs and gradients to 8 bits: see below",
-        int8_products,
-    ),
-    Technique(
-        "Codes and scales written by the kernel that makes the input, scales and LoRA in the "
-        "product's epilogue",
-        "exact", "nothing more", fused_codes,
-    ),
-    Technique(
-        "The MLP's activation kept in 8 bits, in as many blocks as the memory asks for",
-        "lossy", "gradients, in those blocks: see above", codes_of_u,
-    ),
-    Technique(
-        "Frozen modulation formed ahead for coming samples",
-        "exact", "nothing", modulation_ahead,
-    ),
-    Technique("One CUDA graph per picture size", "exact", "nothing", one_graph),
-]  # fmt: skip
-
-
 def block(results: Path) -> str:
-    """The README's table, and what its classes mean."""
-    lines = [
-        "| technique | class | what changes in the result | what it gives |",
-        "|---|---|---|---|",
-    ]
-    for one in TECHNIQUES:
-        gives = one.gives(results) or NOTHING
-        lines.append(f"| {one.name} | {one.kind} | {one.changes} | {gives} |")
+    """The table, and what its classes mean."""
+    lines = [[*one[:3], one.gives(results) or NOTHING] for one in TECHNIQUES]
+    table = markdown(["technique", "class", "what changes in the result", "what it gives"], lines)
     meanings = "; ".join(f"{kind}: {meaning}" for kind, meaning in CLASSES.items())
     note = f"{meanings[0].upper()}{meanings[1:]}, beside the same step without the technique."
-    return "\n\n".join([BEGIN, "\n".join(lines), note, END])
+    return "\n\n".join([BEGIN, table, note, END])

@@ -1,6 +1,6 @@
 """Who takes the step: each candidate by name, how it is built, and the bare step over it.
 
-`ModelStep` is forward, backward and optimiser, the same code for fluxfast and its peers;
+`ModelStep` is forward, backward and optimizer, the same code for fluxfast and its peers;
 `bench/step/trainer.py` holds what `fluxfast train` runs. Both have the same methods.
 """
 
@@ -81,7 +81,7 @@ def reset_adapters(candidate: Candidate) -> None:
 
 
 class ModelStep:
-    """Forward, backward and the setting's optimiser over a model with a LoRA."""
+    """Forward, backward and the setting's optimizer over a model with a LoRA."""
 
     def __init__(self, candidate: Candidate, settings: Settings):
         self.candidate, self.setting = candidate, SETTINGS[settings.setting]

@@ -1,4 +1,4 @@
-"""One LoRA step (forward, backward, optimiser): fluxfast beside diffusers + peft + bitsandbytes.
+"""One LoRA step (forward, backward, optimizer): fluxfast beside diffusers + peft + bitsandbytes.
 
     python -m bench.step --device cpu    three full-width blocks on the CPU
     python -m bench.step --device cuda --pixels 512 1024 --batch 1 4
@@ -24,11 +24,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from bench import RESULTS, timing
+from bench import terminal, timing
 from bench.step.candidates import BASELINE, CANDIDATES, DEFAULTS
-from bench.step.run import measure, measure_apart, say
+from bench.step.run import measure, measure_apart
 from bench.step.settings import (
     CPU_SPEC,
     SETTINGS,
@@ -38,27 +36,21 @@ from bench.step.settings import (
     Settings,
     image_tokens,
 )
-from bench.step.table import over_limits, refused, rows, verdicts
+from bench.step.table import over_limits, refused, rows, table, verdicts
+from bench.terminal import say
 from fluxfast.model.lora import PRESETS
 from fluxfast.model.spec import DEV
 
+SIZES = {
+    "pixels": "cpu: 256; cuda: 512 768 1024",
+    "batch": "cpu: 1; cuda: 1 4; stock: 1",
+    "text_tokens": "cpu: 128; cuda: 512",
+    "rounds": "default: 9",
+}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    parser.add_argument(
-        "--candidates",
-        nargs="+",
-        choices=CANDIDATES,
-        metavar="NAME",
-        help=f"of {', '.join(CANDIDATES)}",
-    )
+    parser = terminal.device_parser(__doc__, "step", CANDIDATES, "", SIZES)
     parser.add_argument("--setting", choices=SETTINGS, default="plain")
     parser.add_argument(
         "--targets",
@@ -69,35 +61,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cap", nargs="+", type=float, metavar="GIB", help="GPU memory allowed, one run for each"
     )
     parser.add_argument(
-        "--pixels", nargs="+", type=int, help="image sides (cpu: 256; cuda: 512 768 1024)"
-    )
-    parser.add_argument(
-        "--batch", nargs="+", type=int, help="batch sizes (cpu: 1; cuda: 1 4; stock: 1)"
-    )
-    parser.add_argument("--text-tokens", type=int, help="T5 tokens (cpu: 128; cuda: 512)")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--compute",
-        choices=["bf16", "fp32"],
-        help="default: bf16 on cuda and on a CPU that multiplies it, else fp32",
-    )
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
         "--warmup", type=int, default=3, help="steps thrown away; the last measures memory"
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="three narrow blocks: checks the bench itself"
-    )
     parser.add_argument("--apart", action="store_true", help="a process per candidate on cpu too")
-    parser.add_argument(
-        "--save", action="store_true", help="append to bench/results/step-DEVICE.jsonl"
-    )
-    parser.add_argument("--out", type=Path, help="append to this file instead")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; hint: --device cpu")
-    if bad := [p for p in options.pixels or [] if p < 16 or p % 16]:
-        parser.error(f"--pixels: multiples of 16 only, got {bad}")
+    options = terminal.parse(parser, "step", arguments)
     if options.setting == "stock" and options.targets not in (None, STOCK_TARGETS):
         parser.error(f"--targets: the stock setting has {STOCK_TARGETS}, got {options.targets}")
     if options.cap and options.device == "cpu":
@@ -117,16 +84,14 @@ def settings_of(options: argparse.Namespace) -> Settings:
     cycles = [Cycle((side,), batch) for batch in batches for side in pixels]
     if stock and len(pixels) > 1:
         cycles += [Cycle(tuple(pixels), batch) for batch in batches]
-    bf16 = cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    compute = options.compute or ("bf16" if bf16 else "fp32")
     return Settings(
         spec=spec,
         device=options.device,
-        compute={"bf16": torch.bfloat16, "fp32": torch.float32}[compute],
+        compute=options.compute,
         cycles=cycles,
         text_tokens=options.text_tokens or text,
         rank=options.rank,
-        rounds=options.rounds,
+        rounds=options.rounds or 9,
         warmup=options.warmup,
         apart=cuda or options.apart,
         setting=options.setting,
@@ -140,17 +105,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.candidates or DEFAULTS[options.device]
     names = [name for name in CANDIDATES if name in chosen]  # references come first
     shared = timing.conditions(options.device)
-    out = options.out
-    if options.save and out is None:
-        out = RESULTS / f"step-{options.device}.jsonl"
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for cap in options.cap or [None]:
             capped = replace(settings, cap_gib=cap)
-            found = _run(capped, names, Path(folder), shared, out)
+            found = _run(capped, names, Path(folder), shared, options.out)
             for cycle, (results, details) in found.items():
                 print(f"\n{shared['device_name']}: {_title(capped, cycle)}")
-                print(timing.table(results, details))
+                print(table(results, details))
                 print("\n".join(verdicts(results)))
                 wrong += [f"wrong: {line}" for line in refused(results)]
                 if settings.device == "cpu" and settings.setting == "plain" and not options.tiny:

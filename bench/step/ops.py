@@ -123,7 +123,7 @@ def step_of(plan: Plan, label: str) -> list[Counted]:
         found += [Counted("modulation", direction, op, share, True)
                   for op in getattr(modulation, direction)]  # fmt: skip
     ops = optimizer_ops(work, request.optimizer, request.ema)
-    return found + [Counted("optimiser", "step", op, eager=True) for op in ops]
+    return found + [Counted("optimizer", "step", op, eager=True) for op in ops]
 
 
 # ---------------------------------------------------------------- what has been measured of them

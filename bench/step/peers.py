@@ -2,7 +2,7 @@
 
 Weights are a pure function of (seed, Black Forest Labs' parameter name), drawn on the device one
 tensor at a time: every candidate holds the same FLUX, though none shares memory with another, and
-a full-size one is quantised layer by layer. diffusers and its libraries are imported when a peer
+a full-size one is quantized layer by layer. diffusers and its libraries are imported when a peer
 is built, not before.
 """
 
@@ -203,7 +203,7 @@ def _fill(model: nn.Module, name: str, value: Tensor, compute: torch.dtype, nf4:
         module = bnb.nn.Linear4bit(K, N, compute_dtype=compute, device="meta")
         parameter = bnb.nn.Params4bit(
             value.contiguous(), quant_type="nf4", compress_statistics=False, module=module
-        ).to(value.device)  # quantises, on the CPU too
+        ).to(value.device)  # quantizes, on the CPU too
         model.set_submodule(path, module)
     else:
         parameter = nn.Parameter(value.to(compute, copy=True), requires_grad=False)

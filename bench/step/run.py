@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,15 +28,12 @@ from bench.step.peers import Batch
 from bench.step.settings import Cycle, Settings, make_batch
 from bench.step.table import per_step
 from bench.step.trainer import TrainerStep, limit_memory
+from bench.terminal import say
 
 # cycle, results by name, details by name
 Report = Callable[[Cycle, dict[str, timing.Result], dict[str, dict[str, object]]], None]
 Stepper = ModelStep | TrainerStep
 LEAVE_S = 30  # that a process which has reported everything gets to end
-
-
-def say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
 
 
 def build(name: str, settings: Settings) -> Stepper:

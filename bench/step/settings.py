@@ -1,4 +1,4 @@
-"""What a run of bench.step asks of every candidate alike: model, LoRA, optimiser, pictures."""
+"""What a run of bench.step asks of every candidate alike: model, LoRA, optimizer, pictures."""
 
 from dataclasses import dataclass, replace
 

@@ -6,6 +6,7 @@ from bench import timing
 from bench.step.candidates import BASELINE, CANDIDATES
 from bench.step.figures import figures
 from bench.step.settings import SETTINGS, Cycle, Settings, image_tokens
+from bench.terminal import aligned
 
 # what the CPU step may take of a peer's median; past it the exit code is 1
 LIMITS = {BASELINE: 0.65, f"{BASELINE}-checkpoint": 0.40}
@@ -68,6 +69,28 @@ def rows(
         work = row_settings(settings, name, cycle)
         made.append(timing.row(result, **conditions, **work, **more, **seen))
     return made
+
+
+def table(results: dict[str, timing.Result], details: dict[str, dict[str, object]]) -> str:
+    """A line a candidate: times, ratio to the baseline, peak and saved memory, the gate's error."""
+    lines = [["candidate", "median ms", "p10-p90", "ratio", "peak MiB", "saved MiB", "gate"]]
+    for name, r in results.items():
+        if r.median_ms is None:
+            continue
+        error, saved = (details[name].get(key) for key in ("worst_error", "saved_bytes"))
+        lines.append(
+            [
+                name,
+                f"{r.median_ms:.1f}",
+                f"{r.p10_ms:.1f}-{r.p90_ms:.1f}",
+                "-" if r.ratio is None else f"{r.ratio:.2f}",
+                *("-" if n is None else f"{n / 2**20:.1f}" for n in (r.peak_memory_bytes, saved)),
+                "no reference" if error is None else f"error {error:.1e}",
+            ]
+        )
+    missing = [f"{n} {r.status}: {r.reason}" for n, r in results.items() if r.median_ms is None]
+    kinds = sorted({r.peak_memory_kind for r in results.values() if r.peak_memory_kind})
+    return "\n".join([aligned(lines), *missing, *(f"peak memory: {kind}" for kind in kinds)])
 
 
 def comparable(row: dict[str, object]) -> bool:

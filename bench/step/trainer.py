@@ -198,7 +198,7 @@ class TrainerStep:
 
     def peak_memory(self) -> tuple[int, str] | None:
         """A graph's replay allocates nothing: what counts is the pass that captures it, beside the
-        optimiser's state, as after every validation of a run. None where there are no graphs."""
+        optimizer's state, as after every validation of a run. None where there are no graphs."""
         if not self.run.graphs.captured:
             return None
         return timing.peak_memory(self._again, self.settings.device)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from fluxfast_kernels.dispatch import dispatch
 
-from bench import RESULTS, timing
+from bench import RESULTS, terminal, timing
 from bench.compile import ARCHITECTURES
 from bench.tune import tiles as tune_tiles
 from bench.tune import write as tune_write
@@ -132,9 +132,7 @@ def write(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("candidates", help="which tiles compile for a card")
     one.add_argument("--arch", type=int, choices=ARCHITECTURES, required=True)

@@ -12,7 +12,7 @@ from bench.report import cli as report
 from bench.rows import last_run
 from fluxfast.model import saving
 
-README = report.README.read_text(encoding="utf-8")
+PAGES = "\n".join(report.pages(report.ROOT).values())
 
 
 def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
@@ -71,7 +71,7 @@ def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
     """What the limits are for: with four bits instead of eight they refuse 8bit, and only that."""
     config = activations.settings("keep", 1, 1, tmp_path)
     batches = activations.batches_of(config, 1)
-    activations.train(config, console=activations.QUIET)
+    activations.quality.trained(config)
     put = saving.CodesKeeper.put
 
     def four_bits(self, flat):
@@ -114,8 +114,8 @@ def test_block_of_the_newest_run(tmp_path):
     assert "batch 8 with 48 tokens a picture" in text and "best of 9 steps in fp32, 2 seeds" in text
 
 
-def test_committed_rows_are_within_the_limits_that_the_readme_names():
+def test_committed_rows_are_within_the_limits_that_the_pages_name():
     assert activations.over_limits(last_run(activations.ROWS)) == []
     u8, all_8 = (activations.LEAST_COSINE[policy] for policy in ("u8", "8bit"))
-    assert f"below {u8} (`u8`) or {all_8} (`8bit`)" in README
-    assert f"by more than {activations.LOSS_LIMIT * 100:.0f} %" in README
+    assert f"below {u8} (`u8`) or {all_8} (`8bit`)" in PAGES
+    assert f"by more than {activations.LOSS_LIMIT * 100:.0f} %" in PAGES

@@ -15,7 +15,7 @@ from bench.kernels.cases import Case, cases, ops_of
 from bench.kernels.gate import Gate, errors
 from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
 from bench.kernels.work import build
-from bench.report import catalogue
+from bench.report import catalog
 from fluxfast.memory.cost import (
     Work,
     block_ops,
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 # ---------------------------------------------------------------- which cases
 
 
-def test_every_op_of_the_catalogue_has_a_case():
-    documented = {op.name.split("(")[0] for op in catalogue.OPS}
+def test_every_op_of_the_catalog_has_a_case():
+    documented = {op.name.split("(")[0] for op in catalog.OPS}
     settings = tiny()
     assert {case.op for case in cases(settings)} == documented
     linears = {(c.storage, c.products) for c in cases(settings) if c.op == "lora_linear"}
@@ -62,10 +62,10 @@ def test_cards_without_fp8_are_not_asked_for_it(monkeypatch):
     assert not any(case.in_fp8() for case in cases(tiny()))
 
 
-def test_bytes_and_flop_are_the_catalogues():
+def test_bytes_and_flop_are_the_catalogs():
     """At its shape, for the ops that it counts the same way: one launch, or a sum of passes."""
     settings = replace(tiny(), spec=DEV, compute=torch.bfloat16, text_tokens=512)
-    wanted = {op.name: op for op in catalogue.OPS}
+    wanted = {op.name: op for op in catalog.OPS}
     for op, products in {
         "attention": "",
         "norm_modulate": "",

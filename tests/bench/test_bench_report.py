@@ -292,30 +292,33 @@ def test_counted_figures_are_the_cost_models(tmp_path):
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
     """A folder with the README and the results, which bench.report takes for its own."""
-    text = report.README.read_text(encoding="utf-8")
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     inside = text.partition(plan_table.BEGIN)[2].partition(plan_table.END)[0]
     plan = plan_table.BEGIN + inside + plan_table.END
     monkeypatch.setattr(plan_table, "block", lambda: plan)  # planning takes seconds
     shutil.copytree(report.RESULTS, tmp_path / "results")
-    shutil.copy(report.README, tmp_path)
+    for page in report.pages(report.ROOT):
+        copy = tmp_path / page.relative_to(report.ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(page, copy)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
-    readme, text = report.README, report.README.read_text(encoding="utf-8")
     assert report.main(["--check"]) == 0
-    blocks = report.blocks(report.RESULTS)
-    assert len(blocks) == 5
+    pages, blocks = report.pages(copied), report.blocks(report.RESULTS)
+    assert len(blocks) == 7
     for block in blocks:
         begin, *_, end = block.splitlines()
-        assert text.count(begin) == text.count(end) == 1
-        readme.write_text(text.replace(block, f"{begin}\n{end}"), encoding="utf-8")
+        ((page, text),) = [(page, text) for page, text in pages.items() if begin in text]
+        assert "\n".join(pages.values()).count(begin) == text.count(end) == 1
+        page.write_text(text.replace(block, f"{begin}\n{end}"), encoding="utf-8")
         assert report.main(["--check"]) == 1
-        assert "README.md is not what the rows say" in capsys.readouterr().out
+        assert f"{page.relative_to(copied)} differs from the rows" in capsys.readouterr().out
         assert report.main([]) == 0
-        assert readme.read_text(encoding="utf-8") == text
+        assert page.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
@@ -329,29 +332,43 @@ def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, nam
     write(report.RESULTS, f"{name}.jsonl", *later)
     assert report.main(["--check"]) == 1
     said = capsys.readouterr().out
-    assert "README.md is not" in said and f"{name}.svg is not what the rows say" in said
+    assert ".md differs from" in said and f"{name}.svg differs from" in said
     assert report.main([]) == 0 and report.main(["--check"]) == 0
 
 
 def test_a_gpus_rows_need_its_chart(copied, capsys):
     write(report.RESULTS, "step-cuda.jsonl", row("diffusers-nf4"), row())
     assert report.main(["--check"]) == 1
-    assert "step-cuda.svg is not" in capsys.readouterr().out
+    assert "step-cuda.svg differs" in capsys.readouterr().out
     assert report.main([]) == 0 and report.main(["--check"]) == 0
-    text = report.README.read_text(encoding="utf-8")
+    text = "\n".join(report.pages(copied).values())
     assert "results/step-cuda.svg" in text and "No GPU has timed" not in text
     assert "(NVIDIA H100 80GB HBM3)" not in text  # no candidate of a technique is among the rows
 
 
-@pytest.mark.parametrize("text", ["", "<!-- b -->", "<!-- e --><!-- b -->",
-                                  "<!-- b --><!-- e --><!-- b --><!-- e -->",
-                                  "<!-- b --><!-- e --><!-- e -->"])  # fmt: skip
+PAGE = Path("README.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!-- b -->",
+        "<!-- e --><!-- b -->",
+        "<!-- b --><!-- e --><!-- b --><!-- e -->",
+        "<!-- b --><!-- e --><!-- e -->",
+    ],
+)
 def test_a_block_has_one_place(text):
     with pytest.raises(ValueError, match="one <!-- b --> and then one <!-- e -->"):
-        report.put(text, "<!-- b -->\n1\n<!-- e -->")
-    assert report.put("a<!-- b -->old<!-- e -->z", "<!-- b -->\n1\n<!-- e -->") == (
-        "a<!-- b -->\n1\n<!-- e -->z"
-    )
+        report.put({PAGE: text, Path("docs/a.md"): ""}, "<!-- b -->\n1\n<!-- e -->")
+
+
+@pytest.mark.parametrize("page, link", [("README.md", "bench"), ("docs/a.md", "../bench")])
+def test_links_of_a_block_are_its_pages(page, link):
+    texts = {Path("b.md"): "other", Path(page): "a<!-- b -->old<!-- e -->z"}
+    report.put(texts, "<!-- b -->\n![1](bench/results/x.svg)\n<!-- e -->")
+    assert texts[Path(page)] == f"a<!-- b -->\n![1]({link}/results/x.svg)\n<!-- e -->z"
 
 
 # ---------------------------------------------------------------- the log

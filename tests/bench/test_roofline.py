@@ -97,7 +97,7 @@ def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):
 def test_every_launch_of_a_block_has_its_op(stock):
     counted = step_ops.step_of(stock, "512 px")
     groups = {one.group for one in counted}
-    wanted = {"autograd", "outside the blocks", "modulation", "optimiser", *step_ops.TIMED}
+    wanted = {"autograd", "outside the blocks", "modulation", "optimizer", *step_ops.TIMED}
     assert groups == wanted
     parts = {one.part for one in counted if one.group == "gelu_lora_linear"}
     assert parts == {"product", "update", "weight", "element-wise"}

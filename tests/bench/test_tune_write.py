@@ -187,7 +187,7 @@ def test_between_winners_the_default_stays_where_it_won(write):
     assert [block_n(M) for M in (2048, 2049, 4096)] == [256, 128, 128]
 
 
-def test_neighbours_with_one_winner_are_one_row(write, configs):
+def test_neighbors_with_one_winner_are_one_row(write, configs):
     write([*won(M=1024), *won(M=4096)])
     (first, *others) = json.loads((configs / "gemm_sm_89.json").read_text())["tiles"]
     assert (first["m_min"], first["m_max"]) == (512, 8192) and not others
