@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from bench import RESULTS, quality, terminal, timing
-from bench.quality import QUIET, gradients
+from bench.quality import gradients
 from bench.terminal import markdown, say
 from fluxfast.config import Config, MemoryConfig
 from fluxfast.data.loader import Loader
@@ -74,7 +74,7 @@ def settings(policy: str, seed: int, steps: int, folder: Path) -> Config:
 
 def batches_of(config: Config, count: int) -> list:
     """The first `count` batches of the configuration's drawings."""
-    dataset = prepare(config, torch.device("cpu"), QUIET).dataset
+    dataset = prepare(config, torch.device("cpu")).dataset
     loader = Loader(dataset, config.train.batch_size, config.seed)
     return [loader.batch(index) for index in range(count)]
 

@@ -15,7 +15,6 @@ Then, at the LoRA that the first seed's bf16 run trained, the gradient of every 
 Rows go to bench/results/quality.jsonl with --save; `python -m bench.report` draws them.
 """
 
-import io
 import sys
 import tempfile
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from rich.console import Console
 
 from bench import RESULTS, ROOT, terminal, timing
 from bench.terminal import aligned, say
@@ -49,7 +47,6 @@ MODES = {
 REFERENCE = {"int8/int8": "bf16/bf16", "nf4/int8": "nf4/bf16", "nf4/fp8": "nf4/bf16"}
 LIMITS = {"int8/int8": 0.01, "nf4/int8": 0.01}  # best loss over the reference's, mean of the seeds
 LEAST_COSINE = {"int8": 0.99}
-QUIET = Console(file=io.StringIO())
 
 
 def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
@@ -79,7 +76,7 @@ def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
 
 def trained(config: Config) -> dict:
     """Train once -> what a row says of it: the validation curve [[step, loss], …] and its best."""
-    train(config, restart=True, console=QUIET)
+    train(config, restart=True)
     measured = read_validations(config.run_dir / "validation.jsonl")
     lowest = best(measured)
     return {
@@ -117,7 +114,7 @@ def cosines(config: Config, kinds: list[str]) -> list[dict]:
     """At the LoRA that `config`'s run left: the cosine per layer of the gradients with 8-bit
     products in the layers that `compute` gives them, against fp32 throughout."""
     device = torch.device("cpu")
-    batch = Loader(prepare(config, device, QUIET).dataset, config.train.batch_size, 7).batch(0)
+    batch = Loader(prepare(config, device).dataset, config.train.batch_size, 7).batch(0)
     file = config.run_dir / f"{config.name}.safetensors"
     found = {}
     for kind in ["fp32", *kinds]:

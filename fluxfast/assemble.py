@@ -6,7 +6,6 @@ Runs with torch and triton alone: of the configuration and the loader only the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,17 +49,14 @@ def assemble(
     parameters: list[nn.Parameter],
     loader: Loader,
     device: torch.device,
-    announce: Callable[[str], None],
     plan: Plan | None = None,
     ranks: Ranks = ALONE,
 ) -> Training:
-    """parameters: the LoRA's, as `inject_lora` gives them. announce gets a line for what a user
-    should know.
-    """
+    """parameters: the LoRA's, as `inject_lora` gives them."""
     ema = Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None
     optimizer = build_optimizer(config.train, parameters)
     labels, policies = bucket_labels(loader), _policies(config, model, loader, plan)
-    memory = MemoryRuntime(model, plan, policies, device, announce)
+    memory = MemoryRuntime(model, plan, policies, device)
     memory.attach(optimizer)
     gradients = flat_gradients(parameters)
     run = Training(

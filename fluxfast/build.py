@@ -1,9 +1,9 @@
 """What a run trains with: the frozen model and its LoRA, from files; `assemble` does the rest."""
 
+import logging
 from collections import Counter
 
 import torch
-from rich.console import Console
 
 from fluxfast.assemble import assemble
 from fluxfast.checkpoint import checkpoints
@@ -14,12 +14,14 @@ from fluxfast.formats.lora_write import to_state
 from fluxfast.hub import fetch_lora
 from fluxfast.load import ResolvedModel, load_resolved
 from fluxfast.memory.plan import Plan
-from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import linears, multiplies_in_8_bits
 from fluxfast.ranks import ALONE, Ranks
 from fluxfast.step import Training
+from fluxfast.terminal import spinner
+
+log = logging.getLogger(__name__)
 
 
 def check_loras(config: Config, fresh: bool) -> None:
@@ -37,18 +39,16 @@ def build(
     resolved: ResolvedModel,
     loader: Loader,
     device: torch.device,
-    console: Console,
     plan: Plan | None = None,
     ranks: Ranks = ALONE,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
     assistant = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
-    with console.status("loading the transformer"):
+    with spinner("loading the transformer"):
         model = load_resolved(
             resolved,
             device,
             double_quant=config.model.double_quant,
-            announce=lambda line: say(console, f"note: {line}"),
         )
     lora = config.lora
     parameters = inject_lora(
@@ -63,28 +63,22 @@ def build(
         seed=config.seed,
     )
     if lora.init_from and not checkpoints(config.run_dir):
-        init_lora(model, lora.init_from, say=lambda line: say(console, f"note: {line}"))
-        say(console, f"starting from {lora.init_from}")
+        init_lora(model, lora.init_from)
+        log.info(f"starting from {lora.init_from}")
     if "xlabs" in config.save.formats:  # it cannot hold everything: say so now
         to_state(lora_of(model), "xlabs")
     if assistant:
-        load_assistant(model, assistant, say=lambda line: say(console, f"note: {line}"))
-        say(
-            console, f"{config.model.assistant_lora} assists in training, not in previews and files"
-        )
+        load_assistant(model, assistant)
+        log.info(f"{config.model.assistant_lora} assists in training, not in previews and files")
     if lora.dropout:
-        say(console, "note: LoRA dropout takes the path that is not fused: slower, more memory")
+        log.warning("note: LoRA dropout takes the path that is not fused: slower, more memory")
     model.train()
     trained = sum(p.numel() for p in parameters)
-    say(
-        console,
+    log.info(
         f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
         f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}",
     )
-    return assemble(
-        config, model, parameters, loader, device, lambda line: say(console, f"note: {line}"), plan,
-        ranks,
-    )  # fmt: skip
+    return assemble(config, model, parameters, loader, device, plan, ranks)
 
 
 def _precision(model: Flux) -> str:

@@ -7,14 +7,13 @@ linear that would multiply in 8 bits gives some rows of its input x and of its o
 the LoRA's gradients turn.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from fluxfast import __version__, draws
@@ -27,7 +26,6 @@ from fluxfast.files import CHECK_FILE, sole_user, write_atomic
 from fluxfast.formats.base import open_base
 from fluxfast.layer_errors import LIMITS, Measured, measure, table
 from fluxfast.load import ResolvedModel, load_resolved, resolve_device
-from fluxfast.metrics import say
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import (
@@ -40,6 +38,9 @@ from fluxfast.objective import Batch, noise_batch, sample_losses
 from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.resume import SHAPING, changes
 from fluxfast.settings import dump_yaml
+from fluxfast.terminal import progress_bars, spinner
+
+log = logging.getLogger(__name__)
 
 ROWS = 256  # of a layer, over all batches
 FRESH_B = 0.01  # deviation of B in a LoRA that was never trained: B = 0 would make dA 0
@@ -52,21 +53,14 @@ class Setting:
     config: Config
     model: ResolvedModel
     device: torch.device
-    console: Console
 
 
-def check(
-    config: Config,
-    limit: float | None = None,
-    batches: int = 4,
-    console: Console | None = None,
-) -> list[Measured]:
+def check(config: Config, limit: float | None = None, batches: int = 4) -> list[Measured]:
     """Measure every layer that would multiply in 8 bits, write RUN_DIR/check.yaml. -> the layers.
 
     limit: relative error, default `LIMITS`. The LoRA is that of the run's newest checkpoint, or a
     fresh one. Raises FluxfastError as training does, ConfigError where compute is not in 8 bits.
     """
-    console = console or Console(stderr=True)
     device = resolve_device(config.device)
     parts = resolve_parts(config.model, device)
     matmul = parts.model.matmul
@@ -75,10 +69,10 @@ def check(
             f"compute is {matmul}: there are no 8-bit products to check",
             hint="--set model.compute=int8 (or fp8)",
         )
-    setting = Setting(config, parts.model, device, console)
+    setting = Setting(config, parts.model, device)
     with sole_user(config.run_dir):
         try:
-            prepared = prepare(config, device, console, parts=parts)
+            prepared = prepare(config, device, parts=parts)
             limit = LIMITS[matmul] if limit is None else limit
             return _check(setting, prepared.dataset, limit, batches)
         except torch.OutOfMemoryError as error:
@@ -97,7 +91,7 @@ def _check(setting: Setting, dataset: Dataset, limit: float, count: int) -> list
     names = [n for n, p in model.precisions.items() if p.matmul or multiplies_in_8_bits(n)]
     rows, cosines, step = _run_model(setting, names, loader, count)
     plain = layer_precisions(model.spec, storage, matmul, dict.fromkeys(names, "8bit"))
-    bars = _progress(setting.console, "measuring layers", len(names))
+    bars = _progress("measuring layers", len(names))
     with open_base(model.path) as base, bars as advance:
         for name in names:
             tensors = _finite(name, base.read(f"{name}.weight"), *rows.pop(name))
@@ -137,16 +131,15 @@ def _run_model(
     """-> rows of x and dY of the layers `names`, the gradients' cosine of the layers with a LoRA,
     and the step that the LoRA is of.
     """
-    config, console = setting.config, setting.console
+    config = setting.config
     # stored as configured, multiplied in the activations' dtype, no layer rotated
     spec, storage, dense = setting.model.spec, setting.model.storage, setting.model.activations
     precisions = layer_precisions(spec, storage, dense)
-    with console.status("loading the transformer"):
+    with spinner("loading the transformer"):
         model = load_resolved(
             replace(setting.model, matmul=dense, precisions=precisions),
             setting.device,
             double_quant=config.model.double_quant,
-            announce=lambda line: say(console, f"note: {line}"),
         )
     parameters = inject_lora(
         model, **config.lora.model_dump(exclude={"init_from"}), seed=config.seed
@@ -158,7 +151,7 @@ def _run_model(
     layers = {name: model.get_submodule(name) for name in names}
     capture = _Capture(config.seed, max(1, ROWS // count))
     run = (setting, model, loader, count, capture)
-    with _progress(console, "running batches", 2 * count) as advance:
+    with _progress("running batches", 2 * count) as advance:
         for name, layer in layers.items():
             layer.probe = capture.probe(name)
         true = _gradients(*run, advance)
@@ -172,17 +165,17 @@ def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> 
     """The newest checkpoint's, or a fresh one with a small B. -> its step."""
     config = setting.config
     try:
-        found = newest_checkpoint(config.run_dir, lambda line: say(setting.console, line))
+        found = newest_checkpoint(config.run_dir)
         if found is not None:
             step, folder = found
             state = read_state(folder)
             if changed := changes(state["config"], config, SHAPING):
                 raise FluxfastError(f"{folder} is of other settings: {', '.join(changed)}")
             put_weights(parameters, state, folder)
-            say(setting.console, f"the LoRA is that of step {step}")
+            log.info(f"the LoRA is that of step {step}")
             return step
     except FluxfastError as error:
-        say(setting.console, f"note: a fresh LoRA is measured: {error.message}")
+        log.warning(f"note: a fresh LoRA is measured: {error.message}")
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             stream, shape = f"check/{name}.lora_B", tuple(layer.lora_B.shape)
@@ -264,18 +257,19 @@ class _Capture:
 
 
 @contextmanager
-def _progress(console: Console, what: str, total: int):
+def _progress(what: str, total: int):
     """Gives a function to call after each of `total` things; a bar where there is a terminal."""
-    if not console.is_terminal:
-        say(console, f"{what}: {total}")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    bars = progress_bars(transient=True)
+    if bars.disable:
+        log.info(f"{what}: {total}")
+    with bars:
         task = bars.add_task(what, total=total)
         yield lambda: bars.advance(task)
 
 
 def _write(setting: Setting, layers: list[Measured], conditions: str) -> None:
     """check.yaml, and the words about it."""
-    config, console = setting.config, setting.console
+    config = setting.config
     wanted = _merged(setting, {layer.name: layer.choice for layer in layers})
     path = config.run_dir / CHECK_FILE
     comments = [conditions, "relative errors; see `fluxfast check --help`", "", *table(layers)]
@@ -287,14 +281,12 @@ def _write(setting: Setting, layers: list[Measured], conditions: str) -> None:
         if layer.choice == "rotate" and layer.rotated.worst > layer.bound
     ]
     if beyond:
-        say(
-            console,
+        log.warning(
             f"note: rotated, and still above the limit: {', '.join(beyond)}. bf16 in their place "
             f"in {path} leaves no such error, for memory and time",
         )
     counts = Counter(layer.choice for layer in layers)
-    say(
-        console,
+    log.info(
         f"{counts['8bit']} layers in plain {setting.model.matmul}, {counts['rotate']} rotated, "
         f"{counts['bf16']} in bf16; train so with --set model.layers={path}",
     )

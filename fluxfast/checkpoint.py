@@ -13,6 +13,7 @@ step, so the position in the data is one integer.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.files import flush_folder, partial_of
 from fluxfast.formats.container import write
 from fluxfast.tree import put_together, take_apart
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when a checkpoint is no longer read as it was
 TENSORS, REST, MANIFEST = "state/tensors.safetensors", "state/rest.json", "manifest.json"
@@ -51,9 +54,9 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[int, Path] | None:
+def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     """(step, folder) of the newest checkpoint that is sound, None where there is none at all. For
-    the run folder's sole user: damaged ones that are newer are renamed, and say gets a line.
+    the run folder's sole user: damaged ones that are newer are renamed, with a warning.
 
     Raises Damaged where all are damaged, FluxfastError for those of an earlier fluxfast.
     """
@@ -69,7 +72,7 @@ def newest_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[int, P
             aside = each.with_name(f"{each.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(each, aside)
-            say(f"note: {error.message}; it is kept as {aside.name}, {folder.name} is used")
+            log.warning(f"note: {error.message}; it is kept as {aside.name}, {folder.name} is used")
         return step, folder
     if damaged:
         raise damaged[0][1]

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from fluxfast.cli_shared import announce, configuration, interruptible, rank, speaker
+from fluxfast.cli_shared import configuration, interruptible, rank, speaker
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.lines import plain
+from fluxfast.terminal import log_to_terminal, progress_bars
 
 app = typer.Typer(
     name="fluxfast",
@@ -82,15 +83,12 @@ def cache(
     Example: `fluxfast cache examples/nano/zorb.yaml`. The cache folder is printed to stdout.
     """
     config = configuration(target, set_, model, encoders, trigger, None)
-    from rich.console import Console
-
     from fluxfast.load import resolve_device
     from fluxfast.prepare import prepare
     from fluxfast.ranks import joined
 
     with interruptible(), joined() as ranks:
-        console = Console(stderr=True, quiet=not ranks.first)
-        prepare(config, resolve_device(config.device), console, ranks)
+        prepare(config, resolve_device(config.device), ranks)
     if rank() == 0:
         print(config.cache_path)
 
@@ -178,7 +176,7 @@ def sample(
         for index, text in enumerate(prompt)
     ]
     with interruptible("the next run draws from the start"):
-        files = generate(parts, pictures, out, lora, strength, say=announce)
+        files = generate(parts, pictures, out, lora, strength)
         print("\n".join(map(str, files)))
 
 
@@ -214,7 +212,7 @@ def convert(
         from fluxfast.formats.lora_convert import convert as run
 
         given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
-        lines = run(sources, to, target, **given, verify=verify, say=announce)
+        lines = run(sources, to, target, **given, verify=verify)
         print("\n".join([*lines, str(target)]))
 
 
@@ -252,18 +250,16 @@ def quantize(
     `train` reads goes in; the file goes into `--model` (its text encoders and VAE come from
     `--encoders`). Its path is printed to stdout.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     from fluxfast.formats.quantize import quantize as run
     from fluxfast.hub import TRANSFORMER, fetch_model
     from fluxfast.interrupt import stop_on_signals
 
-    console = Console(stderr=True)
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with interruptible("nothing was written"):
         base = fetch_model(source, TRANSFORMER)
-        bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        bars = progress_bars(*columns)
         # it ends between two tensors and takes the unfinished file away: within one, safetensors
         # makes a ValueError of the interrupt
         with stop_on_signals() as stop, bars:
@@ -327,7 +323,8 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: errors a user can mend become one message on stderr; exit codes 0, 1, 2, 130."""
     try:
-        app()
+        with log_to_terminal(rank=rank()):
+            app()
     except FluxfastError as error:
         print(f"{speaker()}error: {plain(error.message)}", file=sys.stderr)
         if error.hint:

@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 
 from fluxfast.errors import ConfigError, LostRank
-from fluxfast.lines import plain
 
 
 def configuration(target: Path, overrides, model, encoders, trigger, name):
@@ -35,18 +34,12 @@ def configuration(target: Path, overrides, model, encoders, trigger, name):
         called = re.sub(r"[^\w .+-]", "_", called).lstrip(" .+-") or "lora"
         data = {"folder": str(target)} if target.is_dir() else str(target)
         raw = {"name": called, "data": data, "model": {}}
-        return build_config(raw, [*options, *overrides], str(target), announce)
+        return build_config(raw, [*options, *overrides], str(target))
     if not target.exists():
         raise ConfigError(
             f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
         )
-    return load_config(target, [*options, *overrides], announce)
-
-
-def announce(line: str) -> None:
-    """A note to the user."""
-    if rank() == 0:
-        print(f"note: {plain(line)}", file=sys.stderr)
+    return load_config(target, [*options, *overrides])
 
 
 @contextmanager

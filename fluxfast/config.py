@@ -2,9 +2,9 @@
 trainer code.
 """
 
+import logging
 import re
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,8 @@ from fluxfast.settings import (
     insert_layers,
     read_mapping,
 )
+
+log = logging.getLogger(__name__)
 
 # the upper ends are beyond all use: they keep what nobody means from ending in a full memory
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -331,26 +333,25 @@ class Config(Section):
 def load_config(
     path: Path | str,
     overrides: list[str] = (),
-    announce: Callable[[str], None] = lambda line: None,
 ) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
 
-    An ai-toolkit file is converted first, kohya's data sets as in `build_config`; announce gets a
-    line for each key of theirs that is ignored or read differently. Raises ConfigError for an
+    An ai-toolkit file is converted first, kohya's data sets as in `build_config`; each key of
+    theirs that is ignored or read differently is logged as a warning. Raises ConfigError for an
     unreadable file, an unknown key (naming the nearest one) or a bad value.
     """
     raw = read_mapping(Path(path), "the configuration")
     if not is_ai_toolkit(raw):
-        return build_config(raw, overrides, source=str(path), announce=announce)
+        return build_config(raw, overrides, source=str(path))
     check_texts(raw)  # before what is wrong with it is said
     try:
         raw, notes = convert_ai_toolkit(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
     source = f"{path}, with ai-toolkit's keys translated"
-    config = build_config(raw, overrides, source, announce)
+    config = build_config(raw, overrides, source)
     for note in notes:
-        announce(note)
+        log.warning(f"note: {note}")
     return config
 
 
@@ -358,12 +359,11 @@ def build_config(
     raw: dict,
     overrides: list[str] = (),
     source: str = "the settings",
-    announce: Callable[[str], None] = lambda line: None,
 ) -> Config:
     """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError.
 
-    A .toml named in `data` is read as kohya's data set; announce gets a line for each key of it
-    that is ignored or read differently. A path in `model.layers` is replaced by that file's layers.
+    A .toml named in `data` is read as kohya's data set; each key of it that is ignored or read
+    differently is logged as a warning. A path in `model.layers` is replaced by that file's layers.
     """
     files = KohyaFiles()
     for override in overrides:
@@ -388,7 +388,7 @@ def build_config(
             hint="`fluxfast train --help` names the sections; examples/ holds complete files",
         ) from None
     for note in files.notes:
-        announce(note)
+        log.warning(f"note: {note}")
     return config
 
 

@@ -4,6 +4,7 @@ time.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
+
+log = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -102,15 +105,11 @@ def with_step(row: Any) -> dict:
     return row
 
 
-def read_rows(
-    path: Path,
-    make: Callable[[Any], Any] = with_step,
-    say: Callable[[str], None] = lambda line: None,
-) -> list:
+def read_rows(path: Path, make: Callable[[Any], Any] = with_step) -> list:
     """What `make` makes of every line of a .jsonl file, in order; none where there is no such file.
 
     A line that is no JSON, or that make has a ValueError or TypeError for, is passed over: a crash
-    may have cut it, somebody have changed it. say is told how many.
+    may have cut it, somebody have changed it. How many is logged.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows, lines = [], [line for line in text.split("\n") if line]
@@ -118,23 +117,23 @@ def read_rows(
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             rows.append(make(json.loads(line)))
     if lost := len(lines) - len(rows):
-        say(f"note: {lost} of {len(lines)} lines of {path} cannot be read and are left out")
+        log.warning(f"note: {lost} of {len(lines)} lines of {path} cannot be read and are left out")
     return rows
 
 
 @contextlib.contextmanager
-def going_on(say: Callable[[str], None], path: Path | None = None) -> Iterator[None]:
-    """A disk that refuses inside is said, not raised: a run goes on without the file. path: what is
-    named where the system does not say which.
+def warn_on_disk_error(path: Path | None = None) -> Iterator[None]:
+    """A disk that refuses inside is logged, not raised: a run goes on without the file. path: named
+    where the system does not name one.
     """
     try:
         yield
     except DiskError as error:
-        say(f"note: {error.message}; the run goes on")
+        log.warning(f"note: {error.message}; the run goes on")
     except OSError as error:
         name = error.filename or path
         where = f"{name}: " if name else ""
-        say(f"note: {where}{error.strerror or error}; the run goes on")
+        log.warning(f"note: {where}{error.strerror or error}; the run goes on")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """`fluxfast sample`: prompts to pictures, with a LoRA or without."""
 
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ def generate(
     lora: Path | Sequence[Path] = (),
     strength: float | Sequence[float] = 1.0,
     device: str = "auto",
-    say: Callable[[str], None] = warnings.warn,
 ) -> list[Path]:
     """Draw `pictures` and save them as PNG in `out`, each with its prompt and settings in the file.
 
@@ -43,7 +41,7 @@ def generate(
     encoders.close()
     flux = load_resolved(resolved, place, double_quant=model.double_quant)
     if lora:
-        load_lora(flux, lora, strength, say=say)
+        load_lora(flux, lora, strength)
     images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, place, dtype)
     del flux
     if place.type == "cuda":

@@ -1,5 +1,6 @@
 """load_transformer: a base checkpoint on disk becomes a Flux on a device."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from fluxfast.model.precision import (
 )
 from fluxfast.model.spec import FluxSpec
 from fluxfast.ranks import local_rank
+
+log = logging.getLogger(__name__)
 
 # What `auto` chooses on a GPU. Assumed from data sheets and from the formats' errors on a CPU: no
 # GPU has timed it yet. A100 (8.0) multiplies int8 at twice the rate of bf16, GeForce (8.6, 8.9,
@@ -185,7 +188,6 @@ def load_transformer(
     activations: str = "auto",
     layers: Mapping[str, str] | None = None,
     double_quant: bool = False,
-    announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Flux:
     """Load a FLUX.1 transformer, frozen, tensor by tensor (one dense matrix in memory at a time).
@@ -195,15 +197,13 @@ def load_transformer(
     fp8 for products of 8-bit codes in the blocks; `auto` chooses by device, and storage by the file
     where that is quantised. What a file has in codes of the storage asked for stays as it is (on a
     CPU it even stays in the file, mapped). activations: fp32 or bf16 beside 8-bit products, `auto`
-    by device. layers: name or glob -> 8bit, rotate or bf16, see `model.precision`. announce gets
-    one line per thing that was done otherwise than asked; progress gets (done, total). Raises
-    FluxfastError (ConfigError for a wrong argument or a file that is no such model).
+    by device. layers: name or glob -> 8bit, rotate or bf16, see `model.precision`. What is done
+    otherwise than asked is logged as a warning; progress gets (done, total). Raises FluxfastError
+    (ConfigError for a wrong argument or a file that is no such model).
     """
     place = resolve_device(str(device))
     model = resolve_model(path, storage, compute, place, activations=activations, layers=layers)
-    return load_resolved(
-        model, place, double_quant=double_quant, announce=announce, progress=progress
-    )
+    return load_resolved(model, place, double_quant=double_quant, progress=progress)
 
 
 def load_resolved(
@@ -211,7 +211,6 @@ def load_resolved(
     device: torch.device,
     *,
     double_quant: bool = False,
-    announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Flux:
     """Load the weights, see `load_transformer`."""
@@ -221,9 +220,9 @@ def load_resolved(
             flux, base.read_stored, model.precisions,
             nested=double_quant, device=device, progress=progress,
         )  # fmt: skip
-    if kept and announce:
-        announce(
-            f"{len(kept)} matrices stay bf16 instead of nf4: their input width is not a "
+    if kept:
+        log.warning(
+            f"note: {len(kept)} matrices stay bf16 instead of nf4: their input width is not a "
             f"multiple of 64 (such as {kept[0]})"
         )
     return flux

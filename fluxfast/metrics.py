@@ -4,6 +4,7 @@ Losses stay on the device until the logging interval ends: one wait per interval
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -14,13 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.files import going_on, read_rows, write_atomic
-from fluxfast.lines import plain
+from fluxfast.files import read_rows, warn_on_disk_error, write_atomic
+from fluxfast.terminal import progress_bars, terminal_width
+
+log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 2  # the first steps compile, allocate and fill caches: they are not timed
 RATE_WINDOW = 50  # steps
@@ -61,7 +63,7 @@ class RunLog:
     it_per_s, s_per_it, eta_s, peak_memory_gib, skipped_steps (in the interval), epoch. Rates are
     null until known. on_interval gets the seconds of every interval, None of the first. resumed:
     the `state` that a checkpoint of step `first` kept, so that the lines are those of a run that
-    was never stopped. A disk that refuses a line is said, and the line written with the next one.
+    was never stopped. A disk that refuses a line is logged, and the line written with the next one.
     most_bad: steps in a row without a finite loss and gradient that end the run. Without `writes`
     it only counts those.
     """
@@ -73,7 +75,6 @@ class RunLog:
         steps: int,
         every: int,
         device: torch.device,
-        console: Console,
         on_interval: Callable[[float | None], None] | None = None,
         resumed: dict | None = None,
         most_bad: int = 10,
@@ -82,7 +83,7 @@ class RunLog:
     ):
         self.on_interval, self._last = on_interval, None
         self.path, self.steps, self.every = run_dir / "metrics.jsonl", steps, every
-        self.device, self.console = device, console
+        self.device = device
         self._first, self._paused = first, 0.0
         state = resumed or {"interval": [], "losses": [], "bad": 0, "unwritten": []}
         self._results = [torch.tensor(row, device=device) for row in state["interval"]]
@@ -98,22 +99,19 @@ class RunLog:
         self._unwritten: list[str] = state["unwritten"]
         self._board = _board(run_dir, first) if writes else None
         # rich cuts every column alike where they do not fit, the step count too: so they must fit
-        wide = console.width >= ROOMY
         line = TextColumn("{task.fields[line]}", markup=False)
         bar = (TextColumn("{task.description}"), BarColumn())
         columns = (*bar, MofNCompleteColumn(), TimeElapsedColumn(), line)
-        self._room = console.width - (70 if wide else 2) - 2 * len(str(steps))
-        self._progress = Progress(
-            *(columns if wide else (MofNCompleteColumn(), line)),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        width = terminal_width()
+        wide = width >= ROOMY
+        self._room = width - (70 if wide else 2) - 2 * len(str(steps))
+        self._progress = progress_bars(*(columns if wide else (MofNCompleteColumn(), line)))
         self._task = self._progress.add_task("training", total=steps, completed=first, line="")
 
     def _drop_lines_after(self, step: int) -> None:
         """A run resumed at `step` writes the lines after it again."""
         if self.path.is_file():
-            rows = read_rows(self.path, say=self._say)
+            rows = read_rows(self.path)
             kept = [json.dumps(row) for row in rows if row["step"] <= step]
             write_atomic(self.path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -122,7 +120,7 @@ class RunLog:
         Those that there are already are on the disk when this returns. Waits for the device.
         """
         if self.path.is_file():
-            with going_on(self._say), open(self.path, "rb") as file:
+            with warn_on_disk_error(), open(self.path, "rb") as file:
                 os.fsync(file.fileno())
         interval = torch.stack(self._results).tolist() if self._results else []  # sync: a save
         return {
@@ -132,9 +130,6 @@ class RunLog:
             "unwritten": list(self._unwritten),
         }
 
-    def _say(self, line: str) -> None:
-        say(self.console, line)
-
     def __enter__(self):
         self._progress.start()
         return self
@@ -142,7 +137,7 @@ class RunLog:
     def __exit__(self, *exception):
         self._progress.stop()
         if self._board is not None:
-            with going_on(self._say):
+            with warn_on_disk_error():
                 self._board.close()
 
     def step(
@@ -207,7 +202,7 @@ class RunLog:
 
     def _keep(self, row: dict) -> None:
         self._unwritten.append(json.dumps(row) + "\n")
-        with going_on(self._say, self.path):
+        with warn_on_disk_error(self.path):
             self._append()
             for key, value in row.items():
                 if value is not None and key not in ("step", "eta_s"):
@@ -255,21 +250,16 @@ class RunLog:
         if row["peak_memory_gib"] is not None:
             parts.append(f"peak {row['peak_memory_gib']:.2f} GiB")
         line = "  ".join(parts)
-        if self.console.is_terminal:
-            self._progress.update(self._task, line=line[: self._room])
+        if self._progress.disable:
+            log.info(f"step {row['step']}/{self.steps}  {line}")
         else:
-            say(self.console, f"step {row['step']}/{self.steps}  {line}")
+            self._progress.update(self._task, line=line[: self._room])
 
 
 def _board(run_dir: Path, first: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
-
-
-def say(console: Console, line: str) -> None:
-    """One plain line, never wrapped, never coloured or moved by its words."""
-    console.print(plain(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def _mean(values) -> float | None:

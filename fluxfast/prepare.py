@@ -4,14 +4,13 @@ with a bar.
 Needs neither transformers nor diffusers when everything is cached.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from fluxfast.config import Config, ModelConfig
 from fluxfast.data.cache import encode_prompts, prepare_dataset
@@ -23,10 +22,12 @@ from fluxfast.files import check_no_links, one_of_several
 from fluxfast.formats.base_folder import tokenizer_length
 from fluxfast.hub import ENCODERS, TRANSFORMER, fetch_model
 from fluxfast.load import ResolvedModel, resolve_model, resolve_precision
-from fluxfast.metrics import say
 from fluxfast.model.spec import FluxSpec
 from fluxfast.ranks import ALONE, Ranks
+from fluxfast.terminal import progress_bars
 from fluxfast.validation import hold_out
+
+log = logging.getLogger(__name__)
 
 # prompts or pictures per encoder call: what is cached then depends on the one alone, to the last
 # bit, and not on which others a run that was stopped had left to do
@@ -60,11 +61,7 @@ class Prepared:
 
 
 def prepare(
-    config: Config,
-    device: torch.device,
-    console: Console,
-    ranks: Ranks = ALONE,
-    parts: Parts | None = None,
+    config: Config, device: torch.device, ranks: Ranks = ALONE, parts: Parts | None = None
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
@@ -76,36 +73,41 @@ def prepare(
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)
     check_no_links(config.cache_path, "latents", "text")
-    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    bars = progress_bars(transient=True)
     with bars, one_of_several(config.cache_path, "latents", "text"):
         tasks: dict[str, int] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(_BARS.get(what, what), total=total)
-                if not console.is_terminal:
-                    say(console, f"{_BARS.get(what, what)}: {total}")
+                if bars.disable:
+                    log.info(f"{_BARS.get(what, what)}: {total}")
             bars.update(tasks[what], completed=done, total=total)
 
         def prepared(settings: Config, prompts: list[str]) -> Dataset:
             return prepare_dataset(
-                settings, root, length, device, dtype, progress,
-                extra_prompts=prompts, batch_size=_AT_ONCE,
-                announce=lambda line: say(console, line), ranks=ranks,
-            )  # fmt: skip
+                settings,
+                root,
+                length,
+                device,
+                dtype,
+                progress,
+                extra_prompts=prompts,
+                batch_size=_AT_ONCE,
+                ranks=ranks,
+            )
 
         dataset, held_out = _hold_out(config, prepared(config, prompts), prepared)
         files = encode_prompts(
             prompts, config.cache_path, root, length, device, dtype, batch_size=_AT_ONCE
         )
-    say(
-        console,
+    log.info(
         f"{len(dataset.samples)} samples in {len(dataset.buckets)} buckets: "
         + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.buckets.items()),
     )
     if held_out:
         pictures = len({sample.name for sample in held_out})
-        say(console, f"validation: {pictures} pictures held out")
+        log.info(f"validation: {pictures} pictures held out")
     return Prepared(dataset, held_out, model, root, files)
 
 

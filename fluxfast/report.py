@@ -189,12 +189,12 @@ def _chart(svg: str, words: str) -> str:
 
 def _validation(path: Path) -> str:
     title = "Validation against the base model"
-    lost: list[str] = []
     try:
-        rows = [row for row in read_validations(path, say=lost.append) if _whole(row)]
-    except OSError as error:
-        rows, lost = [], [str(error)]
-    if lost and not rows:
+        rows = [row for row in read_validations(path) if _whole(row)]
+        unread = not rows and path.is_file() and path.stat().st_size > 0
+    except OSError:
+        rows, unread = [], True
+    if unread:
         return _section(title, _note("validation.jsonl cannot be read."))
     if not rows:
         hint = "No validation was recorded. Set validation.share to hold pictures out of training."

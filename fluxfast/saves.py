@@ -2,7 +2,7 @@
 file, and in the end the newest checkpoint's files in the run's folder.
 """
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,24 @@ from fluxfast.optim import eval_weights
 from fluxfast.resume import check_changes
 from fluxfast.step import Training
 
+log = logging.getLogger(__name__)
+
 
 class Saves:
     """A run's checkpoints. newest: (step, folder) of the last one that is sound, or None."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]):
+    def __init__(self, config: Config):
         """Finds what there is to go on from. Raises ConfigError where the configuration is another
         run's, FluxfastError where nothing of what there is can be read.
         """
-        self.config, self.say = config, say
-        self.newest = newest_checkpoint(config.run_dir, say)
+        self.config = config
+        self.newest = newest_checkpoint(config.run_dir)
         if self.newest is not None:
             step, folder = self.newest
             lines = check_changes(read_state(folder, tensors=False)["config"], config)
-            say(f"resuming {config.run_dir} at step {step}")
+            log.info(f"resuming {config.run_dir} at step {step}")
             for line in lines:
-                say(line)
+                log.info(line)
 
     @property
     def finished(self) -> bool:
@@ -71,7 +73,7 @@ class Saves:
             said = " ".join(str(error).split())
             raise FluxfastError(f"the state in {folder} does not fit this run: {said}") from None
         if state["data"] != run.loader.fingerprint:
-            self.say(
+            log.warning(
                 "note: the pictures or captions are not those that this run began with: from here "
                 "on their order is another"
             )
@@ -97,7 +99,7 @@ class Saves:
         """The first step after `done` that is."""
         return min(done + self.config.save.every, self.config.train.steps)
 
-    def save(self, run: Training, done: int, log: dict[str, Any]) -> None:
+    def save(self, run: Training, done: int, logged: dict[str, Any]) -> None:
         """A checkpoint of `done` steps, unless the newest is that. Raises DiskError. Ranks but the
         first save nothing.
         """
@@ -108,7 +110,7 @@ class Saves:
                 "step": done,
                 "config": self.config.model_dump(mode="json"),
                 "data": run.loader.fingerprint,
-                "log": log,
+                "log": logged,
                 "parameters": [parameter.detach() for parameter in run.parameters],
                 "optimizer": run.optimizer.state_dict(),
                 "ema": run.ema.state_dict() if run.ema else None,
@@ -120,16 +122,16 @@ class Saves:
         self.newest = done, folder
 
     def try_to_save(
-        self, run: Training, done: int, log: dict[str, Any], again: int | None = None
+        self, run: Training, done: int, logged: dict[str, Any], again: int | None = None
     ) -> None:
-        """`save`, but a disk that refuses is said, and what there was stays. again: the step at
+        """`save`, but a disk that refuses is logged, and what there was stays. again: the step at
         which it is tried again.
         """
         try:
-            self.save(run, done, log)
+            self.save(run, done, logged)
         except DiskError as error:
             then = f"; the run goes on and is saved at step {again}" if again else ""
-            self.say(f"note: step {done} is not saved: {error.message}{then}")
+            log.warning(f"note: step {done} is not saved: {error.message}{then}")
 
     def publish(self) -> tuple[int, Path]:
         """Copy the newest checkpoint's LoRA files into the run's folder. -> its step, the file."""

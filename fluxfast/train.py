@@ -1,14 +1,13 @@
 """train(config): prepare, plan, build, resume, loop. The step itself: `step.py`."""
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from fluxfast.assemble import bucket_shapes
 from fluxfast.build import build, check_loras
@@ -22,15 +21,15 @@ from fluxfast.files import (
     CHECK_FILE,
     check_no_links,
     drop_partials,
-    going_on,
     sole_user,
+    warn_on_disk_error,
     write_atomic,
 )
 from fluxfast.interrupt import Stopped, stop_on_signals
 from fluxfast.load import resolve_device
 from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
-from fluxfast.metrics import NotFinite, RunLog, say
+from fluxfast.metrics import NotFinite, RunLog
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_assisted
 from fluxfast.objective import Batch
@@ -43,8 +42,10 @@ from fluxfast.saves import Saves, lora_file, save_best
 from fluxfast.step import Training, train_step
 from fluxfast.watch import Watch
 
+log = logging.getLogger(__name__)
 
-def train(config: Config, *, restart: bool = False, console: Console | None = None) -> Path:
+
+def train(config: Config, *, restart: bool = False) -> Path:
     """Train a LoRA as configured, from images to file. -> the LoRA file.
 
     A run of the same name goes on from its newest checkpoint; restart moves it aside first, but not
@@ -54,31 +55,28 @@ def train(config: Config, *, restart: bool = False, console: Console | None = No
     KeyboardInterrupt, where SIGINT or SIGTERM asked it to stop and what was trained is saved.
     """
     with joined() as ranks, ExitStack() as held:
-        console = console or Console(stderr=True)
-        if not ranks.first:
-            console = Console(quiet=True)
         ranks.share(config.train.batch_size)  # said before anything is done
         ranks.check_same("their configuration", dump_config(config))
         if ranks.first:
             if restart and attempt() == 0:  # or what was trained before would be moved aside too
-                _make_room(config, console)
+                _make_room(config)
             held.enter_context(sole_user(config.run_dir))
         ranks.wait()
-        path = _with_cache_mended(config, console, ranks)
+        path = _with_cache_mended(config, ranks)
         ranks.wait()  # until rank 0 has written everything
         return path
 
 
-def _make_room(config: Config, console: Console) -> None:
+def _make_room(config: Config) -> None:
     """Move an earlier run aside, once it is known that another can begin."""
     if config.run_dir.exists():
         resolve_parts(config.model, resolve_device(config.device))
         check_loras(config, fresh=True)
         with sole_user(config.run_dir):
-            _move_aside(config.run_dir, console)
+            _move_aside(config.run_dir)
 
 
-def _with_cache_mended(config: Config, console: Console, ranks: Ranks) -> Path:
+def _with_cache_mended(config: Config, ranks: Ranks) -> Path:
     """A cache file that is found damaged or gone is encoded anew, and the run goes on from where it
     was; once for each file, lest a failing disk keep it busy. Not among several ranks, of which
     only one has found it: they end, and mend it when they are started again.
@@ -86,46 +84,45 @@ def _with_cache_mended(config: Config, console: Console, ranks: Ranks) -> Path:
     mended: set[Path] = set()
     while True:
         try:
-            return _train(config, console, ranks)
+            return _train(config, ranks)
         except CacheDamaged as error:
             if ranks.count > 1 or error.path in mended:
                 raise
             mended.add(error.path)
-            line = f"note: {error.message}; it is encoded anew, and the run goes on"
-        say(console, line)
+            log.warning(f"note: {error.message}; it is encoded anew, and the run goes on")
         gc.collect()  # the model, before the encoders come
 
 
-def _train(config: Config, console: Console, ranks: Ranks) -> Path:
+def _train(config: Config, ranks: Ranks) -> Path:
     with ranks.first_before_others():
         if ranks.first:
             check_no_links(config.run_dir, "checkpoints", "samples", "tensorboard", "metrics.jsonl")
             drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
-        saves = Saves(config, lambda line: say(console, line))
+        saves = Saves(config)
     ranks.check_same("the checkpoint they go on from", saves.fingerprint)
     device = resolve_device(config.device)
     check_loras(config, fresh=not checkpoints(config.run_dir))
-    prepared = prepare(config, device, console, ranks)
+    prepared = prepare(config, device, ranks)
     batch = config.train.batch_size
     loader = Loader(
         prepared.dataset, batch, config.seed, pin=device.type == "cuda", places=ranks.share(batch)
     )
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
     if ranks.count > 1:
-        say(console, f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
+        log.info(f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
     ranks.meet(device)
     plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
-        say(console, line)
+        log.info(line)
     try:
-        run = build(config, prepared.model, loader, device, console, plan, ranks)
+        run = build(config, prepared.model, loader, device, plan, ranks)
         _check_fits(run.model, loader.batch(0))
         first, logged = saves.restore(run)
         if ranks.first:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
         if not ranks.any(saves.finished):
-            watch = Watch(config, run.model, prepared, device, console, logged, writes=ranks.first)
-            _loop(run, watch, saves, first, logged, console)
+            watch = Watch(config, run.model, prepared, device, logged, writes=ranks.first)
+            _loop(run, watch, saves, first, logged)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -135,9 +132,9 @@ def _train(config: Config, console: Console, ranks: Ranks) -> Path:
     if ranks.first:
         step, path = saves.publish()
         told = ""
-        with going_on(lambda line: say(console, line)):
+        with warn_on_disk_error():
             told = f", the report {write_report(config.run_dir)}"
-        say(console, f"{step} steps done; the LoRA is {path}{told}")
+        log.info(f"{step} steps done; the LoRA is {path}{told}")
     return lora_file(config, config.run_dir)
 
 
@@ -157,33 +154,39 @@ def _check_fits(model: Flux, batch: Batch) -> None:
             )
 
 
-def _loop(
-    run: Training, watch: Watch, saves: Saves, first: int, logged: dict | None, console: Console
-) -> None:
+def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | None) -> None:
     """Steps first + 1 to the last. logged: what the log and the watch kept at `first`, of a resumed
     run.
     """
     steps, accumulation = run.config.train.steps, run.config.train.gradient_accumulation
     batches = run.loader.iterate(first * accumulation, steps * accumulation)
     set_mode(run.optimizer, training=True)
-    log = RunLog(
-        run.config.run_dir, first, steps, run.config.log_every, run.device, console,
-        _judge_speed(run), logged, run.config.train.max_bad_steps, writes=run.ranks.first,
-    )  # fmt: skip
+    run_log = RunLog(
+        run.config.run_dir,
+        first,
+        steps,
+        run.config.log_every,
+        run.device,
+        _judge_speed(run),
+        logged,
+        run.config.train.max_bad_steps,
+        writes=run.ranks.first,
+    )
     if watch.due(first):
-        _look(run, watch, first, console)
+        _look(run, watch, first)
     if first < steps:
         run.memory.capture()
 
     def kept(done: int) -> dict:
-        return {**log.state(), **watch.state(done)}
+        return {**run_log.state(), **watch.state(done)}
 
-    with log, stop_on_signals() as stop, _saved_where_memory_ends(run, saves, kept) as progress:
+    with run_log, stop_on_signals() as stop, _saved_where_memory_ends(run, saves, kept) as progress:
         for step in range(first, steps):
             window = [next(batches) for _ in range(accumulation)]
             loss, norm, bad, lr = train_step(run, window, step)
             progress.done = done = step + 1
-            log.step(done, loss, norm, bad, lr, step * accumulation // run.loader.batches_per_epoch)
+            epoch = step * accumulation // run.loader.batches_per_epoch
+            run_log.step(done, loss, norm, bad, lr, epoch)
             stopping = run.ranks.any(stop.is_set()) and done < steps
             if stopping or done == steps:
                 saves.save(run, done, kept(done))
@@ -193,8 +196,8 @@ def _loop(
                 run.ranks.wait()  # for the save, and for this rank's part in what GPUs still sum
                 raise Stopped(done, steps)
             if watch.due(done):
-                with log.pause():
-                    _look(run, watch, done, console)
+                with run_log.pause():
+                    _look(run, watch, done)
 
 
 def _judge_speed(run: Training) -> Callable[[float | None], None]:
@@ -265,27 +268,27 @@ def _explained(
     )
 
 
-def _look(run: Training, watch: Watch, done: int, console: Console) -> None:
+def _look(run: Training, watch: Watch, done: int) -> None:
     """Validation and previews, with the weights that would be saved; the best ones are. Rank 0
     looks, the others wait.
     """
     if run.ranks.first:
-        _look_alone(run, watch, done, console)
+        _look_alone(run, watch, done)
     run.ranks.wait()
 
 
-def _look_alone(run: Training, watch: Watch, done: int, console: Console) -> None:
+def _look_alone(run: Training, watch: Watch, done: int) -> None:
     again = done < run.config.train.steps
     with eval_weights(run.optimizer, run.parameters), run.memory.without_graphs(again=again):
         set_assisted(run.model, False)
         row = watch.look(done)
         set_assisted(run.model, True)
         if row is not None:
-            with going_on(lambda line: say(console, line)):
+            with warn_on_disk_error():
                 save_best(run, done, row.loss)
 
 
-def _move_aside(run_dir: Path, console: Console) -> None:
+def _move_aside(run_dir: Path) -> None:
     """Rename an existing run to NAME.1, NAME.2, …: nothing is deleted."""
     if not run_dir.exists():
         return
@@ -296,7 +299,7 @@ def _move_aside(run_dir: Path, console: Console) -> None:
         os.rename(run_dir, target)
     except OSError:
         shutil.move(run_dir, target)
-    say(console, f"the earlier run is kept as {target}")
+    log.info(f"the earlier run is kept as {target}")
     checked = target / CHECK_FILE  # what the next run may be configured with
     if checked.is_file():
         write_atomic(run_dir / CHECK_FILE, checked.read_bytes())

@@ -9,7 +9,6 @@ LoRA helps.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,11 +154,9 @@ def student_quantile(p: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-def read_validations(
-    path: Path, say: Callable[[str], None] = lambda line: None
-) -> list[Validation]:
+def read_validations(path: Path) -> list[Validation]:
     """The measurements in validation.jsonl, in order; lines that are none are passed over."""
-    return read_rows(path, _measurement, say)
+    return read_rows(path, _measurement)
 
 
 def _measurement(row: Any) -> Validation:

@@ -1,23 +1,24 @@
 """Between steps: validation, and previews of the same prompts and seeds."""
 
+import logging
 from dataclasses import asdict
 
 import torch
-from rich.console import Console
 
 from fluxfast.config import Config
-from fluxfast.files import going_on
-from fluxfast.metrics import say
+from fluxfast.files import warn_on_disk_error
 from fluxfast.model.flux import Flux
 from fluxfast.plots import plot_validation
 from fluxfast.prepare import Prepared, encoder_dtype
 from fluxfast.preview import draw_previews, preview_due
 from fluxfast.validation import Validation, Validator, best, write_validations
 
+log = logging.getLogger(__name__)
+
 
 class Watch:
     """Looks at a model from outside; changes nothing of it. A disk that refuses what is written is
-    said, and the run goes on.
+    logged, and the run goes on.
 
     resumed: the `state` that the checkpoint kept, of a run that goes on; what validation.jsonl has
     beside its measurements, a run that was killed may have left. Without `writes` it only knows
@@ -30,13 +31,12 @@ class Watch:
         model: Flux,
         prepared: Prepared,
         device: torch.device,
-        console: Console,
         resumed: dict | None = None,
         *,
         writes: bool = True,
     ):
         self.config, self.model, self.prepared = config, model, prepared
-        self.device, self.console = device, console
+        self.device = device
         self.file = config.run_dir / "validation.jsonl"
         measured = (resumed or {}).get("validation", [])
         self._rows = [Validation(**row) for row in measured]
@@ -68,7 +68,7 @@ class Watch:
         """Measure and draw what is due. -> the measurement where it is the best so far."""
         row = self._validate(done) if self._validation_due(done) else None
         if preview_due(self.config, done):
-            with going_on(self._say):
+            with warn_on_disk_error():
                 draw_previews(
                     self.config,
                     self.model,
@@ -84,15 +84,12 @@ class Watch:
         row = self.validator.measure(self.model, self.device, done)
         # a resumed run measures its first step again: it may have been killed in this very place
         self._rows = [each for each in self._rows if each.step < done] + [row]
-        with going_on(self._say):
+        with warn_on_disk_error():
             write_validations(self.file, self._rows)
             plot_validation(self._rows, self.config.run_dir / "validation.png")
         top = best(self._rows)
-        self._say(_line(row, top))
+        log.info(_line(row, top))
         return row if top is row else None
-
-    def _say(self, line: str) -> None:
-        say(self.console, line)
 
 
 def _line(row: Validation, top: Validation) -> str:

@@ -97,6 +97,15 @@ def fluxfast(monkeypatch, capfd):
 
 
 @pytest.fixture
+def log_lines():
+    """What fluxfast logs while the test runs: a list of lines that grows."""
+    from small import logged
+
+    with logged() as lines:
+        yield lines
+
+
+@pytest.fixture
 def configure(nano_model, photos, cache, tmp_path):
     """-> make(train__steps=2, ...): a small run's configuration over the file's `photos`."""
     from small import small_run

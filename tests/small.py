@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +64,21 @@ def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -
     }
     sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
     return build_config(raw, sets)
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What fluxfast logs inside, from INFO on: a list of lines that grows."""
+    lines, logger = [], logging.getLogger("fluxfast")
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def script(path: Path) -> ModuleType:

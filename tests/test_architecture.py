@@ -21,6 +21,7 @@ MAY_IMPORT = """
 fluxfast_kernels.*       fluxfast_kernels.*
 fluxfast.errors
 fluxfast.lines
+fluxfast.terminal        lines
 fluxfast.draws
 fluxfast.ranks           errors
 fluxfast.files           errors
@@ -51,7 +52,7 @@ fluxfast.memory.plan     memory.* model.* errors
 fluxfast.memory.fitting  memory.cards memory.plan errors ranks
 fluxfast.memory.runtime  memory.* model.* errors fluxfast_kernels.dispatch.backend
 fluxfast.optim           config errors
-fluxfast.metrics         lines errors files
+fluxfast.metrics         terminal errors files
 fluxfast.interrupt
 fluxfast.tree
 fluxfast.resume          config errors
@@ -77,18 +78,18 @@ fluxfast.preview         sample model.* data.store config
 fluxfast.validation      model.* objective draws data.store files errors
 fluxfast.plots           validation files
 fluxfast.report          plots validation settings files
-fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base_folder hub load model.spec config metrics validation files errors ranks
+fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base_folder hub load model.spec config terminal validation files errors ranks
 fluxfast.generate        sample prepare load encoders.text formats.lora config
-fluxfast.watch           preview validation plots prepare model.* config metrics files
+fluxfast.watch           preview validation plots prepare model.* config files
 fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors ranks
-fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan metrics model.* step config ranks
+fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan terminal model.* step config ranks
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
 fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* objective optim planning prepare report saves step watch ranks
 fluxfast.layer_errors    model.* fluxfast_kernels.gemm.linear
-fluxfast.check           config checkpoint data.loader data.store draws errors files formats.base layer_errors load metrics model.* objective prepare resume settings
+fluxfast.check           config checkpoint data.loader data.store draws errors files formats.base layer_errors load terminal model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.quant.native
-fluxfast.cli_shared      config errors interrupt lines
-fluxfast.cli             check config doctor errors lines formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train ranks cli_shared
+fluxfast.cli_shared      config errors interrupt
+fluxfast.cli             check config doctor errors lines terminal formats.inspect formats.lora_convert formats.quantize generate hub interrupt layer_errors load planning prepare sample settings train ranks cli_shared
 fluxfast.__main__        cli
 fluxfast                 load
 fluxfast.data

@@ -279,7 +279,7 @@ def test_nf4_is_bitsandbytes(diffusers_folder, tensors, nested):
         assert torch.equal(model.state_dict()[f"{name}.bias"], tensors[f"{name}.bias"])
 
 
-def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path):
+def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path, log_lines):
     """Hidden 96: K = 96 is no multiple of 64, K = 384 and 480 - one is, one is not."""
     spec = FluxSpec(
         in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=96, num_heads=3,
@@ -288,15 +288,14 @@ def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path):
     file = tmp_path / "flux1.safetensors"
     tensors = bfl_tensors(spec)
     save_file(tensors, file)
-    lines = []
-    model = load(file, storage="nf4", announce=lines.append)
+    model = load(file, storage="nf4")
     assert model.get_submodule("double_blocks.0.img_mlp.2").weight is None
     kept = model.get_submodule("double_blocks.0.img_attn.qkv").weight
     assert torch.equal(kept, tensors["double_blocks.0.img_attn.qkv.weight"].bfloat16())
-    assert len(lines) == 1
-    assert "bf16 instead of nf4" in lines[0] and "multiple of 64" in lines[0]
+    (line,) = log_lines
+    assert "bf16 instead of nf4" in line and "multiple of 64" in line
     # 10 linears of the double block and 3 of the single one, but for the two with K = 384
-    assert lines[0].startswith("11 matrices")
+    assert line.startswith("note: 11 matrices")
 
 
 def test_layers_and_activations_reach_the_model(diffusers_folder):
@@ -318,11 +317,10 @@ def test_layers_and_activations_reach_the_model(diffusers_folder):
         load(diffusers_folder / "whole", compute="int8", layers={"linear3": "bf16"})
 
 
-def test_nothing_is_announced_where_all_fits(diffusers_folder):
-    lines = []
+def test_nothing_is_announced_where_all_fits(diffusers_folder, log_lines):
     for storage in ("fp32", "bf16", "nf4"):
-        load(diffusers_folder / "whole", storage=storage, announce=lines.append)
-    assert lines == []
+        load(diffusers_folder / "whole", storage=storage)
+    assert not log_lines
 
 
 def test_the_base_is_frozen(diffusers_folder):

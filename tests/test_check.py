@@ -1,6 +1,5 @@
 """`fluxfast check`: the errors that it measures, what it chooses by them, the file it writes."""
 
-import io
 import math
 import shutil
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from small import SMALL, noise_pictures
+from small import SMALL, logged, noise_pictures
 from typer.testing import CliRunner
 
 from fluxfast import check as module
@@ -51,10 +49,10 @@ def outlier_model(nano_model, tmp_path_factory) -> Path:
 
 def checked(config, **options) -> tuple[dict[str, Measured], str, dict]:
     """-> the layers by name, what was said, and the file."""
-    console = Console(file=io.StringIO(), width=300)
-    layers = check(config, console=console, **options)
+    with logged() as lines:
+        layers = check(config, **options)
     written = yaml.safe_load((config.run_dir / "check.yaml").read_text())
-    return {layer.name: layer for layer in layers}, console.file.getvalue(), written
+    return {layer.name: layer for layer in layers}, "\n".join(lines), written
 
 
 def in_8_bits(configure, kind: str = "int8", storage: str = "fp32", **changes):
@@ -230,7 +228,7 @@ def test_a_limit_that_nothing_keeps(configure):
 def test_the_newest_checkpoint_is_what_is_measured(configure):
     config = in_8_bits(configure, train__steps=2)
     fresh = checked(config, batches=1)[0]
-    train(config, console=Console(quiet=True))
+    train(config)
     trained, said, _ = checked(config, batches=1)
     assert "that of step 2" in said and trained != fresh
     # how it is trained does not matter, another LoRA does
@@ -263,12 +261,12 @@ def test_a_restart_keeps_the_file_and_moves_nothing_for_a_bad_one(configure):
     written = file.read_bytes()
     again = in_8_bits(configure, train__steps=1, model__layers=str(file))
     for _ in range(2):
-        train(again, restart=True, console=Console(quiet=True))
+        train(again, restart=True)
         assert file.read_bytes() == written
     runs = sorted(config.run_dir.parent.iterdir())
     with pytest.raises(ConfigError, match="matches no linear"):
         bad = in_8_bits(configure, model__layers={"nothing*": "bf16"})
-        train(bad, restart=True, console=Console(quiet=True))
+        train(bad, restart=True)
     assert sorted(config.run_dir.parent.iterdir()) == runs
 
 
@@ -294,7 +292,7 @@ def test_what_is_captured(configure, monkeypatch):
 def test_without_8_bit_products_there_is_nothing_to_check(configure):
     config = configure()
     with pytest.raises(ConfigError, match="compute is fp32") as caught:
-        check(config, console=Console(quiet=True))
+        check(config)
     assert "model.compute=int8" in caught.value.hint and not config.run_dir.exists()
 
 

@@ -214,7 +214,7 @@ def test_a_disk_that_refuses_anywhere_leaves_a_sound_checkpoint(tmp_path):
             except DiskError as error:
                 refused += 1
                 assert "partial" not in str(error) and "No space left" in error.message
-        step, folder = newest_checkpoint(run, pytest.fail)
+        step, folder = newest_checkpoint(run)
         assert same(read_state(folder)["parameters"], state(step)["parameters"])
         save(run, 3, keep=1)
         assert [step for step, _ in checkpoints(run)] == [3]
@@ -290,29 +290,29 @@ def names(manifest: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, kind):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, kind, log_lines):
     save(tmp_path, 1, 2, 3)
     folder = tmp_path / "checkpoints" / "step-00000003"
     DAMAGE[kind](folder)
-    said: list[str] = []
-    assert newest_checkpoint(tmp_path, said.append) == (2, folder.with_name("step-00000002"))
-    (line,) = said
+    assert newest_checkpoint(tmp_path) == (2, folder.with_name("step-00000002"))
+    (line,) = log_lines
     assert "step-00000003 is damaged" in line and "step-00000002" in line and "\n" not in line
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
     assert folder.with_name("step-00000003.damaged").is_dir()
     # nothing is said again, and what comes later does not fall to it
-    assert newest_checkpoint(tmp_path, pytest.fail)[0] == 2
+    assert newest_checkpoint(tmp_path)[0] == 2
     save(tmp_path, 3, keep=1)
-    assert newest_checkpoint(tmp_path, pytest.fail)[0] == 3
+    assert newest_checkpoint(tmp_path)[0] == 3
+    assert log_lines == [line]
 
 
-def test_where_all_are_damaged_the_newest_is_named_and_stays(tmp_path):
+def test_where_all_are_damaged_the_newest_is_named_and_stays(tmp_path, log_lines):
     save(tmp_path, 1, 2)
     for step in (1, 2):
         flip(tmp_path / "checkpoints" / f"step-{step:08d}" / TENSORS, -1)
     with pytest.raises(Damaged, match="step-00000002 is damaged.*checksum") as raised:
-        newest_checkpoint(tmp_path, pytest.fail)
-    assert "--restart" in raised.value.hint
+        newest_checkpoint(tmp_path)
+    assert "--restart" in raised.value.hint and not log_lines
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
 
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_is_newer_than_the_one_saved_is_not_counted(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 3, 9]
 
 
-def test_an_unreadable_disk_is_damage(tmp_path, monkeypatch):
+def test_an_unreadable_disk_is_damage(tmp_path, monkeypatch, log_lines):
     save(tmp_path, 1, 2)
 
     def broken(path):
@@ -333,8 +333,7 @@ def test_an_unreadable_disk_is_damage(tmp_path, monkeypatch):
 
     real = fluxfast.checkpoint._measure
     monkeypatch.setattr(fluxfast.checkpoint, "_measure", broken)
-    said: list[str] = []
-    assert newest_checkpoint(tmp_path, said.append)[0] == 1 and "Input/output error" in said[0]
+    assert newest_checkpoint(tmp_path)[0] == 1 and "Input/output error" in log_lines[0]
 
 
 def test_a_sound_manifest_over_nonsense_is_one_message(tmp_path):
@@ -356,6 +355,6 @@ def test_a_pickle_of_an_earlier_fluxfast_is_not_read(tmp_path):
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(b"PK")
     with pytest.raises(FluxfastError, match="state.pt is a pickle, which is not read") as raised:
-        newest_checkpoint(tmp_path, pytest.fail)
+        newest_checkpoint(tmp_path)
     assert "--restart" in raised.value.hint and "lora.init_from" in raised.value.hint
     assert (folder / "state.pt").is_file()

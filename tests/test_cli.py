@@ -109,7 +109,8 @@ def test_help_is_light(tmp_path, arguments):
     loaded = set(result.err.split("LOADED", 1)[1].split())
     # typer brings pydantic itself; the configuration's models are what costs time
     assert {name for name in loaded if name.startswith("fluxfast")} == {
-        "fluxfast", "fluxfast.cli", "fluxfast.cli_shared", "fluxfast.errors", "fluxfast.lines"
+        "fluxfast", "fluxfast.cli", "fluxfast.cli_shared", "fluxfast.errors", "fluxfast.lines",
+            "fluxfast.terminal",
     }  # fmt: skip
     assert "typer" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "transformers", "diffusers", "yaml", "PIL"})

@@ -82,9 +82,9 @@ STOCK_NOTES = {
 
 
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
-def test_the_stock_file_field_by_field(kind):
-    notes = []
-    config = load_config(EXAMPLES / f"flux_{kind}_24gb.yaml", announce=notes.append)
+def test_the_stock_file_field_by_field(kind, log_lines):
+    config = load_config(EXAMPLES / f"flux_{kind}_24gb.yaml")
+    notes = [line.removeprefix("note: ") for line in log_lines]
     expected, said = copy.deepcopy(STOCK), set(STOCK_NOTES)
     expected["sample"]["prompts"] = config.sample.prompts
     if kind == "schnell":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from small import logged
 
 from fluxfast import train as training
 from fluxfast.config import build_config
@@ -27,6 +28,7 @@ from fluxfast.data.skips import Skips
 from fluxfast.data.store import CacheDamaged
 from fluxfast.errors import FluxfastError
 from fluxfast.prepare import prepare
+from fluxfast.terminal import log_to_terminal
 from fluxfast.train import train
 
 CPU = torch.device("cpu")
@@ -64,10 +66,8 @@ def settings(folder: Path, **changes):
 
 def scanned(folder: Path, **changes) -> tuple[list[str], list[str]]:
     """-> (the names that are used, what is said)."""
-    said = []
-    found = scan_folders(
-        settings(folder, **changes).data, folder.parent / "sizes", Skips(said.append)
-    )
+    with logged() as said:
+        found = scan_folders(settings(folder, **changes).data, folder.parent / "sizes", Skips())
     return [image.name for image in found[0]], said
 
 
@@ -154,12 +154,11 @@ def test_odd_pictures_are_used_and_bad_ones_skipped_each_with_a_line(folder, mon
         assert line.startswith("skipped: ") and reason in line
 
 
-def test_strict_makes_one_error_of_them(folder, monkeypatch):
+def test_strict_makes_one_error_of_them(folder, monkeypatch, log_lines):
     skipped(folder, monkeypatch)
-    said = []
     with pytest.raises(FluxfastError, match=r"11 files cannot be used: .*bomb\.png.*; …\nhint: "):
-        scan_folders(settings(folder, strict=True).data, folder.parent / "s", Skips(said.append))
-    assert not said
+        scan_folders(settings(folder, strict=True).data, folder.parent / "s", Skips())
+    assert not log_lines
 
 
 def test_a_picture_at_half_of_the_limit_is_used_without_a_warning(tmp_path, monkeypatch):
@@ -225,11 +224,9 @@ def test_what_may_not_be_read_is_skipped(nobody):
     os.link(folder / "good.png", folder / "hard.png")
     socket.socket(socket.AF_UNIX).bind(str(folder / "socket.png"))
     socket.socket(socket.AF_UNIX).bind(str(folder / "good.txt"))
-    said = []
     become()
-    (images,) = scan_folders(
-        settings(folder).data, folder.parent / "cache" / "sizes", Skips(said.append)
-    )
+    with logged() as said:
+        (images,) = scan_folders(settings(folder).data, folder.parent / "cache" / "sizes", Skips())
     found = read_captions(folder, [image.path for image in images])
     assert [image.name for image in images] == ["good.png", "hard.png", "words.png"]
     assert sorted(said) == [
@@ -251,10 +248,10 @@ def test_masks_and_folders_that_may_not_be_entered(nobody):
     (closed / "in").mkdir(parents=True)
     square().save(closed / "in" / "good.png")
     closed.chmod(0)
-    said = []
     become()
     data = settings(folder, mask="folder", mask_folder=str(closed / "in")).data
-    assert scan_folders(data, folder.parent / "cache" / "sizes", Skips(said.append)) == [[]]
+    with logged() as said:
+        assert scan_folders(data, folder.parent / "cache" / "sizes", Skips()) == [[]]
     assert len(said) == 1 and said[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
     with pytest.raises(FluxfastError, match="cannot read the folder .*closed/in: Permission"):
         scanned(closed / "in")
@@ -312,7 +309,7 @@ def test_a_size_that_was_remembered_wrongly_is_measured_again(folder):
     assert "[64, 64]" in whole
     for damaged in (whole.replace("[64, 64]", "[96, 64]"), "", "[" * 100_000, "{}"):
         index.write_text(damaged)
-        (image,) = scan_folders(settings(folder).data, index, Skips(print))[0]
+        (image,) = scan_folders(settings(folder).data, index, Skips())[0]
         assert image.buckets == ((64, 64),) and index.read_text() == whole
 
 
@@ -393,20 +390,20 @@ def test_pictures_whose_captions_cannot_be_used_are_skipped(
         square().save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_bytes(data)
     (folder / "metadata.jsonl").write_text("{\n")
-    screen = io.StringIO()
     config = configure(data={"folder": str(folder), "resolution": 64})
-    dataset = prepare(config, CPU, Console(file=screen, width=500)).dataset
+    with logged() as lines:
+        dataset = prepare(config, CPU).dataset
     assert [(s.name, s.caption) for s in dataset.samples] == [
         ("good.png", "ohwx"), ("west.png", "ohwx, café"), ("west2.png", "ohwx, él")
     ]  # fmt: skip
-    said = [line for line in screen.getvalue().splitlines() if ".txt" in line or "skipped" in line]
+    said = [line for line in lines if ".txt" in line or "skipped" in line]
     assert said[0].startswith(f"skipped: {folder}/metadata.jsonl, line 1: not valid JSON")
     assert said[1].startswith(f"skipped: {folder}/gbk.txt is not UTF-8 (byte ")
     assert said[2].startswith("2 caption files are not UTF-8 and were read as Windows-1252: ")
     assert said[3].startswith("1 of 4 pictures skipped") and len(said) == 4
     strict = configure(data={"folder": str(folder), "resolution": 64, "strict": True})
     with pytest.raises(FluxfastError, match=r"2 files cannot be used: .*line 1.*gbk\.txt"):
-        prepare(strict, CPU, Console(file=io.StringIO()))
+        prepare(strict, CPU)
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -425,7 +422,8 @@ def test_a_folder_of_everything_makes_a_data_set(folder, configure, monkeypatch)
     (folder / "cut\n\x1b[2J.png").write_bytes(whole[: len(whole) // 2])
     screen = io.StringIO()
     config = configure(data={"folder": str(folder), "resolution": [64, 96], "flip": True})
-    dataset = prepare(config, CPU, Console(file=screen, width=500)).dataset
+    with log_to_terminal(Console(file=screen, width=500)):
+        dataset = prepare(config, CPU).dataset
     assert {sample.name for sample in dataset.samples} == set(names)
     assert max(len(sample.caption) for sample in dataset.samples) > 99_000
     assert len(dataset.samples) == 2 * len(names) == sum(dataset.buckets.values())
@@ -444,20 +442,19 @@ def test_nothing_that_can_be_used_is_an_error(folder, configure, monkeypatch):
     monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", None)  # not even loaded
     data = {"folder": str(folder), "resolution": 64}
     with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
-        prepare(configure(data=data), CPU, Console(file=io.StringIO()))
+        prepare(configure(data=data), CPU)
     noise((256, 256)).save(folder / "good.png")
     whole = (folder / "good.png").read_bytes()
     (folder / "good.png").write_bytes(whole[: len(whole) // 2])
     monkeypatch.undo()
     with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
-        prepare(configure(data=data), CPU, Console(file=io.StringIO()))
+        prepare(configure(data=data), CPU)
 
 
 def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder, configure):
     """After they were hashed: what was decoded must not be kept under another content's name."""
     for name in ("changed.png", "gone.png"):
         noise().save(folder / name)
-    said = []
 
     def disturb(what, done, total):
         if what == "text" and done == total:
@@ -467,7 +464,8 @@ def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder,
     config = configure(data={"folder": str(folder), "resolution": 64}, trigger="disturbed")
     root = Path(config.model.path)
     before = set(config.cache_path.glob("latents/*"))
-    dataset = cache.prepare_dataset(config, root, 32, progress=disturb, announce=said.append)
+    with logged() as said:
+        dataset = cache.prepare_dataset(config, root, 32, progress=disturb)
     assert [sample.name for sample in dataset.samples] == ["good.png"]
     assert said[0] == f"skipped: the image {folder / 'changed.png'} was changed while it was read"
     assert (
@@ -477,9 +475,10 @@ def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder,
     assert said[2].startswith("2 of 3 pictures skipped")
     made = set(config.cache_path.glob("latents/*")) - before
     assert made <= {dataset.samples[0].latents}
-    again = cache.prepare_dataset(config, root, 32, announce=said.append)
+    with logged() as said:
+        again = cache.prepare_dataset(config, root, 32)
     assert [sample.name for sample in again.samples] == ["changed.png", "good.png"]
-    assert len(said) == 3
+    assert not said
 
 
 def test_a_mask_that_changes_while_it_is_read_spoils_its_picture(folder, configure, monkeypatch):
@@ -496,7 +495,7 @@ def test_a_mask_that_changes_while_it_is_read_spoils_its_picture(folder, configu
     monkeypatch.setattr(cache.images, "load_mask", load_mask)
     data = {"folder": str(folder), "resolution": 64, "mask": "folder", "mask_folder": str(masks)}
     with pytest.raises(FluxfastError, match=r"masks/good\.png was changed while"):
-        prepare(configure(data={**data, "strict": True}), CPU, Console(file=io.StringIO()))
+        prepare(configure(data={**data, "strict": True}), CPU)
 
 
 # ---------------------------------------------------------------- the cache, while training
@@ -513,7 +512,7 @@ def own(configure, tmp_path):
 def test_pictures_may_go_once_they_are_cached(own, photos, tmp_path, monkeypatch):
     copy = shutil.copytree(photos, tmp_path / "copy")
     data = {"folder": str(copy), "resolution": 64}
-    expected = train(own(name="whole", data=data), console=Console(file=io.StringIO())).read_bytes()
+    expected = train(own(name="whole", data=data)).read_bytes()
     real = training.plan_run
 
     def gone(*arguments):
@@ -522,7 +521,7 @@ def test_pictures_may_go_once_they_are_cached(own, photos, tmp_path, monkeypatch
 
     monkeypatch.setattr(training, "plan_run", gone)
     config = own(name="whole", output_dir=str(tmp_path / "other"), data=data)
-    path = train(config, console=Console(file=io.StringIO()))
+    path = train(config)
     assert not copy.exists() and tensors(path.read_bytes()) == tensors(expected)
 
 
@@ -534,7 +533,7 @@ def tensors(content: bytes) -> bytes:
 def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
     """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
     the very file of a run that nothing happened to."""
-    expected = train(own(name="whole", train__steps=18), console=Console(file=io.StringIO()))
+    expected = train(own(name="whole", train__steps=18))
     config, real, done = own(name="hurt", train__steps=18), training.train_step, []
 
     def hurting(run, batches, step):
@@ -549,19 +548,17 @@ def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(ow
         return real(run, batches, step)
 
     monkeypatch.setattr(training, "train_step", hurting)
-    screen = io.StringIO()
-    path = train(config, console=Console(file=screen, width=500))
+    with logged() as lines:
+        path = train(config)
     assert tensors(path.read_bytes()) == tensors(expected.read_bytes())
-    notes = [
-        x for x in screen.getvalue().splitlines() if "is encoded anew, and the run goes on" in x
-    ]
+    notes = [line for line in lines if "is encoded anew, and the run goes on" in line]
     assert len(notes) == 2 and sum("checksum" in x for x in notes) == 1
     assert done == sorted(done) and set(done) == set(range(18))
 
 
 def test_a_cache_file_that_is_damaged_again_and_again_ends_the_run(own, monkeypatch):
     config = own(name="failing")
-    prepare(config, CPU, Console(file=io.StringIO()))
+    prepare(config, CPU)
     file = next(config.cache_path.glob("latents/*"))
     tries = []
 
@@ -571,5 +568,5 @@ def test_a_cache_file_that_is_damaged_again_and_again_ends_the_run(own, monkeypa
 
     monkeypatch.setattr("fluxfast.data.loader.read_tensors", damaged)
     with pytest.raises(FluxfastError, match="the disk is failing"):
-        train(config, console=Console(file=io.StringIO()))
+        train(config)
     assert len(tries) == 2

@@ -1,11 +1,10 @@
 """The photographs as `make photos` trains them, in fewer steps, and diffusers' reading of it."""
 
-import io
 import json
 
 import pytest
 import torch
-from rich.console import Console
+from small import logged
 
 from fluxfast import load_transformer
 from fluxfast.config import load_config
@@ -15,19 +14,19 @@ from fluxfast.train import train
 
 @pytest.fixture(scope="module")
 def run(nano_model, tmp_path_factory):
-    """The shipped configuration, six steps. -> (LoRA file, what it printed, run folder)."""
+    """The shipped configuration, six steps. -> (LoRA file, what it logged, run folder)."""
     out = tmp_path_factory.mktemp("runs")
     config = load_config(
         "examples/nano/train.yaml",
         [f"model.path={nano_model}", f"output_dir={out}", "train.steps=6", "log_every=2"],
     )
-    console = Console(file=io.StringIO(), width=200)
-    return train(config, console=console), console.file.getvalue(), config.run_dir
+    with logged() as lines:
+        return train(config), lines, config.run_dir
 
 
 def test_photographs_train_in_several_buckets(run):
-    path, text, folder = run
-    (line,) = [line for line in text.splitlines() if "buckets" in line]
+    path, lines, folder = run
+    (line,) = [line for line in lines if "buckets" in line]
     assert line.startswith("22 samples") and int(line.split()[3]) >= 5
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, logged
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -152,9 +152,9 @@ ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]
 def compare(device: str, recorder, tolerance: float, targets: str) -> None:
     """Four steps of two batches each, replayed against eager ones, from the same weights."""
     eager, graphed = Step(device, targets), Step(device, targets)
-    said = []
-    graphs = Graphs(graphed.work, graphed.gradients, said.append, recorder=recorder)
-    graphs.capture({bucket: draw(bucket, 90, device) for bucket in BUCKETS})
+    graphs = Graphs(graphed.work, graphed.gradients, recorder=recorder)
+    with logged() as lines:
+        graphs.capture({bucket: draw(bucket, 90, device) for bucket in BUCKETS})
     calls = graphed.calls
     for step in range(4):
         eager.gradients.zero_()
@@ -171,7 +171,7 @@ def compare(device: str, recorder, tolerance: float, targets: str) -> None:
         assert (graphed.gradients - eager.gradients).abs().max() <= tolerance * largest
         eager.descend()
         graphed.descend()
-    assert graphed.calls == calls and graphs.reason is None and not said
+    assert graphed.calls == calls and graphs.reason is None and not lines
 
 
 @pytest.mark.parametrize("targets", ["attn+mlp", "all"])
@@ -185,7 +185,7 @@ def test_capture_changes_no_training_state():
     step = Step()
     step.gradients.normal_(generator=torch.Generator().manual_seed(2))
     before = [step.gradients.clone(), *(p.detach().clone() for p in step.parameters)]
-    graphs = Graphs(step.work, step.gradients, print, recorder=ReplayRecorder())
+    graphs = Graphs(step.work, step.gradients, recorder=ReplayRecorder())
     graphs.capture({"small": draw("small", 0)})
     after = [step.gradients, *step.parameters]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -286,26 +286,26 @@ def test_dropping():
     assert graphs(2, X(torch.ones(2, 3))) == 42.0  # eagerly
 
 
-def test_a_step_that_waits_is_run_eagerly_and_said_so_once():
+def test_a_step_that_waits_is_run_eagerly_and_said_so_once(log_lines):
     """A capture that fails halfway through backward leaves neither gradients nor graphs."""
-    step, said = Line(), []
+    step = Line()
 
     def work(inputs):
         loss = step.work(inputs)
         return loss * loss.item() if len(inputs.x) == 1 else loss
 
     recorder = ReplayRecorder()
-    graphs = Graphs(work, step.gradients, said.append, recorder=recorder)
+    graphs = Graphs(work, step.gradients, recorder=recorder)
     step.gradients.fill_(5.0)
     graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2)})
     assert (step.gradients == 5.0).all()
     assert graphs.reason == "operation not permitted when stream is capturing"
-    assert said == [f"CUDA graphs are off: {graphs.reason}"]
+    assert log_lines == [f"note: CUDA graphs are off: {graphs.reason}"]
     assert 2 not in graphs and not recorder.pool and recorder.log[-1] == "release"
     assert graphs(1, X(2 * torch.ones(1, 3))) == 36.0
     recorder.log.clear()
     graphs.capture({2: X(torch.ones(2, 3))})  # not tried again
-    assert "record" not in recorder.log and 2 not in graphs and len(said) == 1
+    assert "record" not in recorder.log and 2 not in graphs and len(log_lines) == 1
 
 
 def test_what_the_warm_up_finds_out_is_a_reason_too():
@@ -319,17 +319,17 @@ def test_what_the_warm_up_finds_out_is_a_reason_too():
     assert (step.gradients == 0).all()
 
 
-def test_an_error_of_the_step_itself_is_raised():
-    step, said = Line(), []
+def test_an_error_of_the_step_itself_is_raised(log_lines):
+    step = Line()
 
     def work(inputs):
         step.work(inputs)
         raise torch.OutOfMemoryError("full")
 
-    graphs = Graphs(work, step.gradients, said.append, recorder=ReplayRecorder())
+    graphs = Graphs(work, step.gradients, recorder=ReplayRecorder())
     with pytest.raises(torch.OutOfMemoryError):
         graphs.capture({1: X(torch.ones(1, 3))})
-    assert (step.gradients == 0).all() and graphs.reason is None and not said
+    assert (step.gradients == 0).all() and graphs.reason is None and not log_lines
 
 
 def test_reasons_known_beforehand(monkeypatch):
@@ -342,12 +342,13 @@ def test_reasons_known_beforehand(monkeypatch):
 
 
 @pytest.mark.parametrize("reason", [ON_CPU, "LoRA dropout"])
-def test_a_known_reason_is_announced_except_of_a_cpu(reason):
-    step, said = Line(), []
-    graphs = Graphs(step.work, step.gradients, said.append, reason)
+def test_a_known_reason_is_announced_except_of_a_cpu(reason, log_lines):
+    step = Line()
+    graphs = Graphs(step.work, step.gradients, reason)
     graphs.capture({1: X(torch.ones(1, 3))})
     assert not step.ran and graphs(1, X(torch.ones(1, 3))) == 3.0
-    assert said == ([] if reason == ON_CPU else ["CUDA graphs are off: LoRA dropout"])
+    lines = [] if reason == ON_CPU else ["note: CUDA graphs are off: LoRA dropout"]
+    assert log_lines == lines
 
 
 @pytest.mark.gpu
@@ -388,7 +389,7 @@ def _reserved() -> int:
 @pytest.mark.gpu
 def test_the_pool_is_the_largest_buckets():
     step = Wide()
-    graphs = Graphs(step.work, step.gradients, print)
+    graphs = Graphs(step.work, step.gradients)
     base = _reserved()
     graphs.capture(step.examples(12))
     largest = _reserved() - base
@@ -408,24 +409,24 @@ def test_the_pool_is_the_largest_buckets():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_wait_leaves_the_gpu_usable(hidden):
+def test_a_wait_leaves_the_gpu_usable(hidden, log_lines):
     """One that the warm-up finds, and one that shows only in the capture itself."""
-    step, said = Wide(), []
+    step = Wide()
 
     def spoil():
         if not hidden or torch.cuda.is_current_stream_capturing():
             step.w.sum().item()
 
     step.spoil = spoil
-    graphs = Graphs(step.work, step.gradients, said.append)
+    graphs = Graphs(step.work, step.gradients)
     base = _reserved()
     graphs.capture(step.examples(4, 8))
-    assert len(said) == 1 and graphs.reason and (step.gradients == 0).all()
+    assert len(log_lines) == 1 and graphs.reason and (step.gradients == 0).all()
     assert _reserved() <= base + (2 << 20)  # the failed capture's memory is given back
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.isfinite(graphs(4, step.examples(4)[4]))
 
     step.spoil = lambda: None
-    other = Graphs(step.work, step.gradients, said.append)
+    other = Graphs(step.work, step.gradients)
     other.capture(step.examples(4))
-    assert 4 in other and len(said) == 1
+    assert 4 in other and len(log_lines) == 1

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 import fluxfast.files
 import fluxfast.metrics
@@ -27,7 +26,6 @@ from fluxfast.train import train
 from fluxfast.validation import read_validations
 
 ROOT = Path(__file__).parent.parent
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -137,13 +135,13 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(configure, fluxfast, tmp
         step = train_module.train_step
         patch.setattr(train_module, "train_step", lambda *a: (step(*a), step(*a))[0])
         assert fluxfast("train", file)[0] == 130
-    assert newest_checkpoint(config.run_dir, pytest.fail)[0] == 2
+    assert newest_checkpoint(config.run_dir)[0] == 2
     assert fluxfast("train", file)[0] == 0
 
 
 def test_a_signal_in_the_last_step_is_no_stop(configure, monkeypatch):
     signals_at(monkeypatch, 4)
-    assert train(configure(), console=QUIET).is_file()
+    assert train(configure()).is_file()
 
 
 def test_a_stop_that_cannot_be_saved_is_an_error(configure, monkeypatch):
@@ -152,7 +150,7 @@ def test_a_stop_that_cannot_be_saved_is_an_error(configure, monkeypatch):
     config = configure(save__every=2)
     full_disk(monkeypatch, "step-00000003")
     with pytest.raises(DiskError, match="No space left"):
-        train(config, console=QUIET)
+        train(config)
     assert [step for step, _ in checkpoints(config.run_dir)] == [2]
 
 
@@ -169,7 +167,7 @@ def test_a_process_of_its_own_takes_sigterm(configure, tmp_path):
     rest = process.stderr.read()
     assert process.wait() == 0 and "Traceback" not in rest
     assert f"to go on: python -m fluxfast train {file}" in rest
-    (step, _) = newest_checkpoint(config.run_dir, pytest.fail)
+    (step, _) = newest_checkpoint(config.run_dir)
     assert 1 <= step < 500
 
 
@@ -189,16 +187,15 @@ def full_disk(monkeypatch, *parts: str) -> None:
         monkeypatch.setattr(os, name, refuses)
 
 
-def test_a_save_that_fails_is_said_once_and_tried_at_the_next(configure, monkeypatch):
+def test_a_save_that_fails_is_said_once_and_tried_at_the_next(configure, monkeypatch, log_lines):
     config = configure(train__steps=7, save__every=2)
-    whole = train(config, console=QUIET).read_bytes()
+    whole = train(config).read_bytes()
     config.run_dir.rename(config.output_dir / "whole")
-    console = Console(file=io.StringIO(), width=300)
     with monkeypatch.context() as patch:
         full_disk(patch, "step-00000004")
-        assert train(config, console=console).read_bytes() == whole
-    notes = [line for line in console.file.getvalue().splitlines() if line.startswith("note:")]
-    (line,) = [line for line in notes if "is not saved" in line]
+        assert train(config).read_bytes() == whole
+    (line,) = [line for line in log_lines if "is not saved" in line]
+    assert line.startswith("note: ")
     assert "step 4 is not saved" in line and "No space left" in line and "saved at step 6" in line
     assert ".partial" not in line
     assert [step for step, _ in checkpoints(config.run_dir)] == [2, 6, 7]
@@ -209,21 +206,20 @@ def test_a_final_save_that_fails_is_an_error_and_the_one_before_stays(configure,
     with monkeypatch.context() as patch:
         full_disk(patch, "step-00000003")
         with pytest.raises(DiskError, match="No space left") as raised:
-            train(config, console=QUIET)
+            train(config)
     assert "partial" not in str(raised.value) and "checkpoints" in raised.value.message
-    assert newest_checkpoint(config.run_dir, pytest.fail)[0] == 2
+    assert newest_checkpoint(config.run_dir)[0] == 2
     assert not list(config.run_dir.rglob("*.partial"))
-    assert train(config, console=QUIET).is_file()
+    assert train(config).is_file()
 
 
-def test_measurements_and_previews_survive_a_full_disk(configure, monkeypatch):
+def test_measurements_and_previews_survive_a_full_disk(configure, monkeypatch, log_lines):
     """The rows are there in the end; pictures that could not be written are said to be missing."""
     looks = {
         "validation": {"share": 0.4, "every": 1, "timesteps": 1},
         "sample": {"prompts": ["x"], "every": 1, "width": 64, "height": 64, "steps": 1},
     }
     config = configure(**looks)
-    console = Console(file=io.StringIO(), width=300)
     real, refusing = train_module.Watch.look, [False]
 
     def look(watch, done):
@@ -242,17 +238,17 @@ def test_measurements_and_previews_survive_a_full_disk(configure, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(train_module.Watch, "look", look)
-    train(config, console=console)
+    train(config)
     rows = read_validations(config.run_dir / "validation.jsonl")
     assert [row.step for row in rows] == [0, 1, 2, 3, 4]
     pictures = sorted(path.name for path in (config.run_dir / "samples").iterdir())
     assert pictures == [f"00-step{step:08d}.png" for step in (0, 1, 3, 4)]
-    assert console.file.getvalue().count("No space left on device; the run goes on") == 2
+    notes = [line for line in log_lines if "No space left on device; the run goes on" in line]
+    assert len(notes) == 2
 
 
-def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch):
+def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch, log_lines):
     """What was cut short is taken back, and comes with the next line."""
-    console = Console(file=io.StringIO(), width=300)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     full = [False]
 
@@ -266,7 +262,7 @@ def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fluxfast.metrics, "open", lambda path, mode: Half(path, mode), raising=False
     )
-    with RunLog(tmp_path, 0, 6, 1, torch.device("cpu"), console) as log:
+    with RunLog(tmp_path, 0, 6, 1, torch.device("cpu")) as log:
         for step in range(1, 7):
             full[0] = step in (2, 3, 6)
             log.step(step, one, one, zero, 1e-4, 0)
@@ -276,7 +272,7 @@ def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch):
     steps = [yaml.safe_load(line)["step"] for line in lines if line.endswith("}")]
     assert steps == [1, 2, 3, 4, 5] and line.strip() == lines[1]
     line = f"note: {tmp_path / 'metrics.jsonl'}: No space left on device; the run goes on"
-    assert console.file.getvalue().count(line) == 3
+    assert log_lines.count(line) == 3
 
 
 # ---------------------------------------------------------------- two processes

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from small import logged
 
 from fluxfast import kohya_table
 from fluxfast.compat_table import OFF
@@ -56,9 +57,10 @@ def plain(general: str = "", dataset: str = "", subset: str = "") -> str:
 
 def config(text: str, *overrides: str, **native) -> tuple[Config, list[str]]:
     """The configuration that names the file, and the notes."""
-    notes = []
     raw = {"model": {"path": "m"}, "data": write(text), **native}
-    return build_config(raw, list(overrides), announce=notes.append), notes
+    with logged() as lines:
+        made = build_config(raw, list(overrides))
+    return made, [line.removeprefix("note: ") for line in lines]
 
 
 def refused(text: str, **native) -> ConfigError:
@@ -280,13 +282,12 @@ def test_a_windows_file_is_read():
     assert read_kohya_dataset("d.toml")[0] == [ENTRY]
 
 
-def test_the_example_says_what_it_does(monkeypatch):
+def test_the_example_says_what_it_does(monkeypatch, log_lines):
     monkeypatch.chdir(ROOT)
-    notes = []
     path = str(EXAMPLE.relative_to(ROOT))
-    made = build_config({"model": {"path": "m"}, "data": path}, announce=notes.append)
+    made = build_config({"model": {"path": "m"}, "data": path})
     assert [entry.folder.is_dir() for entry in made.data] == [True, True]
-    assert [note.split(": ")[1] for note in notes] == [
+    assert [line.split(": ")[2] for line in log_lines] == [
         "datasets[0].bucket_reso_steps", "datasets[0].batch_size"
     ]  # fmt: skip
 
@@ -530,9 +531,9 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
         assert file.metadata()["steps"] == "2"
     written = load_config(folder / "runs" / "theirs" / "config.yaml")
     assert written.train.batch_size == 4 and written.data[0].caption_prefix == "a photograph,"
-    said: list[str] = []
-    (found,) = scan_folders(written.data, folder / "sizes.json", Skips(said.append))
-    assert said == []
+    with logged() as lines:
+        (found,) = scan_folders(written.data, folder / "sizes.json", Skips())
+    assert not lines
     assert [image.name for image in found] == ["a.png", "b.png", "c.png"]
 
 

@@ -2,13 +2,11 @@
 formats at once, the command line's several LoRAs.
 """
 
-import io
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 from small import SMALL, noise_pictures
 from test_lora import inputs, randomise
@@ -27,8 +25,6 @@ from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
 from fluxfast.planning import assistant_bytes
 from fluxfast.train import train
-
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +102,9 @@ def test_an_assistant_is_counted(tmp_path):
 def test_an_assistant_of_another_model_is_refused(tmp_path, configure):
     file = save_lora(trained("attn"), tmp_path / "small.safetensors")
     with pytest.raises(ConfigError, match="do not fit this model"):
-        train(configure(model__assistant_lora=str(file)), console=QUIET)
+        train(configure(model__assistant_lora=str(file)))
     with pytest.raises(FluxfastError, match="does not exist"):
-        train(configure(model__assistant_lora="none.safetensors", name="b"), console=QUIET)
+        train(configure(model__assistant_lora="none.safetensors", name="b"))
 
 
 @pytest.mark.parametrize("key", ["model__assistant_lora", "lora__init_from"])
@@ -121,10 +117,10 @@ def test_a_file_that_cannot_be_read_is_said_first(key, tmp_path, configure, monk
     config = configure(**{key: str(file)})
     monkeypatch.setattr(module, "prepare", lambda *arguments: pytest.fail("prepared"))
     with pytest.raises(ConfigError, match="cannot read"):
-        train(config, console=QUIET)
+        train(config)
     (config.run_dir / "checkpoints" / "step-00000002").mkdir(parents=True)
     with pytest.raises(ConfigError, match="cannot read"):
-        train(config, restart=True, console=QUIET)
+        train(config, restart=True)
     assert [folder.name for folder in config.run_dir.parent.iterdir()] == [config.name]
 
 
@@ -154,7 +150,7 @@ def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
     sample = {"prompts": ["a thing"], "every": 0, "width": 64, "height": 64, "steps": 2}
     plain = configure(name="plain", sample=sample)
     helped = configure(name="helped", sample=sample, model__assistant_lora=str(file))
-    train(plain, console=QUIET), train(helped, console=QUIET)
+    train(plain), train(helped)
     assert metrics(plain)[0]["loss"] != metrics(helped)[0]["loss"]
     a, b = (load_file(c.run_dir / f"{c.name}.safetensors") for c in (plain, helped))
     assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
@@ -176,9 +172,9 @@ def test_a_resumed_run_does_not_start_again(nano_model, tmp_path, configure):
     """The checkpoint is what it goes on from; the file may even be gone."""
     file = nano_lora(nano_model, tmp_path / "old.safetensors")
     config = configure(lora__init_from=str(file), train__steps=2)
-    first = load_file(train(config, console=QUIET))
+    first = load_file(train(config))
     file.unlink()
-    again = load_file(train(config, console=QUIET))
+    again = load_file(train(config))
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
@@ -191,7 +187,7 @@ def test_several_formats(configure):
         save__formats=["diffusers", "kohya", "comfyui", "bfl", "kohya"],
         train__ema={"enabled": True}, train__steps=2,
     )  # fmt: skip
-    path = train(config, console=QUIET)
+    path = train(config)
     names = {file.name for file in config.run_dir.glob("*.safetensors")}
     stems = {f"small{ema}{form}" for ema in ("", "_ema")
              for form in ("", "_kohya", "_comfyui", "_bfl")}  # fmt: skip
@@ -206,9 +202,9 @@ def test_several_formats(configure):
 def test_a_format_that_cannot_hold_the_targets_is_refused_before_training(configure):
     config = configure(save__formats=["diffusers", "xlabs"])
     with pytest.raises(ConfigError, match="xlabs files have no place for"):
-        train(config, console=QUIET)
+        train(config)
     assert not list(config.run_dir.glob("**/*.safetensors"))
-    train(configure(save__formats=["xlabs"], lora__targets="attn", name="b"), console=QUIET)
+    train(configure(save__formats=["xlabs"], lora__targets="attn", name="b"))
 
 
 def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):

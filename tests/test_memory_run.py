@@ -1,6 +1,5 @@
 """A planned run on the CPU: the same losses whatever the plan, and whatever runs out on the way."""
 
-import io
 import math
 import random
 from dataclasses import replace
@@ -8,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 import fluxfast.step
@@ -29,7 +27,6 @@ from fluxfast.prepare import prepare
 from fluxfast.step import train_step
 from fluxfast.train import train
 
-QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")
 
 
@@ -45,9 +42,9 @@ def photos(tmp_path_factory):
 
 
 def start(config, plan=None):
-    prepared = prepare(config, CPU, QUIET)
+    prepared = prepare(config, CPU)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, CPU, QUIET, plan), loader
+    return build(config, prepared.model, loader, CPU, plan), loader
 
 
 def losses(run, loader, steps=4):
@@ -62,7 +59,7 @@ def losses(run, loader, steps=4):
 
 def planned(config, share=None, **more):
     """A plan whose limit is `share` of the way from the least to everything kept."""
-    prepared = prepare(config, CPU, QUIET)
+    prepared = prepare(config, CPU)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
     at_ease = config.model_copy(update={"memory": config.memory.model_copy(
         update={"limit_gib": 100.0})})  # fmt: skip
@@ -110,29 +107,28 @@ def test_a_tight_limit_mixes_exact_policies(configure):
     assert losses(*start(config, plan)) == losses(*start(config))
 
 
-def test_train_plans_and_says_so(configure):
+def test_train_plans_and_says_so(configure, log_lines):
     """On a CPU a limit asks for a plan; its lines come before the first step."""
-    console = Console(file=io.StringIO(), width=200)
     config = configure(memory__limit_gib=0.2, name="planned")
-    path = train(config, console=console)
-    said = console.file.getvalue()
+    path = train(config)
+    said = "\n".join(log_lines)
     assert "plan for the" in said and "(predicted)" in said and "blocks keep" in said
     assert said.index("plan for the") < said.index("step 2/4")
-    assert load_file(train(configure(name="plain"), console=QUIET)).keys() == load_file(path).keys()
+    assert load_file(train(configure(name="plain"))).keys() == load_file(path).keys()
     with pytest.raises(ConfigError, match="needs at least"):
-        train(configure(memory__limit_gib=0.1, name="tiny"), console=QUIET)
+        train(configure(memory__limit_gib=0.1, name="tiny"))
     assert not (config.output_dir / "tiny" / "checkpoints").exists()
 
 
 def test_resume_with_the_optimiser_on_the_host(configure):
     """Stopped and resumed, its state went through a checkpoint: the same bytes as in one go."""
     common = {"memory__limit_gib": 1.0, "memory__optimizer_state": "host", "train__steps": 4}
-    whole = train(configure(name="whole", **common), console=QUIET)
+    whole = train(configure(name="whole", **common))
     parts = configure(name="parts", **common)
-    train(parts, console=QUIET)
+    train(parts)
     (parts.run_dir / "checkpoints" / "step-00000004").rename(parts.run_dir / "gone")
     (parts.run_dir / "parts.safetensors").unlink()
-    again = load_file(train(parts, console=QUIET))
+    again = load_file(train(parts))
     assert all(torch.equal(again[key], value) for key, value in load_file(whole).items())
 
 
@@ -220,7 +216,9 @@ def failing(run, monkeypatch, when: set[int], at="backward"):
 
 @pytest.mark.parametrize("at", ["forward", "backward"])
 @pytest.mark.parametrize("seed", range(4))
-def test_losses_after_running_out_are_those_of_an_undisturbed_run(configure, monkeypatch, seed, at):
+def test_losses_after_running_out_are_those_of_an_undisturbed_run(
+    configure, monkeypatch, log_lines, seed, at
+):
     """At random passes, in the middle of accumulation windows too; with and without a plan."""
     config = configure(train__gradient_accumulation=2, train__ema={"enabled": True})
     plain = losses(*start(config), steps=6)
@@ -228,14 +226,13 @@ def test_losses_after_running_out_are_those_of_an_undisturbed_run(configure, mon
     when = set(draw.sample(range(12), 2))
     exact = {"saved_8bit": "none", "modulation": "ahead", "optimizer_state": "device"}
     plan = planned(config, 0.9 if seed % 2 else None, **exact) if seed else None
-    said = []
     run, loader = start(config, plan)
-    run.memory.say = said.append
+    log_lines.clear()
     before = dict(run.memory.policies)
     failing(run, monkeypatch, when, at)
     assert losses(run, loader, steps=6) == plain
     assert run.memory.policies != before
-    assert len(said) == 2 and all("out of memory at" in line for line in said)
+    assert len(log_lines) == 2 and all("out of memory at" in line for line in log_lines)
 
 
 def test_the_optimiser_begun_is_not_begun_again(configure, monkeypatch):
@@ -276,10 +273,10 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fluxfast.step.Training, "gradient_pass", later_never)
         with pytest.raises(MemoryExhausted, match="ALLOC_FAILED"):
-            train(config, console=QUIET)
+            train(config)
     assert [f.name for f in (config.run_dir / "checkpoints").iterdir()] == ["step-00000003"]
-    plain = load_file(train(configure(name="plain"), console=QUIET))
-    again = load_file(train(config, console=QUIET))
+    plain = load_file(train(configure(name="plain")))
+    again = load_file(train(config))
     assert all(torch.equal(again[key], value) for key, value in plain.items())
 
     def out(*_):
@@ -290,31 +287,30 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
         look = fluxfast.train.Watch.look
         patch.setattr(fluxfast.train.Watch, "look", lambda w, n: out() if n else look(w, n))
         with pytest.raises(FluxfastError, match="in a preview"):
-            train(config, console=QUIET)
+            train(config)
     assert [f.name for f in (config.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
     config = configure(name="optimiser", save__every=0)
     with monkeypatch.context() as patch:
         patch.setattr(fluxfast.step, "step_unless", out)
         with pytest.raises(FluxfastError, match="memory is full"):
-            train(config, console=QUIET)
+            train(config)
     assert not (config.run_dir / "checkpoints").exists()
 
 
-def test_where_nothing_is_leaner_a_step_is_tried_once_more(configure, monkeypatch):
+def test_where_nothing_is_leaner_a_step_is_tried_once_more(configure, monkeypatch, log_lines):
     config = configure(memory__policy="replay")
     plain = losses(*start(config))
     run, loader = start(config)
-    said = []
-    run.memory.say = said.append
+    log_lines.clear()
     failing(run, monkeypatch, {2})
     assert losses(run, loader) == plain
-    assert len(said) == 1 and "nothing is leaner" in said[0]
+    assert len(log_lines) == 1 and "nothing is leaner" in log_lines[0]
 
 
-def test_train_goes_on_after_running_out(configure, monkeypatch):
+def test_train_goes_on_after_running_out(configure, monkeypatch, log_lines):
     """The whole of train(): the file is that of an undisturbed run."""
-    plain = load_file(train(configure(name="plain"), console=QUIET))
+    plain = load_file(train(configure(name="plain")))
     gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]
 
     def once(run, inputs):
@@ -324,11 +320,10 @@ def test_train_goes_on_after_running_out(configure, monkeypatch):
         return gradient_pass(run, inputs)
 
     monkeypatch.setattr(fluxfast.step.Training, "gradient_pass", once)
-    console = Console(file=io.StringIO(), width=200)
     config = configure(name="disturbed")
-    disturbed = load_file(train(config, console=console))
+    disturbed = load_file(train(config))
     assert all(torch.equal(disturbed[key], plain[key]) for key in plain)
-    assert "out of memory at" in console.file.getvalue() and count[0] == 5
+    assert any("out of memory at" in line for line in log_lines) and count[0] == 5
 
 
 def test_an_arena_too_small_is_no_silent_growth(configure):
@@ -380,7 +375,7 @@ def test_a_run_that_spills_is_saved_and_stopped(configure, monkeypatch):
     monkeypatch.setattr(fluxfast.train, "SpillWatch", Slow)
     config = configure(train__steps=100, log_every=2, save__every=0)
     with pytest.raises(MemorySpills):
-        train(config, console=QUIET)
+        train(config)
     (saved,) = (config.run_dir / "checkpoints").iterdir()
     assert saved.name == "step-00000016"
     assert GIB == 2**30

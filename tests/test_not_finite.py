@@ -1,7 +1,6 @@
 """Numbers that are not finite: steps are skipped, a run of them ends with the last good state and a
 diagnosis; and the same seed gives the same files."""
 
-import io
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 import fluxfast.train
@@ -30,7 +28,6 @@ from fluxfast.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def configure(configure, tmp_path):
 
 
 def loader_of(config: Config) -> Loader:
-    dataset = prepare(config, CPU, QUIET).dataset
+    dataset = prepare(config, CPU).dataset
     return Loader(dataset, config.train.batch_size, config.seed)
 
 
@@ -52,9 +49,9 @@ def spoil(loader: Loader, name: str, value: float) -> None:
 
 
 def start(config: Config) -> Training:
-    prepared = prepare(config, CPU, QUIET)
+    prepared = prepare(config, CPU)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, CPU, QUIET)
+    return build(config, prepared.model, loader, CPU)
 
 
 # ---------------------------------------------------------------- a run that cannot go on
@@ -67,7 +64,7 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
     names = [loader.batch(step).names[0] for step in range(4)]
     spoil(loader, names[2], 1e30)
     with pytest.raises(FluxfastError) as raised:
-        train(config, console=QUIET)
+        train(config)
     assert raised.value.message.startswith("no step from 3 to 3 had a finite loss and gradient: ")
     (line,) = (config.run_dir / "diagnosis.txt").read_text().splitlines()
     assert line in raised.value.message and line.startswith(f"step 3, {names[2]}: fluxfast::")
@@ -77,7 +74,7 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
     assert step == 2
     assert read_state(folder)["log"]["bad"] == 0  # the run goes on from before the row
     clean = configure(name="clean", train__steps=2, **settings)
-    train(clean, console=QUIET)
+    train(clean)
     ours, theirs = (
         load_file(folder / "small.safetensors"),
         load_file(clean.run_dir / "clean.safetensors"),
@@ -88,7 +85,7 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
 def test_bad_steps_between_good_ones_are_counted_and_end_nothing(configure):
     config = configure(train__steps=8, train__batch_size=1, train__max_bad_steps=2, log_every=4)
     spoil(loader_of(config), "1.png", float("nan"))
-    train(config, console=QUIET)
+    train(config)
     rows = [json.loads(x) for x in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [1, 1]
     assert all(row["loss"] > 0 for row in rows)
@@ -130,7 +127,7 @@ def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dty
     monkeypatch.setattr(fluxfast.train, "train_step", breaks)
     for log_every, message in ((9, "holds numbers that are not"), (1, "weights that are not")):
         with pytest.raises(FluxfastError, match=message) as raised:
-            train(config.model_copy(update={"log_every": log_every}), console=QUIET)
+            train(config.model_copy(update={"log_every": log_every}))
         assert "double_blocks.0.img_attn.qkv" in raised.value.message
         ((step, folder),) = checkpoints(config.run_dir)
         weights = read_state(folder)["parameters"]
@@ -151,7 +148,7 @@ def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dty
 def test_what_counts_as_a_row_of_bad_steps(tmp_path, bad, found):
     one, steps, raised = torch.tensor(1.0), bad.replace(" ", ""), None
     most = 4 if found == (8, 11, 20) else 3
-    with RunLog(tmp_path, 0, 100, 10, CPU, QUIET, most_bad=most) as log:
+    with RunLog(tmp_path, 0, 100, 10, CPU, most_bad=most) as log:
         for step, letter in enumerate(steps, start=1):
             try:
                 log.step(step, one, one, torch.tensor(float(letter == "b")), 1e-4, 0)
@@ -195,7 +192,7 @@ def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkey
 
     monkeypatch.setattr(fluxfast.train, "train_step", broken)
     with pytest.raises(FluxfastError, match="step 1: taken again, .* everything is finite"):
-        train(configure(train__max_bad_steps=1), console=QUIET)
+        train(configure(train__max_bad_steps=1))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +265,7 @@ def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_pa
         env={**os.environ, **same, "PYTHONHASHSEED": "1"},
     )  # fmt: skip
     monkeypatch.chdir(tmp_path / "b")
-    train(load_config("c.yaml"), console=QUIET)
+    train(load_config("c.yaml"))
     assert process.communicate()[1] and process.returncode == 0
     one, other = everything(tmp_path / "a" / "runs"), everything(tmp_path / "b" / "runs")
     assert one.keys() == other.keys() and len(one) > 20

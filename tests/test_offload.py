@@ -260,27 +260,27 @@ def test_buckets_share_one_arena():
     assert engine.host_bytes == single.host_bytes
 
 
-def test_the_arena_grows_only_when_prepared_and_says_so():
+def test_the_arena_grows_only_when_prepared_and_says_so(log_lines):
     small, large = plans()
-    said, copies = [], Counting(1e5)
-    engine = Offload(copies, announce=said.append)
+    copies = Counting(1e5)
+    engine = Offload(copies)
     small.prepare(engine, "small")
     small.run_backward(engine, copies, small.run_forward(engine, copies, "small"))
-    assert not said
+    assert not log_lines
     small.prepare(engine, "small")  # known, the same sizes
     large.prepare(engine, "large")
-    assert len(said) == 1 and "GiB" in said[0] and len(copies.host) == 2
+    assert len(log_lines) == 1 and "GiB" in log_lines[0] and len(copies.host) == 2
     large.run_backward(engine, copies, large.run_forward(engine, copies, "large"))
-    assert len(said) == 1 and len(copies.host) == 2
+    assert len(log_lines) == 1 and len(copies.host) == 2
 
 
-def test_reserve_is_enough_for_what_comes():
-    said, copies, plan = [], Counting(1e5), plans()[1]
-    engine = Offload(copies, announce=said.append)
+def test_reserve_is_enough_for_what_comes(log_lines):
+    copies, plan = Counting(1e5), plans()[1]
+    engine = Offload(copies)
     engine.reserve(1_000_000)
     plan.prepare(engine)
     plan.run_backward(engine, copies, plan.run_forward(engine, copies))
-    assert copies.host == [1_000_000] and not said
+    assert copies.host == [1_000_000] and not log_lines
 
 
 def test_more_than_was_prepared_is_refused():

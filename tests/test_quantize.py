@@ -195,8 +195,6 @@ def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model)
 
 def test_training_starts_from_the_file(tmp_path, configure, nano_model):
     """`train` takes it as it lies and learns what it learns from the folder in that storage."""
-    from rich.console import Console
-
     from fluxfast.train import train
 
     quantize(nano_model, tmp_path / "nano.safetensors", "int8")
@@ -208,7 +206,7 @@ def test_training_starts_from_the_file(tmp_path, configure, nano_model):
             name=name, model__path=str(path), model__storage=storage,
             model__encoders=str(nano_model), train__steps=2,
         )  # fmt: skip
-        files[name] = load_file(train(config, console=Console(quiet=True)))
+        files[name] = load_file(train(config))
     assert all(torch.equal(files["from-file"][k], v) for k, v in files["from-folder"].items())
     assert any(v.abs().max() > 0 for k, v in files["from-file"].items() if "lora_B" in k)
 

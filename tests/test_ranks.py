@@ -1,7 +1,6 @@
 """Several processes train what one trains: the same steps up to rounding, one of them writes, and
 what one that dies leaves goes on in any number of them."""
 
-import io
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file
 from small import noise_pictures, small_run
 
@@ -37,7 +35,6 @@ from fluxfast.saves import Saves
 from fluxfast.train import train
 
 ROOT = Path(__file__).parent.parent
-QUIET = Console(file=io.StringIO())
 STEPS, STOPPED_BY = 12, 150  # the latter in seconds
 
 
@@ -147,7 +144,7 @@ def files(config: Config) -> set[str]:
 def alone(made, tmp_path_factory) -> Config:
     """The run in one process, and its cache."""
     config = made(tmp_path_factory.mktemp("alone"))
-    train(config, console=QUIET)
+    train(config)
     return config
 
 
@@ -190,7 +187,7 @@ def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_p
     assert 5 <= saved < STEPS  # not only what was due at step 4
     shutil.copytree(config.output_dir, tmp_path / "one")
     one = made(tmp_path / "one")
-    train(one, console=QUIET)
+    train(one)
     assert_same_but_for_rounding(one, alone)
 
     # torchrun may start them anew by itself; this time it is rank 0 that dies
@@ -213,7 +210,7 @@ def test_asked_to_stop_all_ranks_stop_after_the_same_step(made, alone, tmp_path)
     assert 2 <= step < STEPS
     line = f"stopped after step {step} of {STEPS}, which is saved; to go on: torchrun"
     assert said(config).count(line) == 1
-    train(config, console=QUIET)
+    train(config)
     assert_same_but_for_rounding(config, alone)
 
 
@@ -221,7 +218,7 @@ def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
     """Two pictures are broken in the cache, and each rank is given them at some time."""
     cache = shutil.copytree(alone.cache_path, tmp_path / "cache")
     config = made(tmp_path, cache_dir=str(cache), train__max_bad_steps=3)
-    dataset = prepare(config, torch.device("cpu"), QUIET).dataset
+    dataset = prepare(config, torch.device("cpu")).dataset
     for sample in dataset.samples:
         tensors = read_tensors(sample.latents, ("mean", "std"))
         write_tensors(sample.latents, {**tensors, "mean": tensors["mean"] * float("nan")})
@@ -316,23 +313,23 @@ def test_one_process_waits_for_nobody():
 
 def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, monkeypatch):
     config = made(tmp_path, train__steps=1)
-    train(config, console=QUIET)
+    train(config)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train(config, console=QUIET, restart=True)
+    train(config, restart=True)
     assert [path.name for path in config.output_dir.iterdir()] == ["small"]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    train(config, console=QUIET, restart=True)
+    train(config, restart=True)
     assert sorted(path.name for path in config.output_dir.iterdir()) == ["small", "small.1"]
 
 
 def test_ranks_that_see_other_checkpoints_are_refused(made, tmp_path, monkeypatch):
     """Such as on two machines that share no output_dir, of which rank 0's alone has one."""
     config = made(tmp_path, train__steps=1)
-    train(config, console=QUIET)
+    train(config)
     manifest = (checkpoints(config.run_dir)[-1][1] / MANIFEST).read_text()
     monkeypatch.setattr(Ranks, "told", lambda self, own: [own, "" if own == manifest else own])
     with pytest.raises(ConfigError, match="differ in the checkpoint they go on from: rank 1"):
-        train(config, console=QUIET)
+        train(config)
 
 
 def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_path, monkeypatch):
@@ -344,7 +341,7 @@ def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_
     monkeypatch.setattr(Saves, "save", lambda *given: (save(*given), seen.append("saved")))
     monkeypatch.setattr(Ranks, "wait", lambda ranks: (wait(ranks), seen.append("waited")))
     with pytest.raises(Stopped):
-        train(made(tmp_path, save__every=0, validation__share=0), console=QUIET)
+        train(made(tmp_path, save__every=0, validation__share=0))
     assert seen[-2:] == ["saved", "waited"]
 
 
@@ -375,7 +372,7 @@ def test_ranks_share_every_batch_and_every_key():
 
 
 def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
-    dataset = prepare(alone, torch.device("cpu"), QUIET).dataset
+    dataset = prepare(alone, torch.device("cpu")).dataset
     whole = Loader(dataset, 4, seed=3)
     parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).share(4)) for rank in range(2)]
     for number in (0, 1, 7):
@@ -390,7 +387,7 @@ def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
 
 
 def test_a_rank_that_does_not_write_counts_alone(tmp_path):
-    log = RunLog(tmp_path / "run", 0, 4, 1, torch.device("cpu"), QUIET, writes=False)
+    log = RunLog(tmp_path / "run", 0, 4, 1, torch.device("cpu"), writes=False)
     with log:
         log.step(1, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.0), 1e-4, 0)
     assert log.state()["losses"] == [2.0] and not (tmp_path / "run").exists()
@@ -404,7 +401,7 @@ def test_the_ranks_meet_on_the_device_before_what_is_free_there_is_planned_with(
         Ranks, "sum_", lambda ranks, *tensors: seen.extend(tensor.device.type for tensor in tensors)
     )
     monkeypatch.setattr("fluxfast.train.plan_run", lambda *given: seen.append("planned"))
-    train(made(tmp_path, train__steps=1), console=QUIET)
+    train(made(tmp_path, train__steps=1))
     assert seen[:2] == ["cpu", "planned"]
 
 

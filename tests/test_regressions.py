@@ -19,10 +19,10 @@ from fluxfast.files import sole_user
 from fluxfast.metrics import RunLog
 from fluxfast.model.linear import LoRALinear
 from fluxfast.prepare import prepare
+from fluxfast.terminal import log_to_terminal
 from fluxfast.train import train
 
 ROOT = Path(__file__).parent.parent
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -103,12 +103,12 @@ def test_two_processes_do_not_train_in_one_folder(configure):
         assert holder.stdout.readline() == "held\n"
         for restart in (False, True):
             with pytest.raises(FluxfastError, match="another process"):
-                train(config, restart=restart, console=QUIET)
+                train(config, restart=restart)
     finally:
         holder.kill()  # a lock ends with its process, however that ends
         holder.communicate()
-    assert train(config, console=QUIET).is_file()
-    train(config, restart=True, console=QUIET)
+    assert train(config).is_file()
+    train(config, restart=True)
     assert (config.output_dir / "small.1" / "small.safetensors").is_file()
 
 
@@ -126,9 +126,9 @@ def test_a_lock_leaves_no_empty_folder(tmp_path):
 
 def test_other_optimizer_args_are_not_ignored(configure):
     """The checkpoint's own weight decay came back without a word."""
-    train(configure(), console=QUIET)
+    train(configure())
     with pytest.raises(FluxfastError, match="optimizer_args"):
-        train(configure(train__steps=3, train__optimizer_args={"weight_decay": 0.5}), console=QUIET)
+        train(configure(train__steps=3, train__optimizer_args={"weight_decay": 0.5}))
 
 
 def test_indices_of_a_batch_are_made_on_the_device():
@@ -142,7 +142,7 @@ def test_indices_of_a_batch_are_made_on_the_device():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_copy_waits_for_the_gpu(configure):
-    dataset = prepare(configure(), torch.device("cpu"), QUIET).dataset
+    dataset = prepare(configure(), torch.device("cpu")).dataset
     (batch,) = Loader(dataset, 2, 0, pin=True).iterate(0, 1)
     assert batch.t5.is_pinned() and batch.mean.is_pinned()
     torch.cuda.set_sync_debug_mode("error")
@@ -156,7 +156,7 @@ def test_no_copy_waits_for_the_gpu(configure):
 def test_one_bad_step_ends_no_run_that_logs_every_step(tmp_path):
     """With log_every: 1 the first step without a finite gradient was taken for a lost run."""
     one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
-    with RunLog(tmp_path, 0, 100, 1, torch.device("cpu"), QUIET, most_bad=5) as log:
+    with RunLog(tmp_path, 0, 100, 1, torch.device("cpu"), most_bad=5) as log:
         for step in range(1, 9):
             bad = step % 4 != 0
             log.step(step, nan if bad else one, one, torch.tensor(float(bad)), 1e-4, 0)
@@ -172,7 +172,7 @@ def test_foreign_lines_among_the_metrics_end_no_run(tmp_path):
              '{"step": 1e999}', '{"step": 2, "loss": 1}', '{"step": 3}', '{"st']  # fmt: skip
     content = "\n".join(lines).encode() + b"\xff}\n"
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    RunLog(tmp_path, 2, 4, 1, torch.device("cpu"), Console(file=io.StringIO()))
+    RunLog(tmp_path, 2, 4, 1, torch.device("cpu"))
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert kept == [lines[0], lines[7]]
 
@@ -183,7 +183,8 @@ def test_progress_line_fits_the_terminal(tmp_path, width):
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=width, color_system=None)
     one, bad = torch.tensor(1.0), torch.tensor(0.0)
-    with RunLog(tmp_path, 11990, 12000, 1, torch.device("cpu"), console) as log:
+    cpu = torch.device("cpu")
+    with log_to_terminal(console), RunLog(tmp_path, 11990, 12000, 1, cpu) as log:
         for step in range(11991, 12001):
             log.step(step, one, one, bad if step % 2 else one, 1e-4, 0)
     import re

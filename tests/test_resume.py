@@ -1,7 +1,6 @@
 """A run that was stopped and went on is the run that was not, bit for bit; what may change on the
 way."""
 
-import io
 import json
 import os
 import shutil
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import noise_pictures
+from small import logged, noise_pictures
 
 import fluxfast.saves
 import fluxfast.train
@@ -38,7 +36,6 @@ from fluxfast.train import train
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 TIMES = {"it_per_s", "s_per_it", "eta_s", "peak_memory_gib"}
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +132,16 @@ def assert_same(one, other, path="") -> None:
 
 def compare(config: Config, stops: list[int], monkeypatch) -> None:
     """The run in one go, beside the one that is stopped at these steps and goes on each time."""
-    console = Console(file=io.StringIO(), width=300)
-    train(config, console=console)
-    assert "samples in 1 buckets" not in console.file.getvalue()
+    with logged() as lines:
+        train(config)
+    assert not any("samples in 1 buckets" in line for line in lines)
     whole = everything(config)
     config.run_dir.rename(config.output_dir / "whole")
     for step in stops:
         with stopped_after(step, monkeypatch):
-            train(config, console=QUIET)
+            train(config)
         assert checkpoints(config.run_dir)[-1][0] == step
-    train(config, console=QUIET)
+    train(config)
     assert_same(everything(config), whole)
     steps = [row["step"] for row in whole["metrics"]]
     assert steps == list(range(2, config.train.steps + 1, 2))
@@ -176,7 +173,7 @@ def test_saving_and_measuring_change_nothing(demanding):
     ends = []
     for more in ({}, often):
         config = demanding("schedulefree", 4, **more)
-        train(config, console=QUIET)
+        train(config)
         ends.append(read_state(checkpoints(config.run_dir)[-1][1]))
         config.run_dir.rename(config.output_dir / f"run {len(ends)}")
     for key in ("parameters", "optimizer", "ema"):
@@ -203,14 +200,14 @@ def killed_in(name: str, call: int, monkeypatch, config: Config, module=fluxfast
     with monkeypatch.context() as patch:
         patch.setattr(module, name, dies)
         with pytest.raises(Killed):
-            train(config, console=QUIET)
+            train(config)
 
 
 def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     """In the middle of a measurement, before the best weights are kept, behind lines and
     measurements of steps that no checkpoint has, and between the last measurement and the end."""
     config = demanding("adamw", 8, save__every=3, validation={"share": 0.2, "every": 2})
-    train(config, console=QUIET)
+    train(config)
     whole = everything(config)
     config.run_dir.rename(config.output_dir / "whole")
     killed_in("train_step", 6, monkeypatch, config)  # of 3, where the interval to 4 is half over
@@ -222,7 +219,7 @@ def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     killed_in("_look", 2, monkeypatch, config)  # before 8's, behind the last save
     assert checkpoints(config.run_dir)[-1][0] == 8
     killed_in("publish", 1, monkeypatch, config, fluxfast.saves.Saves)
-    train(config, console=QUIET)
+    train(config)
     assert_same(everything(config), whole)
 
 
@@ -244,35 +241,35 @@ def test_the_best_of_steps_that_come_again_is_forgotten(demanding, monkeypatch):
 def test_a_state_that_does_not_fit_is_said(configure):
     """Sound by its checksums, but another program's, say."""
     config = configure()
-    train(config, console=QUIET)
+    train(config)
     state = read_state(checkpoints(config.run_dir)[-1][1])
     del state["optimizer"]["param_groups"]
     save_checkpoint(config.run_dir, state, lambda folder: None, keep=1)
     with pytest.raises(
         FluxfastError, match="the state in .* does not fit this run: 'param_groups'"
     ):
-        train(configure(train__steps=6), console=QUIET)
+        train(configure(train__steps=6))
 
 
 def test_what_was_best_is_known_without_the_series(demanding, monkeypatch):
     """A checkpoint holds the measurements, so that a worse step does not become the best."""
     config = demanding("adamw", 8, validation={"share": 0.2, "every": 2, "timesteps": 1})
-    train(config, console=QUIET)
+    train(config)
     whole = everything(config)
     config.run_dir.rename(config.output_dir / "whole")
     with stopped_after(5, monkeypatch):
-        train(config, console=QUIET)
+        train(config)
     (config.run_dir / "validation.jsonl").unlink()
-    train(config, console=QUIET)
+    train(config)
     assert_same(everything(config), whole)
 
 
 def test_a_finished_run_is_not_measured_again(demanding, monkeypatch):
     config = demanding("adamw", 4)
-    path = train(config, console=QUIET)
+    path = train(config)
     before = {file: file.stat().st_mtime_ns for file in config.run_dir.rglob("*_best*")}
     monkeypatch.setattr(fluxfast.train, "_look", lambda *_: pytest.fail("looked again"))
-    assert train(config, console=QUIET) == path
+    assert train(config) == path
     assert {file: file.stat().st_mtime_ns for file in config.run_dir.rglob("*_best*")} == before
 
 
@@ -341,14 +338,13 @@ def test_the_same_settings_are_no_change(some_config):
     assert len(changes(several, some_config, REFUSED)) == 2
 
 
-def test_harmless_changes_are_applied_and_named(demanding, monkeypatch):
+def test_harmless_changes_are_applied_and_named(demanding, monkeypatch, log_lines):
     with stopped_after(2, monkeypatch):
-        train(demanding("adamw", 4, train__lr_schedule="constant"), console=QUIET)
-    console = Console(file=io.StringIO(), width=300)
+        train(demanding("adamw", 4, train__lr_schedule="constant"))
     changed = {"train__lr": 3e-3, "train__lr_schedule": "constant", "log_every": 1}
     config = demanding("adamw", 5, **changed)
-    train(config, console=console)
-    (line,) = [line for line in console.file.getvalue().splitlines() if "other settings" in line]
+    train(config)
+    (line,) = [line for line in log_lines if "other settings" in line]
     for word in (
         "train.steps was 4, is 5",
         "train.lr was 0.001, is 0.003",
@@ -362,49 +358,47 @@ def test_harmless_changes_are_applied_and_named(demanding, monkeypatch):
 def test_dangerous_changes_are_refused_before_anything_is_done(demanding, monkeypatch):
     config = demanding("adamw", 4)
     with stopped_after(2, monkeypatch):
-        train(config, console=QUIET)
+        train(config)
     monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("went on"))
     for key, value in {"lora__rank": 3, "seed": 7, "train__batch_size": 3}.items():
         with pytest.raises(ConfigError, match=f"{key.replace('__', '.')} was"):
-            train(demanding("adamw", 4, **{key: value}), console=QUIET)
+            train(demanding("adamw", 4, **{key: value}))
 
 
-def test_other_pictures_are_noticed(demanding, photos, tmp_path, monkeypatch):
+def test_other_pictures_are_noticed(demanding, photos, tmp_path, monkeypatch, log_lines):
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     config = demanding("adamw", 4, **{"data.0.folder": str(copy)})
     with stopped_after(2, monkeypatch):
-        train(config, console=QUIET)
+        train(config)
     (copy / "0.png").unlink()
-    console = Console(file=io.StringIO(), width=300)
-    train(config, console=console)
-    assert "not those that this run began with" in console.file.getvalue()
-    again = Console(file=io.StringIO(), width=300)
-    train(demanding("adamw", 5, **{"data.0.folder": str(copy)}), console=again)
-    assert "not those" not in again.file.getvalue()
+    train(config)
+    assert any("not those that this run began with" in line for line in log_lines)
+    log_lines.clear()
+    train(demanding("adamw", 5, **{"data.0.folder": str(copy)}))
+    assert not any("not those" in line for line in log_lines)
 
 
 def test_an_average_may_begin_late_and_end_early(demanding, monkeypatch):
     off, on = ({"train__ema": {"enabled": switch}} for switch in (False, True))
     with stopped_after(1, monkeypatch):
-        train(demanding("adamw", 3, **off), console=QUIET)
+        train(demanding("adamw", 3, **off))
     with stopped_after(2, monkeypatch):
-        train(demanding("adamw", 3, **on), console=QUIET)
+        train(demanding("adamw", 3, **on))
     config = demanding("adamw", 3, **off)
     state = read_state(checkpoints(config.run_dir)[-1][1])
     assert state["ema"]["updates"] == 1
-    train(config, console=QUIET)
+    train(config)
     assert read_state(checkpoints(config.run_dir)[-1][1])["ema"] is None
 
 
-def test_the_newest_checkpoint_is_damaged_and_the_run_is_the_same(demanding, monkeypatch):
+def test_the_newest_checkpoint_is_damaged_and_the_run_is_the_same(demanding, log_lines):
     config = demanding("adamw", 4, save__every=1)
-    whole = load_file(train(config, console=QUIET))
+    whole = load_file(train(config))
     last = checkpoints(config.run_dir)[-1][1]
     os.truncate(last / "state" / "tensors.safetensors", 1000)
     (config.run_dir / "small.safetensors").unlink()
-    console = Console(file=io.StringIO(), width=300)
-    again = load_file(train(config, console=console))
+    again = load_file(train(config))
     assert all(torch.equal(again[key], value) for key, value in whole.items())
-    said = console.file.getvalue()
+    said = "\n".join(log_lines)
     assert "step-00000004 is damaged" in said and "resuming" in said and "at step 3" in said

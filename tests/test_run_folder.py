@@ -1,14 +1,13 @@
 """A run's folder as a crash, a copy or an editor leaves it: the run goes on where it can, and says
 what is lost."""
 
-import io
 import json
 from functools import partial
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
+from small import logged
 
 import fluxfast.train
 import fluxfast.watch
@@ -17,8 +16,6 @@ from fluxfast.config import Config
 from fluxfast.files import read_rows
 from fluxfast.train import train
 from fluxfast.validation import Validation, best, read_validations
-
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -36,9 +33,9 @@ def configure(configure, monkeypatch):
 
 def run(config: Config) -> list[str]:
     """Train to the end. -> what was said."""
-    console = Console(file=io.StringIO(), width=300)
-    train(config, console=console)
-    return console.file.getvalue().splitlines()
+    with logged() as lines:
+        train(config)
+    return lines
 
 
 # ---------------------------------------------------------------- metrics.jsonl, validation.jsonl
@@ -79,18 +76,18 @@ def test_lines_that_are_none_of_the_logs_are_left_out_and_counted(configure):
     assert ends[0] == ends[1] and [row.step for row in ends[0][1]] == [0, 2, 4, 6]
 
 
-def test_only_measurements_are_read_as_such(tmp_path):
+def test_only_measurements_are_read_as_such(tmp_path, log_lines):
     row = {"step": 2, "loss": 1.5, "base_loss": 2, "difference": -0.5, "low": None, "high": None}
     row["pictures"] = 1
     wrong = [{"loss": "x"}, {"loss": None}, {"low": "x"}, {"pictures": []}, {"more": 1}]
     lines = [{**row, **each} for each in (*wrong, {"loss": float("nan")}, {})]
-    file, said = tmp_path / "validation.jsonl", []
+    file = tmp_path / "validation.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, {"step": 3})))
-    rows = read_validations(file, say=said.append)
+    rows = read_validations(file)
     assert len(rows) == 2 and rows[1] == Validation(**row)
-    assert said == [f"note: 6 of 8 lines of {file} cannot be read and are left out"]
+    assert read_rows(tmp_path / "none.jsonl") == []
+    assert log_lines == [f"note: 6 of 8 lines of {file} cannot be read and are left out"]
     assert best(rows) is rows[1]  # though the one before it has no number
-    assert read_rows(tmp_path / "none.jsonl", say=pytest.fail) == []
 
 
 # ---------------------------------------------------------------- what is found there

@@ -1,6 +1,5 @@
 """What a save takes: nothing in the device's memory, and the log as it stands, on the disk."""
 
-import io
 import json
 import os
 from contextlib import nullcontext
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from on_device import OnDevice
-from rich.console import Console
 from small import SMALL
 
 import fluxfast.saves
@@ -71,7 +69,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     """From the run itself to the disk: weights, an optimiser's state, an average."""
     monkeypatch.setattr(fluxfast.saves, "_write_files", lambda run, folder, done: None)
     raw = {"model": {"path": "m"}, "data": {"folder": "d"}, "output_dir": str(tmp_path)}
-    saves = Saves(build_config(raw), pytest.fail)
+    saves = Saves(build_config(raw))
     ema = Ema([torch.zeros(6, 4)] * 2, 0.9)
     ema.updates, ema.shadow = OnDevice(torch.tensor(3.0)), list(map(OnDevice, values(2)))
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
@@ -90,8 +88,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
 
 
 def log_of(folder, first, every, resumed=None) -> RunLog:
-    quiet = Console(file=io.StringIO())
-    return RunLog(folder, first, 100, every, CPU, quiet, resumed=resumed, most_bad=4)
+    return RunLog(folder, first, 100, every, CPU, resumed=resumed, most_bad=4)
 
 
 def note(log: RunLog, *steps: int, bad: bool) -> None:

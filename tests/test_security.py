@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,13 +20,14 @@ from small import noise_pictures
 from fluxfast.config import build_config, load_config
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.lines import names_secret, plain
-from fluxfast.metrics import say
 from fluxfast.report import write_report
 from fluxfast.settings import DEEPEST, LARGEST, parse_yaml
+from fluxfast.terminal import log_to_terminal
 from fluxfast.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = next((ROOT / "examples/nano/pretrained/transformer").glob("*.safetensors"))
+LOG = logging.getLogger("fluxfast.somewhere")
 TOKEN = "hf_" + "aB3" * 11
 EVIL = "<script>alert(1)</script>"
 
@@ -331,7 +333,7 @@ def test_a_hostile_run_writes_into_its_own_folders_alone(configure, photos, tmp_
         train__steps=1, lora__include=["img_attn"],
     )  # fmt: skip
     before = files(tmp_path)
-    train(config, console=Console(file=io.StringIO()))
+    train(config)
     new = files(tmp_path) - before
     assert new and all(path.parts[:2] in (("home", "runs"), ("home", "cache")) for path in new)
 
@@ -346,7 +348,7 @@ def test_a_run_folder_with_links_out_of_it_is_refused(configure, tmp_path, name)
     config.run_dir.mkdir(parents=True)
     (config.run_dir / name).symlink_to(away / "new" if "." in name else away)
     with pytest.raises(ConfigError, match=rf"{name} is a link to {away}") as raised:
-        train(config, console=Console(file=io.StringIO()))
+        train(config)
     assert raised.value.hint and [path.name for path in away.iterdir()] == [".mine.partial"]
 
 
@@ -359,7 +361,7 @@ def test_a_cache_folder_with_links_out_of_it_is_refused(configure, tmp_path, nam
     config.cache_path.mkdir()
     (config.cache_path / name).symlink_to(away)
     with pytest.raises(ConfigError, match=rf"{name} is a link to {away}"):
-        train(config, console=Console(file=io.StringIO()))
+        train(config)
     assert [path.name for path in away.iterdir()] == [".mine.partial"]
 
 
@@ -369,7 +371,7 @@ def test_files_that_are_links_are_replaced_and_not_written_through(configure, tm
         name="run", cache_dir=str(tmp_path / "own"), train__steps=2, save__every=1,
         sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1, "every": 0},
     )  # fmt: skip
-    train(config, console=Console(file=io.StringIO()))
+    train(config)
     mine, replaced = tmp_path / "mine", []
     mine.write_text("mine")
     for path in [*config.run_dir.glob("*.*"), *config.run_dir.glob("samples/*"),
@@ -381,7 +383,7 @@ def test_files_that_are_links_are_replaced_and_not_written_through(configure, tm
     assert len(replaced) > 10
     longer = config.model_copy(deep=True)
     longer.train.steps = 3
-    train(longer, console=Console(file=io.StringIO()))
+    train(longer)
     assert mine.read_text() == "mine"
 
 
@@ -473,13 +475,13 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     screen = io.StringIO()
-    console = Console(file=screen, width=300)
     config = configure(
         train__steps=1, save__every=1, validation__share=0.5,
         sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1},
     )  # fmt: skip
-    train(config, console=console)
-    say(console, f"note: could not reach the Hub with {TOKEN}")
+    with log_to_terminal(Console(file=screen, width=300)):
+        train(config)
+        LOG.warning("note: could not reach the Hub with %s", TOKEN)
     assert TOKEN not in screen.getvalue() and "with ***" in screen.getvalue()
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 10
@@ -495,9 +497,8 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
 
 def test_a_line_is_one_line_and_moves_nothing():
     screen = io.StringIO()
-    say(
-        Console(file=screen, width=300), "a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真"
-    )
+    with log_to_terminal(Console(file=screen, width=300)):
+        LOG.info("a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真")
     assert screen.getvalue() == (
         r"a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真" + "\n"
     )
@@ -560,7 +561,7 @@ def test_tensorboard_gets_numbers_under_fixed_names_and_no_text(configure):
         trigger=f"ohwx {EVIL}", train__steps=2,
         sample={"prompts": [EVIL], "width": 64, "height": 64, "steps": 1},
     )  # fmt: skip
-    train(config, console=Console(file=io.StringIO()))
+    train(config)
     folder = config.run_dir / "tensorboard"
     board = EventAccumulator(str(folder))
     board.Reload()

@@ -1,6 +1,5 @@
 """The loop end to end on the nano model: what it writes, accumulation, the guard."""
 
-import io
 import json
 import time
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import noise_pictures
@@ -24,8 +22,6 @@ from fluxfast.prepare import prepare
 from fluxfast.step import train_step
 from fluxfast.train import train
 
-QUIET = Console(file=io.StringIO())
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
@@ -40,9 +36,9 @@ def photos(tmp_path_factory) -> Path:
 def start(config: Config):
     """-> (run, loader) as train() makes them."""
     device = resolve_device(config.device)
-    prepared = prepare(config, device, QUIET)
+    prepared = prepare(config, device)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, device, QUIET), loader
+    return build(config, prepared.model, loader, device), loader
 
 
 def metrics(config: Config) -> list[dict]:
@@ -52,7 +48,7 @@ def metrics(config: Config) -> list[dict]:
 
 def test_run_folder(configure):
     config = configure(train__ema={"enabled": True}, train__steps=6)
-    path = train(config, console=QUIET)
+    path = train(config)
     assert path == config.run_dir / "small.safetensors" and path.is_file()
     with safe_open(path, "pt") as file:
         meta = file.metadata()
@@ -78,20 +74,20 @@ def test_run_folder(configure):
 
 def test_old_checkpoints_go(configure):
     config = configure(save__every=1, save__keep=2)
-    train(config, console=QUIET)
+    train(config)
     folders = sorted(folder.name for folder in (config.run_dir / "checkpoints").iterdir())
     assert folders == ["step-00000003", "step-00000004"]
 
 
 def test_finished_run_is_left_alone_and_restart_keeps_it(configure):
     config = configure()
-    first = train(config, console=QUIET).read_bytes()
-    assert train(config, console=QUIET).read_bytes() == first
+    first = train(config).read_bytes()
+    assert train(config).read_bytes() == first
     assert [row["step"] for row in metrics(config)] == [2, 4]
-    train(config, restart=True, console=QUIET)
+    train(config, restart=True)
     assert (config.output_dir / "small.1" / "small.safetensors").read_bytes() == first
     more = configure(train__steps=6)
-    train(more, console=QUIET)
+    train(more)
     assert [row["step"] for row in metrics(more)] == [2, 4, 6]
 
 
@@ -150,7 +146,7 @@ def test_nan_is_skipped_and_counted(configure):
     assert bad == 0 and any(p.abs().max() > 0 for p in run.parameters[1::2])
 
     config.run_dir.mkdir(parents=True)
-    with RunLog(config.run_dir, 0, 100, 5, torch.device("cpu"), QUIET, most_bad=4) as log:
+    with RunLog(config.run_dir, 0, 100, 5, torch.device("cpu"), most_bad=4) as log:
         one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
         for step in range(1, 6):
             log.step(step, nan if step == 3 else one, one, torch.tensor(float(step == 3)), 1e-4, 0)
@@ -162,19 +158,18 @@ def test_nan_is_skipped_and_counted(configure):
                 log.step(step, nan, nan, one, 1e-4, 0)
 
 
-def test_speed_leaves_the_warm_up_out(tmp_path):
+def test_speed_leaves_the_warm_up_out(tmp_path, log_lines):
     """Two slow first steps, then steps of 20 ms: the rate is of the later ones."""
-    console = Console(file=io.StringIO())
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    with RunLog(tmp_path, 0, 20, 10, torch.device("cpu"), console) as log:
+    with RunLog(tmp_path, 0, 20, 10, torch.device("cpu")) as log:
         for step in range(1, 21):
             time.sleep(0.5 if step <= 2 else 0.02)
             log.step(step, one, one, zero, 1e-4, 0)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 0.02 <= rows[-1]["s_per_it"] < 0.09
     assert rows[-1]["it_per_s"] == pytest.approx(1 / rows[-1]["s_per_it"])
-    lines = console.file.getvalue().splitlines()
-    assert len(lines) == 2 and "it/s" in lines[1] and "s/it" in lines[1] and "ETA" in lines[1]
+    _, line = log_lines
+    assert "it/s" in line and "s/it" in line and "ETA" in line
 
 
 def test_flip_shuffle_masks_and_dropout_train_from_the_cache(configure, photos, tmp_path):
@@ -193,7 +188,7 @@ def test_flip_shuffle_masks_and_dropout_train_from_the_cache(configure, photos, 
         ],
         train__steps=3, train__gradient_accumulation=2, memory__policy="replay",
     )  # fmt: skip
-    train(config, console=QUIET)
+    train(config)
     assert metrics(config)[-1]["step"] == 3
 
 
@@ -210,4 +205,4 @@ def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path):
         model__path=str(tmp_path / "other.safetensors"), model__encoders=str(nano_model)
     )
     with pytest.raises(FluxfastError, match="192 wide, it takes 256"):
-        train(config, console=QUIET)
+        train(config)

@@ -1,6 +1,5 @@
 """Validation: fixed draws, paired differences, intervals, the best step; and previews in a run."""
 
-import io
 import json
 import math
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import noise_pictures
@@ -29,8 +27,6 @@ from fluxfast.validation import (
     read_validations,
     student_quantile,
 )
-
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +104,10 @@ def test_measurement_is_fixed_and_paired(configure):
     """The same weights measure the same; a fresh LoRA differs from the base by nothing."""
     config = configure()
     device = torch.device("cpu")
-    prepared = prepare(config, device, QUIET)
+    prepared = prepare(config, device)
     assert len(prepared.held_out) == 2
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    run = build(config, prepared.model, loader, device, QUIET)
+    run = build(config, prepared.model, loader, device)
     validator = Validator(prepared.held_out, 1, 3, 1.0)
     first = validator.measure(run.model, device, 0)
     assert first.difference == 0 and first.low == first.high == 0 and first.pictures == 2
@@ -129,7 +125,7 @@ def test_measurement_is_fixed_and_paired(configure):
 def test_run_measures_keeps_the_best_and_resumes(configure):
     config = configure(sample={"prompts": ["[trigger] one", "two"], "every": 2, "width": 64,
                                "height": 64, "steps": 2, "walk_seed": True})  # fmt: skip
-    train(config, console=QUIET)
+    train(config)
     run = config.run_dir
     rows = read_validations(run / "validation.jsonl")
     assert [row.step for row in rows] == [0, 2, 4] and rows[0].difference == 0
@@ -152,7 +148,7 @@ def test_run_measures_keeps_the_best_and_resumes(configure):
 
     # gone after step 2, as by a crash: the same measurements and pictures come again
     (run / "checkpoints" / "step-00000004").rename(run / "gone")
-    train(config, console=QUIET)
+    train(config)
     assert read_validations(run / "validation.jsonl") == rows
     assert Image.open(run / "samples" / files[2]).tobytes() == trained
 
@@ -162,13 +158,13 @@ def test_watching_changes_nothing(configure):
     watched = configure(name="w", sample={"prompts": ["x"], "every": 1, "width": 64, "height": 64,
                                           "steps": 1})  # fmt: skip
     blind = configure(name="b")
-    a, b = (load_file(train(config, console=QUIET)) for config in (watched, blind))
+    a, b = (load_file(train(config)) for config in (watched, blind))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_folder_instead_of_share(configure, folder):
     config = configure(validation={"folder": str(folder), "every": 4, "timesteps": 1})
-    train(config, console=QUIET)
+    train(config)
     rows = read_validations(config.run_dir / "validation.jsonl")
     assert [row.pictures for row in rows] == [5, 5]
     with pytest.raises(ConfigError, match="share or folder"):
@@ -178,7 +174,7 @@ def test_folder_instead_of_share(configure, folder):
 def test_trigger_is_needed_where_a_prompt_names_it(configure):
     config = configure(trigger=None, sample={"prompts": ["[trigger] one"]})
     with pytest.raises(ConfigError, match="no trigger"):
-        train(config, console=QUIET)
+        train(config)
 
 
 def test_best_is_the_earliest_lowest():

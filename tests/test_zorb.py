@@ -3,7 +3,6 @@
 A LoRA must teach the pretrained nano model a thing that it has never drawn, and leave the rest.
 """
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from fluxfast.config import ModelConfig, load_config
 from fluxfast.generate import generate
@@ -45,7 +43,7 @@ def tools():
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("zorb")
     config = load_config(NANO / "zorb.yaml", [f"output_dir={out}"])
-    train(config, console=Console(file=io.StringIO()))
+    train(config)
     return config.run_dir
 
 

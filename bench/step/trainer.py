@@ -8,8 +8,10 @@ configuration itself needs libraries that a bare GPU machine does not have.
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -147,10 +149,9 @@ class TrainerStep:
         self._loader = RandomLoader(self.settings, cycle)
         self._notes.clear()
         config = trainer_config(self.settings, cycle.batch)
-        self.run = assemble(
-            config, self.candidate.model, self.parameters, self._loader, self.device,
-            self._notes.append, plan,
-        )  # fmt: skip
+        model = self.candidate.model
+        with _warnings_into(self._notes):
+            self.run = assemble(config, model, self.parameters, self._loader, self.device, plan)
         limit_memory(self.settings)  # assembling has set the plan's own limit
         self._within_memory(self.run.memory.capture)
         self.step()
@@ -189,7 +190,8 @@ class TrainerStep:
 
     def _within_memory(self, work) -> None:
         try:
-            work()
+            with _warnings_into(self._notes):
+                work()
         except MemoryExhausted as error:
             raise MemoryError(error.message) from None
 
@@ -233,6 +235,19 @@ class TrainerStep:
             gc.collect()
             self.candidate = build_model(self.kind, self.settings)
             self.parameters = self.candidate.parameters()
+
+
+@contextmanager
+def _warnings_into(notes: list[str]) -> Iterator[None]:
+    """What the trainer warns of inside: why there are no graphs, which policies became cheaper."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append(record.getMessage().removeprefix("note: "))
+    logger = logging.getLogger("fluxfast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def limit_memory(settings: Settings) -> None:

@@ -31,7 +31,7 @@ from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
 from fluxfast.ranks import ALONE, Ranks
 
-log = logging.getLogger("fluxfast")
+log = logging.getLogger(__name__)
 
 __all__ = ["Dataset", "Sample", "encode_prompts", "prepare_dataset"]
 
@@ -103,7 +103,6 @@ def prepare_dataset(
     *,
     extra_prompts: Iterable[str] = (),
     batch_size: int = 4,
-    announce: Callable[[str], None] = log.warning,
     ranks: Ranks = ALONE,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
@@ -111,9 +110,8 @@ def prepare_dataset(
     encoders_root: what holds the VAE, the text encoders and the tokenizers
     (`encoders/components.py`). max_length: T5 tokens. device, dtype: where and in what the encoders
     run. extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
-    afterwards. batch_size: prompts, or images of one size, per encoder call. announce: gets a line
-    for each file that cannot be used, and one with their count. ranks: those that share the work,
-    which all of them call this for.
+    afterwards. batch_size: prompts, or images of one size, per encoder call. ranks: those that
+    share the work, which all of them call this for. Files that cannot be used are logged.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a missing folder, images without captions, a data entry that is strict and has
@@ -121,7 +119,7 @@ def prepare_dataset(
     that cannot be written.
     """
     progress = progress or (lambda what, done, total: None)
-    skips = Skips(announce)
+    skips = Skips()
     with ranks.first_before_others():  # which then find every size in the index
         scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
     total = len({image.path for found in scanned for image in found} | skips.pictures)
@@ -165,7 +163,7 @@ def prepare_dataset(
         made = _encode_images(missing, Path(encoders_root), device, dtype, progress, batch_size)
     made = made.of_all(ranks)
     if made.opaque:
-        announce(
+        log.warning(
             f"mask: alpha: {len(made.opaque)} images have no alpha channel, trained without a mask"
         )
     views = _without_lost(views, made.lost, skips)
@@ -247,7 +245,7 @@ def _read_prompts(
         skips.add(error, data.strict, image)
     if read.guessed:
         more = ", …" if len(read.guessed) > 1 else ""
-        skips.announce(
+        log.warning(
             f"{len(read.guessed)} caption files are not UTF-8 and were read as Windows-1252: "
             f"{read.guessed[0]}{more}"
         )

@@ -1,9 +1,11 @@
-"""What of a data set cannot be used: said at once, a line for each file, and counted at the end."""
+"""What of a data set cannot be used: logged at once, a line a file, and counted at the end."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from fluxfast.errors import FluxfastError
+
+log = logging.getLogger(__name__)
 
 _LISTED = 5  # of an error that names several
 
@@ -11,11 +13,10 @@ _LISTED = 5  # of an error that names several
 class Skips:
     """Gathers why files are left out; where the data is to be used strictly, to end the run.
 
-    announce: gets a line for each file, and one with their count. pictures: the images left out.
+    pictures: the images left out.
     """
 
-    def __init__(self, announce: Callable[[str], None]):
-        self.announce = announce
+    def __init__(self):
         self.pictures: set[Path] = set()
         self._said: set[str] = set()
         self._refused: list[FluxfastError] = []
@@ -32,7 +33,7 @@ class Skips:
         if strict:
             self._refused.append(error)
         else:
-            self.announce(f"skipped: {error.message}")
+            log.warning(f"skipped: {error.message}")
 
     def check(self) -> None:
         """Raises FluxfastError for what was refused so far, all of it at once."""
@@ -47,9 +48,9 @@ class Skips:
             raise refused[0]
 
     def conclude(self, total: int) -> None:
-        """Announce how many of `total` pictures are left out, if anything was."""
+        """Log how many of `total` pictures are left out, if anything was."""
         if self._said:
-            self.announce(
+            log.warning(
                 f"{len(self.pictures)} of {total} pictures skipped; strict: true beside "
                 "data.folder makes that an error"
             )

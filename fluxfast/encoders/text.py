@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxfast.encoders.components import component, from_pretrained, load_model, quiet
 from fluxfast.errors import FluxfastError
 
-log = logging.getLogger("fluxfast")
+log = logging.getLogger(__name__)
 
 
 class TextEncoders:

@@ -4,8 +4,8 @@ alpha is folded in on both ways: what a file means is B A.
 """
 
 import itertools
-import warnings
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from fluxfast.model.flux import Flux
 from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.names import part_rows
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "DTYPES", "init_lora", "load_assistant", "load_lora", "lora_of", "read_lora", "save_lora",
@@ -93,14 +95,12 @@ def load_lora(
     model: Flux,
     path: Path | str | Sequence[Path | str],
     strength: float | Sequence[float] = 1.0,
-    *,
-    say: Callable[[str], None] = warnings.warn,
 ) -> list[nn.Parameter]:
     """Put LoRA files of any format on `model`, in place of what it may carry. -> the parameters.
 
     Several files are summed by stacking their ranks, each times its strength (one for all, or one
     each); that of a single file stays adjustable (`set_lora_strength`). Ranks may differ between
-    modules. say gets a line for text encoder parts, which a transformer has no place for. Raises
+    modules. Text encoder parts, which a transformer has no place for, are logged. Raises
     ConfigError for files that cannot be read or are not of this model.
     """
     paths = [path] if isinstance(path, str | Path) else list(path)
@@ -110,7 +110,7 @@ def load_lora(
     name = ", ".join(map(str, paths))
     _check_fits(model, lora, name)
     if lora.text:
-        say(f"{name}: what it changes of the text encoders is not applied")
+        log.warning(f"note: {name}: what it changes of the text encoders is not applied")
     for layer in lora_layers(model).values():
         layer.lora_A = layer.lora_B = None
     parameters = []
@@ -121,7 +121,7 @@ def load_lora(
     return parameters
 
 
-def init_lora(model: Flux, path: Path | str, *, say: Callable[[str], None] = warnings.warn) -> None:
+def init_lora(model: Flux, path: Path | str) -> None:
     """Start the LoRA that `model` carries from a file of any format. Where the file has less than
     the model (a linear, a rank), the model keeps what it has, which changes nothing.
 
@@ -130,7 +130,7 @@ def init_lora(model: Flux, path: Path | str, *, say: Callable[[str], None] = war
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
     if lora.text:
-        say(f"{path}: what it changes of the text encoders is left out")
+        log.warning(f"note: {path}: what it changes of the text encoders is left out")
     layers = lora_layers(model)
     rank = max(layer.lora_B.shape[1] for layer in layers.values())
     if lora.rank() != rank:
@@ -147,9 +147,7 @@ def init_lora(model: Flux, path: Path | str, *, say: Callable[[str], None] = war
         _fill(model, module, layers[module], pieces, lora, path)
 
 
-def load_assistant(
-    model: Flux, path: Path | str, *, say: Callable[[str], None] = warnings.warn
-) -> None:
+def load_assistant(model: Flux, path: Path | str) -> None:
     """Put a LoRA file on `model` as a frozen part of its linears, beside the LoRA that it carries
     already: it acts while training (`set_assisted`) and is not among what is saved.
 
@@ -158,7 +156,7 @@ def load_assistant(
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
     if lora.text:
-        say(f"{path}: what it changes of the text encoders is not applied")
+        log.warning(f"note: {path}: what it changes of the text encoders is not applied")
     for module, pieces in lora.pieces.items():
         layer, heights = model.get_submodule(module), lora.heights(module)
         trained = _parts(model, module, layer) if layer.lora_A is not None else []

@@ -1,7 +1,7 @@
 """`fluxfast convert`: LoRA files of any format into one file of another."""
 
+import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load
@@ -13,6 +13,8 @@ from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora_pieces import Lora, balanced, difference, merged, scaled
 from fluxfast.formats.lora_read import from_tensors, read_lora
 from fluxfast.formats.lora_write import known_format, to_bytes, to_state
+
+log = logging.getLogger(__name__)
 
 # what rounding to the file's dtype may change, as a share of the largest |ΔW| of the layer
 _ROUNDING = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
@@ -28,13 +30,12 @@ def convert(
     dtype: str = "fp32",
     drop: bool = False,
     verify: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Write the sum of `sources`, each times its strength, all times scale. -> with verify a line
     per layer: what writing changed of its ΔW.
 
     Exact but for the rounding to dtype: files are summed by stacking their ranks. drop leaves out,
-    and says, what the format has no place for. Raises ConfigError for files that cannot be taken
+    and logs, what the format has no place for. Raises ConfigError for files that cannot be taken
     and a target that is there already, FluxfastError where the disk refuses or verify finds more
     than rounding; nothing is written then.
     """
@@ -44,35 +45,29 @@ def convert(
     for number in (*strengths, scale):
         if not math.isfinite(number):
             raise ConfigError(f"a strength or scale of {number} is no number to multiply by")
-    loras = read_all(sources, strengths, drop=drop, say=say)
+    loras = read_all(sources, strengths, drop=drop)
     total = scaled(merged(loras), scale)
     for source, lora in zip(sources, loras, strict=True):
-        say(f"{source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
+        log.info(f"note: {source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
     even = balanced(total) if dtype == "fp16" else total
-    state = to_state(even, format, drop=drop, say=say)
+    state = to_state(even, format, drop=drop)
     if over := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
         raise ConfigError(f"{over} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
     kept = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
-    content = to_bytes(state, dtype, kept, say=say)
+    content = to_bytes(state, dtype, kept)
     lines = _compare(total, load(content), target, dtype, drop) if verify else []
     write_atomic(target, content, hint="free some space, or choose another folder")
     return lines
 
 
-def read_all(
-    sources: list[Path],
-    strengths: list[float] = (),
-    *,
-    drop: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> list[Lora]:
+def read_all(sources: list[Path], strengths: list[float] = (), *, drop: bool = False) -> list[Lora]:
     """Each file times its strength; no strengths: 1, one strength: that for all."""
     if len(strengths) not in (0, 1, len(sources)):
         raise ConfigError(f"{len(strengths)} strengths for {len(sources)} LoRAs: give one for each")
     strengths = list(strengths or [1.0]) * (1 if len(strengths) > 1 else len(sources))
     pairs = zip(sources, strengths, strict=True)
-    return [scaled(read_lora(path, drop=drop, say=say), strength) for path, strength in pairs]
+    return [scaled(read_lora(path, drop=drop), strength) for path, strength in pairs]
 
 
 def _compare(

@@ -3,6 +3,7 @@ never by a file's name.
 """
 
 import json
+import logging
 import math
 import re
 from collections import defaultdict
@@ -19,6 +20,8 @@ from fluxfast.formats.lora_pieces import Lora, Piece, split_scale, widths
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import SWAPPED, linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
+
+log = logging.getLogger(__name__)
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _OTHER_MODELS = [
@@ -39,19 +42,17 @@ _FLOATS = (
 _INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
-def read_lora(
-    path: Path | str, *, drop: bool = False, say: Callable[[str], None] = lambda line: None
-) -> Lora:
+def read_lora(path: Path | str, *, drop: bool = False) -> Lora:
     """Read a LoRA file of any format, fp32, alpha folded in.
 
     path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
-    such file. drop: leave out keys that have no place in FLUX.1, and say so, instead of refusing
-    them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1, naming what it
-    is where that can be told.
+    such file. drop: leave out keys that have no place in FLUX.1, with a warning, instead of
+    refusing them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1,
+    naming what it is where that can be told.
     """
     path = _file(Path(path))
     with Files([path]) as files:
-        places = _places(path, files.entries, drop, say)  # before anything is read
+        places = _places(path, files.entries, drop)  # before anything is read
         tensors = {key: files.read(key) for key in places}
         return _lora(path, tensors, places, files.metadata)
 
@@ -62,10 +63,9 @@ def from_tensors(
     path: Path | str,
     *,
     drop: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Lora:
     """The same of what a file holds; `path` is named in errors."""
-    return _lora(path, tensors, _places(path, tensors, drop, say), metadata)
+    return _lora(path, tensors, _places(path, tensors, drop), metadata)
 
 
 def _lora(path: Path | str, tensors: dict, places: dict, metadata: dict[str, str]) -> Lora:
@@ -111,11 +111,9 @@ def _file(path: Path) -> Path:
 # ---------------------------------------------------------------- keys
 
 
-def _places(
-    path: Path | str, keys: Iterable[str], drop: bool, say: Callable[[str], None]
-) -> dict[str, tuple[str, Place]]:
+def _places(path: Path | str, keys: Iterable[str], drop: bool) -> dict[str, tuple[str, Place]]:
     """Key -> role and place, of the keys that have one. Raises ConfigError for the others, or with
-    drop says them.
+    drop logs them.
     """
     places, unknown, taken = {}, [], {}
     for key in keys:
@@ -134,7 +132,7 @@ def _places(
         taken[role, place.module, place.parts] = key
         places[key] = role, place
     if unknown and drop and places and not other_lora(unknown):
-        say(f"{path}: left out {_some(unknown)}: no place in FLUX.1")
+        log.warning(f"note: {path}: left out {_some(unknown)}: no place in FLUX.1")
     elif unknown or not any(role == "down" for role, _ in places.values()):
         raise ConfigError(*_unknown(path, unknown or list(places)))
     return places

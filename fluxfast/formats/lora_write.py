@@ -10,7 +10,7 @@
 """  # noqa: E501
 
 import io
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from fluxfast.formats.container import all_finite, write
 from fluxfast.formats.lora_names import XLABS_DOUBLE, XLABS_SINGLE
 from fluxfast.formats.lora_pieces import Lora, Piece, fused, grouped, part_count, rows_of, split
 from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,11 +65,9 @@ def known_format(name: str) -> str:
     return name
 
 
-def to_state(
-    lora: Lora, format: str, *, drop: bool = False, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Tensor]:
+def to_state(lora: Lora, format: str, *, drop: bool = False) -> dict[str, Tensor]:
     """Key -> fp32 tensor. Raises ConfigError naming what the format has no place for; drop leaves
-    that out, and says so.
+    that out, with a warning.
     """
     form = FORMATS[known_format(format)]
     state: dict[str, Tensor] = {}
@@ -92,28 +92,22 @@ def to_state(
         what += f" and {len(left) - 4} more" if len(left) > 4 else ""
         if not drop:
             raise ConfigError(what, hint="--drop leaves it out")
-        say(f"left out: {what}")
+        log.warning(f"note: left out: {what}")
     if not state:
         raise ConfigError(f"nothing of this LoRA has a place in {format} files")
     return state
 
 
-def to_bytes(
-    state: dict[str, Tensor],
-    dtype: str,
-    metadata: dict[str, str],
-    *,
-    say: Callable[[str], None] = lambda line: None,
-) -> bytes:
+def to_bytes(state: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> bytes:
     """A safetensors file, the same bytes for the same content. A tensor that fp16 cannot hold makes
-    the whole file fp32, and is said.
+    the whole file fp32, with a warning.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     cast = {key: _cast(tensor, DTYPES[dtype]) for key, tensor in state.items()}
     over = (key for key, tensor in cast.items() if not all_finite(tensor))
     if dtype != "fp32" and (key := next(over, None)):
-        say(f"{dtype} cannot hold {key}: the whole file is in fp32")
+        log.warning(f"note: {dtype} cannot hold {key}: the whole file is in fp32")
         cast = {key: _cast(tensor, torch.float32) for key, tensor in state.items()}
     file = io.BytesIO()
     write(file, cast, {"format": "pt", **metadata})

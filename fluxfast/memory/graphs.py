@@ -18,6 +18,7 @@ what the other graphs left there.
 """
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -25,6 +26,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Inputs = Any  # a NamedTuple of tensors and None
 Work = Callable[[Inputs], Tensor]
@@ -80,21 +83,20 @@ class Graphs:
 
     work(inputs) runs forward and backward on the inputs and returns the loss, a detached scalar;
     what it may not do stands at the top of this file. gradients: the flat buffer that it adds into.
-    announce: told once, in a line, why there are no graphs. reason: known beforehand, see
-    `why_not`. recorder: a CudaRecorder unless given.
+    reason: why there are no graphs, known beforehand, see `why_not`; logged once, as is what comes
+    up later. recorder: a CudaRecorder unless given.
     """
 
     def __init__(
         self,
         work: Work,
         gradients: Tensor,
-        announce: Callable[[str], None],
         reason: str | None = None,
         recorder: Recorder | None = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
         self.failed_key: Hashable = None  # whose warm-up or recording raised last
-        self._work, self._gradients, self._announce = work, gradients, announce
+        self._work, self._gradients = work, gradients
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
         self._static: dict[tuple, Tensor] = {}
@@ -201,7 +203,7 @@ class Graphs:
     def _run_eagerly(self, reason: str) -> None:
         self.reason = reason
         if reason != ON_CPU:
-            self._announce(f"CUDA graphs are off: {reason}")
+            log.warning(f"note: CUDA graphs are off: {reason}")
 
     def _make_static(self, example: Inputs) -> Inputs:
         static: list[Tensor | None] = []

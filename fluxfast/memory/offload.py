@@ -29,8 +29,9 @@ Block numbers count all blocks in the order of the forward pass. `timeline.predi
 as arithmetic.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fluxfast.memory.copies import Copies
 from fluxfast.memory.timeline import LAG, STAGING_BUFFERS, aligned, room
+
+log = logging.getLogger(__name__)
 
 
 class ArenaOverflow(RuntimeError):
@@ -116,16 +119,14 @@ class Offload:
 
     lag: the sources of block i are let go before block i + lag starts, at the latest before the
     next but one offloaded block: at most two blocks' sources are in flight. A larger lag gives
-    copies that last longer than a block more time, and holds their sources for longer. announce is
-    given a line when the arena has to grow after the first pass.
+    copies that last longer than a block more time, and holds their sources for longer. That the
+    arena has to grow after the first pass is logged.
     """
 
-    def __init__(
-        self, copies: Copies, *, lag: int = LAG, announce: Callable[[str], None] | None = None
-    ):
+    def __init__(self, copies: Copies, *, lag: int = LAG):
         if lag < 1:
             raise ValueError(f"lag must be at least 1, got {lag}")
-        self._copies, self._lag, self._announce = copies, lag, announce
+        self._copies, self._lag = copies, lag
         self._buckets: dict[Hashable, _Bucket] = {}
         self._arena: Tensor | None = None
         self._staging: list[Tensor] = []
@@ -260,9 +261,9 @@ class Offload:
         count = max((len(bucket.block_bytes) for bucket in self._buckets.values()), default=0)
         count = min(STAGING_BUFFERS, count)
         if host > self.host_bytes:
-            if self._begun and self._announce:
-                self._announce(
-                    f"the offload arena grows from {self.host_bytes / 2**30:.2f} to "
+            if self._begun:
+                log.warning(
+                    f"note: the offload arena grows from {self.host_bytes / 2**30:.2f} to "
                     f"{host / 2**30:.2f} GiB of host memory"
                 )
             self.reserve(host)

@@ -2,6 +2,7 @@
 on the host, and the step back to leaner policies where memory runs out all the same.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -19,6 +20,8 @@ from fluxfast.memory.offload import Offload
 from fluxfast.memory.plan import MARGIN, Plan, leaner, leaner_policies
 from fluxfast.memory.work import Work
 from fluxfast.model.flux import Flux
+
+log = logging.getLogger(__name__)
 
 CURE = (
     "a lower data.resolution, train.batch_size: 1 with gradient_accumulation, or a lower "
@@ -58,7 +61,7 @@ class MemoryRuntime:
     """What a training run asks before each batch.
 
     plan: None on a CPU, where every block keeps what it saves. policies: bucket -> policy per
-    block, for runs without a plan too. say: gets a line for what a user should know.
+    block, for runs without a plan too.
     """
 
     def __init__(
@@ -67,9 +70,8 @@ class MemoryRuntime:
         plan: Plan | None,
         policies: Mapping[str, tuple[str, ...]],
         device: torch.device,
-        say: Callable[[str], None] = lambda line: None,
     ):
-        self.model, self.plan, self.policies, self.say = model, plan, dict(policies), say
+        self.model, self.plan, self.policies = model, plan, dict(policies)
         self.device = device
         self.changes = 0  # how often policies became leaner
         self._tried_again: set[str] = set()
@@ -122,7 +124,7 @@ class MemoryRuntime:
         reason = why_not(self.device, lora_dropout=lora_dropout, offload=self.offloads)
         if reason is None and not wanted:
             reason = "memory.graphs is false"
-        self.graphs, self._examples = Graphs(work, gradients, self.say, reason), examples
+        self.graphs, self._examples = Graphs(work, gradients, reason), examples
         return self.graphs
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -213,7 +215,9 @@ class MemoryRuntime:
             if label in self._tried_again:
                 raise MemoryExhausted(f"the GPU's memory is full: {first}", hint=CURE)
             self._tried_again.add(label)
-            self.say(f"out of memory at {label}: the step is taken again once, nothing is leaner")
+            log.warning(
+                f"note: out of memory at {label}: the step is taken again once, nothing is leaner"
+            )
             if self._engine is not None:
                 self._engine.abandon()
             return
@@ -224,9 +228,9 @@ class MemoryRuntime:
         self._prepare(label)
         changed = sum(a != b for a, b in zip(before, policies, strict=True))
         word = next(b for a, b in zip(before, policies, strict=True) if a != b)
-        self.say(
-            f"out of memory at {label}: {changed} more blocks go over to {word} from now on, and "
-            "the step is taken again"
+        log.warning(
+            f"note: out of memory at {label}: {changed} more blocks go over to {word} from now on, "
+            "and the step is taken again"
         )
 
     def _prepare(self, label: str) -> None:
@@ -238,7 +242,7 @@ class MemoryRuntime:
                 "memory.policy: offload needs a plan", hint="set memory.limit_gib on a CPU"
             )
         if self._engine is None:
-            self._engine = Offload(self.copies, announce=self.say)
+            self._engine = Offload(self.copies)
         work, shape = self.plan.request.work, self.plan.buckets[label].shape
         sizes = {
             index: saved.block_saved(work, block, shape, "offload").host
