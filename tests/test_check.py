@@ -147,7 +147,9 @@ def test_the_table_has_a_column_of_each():
 # ---------------------------------------------------------------- the model on data
 
 
-def test_check_finds_the_outlier_and_train_takes_its_file(configure, outlier_model, tmp_path):
+def test_check_finds_the_outlier_and_train_takes_its_file(
+    configure, outlier_model, tmp_path, fluxfast
+):
     config = in_8_bits(configure, model__path=str(outlier_model), name="outlier")
     layers, said, written = checked(config, batches=2)
     assert len(layers) == 2 * 8 + 4 * 2  # the nano model's blocks, without modulation
@@ -164,8 +166,8 @@ def test_check_finds_the_outlier_and_train_takes_its_file(configure, outlier_mod
     file = tmp_path / "c.yaml"
     file.write_text(dump_config(config))
     arguments = ["train", str(file), "--set", f"model.layers={path}", "--set", "train.steps=1"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0 and "1 layer rotated" in done.output, done.output
+    code, _, err = fluxfast(*arguments)
+    assert code == 0 and "1 layer rotated" in err, err
     saved = yaml.safe_load((config.run_dir / "config.yaml").read_text())
     assert saved["model"]["layers"] == {OUTLIER: "rotate"}
 
