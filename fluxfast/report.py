@@ -190,10 +190,11 @@ def _chart(svg: str, words: str) -> str:
 def _validation(path: Path) -> str:
     title = "Validation against the base model"
     try:
-        rows = [row for row in read_validations(path) if _whole(row)]
-        unread = not rows and path.is_file() and path.stat().st_size > 0
+        measured = read_validations(path)
+        unread = not measured and path.is_file() and path.stat().st_size > 0
     except OSError:
-        rows, unread = [], True
+        measured, unread = [], True
+    rows = [row for row in measured if _whole(row)]
     if unread:
         return _section(title, _note("validation.jsonl cannot be read."))
     if not rows:
