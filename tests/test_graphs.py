@@ -225,7 +225,7 @@ class Line:
 def line(*counts: int, recorder=None) -> tuple[Line, Graphs, ReplayRecorder]:
     """Captured with x [count, 3] per count."""
     step, recorder = Line(), recorder or ReplayRecorder()
-    graphs = Graphs(step.work, step.gradients, print, recorder=recorder)
+    graphs = Graphs(step.work, step.gradients, recorder=recorder)
     graphs.capture({count: X(torch.ones(count, 3)) for count in counts})
     return step, graphs, recorder
 
