@@ -174,7 +174,7 @@ def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     name = "fluxfast-nf4-trainer"
-    monkeypatch.setattr("fluxfast.step.predict", full)
+    monkeypatch.setattr("fluxfast.step.sample_losses", full)
     result, _ = measured(PLAIN, [name], tmp_path)[CYCLE, name]
     assert result.status == "out of memory" and "memory is full" in result.reason
 
