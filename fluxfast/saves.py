@@ -3,6 +3,8 @@ file, and in the end the newest checkpoint's files in the run's folder.
 """
 
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from fluxfast.checkpoint import (
 )
 from fluxfast.config import Config
 from fluxfast.errors import DiskError, FluxfastError
-from fluxfast.files import write_atomic
+from fluxfast.files import CHECK_FILE, write_atomic
 from fluxfast.formats.lora import save_lora
 from fluxfast.model.lora import lora_layers
 from fluxfast.optim import eval_weights
@@ -181,6 +183,21 @@ def _save_formats(run: Training, path: Path, meta: dict[str, str], tensors=None)
     for index, form in enumerate(dict.fromkeys(save.formats)):
         file = path.with_stem(f"{path.stem}_{form}") if index else path
         save_lora(run.model, file, form, dtype=save.dtype, metadata=meta, tensors=tensors)
+
+
+def move_aside(run_dir: Path) -> None:
+    """Rename an existing run to NAME.1, NAME.2, …: nothing is deleted."""
+    number = 1
+    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    try:
+        os.rename(run_dir, target)
+    except OSError:
+        shutil.move(run_dir, target)
+    log.info(f"the earlier run is kept as {target}")
+    checked = target / CHECK_FILE  # what the next run may be configured with
+    if checked.is_file():
+        write_atomic(run_dir / CHECK_FILE, checked.read_bytes())
 
 
 def lora_file(config: Config, folder: Path) -> Path:

@@ -41,6 +41,7 @@ class Training:
     loader: Loader
     ahead: Ahead | None = None
     ranks: Ranks = ALONE
+    done: int = 0  # steps of the run; 0 before this process has taken one
     updating: bool = False  # whether the optimizer has begun a step and not ended it
     graphs: Graphs = field(init=False)
 

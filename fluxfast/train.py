@@ -2,15 +2,11 @@
 
 import gc
 import logging
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from fluxfast.assemble import bucket_shapes
-from fluxfast.build import build, check_loras
 from fluxfast.checkpoint import checkpoints
 from fluxfast.config import Config, dump_config
 from fluxfast.data.loader import Loader
@@ -18,7 +14,6 @@ from fluxfast.data.store import CacheDamaged
 from fluxfast.diagnose import diagnose
 from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.files import (
-    CHECK_FILE,
     check_no_links,
     drop_partials,
     sole_user,
@@ -38,7 +33,8 @@ from fluxfast.planning import plan_run, run_lines
 from fluxfast.prepare import prepare, resolve_parts
 from fluxfast.ranks import Ranks, attempt, joined
 from fluxfast.report import write_report
-from fluxfast.saves import Saves, lora_file, save_best
+from fluxfast.saves import Saves, lora_file, move_aside, save_best
+from fluxfast.setup import bucket_shapes, build, check_loras
 from fluxfast.step import Training, train_step
 from fluxfast.watch import Watch
 
@@ -58,22 +54,17 @@ def train(config: Config, *, restart: bool = False) -> Path:
         ranks.share(config.train.batch_size)  # said before anything is done
         ranks.check_same("their configuration", dump_config(config))
         if ranks.first:
-            if restart and attempt() == 0:  # or what was trained before would be moved aside too
-                _make_room(config)
+            # not at a later attempt of torchrun: what was trained before would be moved aside too
+            if restart and attempt() == 0 and config.run_dir.exists():
+                resolve_parts(config.model, resolve_device(config.device))  # another can begin
+                check_loras(config, fresh=True)
+                with sole_user(config.run_dir):
+                    move_aside(config.run_dir)
             held.enter_context(sole_user(config.run_dir))
         ranks.wait()
         path = _with_cache_mended(config, ranks)
         ranks.wait()  # until rank 0 has written everything
         return path
-
-
-def _make_room(config: Config) -> None:
-    """Move an earlier run aside, once it is known that another can begin."""
-    if config.run_dir.exists():
-        resolve_parts(config.model, resolve_device(config.device))
-        check_loras(config, fresh=True)
-        with sole_user(config.run_dir):
-            _move_aside(config.run_dir)
 
 
 def _with_cache_mended(config: Config, ranks: Ranks) -> Path:
@@ -126,29 +117,29 @@ def _train(config: Config, ranks: Ranks) -> Path:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # not in a gradient pass, which takes leaner policies and goes on
+        # not in a gradient pass, which takes cheaper policies and goes on
         first_line = str(error).splitlines()[0]
         raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
     if ranks.first:
         step, path = saves.publish()
-        told = ""
+        report = ""
         with warn_on_disk_error():
-            told = f", the report {write_report(config.run_dir)}"
-        log.info(f"{step} steps done; the LoRA is {path}{told}")
+            report = f", the report {write_report(config.run_dir)}"
+        log.info(f"{step} steps done; the LoRA is {path}{report}")
     return lora_file(config, config.run_dir)
 
 
 def _check_fits(model: Flux, batch: Batch) -> None:
     """The cached encodings and the transformer must belong together."""
     spec = model.spec
-    for what, got, needed in (
+    for name, got, needed in (
         ("T5 states", batch.t5.shape[-1], spec.context_in_dim),
         ("pooled CLIP states", batch.pooled.shape[-1], spec.vec_in_dim),
         ("packed latents", 4 * batch.mean.shape[1], spec.in_channels),
     ):
         if got != needed:
             raise FluxfastError(
-                f"the encoders do not belong to this transformer: {what} are "
+                f"the encoders do not belong to this transformer: {name} are "
                 f"{got} wide, it takes {needed}",
                 hint="model.encoders must name the pipeline folder that the transformer came with",
             )
@@ -161,13 +152,14 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
     steps, accumulation = run.config.train.steps, run.config.train.gradient_accumulation
     batches = run.loader.iterate(first * accumulation, steps * accumulation)
     set_mode(run.optimizer, training=True)
+    spill = SpillWatch(lambda: run.device.type == "cuda" and card_is_full(run.device))
     run_log = RunLog(
         run.config.run_dir,
         first,
         steps,
         run.config.log_every,
         run.device,
-        _judge_speed(run),
+        partial(_judge_speed, run, spill),
         logged,
         run.config.train.max_bad_steps,
         writes=run.ranks.first,
@@ -177,21 +169,21 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
     if first < steps:
         run.memory.capture()
 
-    def kept(done: int) -> dict:
+    def state(done: int) -> dict:
         return {**run_log.state(), **watch.state(done)}
 
-    with run_log, stop_on_signals() as stop, _saved_where_memory_ends(run, saves, kept) as progress:
+    with run_log, stop_on_signals() as stop, _saved_on_error(run, saves, state):
         for step in range(first, steps):
             window = [next(batches) for _ in range(accumulation)]
             loss, norm, bad, lr = train_step(run, window, step)
-            progress.done = done = step + 1
+            run.done = done = step + 1
             epoch = step * accumulation // run.loader.batches_per_epoch
             run_log.step(done, loss, norm, bad, lr, epoch)
             stopping = run.ranks.any(stop.is_set()) and done < steps
             if stopping or done == steps:
-                saves.save(run, done, kept(done))
+                saves.save(run, done, state(done))
             elif saves.due(done):
-                saves.try_to_save(run, done, kept(done), saves.next_due(done))
+                saves.try_to_save(run, done, state(done), saves.next_due(done))
             if stopping:
                 run.ranks.wait()  # for the save, and for this rank's part in what GPUs still sum
                 raise Stopped(done, steps)
@@ -200,57 +192,45 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
                     _look(run, watch, done)
 
 
-def _judge_speed(run: Training) -> Callable[[float | None], None]:
-    """What is called with the seconds of every logging interval (None: of the first, which is not
-    timed), and ends a run whose memory spills.
+def _judge_speed(run: Training, spill: SpillWatch, seconds: float | None) -> None:
+    """Raises MemorySpills where a logging interval of so many seconds (None: the first, which is
+    not timed) is one slow interval too many.
     """
-    judged = [0]  # how often policies had changed when intervals were last judged
-    spill = SpillWatch(lambda: run.device.type == "cuda" and card_is_full(run.device))
-
-    def judge(seconds: float | None) -> None:
-        expected = run.memory.take_expected()
-        if judged[0] != run.memory.changes:
-            judged[0] = run.memory.changes
-            spill.restart()
-            return
-        if seconds is not None:
-            spill.interval(seconds, expected)
-
-    return judge
-
-
-@dataclass
-class _Progress:
-    done: int = 0
+    expected, changed = run.memory.take_expected()
+    if changed:
+        spill.restart()
+    elif seconds is not None:
+        spill.interval(seconds, expected)
 
 
 @contextmanager
-def _saved_where_memory_ends(run: Training, saves: Saves, kept: Callable[[int], dict]):
-    """Where memory runs out or spills, the cache is damaged or another rank has ended, what was
-    trained so far is saved before the error goes on, unless it is an optimiser's step that was cut
-    short. Not where a GPU waits for the rank that has ended: it cannot be read any more."""
-    progress = _Progress()
+def _saved_on_error(run: Training, saves: Saves, state: Callable[[int], dict]) -> Iterator[None]:
+    """Where memory runs out or spills, the cache is damaged or another rank has ended, saves what
+    was trained so far before the error goes on, unless an optimizer's step was cut short. Not where
+    a GPU waits for the rank that has ended: it cannot be read any more. state: of the log, after so
+    many steps.
+    """
     try:
-        yield progress
+        yield
     except NotFinite as error:
-        raise _explained(error, run, saves, kept) from None
+        raise _explained(error, run, saves, state) from None
     except (RuntimeError, FluxfastError) as error:
         ended = isinstance(error, MemorySpills | MemoryExhausted | CacheDamaged)
         ended = ended or is_out_of_memory(error)
         ended = ended or (isinstance(error, LostRank) and run.device.type == "cpu")
-        if ended and not run.updating and progress.done:
+        if ended and not run.updating and run.done:
             run.graphs.drop()
-            saves.try_to_save(run, progress.done, kept(progress.done))
+            saves.try_to_save(run, run.done, state(run.done))
         raise
 
 
 def _explained(
-    error: NotFinite, run: Training, saves: Saves, kept: Callable[[int], dict]
+    error: NotFinite, run: Training, saves: Saves, state: Callable[[int], dict]
 ) -> FluxfastError:
-    """Saves the state after the last good step, unless it is on the disk or the optimiser moved it
+    """Saves the state after the last good step, unless it is on the disk or the optimizer moved it
     since, and says why the first bad step was bad, in RUN/diagnosis.txt too."""
-    told = run.ranks.told(diagnose(run, error.first))
-    lines = list(dict.fromkeys(line for lines in told for line in lines)) or [
+    found = run.ranks.told(diagnose(run, error.first))
+    lines = list(dict.fromkeys(line for lines in found for line in lines)) or [
         f"step {error.first}: taken again, sample by sample and without graphs, everything is "
         "finite"
     ]
@@ -260,7 +240,7 @@ def _explained(
     saved = saves.newest[0] if saves.newest else 0
     if error.good > saved and skips_exactly(run.optimizer, run.device):
         with suppress(FluxfastError):  # of weights that are not finite: so the lines say
-            saves.try_to_save(run, error.good, {**kept(error.good), "bad": 0})
+            saves.try_to_save(run, error.good, {**state(error.good), "bad": 0})
     return FluxfastError(
         f"{error.message}: {'; '.join(lines)}",
         hint="take the picture out, lower train.lr, or set model.compute to fp32; the same command "
@@ -273,33 +253,12 @@ def _look(run: Training, watch: Watch, done: int) -> None:
     looks, the others wait.
     """
     if run.ranks.first:
-        _look_alone(run, watch, done)
+        graphs_gone = run.memory.without_graphs(again=done < run.config.train.steps)
+        with eval_weights(run.optimizer, run.parameters), graphs_gone:
+            set_assisted(run.model, False)
+            row = watch.look(done)
+            set_assisted(run.model, True)
+            if row is not None:
+                with warn_on_disk_error():
+                    save_best(run, done, row.loss)
     run.ranks.wait()
-
-
-def _look_alone(run: Training, watch: Watch, done: int) -> None:
-    again = done < run.config.train.steps
-    with eval_weights(run.optimizer, run.parameters), run.memory.without_graphs(again=again):
-        set_assisted(run.model, False)
-        row = watch.look(done)
-        set_assisted(run.model, True)
-        if row is not None:
-            with warn_on_disk_error():
-                save_best(run, done, row.loss)
-
-
-def _move_aside(run_dir: Path) -> None:
-    """Rename an existing run to NAME.1, NAME.2, …: nothing is deleted."""
-    if not run_dir.exists():
-        return
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    try:
-        os.rename(run_dir, target)
-    except OSError:
-        shutil.move(run_dir, target)
-    log.info(f"the earlier run is kept as {target}")
-    checked = target / CHECK_FILE  # what the next run may be configured with
-    if checked.is_file():
-        write_atomic(run_dir / CHECK_FILE, checked.read_bytes())

@@ -81,10 +81,9 @@ fluxfast.report          plots validation settings files
 fluxfast.prepare         data.cache data.captions data.store encoders.components formats.base_folder hub load model.spec config terminal validation files errors ranks
 fluxfast.generate        sample prepare load encoders.text formats.lora config
 fluxfast.watch           preview validation plots prepare model.* config files
-fluxfast.assemble        ahead data.loader memory.plan memory.runtime memory.work model.flux optim step config errors ranks
-fluxfast.build           assemble checkpoint data.loader formats.lora formats.lora_write hub load memory.plan terminal model.* step config ranks
+fluxfast.setup           ahead checkpoint data.loader formats.lora formats.lora_write hub load memory.plan memory.runtime memory.work model.* optim terminal step config errors ranks
 fluxfast.saves           checkpoint formats.lora model.* optim resume step config files errors
-fluxfast.train           assemble build checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* objective optim planning prepare report saves step watch ranks
+fluxfast.train           setup checkpoint config data.loader data.store diagnose errors files interrupt load memory.runtime memory.spill metrics model.* objective optim planning prepare report saves step watch ranks
 fluxfast.layer_errors    model.* fluxfast_kernels.gemm.linear
 fluxfast.check           config checkpoint data.loader data.store draws errors files formats.base layer_errors load terminal model.* objective prepare resume settings
 fluxfast.doctor          load model.precision fluxfast_kernels.quant.native

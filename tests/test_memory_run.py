@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 import fluxfast.step
 import fluxfast.train
 from fluxfast.ahead import Ahead
-from fluxfast.assemble import bucket_shapes
-from fluxfast.build import build
 from fluxfast.data.loader import Loader
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.memory.fitting import make_plan
@@ -24,6 +22,7 @@ from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.planning import plan_run
 from fluxfast.prepare import prepare
+from fluxfast.setup import bucket_shapes, build
 from fluxfast.step import train_step
 from fluxfast.train import train
 

@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file
 
 import fluxfast.train
-from fluxfast.build import build
 from fluxfast.checkpoint import checkpoints, read_state
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
@@ -23,6 +22,7 @@ from fluxfast.diagnose import diagnose
 from fluxfast.errors import FluxfastError
 from fluxfast.metrics import NotFinite, RunLog
 from fluxfast.prepare import prepare
+from fluxfast.setup import build
 from fluxfast.step import Training, train_step
 from fluxfast.train import train
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from small import noise_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fluxfast.build import build
 from fluxfast.config import Config, load_config
 from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.load import resolve_device
 from fluxfast.metrics import RunLog
 from fluxfast.prepare import prepare
+from fluxfast.setup import build
 from fluxfast.step import train_step
 from fluxfast.train import train
 

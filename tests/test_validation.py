@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small import noise_pictures
 
-from fluxfast.build import build
 from fluxfast.config import build_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
 from fluxfast.prepare import prepare
+from fluxfast.setup import build
 from fluxfast.train import train
 from fluxfast.validation import (
     Validation,

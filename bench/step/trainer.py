@@ -29,12 +29,12 @@ from bench.step.settings import (
     Cycle,
     Settings,
 )
-from fluxfast.assemble import assemble, bucket_shapes
 from fluxfast.memory.fitting import DoesNotFit, plan_on
 from fluxfast.memory.plan import GIB, MARGIN, Plan, Request
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.objective import Batch as EncodedBatch
 from fluxfast.objective import Inputs, image_ids, text_ids
+from fluxfast.setup import assemble, bucket_shapes
 from fluxfast.step import graph_key, train_step
 
 ENDLESS = 10**6  # steps that a run is said to have

@@ -73,7 +73,7 @@ class MemoryRuntime:
     ):
         self.model, self.plan, self.policies = model, plan, dict(policies)
         self.device = device
-        self.changes = 0  # how often policies became leaner
+        self._changed = False  # whether policies became cheaper since `take_expected`
         self._tried_again: set[str] = set()
         self.graphs: Graphs | None = None
         self._examples: Callable[[], Mapping[Hashable, Inputs]] = dict
@@ -141,10 +141,13 @@ class MemoryRuntime:
         self._label = label
         self.expected += 1.0 if self.plan is None else self.plan.buckets[label].seconds
 
-    def take_expected(self) -> float:
-        """What was predicted since the last call, in seconds; without a plan a count."""
+    def take_expected(self) -> tuple[float, bool]:
+        """What was predicted since the last call, in seconds (without a plan a count of passes),
+        and whether policies became cheaper since.
+        """
         expected, self.expected = self.expected, 0.0
-        return expected
+        changed, self._changed = self._changed, False
+        return expected, changed
 
     def use(self, label: str) -> None:
         """The next pass is one of this bucket's."""
@@ -222,7 +225,7 @@ class MemoryRuntime:
                 self._engine.abandon()
             return
         self.policies[label] = policies
-        self.changes += 1
+        self._changed = True
         if self._engine is not None:
             self._engine.abandon()
         self._prepare(label)

@@ -1,0 +1,184 @@
+"""What a run trains with: the frozen model and its LoRA, from files, and around them the optimizer,
+the moving average, memory as planned, the modulation of coming samples.
+
+`assemble` runs with torch and triton alone: of the configuration and the loader only the types are
+named here, and what reads files is imported inside `build`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fluxfast.ahead import Ahead
+from fluxfast.errors import ConfigError
+from fluxfast.memory.plan import Plan
+from fluxfast.memory.runtime import MemoryRuntime
+from fluxfast.memory.work import Shape
+from fluxfast.model.flux import Flux
+from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.precision import linears, multiplies_in_8_bits
+from fluxfast.optim import Ema, build_optimizer, flat_gradients
+from fluxfast.ranks import ALONE, Ranks
+from fluxfast.step import Training
+
+if TYPE_CHECKING:
+    from fluxfast.config import Config
+    from fluxfast.data.loader import Loader
+    from fluxfast.load import ResolvedModel
+
+log = logging.getLogger(__name__)
+
+
+def check_loras(config: Config, fresh: bool) -> None:
+    """Raise FluxfastError where a LoRA file that the run needs cannot be read: before pictures are
+    encoded. fresh: the run starts at step 0, from `lora.init_from` where there is one.
+    """
+    from fluxfast.formats.lora import read_lora
+    from fluxfast.hub import fetch_lora
+
+    if config.model.assistant_lora:
+        read_lora(fetch_lora(config.model.assistant_lora))
+    if config.lora.init_from and fresh:
+        read_lora(config.lora.init_from)
+
+
+def build(
+    config: Config,
+    resolved: ResolvedModel,
+    loader: Loader,
+    device: torch.device,
+    plan: Plan | None = None,
+    ranks: Ranks = ALONE,
+) -> Training:
+    """The frozen model with its LoRA, and everything that trains it as planned."""
+    from fluxfast.checkpoint import checkpoints
+    from fluxfast.formats.lora import init_lora, load_assistant, lora_of
+    from fluxfast.formats.lora_write import to_state
+    from fluxfast.hub import fetch_lora
+    from fluxfast.load import load_resolved
+    from fluxfast.terminal import spinner
+
+    assistant = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
+    with spinner("loading the transformer"):
+        model = load_resolved(resolved, device, double_quant=config.model.double_quant)
+    lora = config.lora
+    parameters = inject_lora(model, **lora.model_dump(exclude={"init_from"}), seed=config.seed)
+    if lora.init_from and not checkpoints(config.run_dir):
+        init_lora(model, lora.init_from)
+        log.info(f"starting from {lora.init_from}")
+    if "xlabs" in config.save.formats:  # it cannot hold everything: an error now, not at the end
+        to_state(lora_of(model), "xlabs")
+    if assistant:
+        load_assistant(model, assistant)
+        log.info(f"{config.model.assistant_lora} assists in training, not in previews and files")
+    if lora.dropout:
+        log.warning("note: LoRA dropout takes the path that is not fused: slower, more memory")
+    model.train()
+    trained = sum(p.numel() for p in parameters)
+    log.info(
+        f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
+        f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}"
+    )
+    return assemble(config, model, parameters, loader, device, plan, ranks)
+
+
+def _precision(model: Flux) -> str:
+    """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
+    layers = {name: model.get_submodule(name) for name in linears(model.spec)}
+    blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
+    coded = [layer for layer in blocks if layer.products]
+    stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]
+    dtype = "fp32" if model.compute_dtype == torch.float32 else "bf16"
+    if not coded:
+        return f"base in {stored}, computed in {dtype}"
+    line = f"base in {stored}, {coded[0].products} products, activations in {dtype}"
+    rotated = sum(layer.rotation > 0 for layer in layers.values())
+    line += f", {rotated} {'layer' if rotated == 1 else 'layers'} rotated" if rotated else ""
+    dense = [layer for layer in blocks if not layer.products]
+    return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
+
+
+def bucket_labels(loader: Loader) -> dict[int, str]:
+    """Image tokens of a sample -> the name of the buckets of so many: the first one's size."""
+    labels: dict[int, str] = {}
+    for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
+        labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
+    return labels
+
+
+def bucket_shapes(loader: Loader) -> dict[str, Shape]:
+    """Label -> shape of this process's share of a batch."""
+    return {
+        label: Shape(len(loader.places), tokens, loader.text_length)
+        for tokens, label in bucket_labels(loader).items()
+    }
+
+
+def assemble(
+    config: Config,
+    model: Flux,
+    parameters: list[nn.Parameter],
+    loader: Loader,
+    device: torch.device,
+    plan: Plan | None = None,
+    ranks: Ranks = ALONE,
+) -> Training:
+    """Everything that trains a model with its LoRA. parameters: as `inject_lora` returns them."""
+    labels = bucket_labels(loader)
+    memory = MemoryRuntime(model, plan, _policies(config, model, labels, plan), device)
+    run = Training(
+        config,
+        device,
+        model,
+        parameters,
+        gradients=flat_gradients(parameters),
+        optimizer=build_optimizer(config.train, parameters),
+        ema=Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None,
+        memory=memory,
+        labels=labels,
+        loader=loader,
+        ranks=ranks,
+    )
+    memory.attach(run.optimizer)
+    run.graphs = memory.make_graphs(
+        run.gradient_pass,
+        run.gradients,
+        run.examples,
+        lora_dropout=config.lora.dropout > 0,
+        wanted=config.memory.graphs,
+    )
+    if _forms_ahead(config, model, plan):
+        run.ahead = Ahead(model, loader, config, device)
+    return run
+
+
+def _policies(
+    config: Config, model: Flux, labels: dict[int, str], plan: Plan | None
+) -> dict[str, tuple[str, ...]]:
+    """Bucket -> policy per block: the plan's, else the configured one for all."""
+    if plan is not None:
+        return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
+    memory = config.memory
+    if "host" in (memory.modulation, memory.optimizer_state) or memory.policy == "offload":
+        raise ConfigError(
+            "memory: what goes to the host is planned, and on a CPU there is no plan",
+            hint="set memory.limit_gib to try one",
+        )
+    word = "keep" if memory.policy == "auto" else memory.policy
+    return {label: (word,) * len(model.policies) for label in labels.values()}
+
+
+def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:
+    if plan is not None:
+        return plan.modulation != "in_place"
+    trained = any(layer.trains() for layer in model.modulation_linears())
+    if trained and config.memory.modulation == "ahead":
+        raise ConfigError(
+            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
+        )
+    return not trained and config.memory.modulation != "in_place"
