@@ -145,18 +145,18 @@ def _run_model(
         model, **config.lora.model_dump(exclude={"init_from"}), seed=config.seed
     )
     step = _set_lora(setting, model, parameters)
-    # the probed path keeps more than the fused one, so it always computes blocks twice
+    # with hooks the model keeps more than with fused ops, so it always computes blocks twice
     model.policies = ["replay"] * len(model.policies)
     model.train()
     layers = {name: model.get_submodule(name) for name in names}
     capture = _Capture(config.seed, max(1, ROWS // count))
     run = (setting, model, loader, count, capture)
     with _progress("running batches", 2 * count) as advance:
-        for name, layer in layers.items():
-            layer.probe = capture.probe(name)
+        hooks = [layer.register_forward_hook(capture.hook(name)) for name, layer in layers.items()]
         true = _gradients(*run, advance)
-        for layer in layers.values():
-            layer.probe, layer.products = None, setting.model.matmul
+        for hook, layer in zip(hooks, layers.values(), strict=True):
+            hook.remove()
+            layer.matmul = setting.model.matmul
         coded = _gradients(*run, advance)
     return capture.rows(), {name: _cosine(true[name], coded[name]) for name in true}, step
 
@@ -219,7 +219,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 class _Capture:
-    """Collects rows of x and dY of probed layers: the same tokens of both, fp32 on the CPU."""
+    """Collects rows of x and dY of layers: the same tokens of both, fp32 on the CPU."""
 
     def __init__(self, seed: int, count: int):
         self.seed, self.count = seed, count  # rows of a layer and batch
@@ -228,21 +228,21 @@ class _Capture:
         self._dy: dict[str, list[Tensor]] = {}
         self._seen: set[tuple[str, int]] = set()
 
-    def probe(self, name: str) -> Callable:
-        """What a `LoRALinear.probe` is set to."""
+    def hook(self, name: str) -> Callable:
+        """A forward hook of the layer `name`."""
 
-        def see(x: Tensor):
+        def see(_: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
             if (name, self.batch) in self._seen:
-                return None  # the block is computed again, for its backward
+                return  # the block is computed again, for its backward
             self._seen.add((name, self.batch))
+            (x,) = inputs
             flat = x.detach().flatten(0, -2)
             order = draws.permutation(self.seed, f"check/{name}", self.batch, len(flat))
             tokens = torch.tensor(order[: self.count], device=x.device)
             self._x.setdefault(name, []).append(flat[tokens].float().cpu())
-            if not x.requires_grad:
-                return None  # there is no dx to get wrong
-            kept = self._dy.setdefault(name, [])
-            return lambda dy: kept.append(dy.flatten(0, -2)[tokens].float().cpu())
+            if x.requires_grad:  # else there is no dx to get wrong
+                rows = self._dy.setdefault(name, [])
+                y.register_hook(lambda dy: rows.append(dy.flatten(0, -2)[tokens].float().cpu()))
 
         return see
 

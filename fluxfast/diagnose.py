@@ -5,6 +5,7 @@ Draws are functions of the step, so it is the same step. What an op does inside 
 what it gives.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +44,7 @@ def diagnose(run: Training, step: int) -> list[str]:
 
 def _broken_weights(run: Training) -> list[str]:
     tensors = [*run.model.named_parameters(), *run.model.named_buffers()]
-    names = [name for name, tensor in tensors if not _finite(tensor)]
+    names = [_without_update(name) for name, tensor in tensors if not _finite(tensor)]
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -99,7 +100,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         tensors = [*run.model.named_parameters(), *run.model.named_buffers()]
         self._owner = {
-            tensor.data_ptr(): name.rpartition(".")[0]
+            tensor.data_ptr(): _without_update(name).rpartition(".")[0]
             for name, tensor in tensors
             if tensor.numel() and tensor.device == run.device
         }
@@ -130,6 +131,11 @@ def _computes(func) -> bool:
     """
     views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
     return not views and not func.name().partition("::")[2].startswith(("empty", "new_empty"))
+
+
+def _without_update(name: str) -> str:
+    """A parameter's name, the layer's own: qkv.lora_A for qkv.updates.0.lora_A."""
+    return re.sub(r"\.updates\.\d+", "", name)
 
 
 def _finite(tensor: Tensor | None) -> bool:

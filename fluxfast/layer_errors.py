@@ -18,7 +18,7 @@ import torch
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from torch import Tensor
 
-from fluxfast.model.linear import LoRALinear
+from fluxfast.model.frozen_linear import FrozenLinear
 from fluxfast.model.precision import Precision, input_widths, rotation_of
 from fluxfast.model.spec import FluxSpec
 
@@ -106,18 +106,17 @@ def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
     parts side by side, each with scales of its own.
     """
     N, K = weight.shape
-    layer = LoRALinear(K, N)
-    layer.rotation = way.rotation
+    layer = FrozenLinear(K, N)
+    layer.matmul, layer.rotation = way.matmul, way.rotation
     layer.set_weight(weight, way.storage, nested)
-    update = (None, None, [], 1.0)
-    how = {"products": way.matmul, "rotation": way.rotation}
+    update, options = (None, None, [], 1.0), layer.matmul_options()
     xs = x[None].to(dtype).split(input_widths(name, spec), -1)
-    (y,) = linear_forward(xs, layer.frozen(), None, *update, **how)
+    (y,) = linear_forward(xs, layer.weight_tensors(), None, *update, **options)
     if dy is None:
         return y[0], None
     qkv = 3 * spec.hidden_size
     dys = dy[None].to(dtype).split((qkv, N - qkv) if name.endswith("linear1") else (N,), -1)
-    dxs, _, _ = linear_backward(dys, xs, layer.frozen(), *update, True, **how)
+    dxs, _, _ = linear_backward(dys, xs, layer.weight_tensors(), *update, True, **options)
     return y[0], torch.cat(dxs, -1)[0]
 
 

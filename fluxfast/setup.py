@@ -91,15 +91,15 @@ def _precision(model: Flux) -> str:
     """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
     layers = {name: model.get_submodule(name) for name in linears(model.spec)}
     blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
-    coded = [layer for layer in blocks if layer.products]
+    coded = [layer for layer in blocks if layer.matmul]
     stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]
     dtype = "fp32" if model.compute_dtype == torch.float32 else "bf16"
     if not coded:
         return f"base in {stored}, computed in {dtype}"
-    line = f"base in {stored}, {coded[0].products} products, activations in {dtype}"
+    line = f"base in {stored}, {coded[0].matmul} products, activations in {dtype}"
     rotated = sum(layer.rotation > 0 for layer in layers.values())
     line += f", {rotated} {'layer' if rotated == 1 else 'layers'} rotated" if rotated else ""
-    dense = [layer for layer in blocks if not layer.products]
+    dense = [layer for layer in blocks if not layer.matmul]
     return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
 
 

@@ -59,7 +59,7 @@ fluxfast.resume          config errors
 fluxfast.formats.*       formats.* model.* files errors fluxfast_kernels.*
 fluxfast.checkpoint      formats.container tree files errors
 fluxfast.load            formats.base model.* errors ranks
-fluxfast.encoders.*      encoders.* formats.base_8bit formats.opened model.linear hub errors
+fluxfast.encoders.*      encoders.* formats.base_8bit formats.opened model.frozen_linear hub errors
 fluxfast.data.buckets    errors
 fluxfast.data.images     errors
 fluxfast.data.reading    errors

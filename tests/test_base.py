@@ -275,7 +275,7 @@ def test_nf4_is_bitsandbytes(diffusers_folder, tensors, nested):
         assert torch.equal(layer.packed, packed)
         assert (layer.nested_absmax is not None) is nested
         theirs = bnb.dequantize_4bit(packed, state)
-        torch.testing.assert_close(layer.dense(torch.float32), theirs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.dequantize(torch.float32), theirs, rtol=0, atol=1e-6)
         assert torch.equal(model.state_dict()[f"{name}.bias"], tensors[f"{name}.bias"])
 
 
@@ -312,7 +312,7 @@ def test_layers_and_activations_reach_the_model(diffusers_folder):
     assert model.single_blocks[1].linear2.rotation == 64
     assert model.single_blocks[1].linear1.storage() == "int8"
     dense = model.double_blocks[0].txt_mlp[0]
-    assert (dense.storage(), dense.products) == ("bf16", "")
+    assert (dense.storage(), dense.matmul) == ("bf16", "")
     with pytest.raises(ConfigError, match="matches no linear"):
         load(diffusers_folder / "whole", compute="int8", layers={"linear3": "bf16"})
 

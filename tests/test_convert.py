@@ -367,7 +367,7 @@ def run_theirs(theirs, x):
 
 def wide_lora(ours, share_a: bool, targets: str):
     for layer in lora_layers(ours).values():
-        layer.lora_A = layer.lora_B = None
+        layer.remove_lora()
     inject_lora(ours, 2, 3.0, targets, share_a=share_a)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -37,8 +37,8 @@ from fluxfast.memory.cost import (
     total_seconds,
 )
 from fluxfast.model.flux import random_flux
-from fluxfast.model.linear import DropoutClock
 from fluxfast.model.lora import inject_lora
+from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.precision import linears
 from fluxfast.model.spec import DEV
 
@@ -236,11 +236,10 @@ class Traffic(TorchDispatchMode):
 
 
 def test_a_dropout_mask_costs_its_random_bits():
-    layer = random_flux(SMALL).double_blocks[0].img_mlp[0]
-    layer.clock, layer.dropout = DropoutClock(), 0.1
+    dropout = LoRADropout(0.1, "", DropoutClock())
     x = torch.zeros(1, 256, 64, dtype=torch.bfloat16)
     with Traffic() as traffic:
-        layer.dropout_mask(x, (0,))
+        dropout.mask(x, (0,))
     assert traffic.bytes / x.numel() == pytest.approx(cost.MASK_BYTES + 3 * 2, rel=0.1)
     assert traffic.calls == pytest.approx(cost.MASK_LAUNCHES, rel=0.15)
 

@@ -12,7 +12,7 @@ from fluxfast.config import TrainConfig
 from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.timeline import aligned
-from fluxfast.model.linear import LoRALinear
+from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.optim import build_optimizer, set_mode
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
@@ -258,18 +258,18 @@ MIXED = ["nf4", "fp32", "int8", "bf16", "fp8", "nf4", "int8"]
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_products_of_borrowed_weights_are_the_same_bits(nested):
+def test_products_of_fetched_weights_are_the_same_bits(nested):
     model = layers(MIXED, nested)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
-    expected = [product(x, layer.frozen(), layer) for layer in model]
-    nbytes = [sum(aligned(t.nbytes) for t in layer.frozen()) for layer in model]
+    expected = [product(x, layer.weight_tensors(), layer) for layer in model]
+    nbytes = [sum(aligned(t.nbytes) for t in layer.weight_tensors()) for layer in model]
     copies = Ordered()
     weights = WeightsOnHost(model, copies)
     assert weights.host_bytes == sum(nbytes) and copies.host == [sum(nbytes)]
     in_turn = [*range(7)] * 2
     out_of_turn = [3, 2, 2, 0, 6, 0, 1, 5, 4, 3, 3, 6]
     for index in in_turn + out_of_turn:
-        frozen = weights.borrow(model[index])
+        frozen = weights.fetch(model[index])
         for tensor in frozen:
             copies.touch("compute", tensor, write=False)
         assert torch.equal(product(x, frozen, model[index]), expected[index])
@@ -282,15 +282,15 @@ def test_in_turn_a_layer_is_there_before_it_is_asked_for():
     largest = max(layer.weight.nbytes for layer in model)
     copies = SimulatedCopies(largest / 1.0)  # at most a second a layer
     weights = WeightsOnHost(model, copies)
-    weights.borrow(model[0])
+    weights.fetch(model[0])
     copies.advance(2.0)
     for layer in [*model[1:], *model[:2]]:
         before = copies.now
-        weights.borrow(layer)
+        weights.fetch(layer)
         assert copies.now == before
         copies.advance(2.0)
     before = copies.now
-    weights.borrow(model[4])  # not the next
+    weights.fetch(model[4])  # not the next
     assert copies.now > before
 
 
@@ -301,7 +301,7 @@ def test_few_layers_stay(count):
     originals = [layer.weight.clone() for layer in model]
     for turn in range(3):
         for layer, original in zip(model, originals, strict=True):
-            assert torch.equal(weights.borrow(layer)[0], original)
+            assert torch.equal(weights.fetch(layer)[0], original)
         if turn == 0:
             loaded = copies.now
     assert copies.now == loaded and len(originals) == count
@@ -311,12 +311,12 @@ def test_layers_keep_their_form_on_the_host():
     """dtypes, shapes and strides: also of a weight that is stored by columns."""
     model = layers(["fp32", "fp8"])
     model[0].weight = model[0].weight.t().contiguous().t()
-    before = [[t.clone() for t in layer.frozen()] for layer in model]
+    before = [[t.clone() for t in layer.weight_tensors()] for layer in model]
     weights = WeightsOnHost(model, SimulatedCopies())
     for layer, tensors in zip(model, before, strict=True):
-        lent = weights.borrow(layer)
+        fetched = weights.fetch(layer)
         here = [t for name, t in layer.named_buffers() if name != "bias"]
-        for a, b, c in zip(tensors, lent, here, strict=True):
+        for a, b, c in zip(tensors, fetched, here, strict=True):
             assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
             assert (
                 torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -352,12 +352,12 @@ def test_cuda_steps_are_the_same_bits_and_free_memory(name):
 
 
 @pytest.mark.gpu
-def test_cuda_products_of_borrowed_weights_are_the_same_bits():
+def test_cuda_products_of_fetched_weights_are_the_same_bits():
     model = layers(MIXED, device="cuda")
     x = torch.randn(3, 128, device="cuda", dtype=torch.bfloat16)
-    expected = [product(x, layer.frozen(), layer) for layer in model]
+    expected = [product(x, layer.weight_tensors(), layer) for layer in model]
     weights = WeightsOnHost(model, CudaCopies("cuda"))
     assert all(not t.is_cuda for layer in model for n, t in layer.named_buffers() if n != "bias")
     for index in [*range(7), *range(7), 3, 2, 2, 0, 6, 1]:
-        y = product(x, weights.borrow(model[index]), model[index])
+        y = product(x, weights.fetch(model[index]), model[index])
         assert torch.equal(y, expected[index])

@@ -11,7 +11,9 @@ from small import SMALL
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora import load_lora, save_lora
 from fluxfast.model.flux import random_flux
-from fluxfast.model.lora import inject_lora, lora_layers, select_targets
+from fluxfast.model.lora import fresh_update, inject_lora, lora_layers, select_targets
+from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
+from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.spec import DEV, FluxSpec
 
 
@@ -89,7 +91,7 @@ def test_alpha_and_strength_scale_the_update():
         layer = model.single_blocks[1].linear2
         torch.nn.init.constant_(layer.lora_B, 1e-4)
         deltas[alpha] = model(*x).detach() - base
-        assert layer.lora_scale == alpha / 4
+        assert layer.lora.scale == alpha / 4
     ratio = deltas[12.0].norm() / deltas[4.0].norm()
     assert abs(ratio - 3) < 0.01
 
@@ -104,7 +106,7 @@ def test_shared_a_is_kohyas_form():
     delta = layer.lora_B @ layer.lora_A
     x = torch.randn(2, 3, 64)
     with torch.no_grad():
-        update = layer(x) - torch.nn.functional.linear(x, layer.dense(x.dtype), layer.bias)
+        update = layer(x) - torch.nn.functional.linear(x, layer.dequantize(x.dtype), layer.bias)
     assert torch.allclose(update, x @ delta.T, atol=1e-5)
 
 
@@ -181,19 +183,18 @@ def test_dropout_is_a_function_of_the_sample():
 
 def test_strength_changed_before_backward_leaves_the_gradients():
     """As a look at the base model between the two does."""
-    from fluxfast.model.linear import DropoutClock, LoRALinear
 
     def gradients(strength_after: float) -> list[torch.Tensor]:
         torch.manual_seed(0)
         layer = LoRALinear(64, 32)
         layer.set_weight(torch.randn(32, 64))
-        parameters = layer.add_lora(4, 4.0, [[(0, 32)]])
+        layer.add_update(fresh_update(layer, 4, 4.0, [[(0, 32)]]))
         torch.nn.init.normal_(layer.lora_B)
-        layer.dropout, layer.clock = 0.3, DropoutClock()
-        layer.clock.indices = [0]
+        layer.lora.dropout = LoRADropout(0.3, "", DropoutClock())
+        layer.lora.dropout.clock.indices = [0]
         y = layer(torch.randn(1, 3, 64))
-        layer.lora_strength = strength_after
-        return list(torch.autograd.grad(y.sum(), parameters))
+        layer.lora.strength = strength_after
+        return list(torch.autograd.grad(y.sum(), list(layer.lora.parameters())))
 
     for kept, changed in zip(gradients(1.0), gradients(0.0), strict=True):
         assert torch.equal(kept, changed)
@@ -202,16 +203,14 @@ def test_strength_changed_before_backward_leaves_the_gradients():
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_of_the_layer_are_right(dropout):
     """Against autograd through the plain formula, in fp64."""
-    from fluxfast.model.linear import DropoutClock, LoRALinear
-
     layer = LoRALinear(6, 10)
     layer.weight = torch.randn(10, 6, dtype=torch.float64)
     layer.bias = torch.randn(10, dtype=torch.float64)
-    layer.add_lora(2, 3.0, [[(0, 4)], [(6, 9)]])
-    layer.lora_A = torch.nn.Parameter(layer.lora_A.double())
-    layer.lora_B = torch.nn.Parameter(torch.randn(7, 2, dtype=torch.float64))
-    layer.dropout, layer.dropout_stream, layer.clock = dropout, "x", DropoutClock(1)
-    layer.clock.indices = [4, 9]
+    layer.add_update(fresh_update(layer, 2, 3.0, [[(0, 4)], [(6, 9)]]).double())
+    torch.nn.init.normal_(layer.lora_B)
+    clock = DropoutClock(1)
+    clock.indices = [4, 9]
+    layer.lora.dropout = LoRADropout(dropout, "x", clock) if dropout else None
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, layer.lora_A, layer.lora_B))
 

@@ -39,8 +39,8 @@ def update(model) -> dict[str, torch.Tensor]:
     deltas = {}
     for name, layer in lora_layers(model).items():
         delta = torch.zeros(layer.out_features, layer.in_features)
-        for y_rows, b_rows, a_rows in layer.lora_slices():
-            delta[y_rows] = layer.lora_scale * (layer.lora_B[b_rows] @ layer.lora_A[a_rows])
+        for y_rows, b_rows, a_rows in layer.lora.slices():
+            delta[y_rows] = layer.lora.scale * (layer.lora_B[b_rows] @ layer.lora_A[a_rows])
         deltas[name] = delta.detach()
     return deltas
 
@@ -584,7 +584,7 @@ def test_saved_and_loaded(format, tmp_path):
             if format != "xlabs":
                 loaded = other.get_submodule(name)
                 assert loaded.lora_A.shape == layer.lora_A.shape, name
-                assert loaded.lora_parts == layer.lora_parts
+                assert loaded.lora.parts == layer.lora.parts
 
 
 def test_linears_outside_the_blocks_act(tmp_path):

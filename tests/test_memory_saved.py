@@ -205,7 +205,7 @@ def test_nested_scales_are_counted():
     model, work = built(WIDE, "attn", 4, storage="nf4", compute="bf16")
     for name in saved.modulation_names(work)[:3]:
         layer = model.get_submodule(name)
-        layer.set_weight(layer.dense(torch.float32), "nf4", nested=True)
+        layer.set_weight(layer.dequantize(torch.float32), "nf4", nested=True)
         truth = sum(buffer.nbytes for buffer in layer.buffers())
         assert saved.weight_bytes(work, name, double_quant=True) == truth
 

@@ -185,7 +185,7 @@ def test_lora_gradients_are_peft(case, targets, checkpointing, tmp_path):
 
 def parts_of(model, name, layer):
     parts = dict(zip(part_rows(name, model.spec), diffusers_parts(name), strict=True))
-    for y_rows, b_rows, a_rows in layer.lora_slices():
+    for y_rows, b_rows, a_rows in layer.lora.slices():
         yield parts[(y_rows.start, y_rows.stop)], b_rows, a_rows
 
 

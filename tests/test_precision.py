@@ -13,8 +13,8 @@ from test_lora import inputs, randomise
 from fluxfast.errors import ConfigError
 from fluxfast.load import choose_precision, multiplies_8_bits
 from fluxfast.model.flux import random_flux
-from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import inject_lora
+from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.names import block_linears
 from fluxfast.model.precision import (
     MATMULS,
@@ -206,7 +206,7 @@ def test_every_pair_runs(storage, compute, true):
     kept = random_flux(SMALL, storage, compute, seed=3)
     for name, precision in layer_precisions(SMALL, storage, compute).items():
         layer = kept.get_submodule(name)
-        found = Precision(layer.storage(), layer.products, layer.rotation)
+        found = Precision(layer.storage(), layer.matmul, layer.rotation)
         assert found == precision, name
     bound = max(BOUND[storage], BOUND[compute], 1e-6)
     for found, expected in zip(run(kept), true, strict=True):
@@ -227,16 +227,16 @@ def test_choices_are_set_on_the_layers(storage, true):
     layers = {"*.linear?": "rotate", "single_blocks.0.linear1": "bf16", "img_in": "8bit"}
     model = random_flux(SMALL, storage, "int8", seed=3, layers=layers)
     double, (first, second) = model.double_blocks[0], model.single_blocks
-    assert (second.linear1.products, second.linear1.rotation) == ("int8", 64)
-    assert (second.linear2.products, second.linear2.rotation) == ("int8", 64)
-    assert (first.linear1.products, first.linear1.rotation) == ("", 0)
+    assert (second.linear1.matmul, second.linear1.rotation) == ("int8", 64)
+    assert (second.linear2.matmul, second.linear2.rotation) == ("int8", 64)
+    assert (first.linear1.matmul, first.linear1.rotation) == ("", 0)
     assert first.linear1.storage() == ("fp32" if storage == "fp32" else "bf16")
-    assert (model.img_in.products, double.img_mod.lin.products) == ("int8", "")
-    assert (double.img_attn.qkv.products, double.img_attn.qkv.rotation) == ("int8", 0)
+    assert (model.img_in.matmul, double.img_mod.lin.matmul) == ("int8", "")
+    assert (double.img_attn.qkv.matmul, double.img_attn.qkv.rotation) == ("int8", 0)
     # kept rotated, and rotated back in `dense`
     bound = max(BOUND[storage], BOUND["int8"])
     plain = random_flux(SMALL, "fp32", "fp32", seed=3).single_blocks[1].linear2.weight
-    assert apart(second.linear2.dense(torch.float32), plain) < bound
+    assert apart(second.linear2.dequantize(torch.float32), plain) < bound
     for found, expected in zip(run(model), true, strict=True):
         assert apart(found, expected) < bound
 
@@ -248,7 +248,7 @@ def test_a_rotated_layer_computes_the_same():
     found = []
     for rotation in (0, 128):
         layer = LoRALinear(128, 48)
-        layer.products, layer.rotation = "int8", rotation
+        layer.matmul, layer.rotation = "int8", rotation
         layer.set_weight(weight, "fp32")
         x.requires_grad_()
         y = layer(x)
@@ -263,40 +263,43 @@ def test_an_input_width_that_nf4_does_not_take():
     spec = replace(SMALL, hidden_size=96, num_heads=3)
     model = random_flux(spec, "nf4", "int8")
     layer = model.double_blocks[0].img_attn.qkv
-    assert (layer.storage(), layer.products) == ("bf16", "int8")
+    assert (layer.storage(), layer.matmul) == ("bf16", "int8")
     wide = model.double_blocks[0].img_mlp[2]  # 4·96 = 6·64
-    assert (wide.storage(), wide.products) == ("nf4", "int8")
+    assert (wide.storage(), wide.matmul) == ("nf4", "int8")
 
 
-# ---------------------------------------------------------------- the probe
+# ---------------------------------------------------------------- hooks on a layer
 
 
 @pytest.mark.parametrize("compute", ["fp32", "int8"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_probe_sees_and_changes_nothing(compute, dropout):
-    """Results differ by the roundings that a fused op spares; without it they are the same bits."""
+def test_a_hook_sees_the_product_and_changes_nothing(compute, dropout):
+    """x and the gradient of y, also where a fused op would form neither by itself. Results
+    differ by the roundings that a fused op spares; without hooks they are the same bits.
+    """
     seen: dict[str, list] = {}
 
-    def results(probed: bool):
+    def results(hooked: bool):
         model = random_flux(SMALL, "fp32", compute, seed=3, activations="fp32")
         parameters = inject_lora(model, 2, dropout=dropout)
         randomise(model)
         model.train()
         model.dropout_clock.indices = [0, 1]
-        for name in linears(SMALL) if probed else ():
+        for name in linears(SMALL) if hooked else ():
 
-            def probe(x, name=name):
-                kept = seen.setdefault(name, [x.detach()])
-                return kept.append
+            def hook(layer, inputs, y, name=name):
+                tensors = seen.setdefault(name, [inputs[0].detach()])
+                if y.requires_grad:
+                    y.register_hook(tensors.append)
 
-            model.get_submodule(name).probe = probe
+            model.get_submodule(name).register_forward_hook(hook)
         y = model(*inputs(SMALL))
         y.square().mean().backward()
         return [y.detach(), *(p.grad for p in parameters)]
 
-    plain, probed = results(False), results(True)
+    plain, hooked = results(False), results(True)
     bound = 1e-5 if compute == "fp32" else 0.02  # a last bit can turn a code
-    for a, b in zip(plain, probed, strict=True):
+    for a, b in zip(plain, hooked, strict=True):
         assert apart(b, a) < bound
     assert all(torch.equal(a, b) for a, b in zip(plain, results(False), strict=True))
     x, dy = seen["single_blocks.0.linear2"]

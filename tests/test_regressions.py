@@ -17,7 +17,8 @@ from fluxfast.data.loader import Loader
 from fluxfast.errors import FluxfastError
 from fluxfast.files import sole_user
 from fluxfast.metrics import RunLog
-from fluxfast.model.linear import LoRALinear
+from fluxfast.model.lora import fresh_update
+from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.prepare import prepare
 from fluxfast.terminal import log_to_terminal
 from fluxfast.train import train
@@ -45,7 +46,7 @@ def test_training_after_a_preview_in_inference_mode():
 
     def work():  # a thread of its own starts without a scratch
         layer = nf4_layer(64, 0)
-        layer.add_lora(4, 4.0, [[(0, 64)]])
+        layer.add_update(fresh_update(layer, 4, 4.0, [[(0, 64)]]))
         with torch.inference_mode():
             layer(torch.randn(2, 64))
         layer(torch.randn(2, 64, requires_grad=True)).sum().backward()

@@ -119,7 +119,7 @@ def test_measurement_is_fixed_and_paired(configure):
     assert changed.base_loss == first.loss
     assert changed.difference == pytest.approx(changed.loss - first.loss) != 0
     assert changed.low < changed.difference < changed.high
-    assert run.model.training and run.model.single_blocks[0].linear1.lora_strength == 1.0
+    assert run.model.training and run.model.single_blocks[0].linear1.lora.strength == 1.0
 
 
 def test_run_measures_keeps_the_best_and_resumes(configure):

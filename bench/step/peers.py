@@ -238,7 +238,7 @@ def build_fluxfast(
     adapters = {}
     for bfl, layer in lora_layers(model).items():
         for part, (_, b_rows, a_rows) in zip(
-            diffusers_parts(bfl), layer.lora_slices(), strict=True
+            diffusers_parts(bfl), layer.lora.slices(), strict=True
         ):
             adapters[part] = Adapter(layer.lora_A, a_rows), Adapter(layer.lora_B, b_rows)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats import base_8bit
 from fluxfast.formats.opened import Files
-from fluxfast.model.linear import dense
+from fluxfast.model.frozen_linear import dequantize
 
 # component of a diffusers folder -> end of a key that tells it; what stands in front is the prefix
 _MARKS = {
@@ -98,7 +98,7 @@ def read_part(part: Part) -> dict[str, Tensor]:
                 continue  # scales go with their matrix; position ids are built in
             if dtype.startswith("F8") and base_8bit.scale_key(files, key):
                 base_8bit.check_8bit(files, key, part.prefix)
-                tensors[name] = dense(base_8bit.read_8bit(files, key))
+                tensors[name] = dequantize(base_8bit.read_8bit(files, key))
             elif dtype in ("F8_E4M3", "F8_E5M2"):
                 tensors[name] = files.read(key).to(torch.bfloat16)
             elif dtype in ("F32", "F16", "BF16"):

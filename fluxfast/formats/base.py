@@ -27,7 +27,7 @@ from fluxfast.formats.base_folder import (
 from fluxfast.formats.base_gguf import BLOCK_TYPES
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.opened import Files
-from fluxfast.model.linear import dense
+from fluxfast.model.frozen_linear import dequantize
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
 from fluxfast.model.precision import multiplies_in_8_bits
 from fluxfast.model.spec import FluxSpec
@@ -71,7 +71,7 @@ class BaseCheckpoint:
         """The tensor under its BFL name, fused, dense: in the dtype that the file has, or fp32
         where that is fp64 or quantized.
         """
-        return dense(self.read_stored(name))
+        return dequantize(self.read_stored(name))
 
     def read_stored(self, name: str) -> Tensor | NF4Tensor | Rows:
         """As `read`, but a matrix that the file has in NF4 of bitsandbytes, fp8 (e4m3) or int8 with
@@ -82,7 +82,7 @@ class BaseCheckpoint:
         parts = [self._read_part(key) for key in self.keys(name)]
         swapped = name.rpartition(".")[0] == SWAPPED
         if swapped or len({_kind(part) for part in parts}) > 1:
-            parts = [dense(part) for part in parts]
+            parts = [dequantize(part) for part in parts]
         if isinstance(parts[0], NF4Tensor):
             return base_bnb.join_nf4(parts)
         if isinstance(parts[0], Rows):

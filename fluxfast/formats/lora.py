@@ -29,8 +29,8 @@ from fluxfast.formats.lora_pieces import (
 from fluxfast.formats.lora_read import read_lora
 from fluxfast.formats.lora_write import DTYPES, known_format, to_bytes, to_state
 from fluxfast.model.flux import Flux
-from fluxfast.model.linear import LoRALinear
 from fluxfast.model.lora import lora_layers
+from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate
 from fluxfast.model.names import part_rows
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def lora_of(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None
     for module, layer in lora_layers(model).items():
         a, b = (tensors or {}).get(module, (layer.lora_A, layer.lora_B))
         a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
-        for_a, for_b = split_scale(layer.lora_scale)
-        slices = list(layer.lora_slices())
+        for_a, for_b = split_scale(layer.lora.scale)
+        slices = list(layer.lora.slices())
         for parts in _parts(model, module, layer):
             mine, slices = slices[: len(parts)], slices[len(parts) :]
             rows = torch.cat([b[b_rows] for _, b_rows, _ in mine])
@@ -112,12 +112,12 @@ def load_lora(
     if lora.text:
         log.warning(f"note: {name}: what it changes of the text encoders is not applied")
     for layer in lora_layers(model).values():
-        layer.lora_A = layer.lora_B = None
+        layer.remove_lora()
     parameters = []
     for module, pieces in lora.pieces.items():
         layer, heights = model.get_submodule(module), lora.heights(module)
         parameters += _put(layer, grouped(pieces, heights), _rows(model, module))
-        layer.lora_strength = strengths[0] if alone else 1.0
+        layer.lora.strength = strengths[0] if alone else 1.0
     return parameters
 
 
@@ -159,7 +159,7 @@ def load_assistant(model: Flux, path: Path | str) -> None:
         log.warning(f"note: {path}: what it changes of the text encoders is not applied")
     for module, pieces in lora.pieces.items():
         layer, heights = model.get_submodule(module), lora.heights(module)
-        trained = _parts(model, module, layer) if layer.lora_A is not None else []
+        trained = _parts(model, module, layer) if layer.lora is not None else []
         single = [
             part for piece in pieces for part in (split(piece, heights) if heights else [piece])
         ]
@@ -181,7 +181,8 @@ def load_assistant(model: Flux, path: Path | str) -> None:
         a = torch.stack([F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in stacked])
         b = torch.cat([F.pad(piece.b, (0, rank - piece.rank)) for piece in stacked])
         rows = _rows(model, module)
-        layer.set_assistant(a, b, [[rows[part] for part in own] for own in parts])
+        ranges = [[rows[part] for part in own] for own in parts]
+        layer.add_update(LowRankUpdate(a.flatten(0, 1), b, ranges, 1.0, trainable=False))
 
 
 # ---------------------------------------------------------------- between pieces and layers
@@ -196,7 +197,7 @@ def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
 def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]:
     """Per A of the layer: the parts that it feeds."""
     rows = _rows(model, module)
-    return [tuple(rows.index(tuple(pair)) for pair in ranges) for ranges in layer.lora_parts]
+    return [tuple(rows.index(tuple(pair)) for pair in ranges) for ranges in layer.lora.parts]
 
 
 def _check_fits(model: Flux, lora: Lora, name: str) -> None:
@@ -232,15 +233,11 @@ def _put(layer: LoRALinear, pieces: list[Piece], rows: list[tuple[int, int]]) ->
     """Pieces that share no row, as the layer's LoRA, lower ranks padded with zeros."""
     rank = max(piece.rank for piece in pieces)
     ranges = [[rows[part] for part in piece.parts] for piece in pieces]
-    parameters = layer.add_lora(rank, rank, ranges)
-    with torch.no_grad():
-        layer.lora_A.zero_(), layer.lora_B.zero_()
-        start = 0
-        for index, piece in enumerate(pieces):
-            layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
-            layer.lora_B[start : start + piece.b.shape[0], : piece.rank] = piece.b
-            start += piece.b.shape[0]
-    return parameters
+    a = [F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in pieces]
+    b = [F.pad(piece.b, (0, rank - piece.rank)) for piece in pieces]
+    update = LowRankUpdate(torch.cat(a), torch.cat(b), ranges, 1.0, trainable=True)
+    layer.add_update(update)
+    return list(update.parameters())
 
 
 def _fill(model, module, layer, pieces, lora, path) -> None:
@@ -270,6 +267,6 @@ def _fill(model, module, layer, pieces, lora, path) -> None:
                 )
             with torch.no_grad():
                 layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
-                b = piece.b / layer.lora_scale
+                b = piece.b / layer.lora.scale
                 layer.lora_B[start : start + height, : piece.rank] = b
         start += height

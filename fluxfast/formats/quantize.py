@@ -44,7 +44,7 @@ from fluxfast.formats.base import STORAGE_KEY, BaseCheckpoint, open_base
 from fluxfast.formats.base_bnb import STATE, state_json
 from fluxfast.formats.container import layout, tensor_bytes
 from fluxfast.formats.opened import Files
-from fluxfast.model.linear import dense
+from fluxfast.model.frozen_linear import dequantize
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import layer_precisions
 
@@ -160,7 +160,7 @@ def _shapes(base: BaseCheckpoint, name: str, storage: str, double_quant: bool) -
 
 
 def _storage_of(base: BaseCheckpoint, name: str, storage: str) -> str:
-    """bf16, or the storage; as `layer_precisions` and `LoRALinear.set_weight` choose it."""
+    """bf16, or the storage; as `layer_precisions` and `FrozenLinear.set_weight` choose it."""
     module = name.rpartition(".")[0]
     storage = layer_precisions(base.spec, storage, "bf16")[module].storage
     fits = linear_shape(module, base.spec)[1] % BLOCK == 0
@@ -182,14 +182,14 @@ def _tensors(
     module, _, kind = name.rpartition(".")
     weight = base.read_stored(name)
     if kind != "weight":
-        yield name, dense(weight).to(_vector_dtype(base, name))
+        yield name, dequantize(weight).to(_vector_dtype(base, name))
         return
     storage = _storage_of(base, name, storage)
     if storage == "bf16":
-        yield name, dense(weight).to(torch.bfloat16)
+        yield name, dequantize(weight).to(torch.bfloat16)
     elif storage == "nf4":
         if not isinstance(weight, NF4Tensor):
-            weight = nf4_quantize(dense(weight).contiguous(), double_quant)
+            weight = nf4_quantize(dequantize(weight).contiguous(), double_quant)
         yield from _nf4_tensors(name, weight)
     else:
         rows = _rows(weight, storage)
@@ -216,7 +216,7 @@ def _rows(weight: Tensor | NF4Tensor | Rows, kind: str) -> Rows:
     """In 8 bits; a dense matrix some rows at a time, as the fp32 copies would be large."""
     if isinstance(weight, Rows) and (weight.codes.dtype == torch.int8) == (kind == "int8"):
         return weight
-    pieces = [quantize_8bit(rows, kind) for rows in dense(weight).split(_ROWS)]
+    pieces = [quantize_8bit(rows, kind) for rows in dequantize(weight).split(_ROWS)]
     codes = torch.cat([codes.view(torch.uint8) for codes, _ in pieces])
     return Rows(codes.view(pieces[0][0].dtype), torch.cat([scale for _, scale in pieces]))
 

@@ -200,7 +200,7 @@ class WeightsOnHost:
     """Frozen weights of linears that are used in a known order, on the host; two buffers, each as
     large as the largest layer, bring them to the device, one layer ahead.
 
-    layers: modules whose buffers, but for `bias`, are the frozen weight (`LoRALinear`), in the
+    layers: modules whose buffers, but for `bias`, are the frozen weight (`FrozenLinear`), in the
     order of their use; after the last comes the first. Their buffers become host tensors: moving
     the model to a device afterwards would undo it.
     """
@@ -227,7 +227,7 @@ class WeightsOnHost:
         self._arrivals = [copies.event() for _ in range(count)]
         self._computed = copies.event()
         self._held: dict[int, int] = {}  # layer -> the buffer that holds it or will
-        self._lent = 0  # the buffer of the layer that was borrowed last
+        self._lent = 0  # the buffer of the layer that was fetched last
 
     @property
     def host_bytes(self) -> int:
@@ -237,9 +237,9 @@ class WeightsOnHost:
     def staging_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._staging)
 
-    def borrow(self, layer: nn.Module) -> list[Tensor]:
+    def fetch(self, layer: nn.Module) -> list[Tensor]:
         """The layer's frozen tensors on the device, in the order of its buffers. Good for what is
-        launched before the next `borrow`. A layer out of turn is waited for; in turn it is there.
+        launched before the next `fetch`. A layer out of turn is waited for; in turn it is there.
         """
         index = self._index[id(layer)]
         if index not in self._held:

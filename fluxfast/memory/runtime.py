@@ -87,7 +87,7 @@ class MemoryRuntime:
             if plan.modulation == "host":
                 self._weights = WeightsOnHost(model.modulation_linears(), self.copies)
                 for layer in model.modulation_linears():
-                    layer.lender = self._weights.borrow
+                    layer.weight_provider = self._weights.fetch
             if device.type == "cuda":
                 _reserve_scratch(plan.request.work, model.compute_dtype, device)
                 # past the plan an error, which this run knows how to take, not a driver that spills

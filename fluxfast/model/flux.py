@@ -17,7 +17,9 @@ from fluxfast_kernels.quant.nf4 import NF4Tensor
 from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor, nn
 
-from fluxfast.model.linear import DropoutClock, LoRALinear, moved
+from fluxfast.model.frozen_linear import to_device
+from fluxfast.model.lora_dropout import DropoutClock
+from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
 from fluxfast.model.saving import KEEP, BlockRunner, Offload
@@ -120,23 +122,23 @@ class DoubleStreamBlock(nn.Module):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
         # both streams' heads, text first
-        txt_qkv = self.txt_attn.qkv.of_norm(txt, txt_shift1, txt_scale1)
-        img_qkv = self.img_attn.qkv.of_norm(img, img_shift1, img_scale1)
+        txt_qkv = self.txt_attn.qkv.norm_linear(txt, txt_shift1, txt_scale1)
+        img_qkv = self.img_attn.qkv.norm_linear(img, img_shift1, img_scale1)
 
         # joint attention, then each stream takes its tokens back
         scales = self.txt_attn.norm.scales() + self.img_attn.norm.scales()
         attn = fk.qk_norm_rope_attention([txt_qkv, img_qkv], scales, *rope, self.heads)
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = self.img_attn.proj(img_attn, img_gate1, residual=img)
-        txt = self.txt_attn.proj(txt_attn, txt_gate1, residual=txt)
+        img = self.img_attn.proj.gated_linear(img_attn, img_gate1, residual=img)
+        txt = self.txt_attn.proj.gated_linear(txt_attn, txt_gate1, residual=txt)
 
         # each stream's own MLP
         (img_in, _, img_out), (txt_in, _, txt_out) = self.img_mlp, self.txt_mlp
-        img_u = saving.remade(img_in.of_norm, img, img_shift2, img_scale2)
-        txt_u = saving.remade(txt_in.of_norm, txt, txt_shift2, txt_scale2)
-        img = img_out.of_gelu(img_u, img_gate2, residual=img, saved_bits=saving.u_bits)
-        txt = txt_out.of_gelu(txt_u, txt_gate2, residual=txt, saved_bits=saving.u_bits)
+        img_u = saving.remade(img_in.norm_linear, img, img_shift2, img_scale2)
+        txt_u = saving.remade(txt_in.norm_linear, txt, txt_shift2, txt_scale2)
+        img = img_out.gelu_linear(img_u, img_gate2, residual=img, saved_bits=saving.u_bits)
+        txt = txt_out.gelu_linear(txt_u, txt_gate2, residual=txt, saved_bits=saving.u_bits)
         return img, txt
 
 
@@ -154,10 +156,10 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, rope, saving=KEEP) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        of_norm = partial(self.linear1.of_norm, split=self.split)
-        qkv, u = saving.remade(of_norm, x, shift, scale)
+        norm_linear = partial(self.linear1.norm_linear, split=self.split)
+        qkv, u = saving.remade(norm_linear, x, shift, scale)
         attn = fk.qk_norm_rope_attention([qkv], self.norm.scales(), *rope, self.heads)
-        return self.linear2.of_gelu(u, gate, residual=x, head=attn, saved_bits=saving.u_bits)
+        return self.linear2.gelu_linear(u, gate, residual=x, head=attn, saved_bits=saving.u_bits)
 
 
 class LastLayer(nn.Module):
@@ -169,7 +171,7 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear.of_norm(x, shift, scale)
+        return self.linear.norm_linear(x, shift, scale)
 
 
 class Flux(nn.Module):
@@ -296,7 +298,7 @@ class Flux(nn.Module):
         module = self.get_submodule(module_name)
         if kind == "weight":
             precision = precisions[module_name]
-            module.products, module.rotation = precision.matmul, precision.rotation
+            module.matmul, module.rotation = precision.matmul, precision.rotation
             return module.set_weight(tensor, precision.storage, nested)
         setattr(module, kind, tensor.to(self.compute_dtype, copy=True))
         return True
@@ -319,7 +321,7 @@ def fill(
     names = list(tensor_sources(model.spec))
     kept = []
     for index, name in enumerate(names):
-        if not model.set_tensor(name, moved(read(name), device), precisions, nested):
+        if not model.set_tensor(name, to_device(read(name), device), precisions, nested):
             kept.append(name)
         if progress:
             progress(index + 1, len(names))

@@ -2,13 +2,17 @@
 
 import difflib
 import fnmatch
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from fluxfast import draws
 from fluxfast.errors import ConfigError
 from fluxfast.model.flux import Flux
-from fluxfast.model.linear import LoRALinear
+from fluxfast.model.lora_dropout import LoRADropout
+from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate, Parts
 from fluxfast.model.names import block_linears, diffusers_parts, outer_linears, part_rows
 
 PRESETS = ("attn", "attn+mlp", "all")
@@ -105,9 +109,26 @@ def inject_lora(
     for module, rows in by_module.items():
         layer = model.get_submodule(module)
         parts = [rows] if share_a else [[row] for row in rows]
-        parameters += layer.add_lora(rank, alpha, parts, seed=seed, stream=module)
-        layer.dropout, layer.dropout_stream, layer.clock = dropout, module, model.dropout_clock
+        update = fresh_update(layer, rank, alpha, parts, seed=seed, stream=module)
+        update.dropout = LoRADropout(dropout, module, model.dropout_clock) if dropout else None
+        layer.add_update(update)
+        parameters += update.parameters()
     return parameters
+
+
+def fresh_update(
+    layer: LoRALinear, rank: int, alpha: float, parts: Parts, *, seed: int = 0, stream: str = "lora"
+) -> LowRankUpdate:
+    """A trainable update of `layer`, fp32 on its device: A uniform in ±1/sqrt(K) (as peft and kohya
+    initialize it), B zero.
+    """
+    device = layer.stored_tensors()[0].device
+    shape = (len(parts) * rank, layer.in_features)
+    uniform = draws.uniform(seed, f"{stream}.lora_A", 0, shape, device)[0]
+    rows = sum(end - start for ranges in parts for start, end in ranges)
+    b = torch.zeros(rows, rank, device=device)
+    a = (2 * uniform - 1) / math.sqrt(layer.in_features)
+    return LowRankUpdate(a, b, parts, alpha / rank, trainable=True)
 
 
 def lora_layers(model: Flux) -> dict[str, LoRALinear]:
@@ -115,17 +136,19 @@ def lora_layers(model: Flux) -> dict[str, LoRALinear]:
     return {
         name: layer
         for name in [*block_linears(model.spec), *outer_linears(model.spec)]
-        if (layer := model.get_submodule(name)).lora_A is not None
+        if (layer := model.get_submodule(name)).lora is not None
     }
 
 
 def set_assisted(model: Flux, assisted: bool) -> None:
-    """Whether the assistants act: in training they do, in previews and validation not."""
+    """Whether frozen updates act: in training they do, in previews and validation not."""
     for name in [*block_linears(model.spec), *outer_linears(model.spec)]:
-        model.get_submodule(name).assisted = assisted
+        for update in model.get_submodule(name).updates:
+            if not update.trainable:
+                update.strength = float(assisted)
 
 
 def set_lora_strength(model: Flux, strength: float) -> None:
-    """Scale every update: 0 gives the base model back, 1 the trained LoRA."""
+    """Scale every trainable update: 0 gives the base model back, 1 the trained LoRA."""
     for layer in lora_layers(model).values():
-        layer.lora_strength = strength
+        layer.lora.strength = strength

@@ -71,9 +71,9 @@ def test_int8_products_launched_and_in_plain_torch_agree(device, storage, layers
     with backend.cpu_launches(False):
         reference = step(model.cpu() if device == "cuda" else model, "cpu")
         for module in model.modules():
-            if getattr(module, "products", ""):
+            if getattr(module, "matmul", ""):
                 assert module.rotation == (64 if layers and module.in_features == 320 else 0)
-                module.products, module.rotation = "", 0
+                module.matmul, module.rotation = "", 0
         exact = step(model, "cpu") if layers is None else None
     errors = [relative_error(launched[0].cpu(), reference[0])]
     for found, expected in zip(launched[1], reference[1], strict=True):

@@ -1,0 +1,117 @@
+"""FrozenLinear: a linear layer's frozen weight in fp32, bf16, NF4, int8 or fp8, and its bias.
+
+Shape legend: K inputs, N outputs. The weight is a list of one to four tensors, the form that the
+fused ops of `fluxfast_kernels` take (its `frozen.py` lists the forms); those of an NF4, int8 or fp8
+weight are buffers of their own, and `weight` is None then.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import fluxfast_kernels as fk
+import torch
+from fluxfast_kernels.quant.frozen import dense_weight, rotate_weight, storage_of
+from fluxfast_kernels.quant.nf4 import BLOCK, NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
+from torch import Tensor, nn
+
+Weight = Tensor | NF4Tensor | Rows
+
+# the buffers of a quantized weight, in the order in which the ops take them
+_QUANTIZED = ("codes", "row_scale", "packed", "absmax", "nested_absmax", "offset")
+
+
+class FrozenLinear(nn.Module):
+    """A frozen [N, K] weight with a bias; `set_weight` fills it."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        for name in ("weight", "bias", *_QUANTIZED):
+            self.register_buffer(name, None)
+        self.matmul = ""  # "int8" or "fp8": multiplied in 8 bits; "" in x's dtype
+        self.rotation = 0  # columns per block of the Hadamard rotation that the weight is kept in
+        # returns the weight on the device where it lives on the host: `memory/host.py`
+        self.weight_provider: Callable[[FrozenLinear], list[Tensor]] | None = None
+
+    def set_weight(self, weight: Weight, storage: str = "fp32", nested: bool = False) -> bool:
+        """Store `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated where the layer is.
+
+        A weight that a file has quantized in that very storage is taken as it is, not copied; one
+        in another is dequantized and quantized anew. nested: quantize NF4's absmax too. Returns
+        False where nf4 had to stay bf16 (K % 64 != 0).
+        """
+        shape = tuple(weight.codes.shape if isinstance(weight, Rows) else weight.shape)
+        assert shape == (self.out_features, self.in_features), shape
+        if storage not in ("fp32", "bf16", "nf4", "int8", "fp8"):
+            raise ValueError(f"storage must be fp32, bf16, nf4, int8 or fp8, got {storage!r}")
+        tensors = {} if self.rotation else _quantized_tensors(weight, storage)
+        if not tensors:
+            weight = rotate_weight(dequantize(weight), self.rotation)
+            if storage in ("int8", "fp8"):
+                codes, scale = fk.quantize_8bit(weight, storage)
+                tensors = {"codes": codes, "row_scale": scale}
+            elif storage == "nf4" and self.in_features % BLOCK == 0:
+                tensors = fk.nf4_quantize(weight, nested).tensors()
+        for name in ("weight", *_QUANTIZED):
+            setattr(self, name, tensors.get(name))
+        if tensors:
+            return True
+        # a copy: a slice of a file's memory map would keep the whole file's pages alive
+        self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
+        return storage != "nf4"
+
+    def weight_tensors(self) -> list[Tensor]:
+        """The weight as the fused ops take it: one to four tensors on the compute device."""
+        if self.weight_provider is not None:
+            return self.weight_provider(self)
+        return self.stored_tensors()
+
+    def stored_tensors(self) -> list[Tensor]:
+        """The same tensors where they are stored: on the host if there is a weight_provider."""
+        tensors = (self.weight, *(getattr(self, name) for name in _QUANTIZED))
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def storage(self) -> str:
+        """fp32, bf16, nf4, int8 or fp8."""
+        if self.weight is None:
+            return storage_of(self.stored_tensors())
+        return "fp32" if self.weight.dtype == torch.float32 else "bf16"
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A copy of the weight [N, K] in `dtype`, rotated back if it is kept rotated."""
+        weight = dense_weight(self.weight_tensors(), self.in_features, dtype).clone()
+        return rotate_weight(weight, self.rotation).to(dtype)  # its own inverse
+
+    def matmul_options(self) -> dict:
+        """How the product with the weight is formed: keyword arguments of every fused linear."""
+        return {"products": self.matmul, "rotation": self.rotation}
+
+    def extra_repr(self) -> str:
+        matmul = f", {self.matmul} products" if self.matmul else ""
+        rotation = f", rotated by {self.rotation}" if self.rotation else ""
+        return f"{self.in_features} -> {self.out_features}, {self.storage()}{matmul}{rotation}"
+
+
+def to_device(weight: Weight, device: str | torch.device) -> Weight:
+    """The weight on `device`, dense or quantized."""
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    tensors = {name: t.to(device) for name, t in vars(weight).items() if isinstance(t, Tensor)}
+    return replace(weight, **tensors)
+
+
+def dequantize(weight: Weight) -> Tensor:
+    """A quantized weight as fp32 [N, K]; a tensor as it is."""
+    if isinstance(weight, NF4Tensor):
+        return fk.nf4_decode(weight)
+    return weight.codes.float() * weight.scale[:, None] if isinstance(weight, Rows) else weight
+
+
+def _quantized_tensors(weight: Weight, storage: str) -> dict[str, Tensor]:
+    """The buffers of a weight that is quantized in `storage` already; else empty."""
+    if isinstance(weight, NF4Tensor):
+        return weight.tensors() if storage == "nf4" else {}
+    if isinstance(weight, Rows) and storage_of([weight.codes, weight.scale]) == storage:
+        return {"codes": weight.codes, "row_scale": weight.scale}
+    return {}

@@ -1,0 +1,95 @@
+"""LoRA dropout: (mask · x) Aᵀ in place of x Aᵀ, on a path that is not fused.
+
+A mask is a function of (seed, layer, global sample index), so nothing is saved for it: backward
+generates it again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fluxfast_kernels.dispatch.backend import last_stride_1
+from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
+from fluxfast_kernels.gemm.linear_dense import lora_slices
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxfast import draws
+from fluxfast.model.frozen_linear import FrozenLinear
+
+
+class DropoutClock:
+    """The global indices of the samples that the model sees now: set once per batch."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.indices: list[int] = []
+
+
+@dataclass(frozen=True)
+class LoRADropout:
+    """Of one layer. p: the probability of a zero; stream: the layer's name among the random
+    streams.
+    """
+
+    p: float
+    stream: str
+    clock: DropoutClock
+
+    def mask(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+        """0 or 1/(1-p) per element of x [B, ..., K], by global sample index [B]."""
+        if len(indices) != x.shape[0]:
+            raise ValueError(
+                f"LoRA dropout needs the batch's {x.shape[0]} global sample indices in "
+                f"model.dropout_clock.indices, got {len(indices)}"
+            )
+        stream = f"lora_dropout/{self.stream}"
+        u = draws.uniform(self.clock.seed, stream, list(indices), tuple(x.shape[1:]), x.device)
+        return (u >= self.p).to(x.dtype) / (1 - self.p)
+
+
+class DroppedLinear(torch.autograd.Function):
+    """x Wᵀ + b + the frozen updates of x + the trained update of (mask · x). Saves x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        parts: list[int],
+        scale: float,
+        layer: FrozenLinear,
+        frozen_update: tuple,
+        dropout: LoRADropout,
+    ) -> Tensor:
+        """parts, scale, and frozen_update's (A, B, parts, scale): as `fk.lora_linear` takes
+        them.
+        """
+        indices = tuple(dropout.clock.indices)
+        # as they are now: backward may run when the clock and the strength are others
+        ctx.layer, ctx.parts, ctx.scale, ctx.frozen_update = layer, parts, scale, frozen_update
+        ctx.dropout, ctx.indices = dropout, indices
+        ctx.save_for_backward(x, a, b)
+        options = layer.matmul_options()
+        (y,) = linear_forward([x], layer.weight_tensors(), layer.bias, *frozen_update, **options)
+        down = F.linear(x * dropout.mask(x, indices), a.to(x.dtype))
+        up = b.to(x.dtype) * scale
+        y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
+        for y_rows, b_rows, a_rows in lora_slices(parts, b.shape[1]):
+            update = down_2d[:, slice(*a_rows)], up[slice(*b_rows)].T
+            y_2d[:, slice(*y_rows)].addmm_(*update)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        layer, dy = ctx.layer, last_stride_1(dy)
+        x, a, b = ctx.saved_tensors
+        mask = ctx.dropout.mask(x, ctx.indices)
+        masked = [x * mask]
+        dx_lora, da, db = linear_backward([dy], masked, [], a, b, ctx.parts, ctx.scale, True)
+        frozen = (layer.weight_tensors(), *ctx.frozen_update, True)
+        dxs, _, _ = linear_backward([dy], [x], *frozen, **layer.matmul_options())
+        return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None, None, None, None

@@ -1,0 +1,193 @@
+"""LoRALinear: a frozen linear and the low-rank updates of its rows.
+
+    y = x Wᵀ + b;   y[:, rows of part p] += scale · (x A_pᵀ) B_pᵀ    for each update
+
+Shape legend: B batch, T tokens, K inputs, N outputs, P parts, R rank. A is [P·R, K] and B is [N',
+R], N' the rows that have an update, part after part: stacked, never a block-diagonal matrix, so
+that splitting the layer into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form)
+is P = 1 with several row ranges.
+
+The work is done by the fused ops of `fluxfast_kernels`, with what comes before the product (norm
+and modulation, GELU) or after it (gate and residual). Autograd then keeps the op's input and
+nothing in between. The product runs by itself, as `forward`, where something must see or change its
+input or output: a hook on the module, and LoRA dropout.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import fluxfast_kernels as fk
+import torch
+import torch.nn.functional as F
+from fluxfast_kernels.gemm.linear_dense import lora_slices
+from torch import Tensor, nn
+
+from fluxfast.model.frozen_linear import FrozenLinear
+from fluxfast.model.lora_dropout import DroppedLinear, LoRADropout
+
+# of nn.Module: what is registered from outside and must see this module's own input and output
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Parts = list[list[tuple[int, int]]]  # per A: the row ranges (start, end) of y that it feeds
+
+
+class LowRankUpdate(nn.Module):
+    """What one LoRA adds to a linear: trainable, or frozen (an assistant's)."""
+
+    def __init__(self, a: Tensor, b: Tensor, parts: Parts, scale: float, trainable: bool):
+        super().__init__()
+        self.lora_A = nn.Parameter(a, requires_grad=trainable)
+        self.lora_B = nn.Parameter(b, requires_grad=trainable)
+        self.parts, self.scale, self.trainable = parts, scale, trainable
+        self.strength = 1.0  # times scale; 0 switches it off
+        self.dropout: LoRADropout | None = None
+
+    def arguments(self) -> tuple[Tensor, Tensor, list[int], float]:
+        """A, B, parts and scale, as every fused linear takes them."""
+        return self.lora_A, self.lora_B, _flat(self.parts), self.scale * self.strength
+
+    def slices(self) -> Iterator[tuple[slice, ...]]:
+        """Yields (rows of y, rows of B, rows of A), one per part and range."""
+        for ranges in lora_slices(_flat(self.parts), self.lora_B.shape[1]):
+            yield tuple(slice(*pair) for pair in ranges)
+
+    def spread(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """A [P', R, K] and scaled B [N'', R] for `parts`, its own among them; zeros for others."""
+        rank, scale = self.lora_B.shape[1], self.scale * self.strength
+        a = self.lora_A.unflatten(0, (-1, rank))
+        b = self.lora_B if scale == 1 else self.lora_B * scale
+        if parts == self.parts:
+            return a, b
+        blocks = b.split([_height(ranges) for ranges in self.parts])
+        own = dict(zip(map(tuple, self.parts), zip(a, blocks, strict=True), strict=True))
+        assert all(ranges in parts for ranges in self.parts), (self.parts, parts)
+        zero = torch.zeros_like(a[0])
+        pairs = [own.get(tuple(r)) or (zero, b.new_zeros(_height(r), rank)) for r in parts]
+        a, b = zip(*pairs, strict=True)
+        return torch.stack(a), torch.cat(b)
+
+
+class LoRALinear(FrozenLinear):
+    """A frozen linear and its updates: at most one that is trainable, in front, and frozen ones."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.updates = nn.ModuleList()
+
+    def add_update(self, update: LowRankUpdate) -> None:
+        """Add an update; a trainable one goes in front, in place of an earlier one."""
+        update.to(self.stored_tensors()[0].device)
+        if not update.trainable:
+            self.updates.append(update)
+        else:
+            self.remove_lora()
+            self.updates.insert(0, update)
+
+    def remove_lora(self) -> None:
+        """Remove the trainable update; frozen ones stay."""
+        self.updates = nn.ModuleList(update for update in self.updates if not update.trainable)
+
+    @property
+    def lora(self) -> LowRankUpdate | None:
+        """The trainable update."""
+        first = self.updates[0] if len(self.updates) else None
+        return first if first is not None and first.trainable else None
+
+    @property
+    def lora_A(self) -> nn.Parameter | None:
+        return None if self.lora is None else self.lora.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter | None:
+        return None if self.lora is None else self.lora.lora_B
+
+    def trains(self) -> bool:
+        """Whether a trainable update takes part."""
+        return self.lora is not None and self.lora.strength != 0
+
+    def drops(self) -> bool:
+        """Whether LoRA dropout takes part: no path of it is fused."""
+        return self.training and self.trains() and self.lora.dropout is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] in the compute dtype. Returns y [..., N]."""
+        if self.drops():
+            frozen = _stacked([update for update in self._active() if not update.trainable])
+            return DroppedLinear.apply(x, *self.lora.arguments(), self, frozen, self.lora.dropout)
+        return fk.lora_linear(x, *self._arguments(), **self.matmul_options())
+
+    def gated_linear(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+        """residual + gate · y. x [B, T, K]; gate [B, 1, N]; residual [B, T, N]."""
+        if self._runs_by_itself() or _needs_gradient(gate):
+            return fk.gate_residual(residual, gate, self(x))
+        options = {"gate": gate, "residual": residual, **self.matmul_options()}
+        return fk.lora_linear(x, *self._arguments(), **options)
+
+    def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0):
+        """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
+
+        Returns y [B, T, N], or with a split the tensors of y's columns before and after it.
+        """
+        if self._runs_by_itself():
+            y = self(fk.norm_modulate(h, shift, scale))
+            return y.tensor_split([split], dim=-1) if split else y
+        options = {"split": split, **self.matmul_options()}
+        return fk.norm_modulate_lora_linear(h, shift, scale, *self._arguments(), **options)
+
+    def gelu_linear(
+        self,
+        u: Tensor,
+        gate: Tensor,
+        residual: Tensor,
+        head: Tensor | None = None,
+        saved_bits: int = 16,
+    ) -> Tensor:
+        """residual + gate · y, y the layer of [head, GELU-tanh(u)].
+
+        u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N]. saved_bits: 8
+        saves u for backward in 8 bits (not where the product runs by itself).
+        """
+        if self._runs_by_itself():
+            x = F.gelu(u, approximate="tanh")
+            x = x if head is None else torch.cat([head, x], dim=-1)
+            return fk.gate_residual(residual, gate, self(x))
+        options = {"head": head, "saved_bits": saved_bits, **self.matmul_options()}
+        fused = {} if _needs_gradient(gate) else {"gate": gate, "residual": residual}
+        y = fk.gelu_lora_linear(u, *self._arguments(), **options, **fused)
+        return y if fused else fk.gate_residual(residual, gate, y)
+
+    def _active(self) -> list[LowRankUpdate]:
+        return [update for update in self.updates if update.strength != 0]
+
+    def _arguments(self) -> tuple:
+        """weight, bias, A, B, parts, scale: what every fused linear takes."""
+        return self.weight_tensors(), self.bias, *_stacked(self._active())
+
+    def _runs_by_itself(self) -> bool:
+        """Whether nothing may be fused with the product: see the file's head."""
+        return any(getattr(self, hooks) for hooks in _HOOKS) or self.drops()
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.lora_B.shape[1]}" if self.lora is not None else ""
+        return super().extra_repr() + rank
+
+
+def _stacked(updates: Sequence[LowRankUpdate]) -> tuple:
+    """A, B, parts, scale of all updates in one: their ranks side by side."""
+    if len(updates) < 2:
+        return updates[0].arguments() if updates else (None, None, [], 1.0)
+    parts = max((update.parts for update in updates), key=len)  # those of all others among them
+    a, b = zip(*(update.spread(parts) for update in updates), strict=True)
+    return torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1), _flat(parts), 1.0
+
+
+def _flat(parts: Parts) -> list[int]:
+    """start, end and the A's index of every range, as the ops take parts."""
+    return [n for index, ranges in enumerate(parts) for pair in ranges for n in (*pair, index)]
+
+
+def _height(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def _needs_gradient(gate: Tensor) -> bool:
+    """The fused ops take a gate as a constant."""
+    return gate.requires_grad and torch.is_grad_enabled()
