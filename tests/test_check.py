@@ -305,13 +305,13 @@ def test_a_bad_option(option):
     assert CliRunner().invoke(app, ["check", "x.yaml", *option]).exit_code == 2
 
 
-def test_the_command(configure, tmp_path):
+def test_the_command(configure, tmp_path, fluxfast):
     config = in_8_bits(configure)
     file = tmp_path / "c.yaml"
     file.write_text(dump_config(config))
-    done = CliRunner().invoke(app, ["check", str(file), "--batches", "1", "--limit", "0.5"])
-    assert done.exit_code == 0, done.output
-    lines = done.stdout.splitlines()
+    code, out, err = fluxfast("check", file, "--batches", "1", "--limit", "0.5")
+    assert code == 0, err
+    lines = out.splitlines()
     assert lines[0].split()[0] == "layer" and len(lines) == 25
     assert all(line.endswith(" 8bit") for line in lines[1:])
-    assert "--set model.layers=" in done.stderr.splitlines()[-1]
+    assert "--set model.layers=" in err.splitlines()[-1]
