@@ -63,7 +63,10 @@ def compile_library(sources: list[str], target: str) -> str | None:
 setup(
     packages=[*find_packages(include=["fluxfast", "fluxfast.*"]), *find_packages("kernels")],
     package_dir={"": ".", "fluxfast_kernels": "kernels/fluxfast_kernels"},
-    package_data={"fluxfast": ["memory/*.json"], "fluxfast_kernels.dispatch": ["configs/*.json"]},
+    package_data={
+        "fluxfast": ["memory/planner/*.json"],
+        "fluxfast_kernels.dispatch": ["configs/*.json"],
+    },
     ext_modules=[
         Extension(
             "fluxfast_kernels.lib.native",

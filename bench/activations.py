@@ -12,7 +12,7 @@ Gradients: at the LoRA that the first seed's `keep` run trained, every layer's L
 few batches beside `keep`'s of the same batch and noise, as a cosine and as a relative error. All is
 fp32, so that only the saved bits differ. Training: whole runs in fp32, alike but for the policy;
 best held-out loss over `keep`'s, seed by seed. Bytes: what autograd keeps of one forward pass in
-bf16, counted, beside what `fluxfast.memory.saved` predicts of it and of FLUX.1-dev.
+bf16, counted, beside what `fluxfast.memory.planner.saved_bytes` predicts of it and of FLUX.1-dev.
 
 Limits, and why these:
 
@@ -39,16 +39,16 @@ from torch import Tensor
 from bench import RESULTS, quality, terminal, timing
 from bench.quality import gradients
 from bench.terminal import markdown, say
-from fluxfast.config import Config, MemoryConfig
+from fluxfast.config.schema import Config, MemoryConfig
 from fluxfast.data.loader import Loader
-from fluxfast.formats.lora import load_lora
-from fluxfast.load import load_transformer
-from fluxfast.memory.saved import block_saved, blocks_of, outer_saved
-from fluxfast.memory.work import Shape, Work, lora_of, shape_of
+from fluxfast.data.prepare import prepare
+from fluxfast.formats.base.load import load_transformer
+from fluxfast.formats.lora.apply import load_lora
+from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of, outer_saved
+from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
 from fluxfast.model import saving
 from fluxfast.model.spec import DEV
 from fluxfast.objective import noise_batch
-from fluxfast.prepare import prepare
 
 ROWS = RESULTS / "activations.jsonl"
 BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"

@@ -21,8 +21,8 @@ from bench import RESULTS, terminal
 from bench.step.candidates import WORDS
 from bench.step.table import comparable
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import MEASURED, card
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import MEASURED, card
+from fluxfast.memory.planner.cost import (
     Shape,
     Work,
     lora_of,
@@ -96,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     lines = options.rows.read_text(encoding="utf-8") if options.rows.is_file() else ""
     table, unknown = calibrate([json.loads(line) for line in lines.splitlines() if line.strip()])
     for name in unknown:
-        print(f"{name}: not in fluxfast/memory/cards.json, its rows are left out", file=sys.stderr)
+        print(
+            f"{name}: not in fluxfast/memory/planner/cards.json, its rows are left out",
+            file=sys.stderr,
+        )
     if not table:
         print(f"{options.rows}: no rows of fluxfast on a known GPU; nothing written")
         return 0

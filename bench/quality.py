@@ -25,15 +25,15 @@ import torch
 
 from bench import RESULTS, ROOT, terminal, timing
 from bench.terminal import aligned, say
-from fluxfast.config import Config, load_config
+from fluxfast.config.schema import Config, load_config
 from fluxfast.data.loader import Loader
-from fluxfast.formats.lora import load_lora
-from fluxfast.load import load_transformer
+from fluxfast.data.prepare import prepare
+from fluxfast.formats.base.load import load_transformer
+from fluxfast.formats.lora.apply import load_lora
 from fluxfast.model.lora import lora_layers
 from fluxfast.objective import noise_batch, sample_losses
-from fluxfast.prepare import prepare
+from fluxfast.run.validation import best, read_validations
 from fluxfast.train import train
-from fluxfast.validation import best, read_validations
 
 ROWS = RESULTS / "quality.jsonl"
 ZORB = ROOT / "examples" / "nano" / "zorb.yaml"

@@ -19,11 +19,11 @@ from bench import RESULTS, rows, terminal
 from bench.report import arithmetic
 from bench.report.plan_table import configuration
 from bench.step.ops import Line, lines_of
-from fluxfast.config import Config
+from fluxfast.config.schema import Config
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import card
-from fluxfast.memory.plan import Plan
-from fluxfast.planning import plan_rows, summary
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.plan import Plan
+from fluxfast.tools.plan import plan_rows, summary
 
 ROWS = RESULTS / "kernels-cuda.jsonl"
 # it/s that are reported of ai-toolkit with its stock file, by card and batch

@@ -6,7 +6,7 @@ __all__ = ["load_transformer"]
 
 def __getattr__(name: str):
     if name == "load_transformer":  # imports torch, so only on first use
-        from fluxfast.load import load_transformer
+        from fluxfast.formats.base.load import load_transformer
 
         return load_transformer
     raise AttributeError(f"module 'fluxfast' has no attribute {name!r}")

@@ -10,8 +10,8 @@ import typer
 
 from fluxfast.cli_shared import configuration, interruptible, rank, speaker
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.lines import plain
-from fluxfast.terminal import log_to_terminal, progress_bars
+from fluxfast.util.redact import plain
+from fluxfast.util.terminal import log_to_terminal, progress_bars
 
 app = typer.Typer(
     name="fluxfast",
@@ -83,9 +83,9 @@ def cache(
     Example: `fluxfast cache examples/nano/zorb.yaml`. The cache folder is printed to stdout.
     """
     config = configuration(target, set_, model, encoders, trigger, None)
-    from fluxfast.load import resolve_device
-    from fluxfast.prepare import prepare
-    from fluxfast.ranks import joined
+    from fluxfast.data.prepare import prepare
+    from fluxfast.distributed import joined
+    from fluxfast.formats.base.load import resolve_device
 
     with interruptible(), joined() as ranks:
         prepare(config, resolve_device(config.device), ranks)
@@ -117,8 +117,8 @@ def check(
     RUN_DIR/check.yaml, which `--set model.layers=` takes.
     """
     config = configuration(target, set_, model, encoders, trigger, name)
-    from fluxfast.check import check as run
-    from fluxfast.layer_errors import table
+    from fluxfast.tools.check import check as run
+    from fluxfast.tools.layer_errors import table
 
     with interruptible():
         print("\n".join(table(run(config, limit, batches))))
@@ -154,10 +154,10 @@ def sample(
     --prompt "a zorb at the centre" --width 64 --height 64`. Two LoRAs: `--lora a.safetensors
     --strength 1 --lora b.safetensors --strength 0.5`.
     """
-    from fluxfast.config import ModelConfig
-    from fluxfast.generate import generate
-    from fluxfast.sample import Picture
-    from fluxfast.settings import check_texts, read_layers
+    from fluxfast.config.schema import ModelConfig
+    from fluxfast.config.yaml_io import check_texts, read_layers
+    from fluxfast.sampling import Picture
+    from fluxfast.tools.generate import generate
 
     check_texts({"--prompt": prompt, "--model": model})  # which the files will hold
     if len(strength) not in (1, len(lora)):
@@ -209,7 +209,7 @@ def convert(
     if not sources:
         raise ConfigError("convert takes a file to read and a file to write", hint="SRC … DST")
     with interruptible("nothing was written"):
-        from fluxfast.formats.lora_convert import convert as run
+        from fluxfast.formats.lora.convert import convert as run
 
         given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
         lines = run(sources, to, target, **given, verify=verify)
@@ -252,9 +252,9 @@ def quantize(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    from fluxfast.formats.quantize import quantize as run
-    from fluxfast.hub import TRANSFORMER, fetch_model
-    from fluxfast.interrupt import stop_on_signals
+    from fluxfast.formats.base.quantize import quantize as run
+    from fluxfast.run.interrupt import stop_on_signals
+    from fluxfast.util.hub import TRANSFORMER, fetch_model
 
     columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with interruptible("nothing was written"):
@@ -293,8 +293,8 @@ def plan(
     Examples: `fluxfast plan`, `fluxfast plan --gpu 4090 --set lora.targets=all`, `fluxfast plan
     examples/ai-toolkit/flux_dev_24gb.yaml --vram 24`. Without a card: 12, 16, 24 and 80 GB.
     """
-    from fluxfast.config import build_config
-    from fluxfast.planning import breakdown, plan_rows, table
+    from fluxfast.config.schema import build_config
+    from fluxfast.tools.plan import breakdown, plan_rows, table
 
     if target is not None:
         config = configuration(target, set_, None, None, None, None)
@@ -313,7 +313,7 @@ def doctor() -> None:
     Example: `fluxfast doctor`. Ends with exit code 1 where something that training needs is
     missing.
     """
-    from fluxfast.doctor import report
+    from fluxfast.tools.doctor import report
 
     lines, healthy = report()
     print("\n".join(lines))

@@ -13,7 +13,7 @@ from fluxfast.errors import ConfigError, LostRank
 
 def configuration(target: Path, overrides, model, encoders, trigger, name):
     """A configuration from a YAML file, a folder of images or kohya's data set; options on top."""
-    from fluxfast.config import build_config, load_config
+    from fluxfast.config.schema import build_config, load_config
 
     given = {
         "model.path": model,
@@ -47,7 +47,7 @@ def interruptible(word: str = "the same command goes on where it stopped"):
     """Ctrl-C and SIGTERM end a command with a word about it. Done here because typer ends silently
     on the first.
     """
-    from fluxfast.interrupt import Stopped, handled, interrupt
+    from fluxfast.run.interrupt import Stopped, handled, interrupt
 
     try:
         with handled(interrupt):

@@ -15,7 +15,7 @@ import fluxfast_kernels as fk
 import torch
 from torch import Tensor
 
-from fluxfast import draws
+from fluxfast import rng
 
 
 def flux_shift(t: Tensor, tokens: int) -> Tensor:
@@ -41,7 +41,7 @@ def draw_timesteps(
     weight), or `flux_shift`. bias: `content` favours noise (1 − u³), `style` clean pictures (u³),
     `balanced` neither.
     """
-    u = draws.uniform(seed, "timestep", indices, device=device).view(-1)
+    u = rng.uniform(seed, "timestep", indices, device=device).view(-1)
     quantile = {"balanced": u, "content": 1 - u**3, "style": u**3}[bias].clamp(1e-6, 1 - 1e-6)
     if kind == "sigmoid":
         return torch.sigmoid(torch.special.ndtri(quantile))
@@ -140,8 +140,8 @@ def noise_batch(
     host = batch.mean, batch.std, batch.t5, batch.pooled
     mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
     indices, shape = batch.indices, tuple(mean.shape[1:])
-    vae_noise = draws.normal(seed, f"{stream}vae", indices, shape, device)
-    noise = draws.normal(seed, f"{stream}noise", indices, shape, device)
+    vae_noise = rng.normal(seed, f"{stream}vae", indices, shape, device)
+    noise = rng.normal(seed, f"{stream}noise", indices, shape, device)
     if timesteps is None:
         tokens = (shape[1] // 2) * (shape[2] // 2)
         timesteps = draw_timesteps(seed, indices, tokens, kind, bias, device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fluxfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fluxfast.config import TrainConfig
+    from fluxfast.config.schema import TrainConfig
 
 
 def default_lr(train: TrainConfig) -> float:

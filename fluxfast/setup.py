@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fluxfast.ahead import Ahead
+from fluxfast.distributed import ALONE, Ranks
 from fluxfast.errors import ConfigError
-from fluxfast.memory.plan import Plan
+from fluxfast.memory.planner.plan import Plan
+from fluxfast.memory.planner.step_spec import Shape
 from fluxfast.memory.runtime import MemoryRuntime
-from fluxfast.memory.work import Shape
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.modulation import Ahead
 from fluxfast.model.precision import linears, multiplies_in_8_bits
 from fluxfast.optim import Ema, build_optimizer, flat_gradients
-from fluxfast.ranks import ALONE, Ranks
 from fluxfast.step import Training
 
 if TYPE_CHECKING:
-    from fluxfast.config import Config
+    from fluxfast.config.schema import Config
     from fluxfast.data.loader import Loader
-    from fluxfast.load import ResolvedModel
+    from fluxfast.formats.base.load import ResolvedModel
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def check_loras(config: Config, fresh: bool) -> None:
     """Raise FluxfastError where a LoRA file that the run needs cannot be read: before pictures are
     encoded. fresh: the run starts at step 0, from `lora.init_from` where there is one.
     """
-    from fluxfast.formats.lora import read_lora
-    from fluxfast.hub import fetch_lora
+    from fluxfast.formats.lora.apply import read_lora
+    from fluxfast.util.hub import fetch_lora
 
     if config.model.assistant_lora:
         read_lora(fetch_lora(config.model.assistant_lora))
@@ -56,12 +56,12 @@ def build(
     ranks: Ranks = ALONE,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
-    from fluxfast.checkpoint import checkpoints
-    from fluxfast.formats.lora import init_lora, load_assistant, lora_of
-    from fluxfast.formats.lora_write import to_state
-    from fluxfast.hub import fetch_lora
-    from fluxfast.load import load_resolved
-    from fluxfast.terminal import spinner
+    from fluxfast.formats.base.load import load_resolved
+    from fluxfast.formats.lora.apply import init_lora, load_assistant, lora_of
+    from fluxfast.formats.lora.write import to_state
+    from fluxfast.run.checkpoint import checkpoints
+    from fluxfast.util.hub import fetch_lora
+    from fluxfast.util.terminal import spinner
 
     assistant = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
     with spinner("loading the transformer"):

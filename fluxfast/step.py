@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fluxfast.ahead import Ahead
-from fluxfast.memory.graphs import Graphs
+from fluxfast.distributed import ALONE, Ranks
+from fluxfast.memory.cuda_graphs import Graphs
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
+from fluxfast.model.modulation import Ahead
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
-from fluxfast.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from fluxfast.config import Config
+    from fluxfast.config.schema import Config
     from fluxfast.data.loader import Loader
 
 

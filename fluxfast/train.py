@@ -7,36 +7,36 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from fluxfast.checkpoint import checkpoints
-from fluxfast.config import Config, dump_config
+from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare, resolve_parts
 from fluxfast.data.store import CacheDamaged
-from fluxfast.diagnose import diagnose
+from fluxfast.distributed import Ranks, attempt, joined
 from fluxfast.errors import FluxfastError, LostRank
-from fluxfast.files import (
+from fluxfast.formats.base.load import resolve_device
+from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
+from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
+from fluxfast.model.flux import Flux
+from fluxfast.model.lora import set_assisted
+from fluxfast.objective import Batch
+from fluxfast.optim import eval_weights, set_mode, skips_exactly
+from fluxfast.run.checkpoint import checkpoints
+from fluxfast.run.diagnose import diagnose
+from fluxfast.run.evaluate import Watch
+from fluxfast.run.interrupt import Stopped, stop_on_signals
+from fluxfast.run.logger import NotFinite, RunLog
+from fluxfast.run.report import write_report
+from fluxfast.run.saves import Saves, lora_file, move_aside, save_best
+from fluxfast.setup import bucket_shapes, build, check_loras
+from fluxfast.step import Training, train_step
+from fluxfast.tools.plan import plan_run, run_lines
+from fluxfast.util.files import (
     check_no_links,
     drop_partials,
     sole_user,
     warn_on_disk_error,
     write_atomic,
 )
-from fluxfast.interrupt import Stopped, stop_on_signals
-from fluxfast.load import resolve_device
-from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
-from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
-from fluxfast.metrics import NotFinite, RunLog
-from fluxfast.model.flux import Flux
-from fluxfast.model.lora import set_assisted
-from fluxfast.objective import Batch
-from fluxfast.optim import eval_weights, set_mode, skips_exactly
-from fluxfast.planning import plan_run, run_lines
-from fluxfast.prepare import prepare, resolve_parts
-from fluxfast.ranks import Ranks, attempt, joined
-from fluxfast.report import write_report
-from fluxfast.saves import Saves, lora_file, move_aside, save_best
-from fluxfast.setup import bucket_shapes, build, check_loras
-from fluxfast.step import Training, train_step
-from fluxfast.watch import Watch
 
 log = logging.getLogger(__name__)
 

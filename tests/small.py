@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from fluxfast.config import Config, build_config
+from fluxfast.config.schema import Config, build_config
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 # hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes

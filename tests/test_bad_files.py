@@ -20,10 +20,10 @@ from small import SMALL
 
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import open_base
-from fluxfast.formats.base_detect import count_blocks, find_naming, other_model
+from fluxfast.formats.base.detect import count_blocks, find_naming, other_model
+from fluxfast.formats.base.quantize import quantize
+from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
-from fluxfast.formats.quantize import quantize
 from fluxfast.model.names import tensor_sources
 
 NAME = "double_blocks.0.img_attn.qkv.weight"
@@ -300,7 +300,7 @@ LIMITED = """
 import resource, sys
 import torch, gguf
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.base import open_base
+from fluxfast.formats.base.reader import open_base
 resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
 import pathlib
 def anonymous():

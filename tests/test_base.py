@@ -12,9 +12,9 @@ from small import SMALL
 
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import open_base
-from fluxfast.formats.base_folder import tokenizer_length
-from fluxfast.load import resolve_device
+from fluxfast.formats.base.folder import tokenizer_length
+from fluxfast.formats.base.load import resolve_device
+from fluxfast.formats.base.reader import open_base
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.spec import FluxSpec
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError
-from fluxfast.formats.base import open_base
+from fluxfast.formats.base.reader import open_base
 from fluxfast.model.flux import Flux, fill
 from fluxfast.model.precision import layer_precisions
 from fluxfast.model.spec import FluxSpec
@@ -529,7 +529,7 @@ NOT_FINITE = {
 @pytest.mark.parametrize("storage", ["nf4", "fp8", "bf16"])
 @pytest.mark.parametrize("form", NOT_FINITE)
 def test_nan_and_infinity_are_named(tmp_path, tensors, form, storage):
-    from fluxfast.formats.quantize import quantize
+    from fluxfast.formats.base.quantize import quantize
 
     make, key, change = NOT_FINITE[form]
     coded = make(tensors)
@@ -552,8 +552,8 @@ def test_fp16_whose_sum_overflows_is_finite(tmp_path, tensors):
 
 def test_what_was_quantized_is_not_looked_through_again(tmp_path, tensors, monkeypatch):
     """It was when it was written; a mapped file is not read whole to start from it."""
-    from fluxfast.formats import base as module
-    from fluxfast.formats.quantize import quantize
+    from fluxfast.formats.base import reader as module
+    from fluxfast.formats.base.quantize import quantize
 
     quantize(write(tmp_path / "a", tensors), tmp_path / "b", "nf4")
     monkeypatch.setattr(module, "_is_finite", lambda part: pytest.fail("looked through"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfast.config import build_config
+from fluxfast.config.schema import build_config
 from fluxfast.data import cache, images, store
 from fluxfast.data.cache import encode_prompts, prepare_dataset
 from fluxfast.data.store import (
@@ -310,7 +310,7 @@ def test_a_cached_call_imports_no_encoder_library(nano_model, tmp_path, folder):
     prepare(nano_model, settings)
     code = f"""
 import sys, pathlib
-from fluxfast.config import Config
+from fluxfast.config.schema import Config
 from fluxfast.data.cache import prepare_dataset
 config = Config.model_validate_json({settings.model_dump_json()!r})
 dataset = prepare_dataset(config, pathlib.Path({str(nano_model)!r}), 32)

@@ -10,8 +10,8 @@ from bench import calibrate, timing
 from bench.step import table as step_table
 from bench.step.settings import Cycle, Settings
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
+from fluxfast.memory.planner.cost import (
     Op,
     Work,
     lora_of,

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from small import SMALL, logged, noise_pictures
 from typer.testing import CliRunner
 
-from fluxfast import check as module
-from fluxfast.check import check
 from fluxfast.cli import app
-from fluxfast.config import dump_config
+from fluxfast.config.schema import dump_config
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.layer_errors import LIMITS, Errors, Measured, measure, table
 from fluxfast.model.names import diffusers_parts
 from fluxfast.model.precision import Precision
 from fluxfast.model.spec import DEV
+from fluxfast.tools import check as module
+from fluxfast.tools.check import check
+from fluxfast.tools.layer_errors import LIMITS, Errors, Measured, measure, table
 from fluxfast.train import train
 
 OUTLIER = "double_blocks.1.img_mlp.2"  # whose input has a channel 40 times the others

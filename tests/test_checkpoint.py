@@ -10,8 +10,9 @@ import pytest
 import torch
 from on_device import OnDevice
 
-import fluxfast.checkpoint
-from fluxfast.checkpoint import (
+import fluxfast.run.checkpoint
+from fluxfast.errors import DiskError, FluxfastError
+from fluxfast.run.checkpoint import (
     MANIFEST,
     REST,
     TENSORS,
@@ -23,8 +24,7 @@ from fluxfast.checkpoint import (
     save_checkpoint,
     verify,
 )
-from fluxfast.errors import DiskError, FluxfastError
-from fluxfast.tree import put_together, take_apart
+from fluxfast.run.tree import put_together, take_apart
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
           torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip
@@ -131,8 +131,8 @@ class Disk:
         self.refuse = refuse
         for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
-        checked = fluxfast.checkpoint.verify
-        monkeypatch.setattr(fluxfast.checkpoint, "verify", self._watched("verify", checked))
+        checked = fluxfast.run.checkpoint.verify
+        monkeypatch.setattr(fluxfast.run.checkpoint, "verify", self._watched("verify", checked))
 
     def _watched(self, name, real):
         def call(path, *args, **kwargs):
@@ -155,7 +155,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 
 
 def lora_whole(folder: Path) -> None:
-    fluxfast.files.write_atomic(folder / "x.safetensors", b"a LoRA")
+    fluxfast.util.files.write_atomic(folder / "x.safetensors", b"a LoRA")
 
 
 @needs_proc
@@ -218,7 +218,7 @@ def test_a_disk_that_refuses_anywhere_leaves_a_sound_checkpoint(tmp_path):
         assert same(read_state(folder)["parameters"], state(step)["parameters"])
         save(run, 3, keep=1)
         assert [step for step, _ in checkpoints(run)] == [3]
-        fluxfast.files.drop_partials(folder.parent)  # as every start does
+        fluxfast.util.files.drop_partials(folder.parent)  # as every start does
         assert [path.name for path in folder.parent.iterdir()] == ["step-00000003"]
     assert refused >= 10
 
@@ -232,7 +232,7 @@ def test_a_disk_that_gives_back_something_else_is_no_save(tmp_path, monkeypatch)
         (folder / TENSORS).write_bytes(content)
         verify(folder)
 
-    monkeypatch.setattr(fluxfast.checkpoint, "verify", flips)
+    monkeypatch.setattr(fluxfast.run.checkpoint, "verify", flips)
     with pytest.raises(DiskError, match="gives back other than was written.*checksum"):
         save(tmp_path, 2, keep=1)
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_a_process_killed_while_saving_leaves_nothing_that_counts(tmp_path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".step-00000002.123.partial"))
     assert [step for step, _ in checkpoints(tmp_path)] == [1]
-    fluxfast.files.drop_partials(tmp_path / "checkpoints", tmp_path / "absent")
+    fluxfast.util.files.drop_partials(tmp_path / "checkpoints", tmp_path / "absent")
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000001"]
 
 
@@ -331,8 +331,8 @@ def test_an_unreadable_disk_is_damage(tmp_path, monkeypatch, log_lines):
             raise OSError(5, "Input/output error")
         return real(path)
 
-    real = fluxfast.checkpoint._measure
-    monkeypatch.setattr(fluxfast.checkpoint, "_measure", broken)
+    real = fluxfast.run.checkpoint._measure
+    monkeypatch.setattr(fluxfast.run.checkpoint, "_measure", broken)
     assert newest_checkpoint(tmp_path)[0] == 1 and "Input/output error" in log_lines[0]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fluxfast import cli
-from fluxfast.formats.base import open_base
+from fluxfast.formats.base.reader import open_base
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
@@ -109,8 +109,9 @@ def test_help_is_light(tmp_path, arguments):
     loaded = set(result.err.split("LOADED", 1)[1].split())
     # typer brings pydantic itself; the configuration's models are what costs time
     assert {name for name in loaded if name.startswith("fluxfast")} == {
-        "fluxfast", "fluxfast.cli", "fluxfast.cli_shared", "fluxfast.errors", "fluxfast.lines",
-            "fluxfast.terminal",
+        "fluxfast", "fluxfast.cli", "fluxfast.cli_shared", "fluxfast.errors", "fluxfast.util",
+        "fluxfast.util.redact",
+            "fluxfast.util.terminal",
     }  # fmt: skip
     assert "typer" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "transformers", "diffusers", "yaml", "PIL"})
@@ -350,7 +351,7 @@ def test_ctrl_c_ends_with_a_word(fluxfast, photos, monkeypatch):
 
 
 def test_ctrl_c_promises_what_the_command_keeps(fluxfast, monkeypatch):
-    from fluxfast.formats import lora_convert
+    from fluxfast.formats.lora import convert as lora_convert
 
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
@@ -426,7 +427,7 @@ def test_doctor_tells_what_a_gpu_multiplies(fluxfast, monkeypatch):
 
 
 def test_doctor_reports_what_is_missing(fluxfast, monkeypatch):
-    from fluxfast import doctor
+    from fluxfast.tools import doctor
 
     monkeypatch.setattr(doctor, "_NEEDED", ("torch", "no-such-library"))
     result = fluxfast("doctor")

@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from fluxfast import compat_table
-from fluxfast.compat import convert_ai_toolkit, is_ai_toolkit
-from fluxfast.config import Config, build_config, load_config
+from fluxfast.config import ai_toolkit_keys as compat_table
+from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
+from fluxfast.config.schema import Config, build_config, load_config
 from fluxfast.errors import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "ai-toolkit"
@@ -325,7 +325,7 @@ def test_every_documented_key():
 
 
 def _loader():
-    from fluxfast.settings import _Loader
+    from fluxfast.config.yaml_io import _Loader
 
     return _Loader
 
@@ -352,7 +352,7 @@ def test_no_key_stands_in_two_places_of_the_table():
 
 def test_what_the_table_writes_exists():
     """Every native key of the table is one of the configuration's."""
-    from fluxfast.config_errors import all_keys
+    from fluxfast.config.errors import all_keys
 
     known = all_keys(Config)
     for key, (native, _, _) in compat_table.MAPPED.items():

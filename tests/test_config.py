@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxfast.config import Config, build_config, dump_config, load_config
+from fluxfast.config.schema import Config, build_config, dump_config, load_config
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

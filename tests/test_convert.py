@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from small import SMALL
 from test_lora_formats import REFUSED, ab, lora_of, meaning, same, trained, update
 
-from fluxfast.formats.lora import load_lora, save_lora
-from fluxfast.formats.lora_pieces import Lora, Piece
-from fluxfast.formats.lora_read import read_lora
-from fluxfast.formats.lora_write import FORMATS, to_state
+from fluxfast.formats.lora.apply import load_lora, save_lora
+from fluxfast.formats.lora.read import read_lora
+from fluxfast.formats.lora.update import Lora, Piece
+from fluxfast.formats.lora.write import FORMATS, to_state
 from fluxfast.model.flux import Flux, fill
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.names import (
@@ -104,7 +104,7 @@ def test_fp16_factors_are_balanced(fluxfast, tmp_path):
 
 
 def test_verify_looks_at_text_encoders_too(fluxfast, tmp_path, monkeypatch):
-    from fluxfast.formats import lora_convert
+    from fluxfast.formats.lora import convert as lora_convert
 
     clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     save_file({**ab("transformer.proj_out"), **ab(clip)}, tmp_path / "a.safetensors")
@@ -168,7 +168,7 @@ def test_verify_bears_updates_that_cancel(fluxfast, tmp_path):
 
 
 def test_verify_finds_a_wrong_file(fluxfast, tmp_path, monkeypatch):
-    from fluxfast.formats import lora_convert
+    from fluxfast.formats.lora import convert as lora_convert
 
     save_lora(trained("attn"), tmp_path / "a.safetensors")
     right = lora_convert.to_state
@@ -189,7 +189,7 @@ def test_verify_finds_a_wrong_file(fluxfast, tmp_path, monkeypatch):
 @pytest.mark.parametrize("lost", ["double_blocks.0.img_attn.proj", "single_blocks.1.linear1"])
 def test_verify_misses_nothing_that_is_gone(lost, fluxfast, tmp_path, monkeypatch):
     """A linear that is not written, or a part of one."""
-    from fluxfast.formats import lora_convert
+    from fluxfast.formats.lora import convert as lora_convert
 
     save_lora(trained("attn"), tmp_path / "a.safetensors")
     right = lora_convert.to_state
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_nothing(fluxfast, tmp_path, monkeypatch):
 
 def test_widths_that_differ_in_the_mlp_are_not_added_up():
     from fluxfast.errors import ConfigError
-    from fluxfast.formats.lora_pieces import merged
+    from fluxfast.formats.lora.update import merged
 
     one, two = (read_of(ab("transformer.single_transformer_blocks.0.proj_mlp", rows, 64))
                 for rows in (256, 128))  # fmt: skip
@@ -456,7 +456,7 @@ def test_control_lora_as_diffusers_converts_it(monkeypatch):
 
 
 def read_of(state) -> Lora:
-    from fluxfast.formats.lora_read import from_tensors
+    from fluxfast.formats.lora.read import from_tensors
 
     return from_tensors(state, {}, "control")
 
@@ -497,7 +497,7 @@ def test_comfyui_applies_our_files():
 
 def test_ranks_of_a_merge_add_up():
     """Nothing is decomposed anew: the factors of both files are there."""
-    from fluxfast.formats.lora_pieces import merged
+    from fluxfast.formats.lora.update import merged
 
     one, two = lora_of(trained("attn", rank=2)), lora_of(trained("attn", rank=5, seed=2))
     state = to_state(merged([one, two]), "diffusers")

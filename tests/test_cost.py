@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxfast.errors import ConfigError
-from fluxfast.memory import cost
-from fluxfast.memory.cards import card
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner import cost
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.cost import (
     Lora,
     Op,
     Shape,

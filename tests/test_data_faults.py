@@ -18,18 +18,18 @@ from rich.console import Console
 from small import logged
 
 from fluxfast import train as training
-from fluxfast.config import build_config
+from fluxfast.config.schema import build_config
 from fluxfast.data import cache, scan
 from fluxfast.data.captions import read_captions
 from fluxfast.data.images import image_size, load_image
+from fluxfast.data.prepare import prepare
 from fluxfast.data.reading import decode, open_regular, read_text
 from fluxfast.data.scan import scan_folders
 from fluxfast.data.skips import Skips
 from fluxfast.data.store import CacheDamaged
 from fluxfast.errors import FluxfastError
-from fluxfast.prepare import prepare
-from fluxfast.terminal import log_to_terminal
 from fluxfast.train import train
+from fluxfast.util.terminal import log_to_terminal
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fluxfast import draws
+from fluxfast import rng
 
 # Random123, tests/kat_vectors: philox 4x32 10 (counter, key, output)
 KNOWN = [
@@ -30,12 +30,12 @@ COUNT = 1 << 18
 
 @pytest.mark.parametrize("counter, key, output", KNOWN)
 def test_philox_known_answers(counter, key, output):
-    words = draws.philox(tuple(torch.tensor([word]) for word in counter), key)
+    words = rng.philox(tuple(torch.tensor([word]) for word in counter), key)
     assert tuple(int(word) for word in words) == output
 
 
 def test_uniform_fills_the_open_interval_evenly():
-    values = draws.uniform(1, "a", 0, (COUNT,)).double()
+    values = rng.uniform(1, "a", 0, (COUNT,)).double()
     assert values.shape == (1, COUNT)
     assert values.min() > 0 and values.max() < 1
     # five standard errors of the mean and of the second moment
@@ -49,14 +49,14 @@ def test_uniform_fills_the_open_interval_evenly():
 
 def test_uniform_never_reaches_an_end(monkeypatch):
     for word in (0, 0xFFFFFFFF):
-        monkeypatch.setattr(draws, "bits", lambda *_, word=word: torch.tensor([[word, word]]))
-        values = draws.uniform(0, "a", 0, (2,)).double()
+        monkeypatch.setattr(rng, "bits", lambda *_, word=word: torch.tensor([[word, word]]))
+        values = rng.uniform(0, "a", 0, (2,)).double()
         assert values.min() > 0 and values.max() < 1
-        assert math.isfinite(draws.normal(0, "a", 0).item())
+        assert math.isfinite(rng.normal(0, "a", 0).item())
 
 
 def test_normal_has_the_moments_of_a_normal():
-    values = draws.normal(1, "a", 0, (COUNT,)).double()
+    values = rng.normal(1, "a", 0, (COUNT,)).double()
     # standard errors of a normal's first four moments: 1, 2, 15, 96 over the count
     for power, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
         error = (values**power).mean() - moment
@@ -67,7 +67,7 @@ def test_normal_has_the_moments_of_a_normal():
 
 
 def test_both_halves_of_box_muller_are_independent():
-    values = draws.normal(1, "a", 0, (COUNT,))[0].double()
+    values = rng.normal(1, "a", 0, (COUNT,))[0].double()
     first, second = values[: COUNT // 2], values[COUNT // 2 :]
     limit = 5 / math.sqrt(COUNT // 2)
     assert abs((first * second).mean()) < limit
@@ -81,13 +81,13 @@ def test_both_halves_of_box_muller_are_independent():
     ids=["seed", "stream", "index", "index above 32 bits", "index above 40 bits"],
 )
 def test_another_name_is_another_independent_row(other):
-    ours = draws.normal(1, "a", 0, (1 << 16,))[0]
-    theirs = draws.normal(*other, (1 << 16,))[0]
+    ours = rng.normal(1, "a", 0, (1 << 16,))[0]
+    theirs = rng.normal(*other, (1 << 16,))[0]
     assert not torch.equal(ours[:4], theirs[:4])
     assert abs((ours * theirs).double().mean()) < 5 / math.sqrt(1 << 16)
 
 
-@pytest.mark.parametrize("draw", [draws.uniform, draws.normal])
+@pytest.mark.parametrize("draw", [rng.uniform, rng.normal])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (4, 4)])
 def test_a_row_does_not_depend_on_the_batch(draw, shape):
     indices = [7, 0, 1 << 33, 7]
@@ -99,22 +99,22 @@ def test_a_row_does_not_depend_on_the_batch(draw, shape):
 
 
 def test_a_longer_uniform_row_begins_with_the_shorter():
-    assert torch.equal(draws.uniform(0, "a", 3, (5,)), draws.uniform(0, "a", 3, (9,))[:, :5])
+    assert torch.equal(rng.uniform(0, "a", 3, (5,)), rng.uniform(0, "a", 3, (9,))[:, :5])
 
 
 def test_permutation_is_one_and_varies():
-    orders = [draws.permutation(0, "order", epoch, 50) for epoch in range(20)]
+    orders = [rng.permutation(0, "order", epoch, 50) for epoch in range(20)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 20
-    assert orders[3] == draws.permutation(0, "order", 3, 50)
-    assert draws.permutation(0, "order", 0, 0) == []
-    assert draws.permutation(0, "order", 0, 1) == [0]
+    assert orders[3] == rng.permutation(0, "order", 3, 50)
+    assert rng.permutation(0, "order", 0, 0) == []
+    assert rng.permutation(0, "order", 0, 1) == [0]
 
 
 def test_permutations_are_equally_likely():
     seen = {}
     for index in range(1200):
-        order = tuple(draws.permutation(9, "p", index, 3))
+        order = tuple(rng.permutation(9, "p", index, 3))
         seen[order] = seen.get(order, 0) + 1
     assert len(seen) == 6
     chi_squared = sum((count - 200) ** 2 / 200 for count in seen.values())
@@ -122,24 +122,24 @@ def test_permutations_are_equally_likely():
 
 
 def test_integer_stays_in_range_and_reaches_all_of_it():
-    values = [draws.integer(0, "i", index, 5) for index in range(500)]
+    values = [rng.integer(0, "i", index, 5) for index in range(500)]
     assert set(values) == set(range(5))
     assert all(isinstance(value, int) for value in values)
-    assert draws.integer(0, "i", 0, 1) == 0
+    assert rng.integer(0, "i", 0, 1) == 0
 
 
 def test_the_global_generator_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = draws.normal(1, "a", [1, 2], (8,))
-    draws.permutation(1, "a", 0, 9)
-    draws.integer(1, "a", 0, 9)
+    first = rng.normal(1, "a", [1, 2], (8,))
+    rng.permutation(1, "a", 0, 9)
+    rng.integer(1, "a", 0, 9)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert torch.equal(draws.normal(1, "a", [1, 2], (8,)), first)
+    assert torch.equal(rng.normal(1, "a", [1, 2], (8,)), first)
 
 
 def test_values_are_frozen():
     """Changed draws would silently change what a resumed run trains on."""
-    words = draws.bits(42, "noise", torch.tensor([0, 1 << 32]), 2)
+    words = rng.bits(42, "noise", torch.tensor([0, 1 << 32]), 2)
     assert words.tolist() == [[0xC1B52E74, 0x475EAB66], [0x5F631F90, 0x01D789FA]]

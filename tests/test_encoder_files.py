@@ -17,7 +17,7 @@ from fluxfast.encoders.components import component, component_fingerprint
 from fluxfast.encoders.text import TextEncoders
 from fluxfast.encoders.vae import Vae
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.quantize import quantize
+from fluxfast.formats.base.quantize import quantize
 
 PREFIXES = {
     "text_encoder": "text_encoders.clip_l.transformer.",

@@ -7,8 +7,8 @@ import torch
 from small import logged
 
 from fluxfast import load_transformer
-from fluxfast.config import load_config
-from fluxfast.formats.lora import load_lora
+from fluxfast.config.schema import load_config
+from fluxfast.formats.lora.apply import load_lora
 from fluxfast.train import train
 
 

@@ -11,14 +11,14 @@ from checkpoints import write_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxfast.config import Config, build_config, dump_config, load_config
-from fluxfast.config_errors import all_keys
+from fluxfast.config.errors import all_keys
+from fluxfast.config.schema import Config, build_config, dump_config, load_config
+from fluxfast.config.yaml_io import parse_yaml
 from fluxfast.data.captions import METADATA, caption_variants, read_captions
 from fluxfast.data.store import CacheDamaged, is_complete, read_tensors
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.lora_read import ranks_of, read_lora
-from fluxfast.lines import plain
-from fluxfast.settings import parse_yaml
+from fluxfast.formats.lora.read import ranks_of, read_lora
+from fluxfast.util.redact import plain
 
 # the same examples in every run; HYPOTHESIS_EXAMPLES asks for more of them
 quickly = settings(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxfast.memory.graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
+from fluxfast.memory.cuda_graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses

@@ -8,10 +8,10 @@ import torch
 from simulated_copies import SimulatedCopies, ThreadedCopies
 from test_offload import Ordered
 
-from fluxfast.config import TrainConfig
+from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
-from fluxfast.memory.timeline import aligned
+from fluxfast.memory.planner.timeline import aligned
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.optim import build_optimizer, set_mode
 

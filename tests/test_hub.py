@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from fluxfast.errors import FluxfastError
-from fluxfast.hub import ENCODERS, TRANSFORMER, fetch_lora, fetch_model
+from fluxfast.util.hub import ENCODERS, TRANSFORMER, fetch_lora, fetch_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EVERYTHING = (*TRANSFORMER, *ENCODERS)

@@ -10,12 +10,12 @@ from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of
 from small import SMALL
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import open_base
-from fluxfast.formats.base_detect import model_name
+from fluxfast.formats.base.detect import model_name
+from fluxfast.formats.base.quantize import quantize
+from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
-from fluxfast.formats.lora import lora_of, save_lora
-from fluxfast.formats.lora_write import FORMATS, to_state
-from fluxfast.formats.quantize import quantize
+from fluxfast.formats.lora.apply import lora_of, save_lora
+from fluxfast.formats.lora.write import FORMATS, to_state
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV, SCHNELL

@@ -14,16 +14,16 @@ import pytest
 import torch
 import yaml
 
-import fluxfast.files
-import fluxfast.metrics
+import fluxfast.run.logger
 import fluxfast.train as train_module
-from fluxfast.checkpoint import checkpoints, newest_checkpoint
+import fluxfast.util.files
 from fluxfast.errors import DiskError, FluxfastError
-from fluxfast.files import flush_folder, one_of_several, sole_user
-from fluxfast.interrupt import SIGNALS, handled, interrupt, stop_on_signals
-from fluxfast.metrics import RunLog
+from fluxfast.run.checkpoint import checkpoints, newest_checkpoint
+from fluxfast.run.interrupt import SIGNALS, handled, interrupt, stop_on_signals
+from fluxfast.run.logger import RunLog
+from fluxfast.run.validation import read_validations
 from fluxfast.train import train
-from fluxfast.validation import read_validations
+from fluxfast.util.files import flush_folder, one_of_several, sole_user
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(configure, fluxfast, tmp
         return real(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fluxfast.checkpoint.flush_folder", twice)
+        patch.setattr("fluxfast.run.checkpoint.flush_folder", twice)
         code, out, err = fluxfast("train", file)
     assert code == 130 and out == "" and "goes on" in err
     assert [step for step, _ in checkpoints(config.run_dir)] == [1]
@@ -260,7 +260,7 @@ def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch, log_lines):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        fluxfast.metrics, "open", lambda path, mode: Half(path, mode), raising=False
+        fluxfast.run.logger, "open", lambda path, mode: Half(path, mode), raising=False
     )
     with RunLog(tmp_path, 0, 6, 1, torch.device("cpu")) as log:
         for step in range(1, 7):
@@ -281,7 +281,7 @@ def test_log_lines_survive_a_full_disk(tmp_path, monkeypatch, log_lines):
 HOLD = """
 import sys
 from pathlib import Path
-from fluxfast.files import {0}
+from fluxfast.util.files import {0}
 with {0}(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -305,14 +305,14 @@ needs_flock = pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 def test_a_folder_that_was_moved_between_opening_and_locking_is_opened_again(tmp_path, monkeypatch):
     """`--restart` moves a run aside: whoever had its folder open would lock the wrong one."""
     run, moved = tmp_path / "run", []
-    flock = fluxfast.files.fcntl.flock
+    flock = fluxfast.util.files.fcntl.flock
 
     def late(handle, how):
         if not moved:
             moved.append(run.rename(tmp_path / "run.1"))
         flock(handle, how)
 
-    monkeypatch.setattr(fluxfast.files.fcntl, "flock", late)
+    monkeypatch.setattr(fluxfast.util.files.fcntl, "flock", late)
     with sole_user(run):
         assert run.is_dir()
         with pytest.raises(FluxfastError, match="another process"), sole_user(run):

@@ -9,12 +9,12 @@ from PIL import Image
 from safetensors import safe_open
 from small import logged
 
-from fluxfast import kohya_table
-from fluxfast.compat_table import OFF
-from fluxfast.config import Config, build_config, load_config
-from fluxfast.config_errors import all_keys
+from fluxfast.config import kohya_keys as kohya_table
+from fluxfast.config.ai_toolkit_keys import OFF
+from fluxfast.config.errors import all_keys
+from fluxfast.config.kohya import _parse, read_kohya_dataset
+from fluxfast.config.schema import Config, build_config, load_config
 from fluxfast.errors import ConfigError
-from fluxfast.kohya import _parse, read_kohya_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "kohya" / "dataset.toml"
@@ -362,7 +362,7 @@ def test_overrides_name_a_file_and_reach_into_it():
 
 
 def test_what_is_written_reads_back_the_same(folder):
-    from fluxfast.config import dump_config
+    from fluxfast.config.schema import dump_config
 
     made, _ = config(EVERY)
     Path("d.toml").unlink()

@@ -12,11 +12,11 @@ from safetensors.torch import save, save_file
 from small import SMALL
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.lora import init_lora, load_lora, lora_of, save_lora
-from fluxfast.formats.lora_names import parse
-from fluxfast.formats.lora_pieces import Lora, Piece, balanced, merged, rows_of, scaled
-from fluxfast.formats.lora_read import from_tensors, read_lora
-from fluxfast.formats.lora_write import FORMATS, to_bytes, to_state
+from fluxfast.formats.lora.apply import init_lora, load_lora, lora_of, save_lora
+from fluxfast.formats.lora.names import parse
+from fluxfast.formats.lora.read import from_tensors, read_lora
+from fluxfast.formats.lora.update import Lora, Piece, balanced, merged, rows_of, scaled
+from fluxfast.formats.lora.write import FORMATS, to_bytes, to_state
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
@@ -338,7 +338,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", [*FORMATS, *SPELLINGS])
 def test_every_factor_gives_a_lora_away(spelling):
     """A file may hold one linear only: `inspect` and `--model` call it a LoRA all the same."""
-    from fluxfast.formats.base_detect import is_lora
+    from fluxfast.formats.base.detect import is_lora
 
     format, rename = SPELLINGS.get(spelling, (spelling, str))
     for key in respelt(to_state(lora_of(trained("attn")), format), rename):

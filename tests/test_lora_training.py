@@ -18,12 +18,12 @@ from test_train import metrics, start
 from bench.step.gate import kept_bytes
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.lora import load_assistant, load_lora, lora_of, save_lora
-from fluxfast.formats.lora_read import read_lora
-from fluxfast.load import load_transformer
+from fluxfast.formats.base.load import load_transformer
+from fluxfast.formats.lora.apply import load_assistant, load_lora, lora_of, save_lora
+from fluxfast.formats.lora.read import read_lora
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
-from fluxfast.planning import assistant_bytes
+from fluxfast.tools.plan import assistant_bytes
 from fluxfast.train import train
 
 
@@ -125,8 +125,8 @@ def test_a_file_that_cannot_be_read_is_said_first(key, tmp_path, configure, monk
 
 
 def test_a_lora_that_cannot_be_drawn_with_is_said_first(nano_model, tmp_path, monkeypatch):
-    import fluxfast.generate as module
-    from fluxfast.config import ModelConfig
+    import fluxfast.tools.generate as module
+    from fluxfast.config.schema import ModelConfig
 
     picture = module.Picture("a cat", 1, 64, 64, 1, 1.0)
     monkeypatch.setattr(module, "TextEncoders", lambda *arguments: pytest.fail("encoded"))

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fluxfast.memory import saved
-from fluxfast.memory.cards import card
 from fluxfast.memory.copies import CudaCopies
-from fluxfast.memory.fitting import make_plan
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.plan import Request
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.plan import Request
+from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
+from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
-from fluxfast.memory.work import Shape, Work, lora_of
 from fluxfast.model.flux import Flux, random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.saving import POLICIES

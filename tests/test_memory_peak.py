@@ -8,8 +8,8 @@ import torch
 from fluxfast_kernels.dispatch import backend
 from torch.profiler import ProfilerActivity, profile
 
-from fluxfast.memory import saved
-from fluxfast.memory.work import Shape, Work, lora_of
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import FluxSpec, rope_axes

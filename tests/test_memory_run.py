@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 
 import fluxfast.step
 import fluxfast.train
-from fluxfast.ahead import Ahead
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.memory.fitting import make_plan
 from fluxfast.memory.offload import ArenaOverflow
-from fluxfast.memory.plan import GIB
+from fluxfast.memory.planner.plan import GIB
+from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.flux import MODULATION_ROWS
-from fluxfast.planning import plan_run
-from fluxfast.prepare import prepare
+from fluxfast.model.modulation import Ahead
 from fluxfast.setup import bucket_shapes, build
 from fluxfast.step import train_step
+from fluxfast.tools.plan import plan_run
 from fluxfast.train import train
 
 CPU = torch.device("cpu")

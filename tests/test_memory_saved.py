@@ -9,9 +9,9 @@ from small import SMALL
 
 import fluxfast.model.saving as saving
 from bench.step.gate import kept_bytes
-from fluxfast.config import TrainConfig
-from fluxfast.memory import saved
-from fluxfast.memory.cost import Shape, Work, lora_of
+from fluxfast.config.schema import TrainConfig
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cost import Shape, Work, lora_of
 from fluxfast.model.flux import Flux, random_flux, rope_tables
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.saving import POLICIES

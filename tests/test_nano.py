@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from small import script
 
-from fluxfast.config import load_config
+from fluxfast.config.schema import load_config
 from fluxfast.model.spec import NANO
 
 ROOT = Path(__file__).resolve().parent.parent

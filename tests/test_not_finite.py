@@ -14,14 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 import fluxfast.train
-from fluxfast.checkpoint import checkpoints, read_state
-from fluxfast.config import Config, load_config
+from fluxfast.config.schema import Config, load_config
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.data.store import LATENTS, read_tensors, write_tensors
-from fluxfast.diagnose import diagnose
 from fluxfast.errors import FluxfastError
-from fluxfast.metrics import NotFinite, RunLog
-from fluxfast.prepare import prepare
+from fluxfast.run.checkpoint import checkpoints, read_state
+from fluxfast.run.diagnose import diagnose
+from fluxfast.run.logger import NotFinite, RunLog
 from fluxfast.setup import build
 from fluxfast.step import Training, train_step
 from fluxfast.train import train

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.objective import (
     Batch,
     Inputs,
@@ -91,8 +91,8 @@ def test_mixture_and_target():
     """x_t = (1 - t) x + t n and target n - x, with x carrying the VAE's own noise."""
     mean = torch.randn(2, 3, 4, 6)
     batch = noised(mean, 0.1 * torch.ones_like(mean), None, [7, 8], seed=3)
-    x = pack(mean + 0.1 * draws.normal(3, "vae", [7, 8], (3, 4, 6)))
-    n = pack(draws.normal(3, "noise", [7, 8], (3, 4, 6)))
+    x = pack(mean + 0.1 * rng.normal(3, "vae", [7, 8], (3, 4, 6)))
+    n = pack(rng.normal(3, "noise", [7, 8], (3, 4, 6)))
     t = batch.timesteps[:, None, None]
     assert torch.allclose(batch.noisy, (1 - t) * x + t * n, atol=1e-6)
     assert torch.allclose(batch.target, n - x, atol=1e-6)

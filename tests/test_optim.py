@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from fluxfast.checkpoint import read_state, save_checkpoint
-from fluxfast.config import TrainConfig
+from fluxfast.config.schema import TrainConfig
 from fluxfast.errors import ConfigError
 from fluxfast.optim import (
     Ema,
@@ -21,7 +20,8 @@ from fluxfast.optim import (
     skips_exactly,
     step_unless,
 )
-from fluxfast.tree import take_apart
+from fluxfast.run.checkpoint import read_state, save_checkpoint
+from fluxfast.run.tree import take_apart
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 

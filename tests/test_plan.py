@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fluxfast.config import build_config, load_config
+from fluxfast.config.schema import build_config, load_config
 from fluxfast.errors import ConfigError
-from fluxfast.memory import saved
-from fluxfast.memory.cards import card
-from fluxfast.memory.choose import Chooser
-from fluxfast.memory.fitting import make_plan
-from fluxfast.memory.plan import (
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.choose import Chooser
+from fluxfast.memory.planner.plan import (
     CONTEXT,
     GIB,
     Request,
@@ -25,10 +24,11 @@ from fluxfast.memory.plan import (
     leaner_policies,
     usable,
 )
-from fluxfast.memory.work import Shape, Work, lora_of, shape_of
+from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
+from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.saving import EXACT
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
-from fluxfast.planning import breakdown, plan_rows, table
+from fluxfast.tools.plan import breakdown, plan_rows, table
 
 ROOT = Path(__file__).parent.parent
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"

@@ -11,7 +11,7 @@ from small import SMALL, noise_pictures
 from test_lora import inputs, randomise
 
 from fluxfast.errors import ConfigError
-from fluxfast.load import choose_precision, multiplies_8_bits
+from fluxfast.formats.base.load import choose_precision, multiplies_8_bits
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.lora_linear import LoRALinear

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats import quantize as module
-from fluxfast.formats.base import open_base
+from fluxfast.formats.base import quantize as module
+from fluxfast.formats.base.load import stored_as
+from fluxfast.formats.base.quantize import checksum, quantize, verify
+from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.opened import Files
-from fluxfast.formats.quantize import checksum, quantize, verify
-from fluxfast.interrupt import SIGNALS
-from fluxfast.load import stored_as
-from fluxfast.memory.work import shape_of
+from fluxfast.memory.planner.step_spec import shape_of
 from fluxfast.model.spec import DEV, FluxSpec
+from fluxfast.run.interrupt import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,8 +181,8 @@ def test_auto_is_what_the_file_is_in(storage, compute, kept, expected):
 
 
 def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model):
-    from fluxfast.planning import plan_run
-    from fluxfast.prepare import resolve_parts
+    from fluxfast.data.prepare import resolve_parts
+    from fluxfast.tools.plan import plan_run
 
     quantize(source, tmp_path / "q", "nf4")
     config = configure(
@@ -353,7 +353,7 @@ def test_a_source_that_is_damaged(tmp_path, tensors):
 
 MEMORY = """
 import sys, threading, time
-import torch, gguf, fluxfast.formats.quantize as q
+import torch, gguf, fluxfast.formats.base.quantize as q
 from fluxfast import load_transformer
 
 def anonymous():

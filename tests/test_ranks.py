@@ -18,20 +18,20 @@ import typer
 from safetensors.torch import load_file
 from small import noise_pictures, small_run
 
-from fluxfast import ranks
-from fluxfast.checkpoint import MANIFEST, checkpoints
+from fluxfast import distributed as ranks
 from fluxfast.cli_shared import interruptible
-from fluxfast.config import Config, dump_config
+from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.data.store import read_tensors, write_tensors
+from fluxfast.distributed import ALONE, Ranks
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
-from fluxfast.interrupt import Stopped
-from fluxfast.load import resolve_device
-from fluxfast.memory.fitting import host_memory
-from fluxfast.metrics import RunLog
-from fluxfast.prepare import prepare
-from fluxfast.ranks import ALONE, Ranks
-from fluxfast.saves import Saves
+from fluxfast.formats.base.load import resolve_device
+from fluxfast.memory.planner.suggest import host_memory
+from fluxfast.run.checkpoint import MANIFEST, checkpoints
+from fluxfast.run.interrupt import Stopped
+from fluxfast.run.logger import RunLog
+from fluxfast.run.saves import Saves
 from fluxfast.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +234,7 @@ def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
 PAIR = """
 import os, sys, time, torch
 from fluxfast.errors import ConfigError, LostRank
-from fluxfast.ranks import joined
+from fluxfast.distributed import joined
 
 with joined() as ranks:
     assert (ranks.rank, ranks.count) == (int(os.environ["RANK"]), 2)

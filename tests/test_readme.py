@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fluxfast.cli import app
-from fluxfast.config import build_config
+from fluxfast.config.schema import build_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,16 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.errors import FluxfastError
-from fluxfast.files import sole_user
-from fluxfast.metrics import RunLog
 from fluxfast.model.lora import fresh_update
 from fluxfast.model.lora_linear import LoRALinear
-from fluxfast.prepare import prepare
-from fluxfast.terminal import log_to_terminal
+from fluxfast.run.logger import RunLog
 from fluxfast.train import train
+from fluxfast.util.files import sole_user
+from fluxfast.util.terminal import log_to_terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +84,7 @@ def test_two_threads_may_use_nf4_layers_at_once():
 HOLD = """
 import sys
 from pathlib import Path
-from fluxfast.files import sole_user
+from fluxfast.util.files import sole_user
 with sole_user(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -135,10 +135,10 @@ def test_other_optimizer_args_are_not_ignored(configure):
 def test_indices_of_a_batch_are_made_on_the_device():
     """Same numbers for a range as for each index alone, on whatever path they are made."""
     for indices in ([7, 8, 9], [9, 7, 8], [5], [2**33, 2**33 + 1]):
-        rows = draws.normal(3, "noise", indices, (4,))
+        rows = rng.normal(3, "noise", indices, (4,))
         for index, row in zip(indices, rows, strict=True):
-            assert torch.equal(row, draws.normal(3, "noise", index, (4,))[0])
-    assert draws.uniform(3, "noise", [], (4,)).shape == (0, 4)
+            assert torch.equal(row, rng.normal(3, "noise", index, (4,))[0])
+    assert rng.uniform(3, "noise", [], (4,)).shape == (0, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -148,7 +148,7 @@ def test_no_copy_waits_for_the_gpu(configure):
     assert batch.t5.is_pinned() and batch.mean.is_pinned()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        draws.normal(0, "noise", batch.indices, (4,), "cuda")
+        rng.normal(0, "noise", batch.indices, (4,), "cuda")
         batch.t5.to("cuda", non_blocking=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

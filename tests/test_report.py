@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from fluxfast.config import build_config, dump_config
+from fluxfast.config.schema import build_config, dump_config
 from fluxfast.errors import FluxfastError
-from fluxfast.plots import loss_figure, plot_validation, validation_figure
-from fluxfast.report import SHEET_SIDE, write_report
-from fluxfast.validation import Validation
+from fluxfast.run.plots import loss_figure, plot_validation, validation_figure
+from fluxfast.run.report import SHEET_SIDE, write_report
+from fluxfast.run.validation import Validation
 
 EVIL = "<script>alert(1)</script>"
 ROWS = [

@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small import logged, noise_pictures
 
-import fluxfast.saves
+import fluxfast.run.evaluate
+import fluxfast.run.saves
 import fluxfast.train
-import fluxfast.watch
-from fluxfast.checkpoint import checkpoints, read_state, save_checkpoint
-from fluxfast.config import Config, build_config
-from fluxfast.config_errors import all_keys
+from fluxfast.config.errors import all_keys
+from fluxfast.config.schema import Config, build_config
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.interrupt import Stopped
-from fluxfast.resume import (
+from fluxfast.run.checkpoint import checkpoints, read_state, save_checkpoint
+from fluxfast.run.interrupt import Stopped
+from fluxfast.run.resume import (
     APPLIED,
     REFUSED,
     START,
@@ -48,7 +48,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_charts(monkeypatch):
     """They take half of such a short run's time."""
-    monkeypatch.setattr(fluxfast.watch, "plot_validation", lambda rows, path: path)
+    monkeypatch.setattr(fluxfast.run.evaluate, "plot_validation", lambda rows, path: path)
     monkeypatch.setattr(fluxfast.train, "write_report", lambda run_dir: run_dir / "report.html")
 
 
@@ -218,7 +218,7 @@ def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4]
     killed_in("_look", 2, monkeypatch, config)  # before 8's, behind the last save
     assert checkpoints(config.run_dir)[-1][0] == 8
-    killed_in("publish", 1, monkeypatch, config, fluxfast.saves.Saves)
+    killed_in("publish", 1, monkeypatch, config, fluxfast.run.saves.Saves)
     train(config)
     assert_same(everything(config), whole)
 

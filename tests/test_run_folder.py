@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file
 from small import logged
 
+import fluxfast.run.evaluate
 import fluxfast.train
-import fluxfast.watch
-from fluxfast.checkpoint import checkpoints, read_state
-from fluxfast.config import Config
-from fluxfast.files import read_rows
+from fluxfast.config.schema import Config
+from fluxfast.run.checkpoint import checkpoints, read_state
+from fluxfast.run.validation import Validation, best, read_validations
 from fluxfast.train import train
-from fluxfast.validation import Validation, best, read_validations
+from fluxfast.util.files import read_rows
 
 
 @pytest.fixture
 def configure(configure, monkeypatch):
     """Shorter runs, measured, without charts, which take half of their time."""
-    monkeypatch.setattr(fluxfast.watch, "plot_validation", lambda rows, path: path)
+    monkeypatch.setattr(fluxfast.run.evaluate, "plot_validation", lambda rows, path: path)
     monkeypatch.setattr(fluxfast.train, "write_report", lambda run_dir: run_dir / "report.html")
     short = {
         "train__batch_size": 1,

@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfast import load_transformer, sample
-from fluxfast.config import ModelConfig
+from fluxfast import load_transformer
+from fluxfast import sampling as sample
+from fluxfast.config.schema import ModelConfig
 from fluxfast.errors import ConfigError
-from fluxfast.formats.lora import save_lora
-from fluxfast.generate import generate
+from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.objective import pack
-from fluxfast.sample import Picture, contact_sheet, noise_for, save_picture, schedule
+from fluxfast.sampling import Picture, contact_sheet, noise_for, save_picture, schedule
+from fluxfast.tools.generate import generate
 
 ROOT = Path(__file__).parent.parent
 CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)

@@ -10,16 +10,16 @@ import torch
 from on_device import OnDevice
 from small import SMALL
 
-import fluxfast.saves
-from fluxfast.checkpoint import read_state
-from fluxfast.config import build_config
-from fluxfast.formats.lora import save_lora
-from fluxfast.metrics import NotFinite, RunLog
+import fluxfast.run.saves
+from fluxfast.config.schema import build_config
+from fluxfast.distributed import ALONE
+from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.optim import Ema, eval_weights
-from fluxfast.ranks import ALONE
-from fluxfast.saves import Saves
+from fluxfast.run.checkpoint import read_state
+from fluxfast.run.logger import NotFinite, RunLog
+from fluxfast.run.saves import Saves
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_schedule_frees_other_point_waits_on_the_host():
 
 def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     """From the run itself to the disk: weights, an optimiser's state, an average."""
-    monkeypatch.setattr(fluxfast.saves, "_write_files", lambda run, folder, done: None)
+    monkeypatch.setattr(fluxfast.run.saves, "_write_files", lambda run, folder, done: None)
     raw = {"model": {"path": "m"}, "data": {"folder": "d"}, "output_dir": str(tmp_path)}
     saves = Saves(build_config(raw))
     ema = Ema([torch.zeros(6, 4)] * 2, 0.9)

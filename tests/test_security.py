@@ -17,13 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small import noise_pictures
 
-from fluxfast.config import build_config, load_config
+from fluxfast.config.schema import build_config, load_config
+from fluxfast.config.yaml_io import DEEPEST, LARGEST, parse_yaml
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.lines import names_secret, plain
-from fluxfast.report import write_report
-from fluxfast.settings import DEEPEST, LARGEST, parse_yaml
-from fluxfast.terminal import log_to_terminal
+from fluxfast.run.report import write_report
 from fluxfast.train import train
+from fluxfast.util.redact import names_secret, plain
+from fluxfast.util.terminal import log_to_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = next((ROOT / "examples/nano/pretrained/transformer").glob("*.safetensors"))
@@ -232,7 +232,7 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read(tmp_path):
 
 def test_text_that_is_put_into_text_does_not_grow():
     """What stands for [name] or [trigger] is short: a megabyte of them would be a hundred GiB."""
-    from fluxfast.compat import convert_ai_toolkit
+    from fluxfast.config.ai_toolkit import convert_ai_toolkit
 
     config = {"name": "n" * 151, "process": [{"type": "sd_trainer", "trigger_word": "[name]"}]}
     with pytest.raises(ConfigError, match="config.name .* of 1 to 150 characters, got .{,80}$"):
@@ -306,7 +306,7 @@ def test_a_name_that_is_no_plain_one_is_refused(name):
         build_config(minimal(name=name))
     job = {"process": [{"type": "sd_trainer", "model": {"name_or_path": "m", "is_flux": True},
                         "network": {"linear": 4}, "datasets": [{"folder_path": "a"}]}]}  # fmt: skip
-    from fluxfast.compat import convert_ai_toolkit
+    from fluxfast.config.ai_toolkit import convert_ai_toolkit
 
     try:
         raw, _ = convert_ai_toolkit({"job": "extension", "config": {"name": name, **job}})
@@ -454,7 +454,7 @@ SECRETS = ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "my_passwor
 @pytest.mark.parametrize("variable", SECRETS)
 def test_secrets_of_the_environment_are_not_put_into_settings(monkeypatch, variable):
     """A file of ai-toolkit's may name variables: a stranger's could publish them in the LoRA."""
-    from fluxfast.compat import convert_ai_toolkit
+    from fluxfast.config.ai_toolkit import convert_ai_toolkit
 
     monkeypatch.setenv(variable, "s3cret-value")
     monkeypatch.setenv("PICTURES", "photos")
@@ -537,7 +537,7 @@ def test_only_png_is_read_of_a_run_folder(configure, tmp_path, monkeypatch):
     """A preview of another kind is a blank cell: Pillow hands some kinds to programs."""
     from PIL import EpsImagePlugin, Image
 
-    from fluxfast.sample import contact_sheet
+    from fluxfast.sampling import contact_sheet
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # to call it would be a TypeError
     Image.init()

@@ -9,7 +9,7 @@ from test_offload import Counting, Plan
 
 from fluxfast.memory.copies import ThreadedCopies
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.timeline import ALIGNMENT, predict, room
+from fluxfast.memory.planner.timeline import ALIGNMENT, predict, room
 
 
 def test_without_offload_nothing_waits():

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from small import noise_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fluxfast.config import Config, load_config
+from fluxfast.config.schema import Config, load_config
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.errors import FluxfastError
-from fluxfast.load import resolve_device
-from fluxfast.metrics import RunLog
-from fluxfast.prepare import prepare
+from fluxfast.formats.base.load import resolve_device
+from fluxfast.run.logger import RunLog
 from fluxfast.setup import build
 from fluxfast.step import train_step
 from fluxfast.train import train

@@ -11,14 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small import noise_pictures
 
-from fluxfast.config import build_config
+from fluxfast.config.schema import build_config
 from fluxfast.data.loader import Loader
+from fluxfast.data.prepare import prepare
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
-from fluxfast.prepare import prepare
-from fluxfast.setup import build
-from fluxfast.train import train
-from fluxfast.validation import (
+from fluxfast.run.validation import (
     Validation,
     Validator,
     best,
@@ -27,6 +25,8 @@ from fluxfast.validation import (
     read_validations,
     student_quantile,
 )
+from fluxfast.setup import build
+from fluxfast.train import train
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfast.config import ModelConfig, load_config
-from fluxfast.generate import generate
-from fluxfast.sample import Picture
+from fluxfast.config.schema import ModelConfig, load_config
+from fluxfast.run.validation import best, read_validations
+from fluxfast.sampling import Picture
+from fluxfast.tools.generate import generate
 from fluxfast.train import train
-from fluxfast.validation import best, read_validations
 
 NANO = Path(__file__).parent.parent / "examples" / "nano"
 MODEL = ModelConfig(path=str(NANO / "pretrained"), storage="fp32", compute="fp32")
@@ -124,7 +124,7 @@ def test_pipeline_draws_the_same_picture(run, tmp_path):
     from diffusers import FluxPipeline
 
     from fluxfast.objective import pack
-    from fluxfast.sample import noise_for
+    from fluxfast.sampling import noise_for
 
     (picture,) = [Picture("a zorb at the centre on a plain background", 5, 64, 64, 20, 3.5)]
     lora = run / "nano.safetensors"

@@ -1,9 +1,9 @@
 """Which ops `bench.kernels` times, at which shapes, in which order; what each moves and
 multiplies.
 
-Bytes and FLOP are the cost model's (`fluxfast/memory/cost.py`): an op's are those of its launches
-in a block of FLUX, an NF4 weight's decoding with them. They are of the work and the same for
-everyone who does it: a peer that moves more shows less of the floor.
+Bytes and FLOP are the cost model's (`fluxfast/memory/planner/cost.py`): an op's are those of its
+launches in a block of FLUX, an NF4 weight's decoding with them. They are of the work and the same
+for everyone who does it: a peer that moves more shows less of the floor.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from fluxfast_kernels.dispatch.dispatch import arch_of
 
-from fluxfast.memory.cards import card
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.cost import (
     NF4,
     Op,
     Shape,

@@ -39,7 +39,7 @@ from bench.kernels.table import table
 from bench.kernels.work import build
 from bench.step.settings import TINY_SPEC
 from bench.terminal import say
-from fluxfast.memory.cost import total_bytes, total_flop
+from fluxfast.memory.planner.cost import total_bytes, total_flop
 from fluxfast.model.spec import DEV
 
 GATE_FIELDS = ("worst", "worst_error", "tolerance")

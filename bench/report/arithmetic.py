@@ -2,7 +2,7 @@
 
 `bench/roofline.py --tables` prints it. Linears and attention alone, without an update: no
 element-wise pass, no decoding, no launches, no optimizer. Nothing in it is measured: "peak" is at
-the data sheet's rates, "assumed" at the shares of them in `fluxfast/memory/cards.json`.
+the data sheet's rates, "assumed" at the shares of them in `fluxfast/memory/planner/cards.json`.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import cache, partial
 
 from bench.terminal import markdown
-from fluxfast.memory.cards import Card, Efficiency, card
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import Card, Efficiency, card
+from fluxfast.memory.planner.cost import (
     BlockOps,
     Lora,
     Op,
@@ -24,7 +24,7 @@ from fluxfast.memory.cost import (
     total_flop,
     total_seconds,
 )
-from fluxfast.memory.saved import block_saved, blocks_of
+from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of
 from fluxfast.model.spec import DEV
 
 SIDES = (512, 768, 1024)

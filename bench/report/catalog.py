@@ -3,12 +3,12 @@ quantizing costs a step.
 
 The floor is the larger of bytes over bandwidth and FLOP over dense peak, of one launch on an RTX
 4090 (1008 GB/s, bf16 165 TFLOP/s, int8 661 TOP/s: whole TFLOP/s) at one 1024 px picture:
-calculated from the datasheet by the cost model (`fluxfast/memory/cost.py`), not timed.
+calculated from the datasheet by the cost model (`fluxfast/memory/planner/cost.py`), not timed.
 """
 
 from bench.terminal import markdown
-from fluxfast.memory.cards import card
-from fluxfast.memory.cost import NF4, attention_op, linear_op
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.cost import NF4, attention_op, linear_op
 
 BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
 BEGIN_STEP, END_STEP = "<!-- step: begin -->", "<!-- step: end -->"

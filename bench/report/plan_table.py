@@ -4,9 +4,9 @@ ai-toolkit's stock file. Nothing in it is measured.
 
 from bench import ROOT
 from bench.terminal import markdown
-from fluxfast.config import Config, build_config, load_config
-from fluxfast.memory.plan import CONTEXT, GIB
-from fluxfast.planning import Row, plan_rows, what
+from fluxfast.config.schema import Config, build_config, load_config
+from fluxfast.memory.planner.plan import CONTEXT, GIB
+from fluxfast.tools.plan import Row, plan_rows, what
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"

@@ -14,8 +14,8 @@ from bench.report import step_chart
 from bench.report.arithmetic import RANK, shape
 from bench.report.catalog import step_ways
 from bench.terminal import markdown
-from fluxfast.memory import saved
-from fluxfast.memory.cost import Work, lora_of, modulation_ops, step_ops
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cost import Work, lora_of, modulation_ops, step_ops
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.step.gate import loss_of, saved_bytes
 from bench.step.peers import BaseWeights, Batch, Candidate, build_diffusers, build_fluxfast, normal
 from bench.step.settings import EMA_DECAY, LEARNING_RATE, SEED, SETTINGS, Cycle, Settings
-from fluxfast.memory.work import Work, lora_of
+from fluxfast.memory.planner.step_spec import Work, lora_of
 
 BASELINE = "diffusers-nf4"
 WORDS = {"bfloat16": "bf16", "float32": "fp32"}  # torch's name -> fluxfast's

@@ -11,9 +11,9 @@ from torch.autograd import DeviceType
 from bench.step.candidates import CANDIDATES, work_of
 from bench.step.settings import Cycle, Settings, image_tokens
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import card
-from fluxfast.memory.cost import model_flop
-from fluxfast.memory.work import Shape
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.cost import model_flop
+from fluxfast.memory.planner.step_spec import Shape
 
 # the host's calls that start something on the device, by CUDA's runtime and driver names
 _LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel\w*|GraphLaunch\w*)")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from bench.calibrate import WORDS
 from bench.report.arithmetic import at_peak
 from fluxfast.errors import ConfigError
-from fluxfast.memory.cards import Card, card
-from fluxfast.memory.choose import policy_ops
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import Card, card
+from fluxfast.memory.planner.choose import policy_ops
+from fluxfast.memory.planner.cost import (
     Op,
     Shape,
     Work,
@@ -27,8 +27,8 @@ from fluxfast.memory.cost import (
     seconds,
     total_seconds,
 )
-from fluxfast.memory.plan import Plan
-from fluxfast.memory.saved import blocks_of
+from fluxfast.memory.planner.plan import Plan
+from fluxfast.memory.planner.saved_bytes import blocks_of
 from fluxfast.model.flux import MODULATION_ROWS
 
 # a block's linear -> the fused op that computes it; what is of no linear is attention's

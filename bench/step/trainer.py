@@ -29,8 +29,8 @@ from bench.step.settings import (
     Cycle,
     Settings,
 )
-from fluxfast.memory.fitting import DoesNotFit, plan_on
-from fluxfast.memory.plan import GIB, MARGIN, Plan, Request
+from fluxfast.memory.planner.plan import GIB, MARGIN, Plan, Request
+from fluxfast.memory.planner.suggest import DoesNotFit, plan_on
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.objective import Batch as EncodedBatch
 from fluxfast.objective import Inputs, image_ids, text_ids
@@ -41,7 +41,7 @@ ENDLESS = 10**6  # steps that a run is said to have
 
 
 def trainer_config(settings: Settings, batch: int) -> SimpleNamespace:
-    """The part of `fluxfast.config.Config` that a step reads, with its defaults but for the
+    """The part of `fluxfast.config.schema.Config` that a step reads, with its defaults but for the
     setting's."""
     setting = SETTINGS[settings.setting]
     train = SimpleNamespace(

@@ -28,8 +28,8 @@ from bench.tune.space import ATTENTION, KERNELS, Kernel
 from bench.tune.sweep import Precompiler, TileJob, read_rows, sweep
 from bench.tune.ways import BackendJob, HandOverJob
 from fluxfast.errors import FluxfastError
-from fluxfast.memory.cards import Card, card, closest
-from fluxfast.memory.cost import shape_of
+from fluxfast.memory.planner.cards import Card, card, closest
+from fluxfast.memory.planner.cost import shape_of
 from fluxfast.model.spec import DEV
 
 ROWS = RESULTS / "tune-cuda.jsonl"

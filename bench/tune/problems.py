@@ -1,8 +1,8 @@
 """What a training step of FLUX.1-dev asks of each kernel: the shapes, and their share of the step.
 
-The cost model (`fluxfast/memory/cost.py`) names every op of a step; here each becomes the question
-that dispatch is asked for it: rows M, output columns N, a contraction of K. Equal questions are one
-problem, whose share is the sum of theirs, the largest over the compute kinds.
+The cost model (`fluxfast/memory/planner/cost.py`) names every op of a step; here each becomes the
+question that dispatch is asked for it: rows M, output columns N, a contraction of K. Equal
+questions are one problem, whose share is the sum of theirs, the largest over the compute kinds.
 """
 
 from collections import defaultdict
@@ -15,8 +15,8 @@ from fluxfast_kernels.ops.attention import choose_backend
 from fluxfast_kernels.quant.rows import DTYPE
 
 from bench.tune.space import KERNELS, Kernel
-from fluxfast.memory.cards import Card
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cards import Card
+from fluxfast.memory.planner.cost import (
     Op,
     Shape,
     Work,

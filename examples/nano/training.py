@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fluxfast.formats.container import write
-from fluxfast.tree import put_together, take_apart
+from fluxfast.run.tree import put_together, take_apart
 
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 50

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fluxfast.config import Config, DataConfig
+from fluxfast.config.schema import Config, DataConfig
 from fluxfast.data import captions, images
 from fluxfast.data.scan import ScannedImage, content_hash, scan_folders
 from fluxfast.data.skips import Skips
@@ -27,9 +27,9 @@ from fluxfast.data.store import (
     is_complete,
     write_tensors,
 )
+from fluxfast.distributed import ALONE, Ranks
 from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
-from fluxfast.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

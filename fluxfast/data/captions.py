@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.data.reading import read_text, without_control
 from fluxfast.errors import FluxfastError
 
@@ -128,7 +128,7 @@ def caption_variants(
     kept, rest = parts[:keep_tokens], parts[keep_tokens:]
     texts = []
     for variant in range(variants):
-        order = draws.permutation(seed, f"shuffle/{content_hash}", variant, len(rest))
+        order = rng.permutation(seed, f"shuffle/{content_hash}", variant, len(rest))
         texts.append(", ".join(kept + [rest[i] for i in order]))
     return list(dict.fromkeys(texts))
 

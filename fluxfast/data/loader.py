@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
 from fluxfast.errors import FluxfastError
 from fluxfast.objective import Batch
@@ -175,23 +175,23 @@ class Loader:
             return order
         batches = []
         for (width, height), members in sorted(self._buckets.items()):
-            shuffled = draws.permutation(self.seed, f"order/{width}x{height}", epoch, len(members))
+            shuffled = rng.permutation(self.seed, f"order/{width}x{height}", epoch, len(members))
             for start in range(0, len(members), self.batch_size):
                 places = range(start, start + self.batch_size)  # the last batch wraps round
                 batches.append([members[shuffled[place % len(members)]] for place in places])
-        mixed = draws.permutation(self.seed, "order/batches", epoch, len(batches))
+        mixed = rng.permutation(self.seed, "order/batches", epoch, len(batches))
         order = [batches[i] for i in mixed]
         self._epoch = (epoch, order)
         return order
 
     def _latents(self, sample: Sample, index: int) -> dict[str, Tensor]:
-        mirror = sample.flipped is not None and draws.integer(self.seed, "flip", index, 2) == 1
+        mirror = sample.flipped is not None and rng.integer(self.seed, "flip", index, 2) == 1
         return read_tensors(sample.flipped if mirror else sample.latents, LATENTS)
 
     def _text(self, sample: Sample, index: int) -> dict[str, Tensor]:
-        if draws.uniform(self.seed, "caption_dropout", index).item() < sample.caption_dropout:
+        if rng.uniform(self.seed, "caption_dropout", index).item() < sample.caption_dropout:
             return self._cached_text(self.dataset.empty_text)
-        variant = draws.integer(self.seed, "caption", index, len(sample.texts))
+        variant = rng.integer(self.seed, "caption", index, len(sample.texts))
         return self._cached_text(sample.texts[variant])
 
     def _cached_text(self, path: Path) -> dict[str, Tensor]:

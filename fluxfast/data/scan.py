@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxfast.config import DataConfig
+from fluxfast.config.schema import DataConfig
 from fluxfast.data import images
 from fluxfast.data.buckets import bucket_size
 from fluxfast.data.reading import open_regular
 from fluxfast.data.skips import Skips
 from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
-from fluxfast.files import write_atomic
+from fluxfast.util.files import write_atomic
 
 LARGEST = 2**31  # bytes: 179 megapixels of four 16-bit numbers, uncompressed, take 1.4 GB
 

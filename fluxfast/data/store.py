@@ -17,8 +17,8 @@ from safetensors.torch import load as parse
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.files import write_atomic
 from fluxfast.formats.container import write
+from fluxfast.util.files import write_atomic
 
 SPACE_HINT = "set `cache_dir` to a folder with enough space that you may write to"
 LATENTS = ("mean", "std")

@@ -16,7 +16,7 @@ import torch
 from fluxfast.encoders.fingerprint import fingerprint
 from fluxfast.encoders.single_file import NAMES, Part, find_part, fingerprint_part, load_part
 from fluxfast.errors import FluxfastError
-from fluxfast.hub import fetch_tokenizer
+from fluxfast.util.hub import fetch_tokenizer
 
 # repositories that FLUX.1's own tokenizers came from, open to all
 _TOKENIZERS = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats import base_8bit
+from fluxfast.formats.base import eight_bit as base_8bit
 from fluxfast.formats.opened import Files
 from fluxfast.model.frozen_linear import dequantize
 

@@ -5,13 +5,14 @@ from collections import Counter
 from pathlib import Path
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats import base_8bit, base_bnb
-from fluxfast.formats.base import STORAGE_KEY, file_spec, not_flux
-from fluxfast.formats.base_detect import Naming, find_naming, is_lora, model_name, other_model
-from fluxfast.formats.base_folder import folder_spec, transformer_folder, weight_files
-from fluxfast.formats.inspect_lora import describe_lora, is_adapter, listed
+from fluxfast.formats.base import bnb as base_bnb
+from fluxfast.formats.base import eight_bit as base_8bit
+from fluxfast.formats.base.detect import Naming, find_naming, is_lora, model_name, other_model
+from fluxfast.formats.base.folder import folder_spec, transformer_folder, weight_files
+from fluxfast.formats.base.quantize import SHA_KEY, verify
+from fluxfast.formats.base.reader import STORAGE_KEY, file_spec, not_flux
+from fluxfast.formats.lora.inspect import describe_lora, is_adapter, listed
 from fluxfast.formats.opened import Files
-from fluxfast.formats.quantize import SHA_KEY, verify
 from fluxfast.model.names import tensor_sources
 from fluxfast.model.spec import FluxSpec
 

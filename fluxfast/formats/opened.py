@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.base_gguf import Gguf
+from fluxfast.formats.base.gguf import Gguf
 from fluxfast.formats.container import Safetensors
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.memory.copies import Copies
-from fluxfast.memory.timeline import aligned
+from fluxfast.memory.planner.timeline import aligned
 
 
 @dataclass

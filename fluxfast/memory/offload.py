@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fluxfast.memory.copies import Copies
-from fluxfast.memory.timeline import LAG, STAGING_BUFFERS, aligned, room
+from fluxfast.memory.planner.timeline import LAG, STAGING_BUFFERS, aligned, room
 
 log = logging.getLogger(__name__)
 

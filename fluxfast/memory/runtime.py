@@ -12,13 +12,13 @@ from fluxfast_kernels.dispatch import backend
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.memory import saved
 from fluxfast.memory.copies import Copies, CpuCopies, CudaCopies
-from fluxfast.memory.graphs import Graphs, Inputs, why_not
+from fluxfast.memory.cuda_graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.plan import MARGIN, Plan, leaner, leaner_policies
-from fluxfast.memory.work import Work
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.plan import MARGIN, Plan, leaner, leaner_policies
+from fluxfast.memory.planner.step_spec import Work
 from fluxfast.model.flux import Flux
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.errors import ConfigError
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora_dropout import LoRADropout
@@ -124,7 +124,7 @@ def fresh_update(
     """
     device = layer.stored_tensors()[0].device
     shape = (len(parts) * rank, layer.in_features)
-    uniform = draws.uniform(seed, f"{stream}.lora_A", 0, shape, device)[0]
+    uniform = rng.uniform(seed, f"{stream}.lora_A", 0, shape, device)[0]
     rows = sum(end - start for ranges in parts for start, end in ranges)
     b = torch.zeros(rows, rank, device=device)
     a = (2 * uniform - 1) / math.sqrt(layer.in_features)

@@ -15,7 +15,7 @@ from fluxfast_kernels.gemm.linear_dense import lora_slices
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast import draws
+from fluxfast import rng
 from fluxfast.model.frozen_linear import FrozenLinear
 
 
@@ -45,7 +45,7 @@ class LoRADropout:
                 f"model.dropout_clock.indices, got {len(indices)}"
             )
         stream = f"lora_dropout/{self.stream}"
-        u = draws.uniform(self.clock.seed, stream, list(indices), tuple(x.shape[1:]), x.device)
+        u = rng.uniform(self.clock.seed, stream, list(indices), tuple(x.shape[1:]), x.device)
         return (u >= self.p).to(x.dtype) / (1 - self.p)
 
 

@@ -8,9 +8,9 @@ import pytest
 from bench import roofline
 from bench.report import arithmetic
 from bench.report.arithmetic import SIDES, shape
-from fluxfast.memory import saved
-from fluxfast.memory.cards import Card, Efficiency, card
-from fluxfast.memory.cost import Work, lora_of
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cards import Card, Efficiency, card
+from fluxfast.memory.planner.cost import Work, lora_of
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import DEV
 

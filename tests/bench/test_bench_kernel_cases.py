@@ -16,7 +16,7 @@ from bench.kernels.gate import Gate, errors
 from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
 from bench.kernels.work import build
 from bench.report import catalog
-from fluxfast.memory.cost import (
+from fluxfast.memory.planner.cost import (
     Work,
     block_ops,
     lora_of,

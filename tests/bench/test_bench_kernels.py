@@ -20,7 +20,7 @@ from bench.kernels import cli as kernels
 from bench.kernels.cases import Case, cases, ops_of
 from bench.kernels.problem import BOTH, CANDIDATES, EAGER, FORWARD, OURS
 from bench.kernels.table import table
-from fluxfast.memory.cost import total_bytes, total_flop
+from fluxfast.memory.planner.cost import total_bytes, total_flop
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_FIELDS = {

@@ -10,8 +10,8 @@ import pytest
 from bench import quantize, rows
 from bench.report import charts, plan_table, step_chart, technique_table
 from bench.report import cli as report
-from fluxfast.memory import saved
-from fluxfast.memory.cost import Work, lora_of
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cost import Work, lora_of
 from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,8 +27,8 @@ from bench.step.figures import count_launches, figures
 from bench.step.settings import EMA_DECAY, TINY_SPEC, Cycle, Settings, make_batch
 from bench.step.table import comparable, per_step, row_settings
 from bench.step.trainer import RandomLoader, TrainerStep, limit_memory, trainer_config
-from fluxfast.config import build_config
-from fluxfast.memory.cost import Shape, model_flop
+from fluxfast.config.schema import build_config
+from fluxfast.memory.planner.cost import Shape, model_flop
 from fluxfast.model.names import block_linears, linear_shape
 from fluxfast.model.spec import DEV
 

@@ -86,7 +86,7 @@ def test_fifty_kills():
 
 
 KEEPS_ROWS = """
-from fluxfast.metrics import RunLog
+from fluxfast.run.logger import RunLog
 RunLog._drop_lines_after = lambda log, step: None
 """
 

@@ -11,13 +11,13 @@ from bench import roofline
 from bench.report import arithmetic
 from bench.report.plan_table import configuration
 from bench.step import ops as step_ops
-from fluxfast.memory.cards import Efficiency, card
-from fluxfast.memory.cost import Op, total_bytes, total_flop, total_seconds
-from fluxfast.memory.fitting import make_plan
-from fluxfast.memory.plan import Plan, usable
+from fluxfast.memory.planner.cards import Efficiency, card
+from fluxfast.memory.planner.cost import Op, total_bytes, total_flop, total_seconds
+from fluxfast.memory.planner.plan import Plan, usable
+from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.model.spec import DEV
-from fluxfast.planning import Row, plan_rows
+from fluxfast.tools.plan import Row, plan_rows
 
 # ---------------------------------------------------------------- the step by op
 

@@ -15,7 +15,7 @@ from bench.tune.calls import Call, Tensors, build
 from bench.tune.problems import Problem, hand_overs, problems
 from bench.tune.space import KERNELS, Kernel, space
 from bench.tune.ways import answering
-from fluxfast.memory.cards import card
+from fluxfast.memory.planner.cards import card
 from fluxfast.model.spec import DEV
 
 

@@ -25,7 +25,7 @@ from bench.tune.sweep import (
     sweep,
 )
 from bench.tune.ways import BackendJob, HandOverJob
-from fluxfast.memory.cards import card
+from fluxfast.memory.planner.cards import card
 
 KERNEL = Kernel("lora_gemm", "dense", "half")
 SHIPPED = named_tile(KERNEL, "128x128x64.8w3")

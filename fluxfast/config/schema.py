@@ -1,0 +1,397 @@
+"""The one configuration: what a YAML file may say, field by field. Imports neither torch nor any
+trainer code.
+"""
+
+import logging
+import re
+import unicodedata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
+from fluxfast.config.errors import describe
+from fluxfast.config.kohya import KohyaFiles
+from fluxfast.config.yaml_io import (
+    apply_override,
+    check_texts,
+    dump_yaml,
+    insert_layers,
+    read_mapping,
+)
+from fluxfast.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# the upper ends are beyond all use: they keep what nobody means from ending in a full memory
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10**4)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LONGEST_NAME = 150  # bytes
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value, info):
+        # pydantic would read `steps: yes` as 1
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("takes a value, not true or false")
+        return value
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        min_length=1, description="diffusers folder, one .safetensors or GGUF file, or a Hub id"
+    )
+    encoders: str | None = Field(
+        None,
+        description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
+        "tokenizers, an all-in-one file, or a folder with CLIP-L, T5 and VAE files; needed when "
+        "`path` is a file of the transformer alone",
+    )
+    storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
+        "auto",
+        description="how the frozen base is kept; auto: as a prequantised file has it, else fp32 "
+        "on a CPU; nf4 on a GPU, from 40 GiB the 8 bits of compute",
+    )
+    double_quant: bool = Field(
+        False,
+        description="nf4 only: quantise the block scales as well; a file in NF4 keeps its own",
+    )
+    compute: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
+        "auto",
+        description="int8, fp8: the blocks' linears multiply 8-bit codes, all else is bf16 or "
+        "fp32; auto: on a GPU by its generation, on a CPU bf16 where it multiplies that, else fp32",
+    )
+    layers: dict[str, Literal["8bit", "rotate", "bf16"]] = Field(
+        {},
+        description="name or glob (quoted where it starts with *) -> 8bit, rotate (8 bits, behind "
+        "a Hadamard rotation) or bf16 (dense); the last match wins; or the path of what "
+        "`fluxfast check` wrote",
+    )
+    assistant_lora: str | None = Field(
+        None,
+        min_length=1,
+        description="a LoRA file or Hub id that acts, frozen, in training only: what schnell needs",
+    )
+    max_sequence_length: Few | None = Field(
+        None,
+        description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own",
+    )
+
+
+class LoraConfig(Section):
+    rank: Few = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="scale = alpha / rank; default alpha = rank"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["attn", "attn+mlp", "all"] = Field(
+        "attn+mlp", description="`all` adds the modulation linears of every block"
+    )
+    include: list[str] = Field(
+        [],
+        description="keep only these of the targets: substrings or globs of BFL or diffusers names",
+    )
+    exclude: list[str] = Field([], description="drop these; wins over include")
+    share_a: bool = Field(False, description="one A for q, k, v (and mlp), as kohya has it")
+    init_from: Path | None = Field(
+        None, description="a LoRA file of any format, of the same rank, to start from"
+    )
+
+
+class DataConfig(Section):
+    folder: Path = Field(description="folder of jpg, png, webp")
+    recursive: bool = Field(True, description="the folders below it are searched as well")
+    resolution: list[Pixels] = Field(
+        [1024], description="one or several; each image appears once per entry"
+    )
+    num_repeats: Few = 1
+    caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
+    default_caption: str | None = Field(None, description="for images that have no caption")
+    caption_prefix: str | None = Field(
+        None, description="put in front of each caption with a space, before any shuffling"
+    )
+    caption_suffix: str | None = Field(None, description="put behind each caption likewise")
+    caption_dropout: Share = Field(
+        0.05, description="share of samples trained with the empty prompt"
+    )
+    shuffle_captions: bool = Field(False, description="shuffle the comma-separated parts")
+    keep_tokens: Annotated[int, Field(ge=0)] = Field(
+        1, description="parts at the front that the shuffle leaves in place"
+    )
+    shuffle_variants: Few = Field(4, description="how many shuffled captions are cached per image")
+    flip: bool = Field(False, description="train the mirrored image half of the time")
+    mask: Literal["none", "alpha", "folder"] = Field(
+        "none", description="weights the loss per place"
+    )
+    mask_folder: Path | None = Field(None, description="masks with the images' relative names")
+    mask_min: Share = Field(0.0, description="loss weight where the mask is black")
+    strict: bool = Field(
+        False, description="a picture or caption that cannot be used is an error, not skipped"
+    )
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if isinstance(value, list) else [value]
+
+    @field_validator("resolution")
+    @classmethod
+    def _some(cls, value):
+        if not value or min(value) < 64:
+            raise ValueError("give at least one resolution, each 64 or more")
+        return value
+
+    @field_validator("caption_ext")
+    @classmethod
+    def _dot(cls, value):
+        value = value if value.startswith(".") else f".{value}"
+        if not re.fullmatch(r"(\.[^./\\]+)+", value):
+            raise ValueError("takes a file name extension such as .txt")
+        return value
+
+    @model_validator(mode="after")
+    def _mask_folder(self):
+        if (self.mask == "folder") != (self.mask_folder is not None):
+            raise ValueError("mask: folder and mask_folder go together")
+        return self
+
+
+class EmaConfig(Section):
+    enabled: bool = False
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+
+
+class TrainConfig(Section):
+    steps: Positive = Field(2000, description="optimiser steps")
+    batch_size: Few = 1
+    gradient_accumulation: Few = Field(1, description="batches whose gradients are added per step")
+    lr: Annotated[float, Field(gt=0, le=1e4)] | None = Field(
+        None, description="default 1e-4; 1.0 for prodigy"
+    )
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
+    optimizer_args: dict[str, Any] = Field({}, description="passed to the optimiser as they are")
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="null: no clipping"
+    )
+    timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear"] = Field(
+        "sigmoid", description="linear: uniform with a bell-shaped loss weight"
+    )
+    timestep_bias: Literal["balanced", "content", "style"] = Field(
+        "balanced", description="content: more noise, layout; style: less noise, detail"
+    )
+    guidance: Guidance = Field(1.0, description="fed to dev's guidance embedding while training")
+    max_bad_steps: Positive = Field(
+        10, description="steps in a row without a finite loss and gradient that end a run"
+    )
+    ema: EmaConfig = EmaConfig()
+
+
+class SaveConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(250, description="steps; 0: at the end only")
+    keep: Positive = Field(4, description="newest checkpoints that stay")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of the LoRA file")
+    formats: list[Literal["diffusers", "kohya", "comfyui", "xlabs", "bfl"]] = Field(
+        ["diffusers"],
+        min_length=1,
+        description="the first is NAME.safetensors, others NAME_FORMAT.safetensors beside it",
+    )
+
+
+class SampleConfig(Section):
+    prompts: list[str] = Field(
+        [], description="previews drawn while training; [trigger] is replaced"
+    )
+    every: Annotated[int, Field(ge=0)] = Field(
+        250, description="steps between previews; 0: before the first step and at the end only"
+    )
+    first: bool = Field(True, description="also before the first step")
+    width: Pixels = 1024
+    height: Pixels = 1024
+    steps: Few = Field(20, description="of the sampler")
+    guidance: Guidance = 4.0
+    seed: Annotated[int, Field(ge=0)] = 42
+    walk_seed: bool = Field(False, description="each prompt its own seed: seed, seed + 1, …")
+
+
+class ValidationConfig(Section):
+    share: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
+        0.0, description="share of the pictures held out of training; 0: none"
+    )
+    folder: Path | None = Field(None, description="a folder of held-out pictures instead")
+    every: Positive = Field(100, description="steps between measurements; also before the first")
+    timesteps: Few = Field(4, description="fixed timesteps that each picture is judged at")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.share and self.folder:
+            raise ValueError("give share or folder, not both")
+        return self
+
+
+class MemoryConfig(Section):
+    limit_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the card that a run may fill; default: what is free at its start"
+    )
+    policy: Literal["auto", "keep", "u8", "8bit", "fc1", "offload", "replay"] = Field(
+        "auto",
+        description="what every block does with its activations; auto: the fastest mix that fits. "
+        "keep them, u8: the MLP's in 8 bits, 8bit: all of them, fc1: make these again in backward, "
+        "offload: to the host, replay: compute the block again",
+    )
+    saved_8bit: Literal["none", "u", "all"] = Field(
+        "u", description="which activations auto may keep in 8 bits: those of the MLP's GELU, all"
+    )
+    modulation: Literal["auto", "in_place", "ahead", "host"] = Field(
+        "auto",
+        description="frozen modulation is formed ahead for coming samples; host: with its weights "
+        "in host memory",
+    )
+    optimizer_state: Literal["auto", "device", "host"] = "auto"
+    graphs: bool = Field(True, description="CUDA graphs, one per picture size")
+
+
+class Config(Section):
+    name: str = Field(
+        "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
+    )
+    output_dir: Path = Path("runs")
+    cache_dir: Path | None = Field(None, description="default: OUTPUT_DIR/cache")
+    seed: Annotated[int, Field(ge=0)] = 42
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    trigger: str | None = Field(
+        None,
+        max_length=1000,
+        description="replaces [trigger] in captions and is put in front of captions without it",
+    )
+    log_every: Positive = Field(10, description="steps between metric lines")
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: Annotated[list[DataConfig], Field(min_length=1)] = Field(
+        description="one or several; a path that ends in .toml is kohya's data set, read in place"
+    )
+    train: TrainConfig = TrainConfig()
+    save: SaveConfig = SaveConfig()
+    sample: SampleConfig = SampleConfig()
+    validation: ValidationConfig = ValidationConfig()
+    memory: MemoryConfig = Field(
+        MemoryConfig(), description="auto, or a mapping of what is decided otherwise"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, value):
+        # file systems take 255 bytes, and files have endings
+        if len(value.encode()) > LONGEST_NAME:
+            raise ValueError(f"is longer than {LONGEST_NAME} bytes")
+        return value
+
+    @field_validator("output_dir", "cache_dir")
+    @classmethod
+    def _of_a_line(cls, value):
+        # their paths are printed as they are, for scripts
+        if any(unicodedata.category(letter) == "Cc" for letter in str(value)):
+            raise ValueError("holds a control character")
+        return value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _auto_is_nothing(cls, value):
+        return {} if value == "auto" else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many_folders(cls, value):
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _cache_apart(self):
+        if self.run_dir == self.cache_path:
+            raise ValueError(
+                f"the run and the cache would share the folder {self.run_dir}: rename one"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or self.output_dir / "cache"
+
+
+def load_config(
+    path: Path | str,
+    overrides: list[str] = (),
+) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
+
+    An ai-toolkit file is converted first, kohya's data sets as in `build_config`; each key of
+    theirs that is ignored or read differently is logged as a warning. Raises ConfigError for an
+    unreadable file, an unknown key (naming the nearest one) or a bad value.
+    """
+    raw = read_mapping(Path(path), "the configuration")
+    if not is_ai_toolkit(raw):
+        return build_config(raw, overrides, source=str(path))
+    check_texts(raw)  # before what is wrong with it is said
+    try:
+        raw, notes = convert_ai_toolkit(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
+    source = f"{path}, with ai-toolkit's keys translated"
+    config = build_config(raw, overrides, source)
+    for note in notes:
+        log.warning(f"note: {note}")
+    return config
+
+
+def build_config(
+    raw: dict,
+    overrides: list[str] = (),
+    source: str = "the settings",
+) -> Config:
+    """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError.
+
+    A .toml named in `data` is read as kohya's data set; each key of it that is ignored or read
+    differently is logged as a warning. A path in `model.layers` is replaced by that file's layers.
+    """
+    files = KohyaFiles()
+    for override in overrides:
+        if override.startswith("data="):
+            files = KohyaFiles()
+        elif override.startswith("data."):  # which may reach into what a .toml says
+            files.insert(raw)
+        elif override.startswith("model.layers."):  # likewise
+            insert_layers(raw)
+        apply_override(raw, override)
+    files.insert(raw)
+    insert_layers(raw)
+    files.settle(raw)
+    check_texts(raw)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        if files.paths:
+            source += f", with the keys of {', '.join(files.paths)} translated"
+        raise ConfigError(
+            f"{source}: " + describe(error.errors(), Config),
+            hint="`fluxfast train --help` names the sections; examples/ holds complete files",
+        ) from None
+    for note in files.notes:
+        log.warning(f"note: {note}")
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same."""
+    return dump_yaml(config.model_dump(mode="json"))

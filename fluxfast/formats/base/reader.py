@@ -1,0 +1,249 @@
+"""Base checkpoints in, read tensor by tensor: a diffusers folder (sharded or not) or one file in
+Black Forest Labs' or diffusers' names, bare or inside an all-in-one file, dense, fp8, int8,
+bitsandbytes NF4 or GGUF.
+
+What a file is, is told by its content (`base_detect.py`), a folder by its config.json
+(`base_folder.py`). Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers'
+`FluxTransformer2DModel`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from fluxfast_kernels.quant.nf4 import NF4Tensor
+from fluxfast_kernels.quant.rows import Rows
+from torch import Tensor
+
+from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.base import bnb as base_bnb
+from fluxfast.formats.base import eight_bit as base_8bit
+from fluxfast.formats.base.detect import Naming, find_naming, is_lora, other_model, read_spec
+from fluxfast.formats.base.folder import (
+    check_weights_match,
+    folder_spec,
+    transformer_folder,
+    weight_files,
+)
+from fluxfast.formats.base.gguf import BLOCK_TYPES
+from fluxfast.formats.container import all_finite
+from fluxfast.formats.opened import Files
+from fluxfast.model.frozen_linear import dequantize
+from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
+from fluxfast.model.precision import multiplies_in_8_bits
+from fluxfast.model.spec import FluxSpec
+
+_8BIT = ("F8_E4M3", "F8_E5M2", "I8")
+_VECTORS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes of biases and norms
+STORAGE_KEY = "fluxfast.storage"  # metadata of a prequantized file: the storage it was made for
+
+
+class BaseCheckpoint:
+    """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context
+    manager.
+
+    storage: nf4, int8 or fp8 where the file was quantized for it, else None.
+    """
+
+    def __init__(self, path: Path, spec: FluxSpec, files: Files, naming: Naming):
+        self.path, self.spec, self.files, self.naming = path, spec, files, naming
+        self._sources = tensor_sources(spec)
+        keys = [key for name in self._sources for key in self.keys(name)]
+        if missing := [key for key in keys if key not in files.entries]:
+            hint = "the file of another part, or a download that is not complete?"
+            if naming.split:
+                hint = "a diffusers model in several files is given by its folder"
+            raise ConfigError(
+                f"{path} is not a complete FLUX.1 transformer: {len(missing)} tensors are missing, "
+                f"among them {', '.join(missing[:3])}",
+                hint=hint,
+            )
+        self._states: dict[str, base_bnb.State | None] = {}
+        for name in self._sources:
+            self._check(name)
+        self.storage = self._storage()
+
+    def keys(self, name: str) -> list[str]:
+        """The file's tensors whose rows make the tensor of that BFL name."""
+        sources = self._sources[name] if self.naming.split else [name]
+        return [self.naming.prefix + source for source in sources]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor under its BFL name, fused, dense: in the dtype that the file has, or fp32
+        where that is fp64 or quantized.
+        """
+        return dequantize(self.read_stored(name))
+
+    def read_stored(self, name: str) -> Tensor | NF4Tensor | Rows:
+        """As `read`, but a matrix that the file has in NF4 of bitsandbytes, fp8 (e4m3) or int8 with
+        a scale a row stays quantized.
+
+        Raises ConfigError for NaN and infinity. What `quantize` wrote is not looked through again.
+        """
+        parts = [self._read_part(key) for key in self.keys(name)]
+        swapped = name.rpartition(".")[0] == SWAPPED
+        if swapped or len({_kind(part) for part in parts}) > 1:
+            parts = [dequantize(part) for part in parts]
+        if isinstance(parts[0], NF4Tensor):
+            return base_bnb.join_nf4(parts)
+        if isinstance(parts[0], Rows):
+            return base_8bit.join_rows(parts)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if swapped and self.naming.split:
+            scale, shift = tensor.chunk(2)
+            tensor = torch.cat([shift, scale])
+        return tensor
+
+    def is_nf4(self, name: str) -> bool:
+        """Whether `read_stored` gives this matrix in NF4."""
+        states = [self._states[key] for key in self.keys(name)]
+        return not name.startswith(SWAPPED) and all(state and state.is_nf4 for state in states)
+
+    def is_nested_nf4(self, name: str) -> bool:
+        """Whether it does so with nested scales and one offset for all."""
+        keys = self.keys(name)
+        return self.is_nf4(name) and len(keys) == 1 and self._states[keys[0]].is_nested_nf4
+
+    def _read_part(self, key: str) -> Tensor | NF4Tensor | Rows:
+        entry, state = self.files.entries[key], self._states.get(key)
+        if state:
+            part = base_bnb.read_bnb(self.files, key, state)
+        elif entry.dtype in _8BIT and len(entry.shape) == 2:
+            part = base_8bit.read_8bit(self.files, key)
+        else:
+            part = self.files.read(key)
+            if entry.dtype in _8BIT:
+                part = part.to(torch.bfloat16)  # holds every value of both fp8 kinds
+            elif entry.dtype == "F64":
+                part = part.float()
+        if STORAGE_KEY not in self.files.metadata and not _is_finite(part):
+            raise ConfigError(
+                f"{self.files.file_of(key)}: {key} holds NaN or infinity",
+                hint="the checkpoint is damaged, or was converted badly: use another copy of it",
+            )
+        return part
+
+    def _check(self, name: str) -> None:
+        """Raise ConfigError for a shape or dtype that does not belong there."""
+        module, _, kind = name.rpartition(".")
+        sources = self.keys(name)
+        if kind == "scale":
+            shapes = [(self.spec.head_dim,)]
+        else:
+            rows, *columns = linear_shape(module, self.spec)[: 2 if kind == "weight" else 1]
+            parts = part_rows(module, self.spec) if len(sources) > 1 else [(0, rows)]
+            shapes = [(end - start, *columns) for start, end in parts]
+        for key, needed in zip(sources, shapes, strict=True):
+            state = None
+            if kind == "weight":
+                state = self._states[key] = base_bnb.bnb_state(self.files, key)
+            if state is None:
+                self._check_dtype(key, kind)
+            shape = self.files.entries[key].shape if state is None else state.shape
+            if shape != needed:
+                raise ConfigError(
+                    f"{self.files.file_of(key)}: {key} has shape {shape}, this model needs {needed}"
+                )
+
+    def _check_dtype(self, key: str, kind: str) -> None:
+        dtype = self.files.entries[key].dtype
+        if dtype not in _VECTORS and (kind != "weight" or dtype not in ("I8", *BLOCK_TYPES)):
+            raise ConfigError(
+                f"{self.files.file_of(key)}: {key} is stored as {dtype}, which is not read here",
+                hint="use a bf16, fp16, fp8, bitsandbytes NF4 or GGUF checkpoint; storage: nf4 "
+                "shrinks it on loading",
+            )
+        if dtype in _8BIT and kind == "weight":
+            base_8bit.check_8bit(self.files, key, self.naming.prefix)
+
+    def _storage(self) -> str | None:
+        """By what most of the blocks' matrices are, those that 8-bit products would take."""
+        if storage := self.files.metadata.get(STORAGE_KEY):
+            return storage if storage in ("nf4", "int8", "fp8") else None
+        modules = [n for n in self._sources if n.endswith(".weight") and multiplies_in_8_bits(n)]
+        states = [self._states[key] for name in modules for key in self.keys(name)]
+        in_nf4 = sum(state is not None and state.is_nf4 for state in states)
+        return "nf4" if 2 * in_nf4 > len(states) else None
+
+    def close(self) -> None:
+        self.files.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def _kind(part: Tensor | NF4Tensor | Rows) -> object:
+    return part.codes.dtype if isinstance(part, Rows) else type(part)
+
+
+def _is_finite(part: Tensor | NF4Tensor | Rows) -> bool:
+    if isinstance(part, Rows):
+        return all_finite(part.scale) and base_8bit.quantized_is_finite(part.codes)
+    if isinstance(part, NF4Tensor):
+        return all(all_finite(t) for t in part.tensors().values() if t.is_floating_point())
+    return all_finite(part)
+
+
+def open_base(path: Path | str) -> BaseCheckpoint:
+    """Open a diffusers pipeline folder, its `transformer/` folder, or one .safetensors or GGUF
+    file.
+
+    Raises FluxfastError where it does not exist, ConfigError where it cannot be read or is no
+    FLUX.1 text-to-image transformer.
+    """
+    path, spec = Path(path), None
+    if path.is_dir():
+        folder = transformer_folder(path)
+        spec = folder_spec(path, folder)
+        files = Files(weight_files(folder))
+    elif path.is_file():
+        files = Files([path])
+    else:
+        raise FluxfastError(
+            f"model path {path} does not exist",
+            hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
+            "black-forest-labs/FLUX.1-dev",
+        )
+    try:
+        if spec is not None:
+            naming = Naming("", split=True)
+            check_weights_match(path, spec, files.entries)
+        else:
+            naming = find_naming(files.entries)
+            if naming is None:
+                raise not_flux(path, files.entries)
+            spec = file_spec(path, files, naming)
+        return BaseCheckpoint(path, spec, files, naming)
+    except BaseException:
+        files.close()
+        raise
+
+
+def not_flux(path: Path, keys: Iterable[str]) -> ConfigError:
+    """The error for a file of something else, by name where it is known."""
+    hint = "model.path wants FLUX.1-dev, FLUX.1-schnell or a fine-tune of either"
+    if is_lora(keys):
+        hint = "a LoRA goes on top of a base model: --lora, or `fluxfast inspect` to see it"
+    other = other_model(keys)
+    name = f": it is a {other}" if other else ""
+    return ConfigError(f"{path} does not hold a FLUX.1 transformer{name}", hint=hint)
+
+
+def file_spec(path: Path, files: Files, naming: Naming) -> FluxSpec:
+    """The sizes of a single file's model. Raises ConfigError where they cannot be."""
+
+    def shape(key: str) -> tuple[int, ...] | None:
+        if key not in files.entries:
+            return None
+        state = base_bnb.bnb_state(files, key)
+        return files.entries[key].shape if state is None else state.shape
+
+    try:
+        return read_spec(files.entries, naming, shape)
+    except ConfigError:
+        raise
+    except FluxfastError as error:
+        raise ConfigError(f"{path} is not a complete FLUX.1 transformer: {error.message}") from None

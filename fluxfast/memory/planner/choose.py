@@ -1,0 +1,270 @@
+"""Which policy each block gets for one batch shape: the least predicted time within the memory.
+
+Per block every policy is a pair (bytes on the card, seconds more). Blocks move along the lower
+convex hull of these, the cheapest second per byte first and the foremost block first: what is made
+again there is made when everything behind it is gone. How many blocks are offloaded is tried out,
+as copies hide behind computing until the link is full.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cards import Card
+from fluxfast.memory.planner.cost import BlockOps, block_ops
+from fluxfast.memory.planner.ops import Op, codes_ops, element_op, total_seconds
+from fluxfast.memory.planner.step_spec import Shape, Work
+from fluxfast.memory.planner.timeline import Timeline, predict
+from fluxfast.model.names import linear_shape
+from fluxfast.model.saving import POLICIES
+
+TRIED = 28  # numbers of offloaded blocks
+RELAXED = 3  # of the fastest choices, so many are looked at again
+
+
+@dataclass(frozen=True)
+class Choice:
+    """policies: per block. bytes: the most that passes take on the card at once, staging buffers
+    and copies in flight among them; staging: of these what is always there; host: the arena;
+    seconds: forward and backward of the blocks.
+    """
+
+    policies: tuple[str, ...]
+    bytes: int
+    staging: int
+    host: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block's figures. time: policy -> seconds more in (forward, backward)."""
+
+    forward: float
+    backward: float
+    kept: dict[str, saved.Kept]
+    besides: dict[str, int]  # policy -> what its backward holds beyond what is kept
+    time: dict[str, tuple[float, float]]
+
+    def hull(self, allowed: Sequence[str]) -> list[str]:
+        """Policies from the most bytes to the fewest, each step dearer per byte than the last."""
+        points = sorted(
+            ((self.kept[p].device, sum(self.time[p]), p) for p in allowed), key=lambda x: x[:2]
+        )
+        lower: list[tuple[int, float, str]] = []
+        for point in reversed(points):  # from the most bytes on
+            if lower and point[0] == lower[-1][0]:
+                if point[1] < lower[-1][1]:
+                    lower.pop()
+                else:
+                    continue
+            while lower and point[1] <= lower[-1][1]:
+                lower.pop()  # fewer bytes and no slower
+            while len(lower) > 1 and _slope(lower[-2], lower[-1]) >= _slope(lower[-1], point):
+                lower.pop()
+            lower.append(point)
+        return [policy for _, _, policy in lower]
+
+
+def _slope(more: tuple, fewer: tuple) -> float:
+    return (fewer[1] - more[1]) / (more[0] - fewer[0])
+
+
+def policy_ops(
+    work: Work, shape: Shape, block: str, policy: str, ops: BlockOps
+) -> tuple[list[Op], list[Op]]:
+    """What a policy adds to a block's own `ops`, copies apart -> (forward, backward)."""
+    if policy in ("fc1", "replay"):
+        return [], ops.fc1 if policy == "fc1" else ops.forward
+    if policy not in ("u8", "8bit"):
+        return [], []
+    # its own pass writes the codes; that backward reads fewer bytes is not counted in favour of
+    # what rounds
+    u = shape.batch * shape.tokens * work.spec.mlp_hidden
+    codes = element_op("codes of u", u, 1, launches=0)
+    if policy == "u8":
+        return [codes], []
+    full = saved.block_saved(work, block, shape, "keep").device
+    pack, unpack = codes_ops(full // work.width - u, work.width)
+    return [pack, codes], [unpack]
+
+
+class Chooser:
+    """Chooses for one work and shape on one card. launches: whether kernels are launched one by
+    one (no CUDA graph), which adds their launch times.
+    """
+
+    def __init__(self, work: Work, shape: Shape, card: Card, launches: bool):
+        self.work, self.shape, self.card, self.launches = work, shape, card, launches
+        known: dict[tuple, _Block] = {}
+        self.blocks = []
+        for name in saved.blocks_of(work):
+            key = _signature(work, name)
+            if key not in known:
+                known[key] = self._figures(name)
+            self.blocks.append(known[key])
+
+    def _seconds(self, ops) -> float:
+        return total_seconds(ops, self.card, self.work.matmul, self.launches)
+
+    def _figures(self, name: str) -> _Block:
+        work, shape = self.work, self.shape
+        ops = block_ops(work, name, shape)
+        more = {policy: policy_ops(work, shape, name, policy, ops) for policy in POLICIES}
+        return _Block(
+            self._seconds(ops.forward),
+            self._seconds(ops.backward),
+            {policy: saved.block_saved(work, name, shape, policy) for policy in more},
+            {
+                policy: saved.transient(work, name, shape)
+                + saved.made_again(work, name, shape, policy)
+                for policy in more
+            },
+            {
+                policy: tuple(self._seconds(side) for side in sides)
+                for policy, sides in more.items()
+            },
+        )
+
+    def peak(self, policies: Sequence[str]) -> int:
+        """As `saved.step_peak`, from figures that are there already."""
+        held = most = self._outer
+        for block, policy in zip(self.blocks, policies, strict=True):
+            held += block.kept[policy].device
+            most = max(most, held + block.besides[policy])
+        return most
+
+    @cached_property
+    def _outer(self) -> int:
+        return saved.outer_saved(self.work, self.shape)
+
+    def timeline(self, policies: Sequence[str]) -> Timeline:
+        pairs = list(zip(self.blocks, policies, strict=True))
+        rate = self.card.pcie * self.card.efficiency["copy"].value
+        return predict(
+            [block.forward + block.time[policy][0] for block, policy in pairs],
+            [block.backward + block.time[policy][1] for block, policy in pairs],
+            [block.kept[policy].host for block, policy in pairs],
+            rate,
+            rate,
+        )
+
+    def fixed(self, policies: Sequence[str]) -> Choice:
+        """What these policies take. A block that saves nothing is kept, not offloaded."""
+        pairs = zip(self.blocks, policies, strict=True)
+        policies = [
+            "keep" if policy == "offload" and not block.kept[policy].host else policy
+            for block, policy in pairs
+        ]
+        line = self.timeline(policies)
+        besides = line.staging_bytes + line.in_flight_bytes
+        return Choice(
+            tuple(policies),
+            self.peak(policies) + besides,
+            line.staging_bytes,
+            line.host_bytes,
+            line.seconds,
+        )
+
+    def choose(self, budget: int, allowed: Sequence[str], host: int | None = None) -> Choice | None:
+        """The fastest choice of at most `budget` bytes on the card and `host` in its arena; None
+        where there is none.
+        """
+        found = [self._fill(budget, allowed, frozenset())]
+        if "offload" in allowed and (found[0] is None or self._costs(found[0])):
+            able = [i for i, block in enumerate(self.blocks) if block.kept["offload"].host]
+            most = len(able)
+            for count in sorted({*range(1, most + 1, max(1, most // TRIED)), most} - {0}):
+                spread = frozenset(able[place] for place in _spread(count, most))
+                found.append(self._fill(budget, allowed, spread))
+        fits = [choice for choice in found if choice and (host is None or choice.host <= host)]
+        fits.sort(key=lambda choice: choice.seconds)
+        relaxed = [self._relaxed(choice, budget, allowed) for choice in fits[:RELAXED]]
+        return min(relaxed, key=lambda choice: choice.seconds, default=None)
+
+    def _relaxed(self, choice: Choice, budget: int, allowed: Sequence[str]) -> Choice:
+        """What the last move left over, spent: the dearest blocks first get a faster policy where
+        it still fits.
+        """
+        policies = list(choice.policies)
+        room = budget - (choice.bytes - self.peak(policies))
+
+        def cost(index: int, policy: str) -> float:
+            return sum(self.blocks[index].time[policy])
+
+        for index in sorted(range(len(policies)), key=lambda i: -cost(i, policies[i])):
+            current = policies[index]
+            if current == "offload":
+                continue
+            faster = [
+                p for p in allowed if p != "offload" and cost(index, p) < cost(index, current)
+            ]
+            for policy in sorted(faster, key=lambda p: cost(index, p)):
+                policies[index] = policy
+                if self.peak(policies) <= room:
+                    break
+                policies[index] = current
+        return self.fixed(policies)
+
+    def _costs(self, choice: Choice) -> bool:
+        return any(policy in ("fc1", "replay") for policy in choice.policies)
+
+    def _fill(self, budget: int, allowed: Sequence[str], offloaded: frozenset) -> Choice | None:
+        """Policies of those blocks that are not offloaded: as few moves as the budget takes."""
+        words = [policy for policy in allowed if policy != "offload"]
+        start = ["offload"] * len(self.blocks)
+        moves = []
+        for index, block in enumerate(self.blocks):
+            if index in offloaded:
+                continue
+            hull = block.hull(words)
+            start[index] = hull[0]
+            points = [(block.kept[p].device, sum(block.time[p])) for p in hull]
+            for one, other, policy in zip(points, points[1:], hull[1:], strict=False):
+                moves.append((_slope(one, other), index, policy))
+        moves.sort(key=lambda move: move[:2])
+
+        def after(count: int) -> list[str]:
+            policies = list(start)
+            for _, index, policy in moves[:count]:
+                policies[index] = policy
+            return policies
+
+        # what copies take on the card hangs on which blocks are offloaded alone, not on the others
+        line = self.timeline(start)
+        room = budget - line.staging_bytes - line.in_flight_bytes
+        count = _least(len(moves), lambda n: self.peak(after(n)) <= room)
+        return None if count is None else self.fixed(after(count))
+
+
+def _least(most: int, fits: Callable[[int], bool]) -> int | None:
+    """The least of 0..most that fits, where what fits goes on fitting; None where `most` does
+    not."""
+    if not fits(most):
+        return None
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def _spread(count: int, blocks: int) -> frozenset:
+    """`count` of the blocks, as far apart as they go: a copy has the blocks between to hide in."""
+    return frozenset(i * blocks // count for i in range(count))
+
+
+def _signature(work: Work, block: str) -> tuple:
+    """What makes two blocks alike."""
+    own = [name for name in work.precisions if name.startswith(f"{block}.")]
+    parts = tuple(
+        (
+            name[len(block) :],
+            linear_shape(name, work.spec),
+            work.precisions[name],
+            work.lora.modules.get(name),
+        )
+        for name in own
+    )
+    return block.split(".")[0], parts, saved.saves(work, block), saved.norm_is_free(work, block)

@@ -1,0 +1,329 @@
+"""FLOP, bytes and time of every op of a training step: one model for the memory planner and the
+bench's floors.
+
+It counts what the fused ops of `fluxfast_kernels` do, by the formulas at the head of their files:
+a weight that is not kept as it is multiplied is decoded into a scratch first, as above the
+dispatch's thresholds; the update (LoRA), bias, gate and residual are added in the product's
+epilogue, as on sm_86, 89 and 120 (on sm_80 and 90 torch's matmul is followed by one or two passes
+over y, which are not counted). Caches are left out: a scratch that stays in L2 is cheaper.
+
+Names: M rows of all samples, [N, K] a weight, P independent As, N' rows that an update reaches, R
+its rank, e bytes an activation.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+from fluxfast.errors import ConfigError
+from fluxfast.memory.planner.ops import (  # noqa: F401  (the whole model is read from this module)
+    NF4,
+    Op,
+    attention_op,
+    codes_ops,
+    element_op,
+    linear_op,
+    seconds,
+    total_bytes,
+    total_flop,
+    total_seconds,
+)
+from fluxfast.memory.planner.step_spec import WIDTH, Lora, Shape, Work, lora_of, shape_of  # noqa: F401
+from fluxfast.model.names import SWAPPED, block_linears, linear_shape
+
+# NF4 for so few rows is decoded inside the product (the least shipped threshold), and 8-bit weights
+# are multiplied as they lie towards x
+FUSED_ROWS, UNTRANSPOSED_ROWS = 64, 2048
+MASK_BYTES, MASK_LAUNCHES = 610, 130  # of a dropout mask, an element: Philox in int64 torch ops
+# bytes a parameter: p, g and the states read, p and the states written, once each; the last two
+# take several passes in their libraries and are assumed
+OPTIMIZERS = {
+    "adamw": 28.0,
+    "adamw8bit": 12 + 4 + 16 / 256,
+    "schedulefree": 28.0,
+    "prodigy": 60.0,
+    "adafactor": 40.0,
+}
+GUARD_BYTES = 44  # of a gradient: cleared, added to, its norm, clipped and guarded in three passes
+FUSED_TENSORS = 36  # that one launch of the fused AdamW takes
+
+
+@dataclass(frozen=True)
+class BlockOps:
+    """Ops of one pass forward and one backward. fc1: what replaying the MLP's first product in
+    backward costs (a single block's makes qkv too)."""
+
+    forward: list[Op]
+    backward: list[Op]
+    fc1: list[Op] = field(default_factory=list)
+
+    def __add__(self, other: "BlockOps") -> "BlockOps":
+        names = ("forward", "backward", "fc1")
+        return BlockOps(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+# ---------------------------------------------------------------- a linear and its update
+
+
+class _Linear:
+    """One linear over M rows. made: input columns whose maker writes their 8-bit codes. gate: of
+    residual + gate · y: "" where there is none, "frozen" or "trained"."""
+
+    def __init__(self, work: Work, name: str, M: int, made: int = 0, gate: str = ""):
+        self.work, self.name, self.M, self.gate = work, name, M, gate
+        self.N, self.K = linear_shape(name, work.spec)
+        self.P, self.rows = work.lora.modules.get(name, (0, 0))
+        self.R, self.e, self.matmul = work.lora.rank, work.width, work.precisions[name].matmul
+        self.drops = work.dropout and self.P > 0  # takes a path that fuses nothing
+        self.made = 0 if self.drops or not self.matmul else made
+        self.apart = gate == "trained" or (gate != "" and self.drops)
+        # what the product multiplies, and in how many bytes
+        self.kind = self.matmul or work.activations
+        self.operand = 1 if self.matmul else self.e
+
+    def forward(self) -> list[Op]:
+        M, N, K, e = self.M, self.N, self.K, self.e
+        ops, weight = self._weight()
+        unmade = M * (K - self.made) if self.matmul else 0
+        if unmade and (self.drops or not self.P):
+            ops.append(self._pass("codes", unmade, e + 1, 4.0))
+            unmade = 0
+        if self.drops:
+            ops += self._masked()
+        if self.P:  # the codes of what another op made are written on the way
+            ops.append(self._skinny("down", self.P * K, e * M * K + unmade))
+        residual = e * M * N if self.gate and not self.apart else 0
+        ops.append(self._product("product", N, K, weight, residual))
+        if self.P:
+            again = 2 * e * M * self.rows if self.drops else 0
+            ops.append(self._skinny("up", self.rows, again, int(self.drops)))
+        if self.apart:
+            ops.append(self._pass("gate", M * N, 3 * e, 2.0))
+        return ops
+
+    def backward(self, need_dx: bool = True) -> list[Op]:
+        M, N, K, e = self.M, self.N, self.K, self.e
+        ops, weight = self._weight(towards_x=True) if need_dx else ([], 0)
+        codes = 1 if self.matmul and need_dx else 0  # of dy, still to be made
+        if self.gate:  # dy = gate · dout; the gate's own gradient reads y as well
+            trained = self.gate == "trained"
+            each = 3 * e if trained else 2 * e
+            if not self.apart:  # dy's codes on the way
+                each, codes = each + codes, 0
+            ops.append(self._pass("gate backward", M * N, each, 3.0 if trained else 1.0))
+        if codes and (self.drops or not self.P):
+            ops.append(self._pass("dy codes", M * N, e + 1, 4.0))
+            codes = 0
+        if self.drops:
+            ops += self._masked()
+        if self.P:
+            dy = e * M * self.rows
+            read = M * N * (e + 1) if codes else dy
+            ops.append(self._skinny("down again", self.P * K, e * M * K))
+            ops.append(self._skinny("d_down", self.rows, read))
+            ops.append(self._skinny("dB", self.rows, dy))
+            ops.append(self._skinny("dA", self.P * K, e * M * K))
+        if need_dx:
+            ops.append(self._product("dx", K, N, weight))
+            if self.P:
+                wide = e * M * K if self.drops else 0
+                ops.append(self._skinny("dx up", self.P * K, wide, int(self.drops)))
+            if self.drops:  # dx + mask · the update's
+                ops.append(self._pass("dx sum", M * K, 4 * e, 2.0))
+            if self.work.precisions[self.name].rotation:  # through fp32
+                ops.append(self._pass("rotate back", M * K, 8.0, 9.0))
+        return ops
+
+    def _product(self, name: str, N: int, K: int, weight: float, extra: float = 0.0) -> Op:
+        extra += (self.e - self.operand) * self.M * N  # the result is never in codes
+        given = (self.M, N, K, weight, self.operand)
+        return linear_op(f"{self.name} {name}", self.kind, *given, extra=extra)
+
+    def _skinny(self, name: str, span: int, wide: float, launches: int = 1) -> Op:
+        """A product with A (span P·K) or B (span N'): reads or writes `wide` bytes, the factor in
+        fp32, and [M, P·R]."""
+        moved = wide + 4 * self.R * span + self.e * self.M * self.P * self.R
+        flop = 2.0 * self.M * self.R * span
+        return Op(f"{self.name} {name}", self.work.activations, flop, moved, launches)
+
+    def _pass(self, name: str, elements: float, each: float, flop: float) -> Op:
+        return element_op(f"{self.name} {name}", elements, each, flop)
+
+    def _masked(self) -> list[Op]:
+        """The mask drawn, compared and scaled; x times it."""
+        elements, each = self.M * self.K, MASK_BYTES + 3 * self.e
+        mask = element_op(f"{self.name} mask", elements, each, 100.0, MASK_LAUNCHES)
+        return [mask, self._pass("masked", elements, 3 * self.e, 1.0)]
+
+    def _weight(self, towards_x: bool = False) -> tuple[list[Op], float]:
+        """-> (the pass that makes the weight ready, or none; bytes a weight that the product
+        reads)."""
+        kept = self.work.kept(self.name)
+        halves = self.matmul or self.work.activations == "bf16"  # fp32 products are torch's
+        if kept == "nf4" and halves and self.M <= FUSED_ROWS:
+            return [], NF4
+        held = {"nf4": NF4, "int8": 1 + 4 / self.K, "fp8": 1 + 4 / self.K}.get(kept)
+        held = held or WIDTH[kept]
+        weights = self.N * self.K
+        if kept != self.kind:
+            return [self._pass("decode", weights, held + self.operand, 1.0)], self.operand
+        if kept == self.matmul and towards_x and self.M > UNTRANSPOSED_ROWS:
+            return [self._pass("transpose", weights, 2.0, 0.0)], 1
+        return [], held
+
+
+def _normed(work: Work, name: str, M: int, modulation: str = "", residual: bool = True) -> BlockOps:
+    """norm_modulate_lora_linear; modulation: the linear that makes shift and scale. residual: its
+    input goes on past it, so that autograd adds two gradients."""
+    D = linear_shape(name, work.spec)[1]
+    linear = _Linear(work, name, M, made=D)
+    passes = 2 * work.width + 8 / D  # h and x; mean and rstd in fp32
+    codes = 1 + 4 / D if linear.made else 0
+    forward = [element_op(f"{name} norm", M * D, passes + codes, 8.0), *linear.forward()]
+    backward = []
+    if linear.P and not linear.drops:
+        backward.append(element_op(f"{name} norm again", M * D, passes, 4.0))
+    backward += linear.backward()
+    flop = 13.0 if work.trains(modulation) else 10.0
+    backward.append(element_op(f"{name} norm backward", M * D, passes + work.width, flop))
+    if residual:
+        backward.append(element_op(f"{name} gradients added", M * D, 3 * work.width))
+    return BlockOps(forward, backward)
+
+
+def _gelued(work: Work, name: str, M: int, modulation: str) -> BlockOps:
+    """gelu_lora_linear with gate and residual; linear2 takes the attention's output beside u."""
+    F, K, e = work.spec.mlp_hidden, linear_shape(name, work.spec)[1], work.width
+    linear = _Linear(work, name, M, made=F, gate=_gate(work, modulation))
+    codes = 1 + 4 / F if linear.made else 0
+    forward = [element_op(f"{name} gelu", M * F, 2 * e + codes, 10.0), *linear.forward()]
+    backward = linear.backward()
+    if linear.drops and K > F:
+        forward.insert(1, element_op(f"{name} inputs joined", M * K, 2 * e, 0.0))
+    elif linear.P and not linear.drops:
+        backward.insert(0, element_op(f"{name} gelu again", M * F, 2 * e, 10.0))
+    backward.append(element_op(f"{name} gelu backward", M * F, 3 * e, 20.0))
+    return BlockOps(forward, backward)
+
+
+def _gate(work: Work, modulation: str) -> str:
+    return "trained" if work.trains(modulation) else "frozen"
+
+
+def _attended(
+    work: Work, name: str, shape: Shape, streams: int, recompute_scores: bool
+) -> BlockOps:
+    """qk_norm_rope_attention, whose backward makes q, k (and of two streams a joint v) again."""
+    e, D, T = work.width, work.spec.hidden_size, shape.tokens
+    n = shape.batch * T * D
+    made = element_op(f"{name} qk norm", n, (4 if streams == 1 else 6) * e, 12.0, streams)
+    forward = [made, attention_op(shape.batch, T, D, e)]
+    backward = [made, attention_op(shape.batch, T, D, e, 5 if recompute_scores else 4)]
+    backward.append(element_op(f"{name} qk norm backward", n, 8 * e, 30.0, streams))
+    if streams == 2:  # each stream took its slice of o
+        backward.insert(0, element_op(f"{name} gradients joined", n, 2 * e, 0.0))
+    return BlockOps(forward, backward)
+
+
+# ---------------------------------------------------------------- a step
+
+
+def block_ops(work: Work, block: str, shape: Shape, recompute_scores: bool = True) -> BlockOps:
+    """Ops of one block without its modulation linears (`modulation_ops`); every input has a
+    gradient.
+
+    block: "double_blocks.0", "single_blocks.3". recompute_scores: attention's backward makes the
+    scores again, as flash does (10·B·T²·D FLOP), else 8. Raises ConfigError for another block.
+    """
+    group, _, index = block.partition(".")
+    depths = {"double_blocks": work.spec.depth, "single_blocks": work.spec.depth_single_blocks}
+    if not index.isdecimal() or int(index) >= depths.get(group, 0):
+        known = ", ".join(f"{name}.0 to {name}.{depth - 1}" for name, depth in depths.items())
+        raise ConfigError(f"block {block!r} is not one of {known}")
+    if group == "single_blocks":
+        M, modulation = shape.batch * shape.tokens, f"{block}.modulation.lin"
+        first = _normed(work, f"{block}.linear1", M, modulation)
+        ops = _replayed(first) + _attended(work, block, shape, 1, recompute_scores)
+        return ops + _gelued(work, f"{block}.linear2", M, modulation)
+    ops = _attended(work, block, shape, 2, recompute_scores)
+    for stream, tokens in (("txt", shape.text_tokens), ("img", shape.image_tokens)):
+        at, M = f"{block}.{stream}", shape.batch * tokens
+        modulation = f"{at}_mod.lin"
+        ops += _normed(work, f"{at}_attn.qkv", M, modulation)
+        proj = _Linear(work, f"{at}_attn.proj", M, gate=_gate(work, modulation))
+        ops += BlockOps(proj.forward(), proj.backward())
+        ops += _replayed(_normed(work, f"{at}_mlp.0", M, modulation))
+        ops += _gelued(work, f"{at}_mlp.2", M, modulation)
+    return ops
+
+
+def _replayed(ops: BlockOps) -> BlockOps:
+    return BlockOps(ops.forward, ops.backward, list(ops.forward))
+
+
+def modulation_ops(work: Work, rows: int) -> BlockOps:
+    """All modulation linears, the last layer's too, over `rows` rows: one a sample of the step, or
+    more where they are computed ahead. Backward: the gradients of their LoRA alone, as nothing
+    before them is trained."""
+    names = [name for name in block_linears(work.spec) if "mod" in name] + [SWAPPED]
+    ops = BlockOps([], [])
+    for name in names:
+        linear = _Linear(work, name, rows)
+        silu = element_op(f"{name} silu", rows * linear.K, 2 * work.width, 4.0)
+        ops += BlockOps([silu, *linear.forward()], linear.backward(need_dx=False))
+    return ops
+
+
+def outer_ops(work: Work, shape: Shape) -> BlockOps:
+    """What is around the blocks: noise mixed in, embeddings, the last linear, the loss."""
+    spec, e, B = work.spec, work.width, shape.batch
+    images, texts = B * shape.image_tokens, B * shape.text_tokens
+    tokens, latents = B * shape.tokens * spec.hidden_size, images * spec.in_channels
+    embedders = ["time_in", "vector_in"] + ["guidance_in"] * spec.guidance_embed
+    rows = {"img_in": images, "txt_in": texts}
+    rows |= {f"{name}.{side}_layer": B for name in embedders for side in ("in", "out")}
+    forward = [element_op("flow mix", latents, 6 * 4, 6.0)]
+    for name, M in rows.items():
+        forward += _Linear(work, name, M).forward()
+    forward.append(element_op("streams joined", tokens, 2 * e, 0.0))
+    last = _normed(work, "final_layer.linear", images, residual=False)
+    loss = element_op("flow loss", latents, 2 * e + 4, 5.0)
+    # the gradient of a slice: zeros, then its rows
+    sliced = e * tokens + 2 * e * images * spec.hidden_size
+    backward = [*last.backward, Op("text's zeros", "element", 0.0, sliced, 2)]
+    return BlockOps([*forward, *last.forward, loss], backward)
+
+
+def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = True) -> list[Op]:
+    """Over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the trainer's flat
+    gradients, clipped and guarded. Raises ConfigError for an unknown optimiser."""
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+    count, tensors = work.lora.parameters, 2 * len(work.lora.modules)
+    launches = ceil(tensors / FUSED_TENSORS) if optimizer == "adamw" else tensors
+    ops = [element_op(optimizer, count, OPTIMIZERS[optimizer], 12.0, launches)]
+    if guard:
+        ops.append(element_op("gradients", count, GUARD_BYTES, 5.0, tensors + 5))
+    if ema:
+        ops.append(element_op("ema", count, 12, 3.0, tensors))
+    return ops
+
+
+def step_ops(work: Work, shape: Shape, recompute_scores: bool = True) -> list[Op]:
+    """Everything of a step once, forward and backward, nothing replayed; without the optimiser.
+    recompute_scores: as `block_ops` takes it."""
+    parts = [modulation_ops(work, shape.batch), outer_ops(work, shape)]
+    blocks = [f"double_blocks.{i}" for i in range(work.spec.depth)]
+    blocks += [f"single_blocks.{i}" for i in range(work.spec.depth_single_blocks)]
+    parts += [block_ops(work, block, shape, recompute_scores) for block in blocks]
+    return [op for part in parts for op in part.forward + part.backward]
+
+
+def model_flop(work: Work, shape: Shape) -> float:
+    """FLOP of the products that a step cannot do without, whoever takes it: forward, backward and
+    attention, none of them made again, nothing element-wise. What model FLOP utilisation counts.
+    """
+    return total_flop(
+        op
+        for op in step_ops(work, shape, recompute_scores=False)
+        if op.kind not in ("element", "copy") and not op.name.endswith(" again")
+    )

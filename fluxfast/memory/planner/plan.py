@@ -1,0 +1,325 @@
+"""What a run needs and how it is made to fit: one plan for all its batch shapes.
+
+Bytes are those that torch's allocator hands out; a card also loses CONTEXT to CUDA itself, and a
+share MARGIN is left free for what no model predicts: fragmentation, and its own error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fluxfast.errors import ConfigError
+from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner.cards import Card
+from fluxfast.memory.planner.choose import Choice, Chooser
+from fluxfast.memory.planner.cost import modulation_ops, optimizer_ops, outer_ops
+from fluxfast.memory.planner.ops import Op, seconds, total_seconds
+from fluxfast.memory.planner.step_spec import Shape, Work
+from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.saving import EXACT
+
+GIB = 2**30
+CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
+MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
+OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimiser's temporaries
+
+LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantised: assumed
+# copies of the gradients that a step makes and drops; fused AdamW and bitsandbytes make none
+STEP_COPIES = {"prodigy": 1, "schedulefree": 2, "adafactor": 1}  # assumed, from their source
+
+# parameters, counted from the published configurations
+T5_PARAMETERS = 4_762_310_656
+CLIP_PARAMETERS = 123_060_480
+VAE_PARAMETERS = 83_819_683
+# bytes a pixel that the VAE's widest part holds: four maps of 256 channels in bf16 (assumed)
+VAE_BYTES_A_PIXEL = 4 * 256 * 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, and what the user has decided.
+
+    shapes: label -> batch shape, one per bucket. saved_8bit: "none", "u" or "all" of the
+    activations may be kept in 8 bits. policy: "auto", or one of `saving.POLICIES` for all blocks.
+    modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
+    preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
+    encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step. assistant:
+    bytes of an assistant LoRA's factors.
+    """
+
+    work: Work
+    shapes: Mapping[str, Shape]
+    optimizer: str = "adamw"
+    ema: bool = False
+    double_quant: bool = False
+    saved_8bit: str = "u"
+    policy: str = "auto"
+    modulation: str = "auto"
+    optimizer_state: str = "auto"
+    graphs: bool = True
+    preview_pixels: int = 0
+    encodes: bool = True
+    accumulation: int = 1
+    assistant: int = 0
+
+    @property
+    def modulation_trained(self) -> bool:
+        names = saved.modulation_names(self.work)
+        return any(name in self.work.lora.modules for name in names)
+
+    def allowed(self) -> list[str]:
+        """The policies that may be chosen from."""
+        if self.policy != "auto":
+            return [self.policy]
+        if self.work.dropout:  # its path forms u and GELU apart: there is no op to keep codes
+            return list(EXACT)
+        in_8_bits = {"none": (), "u": ("u8",), "all": ("u8", "8bit")}[self.saved_8bit]
+        return [*EXACT, *in_8_bits]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape's part of a plan. seconds: of a micro-batch with its share of the modulation."""
+
+    shape: Shape
+    choice: Choice
+    bytes: int  # allocated at the most while it trains
+    seconds: float
+    graphed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """static: name -> bytes that are always there. modulation: "in_place", "ahead" (formed for
+    coming samples together) or "host" (ahead, its weights in host memory). phases: name -> bytes
+    allocated at the most. step_seconds: of the optimiser and what moves once per step.
+    """
+
+    request: Request
+    card: Card
+    limit: int  # bytes that may be allocated
+    static: Mapping[str, int]
+    modulation: str
+    optimizer_state: str
+    buckets: Mapping[str, Bucket]
+    step_seconds: float
+    phases: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Bytes allocated at the most while training."""
+        return max(bucket.bytes for bucket in self.buckets.values())
+
+    @property
+    def host(self) -> int:
+        """Pinned bytes on the host."""
+        return self.static.get("host", 0) + max(b.choice.host for b in self.buckets.values())
+
+    def seconds(self, label: str) -> float:
+        """Of one optimiser step of that bucket."""
+        return self.buckets[label].seconds * self.request.accumulation + self.step_seconds
+
+
+def usable(vram_gib: float) -> int:
+    """Bytes that a run may allocate on a card of so many GiB that nobody else uses."""
+    return int(vram_gib * GIB * (1 - MARGIN)) - CONTEXT
+
+
+def best_plan(request: Request, card: Card, limit: float, host: int | None) -> Plan | None:
+    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None where
+    nothing fits. Raises ConfigError for settings that contradict each other.
+    """
+    if request.policy == "u8" and request.work.dropout:
+        raise ConfigError(
+            "memory.policy: u8 does nothing under lora.dropout, whose path forms GELU apart",
+            hint="memory.policy: auto, or lora.dropout: 0",
+        )
+    choosers: dict[tuple[Shape, bool], Chooser] = {}
+    plans = [
+        _plan(request, card, limit, host, modulation, state, choosers)
+        for modulation in _modulations(request)
+        for state in _states(request)
+    ]
+    return min((p for p in plans if p), key=_mean_seconds, default=None)
+
+
+def _mean_seconds(plan: Plan) -> float:
+    return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
+
+
+def _modulations(request: Request) -> list[str]:
+    if request.modulation_trained:
+        if request.modulation in ("ahead", "host"):
+            raise ConfigError(
+                f"memory.modulation: {request.modulation} needs frozen modulation, and "
+                "lora.targets: all trains it",
+                hint="memory.modulation: auto, or lora.targets: attn+mlp",
+            )
+        return ["in_place"]
+    return ["ahead", "host"] if request.modulation == "auto" else [request.modulation]
+
+
+def _states(request: Request) -> list[str]:
+    given = request.optimizer_state
+    return ["device", "host"] if given == "auto" else [given]
+
+
+def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> Plan | None:
+    static = static_bytes(request, modulation, state)
+    on_host = static.get("host", 0)
+    room = None if host is None else host - on_host
+    if room is not None and room < 0:
+        return None
+    always = sum(value for name, value in static.items() if name != "host")
+    buckets, staging = {}, 0
+    for _ in range(2):  # staging buffers are the largest bucket's, for all of them
+        for label, shape in request.shapes.items():
+            given = (limit - always, room, modulation, staging, choosers)
+            bucket = _bucket(request, card, shape, *given)
+            if bucket is None:
+                return None
+            buckets[label] = replace(bucket, bytes=bucket.bytes + always)
+        most = max(bucket.choice.staging for bucket in buckets.values())
+        if most == staging:
+            break
+        staging = most
+    step = _step_seconds(request, card, static, state)
+    phases = _phases(request, always, max(b.bytes for b in buckets.values()))
+    # graphs keep their pool through it
+    graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
+    phases["optimiser step"] = max(graphed, default=always)
+    phases["optimiser step"] += _on_host_bytes(request, "optimiser", state)
+    phases["optimiser step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
+    weights = saved.weights(request.work, request.double_quant)
+    phases["loading"] = sum(weights.values()) + static["LoRA"]
+    phases["loading"] += LOADING * saved.largest_matrix(request.work)
+    plan = Plan(request, card, limit, static, modulation, state, buckets, step, phases)
+    return plan if max(phases.values()) <= limit else None
+
+
+def _on_host_bytes(request: Request, part: str, where: str) -> int:
+    return saved.trained(request.work, request.optimizer, False)[part] if where == "host" else 0
+
+
+def _bucket(request, card, shape, budget, host, modulation, staging, choosers) -> Bucket | None:
+    """staging: of other buckets, which this one must leave room for."""
+    allowed = request.allowed()
+    found = []
+    for graphed in (True, False) if request.graphs else (False,):
+        words = [p for p in allowed if not (graphed and p == "offload")]
+        if not words:
+            continue
+        if (shape, graphed) not in choosers:
+            choosers[shape, graphed] = Chooser(request.work, shape, card, launches=not graphed)
+        chooser, fixed = choosers[shape, graphed], request.policy != "auto"
+        room = budget - (staging if graphed else 0)
+        if fixed:
+            choice = chooser.fixed([request.policy] * len(chooser.blocks))
+        else:
+            choice = chooser.choose(room, words, host)
+        more = max(0, staging - choice.staging) if choice else 0
+        if choice and not fixed and choice.bytes + more > budget:
+            choice = chooser.choose(budget - staging, words, host)
+            more = max(0, staging - choice.staging) if choice else 0
+        if choice is None or choice.bytes + more > budget:
+            continue
+        if host is not None and choice.host > host:
+            continue
+        outer = outer_ops(request.work, shape)
+        each = total_seconds(
+            [*outer.forward, *outer.backward], card, request.work.matmul, not graphed
+        )
+        each += choice.seconds + _modulation_seconds(request, card, shape, modulation)
+        found.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
+    return min(found, key=lambda bucket: bucket.seconds, default=None)
+
+
+def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: str) -> float:
+    """Per micro-batch. Ahead: one pass of MODULATION_ROWS rows serves several."""
+    rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
+    ops = modulation_ops(request.work, rows)
+    total = total_seconds([*ops.forward, *ops.backward], card, request.work.matmul, True)
+    if modulation == "in_place":
+        return total
+    if modulation == "host":
+        moved = saved.weights(request.work, request.double_quant)["modulation"]
+        total = max(total, seconds(Op("modulation in", "copy", 0.0, moved), card))
+    return total / max(1, MODULATION_ROWS // shape.batch)
+
+
+def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state: str) -> float:
+    ops = optimizer_ops(request.work, request.optimizer, request.ema)
+    total = total_seconds(ops, card, request.work.matmul, True)
+    if state == "host":
+        moved = _on_host_bytes(request, "optimiser", state)
+        total += 2 * seconds(Op("optimiser state", "copy", 0.0, moved), card)
+    return total
+
+
+def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int]:
+    """What is always on the card by name; "host": what lies in host memory instead."""
+    work = request.work
+    found = {f"weights: {k}": v for k, v in saved.weights(work, request.double_quant).items()}
+    found |= saved.trained(work, request.optimizer, request.ema)
+    found |= {"scratch": saved.scratch(work), "other": OTHER, "host": 0}
+    if request.assistant:  # a step keeps it once more, its ranks beside those of the trained LoRA
+        found["assistant LoRA"] = 2 * request.assistant + found["LoRA"]
+    if modulation == "host":
+        found["host"] += found.pop("weights: modulation")
+        found["modulation staging"] = 2 * saved.largest_modulation(work, request.double_quant)
+    if state == "host":
+        found["host"] += found.pop("optimiser")
+    return found
+
+
+def _phases(request: Request, always: int, training: int) -> dict[str, int]:
+    found = {"training": training}
+    if request.encodes:
+        found["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+        pixels = max(256 * s.image_tokens for s in request.shapes.values())
+        found["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
+    if request.preview_pixels:
+        vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
+        found["previews"] = always + vae
+    return found
+
+
+# ---------------------------------------------------------------- a notch leaner
+
+
+def leaner(plan: Plan, label: str) -> Plan | None:
+    """The same plan with one bucket's policies a notch leaner, by exact ones alone; None where it
+    is as lean as it goes. Its other buckets stay as they are.
+    """
+    bucket = plan.buckets[label]
+    launches = not bucket.graphed
+    chooser = Chooser(plan.request.work, bucket.shape, plan.card, launches)
+    policies = leaner_policies(bucket.choice.policies)
+    if policies is None:
+        return None
+    choice = chooser.fixed(policies)
+    changed = replace(
+        bucket,
+        choice=choice,
+        bytes=bucket.bytes - bucket.choice.bytes + choice.bytes,
+        seconds=bucket.seconds - bucket.choice.seconds + choice.seconds,
+    )
+    return replace(plan, buckets={**plan.buckets, label: changed})
+
+
+NOTCH = 0.125  # of the blocks
+IN_MEMORY = ("keep", "u8", "8bit")
+
+
+def leaner_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
+    """An eighth of the blocks, the foremost that can be leaner, become so: first fc1, then replay.
+    A block that is offloaded or replayed is as lean as it gets.
+    """
+    count = max(1, round(NOTCH * len(policies)))
+    changed = list(policies)
+    for word, weaker in (("fc1", IN_MEMORY), ("replay", (*IN_MEMORY, "fc1"))):
+        able = [i for i, policy in enumerate(changed) if policy in weaker]
+        for index in able[:count]:
+            changed[index] = word
+        if able:
+            return tuple(changed)
+    return None

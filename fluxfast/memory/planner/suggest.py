@@ -1,0 +1,172 @@
+"""make_plan: the best plan there is, or in words what is missing and which settings would fit;
+plan_on: the same for the device at hand."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fluxfast.distributed import local_rank, processes
+from fluxfast.errors import ConfigError
+from fluxfast.memory.planner.cards import Card, card, closest
+from fluxfast.memory.planner.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
+
+_STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
+
+SIDES = (1024, 768, 512, 256)  # pixels
+CARDS_GIB = (12, 16, 24, 32, 48, 80)
+BOUNDLESS = 2**60  # bytes
+
+
+class DoesNotFit(ConfigError):
+    """No plan keeps the limits."""
+
+
+def make_plan(request: Request, card: Card, limit: int, host: int | None = None) -> Plan:
+    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones.
+
+    Raises DoesNotFit where there is none, naming the nearest settings that would fit, and
+    ConfigError for settings that contradict each other.
+    """
+    plan = best_plan(request, card, limit, host)
+    if plan is not None:
+        return plan
+    found = _cures(request, card, limit, host)
+    hint = "what fits: " + "; or ".join(found) if found else "no single setting makes it fit"
+    raise DoesNotFit(_misfit(request, card, limit, host), hint=hint)
+
+
+def plan_on(device: torch.device, request: Request, limit_gib: float | None = None) -> Plan | None:
+    """The plan of a run on the device with what is free there now, CUDA's own memory included in
+    limit_gib; None on a CPU without a limit. Raises as `make_plan` does.
+    """
+    if device.type != "cuda":
+        if limit_gib is None:
+            return None
+        # a limit to try plans with; a card's speed only ranks the choices
+        return make_plan(request, card(_STAND_IN), int(limit_gib * GIB), host_memory())
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        known = card(properties.name)
+    except ConfigError:
+        known = closest((properties.major, properties.minor), total / GIB)
+    room = free - int(MARGIN * total)
+    if limit_gib is not None:
+        room = min(int(limit_gib * GIB) - CONTEXT, room)
+    if room <= 0:
+        raise ConfigError(
+            f"{free / GIB:.2f} GiB of the GPU are free, and nothing of it may be used",
+            hint="close what else uses the GPU"
+            + (", or raise memory.limit_gib" if limit_gib is not None else ""),
+        )
+    return make_plan(request, known, room, host_memory())
+
+
+def host_memory() -> int:
+    """Bytes that this process may pin: half of what is free or can be freed, shared with those that
+    train on the machine's other GPUs.
+    """
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2 // local_rank()[1]
+    except OSError:  # no Linux
+        pass
+    return 16 * GIB
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def _misfit(request: Request, card: Card, limit: int, host: int | None) -> str:
+    """What is missing where."""
+    if host is not None and (plan := best_plan(request, card, limit, None)):
+        return (
+            f"this does not fit: it would need {_gib(plan.host)} of pinned host memory, of which "
+            f"{_gib(host)} may be taken"
+        )
+    may = f"{_gib(limit)} may be used on the {card.name}"
+    plan = best_plan(request, card, BOUNDLESS, None)
+    for phase in ("encoding captions", "encoding pictures", "loading"):
+        if plan.phases.get(phase, 0) > limit:
+            return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {may}"
+    if best_plan(replace(request, preview_pixels=0), card, limit, host) is not None:
+        return f"previews of this size do not fit beside the model: {may}"
+    return f"this does not fit: it needs at least {_gib(_least(request, card, limit))}, {may}"
+
+
+def _least(request: Request, card: Card, limit: int) -> float:
+    """The least limit that some plan keeps, to 1 %."""
+    low, high = float(limit), float(limit) * 2 + GIB
+    while best_plan(request, card, high, None) is None:
+        low, high = high, 2 * high
+    while high > 1.01 * low:
+        middle = (low + high) / 2
+        fits = best_plan(request, card, middle, None) is not None
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def _cures(request: Request, card: Card, limit: int, host: int | None) -> list[str]:
+    """Up to two settings that would fit, the mildest first, and the least card that would."""
+    found: list[str] = []
+    kinds: set[str] = set()
+    for kind, words, changed in _changes(request):
+        if len(found) == 2 or kind in kinds:
+            continue
+        if best_plan(changed, card, limit, host) is not None:
+            kinds.add(kind)
+            found.append(words)
+    for gib in CARDS_GIB:
+        if usable(gib) > limit and best_plan(request, card, usable(gib), host) is not None:
+            return [*found, f"a card of {gib} GiB"]
+    return found
+
+
+def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
+    """(kind, words, what they make of the request): of each kind the first that fits is named."""
+    free = {"policy": "auto", "optimizer_state": "auto"}
+    free |= {} if request.modulation_trained else {"modulation": "auto"}
+    decided = {name: value for name, value in free.items() if getattr(request, name) != value}
+    for name, value in decided.items():
+        yield "memory", f"memory.{name}: {value}", replace(request, **{name: value})
+    if len(decided) > 1:
+        yield "memory", "memory: auto", replace(request, **decided)
+    if request.saved_8bit == "none":
+        yield "saved_8bit", "memory.saved_8bit: u", replace(request, saved_8bit="u")
+    if request.preview_pixels > 1024**2:
+        smaller = replace(request, preview_pixels=1024**2)
+        yield "previews", "sample.width: 1024, sample.height: 1024", smaller
+    if request.work.storage != "nf4":
+        smaller = replace(request, work=replace(request.work, storage="nf4"))
+        yield "storage", "model.storage: nf4", smaller
+    if request.optimizer == "prodigy":
+        yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")
+    # a request's batch is one process's share; the setting counts that of all
+    batch, count = max(shape.batch for shape in request.shapes.values()), processes()
+    sizes = [batch // 2**n for n in range(1, batch.bit_length()) if batch // 2**n]
+    for size in sizes:
+        words = f"train.batch_size: {size * count} with gradient_accumulation"
+        yield "batch", words, _shaped(request, size, SIDES[0] * 64)
+    for size in dict.fromkeys((batch, 1)):
+        for side in SIDES:
+            changed = _shaped(request, size, side)
+            if changed.shapes != request.shapes:
+                beside = f" and train.batch_size: {size * count}" if size != batch else ""
+                yield "resolution", f"data.resolution: {side}{beside}", changed
+
+
+def _shaped(request: Request, batch: int, side: int) -> Request:
+    """With batches and pictures of at most this size."""
+    tokens = (side // 16) ** 2
+    shapes = {
+        label: replace(
+            shape, batch=min(shape.batch, batch), image_tokens=min(shape.image_tokens, tokens)
+        )
+        for label, shape in request.shapes.items()
+    }
+    return replace(request, shapes=shapes)

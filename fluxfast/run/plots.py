@@ -1,0 +1,160 @@
+"""Charts of a run: validation.png, and SVG text for the report's page.
+
+Colours are from Okabe and Ito's palette, told apart by the colour-blind; line styles differ as
+well. Matplotlib's own defaults are used whatever the user's matplotlibrc says, and put back after.
+"""
+
+import io
+import math
+import re
+from pathlib import Path
+
+from fluxfast.run.validation import Validation, best
+from fluxfast.util.files import write_atomic
+
+INK, LORA, BASE = "#333333", "#0072b2", "#d55e00"
+# in a page the charts follow its colours, light or dark; alone they keep those above
+_ON_A_PAGE = {INK: "currentColor", LORA: f"var(--lora, {LORA})", BASE: f"var(--base, {BASE})"}
+_STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "font.size": 12,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "none",  # words stay words: a third of the bytes, and they can be searched
+}
+
+
+def drawable(value) -> bool:
+    """Whether it is a number that a chart has a place for: not NaN, nor beyond 1e30."""
+    return isinstance(value, int | float) and abs(value) <= 1e30
+
+
+def plot_validation(rows: list[Validation], path: Path) -> Path:
+    """Draw the measurements into a PNG of 1260 x 1080 pixels. -> path.
+
+    Above the loss of the LoRA and of the base model, below their paired difference with its 95 %
+    interval; the best step is marked. Raises ValueError without rows, FluxfastError where `path`
+    cannot be written.
+    """
+    write_atomic(path, _render(_draw_validation, rows, (7.0, 6.0), "png"))
+    return path
+
+
+def validation_figure(rows: list[Validation]) -> str:
+    """The same chart as SVG text, 5.8 x 5.0 inches. Raises ValueError without rows."""
+    return _for_a_page(_render(_draw_validation, rows, (5.8, 5.0), "svg"))
+
+
+def loss_figure(metrics: list[dict]) -> str:
+    """Loss and smoothed loss over steps as SVG text, 5.8 x 3.6 inches.
+
+    metrics: lines of metrics.jsonl; a loss that is missing, null or not finite leaves a gap. Raises
+    ValueError without rows.
+    """
+    return _for_a_page(_render(_draw_loss, metrics, (5.8, 3.6), "svg"))
+
+
+def _render(draw, rows: list, size: tuple[float, float], kind: str) -> bytes:
+    """Run `draw(figure, rows)` and encode the figure, `size` in inches, as png or svg."""
+    if not rows:
+        raise ValueError("nothing to plot: no rows")
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # a salt of its own keeps the ids of two charts on one page apart, and the same from run to run
+    with style.context(["default", {**_STYLE, "svg.hashsalt": draw.__name__}]):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches
+        draw(figure, rows)
+        buffer = io.BytesIO()
+        if kind == "png":
+            FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=180)
+        else:
+            figure.patch.set_visible(False)
+            for axes in figure.axes:
+                axes.patch.set_visible(False)
+            FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _draw_validation(figure, rows: list[Validation]) -> None:
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    steps = [row.step for row in rows]
+    finite = [row for row in rows if drawable(row.loss)]
+    top = best(finite)
+    above.plot(steps, [row.base_loss for row in rows], "s--", color=BASE, ms=6, label="base model")
+    above.plot(steps, [row.loss for row in rows], "o-", color=LORA, ms=4, label="with the LoRA")
+    if top:
+        label = f"best: step {top.step}"
+        above.plot([top.step], [top.loss], "*", color=LORA, mfc="none", ms=16, label=label)
+        for axes in (above, below):
+            axes.axvline(top.step, color=INK, lw=0.8, ls=":", zorder=0)
+    above.set_ylabel("validation loss")
+    # above the axes, where no line can run through it
+    above.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, columnspacing=1.2, borderpad=0
+    )
+
+    low, high = ([_value(getattr(row, end)) for row in rows] for end in ("low", "high"))
+    below.axhline(0, color=BASE, lw=1.2, ls="--")
+    below.fill_between(steps, low, high, color=LORA, alpha=0.22, lw=0)
+    below.vlines(steps, low, high, color=LORA, alpha=0.6, lw=1.2)  # one step alone makes no band
+    below.plot(steps, [row.difference for row in rows], "o-", color=LORA, ms=4)
+    known = any(math.isfinite(value) for value in low)
+    band = "with 95 % interval" if known else "no interval: one picture"
+    below.set_title(f"LoRA − base, {band}; below zero: it helps", fontsize=11)
+    below.set_ylabel("difference")
+    _step_axis(below, steps)
+
+
+def _draw_loss(figure, metrics: list[dict]) -> None:
+    axes = figure.subplots()
+    steps = [row["step"] for row in metrics]
+    mark = "o" if len(steps) == 1 else ""
+    loss, smooth = ([_value(row.get(key)) for row in metrics] for key in ("loss", "loss_smooth"))
+    axes.plot(steps, loss, f"{mark}-", color=BASE, lw=1, alpha=0.6, label="interval")
+    axes.plot(steps, smooth, f"{mark}-", color=LORA, lw=2, label="smoothed")
+    axes.set_ylabel("training loss")
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderpad=0)
+    _step_axis(axes, steps)
+
+
+def _step_axis(axes, steps: list[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    if min(steps) == max(steps):
+        axes.set_xticks(steps[:1])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.figure.align_ylabels()
+    for each in axes.figure.axes:
+        each.grid(axis="y", color=INK, alpha=0.15, lw=0.8)
+        each.set_axisbelow(True)
+
+
+def _value(number: float | None) -> float:
+    """A gap in a line for what is not known."""
+    return number if drawable(number) else math.nan
+
+
+def _for_a_page(svg: bytes) -> str:
+    """The <svg> element alone, in the page's colours; no metadata, no names that two may share."""
+    text = svg.decode()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"\s*<style [^>]*>.*?</style>", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    for colour, variable in _ON_A_PAGE.items():
+        text = text.replace(colour, variable)
+    return text

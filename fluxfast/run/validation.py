@@ -1,0 +1,152 @@
+"""Validation that tells when to stop: held-out pictures, fixed noise, fixed timesteps, against the
+base model.
+
+Every held-out picture is judged at the same noise and the same timesteps each time, so two
+measurements differ by the weights alone. Reported are the mean loss and the paired difference from
+the base model's own loss with its 95 % confidence interval over pictures; below zero means that the
+LoRA helps.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxfast.data.store import LATENTS, TEXT, Sample, read_tensors
+from fluxfast.model.flux import Flux
+from fluxfast.model.lora import set_lora_strength
+from fluxfast.objective import Batch, noise_batch, sample_losses
+from fluxfast.util.files import read_rows, with_step, write_atomic
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One measurement: loss, base_loss: means over the held-out pictures; low, high: the 95 %
+    interval of the paired difference loss − base_loss over `pictures` pictures (null for one
+    picture).
+    """
+
+    step: int
+    loss: float
+    base_loss: float
+    difference: float
+    low: float | None
+    high: float | None
+    pictures: int
+
+
+class Validator:
+    """Measures a model on held-out samples, each at `timesteps` fixed timesteps."""
+
+    def __init__(self, samples: list[Sample], seed: int, timesteps: int, guidance: float):
+        self.samples, self.seed, self.guidance = samples, seed, guidance
+        # the middles of equal shares of a logit-normal: the spread that training mostly sees
+        middles = (torch.arange(timesteps) + 0.5) / timesteps
+        self.timesteps = torch.sigmoid(torch.special.ndtri(middles))
+        self._base: Tensor | None = None
+
+    def measure(self, model: Flux, device: torch.device, step: int) -> Validation:
+        """The model as it is, against itself without its LoRA (measured once, at the first
+        call).
+        """
+        if self._base is None:
+            set_lora_strength(model, 0.0)
+            self._base = self._losses(model, device)
+            set_lora_strength(model, 1.0)
+        losses = self._losses(model, device)
+        difference = losses - self._base
+        low, high = interval(difference.tolist())
+        return Validation(
+            step=step,
+            loss=losses.mean().item(),
+            base_loss=self._base.mean().item(),
+            difference=difference.mean().item(),
+            low=low,
+            high=high,
+            pictures=len(losses),
+        )
+
+    @torch.no_grad()
+    def _losses(self, model: Flux, device: torch.device) -> Tensor:
+        """Mean loss over the timesteps per picture (its resolutions together), fp64 [pictures]."""
+        training = model.training
+        model.eval()
+        per_picture: dict[str, list[float]] = {}
+        try:
+            for index, sample in enumerate(self.samples):
+                latents = read_tensors(sample.latents, LATENTS)
+                tensors = {**latents, **read_tensors(sample.texts[0], TEXT)}
+                names = (*LATENTS, "mask", *TEXT)
+                encoded = [tensors[n][None].to(device) if n in tensors else None for n in names]
+                for position, t in enumerate(self.timesteps):
+                    batch = Batch(*encoded, [index * len(self.timesteps) + position])
+                    inputs = noise_batch(
+                        batch, self.seed, device=device, stream="validation/", timesteps=t[None]
+                    )
+                    loss = sample_losses(model, inputs, self.guidance)
+                    # sync: validation reads its result
+                    per_picture.setdefault(sample.name, []).append(loss.item())
+        finally:
+            model.train(training)
+        means = [math.fsum(losses) / len(losses) for losses in per_picture.values()]
+        return torch.tensor(means, dtype=torch.float64)
+
+
+def interval(values: list[float], level: float = 0.95) -> tuple[float | None, float | None]:
+    """Student's confidence interval of the mean; (None, None) for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None, None
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = student_quantile(0.5 + level / 2, n - 1) * deviation / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def student_quantile(p: float, freedom: int) -> float:
+    """The p-quantile (p > 0.5) of Student's t, by bisection on its density integrated with
+    Simpson's rule.
+    """
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    scale /= math.sqrt(freedom * math.pi)
+
+    def upper(x: float) -> float:
+        # over u = arctan(t / sqrt(freedom)) the integrand is smooth on a finite range
+        end = math.atan(x / math.sqrt(freedom))
+        n = 400
+        values = [math.cos(end * i / n) ** (freedom - 1) for i in range(n + 1)]
+        total = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
+        return scale * math.sqrt(freedom) * total * end / (3 * n)
+
+    low, high = 0.0, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 0.5 + upper(middle) < p else (low, middle)
+    return (low + high) / 2
+
+
+def read_validations(path: Path) -> list[Validation]:
+    """The measurements in validation.jsonl, in order; lines that are none are passed over."""
+    return read_rows(path, _measurement)
+
+
+def _measurement(row: Any) -> Validation:
+    made = Validation(**with_step(row))
+    interval = [bound for bound in (made.low, made.high) if bound is not None]
+    for value in (made.loss, made.base_loss, made.difference, made.pictures, *interval):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{value!r} is no number")
+    return made
+
+
+def write_validations(path: Path, rows: list[Validation]) -> None:
+    write_atomic(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode())
+
+
+def best(rows: list[Validation]) -> Validation | None:
+    """The measurement with the lowest loss; the earliest of equals, one without a number last."""
+    return min(rows, key=lambda row: (math.isnan(row.loss), row.loss, row.step), default=None)
