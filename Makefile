@@ -26,7 +26,7 @@ test: $(VENV)/installed-test
 # memory's peaks, and longer fuzzing
 test-long: $(VENV)/installed-test
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow and not gpu'
-	HYPOTHESIS_EXAMPLES=3000 $(BIN)/pytest -n $(WORKERS) tests/test_fuzz.py
+	HYPOTHESIS_EXAMPLES=3000 $(BIN)/pytest -n $(WORKERS) tests/robustness/test_fuzz.py
 
 install: $(VENV)/installed
 

@@ -17,13 +17,13 @@ bf16, counted, beside what `fluxfast.memory.planner.saved_bytes` predicts of it 
 Limits, and why these:
 
 - The error is rounding, known beforehand: u's codes err by at most 0.9 % in gelu and gelu', groups
-  of 128 in int8 by about 0.7 %, and a gradient is formed of a few of them. `tests/test_saving.py`
+  of 128 in int8 by about 0.7 %, and a gradient is formed of a few. `tests/model/test_saving.py`
   bounds the sum by 2 % (u8) and 3 % (8bit) in three blocks of random weights. Independent errors
   add in quadrature, and here are six blocks: 2.8 % and 4.2 %, which are cosines of 0.9996 and
   0.9991 (1 - e²/2). int8 products cost more by themselves (`bench/quality.py`: 0.9974).
 - The held-out loss may move by 1 % either way, as in `bench/quality.py`. What is smaller a run of
   this size does not tell from the choice of a seed.
-- Predicted bytes may be off by 2 %, as in `tests/test_memory_saved.py`.
+- Predicted bytes may be off by 2 %, as in `tests/memory/test_memory_saved.py`.
 """
 
 import sys

@@ -62,7 +62,7 @@ def gpu_suite(tiny: bool = False) -> list[Item]:
         *step([COMPILED], 180),
         *step(BARE, 45),
         _kernels("kernels, all", settings.device, 300, tiny),
-        _tests("kernels right, all", ["tests/kernels", "tests/test_graphs.py"], 300),
+        _tests("kernels right, all", ["tests/kernels", "tests/memory/test_graphs.py"], 300),
     ]
 
 

@@ -111,3 +111,51 @@ def configure(nano_model, photos, cache, tmp_path):
     from small import small_run
 
     return partial(small_run, nano_model, photos, tmp_path / "runs", cache)
+
+
+# ---------------------------------------------------------------- tests/kernels
+
+# these stay on the plain-torch and C++ paths of a CPU
+WITHOUT_LAUNCHERS = {
+    "test_native",
+    "test_native_int8",
+    "test_nf4",
+    "test_package",
+    "test_patch_diffusers",
+}
+
+
+def pytest_generate_tests(metafunc):
+    """`device`: the CPU by the interpreter, and, with `-m gpu`, the GPU."""
+    if "device" in metafunc.fixturenames and metafunc.definition.path.parent.name == "kernels":
+        gpu = pytest.param("cuda", marks=pytest.mark.gpu)
+        metafunc.parametrize("device", ["cpu", gpu])
+
+
+@pytest.fixture(autouse=True)
+def launchers(request):
+    """In tests/kernels the kernels are launched on CPU tensors too.
+
+    Where there is a GPU this process compiles kernels and cannot interpret them: run `-m gpu`.
+    """
+    file = request.path
+    if file.parent.name != "kernels" or file.stem in WITHOUT_LAUNCHERS:
+        yield
+        return
+    import torch
+    from fluxfast_kernels.dispatch import backend
+
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    with backend.cpu_launches(not torch.cuda.is_available()):
+        yield
+
+
+@pytest.fixture(params=["reference", "launched"])
+def path(request):
+    """Both of what an op does: the plain-torch path of a CPU (in C++ where that was built), and the
+    launchers."""
+    from fluxfast_kernels.dispatch import backend
+
+    with backend.cpu_launches(request.param == "launched"):
+        yield request.param

@@ -34,7 +34,7 @@ from fluxfast.run.logger import RunLog
 from fluxfast.run.saves import Saves
 from fluxfast.train import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS, STOPPED_BY = 12, 150  # the latter in seconds
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = """
 import sys
 for name in ("fluxfast numpy safetensors bitsandbytes diffusers transformers peft einops pydantic "

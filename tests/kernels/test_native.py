@@ -20,7 +20,7 @@ from fluxfast_kernels.quant.nf4 import (
     nf4_quantize,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 built = pytest.mark.skipif(native.isa() is None, reason="csrc/ was not built: no C++ compiler")
 SHAPES = [(1, 64), (3, 64), (257, 64), (130, 320)]  # blocks: 1, 3, 257, 650

@@ -25,7 +25,7 @@ from fluxfast.train import train
 from fluxfast.util.redact import names_secret, plain
 from fluxfast.util.terminal import log_to_terminal
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = next((ROOT / "examples/nano/pretrained/transformer").glob("*.safetensors"))
 LOG = logging.getLogger("fluxfast.somewhere")
 TOKEN = "hf_" + "aB3" * 11

@@ -30,7 +30,7 @@ from fluxfast.model.saving import EXACT
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
 from fluxfast.tools.plan import breakdown, plan_rows, table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
 SMALL = FluxSpec(
     in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=256, num_heads=2, depth=2,

@@ -23,7 +23,7 @@ from fluxfast.train import train
 from fluxfast.util.files import sole_user
 from fluxfast.util.terminal import log_to_terminal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

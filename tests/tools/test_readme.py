@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fluxfast.cli import app
 from fluxfast.config.schema import build_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -13,14 +13,13 @@ from small import noise_pictures
 
 from fluxfast.config.schema import build_config
 from fluxfast.data.loader import Loader
-from fluxfast.data.prepare import prepare
+from fluxfast.data.prepare import hold_out, prepare
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
 from fluxfast.run.validation import (
     Validation,
     Validator,
     best,
-    hold_out,
     interval,
     read_validations,
     student_quantile,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fluxfast import cli
 from fluxfast.formats.base.reader import open_base
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 
 

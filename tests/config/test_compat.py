@@ -13,7 +13,7 @@ from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.config.schema import Config, build_config, load_config
 from fluxfast.errors import ConfigError
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "ai-toolkit"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "ai-toolkit"
 
 
 def theirs(**changes) -> dict:

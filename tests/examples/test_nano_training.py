@@ -7,7 +7,7 @@ import torch
 from small import script
 from torch import nn
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "nano" / "training.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "nano" / "training.py"
 
 
 @pytest.fixture(scope="module")

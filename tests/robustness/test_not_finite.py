@@ -26,7 +26,7 @@ from fluxfast.setup import build
 from fluxfast.step import Training, train_step
 from fluxfast.train import train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

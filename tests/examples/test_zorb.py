@@ -18,7 +18,7 @@ from fluxfast.sampling import Picture
 from fluxfast.tools.generate import generate
 from fluxfast.train import train
 
-NANO = Path(__file__).parent.parent / "examples" / "nano"
+NANO = Path(__file__).parents[2] / "examples" / "nano"
 MODEL = ModelConfig(path=str(NANO / "pretrained"), storage="fp32", compute="fp32")
 SEEDS = range(100, 110)
 

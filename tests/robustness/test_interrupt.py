@@ -25,7 +25,7 @@ from fluxfast.run.validation import read_validations
 from fluxfast.train import train
 from fluxfast.util.files import flush_folder, one_of_several, sole_user
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ SPEC = FluxSpec(
 SIDE, TEXT = 16, 16
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there tests/test_memory_gpu.py measures"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there tests/memory/test_memory_gpu.py measures"
+    ),
 ]
 
 

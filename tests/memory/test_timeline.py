@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
+from simulated_copies import ThreadedCopies
 from test_offload import Counting, Plan
 
-from fluxfast.memory.copies import ThreadedCopies
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner.timeline import ALIGNMENT, predict, room
 

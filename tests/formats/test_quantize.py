@@ -26,7 +26,7 @@ from fluxfast.memory.planner.step_spec import shape_of
 from fluxfast.model.spec import DEV, FluxSpec
 from fluxfast.run.interrupt import SIGNALS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import yaml
 from fluxfast.config.schema import Config, build_config, dump_config, load_config
 from fluxfast.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from small import script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "nano" / "draw.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "nano" / "draw.py"
 
 
 @pytest.fixture(scope="module")

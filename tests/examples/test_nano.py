@@ -16,7 +16,7 @@ from small import script
 from fluxfast.config.schema import load_config
 from fluxfast.model.spec import NANO
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "nano"
 PHOTOS = EXAMPLE / "photos"
 SCRIPT = EXAMPLE / "make_nano.py"

@@ -23,7 +23,7 @@ from fluxfast.objective import pack
 from fluxfast.sampling import Picture, contact_sheet, noise_for, save_picture, schedule
 from fluxfast.tools.generate import generate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
 
 

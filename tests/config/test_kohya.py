@@ -16,7 +16,7 @@ from fluxfast.config.kohya import _parse, read_kohya_dataset
 from fluxfast.config.schema import Config, build_config, load_config
 from fluxfast.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "kohya" / "dataset.toml"
 
 # a file that asks for nothing that is read differently

@@ -26,7 +26,7 @@ from fluxfast.data.store import (
 )
 from fluxfast.errors import FluxfastError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def picture(seed: int, size=(96, 64), mode="RGB") -> Image.Image:
