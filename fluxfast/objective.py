@@ -33,7 +33,7 @@ def draw_timesteps(
     tokens: int,
     kind: str = "sigmoid",
     bias: str = "balanced",
-    device="cpu",
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """t [B] in (0, 1), fp32: a uniform number per global sample index through a quantile function.
 
@@ -82,13 +82,13 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
     return patches.reshape(b, width // 4, h, w)
 
 
-def image_ids(h: int, w: int, device="cpu") -> Tensor:
+def image_ids(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
     """RoPE positions of the image tokens, fp32 [1, T, 3]: (0, row, column)."""
     axes = (torch.arange(size, device=device) for size in (1, h // 2, w // 2))
     return torch.cartesian_prod(*axes).view(1, -1, 3).float()
 
 
-def text_ids(length: int, device="cpu") -> Tensor:
+def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
     """RoPE positions of the text tokens, all zero: fp32 [1, L, 3]."""
     return torch.zeros(1, length, 3, device=device)
 
@@ -139,18 +139,17 @@ def noise_batch(
     """
     host = batch.mean, batch.std, batch.t5, batch.pooled
     mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
-    indices, shape = batch.indices, tuple(mean.shape[1:])
+    indices, shape, (h, w) = batch.indices, tuple(mean.shape[1:]), mean.shape[2:]
     vae_noise = rng.normal(seed, f"{stream}vae", indices, shape, device)
     noise = rng.normal(seed, f"{stream}noise", indices, shape, device)
     if timesteps is None:
-        tokens = (shape[1] // 2) * (shape[2] // 2)
-        timesteps = draw_timesteps(seed, indices, tokens, kind, bias, device)
+        timesteps = draw_timesteps(seed, indices, (h // 2) * (w // 2), kind, bias, device)
     t, mask = timesteps.to(device), batch.mask
     noisy, target = fk.flow_mix(pack(mean), pack(std), pack(vae_noise), pack(noise), t)
     if mask is not None:
         mask = mask.to(device, non_blocking=True)[:, None]
         mask = pack(mask.expand_as(mean).contiguous())
-    ids = image_ids(*shape[1:], device), text_ids(t5.shape[1], device)
+    ids = image_ids(h, w, device), text_ids(t5.shape[1], device)
     return Inputs(noisy, target, t, timestep_weight(t, kind), mask, *ids, t5, pooled, modulation)
 
 

@@ -66,7 +66,7 @@ def clip_and_guard(
     return norm, (~finite).float()
 
 
-def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+def step_unless(optimizer: Any, bad: Tensor) -> None:
     """One optimizer step, skipped where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Does not
     synchronize with a GPU.
 

@@ -66,7 +66,9 @@ def _indices(index: int | list[int] | Tensor, device) -> Tensor:
     return torch.as_tensor(index, dtype=torch.int64, device=device)
 
 
-def uniform(seed: int, stream: str, index, shape: tuple[int, ...] = (), device="cpu") -> Tensor:
+def uniform(
+    seed: int, stream: str, index, shape: tuple[int, ...] = (), device: torch.device | str = "cpu"
+) -> Tensor:
     """fp32 in (0, 1), never either end. [len(index), *shape]; an int index counts as a list of
     one.
     """
@@ -76,7 +78,9 @@ def uniform(seed: int, stream: str, index, shape: tuple[int, ...] = (), device="
     return values.view(-1, *shape)
 
 
-def normal(seed: int, stream: str, index, shape: tuple[int, ...] = (), device="cpu") -> Tensor:
+def normal(
+    seed: int, stream: str, index, shape: tuple[int, ...] = (), device: torch.device | str = "cpu"
+) -> Tensor:
     """fp32 standard normal by Box-Muller. [len(index), *shape]."""
     count = math.prod(shape)
     half = (count + 1) // 2

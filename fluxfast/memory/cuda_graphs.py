@@ -73,6 +73,7 @@ class Recorder(Protocol):
 
     def record(self, run: Callable[[], Tensor]) -> Recording:
         """Record it without executing it. Raises where that is not possible."""
+        ...
 
     def release(self) -> None:
         """Give the memory back, once all recordings are forgotten, or after a failure."""
@@ -95,7 +96,6 @@ class Graphs:
         recorder: Recorder | None = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
-        self.failed_key: Hashable = None  # whose warm-up or recording raised last
         self._work, self._gradients = work, gradients
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
@@ -116,13 +116,9 @@ class Graphs:
         """Whether this key is replayed."""
         return key in self._recordings
 
-    def capture(
-        self,
-        examples: Mapping[Hashable, Inputs],
-        size: Callable[[Inputs], float] | None = None,
-    ) -> None:
-        """Capture a graph per key, in place of all earlier ones, from the largest example down (by
-        `size`, else by bytes), so that the pool is as large as the largest needs.
+    def capture(self, examples: Mapping[Hashable, Inputs]) -> None:
+        """Capture a graph per key, in place of all earlier ones, from the largest example down, so
+        that the pool is as large as the largest needs.
 
         Only the examples' shapes, dtypes and which of them are None matter later; work runs on them
         twice each. The gradients come out as they went in. Give all keys at once: warming up needs
@@ -130,9 +126,10 @@ class Graphs:
         when it runs eagerly, out of memory included.
         """
         self.drop()
-        if self.reason is not None:
+        recorder = self._recorder
+        if self.reason is not None or recorder is None:
             return
-        order = sorted(examples, key=lambda key: (size or _nbytes)(examples[key]), reverse=True)
+        order = sorted(examples, key=lambda key: _nbytes(examples[key]), reverse=True)
         # sync: waits, and on the host, so that it costs no device memory
         before = self._gradients.to("cpu", copy=True)
         failure = None
@@ -140,10 +137,9 @@ class Graphs:
             for key in order:
                 self._inputs[key] = self._make_static(examples[key])
             for key in order:
-                self.failed_key = key
-                self._recorder.warm_up(self._run(key))
+                recorder.warm_up(self._run(key))
             gc.collect()
-            failure = self._record(order)
+            failure = self._record(recorder, order)
         except NotCapturable as error:
             failure = _first_line(error)
         except BaseException:
@@ -171,25 +167,18 @@ class Graphs:
         # another graph's replay may write over it
         return recording.output.clone()
 
-    def drop(self, key: Hashable | None = None) -> None:
-        """Forget one key's graph, or all; with the last one the pool's memory is given back."""
-        for table in (self._recordings, self._inputs):
-            if key is None:
-                table.clear()
-            else:
-                table.pop(key, None)
-        if not self._recordings:
-            self._inputs.clear()
-            self._static.clear()
-            if self._recorder is not None:
-                self._recorder.release()
+    def drop(self) -> None:
+        """Forget all graphs and give their memory back."""
+        for table in (self._recordings, self._inputs, self._static):
+            table.clear()
+        if self._recorder is not None:
+            self._recorder.release()
 
-    def _record(self, order: list[Hashable]) -> str | None:
-        """-> why it failed."""
+    def _record(self, recorder: Recorder, order: list[Hashable]) -> str | None:
+        """Returns why it failed, or None."""
         for key in order:
-            self.failed_key = key
             try:
-                self._recordings[key] = self._recorder.record(self._run(key))
+                self._recordings[key] = recorder.record(self._run(key))
             except torch.OutOfMemoryError:
                 raise
             # whatever it was: eagerly it has just worked
@@ -262,7 +251,7 @@ class CudaRecorder:
         # also the warm-up's, so that what a library keeps per stream (cuBLAS's workspace) exists
         # before it would be taken from the pool
         self._stream = torch.cuda.Stream(device)
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._failed: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:

@@ -5,7 +5,7 @@ optimiser finds its state where it left it. `WeightsOnHost` streams the weights 
 used one after the other through two buffers on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -205,7 +205,7 @@ class WeightsOnHost:
     the model to a device afterwards would undo it.
     """
 
-    def __init__(self, layers: list[nn.Module], copies: Copies):
+    def __init__(self, layers: Sequence[nn.Module], copies: Copies):
         self._copies = copies
         self._index = {id(layer): index for index, layer in enumerate(layers)}
         self._layers = layers

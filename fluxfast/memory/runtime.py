@@ -5,7 +5,7 @@ on the host, and the step back to leaner policies where memory runs out all the 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from fluxfast_kernels.dispatch import backend
@@ -155,7 +155,10 @@ class MemoryRuntime:
         policies = self.policies[label]
         self.model.policies = list(policies)
         offloads = "offload" in policies
-        self.model.offload = _Bound(self._engine, (label, policies)) if offloads else None
+        bound: Any = None
+        if offloads and self._engine is not None:
+            bound = _Bound(self._engine, (label, policies))
+        self.model.offload = bound
 
     def retry(self, fn: Callable[[], T]) -> T:
         """Returns fn(), which is called again where memory runs out in it: graphs dropped, the
@@ -181,9 +184,10 @@ class MemoryRuntime:
         """One graph per example, where there are graphs; with cheaper policies where memory does
         not do for them.
         """
-        if self.graphs is not None and self.graphs.reason is None:
-            self._drop_graphs()
-            self.retry(lambda: self.graphs.capture(self._examples()))
+        graphs = self.graphs
+        if graphs is not None and graphs.reason is None:
+            graphs.drop()
+            self.retry(lambda: graphs.capture(self._examples()))
 
     @contextmanager
     def without_graphs(self, again: bool) -> Iterator[None]:

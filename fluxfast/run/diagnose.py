@@ -54,7 +54,7 @@ def _broken_weights(run: Training) -> list[str]:
 def _of_batch(run: Training, batch: Batch, step: int) -> Iterator[str]:
     inputs = run.inputs(batch)
     for row, name in enumerate(map(plain, batch.names)):
-        alone = Inputs(*(_row(tensor, row, len(batch.names)) for tensor in inputs))
+        alone = Inputs._make(_row(tensor, row, len(batch.names)) for tensor in inputs)
         alone = alone._replace(modulation=None)  # formed here, where it is seen
         run.model.dropout_clock.indices = [batch.indices[row]]
         broken = [key for key, tensor in alone._asdict().items() if not _finite(tensor)]

@@ -137,6 +137,7 @@ class Saves:
 
     def publish(self) -> tuple[int, Path]:
         """Copy the newest checkpoint's LoRA files into the run's folder. -> its step, the file."""
+        assert self.newest is not None, "a run that ends has saved"
         step, folder = self.newest
         for file in folder.glob(f"{self.config.name}*.safetensors"):
             if file not in _best_files(self.config, folder):

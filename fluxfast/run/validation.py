@@ -81,9 +81,12 @@ class Validator:
                 latents = read_tensors(sample.latents, LATENTS)
                 tensors = {**latents, **read_tensors(sample.texts[0], TEXT)}
                 names = (*LATENTS, "mask", *TEXT)
-                encoded = [tensors[n][None].to(device) if n in tensors else None for n in names]
+                encoded: dict[str, Any] = {
+                    name: tensors[name][None].to(device) if name in tensors else None
+                    for name in names
+                }
                 for position, t in enumerate(self.timesteps):
-                    batch = Batch(*encoded, [index * len(self.timesteps) + position])
+                    batch = Batch(**encoded, indices=[index * len(self.timesteps) + position])
                     inputs = noise_batch(
                         batch, self.seed, device=device, stream="validation/", timesteps=t[None]
                     )

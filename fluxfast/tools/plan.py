@@ -87,8 +87,9 @@ def plan_run(
     if device.type != "cuda" and limit is None:
         return None
     cuda = device.type == "cuda"
-    lora = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
-    request = request_of(config, model, shapes, graphs=cuda, assistant=lora)
+    lora = config.model.assistant_lora
+    file = fetch_lora(lora) if lora else None
+    request = request_of(config, model, shapes, graphs=cuda, assistant=file)
     return plan_on(device, replace(request, encodes=False), limit)
 
 
@@ -132,8 +133,9 @@ class Row:
     reason: str = ""
 
     def seconds(self) -> float:
-        """Of an optimiser step, the mean over the plan's picture sizes."""
+        """Of an optimizer step, the mean over the plan's picture sizes."""
         plan = self.plan
+        assert plan is not None
         return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
 
 
