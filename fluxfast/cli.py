@@ -84,10 +84,10 @@ def cache(
     """
     config = configuration(target, set_, model, encoders, trigger, None)
     from fluxfast.data.prepare import prepare
-    from fluxfast.distributed import joined
+    from fluxfast.distributed import init_distributed
     from fluxfast.formats.base.load import resolve_device
 
-    with interruptible(), joined() as ranks:
+    with interruptible(), init_distributed() as ranks:
         prepare(config, resolve_device(config.device), ranks)
     if rank() == 0:
         print(config.cache_path)

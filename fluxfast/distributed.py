@@ -1,8 +1,8 @@
-"""Several processes, one run: `torchrun` starts them, and each takes its share of every batch.
+"""Data parallel training: `torchrun` starts the processes, each takes its shard of every batch.
 
-The shares' gradients are summed before the optimiser's step, so a run takes the same steps in
-however many processes, up to fp32 rounding; every process takes them all, on weights that are equal
-to the bit. Rank 0 alone writes, but for the cache, of which each makes its share.
+Gradients are summed over ranks before the optimizer's step, so a run takes the same steps whatever
+the world size, up to fp32 rounding, and weights are equal to the bit on all ranks. Rank 0 alone
+writes, but for the cache, of which each rank encodes its shard.
 """
 
 from __future__ import annotations
@@ -23,71 +23,73 @@ from torch import Tensor
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
 
 _RUNS = count()  # of this process; all ranks begin each of them
-_TO_BEGIN = timedelta(minutes=10)  # for all ranks to be there
+_INIT_TIMEOUT = timedelta(minutes=10)  # for all ranks to be there
 # longer than one rank may validate, draw previews or encode pictures while the others wait
-_PATIENCE = timedelta(hours=6)
+_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. With a count of 1 nothing is sent and nobody is waited for.
+    """This process in a world of `world_size`. In a world of 1 nothing is sent or waited for.
 
     Every method that waits must be called by all ranks, and raises LostRank where one has ended.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
-    def sum_(self, *tensors: Tensor) -> None:
+    def all_reduce_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks, equal on all to the bit. On a GPU the
         stream waits, not the host.
         """
-        if self.count > 1:
-            with _lost(self):
+        if self.world_size > 1:
+            with _lost_rank(self):
                 for tensor in tensors:
                     torch.distributed.all_reduce(tensor, group=self.group)
 
-    def meet(self, device: torch.device) -> None:
-        """What the ranks sum through takes its memory on the device, as it does at the first sum:
-        to be called before what is free there is planned with.
+    def allocate_buffers(self, device: torch.device) -> None:
+        """Makes the backend allocate its communication buffers on the device, as the first
+        all-reduce does: call it before planning with the memory that is free.
         """
-        self.sum_(torch.zeros(1, device=device))
+        self.all_reduce_(torch.zeros(1, device=device))
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Hosts wait for each other, GPUs do not."""
-        if self.count == 1:
+        """Returns whether `flag` is true on any rank. Hosts wait for each other, GPUs do not."""
+        if self.world_size == 1:
             return flag
-        said = torch.tensor(int(flag))
-        self.sum_(said)
-        return bool(said)
+        count = torch.tensor(int(flag))
+        self.all_reduce_(count)
+        return bool(count)
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
         self.any(False)
 
-    def told(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. value: anything that JSON holds."""
-        if self.count == 1:
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Returns every rank's value, in the order of ranks. value: anything that JSON holds.
+        Unlike torch's all_gather_object it pickles nothing.
+        """
+        if self.world_size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = torch.zeros(self.count, dtype=torch.int64)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(own)
-        self.sum_(sizes)
-        rows = torch.zeros(self.count, int(sizes.max()), dtype=torch.uint8)
+        self.all_reduce_(sizes)
+        rows = torch.zeros(self.world_size, int(sizes.max()), dtype=torch.uint8)
         rows[self.rank, : len(own)] = own
-        self.sum_(rows)
+        self.all_reduce_(rows)
         pairs = zip(rows, sizes.tolist(), strict=True)
         return [json.loads(bytes(row[:size].tolist())) for row, size in pairs]
 
     def check_same(self, what: str, value: str) -> None:
         """Raises ConfigError where the ranks' values differ."""
-        values = self.told(value)
+        values = self.all_gather_json(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ConfigError(
@@ -97,38 +99,40 @@ class Ranks:
                 )
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """Rank 0 goes through, then the others do."""
-        if not self.first:
-            self.wait()
+    def main_process_first(self) -> Iterator[None]:
+        """Rank 0 runs the body, then the others do."""
+        if not self.is_main:
+            self.barrier()
         yield
-        if self.first:
-            self.wait()
+        if self.is_main:
+            self.barrier()
 
-    def mine(self, key: str) -> bool:
-        """Whether the work with this key (hexadecimal, 8 digits or more) is this rank's: it is some
-        rank's, whatever has been done meanwhile.
+    def owns(self, key: str) -> bool:
+        """Returns whether this rank does the work of this key (hexadecimal, 8 digits or more);
+        exactly one rank does, whatever is done already.
         """
-        return int(key[:8], 16) % self.count == self.rank
+        return int(key[:8], 16) % self.world_size == self.rank
 
-    def share(self, batch_size: int) -> range:
-        """This rank's places in a batch. Raises ConfigError where they cannot be shared equally."""
-        if batch_size % self.count:
+    def shard(self, batch_size: int) -> range:
+        """Returns this rank's positions in a batch. Raises ConfigError where the world size does
+        not divide it.
+        """
+        if batch_size % self.world_size:
             raise ConfigError(
-                f"train.batch_size is {batch_size}: {self.count} processes cannot share that "
+                f"train.batch_size is {batch_size}: {self.world_size} processes cannot share that "
                 "equally",
                 hint="it counts the samples of all processes together: set a multiple of "
-                f"{self.count}",
+                f"{self.world_size}",
             )
-        own = batch_size // self.count
+        own = batch_size // self.world_size
         return range(self.rank * own, (self.rank + 1) * own)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
-def _lost(ranks: Ranks) -> Iterator[None]:
+def _lost_rank(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's: a connection that is closed, or slow
@@ -142,56 +146,56 @@ def _lost(ranks: Ranks) -> Iterator[None]:
 
 
 def local_rank() -> tuple[int, int]:
-    """This process among those on this machine, and their count, as torchrun says it."""
+    """Returns LOCAL_RANK and LOCAL_WORLD_SIZE: this process and the count on this machine."""
     environment = os.environ.get
     return int(environment("LOCAL_RANK", "0")), int(environment("LOCAL_WORLD_SIZE", "1"))
 
 
-def processes() -> int:
-    """How many of them torchrun has started for this run, on all machines; 1 without it."""
+def world_size() -> int:
+    """Returns how many processes torchrun started for this run on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def attempt() -> int:
-    """How often torchrun has started this run anew, after a process of it had ended."""
+def restart_count() -> int:
+    """Returns how often torchrun has restarted this run after one of its processes ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _begin(backend: str) -> None:
-    """torchrun keeps one store for all of its restarts, in which those before have left addresses:
-    each has a part of it to itself, and in each every run.
+def _init_process_group(backend: str) -> None:
+    """torchrun keeps one store for all of its restarts, and earlier ones leave addresses in it: a
+    prefix for each restart and run keeps them apart.
     """
     distributed = torch.distributed
-    store, rank, size = next(distributed.rendezvous("env://", timeout=_TO_BEGIN))
+    store, rank, size = next(distributed.rendezvous("env://", timeout=_INIT_TIMEOUT))
     distributed.init_process_group(
         backend,
-        store=distributed.PrefixStore(f"attempt {attempt()}, run {next(_RUNS)}", store),
+        store=distributed.PrefixStore(f"attempt {restart_count()}, run {next(_RUNS)}", store),
         rank=rank,
         world_size=size,
-        timeout=_TO_BEGIN,
+        timeout=_INIT_TIMEOUT,
     )
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun has started this process among; one alone where it was not.
+def init_distributed() -> Iterator[Ranks]:
+    """Joins the process group that torchrun describes; a world of one without torchrun.
 
     CPU tensors go by gloo, CUDA tensors by NCCL where torch has it, in a group of their own beside
     one that the caller may have made. Raises FluxfastError where the ranks do not find each other.
     """
     distributed = torch.distributed
-    size = processes()
+    size = world_size()
     made = distributed.is_available() and distributed.is_initialized()
     if size == 1 and not made:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     # a torch for CUDA need not have NCCL: under Windows it never does, and gloo takes CUDA tensors
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     try:
         if not made:
-            _begin(backend)
-        group = distributed.new_group(timeout=_PATIENCE, backend=backend)
+            _init_process_group(backend)
+        group = distributed.new_group(timeout=_TIMEOUT, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise FluxfastError(
             f"the {size} processes of this run do not find each other: "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fluxfast.distributed import ALONE, Ranks
+from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.step_spec import Shape
@@ -53,7 +53,7 @@ def build(
     loader: Loader,
     device: torch.device,
     plan: Plan | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
     from fluxfast.formats.base.load import load_resolved
@@ -126,7 +126,7 @@ def assemble(
     loader: Loader,
     device: torch.device,
     plan: Plan | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Training:
     """Everything that trains a model with its LoRA. parameters: as `inject_lora` returns them."""
     labels = bucket_labels(loader)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fluxfast.distributed import ALONE, Ranks
+from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.memory.cuda_graphs import Graphs
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
@@ -40,7 +40,7 @@ class Training:
     labels: dict[int, str]
     loader: Loader
     ahead: Ahead | None = None
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     done: int = 0  # steps of the run; 0 before this process has taken one
     updating: bool = False  # whether the optimizer has begun a step and not ended it
     graphs: Graphs = field(init=False)
@@ -56,7 +56,7 @@ class Training:
         self.memory.use(self.labels[inputs.noisy.shape[1]])
         train = self.config.train
         # every batch counts the same, so accumulation is one larger batch; ranks share each alike
-        parts = train.gradient_accumulation * self.ranks.count
+        parts = train.gradient_accumulation * self.ranks.world_size
         return sample_losses(self.model, inputs, train.guidance).mean() / parts
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -100,7 +100,7 @@ def train_step(
     whole window is taken again with cheaper policies.
     """
     total = run.memory.retry(lambda: _accumulate(run, batches))
-    run.ranks.sum_(run.gradients, total)
+    run.ranks.all_reduce_(run.gradients, total)
     train = run.config.train
     norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
     lr = default_lr(train) * lr_multiplier(step, train)

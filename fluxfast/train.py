@@ -11,7 +11,7 @@ from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare, resolve_parts
 from fluxfast.data.store import CacheDamaged
-from fluxfast.distributed import Ranks, attempt, joined
+from fluxfast.distributed import Ranks, init_distributed, restart_count
 from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.formats.base.load import resolve_device
 from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
@@ -50,20 +50,20 @@ def train(config: Config, *, restart: bool = False) -> Path:
     Raises FluxfastError (ConfigError where the configuration is at fault), and Stopped, a
     KeyboardInterrupt, where SIGINT or SIGTERM asked it to stop and what was trained is saved.
     """
-    with joined() as ranks, ExitStack() as held:
-        ranks.share(config.train.batch_size)  # said before anything is done
+    with init_distributed() as ranks, ExitStack() as held:
+        ranks.shard(config.train.batch_size)  # said before anything is done
         ranks.check_same("their configuration", dump_config(config))
-        if ranks.first:
+        if ranks.is_main:
             # not at a later attempt of torchrun: what was trained before would be moved aside too
-            if restart and attempt() == 0 and config.run_dir.exists():
+            if restart and restart_count() == 0 and config.run_dir.exists():
                 resolve_parts(config.model, resolve_device(config.device))  # another can begin
                 check_loras(config, fresh=True)
                 with sole_user(config.run_dir):
                     move_aside(config.run_dir)
             held.enter_context(sole_user(config.run_dir))
-        ranks.wait()
+        ranks.barrier()
         path = _with_cache_mended(config, ranks)
-        ranks.wait()  # until rank 0 has written everything
+        ranks.barrier()  # until rank 0 has written everything
         return path
 
 
@@ -77,7 +77,7 @@ def _with_cache_mended(config: Config, ranks: Ranks) -> Path:
         try:
             return _train(config, ranks)
         except CacheDamaged as error:
-            if ranks.count > 1 or error.path in mended:
+            if ranks.world_size > 1 or error.path in mended:
                 raise
             mended.add(error.path)
             log.warning(f"note: {error.message}; it is encoded anew, and the run goes on")
@@ -85,8 +85,8 @@ def _with_cache_mended(config: Config, ranks: Ranks) -> Path:
 
 
 def _train(config: Config, ranks: Ranks) -> Path:
-    with ranks.first_before_others():
-        if ranks.first:
+    with ranks.main_process_first():
+        if ranks.is_main:
             check_no_links(config.run_dir, "checkpoints", "samples", "tensorboard", "metrics.jsonl")
             drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
         saves = Saves(config)
@@ -96,12 +96,14 @@ def _train(config: Config, ranks: Ranks) -> Path:
     prepared = prepare(config, device, ranks)
     batch = config.train.batch_size
     loader = Loader(
-        prepared.dataset, batch, config.seed, pin=device.type == "cuda", places=ranks.share(batch)
+        prepared.dataset, batch, config.seed, pin=device.type == "cuda", places=ranks.shard(batch)
     )
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
-    if ranks.count > 1:
-        log.info(f"{ranks.count} processes, each takes {len(loader.places)} of {batch} samples")
-    ranks.meet(device)
+    if ranks.world_size > 1:
+        log.info(
+            f"{ranks.world_size} processes, each takes {len(loader.places)} of {batch} samples"
+        )
+    ranks.allocate_buffers(device)
     plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
         log.info(line)
@@ -109,10 +111,10 @@ def _train(config: Config, ranks: Ranks) -> Path:
         run = build(config, prepared.model, loader, device, plan, ranks)
         _check_fits(run.model, loader.batch(0))
         first, logged = saves.restore(run)
-        if ranks.first:
+        if ranks.is_main:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
         if not ranks.any(saves.finished):
-            watch = Watch(config, run.model, prepared, device, logged, writes=ranks.first)
+            watch = Watch(config, run.model, prepared, device, logged, writes=ranks.is_main)
             _loop(run, watch, saves, first, logged)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -120,7 +122,7 @@ def _train(config: Config, ranks: Ranks) -> Path:
         # not in a gradient pass, which takes cheaper policies and goes on
         first_line = str(error).splitlines()[0]
         raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
-    if ranks.first:
+    if ranks.is_main:
         step, path = saves.publish()
         report = ""
         with warn_on_disk_error():
@@ -162,7 +164,7 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
         partial(_judge_speed, run, spill),
         logged,
         run.config.train.max_bad_steps,
-        writes=run.ranks.first,
+        writes=run.ranks.is_main,
     )
     if watch.due(first):
         _look(run, watch, first)
@@ -185,7 +187,7 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
             elif saves.due(done):
                 saves.try_to_save(run, done, state(done), saves.next_due(done))
             if stopping:
-                run.ranks.wait()  # for the save, and for this rank's part in what GPUs still sum
+                run.ranks.barrier()  # for the save, and for this rank's part in what GPUs still sum
                 raise Stopped(done, steps)
             if watch.due(done):
                 with run_log.pause():
@@ -229,12 +231,12 @@ def _explained(
 ) -> FluxfastError:
     """Saves the state after the last good step, unless it is on the disk or the optimizer moved it
     since, and says why the first bad step was bad, in RUN/diagnosis.txt too."""
-    found = run.ranks.told(diagnose(run, error.first))
+    found = run.ranks.all_gather_json(diagnose(run, error.first))
     lines = list(dict.fromkeys(line for lines in found for line in lines)) or [
         f"step {error.first}: taken again, sample by sample and without graphs, everything is "
         "finite"
     ]
-    if run.ranks.first:
+    if run.ranks.is_main:
         text = "".join(f"{line}\n" for line in lines)
         write_atomic(run.config.run_dir / "diagnosis.txt", text.encode())
     saved = saves.newest[0] if saves.newest else 0
@@ -252,7 +254,7 @@ def _look(run: Training, watch: Watch, done: int) -> None:
     """Validation and previews, with the weights that would be saved; the best ones are. Rank 0
     looks, the others wait.
     """
-    if run.ranks.first:
+    if run.ranks.is_main:
         graphs_gone = run.memory.without_graphs(again=done < run.config.train.steps)
         with eval_weights(run.optimizer, run.parameters), graphs_gone:
             set_assisted(run.model, False)
@@ -261,4 +263,4 @@ def _look(run: Training, watch: Watch, done: int) -> None:
             if row is not None:
                 with warn_on_disk_error():
                     save_best(run, done, row.loss)
-    run.ranks.wait()
+    run.ranks.barrier()

@@ -27,7 +27,7 @@ from fluxfast.data.store import (
     is_complete,
     write_tensors,
 )
-from fluxfast.distributed import ALONE, Ranks
+from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
 
@@ -87,7 +87,7 @@ class _Made:
         """What all ranks made."""
         lost = {str(path): (error.message, error.hint) for path, error in self.lost.items()}
         together = _Made()
-        for others, opaque in ranks.told((lost, sorted(map(str, self.opaque)))):
+        for others, opaque in ranks.all_gather_json((lost, sorted(map(str, self.opaque)))):
             together.opaque |= set(map(Path, opaque))
             together.lost |= {Path(path): FluxfastError(*said) for path, said in others.items()}
         return together
@@ -103,7 +103,7 @@ def prepare_dataset(
     *,
     extra_prompts: Iterable[str] = (),
     batch_size: int = 4,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
 
@@ -120,7 +120,7 @@ def prepare_dataset(
     """
     progress = progress or (lambda what, done, total: None)
     skips = Skips()
-    with ranks.first_before_others():  # which then find every size in the index
+    with ranks.main_process_first():  # which then find every size in the index
         scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
     total = len({image.path for found in scanned for image in found} | skips.pictures)
     plans = [
@@ -156,7 +156,7 @@ def prepare_dataset(
     missing = [
         job
         for job in jobs.values()
-        if ranks.mine(job.target.name) and not is_complete(job.target, LATENTS)
+        if ranks.owns(job.target.name) and not is_complete(job.target, LATENTS)
     ]
     made = _Made()
     if missing:
@@ -186,7 +186,7 @@ def encode_prompts(
     progress: Progress | None = None,
     *,
     batch_size: int = 4,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Path]:
     """Prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it; by one of
     the ranks, which all call this.
@@ -203,11 +203,11 @@ def encode_prompts(
     missing = {
         prompt: path
         for prompt, path in files.items()
-        if ranks.mine(path.name) and not is_complete(path, TEXT)
+        if ranks.owns(path.name) and not is_complete(path, TEXT)
     }
     if missing:
         _encode_texts(missing, root, max_length, device, dtype, progress, batch_size)
-    ranks.wait()
+    ranks.barrier()
     return files
 
 

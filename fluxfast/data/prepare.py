@@ -17,7 +17,7 @@ from fluxfast.config.schema import Config, ModelConfig
 from fluxfast.data.cache import encode_prompts, prepare_dataset
 from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
-from fluxfast.distributed import ALONE, Ranks
+from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.folder import tokenizer_length
@@ -61,14 +61,14 @@ class Prepared:
 
 
 def prepare(
-    config: Config, device: torch.device, ranks: Ranks = ALONE, parts: Parts | None = None
+    config: Config, device: torch.device, ranks: Ranks = SINGLE_PROCESS, parts: Parts | None = None
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
     parts: the model's, where they are resolved already. Raises FluxfastError for a missing or unfit
     model, data that cannot be used, or a full disk; ConfigError for a precision that cannot be.
     """
-    with ranks.first_before_others():  # one fetches what is on the Hub
+    with ranks.main_process_first():  # one fetches what is on the Hub
         model, root, length = parts or resolve_parts(config.model, device)
     dtype = encoder_dtype(device)
     prompts = preview_prompts(config)

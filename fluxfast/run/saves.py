@@ -79,7 +79,7 @@ class Saves:
                 "note: the pictures or captions are not those that this run began with: from here "
                 "on their order is another"
             )
-        if run.ranks.first:
+        if run.ranks.is_main:
             self._restore_best(step, folder)
         return step, state["log"]
 
@@ -105,7 +105,7 @@ class Saves:
         """A checkpoint of `done` steps, unless the newest is that. Raises DiskError. Ranks but the
         first save nothing.
         """
-        if not run.ranks.first or (self.newest is not None and self.newest[0] == done):
+        if not run.ranks.is_main or (self.newest is not None and self.newest[0] == done):
             return
         with run.memory.stepping():
             state = {

@@ -24,7 +24,7 @@ from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare
 from fluxfast.data.store import read_tensors, write_tensors
-from fluxfast.distributed import ALONE, Ranks
+from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
 from fluxfast.formats.base.load import resolve_device
 from fluxfast.memory.planner.suggest import host_memory
@@ -169,7 +169,7 @@ def test_two_processes_take_the_steps_of_one(made, alone, tmp_path):
             {path.name for path in (each.cache_path / kind).iterdir()} for each in (config, alone)
         )
         assert cached == whole
-        own = sum(Ranks(0, 2).mine(name) for name in whole)
+        own = sum(Ranks(0, 2).owns(name) for name in whole)
         assert f"encoding {what}: {own}\n" in log and 0 < own < len(whole)
 
 
@@ -234,34 +234,34 @@ def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
 PAIR = """
 import os, sys, time, torch
 from fluxfast.errors import ConfigError, LostRank
-from fluxfast.distributed import joined
+from fluxfast.distributed import init_distributed
 
-with joined() as ranks:
-    assert (ranks.rank, ranks.count) == (int(os.environ["RANK"]), 2)
-    assert ranks.told({"a": "é" * ranks.rank, "rank": ranks.rank}) == [
+with init_distributed() as ranks:
+    assert (ranks.rank, ranks.world_size) == (int(os.environ["RANK"]), 2)
+    assert ranks.all_gather_json({"a": "é" * ranks.rank, "rank": ranks.rank}) == [
         {"a": "", "rank": 0}, {"a": "é", "rank": 1}
     ]
-    assert [ranks.any(flag) for flag in (False, ranks.first, not ranks.first, True)] == [
+    assert [ranks.any(flag) for flag in (False, ranks.is_main, not ranks.is_main, True)] == [
         False, True, True, True
     ]
     one, two = torch.tensor([1.0, float(ranks.rank)]), torch.tensor(2 + ranks.rank)
-    ranks.sum_(one, two)
+    ranks.all_reduce_(one, two)
     assert one.tolist() == [2.0, 1.0] and two.item() == 5
     ranks.check_same("colour", "red")
     try:
-        ranks.check_same("their colour", "red" if ranks.first else "blue")
+        ranks.check_same("their colour", "red" if ranks.is_main else "blue")
         sys.exit("not noticed")
     except ConfigError as error:
         assert "differ in their colour: rank 1" in error.message
-    with ranks.first_before_others():
-        if ranks.first:
+    with ranks.main_process_first():
+        if ranks.is_main:
             time.sleep(0.3)
             open("first", "w").close()
         assert os.path.exists("first")
-    if not ranks.first:
+    if not ranks.is_main:
         os._exit(0)
     try:
-        ranks.wait()
+        ranks.barrier()
         sys.exit("not noticed")
     except LostRank as error:
         assert error.message.startswith("another process of this run has ended: ")
@@ -299,16 +299,16 @@ def test_ranks_tell_each_other(tmp_path):
 
 
 def test_one_process_waits_for_nobody():
-    assert ALONE.first and not ALONE.any(False) and ALONE.any(True)
-    assert ALONE.told({"a": 1}) == [{"a": 1}]
+    assert SINGLE_PROCESS.is_main and not SINGLE_PROCESS.any(False) and SINGLE_PROCESS.any(True)
+    assert SINGLE_PROCESS.all_gather_json({"a": 1}) == [{"a": 1}]
     value = torch.ones(3)
-    ALONE.sum_(value)
-    ALONE.wait()
-    ALONE.check_same("colour", "red")
-    with ALONE.first_before_others():
+    SINGLE_PROCESS.all_reduce_(value)
+    SINGLE_PROCESS.barrier()
+    SINGLE_PROCESS.check_same("colour", "red")
+    with SINGLE_PROCESS.main_process_first():
         assert torch.equal(value, torch.ones(3))
-    with ranks.joined() as joined:
-        assert joined == ALONE
+    with ranks.init_distributed() as joined:
+        assert joined == SINGLE_PROCESS
 
 
 def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, monkeypatch):
@@ -327,7 +327,9 @@ def test_ranks_that_see_other_checkpoints_are_refused(made, tmp_path, monkeypatc
     config = made(tmp_path, train__steps=1)
     train(config)
     manifest = (checkpoints(config.run_dir)[-1][1] / MANIFEST).read_text()
-    monkeypatch.setattr(Ranks, "told", lambda self, own: [own, "" if own == manifest else own])
+    monkeypatch.setattr(
+        Ranks, "all_gather_json", lambda self, own: [own, "" if own == manifest else own]
+    )
     with pytest.raises(ConfigError, match="differ in the checkpoint they go on from: rank 1"):
         train(config)
 
@@ -337,9 +339,9 @@ def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_
     seen, stop = [], threading.Event()
     stop.set()
     monkeypatch.setattr("fluxfast.train.stop_on_signals", lambda: nullcontext(stop))
-    save, wait = Saves.save, Ranks.wait
+    save, wait = Saves.save, Ranks.barrier
     monkeypatch.setattr(Saves, "save", lambda *given: (save(*given), seen.append("saved")))
-    monkeypatch.setattr(Ranks, "wait", lambda ranks: (wait(ranks), seen.append("waited")))
+    monkeypatch.setattr(Ranks, "barrier", lambda ranks: (wait(ranks), seen.append("waited")))
     with pytest.raises(Stopped):
         train(made(tmp_path, save__every=0, validation__share=0))
     assert seen[-2:] == ["saved", "waited"]
@@ -362,11 +364,11 @@ def test_of_several_who_are_stopped_each_says_who_it_is(monkeypatch, capsys):
 
 
 def test_ranks_share_every_batch_and_every_key():
-    assert [list(Ranks(rank, 3).share(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(Ranks(rank, 3).shard(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(ConfigError, match="batch_size is 4: 3 processes cannot share"):
-        Ranks(0, 3).share(4)
+        Ranks(0, 3).shard(4)
     keys = [f"{number * 2654435761 % 2**32:08x}abc" for number in range(300)]
-    owners = [[rank for rank in range(3) if Ranks(rank, 3).mine(key)] for key in keys]
+    owners = [[rank for rank in range(3) if Ranks(rank, 3).owns(key)] for key in keys]
     assert all(len(each) == 1 for each in owners)
     assert {min(owners.count([rank]) for rank in range(3)) > 60} == {True}
 
@@ -374,7 +376,7 @@ def test_ranks_share_every_batch_and_every_key():
 def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
     dataset = prepare(alone, torch.device("cpu")).dataset
     whole = Loader(dataset, 4, seed=3)
-    parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).share(4)) for rank in range(2)]
+    parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).shard(4)) for rank in range(2)]
     for number in (0, 1, 7):
         batch, halves = whole.batch(number), [part.batch(number) for part in parts]
         assert batch.names == halves[0].names + halves[1].names
@@ -393,12 +395,14 @@ def test_a_rank_that_does_not_write_counts_alone(tmp_path):
     assert log.state()["losses"] == [2.0] and not (tmp_path / "run").exists()
 
 
-def test_the_ranks_meet_on_the_device_before_what_is_free_there_is_planned_with(
+def test_buffers_on_the_device_are_allocated_before_its_free_memory_is_planned_with(
     made, tmp_path, monkeypatch
 ):
     seen = []
     monkeypatch.setattr(
-        Ranks, "sum_", lambda ranks, *tensors: seen.extend(tensor.device.type for tensor in tensors)
+        Ranks,
+        "all_reduce_",
+        lambda ranks, *tensors: seen.extend(tensor.device.type for tensor in tensors),
     )
     monkeypatch.setattr("fluxfast.train.plan_run", lambda *given: seen.append("planned"))
     train(made(tmp_path, train__steps=1))
@@ -417,8 +421,11 @@ def test_gloo_alone_where_torch_knows_gpus_but_no_nccl(monkeypatch, nccl, backen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch.distributed, "new_group", new_group)
-    monkeypatch.setattr(ranks, "_begin", asked.append)
-    with pytest.raises(FluxfastError, match="do not find each other: enough"), ranks.joined():
+    monkeypatch.setattr(ranks, "_init_process_group", asked.append)
+    with (
+        pytest.raises(FluxfastError, match="do not find each other: enough"),
+        ranks.init_distributed(),
+    ):
         pytest.fail("went on")
     assert asked == [backend, backend]
 

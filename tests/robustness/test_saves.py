@@ -12,7 +12,7 @@ from small import SMALL
 
 import fluxfast.run.saves
 from fluxfast.config.schema import build_config
-from fluxfast.distributed import ALONE
+from fluxfast.distributed import SINGLE_PROCESS
 from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
@@ -75,7 +75,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
     run = SimpleNamespace(
         parameters=list(map(OnDevice, values(2))), ema=ema, loader=SimpleNamespace(fingerprint="f"),
-        memory=SimpleNamespace(stepping=nullcontext), ranks=ALONE,
+        memory=SimpleNamespace(stepping=nullcontext), ranks=SINGLE_PROCESS,
         optimizer=SimpleNamespace(state_dict=lambda: moments),
     )  # fmt: skip
     saves.save(run, 5, {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fluxfast.distributed import local_rank, processes
+from fluxfast.distributed import local_rank, world_size
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import Card, card, closest
 from fluxfast.memory.planner.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
@@ -147,7 +147,7 @@ def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
     if request.optimizer == "prodigy":
         yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")
     # a request's batch is one process's share; the setting counts that of all
-    batch, count = max(shape.batch for shape in request.shapes.values()), processes()
+    batch, count = max(shape.batch for shape in request.shapes.values()), world_size()
     sizes = [batch // 2**n for n in range(1, batch.bit_length()) if batch // 2**n]
     for size in sizes:
         words = f"train.batch_size: {size * count} with gradient_accumulation"
