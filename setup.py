@@ -64,7 +64,7 @@ setup(
     packages=[*find_packages(include=["fluxfast", "fluxfast.*"]), *find_packages("kernels")],
     package_dir={"": ".", "fluxfast_kernels": "kernels/fluxfast_kernels"},
     package_data={
-        "fluxfast": ["memory/planner/*.json"],
+        "fluxfast": ["memory/planner/*.json", "run/*.j2"],
         "fluxfast_kernels.dispatch": ["configs/*.json"],
     },
     ext_modules=[

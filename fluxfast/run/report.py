@@ -1,7 +1,7 @@
 """report.html: what a run did, on one page without scripts, fonts or files of its own.
 
-Everything is read from the run's folder; what is missing there is left out with a note. All text
-goes through `_text`, which escapes it, and the page's policy forbids scripts and outside addresses.
+Everything is read from the run's folder; what is missing there is left out with a note. The page
+is `report.html.j2`, which escapes all text, and whose policy forbids scripts and outside addresses.
 """
 
 import base64
@@ -11,6 +11,7 @@ import re
 import statistics
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,99 +22,36 @@ from fluxfast.util.files import read_rows, write_atomic
 
 SHEET_SIDE = 1600  # pixels, the longer side of the contact sheet in the page
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --ink: #1d1d1b; --soft: #5c5c58;
-  --line: #dcdcd8; --lora: #0072b2; --base: #d55e00; --good: #00694c; --bad: #a63d00; }
-@media (prefers-color-scheme: dark) { :root { --page: #161614; --card: #21211f; --ink: #ecece8;
-  --soft: #a9a9a3; --line: #3b3b37; --lora: #56b4e9; --base: #e69f00; --good: #4fd0a5;
-  --bad: #ff9d5c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem; max-width: 66rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; }
-h2 { margin: 0 0 .75rem; font-size: 1.15rem; }
-h3 { margin: 0 0 .25rem; font-size: .9rem; }
-p { margin: 0 0 .75rem; }
-section { margin-top: 1rem; padding: 1.1rem; background: var(--card); border-radius: .6rem;
-  border: 1px solid var(--line); min-width: 0; }
-dl.facts { display: grid; gap: .75rem 1.5rem; margin: 1rem 0 0;
-  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
-dt, .note, figcaption { color: var(--soft); font-size: .875rem; }
-dd { margin: 0; font-weight: 600; }
-.pair { display: grid; gap: 0 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.verdict { font-weight: 600; }
-.good { color: var(--good); }
-.bad { color: var(--bad); }
-.size { width: 1%; white-space: nowrap; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; }
-figcaption { margin-top: .5rem; }
-figcaption ol { margin: .25rem 0 0; padding-left: 1.5rem; }
-.scroll { overflow-x: auto; }
-.scroll img { display: block; width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-th, td { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: baseline;
-  border-top: 1px solid var(--line); font-weight: 400; }
-th { color: var(--soft); width: 52%; }
-code, pre, .settings td { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .85em; }
-pre { margin: 0; overflow-x: auto; overflow-wrap: normal; }
-.settings { columns: 20rem; column-gap: 2rem; }
-.settings div { break-inside: avoid; margin-bottom: 1rem; }
-"""
-
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html from what the folder holds. -> its path.
+    """Write RUN/report.html from the folder's content. Returns its path.
 
     Raises FluxfastError where the folder cannot be written; nothing missing or broken in it is an
     error.
     """
+    from jinja2 import Environment  # comes with torch
+
     run_dir = Path(run_dir)
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     settings, source = _read_settings(run_dir / "config.yaml")
-    name = settings.get("name") or run_dir.resolve().name
-    body = [
-        _head(run_dir, name, settings, metrics),
-        '<div class="pair">',
-        "<div>",
-        _loss(metrics),
-        _files(run_dir),
-        "</div>",
-        _validation(run_dir / "validation.jsonl"),
-        "</div>",
-        _sheet(run_dir / "samples.png", settings),
-        _settings(settings, source),
-    ]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{_text(name)} · fluxfast</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-{"".join(part + chr(10) for part in body)}</body>
-</html>
-"""
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    page = (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            name=settings.get("name") or run_dir.resolve().name,
+            facts=_facts(run_dir, settings, metrics),
+            loss=_loss(metrics),
+            files=_files(run_dir),
+            validation=_validation(run_dir / "validation.jsonl"),
+            sheet=_sheet(run_dir / "samples.png", settings),
+            source=source,
+            groups=_groups(settings),
+        )
+    )
     path = run_dir / "report.html"
     write_atomic(path, page.encode("utf-8", "replace"))
     return path
-
-
-def _text(value) -> str:
-    return html.escape(str(value))
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>'
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
 def _read_metrics(path: Path) -> list[dict]:
@@ -124,7 +62,7 @@ def _read_metrics(path: Path) -> list[dict]:
 
 
 def _read_settings(path: Path) -> tuple[dict, str | None]:
-    """-> (the settings, empty where they cannot be parsed; the text, None without a file)."""
+    """Returns (settings, {} where they cannot be parsed; text, None without a file)."""
     try:
         source = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -140,7 +78,7 @@ def _values(metrics: list[dict], key: str) -> list[float]:
     return [row[key] for row in metrics if drawable(row.get(key))]
 
 
-def _head(run_dir: Path, name, settings: dict, metrics: list[dict]) -> str:
+def _facts(run_dir: Path, settings: dict, metrics: list[dict]) -> dict[str, Any]:
     model, train = (_below(settings, key) for key in ("model", "train"))
     facts = {"Trigger": settings.get("trigger") or "none" if settings else None}
     facts["Base model"] = model.get("path")
@@ -157,12 +95,7 @@ def _head(run_dir: Path, name, settings: dict, metrics: list[dict]) -> str:
         facts["Speed, median"] = f"{middle:.3g} s/it · {1 / middle:.3g} it/s"
     if peaks := _values(metrics, "peak_memory_gib"):
         facts["Peak memory"] = f"{max(peaks):.2f} GiB"
-    items = [
-        f"<div><dt>{_text(key)}</dt><dd>{_text(value)}</dd></div>"
-        for key, value in facts.items()
-        if value is not None
-    ]
-    return f'<header>\n<h1>{_text(name)}</h1>\n<dl class="facts">{"".join(items)}</dl>\n</header>'
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _below(settings: dict, key: str) -> dict:
@@ -170,52 +103,46 @@ def _below(settings: dict, key: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _loss(metrics: list[dict]) -> str:
+def _loss(metrics: list[dict]) -> dict | None:
     losses = _values(metrics, "loss")
     if not losses:
-        return _section("Loss", _note("No loss was recorded: metrics.jsonl is missing or empty."))
+        return None
     last = (_values(metrics, "loss_smooth") or losses)[-1]
-    svg = _chart(
-        loss_figure(metrics), f"Training loss over steps, {last:.4f} at the end, smoothed."
-    )
-    text = f"Smoothed loss at the end: {last:.4f}. "
-    text += "Its noise is large: pictures or a validation tell more than its slope."
-    return _section("Loss", f"<figure>{svg}<figcaption>{_text(text)}</figcaption></figure>")
+    label = f"Training loss over steps, {last:.4f} at the end, smoothed."
+    return {"svg": _labeled(loss_figure(metrics), label), "last": last}
 
 
-def _chart(svg: str, words: str) -> str:
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{_text(words)}" ', 1)
+def _labeled(svg: str, label: str) -> str:
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
-def _validation(path: Path) -> str:
-    title = "Validation against the base model"
+def _validation(path: Path) -> dict | str:
+    """Returns the section's parts, or a note."""
     try:
         measured = read_validations(path)
         unread = not measured and path.is_file() and path.stat().st_size > 0
     except OSError:
         measured, unread = [], True
-    rows = [row for row in measured if _whole(row)]
     if unread:
-        return _section(title, _note("validation.jsonl cannot be read."))
+        return "validation.jsonl cannot be read."
+    rows = [row for row in measured if _whole(row)]
     if not rows:
-        hint = "No validation was recorded. Set validation.share to hold pictures out of training."
-        return _section(title, _note(hint))
+        return "No validation was recorded. Set validation.share to hold pictures out of training."
     top, last = best(rows), rows[-1]
     kind, verdict = _verdict(top)
-    parts = [
-        f'<p class="verdict {kind}">The LoRA {_text(verdict)}</p>',
-        f"<p>{_text(f'Best step: {top.step}. {_difference(top)}')}</p>",
-    ]
+    lines = [f"Best step: {top.step}. {_difference(top)}"]
     if last.step != top.step:
-        parts.append(f"<p>{_text(f'Last step: {last.step}. {_difference(last)}')}</p>")
-    svg = _chart(
-        validation_figure(rows), f"Validation loss over steps, best at step {top.step}: {verdict}"
-    )
+        lines.append(f"Last step: {last.step}. {_difference(last)}")
+    label = f"Validation loss over steps, best at step {top.step}: {verdict}"
     count = f"{top.pictures} held-out picture" + ("s" if top.pictures != 1 else "")
-    text = f"The same noise each time, {count}. The best step was chosen by these very pictures, "
-    text += "which flatters it a little."
-    parts.append(f"<figure>{svg}<figcaption>{_text(text)}</figcaption></figure>")
-    return _section(title, *parts)
+    caption = f"The same noise each time, {count}. The best step was chosen by these very pictures,"
+    return {
+        "kind": kind,
+        "verdict": verdict,
+        "lines": lines,
+        "svg": _labeled(validation_figure(rows), label),
+        "caption": f"{caption} which flatters it a little.",
+    }
 
 
 def _whole(row: Validation) -> bool:
@@ -223,7 +150,7 @@ def _whole(row: Validation) -> bool:
 
 
 def _verdict(row: Validation) -> tuple[str, str]:
-    """-> (CSS class, what follows "The LoRA")."""
+    """Returns (CSS class, the words after "The LoRA")."""
     if not (drawable(row.low) and drawable(row.high)):
         return "", "may or may not help: one picture gives no interval."
     if row.high < 0:
@@ -248,33 +175,26 @@ def _difference(row: Validation) -> str:
     return text + "."
 
 
-def _sheet(path: Path, settings: dict) -> str:
-    title = "Previews"
+def _sheet(path: Path, settings: dict) -> dict | str:
+    """Returns the section's parts, or a note."""
     if not path.is_file():
-        return _section(title, _note("No previews: samples.png is not there. See sample.prompts."))
+        return "No previews: samples.png is not there. See sample.prompts."
     try:
         uri, width = _shrink(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return _section(title, _note("samples.png is not a picture that can be read."))
+        return "samples.png is not a picture that can be read."
     prompts = _below(settings, "sample").get("prompts")
-    items = "".join(f"<li>{_text(p)}</li>" for p in prompts) if isinstance(prompts, list) else ""
-    found = (
-        re.fullmatch(r"\d+-step(\d+)", file.stem) for file in path.parent.glob("samples/*.png")
-    )
-    steps = ", ".join(str(step) for step in sorted({int(match[1]) for match in found if match}))
-    caption = f"A column per step{': ' if steps else ''}{steps}; a row per prompt"
-    caption += f":<ol>{items}</ol>" if items else "."
-    # on a phone the sheet keeps a legible width and scrolls inside its box
-    image = (
-        f'<img src="{uri}" style="min-width: {min(width, 800)}px" '
-        'alt="Contact sheet of the previews: a row per prompt, a column per step">'
-    )
-    figure = f'<figure><div class="scroll" tabindex="0">{image}</div>'
-    return _section(title, f"{figure}<figcaption>{caption}</figcaption></figure>")
+    names = (re.fullmatch(r"\d+-step(\d+)", f.stem) for f in path.parent.glob("samples/*.png"))
+    return {
+        "uri": uri,
+        "width": width,
+        "steps": sorted({int(match[1]) for match in names if match}),
+        "prompts": prompts if isinstance(prompts, list) else [],
+    }
 
 
 def _shrink(path: Path) -> tuple[str, int]:
-    """-> (data URI of the picture at most SHEET_SIDE wide and high, PNG or JPEG, whichever is
+    """Returns (data URI of the picture at most SHEET_SIDE wide and high, PNG or JPEG, whichever is
     smaller; its width in pixels).
     """
     with Image.open(path, formats=("PNG",)) as image:
@@ -290,16 +210,9 @@ def _shrink(path: Path) -> tuple[str, int]:
     return f"data:image/{kind};base64,{data}", picture.width
 
 
-def _files(run_dir: Path) -> str:
-    rows = []
-    for file in sorted(run_dir.glob("*.safetensors")):
-        if file.is_file():
-            size = _size(file.stat().st_size)
-            name = f"<td><code>{_text(file.name)}</code></td>"
-            rows.append(f'<tr>{name}<td class="size">{size}</td></tr>')
-    if not rows:
-        return _section("LoRA files", _note("No LoRA file was written yet."))
-    return _section("LoRA files", f'<div class="scroll"><table>{"".join(rows)}</table></div>')
+def _files(run_dir: Path) -> list[tuple[str, str]]:
+    files = [file for file in sorted(run_dir.glob("*.safetensors")) if file.is_file()]
+    return [(file.name, _size(file.stat().st_size)) for file in files]
 
 
 def _size(count: int) -> str:
@@ -308,13 +221,9 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 1000 * 2**20 else f"{count / 2**30:.2f} GiB"
 
 
-def _settings(settings: dict, source: str | None) -> str:
-    if source is None:
-        return _section("Settings", _note("config.yaml is not there."))
-    if not settings:
-        note = _note("config.yaml cannot be parsed; this is its text.")
-        return _section("Settings", note, f'<pre tabindex="0">{_text(source)}</pre>')
-    groups: dict[str, dict] = {"run": {}}
+def _groups(settings: dict) -> dict[str, dict]:
+    """Section -> its settings; each entry of a list of mappings is a section of its own."""
+    groups: dict[str, dict] = {"run": {}} if settings else {}
     for key, value in settings.items():
         if isinstance(value, dict):
             groups[str(key)] = value
@@ -323,27 +232,4 @@ def _settings(settings: dict, source: str | None) -> str:
                 groups[f"{key} {index + 1}" if len(value) > 1 else str(key)] = item
         else:
             groups["run"][key] = value
-    tables = [
-        f"<div><h3>{_text(title)}</h3><table>"
-        + "".join(
-            f'<tr><th scope="row">{_text(key)}</th><td>{_setting(value)}</td></tr>'
-            for key, value in group.items()
-        )
-        + "</table></div>"
-        for title, group in groups.items()
-        if group
-    ]
-    return _section("Settings", f'<div class="settings">{"".join(tables)}</div>')
-
-
-def _setting(value) -> str:
-    """A value as YAML would have it on a line; a list an item a line."""
-    if isinstance(value, list) and any(isinstance(item, str) for item in value):
-        return "<br>".join(_text(item) for item in value)
-    if value is None or isinstance(value, bool):
-        return {None: "–", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return "<br>".join(f"{_text(k)}: {_setting(v)}" for k, v in value.items()) or "–"
-    if isinstance(value, list):
-        return ", ".join(_text(item) for item in value) or "–"
-    return _text(value)
+    return groups
