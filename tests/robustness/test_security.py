@@ -495,7 +495,8 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
 # ---------------------------------------------------------------- what is shown
 
 
-def test_a_line_is_one_line_and_moves_nothing():
+def test_a_line_is_one_line_and_moves_nothing(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fluxfast"), "propagate", False)  # half a character
     screen = io.StringIO()
     with log_to_terminal(Console(file=screen, width=300)):
         LOG.info("a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真")

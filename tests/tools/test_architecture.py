@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def _room(module: str) -> str:
     return module.split(".")[1]
 
 
-def _imports(tree: ast.AST) -> set[str]:
+@cache
+def _imports(tree: ast.AST) -> frozenset[str]:
     """Full names of what is imported anywhere below `tree`; ours down to the module."""
     names = set()
     for node in ast.walk(tree):
@@ -72,9 +74,10 @@ def _imports(tree: ast.AST) -> set[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 names.add(inner if inner in MODULES else node.module)
-    return names
+    return frozenset(names)
 
 
+@cache
 def _tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
