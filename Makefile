@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 NANO := examples/nano
 
-.PHONY: train photos test test-long install lint bench clean
+.PHONY: train announce photos test test-long install lint docs bench clean
 
-# the embedded example: a pretrained nano FLUX learns a thing it has never seen; see runs/nano/
-train: $(VENV)/installed
+# the embedded example: a pretrained nano FLUX learns a shape it has never seen; see runs/nano/
+train: announce $(VENV)/installed
 	$(BIN)/fluxfast train $(NANO)/zorb.yaml --restart
 
-# real photographs of every kind of file, through a nano FLUX with random weights; see runs/photos/
+announce:
+	@test -e $(VENV)/installed || echo "First the install into $(VENV)/: several gigabytes, some minutes."
+	@echo "A nano FLUX of 3.7 million parameters learns a new shape in" \
+		"$(shell sed -n 's/^  steps: *//p' $(NANO)/zorb.yaml) steps: at most a minute on two CPU cores."
+	@echo "Then open runs/nano/report.html and runs/nano/samples.png."
+
+# photographs of every kind of file, through a nano FLUX with random weights; see runs/photos/
 photos: $(VENV)/installed
 	$(BIN)/python $(NANO)/make_nano.py
 	$(BIN)/fluxfast train $(NANO)/train.yaml --restart
@@ -47,6 +53,12 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed-dev: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
+
+# what is generated: the tables of README, docs/ and kernels/README.md, and the settings
+docs: $(VENV)/installed
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.report.catalogue
+	$(BIN)/python -m fluxfast.config_reference > docs/config.md
 
 # the benchmark suite, beside its peers; on a GPU machine: make bench DEVICE=cuda
 DEVICE ?= cpu
