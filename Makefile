@@ -54,11 +54,10 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
-# what is generated: the tables of README, docs/ and kernels/README.md, and the settings
+# what is generated: the tables and charts of the pages, and the page of settings
 docs: $(VENV)/installed
 	$(BIN)/python -m bench.report
-	$(BIN)/python -m bench.report.catalogue
-	$(BIN)/python -m fluxfast.config_reference > docs/config.md
+	$(BIN)/python -m fluxfast.config.reference > docs/config.md
 
 # the benchmark suite, beside its peers; on a GPU machine: make bench DEVICE=cuda
 DEVICE ?= cpu

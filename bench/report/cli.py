@@ -4,7 +4,7 @@
     … --check    exits with 1 where a page or a chart differs from the rows
 
 Blocks: steps beside their peers (`step_chart.py`), what the cards hold (`plan_table.py`),
-activations in 8 bits (`activations.py`), the techniques (`technique_table.py`), what 8-bit products
+activations in 8 bits (`activations.py`), the techniques (`technique_table.py`), what 8-bit matmuls
 do to training (`quality_chart.py`), the ops (`catalog.py`). Each goes where its markers are.
 """
 
@@ -24,10 +24,14 @@ from bench.report import (
 
 def blocks(results: Path) -> list[str]:
     """Each begins and ends with its markers."""
+    cards = plan_table.rows()
     return [
+        step_chart.status(results),
         step_chart.block(results),
-        plan_table.block(),
+        plan_table.short(cards),
+        plan_table.block(cards),
         activations.block(rows.last_run(results / activations.ROWS.name)),
+        technique_table.short(results),
         technique_table.block(results),
         quality_chart.block(rows.last_run(results / quality.ROWS.name)),
         catalog.table(),

@@ -24,7 +24,7 @@ def runs(rows: list[dict], mode: str) -> list[dict]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Above the held-out loss of each mode, mean of the seeds; below its relative difference from
-    the same storage with bf16 products, mean and range of the seeds."""
+    the same storage with bf16 matmuls, mean and range of the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -49,9 +49,9 @@ def draw(rows: list[dict], path: Path) -> None:
             below.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     above.set_yscale("log")
     above.set_ylabel("held-out loss")
-    above.legend(title="storage/products", frameon=False)
+    above.legend(title="storage/matmuls", frameon=False)
     below.axhline(0, color="#333333", linewidth=0.8)
-    below.set_ylabel("over bf16 products, %")
+    below.set_ylabel("over bf16 matmuls, %")
     below.set_xlabel("step")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,21 +69,21 @@ def block(rows: list[dict]) -> str:
             more = [f"{fmean(values):+.2%} ({min(values):+.2%} to {max(values):+.2%})"]
             more.append(f"{least[MODES[mode][1]]:.4f}")
         lines.append([mode, f"{fmean(losses):.4f} ± {deviation(losses):.4f}", *more])
-    head = ["storage/products", "best held-out loss"]
-    head += ["over the same storage (int8: bf16) with bf16 products", "least gradient cosine"]
+    head = ["storage/matmuls", "best held-out loss"]
+    head += ["over the same storage (int8: bf16) with bf16 matmuls", "least gradient cosine"]
     one = runs(rows, "bf16/bf16")
     pairs = zip(one, runs(rows, "nf4/bf16"), strict=True)
     storage = fmean(nf4["best_loss"] / bf16["best_loss"] - 1 for bf16, nf4 in pairs)
     mean = {mode: fmean(ratios(rows, mode)) for mode in REFERENCE}
     sentence = (
-        f"What differs: 8-bit products move the best held-out loss by {mean['int8/int8']:+.2%} "
+        f"What differs: 8-bit matmuls move the best held-out loss by {mean['int8/int8']:+.2%} "
         f"(int8/int8), {mean['nf4/int8']:+.2%} (nf4/int8) and {mean['nf4/fp8']:+.2%} (nf4/fp8), "
         f"keeping the base in NF4 instead of bf16 by {storage:+.2%}."
     )
     caption = (
         f"{one[0]['device_name']}, {one[0]['threads']} threads; the nano model's zorb, "
         f"{one[0]['steps']} steps, {len(one)} seeds, the same data and noise for each mode; "
-        f"cosine: per layer, 8-bit products and all else in fp32 against fp32, at a trained LoRA; "
+        f"cosine: per layer, 8-bit matmuls and all else in fp32 against fp32, at a trained LoRA; "
         f"torch {one[0]['torch']}, commit {one[0]['commit'][:7]}."
     )
     return "\n\n".join([BEGIN, markdown(head, lines), sentence, caption, END])

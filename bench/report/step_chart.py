@@ -1,4 +1,4 @@
-"""Rows of `bench.step` as the README's first chart and its tables; `report.py` writes both.
+"""Rows of `bench.step` as a chart, tables and the README's status box.
 
 A table is of one device and one piece of work: what its caption says holds for all of its rows. The
 newest row of each candidate, shape and memory cap counts; one that was never tried does not replace
@@ -14,28 +14,29 @@ from bench.report import charts
 from fluxfast.model.spec import DEV
 
 BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
+STATUS_BEGIN, STATUS_END = "<!-- status: begin -->", "<!-- status: end -->"
 NAMES = {
     "diffusers-nf4": "diffusers + peft + bitsandbytes",
     "diffusers-nf4-checkpoint": "the same, checkpointed",
     "diffusers-dense-compile": "diffusers + peft, bf16, compiled",
     "fluxfast-nf4": "fluxfast",
     "fluxfast-dense": "fluxfast, bf16 base",
-    "fluxfast-nf4-int8": "fluxfast, int8 products",
-    "fluxfast-nf4-fp8": "fluxfast, fp8 products",
-    "fluxfast-int8-int8": "fluxfast, int8 base and products",
-    "fluxfast-fp8-fp8": "fluxfast, fp8 base and products",
+    "fluxfast-nf4-int8": "fluxfast, int8 matmuls",
+    "fluxfast-nf4-fp8": "fluxfast, fp8 matmuls",
+    "fluxfast-int8-int8": "fluxfast, int8 base and matmuls",
+    "fluxfast-fp8-fp8": "fluxfast, fp8 base and matmuls",
 }
 TRAINER = "-trainer"  # ends the name of a candidate whose step is that of `fluxfast train`
 UNTRIED = ("skipped", "out of time")
 PLAIN = ("plain", False, "attn+mlp")  # setting, under a memory cap, what has a LoRA
 # what a caption says of all rows of a table
 WORK = ("hidden", "double_blocks", "single_blocks", "text_tokens", "rank", "optimizer", "compute")
-COMPILED = "Every kernel is compiled for RTX 3090, 4090, 5090, A100 and H100 and checked under\n"
-NO_GPU = (
-    f"**No GPU has timed this yet.** {COMPILED}Triton's interpreter; the chart above is of a CPU, "
-    "where the same model runs on the ops' plain-PyTorch references."
+NO_GPU = "**No GPU has timed this yet.**"
+COMPILED = (
+    "Every kernel is compiled for RTX 3090, 4090, 5090, A100 and H100 and tested under Triton's "
+    "interpreter."
 )
-GPU = f"{COMPILED}Triton's interpreter."
+ON_A_CPU = "On a CPU the ops run as plain PyTorch:"
 
 
 # ---------------------------------------------------------------- which rows
@@ -52,7 +53,7 @@ def sides(row: dict) -> tuple[int, ...]:
 
 
 def tables(results: Path) -> list[list[dict]]:
-    """The rows of each table, in the README's order."""
+    """The rows of each table, in their order."""
     found: dict[tuple, dict[tuple, dict]] = {}
     devices: dict[str, None] = {}
     for path in sorted(results.glob("step-*.jsonl")):
@@ -156,7 +157,7 @@ def caption(group: list[dict]) -> str:
     return (
         f"{row['device_name']}, {where}; {row['double_blocks']} double and {row['single_blocks']} "
         f"single blocks of width {row['hidden']}, {tokens}{row['text_tokens']} text tokens, "
-        f"{base}{row['compute']} products, rank {row['rank']} on {row['lora_targets']}, "
+        f"{base}{row['compute']} matmuls, rank {row['rank']} on {row['lora_targets']}, "
         f"{row['optimizer']}{ema}; medians of {rounds} rounds{together}; torch {row['torch']}, "
         f"commit {commits}."
     )
@@ -170,7 +171,7 @@ def chart_path(group: list[dict], results: Path) -> Path:
 
 
 def image(group: list[dict]) -> str:
-    """The README's line of the chart."""
+    """The page's line of the chart."""
     row = group[0]
     depths = row["double_blocks"], row["single_blocks"]
     whole = depths == (DEV.depth, DEV.depth_single_blocks)
@@ -200,12 +201,36 @@ def draw(group: list[dict], path: Path) -> None:
     charts.save(figure, group, path)
 
 
+def is_gpu(shown: list[dict]) -> bool:
+    return bool(shown) and shown[0]["device"] == "cuda"
+
+
 def block(results: Path) -> str:
-    """The README's chart, tables and captions, and whether a GPU has timed anything."""
+    """The chart, the tables and their captions, and whether a GPU has timed anything."""
     found = tables(results)
     shown = charted(found)
     parts = [image(shown)] if shown else []
     for one in found:
         parts += [part for part in (heading(one), table(one), caption(one)) if part]
-    parts.append(GPU if shown and shown[0]["device"] == "cuda" else NO_GPU)
+    parts.append(COMPILED if is_gpu(shown) else f"{NO_GPU} {COMPILED}")
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def status(results: Path) -> str:
+    """The README's status box: what was measured, on which device, in one paragraph."""
+    shown = charted(tables(results))
+    parts = [COMPILED] if is_gpu(shown) else [NO_GPU, COMPILED]
+    ours = [row for row in shown if row["name"].startswith("fluxfast") and row["ratio"]]
+    if ours:
+        row = ours[0]
+        blocks = row["double_blocks"] + row["single_blocks"]
+        whole = blocks == DEV.depth + DEV.depth_single_blocks
+        work = "FLUX.1-dev" if whole else f"{blocks} blocks of width {row['hidden']}"
+        times = ", ".join(f"{one['ratio']:.2f} ({title(one['name'])})" for one in ours)
+        parts += [] if is_gpu(shown) else [ON_A_CPU]
+        parts.append(
+            f"one step of {work} at {row['pixels']} px takes {times} of the time of diffusers + "
+            f"peft + bitsandbytes; {row['device_name']}."
+        )
+    parts.append("All figures, with their conditions: [docs/performance.md](docs/performance.md).")
+    return "\n\n".join([STATUS_BEGIN, "> " + " ".join(parts), STATUS_END])

@@ -1,7 +1,7 @@
-"""The table of techniques: what each changes in the result and what it gives.
+"""The tables of techniques: what each changes in the result and what it gains.
 
-What it gives is read from rows on disk, or counted by the cost model; where there are no rows yet
-the table says so.
+The gain is read from rows on disk, or counted by the cost model; where there are no rows yet
+the tables say so.
 """
 
 import statistics
@@ -20,6 +20,7 @@ from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 
 BEGIN, END = "<!-- techniques: begin -->", "<!-- techniques: end -->"
+SHORT_BEGIN, SHORT_END = "<!-- speed: begin -->", "<!-- speed: end -->"
 CLASSES = {
     "exact": "the same bits",
     "rounding": "the same arithmetic, rounded in other places or less often",
@@ -33,32 +34,36 @@ Figure = Callable[[Path], str]
 
 
 class Technique(NamedTuple):
-    """kind: of CLASSES. changes: what is different in the result."""
+    """kind: of CLASSES. changes: what is different in the result. readme: whether it is one of the
+    README's."""
 
     name: str
     kind: str
     changes: str
     gives: Figure
+    readme: bool
 
 
 TECHNIQUES: list[Technique] = []  # in the table's order
 
 
-def technique(name: str, kind: str, changes: str = "nothing") -> Callable[[Figure], Figure]:
+def technique(
+    name: str, kind: str, changes: str = "nothing", readme: bool = False
+) -> Callable[[Figure], Figure]:
     def add(gives: Figure) -> Figure:
-        TECHNIQUES.append(Technique(name, kind, changes, gives))
+        TECHNIQUES.append(Technique(name, kind, changes, gives, readme))
         return gives
 
     return add
 
 
 def steps(results: Path) -> dict[str, dict]:
-    """Candidate -> its row, of those that the README's chart shows."""
+    """Candidate -> its row, of those that the chart shows."""
     return {row["name"]: row for row in step_chart.charted(step_chart.tables(results))}
 
 
 def beside_eager(*ops: str) -> Figure:
-    """Forward and backward of each op, linears over NF4 with products in the compute dtype, over
+    """Forward and backward of each op, linears over NF4 with matmuls in the compute dtype, over
     the same maths in eager PyTorch: at the largest picture of the smallest batch."""
 
     def figure(results: Path) -> str:
@@ -85,7 +90,11 @@ def _beside_eager(timed: list[dict], op: str) -> str:
     return f"{op} takes {found['fluxfast'] / found['eager']:.2f} ({device})"
 
 
-@technique("Each fused op keeps its input and rebuilds the rest: no checkpointing", "exact")
+@technique(
+    "Each fused op saves its input and rebuilds the rest in backward: no checkpointing",
+    "exact",
+    readme=True,
+)
 def no_recompute(results: Path) -> str:
     found, names = steps(results), ("fluxfast-nf4", "diffusers-nf4", "diffusers-nf4-checkpoint")
     if not set(names) <= set(found):
@@ -100,22 +109,23 @@ def no_recompute(results: Path) -> str:
 
 
 technique(
-    "LayerNorm + modulation, GELU, gate + residual in the product's own op",
+    "LayerNorm + modulation, GELU, gate + residual inside the matmul's op",
     "rounding",
     "fewer roundings",
 )(beside_eager("norm_modulate_lora_linear", "gelu_lora_linear"))
 technique("QK-norm + RoPE + both streams' joint layout in one pass", "rounding", "fewer roundings")(
     beside_eager("qk_norm_rope_attention")
 )
-technique("LoRA's up-product inside the product's accumulator", "rounding", "one rounding fewer")(
+technique("LoRA's up-projection inside the accumulator", "rounding", "one rounding fewer")(
     beside_eager("lora_linear")
 )
 
 
 @technique(
-    "NF4 decoded in the product, or once into a scratch that is reused",
+    "NF4 dequantized inside the matmul, or once into a scratch buffer that is reused",
     "exact",
-    "nothing: bytes as bitsandbytes has them",
+    "nothing: the same bytes as bitsandbytes",
+    readme=True,
 )
 def nf4_decode(results: Path) -> str:
     timed = [row for row in rows.read(results / quantize.ROWS.name) if row["what"] == "decode"]
@@ -129,9 +139,10 @@ def nf4_decode(results: Path) -> str:
 
 
 @technique(
-    "8-bit products, forward and towards x: int8 at four times a 4090's bf16 rate, or fp8",
+    "8-bit matmuls, forward and dX: int8 at four times a 4090's bf16 rate, or fp8",
     "lossy",
-    "the blocks' linears round their inputs and gradients to 8 bits: see below",
+    "the blocks' linears round their inputs and gradients to 8 bits",
+    readme=True,
 )
 def int8_products(results: Path) -> str:
     found, names = steps(results), ("fluxfast-nf4-int8", "fluxfast-nf4")
@@ -139,7 +150,7 @@ def int8_products(results: Path) -> str:
         return ""
     int8, plain = (found[name] for name in names)
     said = f"measured: int8 takes {int8['median_ms'] / plain['median_ms']:.2f} of the time of bf16 "
-    said += f"products ({int8['device_name']})"
+    said += f"matmuls ({int8['device_name']})"
     trained = rows.last_run(results / quality.ROWS.name)
     if trained:
         moved = statistics.fmean(quality.ratios(trained, "nf4/int8"))
@@ -148,10 +159,10 @@ def int8_products(results: Path) -> str:
 
 
 @technique(
-    "Codes and scales written by the kernel that makes the input, scales and LoRA in the product's "
-    "epilogue",
+    "Quantization inside the kernel that makes the input; scales and LoRA in the epilogue",
     "exact",
     "nothing more",
+    readme=True,
 )
 def fused_codes(results: Path) -> str:
     apart, fused = (moved / 1e9 for *_, moved in step_ways()[1:])
@@ -162,9 +173,9 @@ def fused_codes(results: Path) -> str:
 
 
 @technique(
-    "The MLP's activation kept in 8 bits, in as many blocks as the memory asks for",
+    "The MLP's activation saved in 8 bits, in as many blocks as the memory asks for",
     "lossy",
-    "gradients, in those blocks: see above",
+    "gradients, in those blocks",
 )
 def codes_of_u(results: Path) -> str:
     found = rows.last_run(results / activations.ROWS.name)
@@ -179,13 +190,13 @@ def codes_of_u(results: Path) -> str:
     )
 
 
-@technique("Frozen modulation formed ahead for coming samples", "exact")
+@technique("Frozen modulation computed ahead for coming samples", "exact", readme=True)
 def modulation_ahead(results: Path) -> str:
     held = saved.weights(DEFAULTS)["modulation"] / 1e9
     return f"counted: {held:.1f} GB of weights are read once for {MODULATION_ROWS} samples"
 
 
-@technique("One CUDA graph per picture size", "exact")
+@technique("One CUDA graph per picture size", "exact", readme=True)
 def one_graph(results: Path) -> str:
     found = steps(results)
     timed = (found.get(f"fluxfast-nf4{end}", {}) for end in (step_chart.TRAINER, ""))
@@ -197,10 +208,19 @@ def one_graph(results: Path) -> str:
     return f"counted: {launches} launches of forward and backward started as one"
 
 
+def table(techniques: list[Technique], results: Path) -> str:
+    lines = [[*one[:3], one.gives(results) or NOTHING] for one in techniques]
+    return markdown(["technique", "class", "effect on the result", "gain"], lines)
+
+
 def block(results: Path) -> str:
-    """The table, and what its classes mean."""
-    lines = [[*one[:3], one.gives(results) or NOTHING] for one in TECHNIQUES]
-    table = markdown(["technique", "class", "what changes in the result", "what it gives"], lines)
+    """All of them, and what the classes mean."""
     meanings = "; ".join(f"{kind}: {meaning}" for kind, meaning in CLASSES.items())
     note = f"{meanings[0].upper()}{meanings[1:]}, beside the same step without the technique."
-    return "\n\n".join([BEGIN, table, note, END])
+    return "\n\n".join([BEGIN, table(TECHNIQUES, results), note, END])
+
+
+def short(results: Path) -> str:
+    """The README's."""
+    chosen = [one for one in TECHNIQUES if one.readme]
+    return "\n\n".join([SHORT_BEGIN, table(chosen, results), SHORT_END])

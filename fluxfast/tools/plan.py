@@ -99,7 +99,7 @@ def run_lines(plan: Plan, on_gpu: bool) -> list[str]:
     lines = [
         f"plan for the {plan.card.name}: {plan.peak / GIB:.3g} of {plan.limit / GIB:.3g} GiB "
         f"(predicted), modulation {where[plan.modulation]}"
-        + (", optimiser state on the host" if plan.optimizer_state == "host" else "")
+        + (", optimizer state on the host" if plan.optimizer_state == "host" else "")
     ]
     if not on_gpu:
         lines[0] += "; the device is a CPU, times are those of that card"
@@ -261,7 +261,7 @@ def breakdown(rows: list[Row]) -> list[str]:
 def what(plan: Plan) -> str:
     """How a plan goes about it; of several sizes, the largest."""
     work = plan.request.work
-    words = [f"{work.storage} base, {work.matmul} products"]
+    words = [f"{work.storage} base, {work.matmul} matmuls"]
     if len(plan.buckets) == 1:
         (bucket,) = plan.buckets.values()
         words.append(summary(bucket.choice.policies))
@@ -269,7 +269,7 @@ def what(plan: Plan) -> str:
         largest = max(plan.buckets, key=lambda label: plan.buckets[label].shape.tokens)
         words.append(f"{largest}: {summary(plan.buckets[largest].choice.policies)}")
     words += ["modulation from the host"] if plan.modulation == "host" else []
-    words += ["optimiser state on the host"] if plan.optimizer_state == "host" else []
+    words += ["optimizer state on the host"] if plan.optimizer_state == "host" else []
     return "; ".join(words)
 
 

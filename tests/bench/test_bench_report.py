@@ -1,4 +1,4 @@
-"""What the README shows is what the rows say: which rows count, in which table, on which chart."""
+"""The pages show what the rows say: which rows count, in which table, on which chart."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_gpus_come_first_and_are_on_the_chart(tmp_path):
     assert step_chart.NO_GPU in step_chart.block(tmp_path)
     write(tmp_path, "step-cuda.jsonl", row("diffusers-nf4"), row())
     text = step_chart.block(tmp_path)
-    assert "No GPU has timed" not in text and "checked under" in text
+    assert "No GPU has timed" not in text and "tested under" in text
     gpu, cpu = step_chart.tables(tmp_path)
     assert (gpu[0]["device"], cpu[0]["device"]) == ("cuda", "cpu")
     image = "![one training step of FLUX.1-dev on one NVIDIA H100 80GB HBM3, beside diffusers + "
@@ -135,7 +135,7 @@ def test_the_newest_row_counts_but_not_one_that_was_never_tried(tmp_path):
     assert [cells[:4] for cells in lines(step_chart.table(group).replace("\\|", "/"))] == [
         ["diffusers + peft + bitsandbytes", "512", "1", "100"],
         ["fluxfast", "512", "1", "gate failed: loss/norm"],
-        ["fluxfast, fp8 products", "512", "1", "out of time: 60 s"],
+        ["fluxfast, fp8 matmuls", "512", "1", "out of time: 60 s"],
         ["fluxfast", "512", "4", "120"],
     ]
 
@@ -156,7 +156,7 @@ def test_a_gpus_figures(tmp_path):
     (cells,) = lines(step_chart.table([bare]))
     assert cells[5:] == ["", "10.00", "", "", "", ""]
     assert step_chart.title("fluxfast-nf4-int8-trainer") == (
-        "fluxfast, int8 products, as `fluxfast train` runs it"
+        "fluxfast, int8 matmuls, as `fluxfast train` runs it"
     )
 
 
@@ -236,7 +236,7 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
         tmp_path,
         "kernels-cuda.jsonl",
         *(kernel_row(name, "lora_linear", ms) for name, ms in (("fluxfast", 3.0), ("eager", 4.0))),
-        # of the smallest batch, the largest picture; whole; over NF4 with products in bf16
+        # of the smallest batch, the largest picture; whole; over NF4 with matmuls in bf16
         kernel_row("fluxfast", "lora_linear", 9.0, batch=4),
         kernel_row("eager", "lora_linear", 9.0, batch=4),
         kernel_row("fluxfast", "lora_linear", 9.0, pixels=512),
@@ -269,7 +269,7 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
     assert found[2] == "measured: qk_norm_rope_attention takes 0.25 (a GPU) of eager PyTorch's time"
     assert found[3] == "measured: lora_linear takes 0.75 (a GPU) of eager PyTorch's time"
     assert found[4] == "measured: decoding takes 0.25 of bitsandbytes' time (a CPU)"
-    assert found[5].startswith("measured: int8 takes 0.70 of the time of bf16 products (NVIDIA")
+    assert found[5].startswith("measured: int8 takes 0.70 of the time of bf16 matmuls (NVIDIA")
     assert re.search(r"held-out loss [+-]\d\.\d\d%$", found[5])
     assert re.match(r"predicted: \d+\.\d GB .*; measured: gradients err by \d\.\d\d%", found[7])
     assert found[9] == "measured: 41 launches a step instead of 3000"
@@ -286,16 +286,14 @@ def test_counted_figures_are_the_cost_models(tmp_path):
     assert 3000 < int(count) < 4000
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the pages
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
-    """A folder with the README and the results, which bench.report takes for its own."""
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    inside = text.partition(plan_table.BEGIN)[2].partition(plan_table.END)[0]
-    plan = plan_table.BEGIN + inside + plan_table.END
-    monkeypatch.setattr(plan_table, "block", lambda: plan)  # planning takes seconds
+    """A folder with the pages and the results, which bench.report takes for its own."""
+    found = plan_table.rows()
+    monkeypatch.setattr(plan_table, "rows", lambda: found)  # planning takes seconds
     shutil.copytree(report.RESULTS, tmp_path / "results")
     for page in report.pages(report.ROOT):
         copy = tmp_path / page.relative_to(report.ROOT)
@@ -309,7 +307,7 @@ def copied(tmp_path, monkeypatch) -> Path:
 def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     assert report.main(["--check"]) == 0
     pages, blocks = report.pages(copied), report.blocks(report.RESULTS)
-    assert len(blocks) == 7
+    assert len(blocks) == 10
     for block in blocks:
         begin, *_, end = block.splitlines()
         ((page, text),) = [(page, text) for page, text in pages.items() if begin in text]
@@ -336,14 +334,32 @@ def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, nam
     assert report.main([]) == 0 and report.main(["--check"]) == 0
 
 
-def test_a_gpus_rows_need_its_chart(copied, capsys):
+def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, capsys):
+    assert step_chart.NO_GPU in (copied / "README.md").read_text(encoding="utf-8")
     write(report.RESULTS, "step-cuda.jsonl", row("diffusers-nf4"), row())
     assert report.main(["--check"]) == 1
     assert "step-cuda.svg differs" in capsys.readouterr().out
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     text = "\n".join(report.pages(copied).values())
-    assert "results/step-cuda.svg" in text and "No GPU has timed" not in text
+    assert "results/step-cuda.svg" in text and step_chart.NO_GPU not in text
+    assert "one step of FLUX.1-dev at 512 px takes 0.50 (fluxfast) of the time of" in text
+    assert "; NVIDIA H100 80GB HBM3." in text
     assert "(NVIDIA H100 80GB HBM3)" not in text  # no candidate of a technique is among the rows
+
+
+def test_the_readme_has_four_cards_and_six_techniques(tmp_path):
+    found = plan_table.rows()
+    cards = lines(plan_table.short(found))
+    names = ["RTX 3060 12 GB", "RTX 4060 Ti 16 GB", "RTX 4090", "H100 SXM 80 GB"]
+    assert [cells[0] for cells in cards] == names
+    every = lines(plan_table.block(found))
+    for card, *times, how in cards:
+        of_card = [cells for cells in every if cells[:2] == [card, plan_table.DEFAULTS]]
+        assert times == [cells[4] for cells in of_card]
+        assert how == f"{of_card[-1][3]} GiB: {of_card[-1][5]}"
+    techniques = lines(technique_table.short(tmp_path))
+    every = lines(technique_table.block(tmp_path))
+    assert len(techniques) == 6 and all(cells in every for cells in techniques)
 
 
 PAGE = Path("README.md")

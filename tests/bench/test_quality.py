@@ -1,4 +1,4 @@
-"""The quality bench: its short form runs, its limits refuse, its README block says the rows."""
+"""The quality bench: its short form runs, its limits refuse, its table says the rows."""
 
 import json
 
