@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fluxfast.formats.container import write
-from fluxfast.run.tree import put_together, take_apart
+from fluxfast.run.checkpoint import flatten_state, unflatten_state
 
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 50
@@ -110,7 +110,7 @@ def _save(path: Path, model, optimiser, average: list[Tensor], position: tuple) 
         "average": average,
         "position": position,  # step, minutes, whether the training has ended
     }
-    rest, tensors = take_apart(state)
+    rest, tensors = flatten_state(state)
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         write(file, tensors, {"rest": json.dumps(rest)})
@@ -123,7 +123,7 @@ def _resume(path: Path, model, optimiser, average: list[Tensor]) -> tuple[int, f
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["rest"])
         # copies: what is read lies in the file's own pages, which the optimiser writes into
-        state = put_together(rest, lambda key: file.get_tensor(key).clone())
+        state = unflatten_state(rest, lambda key: file.get_tensor(key).clone())
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
     for mine, saved in zip(average, state["average"], strict=True):

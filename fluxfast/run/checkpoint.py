@@ -14,6 +14,7 @@ step, so the position in the data is one integer.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,11 +25,10 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.formats.container import write
-from fluxfast.run.tree import put_together, take_apart
 from fluxfast.util.files import flush_folder, partial_of
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _check_step(folder: Path, step: int) -> None:
 def save_checkpoint(
     run_dir: Path, state: dict[str, Any], write_files: Callable[[Path], None], keep: int
 ) -> Path:
-    """Save `state` (what `take_apart` takes; its "step" names the folder) with the files that
+    """Save `state` (what `flatten_state` takes; its "step" names the folder) with the files that
     `write_files(folder)` writes, read it back, then drop all but the newest `keep`. -> the folder.
 
     Tensors go to the disk one at a time. Raises DiskError where the disk refuses, or gives back
@@ -161,7 +161,7 @@ def save_checkpoint(
 
 def _fill(folder: Path, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
     """Everything that a checkpoint consists of, each file flushed, then the folder."""
-    rest, tensors = take_apart({"format": FORMAT, **state})
+    rest, tensors = flatten_state({"format": FORMAT, **state})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_files(folder)
@@ -192,10 +192,10 @@ def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
                 f"{FORMAT}"
             )
         if not tensors:
-            return put_together(rest, lambda path: None)
+            return unflatten_state(rest, lambda path: None)
         with safe_open(folder / TENSORS, "pt") as file:
             # copies: what is read lies in the file's own pages, which optimisers write into
-            return put_together(rest, lambda path: file.get_tensor(path).clone())
+            return unflatten_state(rest, lambda path: file.get_tensor(path).clone())
     except FluxfastError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -261,3 +261,56 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- nested state without pickle
+#
+# A tensor becomes {"$tensor": its path}. Floats go through JSON exactly (the shortest decimal that
+# reads back the same); what JSON has no word for is tagged likewise: {"$tuple": [...]}, {"$float":
+# "inf"}, {"$items": [[key, value], ...]} for a mapping whose keys are not all plain strings.
+
+
+def flatten_state(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Returns (JSON value, path -> tensor). Raises TypeError, naming the path, for what is neither
+    a tensor nor None, bool, int, float, str, dict, list or tuple.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _apart(value, "", tensors), tensors
+
+
+def _apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    below = f"{path}/" if path else ""
+    if isinstance(value, Tensor):
+        if path in tensors:
+            raise TypeError(f"{path}: two keys are spelt alike")
+        tensors[path] = value
+        return {"$tensor": path}
+    if isinstance(value, dict):
+        items = [[key, _apart(item, f"{below}{key}", tensors)] for key, item in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        return dict(items) if plain else {"$items": items}
+    if isinstance(value, list | tuple):
+        items = [_apart(item, f"{below}{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(float(value))}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{path}: a {type(value).__name__} has no place in a checkpoint")
+
+
+def unflatten_state(value: Any, tensor: Callable[[str], Any]) -> Any:
+    """The inverse of `flatten_state`. tensor: path -> tensor."""
+    if isinstance(value, list):
+        return [unflatten_state(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value)) if len(value) == 1 else ""
+    if tag == "$tensor":
+        return tensor(value[tag])
+    if tag == "$float":
+        return float(value[tag])
+    if tag == "$tuple":
+        return tuple(unflatten_state(item, tensor) for item in value[tag])
+    items = value["$items"] if tag == "$items" else value.items()
+    return {key: unflatten_state(item, tensor) for key, item in items}

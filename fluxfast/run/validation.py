@@ -9,6 +9,7 @@ LoRA helps.
 
 import json
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,37 +100,24 @@ class Validator:
         return torch.tensor(means, dtype=torch.float64)
 
 
-def interval(values: list[float], level: float = 0.95) -> tuple[float | None, float | None]:
-    """Student's confidence interval of the mean; (None, None) for fewer than two values."""
-    n = len(values)
-    if n < 2:
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom
+_T975 = (
+    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+)
+
+
+def interval(values: list[float]) -> tuple[float | None, float | None]:
+    """Student's 95 % confidence interval of the mean; (None, None) for fewer than two values."""
+    freedom = len(values) - 1
+    if freedom < 1:
         return None, None
-    mean = math.fsum(values) / n
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = student_quantile(0.5 + level / 2, n - 1) * deviation / math.sqrt(n)
+    # beyond the table the first terms of the expansion in 1/freedom: off by less than 1e-4
+    t = _T975[freedom - 1] if freedom <= 30 else 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2
+    mean = statistics.fmean(values)
+    half = t * statistics.stdev(values, mean) / math.sqrt(len(values))
     return mean - half, mean + half
-
-
-def student_quantile(p: float, freedom: int) -> float:
-    """The p-quantile (p > 0.5) of Student's t, by bisection on its density integrated with
-    Simpson's rule.
-    """
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    scale /= math.sqrt(freedom * math.pi)
-
-    def upper(x: float) -> float:
-        # over u = arctan(t / sqrt(freedom)) the integrand is smooth on a finite range
-        end = math.atan(x / math.sqrt(freedom))
-        n = 400
-        values = [math.cos(end * i / n) ** (freedom - 1) for i in range(n + 1)]
-        total = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
-        return scale * math.sqrt(freedom) * total * end / (3 * n)
-
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if 0.5 + upper(middle) < p else (low, middle)
-    return (low + high) / 2
 
 
 def read_validations(path: Path) -> list[Validation]:

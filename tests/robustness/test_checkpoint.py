@@ -18,13 +18,14 @@ from fluxfast.run.checkpoint import (
     TENSORS,
     Damaged,
     checkpoints,
+    flatten_state,
     newest_checkpoint,
     put_weights,
     read_state,
     save_checkpoint,
+    unflatten_state,
     verify,
 )
-from fluxfast.run.tree import put_together, take_apart
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
           torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip
@@ -88,11 +89,11 @@ def test_every_value_comes_back_to_the_last_bit(tmp_path):
 
 def test_what_is_neither_a_tensor_nor_plain_is_named():
     with pytest.raises(TypeError, match=r"optimizer/0/what: a set has no place"):
-        take_apart({"optimizer": {0: {"what": {1, 2}}}})
+        flatten_state({"optimizer": {0: {"what": {1, 2}}}})
     with pytest.raises(TypeError, match="spelt alike"):
-        take_apart({1: torch.ones(1), "1": torch.ones(1)})
-    rest, tensors = take_apart({"a": (torch.ones(2),)})
-    assert list(tensors) == ["a/0"] and put_together(rest, lambda path: path) == {"a": ("a/0",)}
+        flatten_state({1: torch.ones(1), "1": torch.ones(1)})
+    rest, tensors = flatten_state({"a": (torch.ones(2),)})
+    assert list(tensors) == ["a/0"] and unflatten_state(rest, lambda path: path) == {"a": ("a/0",)}
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -20,8 +20,7 @@ from fluxfast.optim import (
     skips_exactly,
     step_unless,
 )
-from fluxfast.run.checkpoint import read_state, save_checkpoint
-from fluxfast.run.tree import take_apart
+from fluxfast.run.checkpoint import flatten_state, read_state, save_checkpoint
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 
@@ -94,7 +93,7 @@ def test_state_goes_through_a_checkpoint_and_on(name, args, tmp_path):
     resumed, again = descend(train, 5, 5, saved["o"], saved["p"], at_end=False)
     for a, b in zip(whole, resumed, strict=True):
         assert torch.equal(a, b)
-    rests, tensors = zip(*(take_apart(o.state_dict()) for o in (straight, again)), strict=True)
+    rests, tensors = zip(*(flatten_state(o.state_dict()) for o in (straight, again)), strict=True)
     assert rests[0] == rests[1] and tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
 

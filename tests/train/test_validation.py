@@ -22,7 +22,6 @@ from fluxfast.run.validation import (
     best,
     interval,
     read_validations,
-    student_quantile,
 )
 from fluxfast.setup import build
 from fluxfast.train import train
@@ -56,12 +55,15 @@ def configure(nano_model, folder, tmp_path, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    [(0.975, 1, 12.7062), (0.975, 4, 2.77645), (0.975, 30, 2.04227), (0.95, 9, 1.83311)],
-)
-def test_student_quantile_is_the_tables(p, freedom, expected):
-    assert student_quantile(p, freedom) == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("count", [2, 3, 11, 31, 32, 60, 1000])
+def test_the_interval_is_student_t(count):
+    from scipy.stats import t
+
+    values = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    low, high = interval(values.tolist())
+    half = t.ppf(0.975, count - 1) * values.std().item() / count**0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-4)
+    assert (high + low) / 2 == pytest.approx(values.mean().item(), abs=1e-12)
 
 
 def test_interval_covers_its_share():
