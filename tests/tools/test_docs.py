@@ -155,6 +155,28 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
 
 
+def test_the_tree_is_as_the_architecture_says():
+    """Top-level modules and folders of both packages, and the repository's folders."""
+    (block,) = blocks("", ROOT / "docs" / "architecture.md")
+    listed: dict[str, set[str]] = {"": set()}
+    for line in block.splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0]
+            listed[""].add(folder.split("/")[0])
+            listed[folder] = set()
+        elif line.split()[0].endswith("/"):
+            listed[folder].add(line.split()[0].rstrip("/"))
+        else:
+            listed[folder] |= set(line.split())
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    paths = [Path(line) for line in tracked.splitlines()]
+    assert listed[""] == {path.parts[0] for path in paths if path.parts[1:]} - {".ci", "docs"}
+    for package in ("fluxfast/", "kernels/fluxfast_kernels/"):
+        below = [path.relative_to(package) for path in paths if path.is_relative_to(package)]
+        names = {path.parts[0].removesuffix(".py") for path in below}
+        assert listed[package] == names - {"__init__", "__main__", "py.typed"}, package
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_files_exist(document):
     text = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.M | re.S)
