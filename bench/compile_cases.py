@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import tl
+from fluxfast_kernels.dispatch.attention import AttentionTile, shipped_to
+from fluxfast_kernels.dispatch.backend import Matrix, tl
 from fluxfast_kernels.gemm import dense, eight_bit, grads
 from fluxfast_kernels.gemm.epilogue import rank_block
 from fluxfast_kernels.ops import (
-    attention_triton,
+    attention,
     flow_loss,
     gate_residual,
     gelu_triton,
@@ -26,14 +27,15 @@ from fluxfast_kernels.quant.rows import TOP
 DTYPES = ("bf16", "fp16", "fp32")
 CODES = {"int8": "i8", "fp8": "fp8e4nv"}
 LEAST_ARCH = {"int8": 80, "fp8": 89}
-Tile = dispatch.Tile | attention_triton.Tile
+Tile = dispatch.Tile | AttentionTile
 Archs = tuple[int, ...] | None
 
 
 class KernelCase(NamedTuple):
     """One kernel in one configuration.
 
-    signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32");
+    signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32", or a tuple of
+    such);
     constants: value per constexpr argument, None for a pointer that is absent; matrix: whether it
     must use tensor cores; least_arch: the oldest compute capability that has what it needs;
     archs: those whose rows choose it, None for all.
@@ -41,7 +43,7 @@ class KernelCase(NamedTuple):
 
     name: str
     fn: object
-    signature: dict[str, str]
+    signature: dict[str, object]
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
@@ -53,7 +55,7 @@ class KernelCase(NamedTuple):
 def _case(
     name: str,
     kernel,
-    types: Mapping[str, str],
+    types: Mapping[str, object],
     constants: Mapping[str, object],
     absent: Iterable[str] = (),
     **options,
@@ -62,6 +64,10 @@ def _case(
     constants = {**constants, **dict.fromkeys(absent)}
     signature = {arg: types.get(arg, "i32") for arg in kernel.arg_names if arg not in constants}
     return KernelCase(name, kernel, signature, constants, **options)
+
+
+def _matrix(dtype: str) -> Matrix:
+    return Matrix(f"*{dtype}", "i32", "i32")
 
 
 def _pointers(names: str, dtype: str) -> dict[str, str]:
@@ -93,7 +99,7 @@ def tile_cases(op: str, storage: str, dtype: str, tile: Tile, archs: Archs = Non
     kernels by the names in `attention.json`, in "dense", "half"."""
     if op == "qk_norm_rope":
         return _qk_norm_rope_cases(128, tile, archs)
-    if op in attention_triton.KERNELS:
+    if op in attention.KERNELS:
         return _attention_cases(op, 128, "bf16", tile, archs)
     family = {
         "lora_gemm": _gemm_cases,
@@ -109,28 +115,29 @@ def tile_cases(op: str, storage: str, dtype: str, tile: Tile, archs: Archs = Non
 
 
 def _shipped_attention() -> Iterator[KernelCase]:
-    for kernel in attention_triton.KERNELS:
-        for C in attention_triton.WIDTHS:
+    for kernel in attention.KERNELS:
+        for C in attention.WIDTHS:
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                for tile, archs in attention_triton.shipped_to(kernel, dtype, C).items():
+                for tile, archs in shipped_to(kernel, dtype, C).items():
                     yield from _attention_cases(kernel, C, name, tile, archs)
     for C in (64, 128):
-        shipped = attention_triton.shipped_to("qk_norm_rope", torch.bfloat16, C)
+        shipped = shipped_to("qk_norm_rope", torch.bfloat16, C)
         for tile, archs in shipped.items():
             yield from _qk_norm_rope_cases(C, tile, archs)
 
 
 def _attention_cases(kernel: str, C: int, dtype: str, tile, archs: Archs) -> Iterator[KernelCase]:
     """With queries or keys past T in the last block, and without at C=128."""
-    types = _pointers("q k v o do dq dk dv", dtype) | _pointers("lse delta", "fp32")
-    types |= {"scale": "fp32"}
+    tensor = attention.Heads(f"*{dtype}", "i32", "i32", "i32")
+    types = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), tensor)
+    types |= _pointers("lse_ptr delta_ptr", "fp32") | {"scale": "fp32"}
     constants = {"C": C, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
     blocks = f"{tile.block_m}x{tile.block_n} w{tile.num_warps}s{tile.num_stages}"
     for tail in (True, False) if C == 128 and dtype == "bf16" else (True,):
         yield _case(
             f"attention {kernel} {C} {dtype} {blocks}{'' if tail else ' even'}",
-            attention_triton.KERNELS[kernel],
+            attention.KERNELS[kernel],
             types,
             constants | {"TAIL": tail},
             num_warps=tile.num_warps,
@@ -141,8 +148,9 @@ def _attention_cases(kernel: str, C: int, dtype: str, tile, archs: Archs) -> Ite
 
 
 def _qk_norm_rope_cases(C: int, tile, archs: Archs) -> Iterator[KernelCase]:
-    types = _pointers("qkv q k v q_scale k_scale dq dk dv dqkv", "bf16")
-    types |= _pointers("cos sin", "fp32")
+    types = _pointers("q_ptr k_ptr v_ptr q_scale_ptr k_scale_ptr dqkv_ptr", "bf16")
+    types |= dict.fromkeys(("dq", "dk", "dv"), attention.Heads("*bf16", "i32", "i32", "i32"))
+    types |= {"qkv": _matrix("bf16"), "cos": _matrix("fp32"), "sin_ptr": "*fp32"}
     constants = {"C": C, "ROWS": tile.block_m, "EPSILON": qk_norm_rope.EPSILON}
     name = f"{C} {tile.block_m} w{tile.num_warps}"
     options = {"num_warps": tile.num_warps, "archs": archs}
@@ -335,23 +343,23 @@ def _quantizing_cases(
 
 
 def _flow_cases(dtype: str) -> Iterator[KernelCase]:
-    types = _pointers("PREDICTION GRADIENT D_PREDICTION NOISY", dtype)
-    types |= _pointers("MEAN STD VAE_NOISE NOISE TIME TARGET MASK PARTIAL WEIGHT LOSS", "fp32")
-    types |= _pointers("FACTOR D_LOSS", "fp32")
+    types = _pointers("prediction_ptr gradient_ptr d_prediction_ptr noisy_ptr", dtype)
+    fp32 = "mean std vae_noise noise t target mask partial weight loss factor d_loss"
+    types |= _pointers(" ".join(f"{name}_ptr" for name in fp32.split()), "fp32")
     block = {"BLOCK": flow_loss.BLOCK}
-    mix = flow_loss._flow_mix_kernel
-    yield _case(f"flow_mix_{dtype}", mix, types, block | {"HAS_STD": True})
+    yield _case(f"flow_mix_{dtype}", flow_loss._mix_kernel, types, block)
     for masked in (False, True):
-        constants = block | {"HAS_MASK": masked, "HAS_GRADIENT": True, "CHUNK": flow_loss.CHUNK}
         name = f"flow_loss_{dtype}{'_masked' * masked}"
-        yield _case(name, flow_loss._flow_loss_kernel, types, constants)
-    name = f"flow_loss_backward_{dtype}"
-    yield _case(name, flow_loss._flow_loss_backward_kernel, types, block)
+        absent = () if masked else ("mask_ptr",)
+        constants = block | {"CHUNK": flow_loss.CHUNK}
+        yield _case(name, flow_loss._loss_kernel, types, constants, absent)
+    yield _case(f"flow_loss_backward_{dtype}", flow_loss._loss_backward_kernel, types, block)
     if dtype == "fp32":
         for present in (False, True):
-            constants = {"HAS_MASK": present, "HAS_WEIGHT": present, "BLOCK": flow_loss.SUM_BLOCK}
+            constants = {"HAS_MASK": present, "BLOCK": flow_loss.SUM_BLOCK}
             name = f"flow_loss_sum{'_weighted' * present}"
-            yield _case(name, flow_loss._flow_loss_sum_kernel, types, constants)
+            absent = () if present else ("weight_ptr",)
+            yield _case(name, flow_loss._loss_sum_kernel, types, constants, absent)
 
 
 def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
@@ -423,16 +431,18 @@ def _gate_residual_cases() -> Iterator[KernelCase]:
     for dtype, D in (("bf16", 3072), ("fp32", 3072), ("bf16", 128)):
         tokens, block = gate_residual.tile(D)
         shape = {"D": D, "ROWS": tokens, "BLOCK": block}
-        types = _pointers("H GATE Y OUT DOUT DY", dtype) | {"PARTIAL": "*fp32"}
-        yield _case(f"gate_residual {dtype} {D}", gate_residual._gate_residual_kernel, types, shape)
+        types = _pointers("gate_ptr out_ptr dy_ptr", dtype) | {"partial_ptr": "*fp32"}
+        types |= dict.fromkeys(("h", "y", "dout"), _matrix(dtype))
+        yield _case(f"gate_residual {dtype} {D}", gate_residual._forward_kernel, types, shape)
         for has_dy, has_dgate in ((True, False), (True, True), (False, True)):
             constants = shape | {"STEPS": gate_residual.STEPS if has_dgate else 1}
             yield _case(
                 f"gate_residual_backward {'dy ' * has_dy}{'dgate ' * has_dgate}{dtype} {D}",
-                gate_residual._gate_residual_backward_kernel,
+                gate_residual._backward_kernel,
                 types,
-                constants | {"HAS_DY": has_dy, "HAS_DGATE": has_dgate},
-                [*(() if has_dy else ("GATE", "DY")), *(() if has_dgate else ("Y", "PARTIAL"))],
+                constants,
+                [*(() if has_dy else ("gate_ptr", "gate_stride", "dy_ptr"))]
+                + [*(() if has_dgate else ("y", "partial_ptr"))],
             )
 
 

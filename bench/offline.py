@@ -26,25 +26,44 @@ _CUOBJDUMP = os.path.join(
 
 
 def compile_for(fn, signature, constants, arch, num_warps=4, num_stages=3, **options):
-    """Compile `fn` for compute capability `arch` (89 = RTX 4090, 90 = H100, 120 = RTX 5090)."""
-    names = fn.arg_names
-    types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if types[name].startswith("*") or types[name] == "i32"
-    }
-    source = ASTSource(
-        fn=fn,
-        signature=types,
-        attrs=aligned,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
+    """Compile `fn` for compute capability `arch` (89 = RTX 4090, 90 = H100, 120 = RTX 5090).
+
+    signature: a Triton type per run-time argument, or a (named, nested) tuple of types, None for
+    what is None; constants: a value per constexpr.
+    """
+    types, known, aligned = {}, {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in constants:
+            types[name], known[(i,)] = "constexpr", constants[name]
+            continue
+        types[name] = _types(signature[name])
+        for path, kind in _leaves(signature[name], (i,)):
+            if kind is None:
+                known[path] = None
+            elif kind.startswith("*") or kind == "i32":
+                aligned[path] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=fn, signature=types, attrs=aligned, constexprs=known)
     return triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
         options=dict(num_warps=num_warps, num_stages=num_stages, **options),
     )
+
+
+def _types(kind):
+    if isinstance(kind, tuple):
+        items = map(_types, kind)
+        return kind._make(items) if hasattr(kind, "_make") else tuple(items)
+    return "constexpr" if kind is None else kind
+
+
+def _leaves(kind, path):
+    """(path, type) of every argument that is no tuple."""
+    if not isinstance(kind, tuple):
+        yield path, kind
+        return
+    for i, item in enumerate(kind):
+        yield from _leaves(item, (*path, i))
 
 
 def _cuobjdump(flag, path):

@@ -1,8 +1,8 @@
 """What a file of `dispatch/configs` may hold, shipped or written by `bench.tune`."""
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops import attention_triton
-from fluxfast_kernels.ops.attention import BACKENDS
+from fluxfast_kernels.dispatch.attention import AttentionTile
+from fluxfast_kernels.ops.attention import BACKENDS, KERNELS
 
 SOURCES = ("assumed: ", "measured: ")
 FILTERS = {"op", "storage", "dtype", "n", "k"}
@@ -27,13 +27,13 @@ def check_gemm(table: dict) -> None:
 def check_attention(table: dict) -> None:
     """`attention.json`."""
     assert set(table) == {"backends", "tiles"}
-    tile = set(attention_triton.Tile.__dataclass_fields__)
+    tile = set(AttentionTile._fields)
     for row in table["backends"]:
         assert row["backend"] in BACKENDS
         assert set(row) - {"backend", "source"} <= {"arch", "dtype", "c", "t_min", "t_max"}, row
     for row in table["tiles"]:
         assert tile <= set(row) <= tile | {"kernel", "arch", "dtype", "c", "source"}, row
-        assert set(row["kernel"]) <= {*attention_triton.KERNELS, "qk_norm_rope"}
+        assert set(row["kernel"]) <= {*KERNELS, "qk_norm_rope"}
     for row in table["backends"] + table["tiles"]:
         assert row["source"].startswith((*SOURCES, "the interpreter")), row["source"]
         for name in ("arch", "dtype", "c"):

@@ -13,8 +13,8 @@ from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.gemm import dense as gemm
 from fluxfast_kernels.gemm import eight_bit as gemm_8bit
 from fluxfast_kernels.gemm import grads as gemm_grads
-from fluxfast_kernels.ops import attention_triton, qk_norm_rope
-from fluxfast_kernels.ops.attention import attention_backward, attention_forward
+from fluxfast_kernels.ops import attention, qk_norm_rope
+from fluxfast_kernels.ops.attention import QKV, attention_backward, attention_forward
 from fluxfast_kernels.quant import frozen, nf4
 from fluxfast_kernels.quant import rows as rows_8bit
 from torch import Tensor
@@ -286,7 +286,8 @@ class Heads:
         generator = torch.Generator(device).manual_seed(0)
         values = torch.empty(4, 1, T, heads, C, dtype=HALF, device=device)
         self.qkv_do = values.normal_(generator=generator).transpose(2, 3).unbind()
-        *self.qkv, self.do = self.qkv_do
+        *qkv, self.do = self.qkv_do
+        self.qkv = QKV(*qkv)
         self.o, self.lse = attention_forward(*self.qkv)
 
     def truth(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -301,22 +302,21 @@ def _attention(kernel: str, T: int, heads: int, C: int, device) -> Call:
     o, lse = torch.empty_like(h.o), torch.empty_like(h.lse)
     dq, dk, dv = (torch.empty_like(h.o) for _ in range(3))
     delta = (h.o.float() * h.do.float()).sum(-1)
-    launch = attention_triton
     if kernel == "forward":
         return Call(
-            lambda tile: launch.launch_forward(*h.qkv, o, lse, tile),
+            lambda tile: attention.launch_forward(h.qkv, o, lse, tile),
             [o, lse],
             lambda: h.truth()[0],
         )
     if kernel == "dq":
         made = torch.empty_like(delta)  # written beside dq
         return Call(
-            lambda tile: launch.launch_dq(h.do, *h.qkv, h.o, h.lse, dq, made, tile),
+            lambda tile: attention.launch_dq(h.do, h.qkv, h.o, h.lse, dq, made, tile),
             [dq, made],
             lambda: [h.truth()[1][0], delta],
         )
     return Call(
-        lambda tile: launch.launch_dkdv(h.do, *h.qkv, h.lse, delta, dk, dv, tile),
+        lambda tile: attention.launch_dkdv(h.do, h.qkv, h.lse, delta, dk, dv, tile),
         [dk, dv],
         lambda: h.truth()[1][1:],
     )
@@ -331,17 +331,17 @@ def _qk_norm_rope(T: int, heads: int, C: int, device) -> Call:
 
     qkv, scales = [normal(1, T, 3 * heads * C)], [normal(C), normal(C)]
     angle = normal(1, T, 1, C // 2, dtype=torch.float32)
-    given = (qkv, scales, angle.cos(), angle.sin(), heads)
-    grads = tuple(normal(1, T, heads, C) for _ in range(3))
+    streams = qk_norm_rope.Streams(qkv, scales, angle.cos(), angle.sin(), heads)
+    grads = QKV(*(normal(1, T, heads, C) for _ in range(3)))
     q, k, dqkv = *(torch.empty_like(grads[0]) for _ in range(2)), torch.empty_like(qkv[0])
 
     def run(tile) -> None:
-        qk_norm_rope.launch_forward(*given, q, k, None, tile)
-        qk_norm_rope.launch_backward(grads, *given, [dqkv], tile)
+        qk_norm_rope.launch_forward(streams, q, k, None, tile)
+        qk_norm_rope.launch_backward(grads, streams, [dqkv], tile)
 
     def reference() -> list[Tensor]:
-        forward = qk_norm_rope.qk_norm_rope_reference(*given)[:2]
-        return [*forward, *qk_norm_rope.qk_norm_rope_backward_reference(grads, *given)]
+        forward = qk_norm_rope.qk_norm_rope_reference(*streams)[:2]
+        return [*forward, *qk_norm_rope.qk_norm_rope_backward_reference(grads, streams)]
 
     return Call(run, [q, k, dqkv], reference)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops.attention import choose_backend
+from fluxfast_kernels.dispatch.attention import choose_backend
 from fluxfast_kernels.quant.rows import DTYPE
 
 from bench.tune.space import KERNELS, Kernel

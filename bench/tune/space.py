@@ -11,7 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.dispatch.attention import AttentionTile
+from fluxfast_kernels.ops.attention import KERNELS as ATTENTION_KERNELS
 
 C = 128  # FLUX's head width
 ACCUMULATORS = (8, 128)  # fp32 sums a thread: fewer leave it idle, more spill
@@ -30,7 +31,7 @@ class Kernel(NamedTuple):
 
 
 _8BIT = ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair")
-ATTENTION = (*attention_triton.KERNELS, "qk_norm_rope")
+ATTENTION = (*ATTENTION_KERNELS, "qk_norm_rope")
 KERNELS = (
     *(Kernel(op, "dense", "half") for op in ("lora_gemm", "lora_gemm_dx")),
     *(Kernel(op, "dense", kind) for op in _8BIT for kind in ("int8", "fp8")),
@@ -50,7 +51,7 @@ _OTHER = {
     "lora_skinny_8bit": ((16, 32, 64), (128,), (64, 128), _WARPS, (2, 3)),
     "lora_grads": ((32, 64, 128), (128,), (64, 128, 256), _WARPS, _STAGES),
     "qk_norm_rope": ((4, 8, 16, 32), (1,), (1,), (2, 4, 8), (1,)),
-    **dict.fromkeys(attention_triton.KERNELS, ((64, 128), (32, 64, 128), (1,), _WARPS, _STAGES)),
+    **dict.fromkeys(ATTENTION_KERNELS, ((64, 128), (32, 64, 128), (1,), _WARPS, _STAGES)),
 }
 # what else is worth a try once a tile is known to be good
 GROUPS = {"lora_skinny": (1,), "lora_skinny_8bit": (1,), "lora_grads": (256, 128, 512)}
@@ -62,24 +63,24 @@ def groups(kernel: Kernel) -> tuple[int, ...]:
     return () if kernel.op in ATTENTION else GROUPS.get(kernel.op, _PRODUCT_GROUPS)
 
 
-def tile_name(tile: dispatch.Tile | attention_triton.Tile, with_group: bool = True) -> str:
+def tile_name(tile: dispatch.Tile | AttentionTile, with_group: bool = True) -> str:
     depth = f"x{tile.block_k}" if isinstance(tile, dispatch.Tile) else ""
     group = f"g{tile.group_m}" if depth and with_group else ""
     return f"{tile.block_m}x{tile.block_n}{depth}.{tile.num_warps}w{tile.num_stages}{group}"
 
 
-def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | attention_triton.Tile:
+def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | AttentionTile:
     """The inverse of `tile_name`; without a group, the kernel's first. Raises ValueError."""
     found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:g(\d+))?", name)
     if not found or (found[3] is None) != (kernel.op in ATTENTION):
         raise ValueError(f"{kernel}: {name!r} is no name of a tile, as 128x128x64.8w3g8 is")
     m, n, k, warps, stages, group = (part and int(part) for part in found.groups())
     if kernel.op in ATTENTION:
-        return attention_triton.Tile(m, n, warps, stages)
+        return AttentionTile(m, n, warps, stages)
     return dispatch.Tile(m, n, k, group or groups(kernel)[0], warps, stages)
 
 
-def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | attention_triton.Tile]:
+def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | AttentionTile]:
     """Every tile worth compiling for a card, with the kernel's first group_m."""
     return [
         named_tile(kernel, f"{m}x{n}{'' if kernel.op in ATTENTION else f'x{k}'}.{warps}w{stages}")

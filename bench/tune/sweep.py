@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.dispatch.attention import choose_tile, first_row
 
 from bench import timing
 from bench.timing import Result
@@ -63,10 +63,8 @@ def shipped_tile(problem: Problem, arch: int):
     kernel = problem.kernel
     if kernel.op in ATTENTION:
         half = PRODUCT_DTYPE["half"]
-        row = attention_triton.first_row(
-            "tiles", kernel=kernel.op, arch=arch, dtype="half", c=problem.K
-        )
-        return attention_triton.tile(kernel.op, arch, half, problem.K), row["source"]
+        row = first_row("tiles", kernel=kernel.op, arch=arch, dtype="half", c=problem.K)
+        return choose_tile(kernel.op, arch, half, problem.K), row["source"]
     question = (PRODUCT_DTYPE[kernel.dtype], kernel.storage, problem.M, problem.N, problem.K)
     choice = dispatch.choose(kernel.op, arch, *question)
     return choice.tile, choice.tile_source

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.attention import choose_backend
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.attention import (
     attention_backward,
     attention_forward,
-    choose_backend,
 )
 from fluxfast_kernels.quant import frozen
 from torch import Tensor

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fluxfast_kernels.dispatch import attention as attention_rows
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops import attention_triton
 
 from bench import compile as bench_compile
 from bench import compile_cases
@@ -34,7 +34,7 @@ def test_the_space_of_every_kernel(kernel):
         name = tile_name(tile, with_group=False)
         assert named_tile(kernel, name) == tile == named_tile(kernel, tile_name(tile))
         if kernel.op in ATTENTION:
-            assert isinstance(tile, attention_triton.Tile) and not groups(kernel)
+            assert isinstance(tile, attention_rows.AttentionTile) and not groups(kernel)
             continue
         assert tile.group_m == groups(kernel)[0]
         if kernel.op not in ("lora_skinny", "lora_skinny_8bit", "lora_grads"):
@@ -50,7 +50,7 @@ def test_what_ships_is_compiled_as_its_kernel_is(kernel):
     """The cases of a tile are those that `bench/compile.py` has for a row that ships it."""
     if kernel.op in ATTENTION:
         half = tune.torch.bfloat16
-        (shipped, *_) = attention_triton.shipped_to(kernel.op, half, 128)
+        (shipped, *_) = attention_rows.shipped_to(kernel.op, half, 128)
     else:
         (shipped, *_) = dispatch.shipped_to(*kernel)
     shipped_cases = {case.name for case in compile_cases.cases()}

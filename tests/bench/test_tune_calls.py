@@ -7,7 +7,7 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch import backend, dispatch
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
-from fluxfast_kernels.ops import attention_triton
+from fluxfast_kernels.ops import attention, qk_norm_rope
 from fluxfast_kernels.quant import rows as rows_8bit
 from tuning import LINEAR1, LINEAR2, PROJ, QKV, RANK, TINY, M
 
@@ -41,7 +41,7 @@ LAUNCHES = [
     problem("lora_skinny_8bit.dense.half", LINEAR1, "d_down"),
     problem("lora_grads.dense.half", LINEAR2, "dA"),
     problem("lora_grads.dense.half", LINEAR1, "dB"),
-    *(problem(f"{name}.dense.half") for name in (*attention_triton.KERNELS, "qk_norm_rope")),
+    *(problem(f"{name}.dense.half") for name in (*attention.KERNELS, "qk_norm_rope")),
 ]
 
 
@@ -60,7 +60,8 @@ def wrong(call: Call, kernel: Kernel, monkeypatch) -> str | None:
     reference = call.reference()
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "choose", asked)
-        patch.setattr(attention_triton, "tile", asked)
+        patch.setattr(attention, "choose_tile", asked)
+        patch.setattr(qk_norm_rope, "choose_tile", asked)
         return call.wrong(space(kernel, 89)[0], reference)
 
 
@@ -118,7 +119,7 @@ def test_the_problems_of_a_step():
     # a bf16 step's products and attention: more than nine tenths of it, where attention is torch's
     half = [p for p in found if p.kernel.dtype == "half" and "8bit" not in p.kernel.op]
     assert 0.6 < sum(p.share for p in half) < 1.0
-    assert all(p.share == 0.0 for p in found if p.kernel.op in attention_triton.KERNELS)
+    assert all(p.share == 0.0 for p in found if p.kernel.op in attention.KERNELS)
 
 
 def test_a_card_without_fp8_has_no_such_problems():

@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 from config_rows import check_attention, check_gemm
+from fluxfast_kernels.dispatch import attention as attention_rows
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.ops import attention_triton
-from fluxfast_kernels.ops.attention import choose_backend
+from fluxfast_kernels.dispatch.attention import AttentionTile, choose_backend, choose_tile
 
-from bench import compile as bench_compile
-from bench import timing
+from bench import compile_cases, timing
 from bench.tune import cli as tune
 from bench.tune import write as tune_write
 from bench.tune.write import changes, dumped, merged, merged_attention, ranges
@@ -69,14 +68,21 @@ def configs(tmp_path, monkeypatch):
         (tmp_path / "configs" / path.name).write_text(path.read_text())
     monkeypatch.setattr(tune_write, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(tune_write, "ATTENTION_PATH", tmp_path / "configs" / "attention.json")
-    for module in (dispatch, attention_triton):
+    for module in (dispatch, attention_rows):
         monkeypatch.setattr(module, "files", lambda package: tmp_path)
-    caches = (dispatch.rows, dispatch.choose, attention_triton.table, attention_triton.tile,
-              choose_backend)  # fmt: skip
-    for cache in caches:
-        cache.cache_clear()
+    forget_rows()
     yield tmp_path / "configs"
-    for cache in caches:
+    forget_rows()
+
+
+def forget_rows() -> None:
+    for cache in (
+        dispatch.rows,
+        dispatch.choose,
+        attention_rows.table,
+        choose_backend,
+        choose_tile,
+    ):
         cache.cache_clear()
 
 
@@ -87,9 +93,7 @@ def write(configs, capsys):
     def run(rows, *arguments):
         timing.append_rows(configs.parent / "rows.jsonl", rows)
         code = tune.main(["write", "--rows", str(configs.parent / "rows.jsonl"), *arguments])
-        for cache in (dispatch.rows, dispatch.choose, attention_triton.table, choose_backend):
-            cache.cache_clear()
-        attention_triton.tile.cache_clear()
+        forget_rows()
         for path in configs.glob("gemm_sm_*.json"):
             check_gemm(json.loads(path.read_text()))
         check_attention(json.loads((configs / "attention.json").read_text()))
@@ -146,7 +150,7 @@ def test_a_winner_is_compiled_for_its_own_card(write):
     archs = {op: {} for op in ("lora_gemm", "lora_skinny", "gemm_8bit_dx")}
     skinny, k = {"op": "lora_skinny", "n": 16, "k": 3072}, {"op": "gemm_8bit_dx", "dtype": "int8"}
     write([*won(), *won("32x128x128.8w2g1", **skinny), *won(FASTER, **k)])
-    for case in bench_compile.cases():
+    for case in compile_cases.cases():
         op = case.name.split(".")[0]
         if op in archs:
             archs[op].setdefault(case.name, case.archs)
@@ -349,10 +353,10 @@ def test_a_tile_of_attention_is_the_longest_sequences_winner(write):
     write(short + long)
 
     def found(kernel, arch=89, dtype=torch.bfloat16, C=128):
-        return attention_triton.tile(kernel, arch, dtype, C)
+        return choose_tile(kernel, arch, dtype, C)
 
-    assert found("dq") == attention_triton.Tile(64, 32, 4, 3)
-    default = attention_triton.Tile(128, 32, 8, 2)
+    assert found("dq") == AttentionTile(64, 32, 4, 3)
+    default = AttentionTile(128, 32, 8, 2)
     assert found("dq", arch=90) == default and found("dkdv") != found("dq")
     assert found("dq", C=64).block_m == 128 and found("dq", dtype=torch.float32).block_m == 16
 

@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 from fluxfast_kernels import attention, attention_reference
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.ops import attention_triton
-from fluxfast_kernels.ops.attention import attention_backward, attention_forward, choose_backend
+from fluxfast_kernels.dispatch.attention import choose_backend, table
+from fluxfast_kernels.ops.attention import (
+    QKV,
+    attention_backward,
+    attention_forward,
+    launch_backward,
+    launch_forward,
+)
 from numerics import assert_as_exact, poisoned, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,10 +52,10 @@ def launch(q, k, v, do):
     def empty():
         return poisoned(b, t, h, c, dtype=q.dtype, device=q.device).transpose(1, 2)
 
-    o, grads = empty(), (empty(), empty(), empty())
+    o, grads = empty(), QKV(empty(), empty(), empty())
     lse, delta = (poisoned(b, h, t, dtype=torch.float32, device=q.device) for _ in range(2))
-    attention_triton.launch_forward(q, k, v, o, lse)
-    attention_triton.launch_backward(do, q, k, v, o, lse, *grads, delta)
+    launch_forward(QKV(q, k, v), o, lse)
+    launch_backward(do, QKV(q, k, v), o, lse, grads, delta)
     return [o, *grads], lse
 
 
@@ -141,7 +147,7 @@ def test_choice_of_backend():
     assert [choice(arch, torch.bfloat16) for arch in (80, 86, 89, 120)] == ["flash"] * 4
     assert choice(90, torch.float16) == "cudnn"
     assert choice(89, torch.float32) == choice(90, torch.float32) == "efficient"
-    rows = [*attention_triton.table()["backends"], *attention_triton.table()["tiles"]]
+    rows = [*table()["backends"], *table()["tiles"]]
     assert all(row["source"] for row in rows)
 
 

@@ -76,7 +76,7 @@ def test_flow_mix(device, dtype, std):
     truth = mix(*[None if v is None else v.double() for v in inputs], torch.float64)
     eager = mix(*inputs, dtype)
     outputs = [poisoned(B, T, C, dtype=d, device=device) for d in (dtype, torch.float32)]
-    flow_loss._launch_mix(*inputs, *outputs)
+    flow_loss.launch_mix(*inputs, *outputs)
     public = flow_loss.flow_mix(*inputs, dtype)
     with backend.cpu_launches(False):
         reference = flow_loss.flow_mix(*inputs, dtype)
@@ -112,18 +112,18 @@ def test_launchers_write_every_element(device, mask):
     options = {"device": device}
     gradient = poisoned(B, T, C, dtype=torch.float16, **options)
     loss, factor = (poisoned(B, dtype=torch.float32, **options) for _ in range(2))
-    flow_loss._launch_loss(prediction.detach(), target, weight, masks, gradient, loss, factor)
+    flow_loss.launch_loss(prediction.detach(), target, weight, masks, gradient, loss, factor)
     count = T * C if masks is None else masks.sum(dim=(1, 2))
     torch.testing.assert_close(factor, weight / count)
     error = 2 * (prediction.detach().float() - target) * (1 if masks is None else masks)
     torch.testing.assert_close(gradient, error.half(), rtol=1e-3, atol=1e-6)
     d_prediction = poisoned(B, T, C, dtype=torch.float16, **options)
     d_loss = torch.ones(1, **options).expand(B)  # as the mean's gradient comes: stride 0
-    flow_loss._launch_backward(gradient, factor, d_loss, d_prediction)
+    flow_loss.launch_loss_backward(gradient, factor, d_loss, d_prediction)
     expected = (gradient.float() * factor[:, None, None]).half()
     torch.testing.assert_close(d_prediction, expected, rtol=1e-3, atol=1e-7)
     alone = poisoned(B, dtype=torch.float32, **options)
-    flow_loss._launch_loss(prediction.detach(), target, weight, masks, None, alone, factor)
+    flow_loss.launch_loss(prediction.detach(), target, weight, masks, None, alone, factor)
     assert torch.equal(alone, loss)
 
 
@@ -134,7 +134,7 @@ def test_many_chunks(device):
     loss, gradient, factor = (
         poisoned(*shape, dtype=torch.float32, device=device) for shape in ((1,), ones.shape, (1,))
     )
-    flow_loss._launch_loss(ones, -ones, None, None, gradient, loss, factor)
+    flow_loss.launch_loss(ones, -ones, None, None, gradient, loss, factor)
     assert loss.item() == 4 and (gradient == 4).all() and factor.item() == pytest.approx(1 / size)
 
 

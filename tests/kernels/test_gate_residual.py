@@ -52,13 +52,13 @@ def test_launchers_write_everything(shape, device):
     h, gate, y, dout = inputs(shape, torch.bfloat16, device)
     out, dy = (poisoned(*shape, dtype=h.dtype, device=device) for _ in range(2))
     dgate = poisoned(*gate.shape, dtype=h.dtype, device=device)
-    ops.launch_gate_residual(h, gate, y, out)
-    ops.launch_gate_residual_backward(dout, gate, y, dy, dgate)
+    ops.launch_forward(h, gate, y, out)
+    ops.launch_backward(dout, gate, y, dy, dgate)
     for written in (out, dy, dgate):
         assert torch.isfinite(written).all()
     alone, gate_alone = torch.full_like(dy, float("nan")), torch.full_like(dgate, float("nan"))
-    ops.launch_gate_residual_backward(dout, gate, None, alone, None)
-    ops.launch_gate_residual_backward(dout, None, y, None, gate_alone)
+    ops.launch_backward(dout, gate, None, alone, None)
+    ops.launch_backward(dout, None, y, None, gate_alone)
     assert torch.equal(alone, dy) and torch.equal(gate_alone, dgate)
 
 

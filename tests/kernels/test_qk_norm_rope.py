@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from fluxfast_kernels import qk_norm_rope_attention
 from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.ops.attention import QKV
 from fluxfast_kernels.ops.qk_norm_rope import (
+    Streams,
     launch_backward,
     launch_forward,
     qk_norm_rope_attention_reference,
@@ -90,7 +92,7 @@ def joint_gradients(dtype, device, C, tokens):
     """dq, dk, dv [B, T, H, C]: stored [B, H, T, C], cut out, and without gaps."""
     dq = draw(B, H, tokens, C, dtype=dtype, device=device, seed=30).transpose(1, 2)
     dk = draw(B, tokens + 1, H + 1, C, dtype=dtype, device=device, seed=31)[:, 1:, 1:]
-    return dq, dk, draw(B, tokens, H, C, dtype=dtype, device=device, seed=32)
+    return QKV(dq, dk, draw(B, tokens, H, C, dtype=dtype, device=device, seed=32))
 
 
 def launch(arguments, grads):
@@ -99,9 +101,9 @@ def launch(arguments, grads):
     C, tokens = qkv[0].shape[2] // (3 * heads), sum(x.shape[1] for x in qkv)
     options = {"dtype": qkv[0].dtype, "device": qkv[0].device}
     q, k, v = (poisoned(B, tokens, heads, C, **options) for _ in range(3))
-    launch_forward(*arguments, q, k, v)
+    launch_forward(Streams(*arguments), q, k, v)
     dqkv = [poisoned(*x.shape, **options) for x in qkv]
-    launch_backward(grads, *arguments, dqkv)
+    launch_backward(grads, Streams(*arguments), dqkv)
     return [q, k, v, *dqkv]
 
 
@@ -128,7 +130,8 @@ def test_reference(streams, dtype):
     arguments = problem(streams, dtype)
     grads = joint_gradients(dtype, "cpu", 64, 110)
     with backend.cpu_launches(False):
-        found = [*qk_norm_rope_forward(*arguments), *qk_norm_rope_backward(grads, *arguments)]
+        streams = Streams(*arguments)
+        found = [*qk_norm_rope_forward(streams), *qk_norm_rope_backward(grads, streams)]
     assert_all_as_exact(found, eager_norm_rope, arguments, grads)
 
 
@@ -136,7 +139,7 @@ def test_reference(streams, dtype):
 def test_one_streams_v_is_not_copied(launched):
     arguments = problem(1, torch.float32, C=32, tokens=[5])
     with backend.cpu_launches(launched):
-        v = qk_norm_rope_forward(*arguments)[2]
+        v = qk_norm_rope_forward(Streams(*arguments)).v
     assert v.untyped_storage().data_ptr() == arguments[0][0].untyped_storage().data_ptr()
 
 
@@ -147,7 +150,8 @@ def test_tiny_and_huge_rows(launched):
     qkv = [qkv[0] * torch.tensor([0.0, 1e-4, 1e4])[:, None]]
     grads = joint_gradients(torch.float32, "cpu", 32, 3)
     with backend.cpu_launches(launched):
-        found = [*qk_norm_rope_forward(qkv, *rest), *qk_norm_rope_backward(grads, qkv, *rest)]
+        streams = Streams(qkv, *rest)
+        found = [*qk_norm_rope_forward(streams), *qk_norm_rope_backward(grads, streams)]
     truth = through_autograd(eager_norm_rope, in_double(qkv, *rest), grads)
     for a, b in zip(found, truth, strict=True):
         for token in range(3):

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,19 @@ def last_stride_1(gradient: Tensor) -> Tensor:
     from one number): autograd, not the caller, chose its strides."""
     # cloned: to `contiguous` a tensor of no rows is contiguous whatever its strides
     return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=_CONTIGUOUS)
+
+
+class Matrix(NamedTuple):
+    """A [B, T, width] tensor of last stride 1 as a kernel takes it: pointer and two strides."""
+
+    ptr: Tensor
+    batch_stride: int
+    token_stride: int
+
+
+def matrix(x: Tensor | None) -> Matrix | None:
+    """A kernel's argument for x [B, T, width] or [B, T]; None for None."""
+    return None if x is None else Matrix(x, *x.stride()[:2])
 
 
 class _PerThread(threading.local):

@@ -1,4 +1,4 @@
-"""Flow matching's mixing and its loss: two passes over packed latents that eager makes in a dozen.
+"""Flow matching's noised input and its loss: two passes over packed latents, a dozen in eager.
 
     flow_mix   latent = mean + std·vae_noise
                x_t    = (1 − t)·latent + t·noise;  target = noise − latent
@@ -7,7 +7,7 @@
 
 Layouts: packed tokens [B, T, C], each sample contiguous; t, weight and the losses fp32 [B]. The
 batch stride of `prediction` is free (the image tokens of a joint tensor, say). The rest is
-contiguous. Everything is fp32 except x_t (any dtype asked for) and prediction (fp32, bf16, fp16).
+contiguous. Everything is fp32 except x_t and prediction (fp32, bf16 or fp16).
 
 `flow_loss` reads its inputs once. The same pass writes g = 2·mask·(prediction − target) in
 prediction's dtype, if prediction requires a gradient: that is all that is saved, with
@@ -39,33 +39,53 @@ LEAST_COUNT = 1e-6
 _LEAST_COUNT = tl.constexpr(LEAST_COUNT)
 
 
+# ---------------------------------------------------------------- kernels
+
+
 @triton.jit
-def _flow_mix_kernel(
-    MEAN, STD, VAE_NOISE, NOISE, TIME, NOISY, TARGET, size, HAS_STD: tl.constexpr,
+def _mix_kernel(
+    mean_ptr,
+    std_ptr,
+    vae_noise_ptr,
+    noise_ptr,
+    t_ptr,
+    noisy_ptr,
+    target_ptr,
+    size,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
+    """Grid (⌈size/BLOCK⌉, B). std_ptr may be None."""
     b = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     start = b.to(tl.int64) * size
-    latent = tl.load(MEAN + start + i, mask=mask, other=0)
-    vae_noise = tl.load(VAE_NOISE + start + i, mask=mask, other=0)
-    if HAS_STD:
-        vae_noise *= tl.load(STD + start + i, mask=mask, other=0)
+    latent = tl.load(mean_ptr + start + i, mask=mask, other=0)
+    vae_noise = tl.load(vae_noise_ptr + start + i, mask=mask, other=0)
+    if std_ptr is not None:
+        vae_noise *= tl.load(std_ptr + start + i, mask=mask, other=0)
     latent += vae_noise
-    noise = tl.load(NOISE + start + i, mask=mask, other=0)
-    t = tl.load(TIME + b)
+    noise = tl.load(noise_ptr + start + i, mask=mask, other=0)
+    t = tl.load(t_ptr + b)
     noisy = (1.0 - t) * latent + t * noise
-    tl.store(NOISY + start + i, noisy.to(NOISY.dtype.element_ty), mask=mask)
-    tl.store(TARGET + start + i, noise - latent, mask=mask)
+    tl.store(noisy_ptr + start + i, noisy.to(noisy_ptr.dtype.element_ty), mask=mask)
+    tl.store(target_ptr + start + i, noise - latent, mask=mask)
 
 
 @triton.jit
-def _flow_loss_kernel(
-    PREDICTION, TARGET, MASK, GRADIENT, PARTIAL, size, batch, prediction_batch,
-    HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """PARTIAL fp32 [2, B, chunks]: Σ mask·error² and, with a mask, Σ mask of each chunk."""
+def _loss_kernel(
+    prediction_ptr,
+    target_ptr,
+    mask_ptr,
+    gradient_ptr,
+    partial_ptr,
+    size,
+    batch,
+    prediction_stride,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (chunks, B). partial fp32 [2, B, chunks]: Σ mask·error² and, with a mask, Σ mask of each
+    chunk. mask_ptr and gradient_ptr may be None."""
     chunk, b = tl.program_id(0), tl.program_id(1)
     start = b.to(tl.int64) * size
     total = tl.zeros([BLOCK], tl.float32)
@@ -73,84 +93,108 @@ def _flow_loss_kernel(
     for step in tl.static_range(CHUNK):
         i = (chunk * CHUNK + step) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
-        prediction = PREDICTION + b.to(tl.int64) * prediction_batch + i
-        error = tl.load(prediction, mask=inside, other=0).to(tl.float32)
-        error -= tl.load(TARGET + start + i, mask=inside, other=0)
+        prediction_ptrs = prediction_ptr + b.to(tl.int64) * prediction_stride + i
+        error = tl.load(prediction_ptrs, mask=inside, other=0).to(tl.float32)
+        error -= tl.load(target_ptr + start + i, mask=inside, other=0)
         weighted = error
-        if HAS_MASK:
-            mask = tl.load(MASK + start + i, mask=inside, other=0)
+        if mask_ptr is not None:
+            mask = tl.load(mask_ptr + start + i, mask=inside, other=0)
             weighted = error * mask
             count += mask
         total += weighted * error
-        if HAS_GRADIENT:
-            gradient = (2.0 * weighted).to(GRADIENT.dtype.element_ty)
-            tl.store(GRADIENT + start + i, gradient, mask=inside)
+        if gradient_ptr is not None:
+            gradient = (2.0 * weighted).to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + start + i, gradient, mask=inside)
     chunks = tl.num_programs(0)
-    tl.store(PARTIAL + b * chunks + chunk, tl.sum(total, axis=0))
-    if HAS_MASK:
-        tl.store(PARTIAL + (batch + b) * chunks + chunk, tl.sum(count, axis=0))
+    tl.store(partial_ptr + b * chunks + chunk, tl.sum(total, axis=0))
+    if mask_ptr is not None:
+        tl.store(partial_ptr + (batch + b) * chunks + chunk, tl.sum(count, axis=0))
 
 
 @triton.jit
-def _flow_loss_sum_kernel(
-    PARTIAL, WEIGHT, LOSS, FACTOR, size, batch, chunks, HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _loss_sum_kernel(
+    partial_ptr,
+    weight_ptr,
+    loss_ptr,
+    factor_ptr,
+    size,
+    batch,
+    chunks,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (B,): loss and factor = weight/count. weight_ptr may be None."""
     b = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
     for step in range(0, tl.cdiv(chunks, BLOCK)):
         i = step * BLOCK + tl.arange(0, BLOCK)
         inside = i < chunks
-        total += tl.load(PARTIAL + b * chunks + i, mask=inside, other=0)
+        total += tl.load(partial_ptr + b * chunks + i, mask=inside, other=0)
         if HAS_MASK:
-            count += tl.load(PARTIAL + (batch + b) * chunks + i, mask=inside, other=0)
+            count += tl.load(partial_ptr + (batch + b) * chunks + i, mask=inside, other=0)
     divisor = tl.maximum(tl.sum(count, axis=0), _LEAST_COUNT) if HAS_MASK else size * 1.0
-    weight = tl.load(WEIGHT + b) if HAS_WEIGHT else 1.0
-    tl.store(LOSS + b, tl.div_rn(tl.sum(total, axis=0), divisor) * weight)
-    tl.store(FACTOR + b, tl.div_rn(weight, divisor))
+    weight = tl.load(weight_ptr + b) if weight_ptr is not None else 1.0
+    tl.store(loss_ptr + b, tl.div_rn(tl.sum(total, axis=0), divisor) * weight)
+    tl.store(factor_ptr + b, tl.div_rn(weight, divisor))
 
 
 @triton.jit
-def _flow_loss_backward_kernel(
-    GRADIENT, FACTOR, D_LOSS, D_PREDICTION, size, d_loss_stride, BLOCK: tl.constexpr
+def _loss_backward_kernel(
+    gradient_ptr,
+    factor_ptr,
+    d_loss_ptr,
+    d_prediction_ptr,
+    size,
+    d_loss_stride,
+    BLOCK: tl.constexpr,
 ):
+    """Grid (⌈size/BLOCK⌉, B)."""
     b = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     start = b.to(tl.int64) * size
-    factor = tl.load(FACTOR + b) * tl.load(D_LOSS + b * d_loss_stride)
-    gradient = tl.load(GRADIENT + start + i, mask=mask, other=0).to(tl.float32) * factor
-    tl.store(D_PREDICTION + start + i, gradient.to(D_PREDICTION.dtype.element_ty), mask=mask)
+    factor = tl.load(factor_ptr + b) * tl.load(d_loss_ptr + b * d_loss_stride)
+    gradient = tl.load(gradient_ptr + start + i, mask=mask, other=0).to(tl.float32) * factor
+    gradient = gradient.to(d_prediction_ptr.dtype.element_ty)
+    tl.store(d_prediction_ptr + start + i, gradient, mask=mask)
 
 
-def _launch_mix(mean, std, vae_noise, noise, t, noisy: Tensor, target: Tensor) -> None:
+# ---------------------------------------------------------------- launchers
+
+
+def launch_mix(mean, std, vae_noise, noise, t, noisy: Tensor, target: Tensor) -> None:
+    """Overwrites noisy and target."""
     B, size = mean.shape[0], mean[0].numel()
-    _flow_mix_kernel[triton.cdiv(size, BLOCK), B](
-        mean, std, vae_noise, noise, t, noisy, target, size, HAS_STD=std is not None, BLOCK=BLOCK
+    _mix_kernel[triton.cdiv(size, BLOCK), B](
+        mean, std, vae_noise, noise, t, noisy, target, size, BLOCK=BLOCK
     )
 
 
-def _launch_loss(prediction, target, weight, mask, gradient, loss, factor: Tensor) -> None:
-    """gradient: like prediction, contiguous, or None; loss, factor: fp32 [B]."""
+def launch_loss(prediction, target, weight, mask, gradient, loss, factor: Tensor) -> None:
+    """Overwrites gradient (like prediction, contiguous, or None), loss and factor, fp32 [B]."""
     B, size = prediction.shape[0], prediction[0].numel()
     chunks = triton.cdiv(size, CHUNK * BLOCK)
     partial = torch.empty(2, B, chunks, dtype=torch.float32, device=prediction.device)
-    _flow_loss_kernel[chunks, B](
-        prediction, target, mask, gradient, partial, size, B, prediction.stride(0),
-        HAS_MASK=mask is not None, HAS_GRADIENT=gradient is not None, CHUNK=CHUNK, BLOCK=BLOCK,
-    )  # fmt: skip
-    _flow_loss_sum_kernel[(B,)](
-        partial, weight, loss, factor, size, B, chunks,
-        HAS_MASK=mask is not None, HAS_WEIGHT=weight is not None, BLOCK=SUM_BLOCK,
-    )  # fmt: skip
+    stride = prediction.stride(0)
+    _loss_kernel[chunks, B](
+        prediction, target, mask, gradient, partial, size, B, stride, CHUNK=CHUNK, BLOCK=BLOCK
+    )
+    has_mask = mask is not None
+    _loss_sum_kernel[(B,)](
+        partial, weight, loss, factor, size, B, chunks, HAS_MASK=has_mask, BLOCK=SUM_BLOCK
+    )
 
 
-def _launch_backward(gradient, factor, d_loss, d_prediction: Tensor) -> None:
+def launch_loss_backward(gradient, factor, d_loss, d_prediction: Tensor) -> None:
+    """Overwrites d_prediction."""
     B, size = gradient.shape[0], gradient[0].numel()
-    _flow_loss_backward_kernel[triton.cdiv(size, BLOCK), B](
+    _loss_backward_kernel[triton.cdiv(size, BLOCK), B](
         gradient, factor, d_loss, d_prediction, size, d_loss.stride(0), BLOCK=BLOCK
     )
+
+
+# ---------------------------------------------------------------- the ops
 
 
 @torch.library.custom_op("fluxfast::flow_mix", mutates_args=())
@@ -165,7 +209,7 @@ def _flow_mix(
     if not backend.launches(mean):
         return flow_mix_reference(mean, std, vae_noise, noise, t, dtype)
     noisy, target = torch.empty_like(mean, dtype=dtype), torch.empty_like(mean)
-    _launch_mix(mean, std, vae_noise, noise, t, noisy, target)
+    launch_mix(mean, std, vae_noise, noise, t, noisy, target)
     return noisy, target
 
 
@@ -182,13 +226,13 @@ def _flow_loss(
     mask: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> losses fp32 [B]; g, empty unless needed; weight/count fp32 [B]."""
+    """Returns losses fp32 [B]; g, empty unless needed; weight/count fp32 [B]."""
     B = prediction.shape[0]
     gradient = prediction.new_empty(prediction.shape if need_gradient else 0)
     if backend.launches(prediction):
         loss, factor = (prediction.new_empty(B, dtype=torch.float32) for _ in range(2))
         saved = gradient if need_gradient else None
-        _launch_loss(prediction, target, weight, mask, saved, loss, factor)
+        launch_loss(prediction, target, weight, mask, saved, loss, factor)
         return loss, gradient, factor
     error = prediction - target  # promotes to target's dtype
     weighted = error if mask is None else error * mask
@@ -215,7 +259,7 @@ def _(prediction, target, weight, mask, need_gradient):
 def _flow_loss_backward(gradient: Tensor, factor: Tensor, d_loss: Tensor) -> Tensor:
     d_prediction = torch.empty_like(gradient)
     if backend.launches(gradient):
-        _launch_backward(gradient, factor, d_loss, d_prediction)
+        launch_loss_backward(gradient, factor, d_loss, d_prediction)
         return d_prediction
     return torch.mul(gradient, (factor * d_loss)[:, None, None], out=d_prediction)
 
@@ -240,6 +284,9 @@ def _backward(ctx, d_loss, *_):
 _flow_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
+# ---------------------------------------------------------------- public
+
+
 def flow_mix(
     mean: Tensor,
     std: Tensor | None,
@@ -248,7 +295,7 @@ def flow_mix(
     t: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """-> x_t [B, T, C] in `dtype`, target fp32 [B, T, C].
+    """Returns x_t [B, T, C] in `dtype` and target fp32 [B, T, C].
 
     mean, std (None counts as 1), vae_noise, noise: fp32 [B, T, C], contiguous; t: fp32 [B], 1 is
     pure noise. Raises ValueError naming the argument.
@@ -294,6 +341,9 @@ def _check_data(named: dict, shape: tuple, dtype: torch.dtype = torch.float32) -
 
 def _layout(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+
+
+# ---------------------------------------------------------------- references
 
 
 def flow_mix_reference(mean, std, vae_noise, noise, t, dtype=torch.float32):

@@ -24,59 +24,78 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, matrix, tl, triton
 
 TILE = 4096  # elements a program holds at once
-STEPS = (
-    8  # tiles a program sums for dgate: 32 rows at D >= 1024: 4 bytes of sums per 128 read in bf16
-)
+# tiles a program sums for dgate: 32 rows at D >= 1024, 4 bytes of sums per 128 read in bf16
+STEPS = 8
+
+
+# ---------------------------------------------------------------- kernels
 
 
 @triton.jit
-def _gate_residual_kernel(
-    H, GATE, Y, OUT, h_batch, h_token, gate_batch, y_batch, y_token, T,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _forward_kernel(
+    h,
+    gate_ptr,
+    y,
+    out_ptr,
+    gate_stride,
+    T,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     b = tl.program_id(2).to(tl.int64)
     inside = (t < T) & (d < D)
-    gate = tl.load(GATE + b * gate_batch + d, d < D, other=0.0).to(tl.float32)
-    h = tl.load(H + b * h_batch + t * h_token + d, inside, other=0.0).to(tl.float32)
-    y = tl.load(Y + b * y_batch + t * y_token + d, inside, other=0.0).to(tl.float32)
-    out = (h + gate * y).to(OUT.dtype.element_ty)
-    tl.store(OUT + (b * T + t) * D + d, out, inside)
+    gate = tl.load(gate_ptr + b * gate_stride + d, d < D, other=0.0).to(tl.float32)
+    h_ptrs = h.ptr + b * h.batch_stride + t * h.token_stride + d
+    y_ptrs = y.ptr + b * y.batch_stride + t * y.token_stride + d
+    out = tl.load(h_ptrs, inside, other=0.0).to(tl.float32)
+    out += gate * tl.load(y_ptrs, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + (b * T + t) * D + d, out.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _gate_residual_backward_kernel(
-    DOUT, GATE, Y, DY, PARTIAL, dout_batch, dout_token, gate_batch, y_batch, y_token, T,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_DGATE: tl.constexpr,
-):  # fmt: skip
-    """STEPS tiles, one after the other: dy of each, and their share of dgate."""
+def _backward_kernel(
+    dout,
+    gate_ptr,
+    y,
+    dy_ptr,
+    partial_ptr,
+    gate_stride,
+    T,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """STEPS tiles, one after the other: dy of each from gate_ptr, and from y their share of
+    dgate, in partial [B, chunks, D]. What is not wanted is None."""
     chunk = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(2).to(tl.int64)
-    if HAS_DY:
-        gate = tl.load(GATE + b * gate_batch + d, d < D, other=0.0).to(tl.float32)[None, :]
-    if HAS_DGATE:
+    if dy_ptr is not None:
+        gate = tl.load(gate_ptr + b * gate_stride + d, d < D, other=0.0).to(tl.float32)[None, :]
+    if partial_ptr is not None:
         total = tl.zeros((BLOCK,), tl.float32)
     for step in range(0, STEPS):
         row = (chunk.to(tl.int64) * STEPS + step) * ROWS
         t = row + tl.arange(0, ROWS)[:, None]
         inside = (t < T) & (d < D)[None, :]
-        dout_at = DOUT + b * dout_batch + t * dout_token + d[None, :]
-        dout = tl.load(dout_at, inside, other=0.0).to(tl.float32)
-        if HAS_DY:
-            dy = (gate * dout).to(DY.dtype.element_ty)
-            tl.store(DY + (b * T + t) * D + d[None, :], dy, inside)
-        if HAS_DGATE:
-            y_at = Y + b * y_batch + t * y_token + d[None, :]
-            y = tl.load(y_at, inside, other=0.0).to(tl.float32)
-            total += tl.sum(dout * y, axis=0)
-    if HAS_DGATE:
-        tl.store(PARTIAL + (b * tl.num_programs(0) + chunk) * D + d, total, d < D)
+        dout_ptrs = dout.ptr + b * dout.batch_stride + t * dout.token_stride + d[None, :]
+        dout_tile = tl.load(dout_ptrs, inside, other=0.0).to(tl.float32)
+        if dy_ptr is not None:
+            dy = (gate * dout_tile).to(dy_ptr.dtype.element_ty)
+            tl.store(dy_ptr + (b * T + t) * D + d[None, :], dy, inside)
+        if partial_ptr is not None:
+            y_ptrs = y.ptr + b * y.batch_stride + t * y.token_stride + d[None, :]
+            y_tile = tl.load(y_ptrs, inside, other=0.0).to(tl.float32)
+            total += tl.sum(dout_tile * y_tile, axis=0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + (b * tl.num_programs(0) + chunk) * D + d, total, d < D)
 
 
 # ---------------------------------------------------------------- launchers
@@ -88,20 +107,20 @@ def tile(D: int) -> tuple[int, int]:
     return TILE // block, block
 
 
-def launch_gate_residual(h: Tensor, gate: Tensor, y: Tensor, out: Tensor) -> None:
+def launch_forward(h: Tensor, gate: Tensor, y: Tensor, out: Tensor) -> None:
     """out [B, T, D], contiguous, is overwritten."""
     B, T, D = h.shape
     rows, block = tile(D)
-    _gate_residual_kernel[(triton.cdiv(T, rows), triton.cdiv(D, block), B)](
-        h, gate, y, out, *h.stride()[:2], gate.stride(0), *y.stride()[:2], T,
-        D=D, ROWS=rows, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    grid = (triton.cdiv(T, rows), triton.cdiv(D, block), B)
+    shape = {"D": D, "ROWS": rows, "BLOCK": block}
+    _forward_kernel[grid](matrix(h), gate, matrix(y), out, gate.stride(0), T, **shape, num_warps=4)
 
 
-def launch_gate_residual_backward(
+def launch_backward(
     dout: Tensor, gate: Tensor | None, y: Tensor | None, dy: Tensor | None, dgate: Tensor | None
 ) -> None:
-    """Overwrites dy [B, T, D] (from gate) and dgate [B, 1, D] (from y), each where it is given."""
+    """Overwrites dy [B, T, D] (from gate) and dgate [B, 1, D] (from y), where these are not
+    None."""
     B, T, D = dout.shape
     rows, block = tile(D)
     steps = 1 if dgate is None else STEPS
@@ -109,13 +128,20 @@ def launch_gate_residual_backward(
     partial = None
     if dgate is not None:
         partial = torch.empty(B, chunks, D, dtype=torch.float32, device=dout.device)
-    _gate_residual_backward_kernel[(chunks, triton.cdiv(D, block), B)](
-        dout, gate, y, dy, partial, *dout.stride()[:2],
-        gate.stride(0) if gate is not None else 0,
-        *(y.stride()[:2] if y is not None else (0, 0)), T,
-        D=D, ROWS=rows, BLOCK=block, STEPS=steps,
-        HAS_DY=dy is not None, HAS_DGATE=dgate is not None, num_warps=4,
-    )  # fmt: skip
+    _backward_kernel[(chunks, triton.cdiv(D, block), B)](
+        matrix(dout),
+        gate,
+        matrix(y),
+        dy,
+        partial,
+        None if gate is None else gate.stride(0),
+        T,
+        D=D,
+        ROWS=rows,
+        BLOCK=block,
+        STEPS=steps,
+        num_warps=4,
+    )
     if dgate is not None:
         dgate.copy_(partial.sum(1, keepdim=True))
 
@@ -128,7 +154,7 @@ def _gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     if not backend.launches(h):
         return torch.addcmul(h, gate, y).contiguous()  # one pass, rounded once
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    launch_gate_residual(h, gate, y, out)
+    launch_forward(h, gate, y, out)
     return out
 
 
@@ -143,13 +169,12 @@ def _gate_residual_backward(
     gate: Optional[Tensor],  # noqa: UP045  (custom_op reads Optional on Python 3.10)
     y: Optional[Tensor],  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:
-    """-> (dy, dgate): dy where gate is given, dgate where y is; otherwise without elements."""
+    """Returns dy, if gate is not None, and dgate, if y is not None; else without elements."""
     dout = backend.last_stride_1(dout)
-    dy = dout.new_empty(dout.shape if gate is not None else 0)
-    dgate = dout.new_empty(_gate_shape(dout) if y is not None else 0)
+    dy, dgate = _empty_gradients(dout, gate, y)
     if backend.launches(dout):
-        kept = (dy if gate is not None else None, dgate if y is not None else None)
-        launch_gate_residual_backward(dout, gate, y, *kept)
+        wanted = (None if gate is None else dy, None if y is None else dgate)
+        launch_backward(dout, gate, y, *wanted)
         return dy, dgate
     if gate is not None:
         torch.mul(dout, gate, out=dy)
@@ -158,23 +183,25 @@ def _gate_residual_backward(
     return dy, dgate
 
 
-@_gate_residual_backward.register_fake
-def _(dout, gate, y):
+def _empty_gradients(dout, gate, y) -> tuple[Tensor, Tensor]:
     dy = dout.new_empty(dout.shape if gate is not None else 0)
     return dy, dout.new_empty(_gate_shape(dout) if y is not None else 0)
+
+
+_gate_residual_backward.register_fake(_empty_gradients)
 
 
 def _gate_shape(h: Tensor) -> tuple[int, int, int]:
     return (h.shape[0], 1, h.shape[2])
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     _, gate, y = inputs
     _, needs_gate, needs_y = ctx.needs_input_grad[:3]
     ctx.save_for_backward(gate if needs_y else None, y if needs_gate else None)
 
 
-def _differentiate(ctx, dout: Tensor):
+def _backward(ctx, dout: Tensor):
     gate, y = ctx.saved_tensors
     if gate is None and y is None:
         return dout, None, None
@@ -182,11 +209,11 @@ def _differentiate(ctx, dout: Tensor):
     return dout, dgate if y is not None else None, dy if gate is not None else None
 
 
-_gate_residual.register_autograd(_differentiate, setup_context=_keep)
+_gate_residual.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """h + gate · y -> [B, T, D], contiguous, in h's dtype.
+    """Returns h + gate · y [B, T, D], contiguous, in h's dtype.
 
     h, y [B, T, D], gate [B, 1, D], in one of fp32, bf16 and fp16; any batch and token strides.
     Gradients for all three. Raises ValueError naming the argument.
@@ -201,9 +228,6 @@ def gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         check(tensor.dtype == h.dtype, name, f"{h.dtype} as h is", tensor.dtype)
         check(tensor.device == h.device, name, f"on {h.device} as h is", tensor.device)
     return _gate_residual(h, gate, y)
-
-
-# ---------------------------------------------------------------- reference
 
 
 def gate_residual_reference(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
