@@ -1,6 +1,6 @@
 """fluxfast: FLUX.1 LoRA training on one GPU. Importing it loads nothing heavy."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_transformer"]
 
 

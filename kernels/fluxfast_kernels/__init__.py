@@ -31,6 +31,7 @@ from fluxfast_kernels.quant.hadamard import hadamard_reference, hadamard_rotate
 from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
 from fluxfast_kernels.quant.rows import quantize_rows, quantize_rows_reference
 
+__version__ = "0.2.0"
 __all__ = [
     "NF4Tensor",
     "attention",

@@ -1,13 +1,17 @@
-"""The built package: what an install puts on the disk, and what `fluxfast_kernels` alone needs."""
+"""Both distributions: what an install puts on the disk, and what `fluxfast_kernels` alone needs."""
 
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
+import fluxfast_kernels
 import pytest
+
+import fluxfast
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = """
@@ -34,42 +38,96 @@ print(native.isa())
 WITHOUT_TRITON = ALONE.replace('"sentencepiece yaml"', '"sentencepiece yaml triton"')
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet"]
+LOCAL = ["--no-deps", "--no-build-isolation"]  # nothing is fetched
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The wheel of this tree, unpacked."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory) -> Path:
+    """What an install reads of this tree, without what a build left in it."""
+    folder = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("lib", "build", "*.egg-info", "__*__")
     for name in ("fluxfast", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("lib", "__*__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*build, "-w", str(folder), str(source)], check=True, capture_output=True)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(source, tmp_path_factory) -> Path:
+    """The root's wheel, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [*PIP, "wheel", *LOCAL, "-w", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
 
 
-def test_the_wheel_holds_everything(installed):
-    held = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    for package, base in (("fluxfast", ROOT), ("fluxfast_kernels", ROOT / "kernels")):
-        for path in (base / package).rglob("*"):
-            if path.suffix in (".py", ".json"):
-                assert str(path.relative_to(base)) in held, path
+def install_kernels(kernels: Path, target: Path) -> Path:
+    command = [*PIP, "install", *LOCAL, "--target", str(target), str(kernels)]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory) -> Path:
+    """`pip install ./kernels` into an empty folder."""
+    return install_kernels(source / "kernels", tmp_path_factory.mktemp("site"))
+
+
+def files_of(package: str, base: Path) -> set[str]:
+    files = (path for path in (base / package).rglob("*") if path.is_file())
+    kept = (path for path in files if path.suffix not in (".pyc", ".so"))
+    return {str(path.relative_to(base)) for path in kept}
+
+
+def test_an_install_holds_every_file(both, alone):
+    kernels = files_of("fluxfast_kernels", ROOT / "kernels")
+    assert "fluxfast_kernels/py.typed" in kernels
+    assert files_of("fluxfast_kernels", both) == files_of("fluxfast_kernels", alone) == kernels
+    assert files_of("fluxfast", both) == files_of("fluxfast", ROOT)
+    assert (both / "fluxfast" / "py.typed").is_file()
+    assert not (alone / "fluxfast").exists()
+
+
+def test_what_the_distributions_say_of_themselves(both, alone):
+    (trainer,) = metadata.distributions(path=[str(both)])
+    (kernels,) = metadata.distributions(path=[str(alone)])
+    assert (trainer.name, kernels.name) == ("fluxfast", "fluxfast-kernels")
+    versions = {trainer.version, kernels.version, fluxfast.__version__}
+    assert versions == {fluxfast_kernels.__version__}
+    for each in (trainer, kernels):
+        assert each.metadata["License-Expression"] == "Apache-2.0"
+        assert any(path.name == "LICENSE" and path.locate().is_file() for path in each.files)
+    assert [line.split(">=")[0] for line in kernels.requires] == ["torch", "triton"]
+    assert set(kernels.requires) <= set(trainer.requires)
 
 
 @pytest.mark.parametrize("script", [ALONE, WITHOUT_TRITON], ids=["", "no triton"])
-def test_the_kernels_need_torch_and_triton_alone(installed, tmp_path, script):
+def test_the_kernels_need_torch_and_triton_alone(alone, tmp_path, script):
     """And on a system for which there is no Triton, torch alone."""
     assert "triton" in WITHOUT_TRITON and WITHOUT_TRITON != ALONE
     done = subprocess.run(
-        [sys.executable, "-c", script, str(installed)],
+        [sys.executable, "-c", script, str(alone)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(installed)},
+        env=os.environ | {"PYTHONPATH": str(alone)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     if shutil.which("c++"):
         assert done.stdout.strip() in ("portable", "avx2", "avx512")
+
+
+def test_the_kernels_install_without_csrc(source, alone, tmp_path):
+    """As from an sdist of kernels/: the same files, no library."""
+    shutil.copytree(
+        source / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("build")
+    )
+    site = install_kernels(tmp_path / "kernels", tmp_path / "site")
+    assert files_of("fluxfast_kernels", site) == files_of("fluxfast_kernels", alone)
+    assert not [*site.rglob("*.so")]
+    if shutil.which("c++"):
+        assert [path.name for path in alone.rglob("*.so")] == ["native.so"]
