@@ -1,4 +1,4 @@
-// What csrc/ shares: the types of a value, the choice of an instruction set, loads as fp32.
+// Shared by all of csrc/: value types, choice of the instruction set, loads as fp32.
 
 #pragma once
 

@@ -1,13 +1,14 @@
-// int8 rows on the CPU: of fp32, bf16 or fp16 values, and of NF4; AVX-512, AVX2 and any other CPU.
+// Row-wise int8 quantization on the CPU, of fp32, bf16 or fp16 values and of NF4 weights, for
+// AVX-512, AVX2 and any other CPU.
 //
 //   v = x [* channel]          or CODE[nibble] * absmax                    (fp32, rounded once)
 //   floor = max(largest |v| of the row, 1e-30)                             (NF4: largest |absmax|)
 //   code = round(v * (127 / floor));   scale = floor * fp32(1 / 127)       (to nearest even)
 //
-// NaN and infinity: such a row's scale is NaN and its codes are 0.
+// A row with a NaN or an infinity: its scale is NaN and its codes are 0.
 //
-// The codes need no clamp: |v| <= floor, and the division and the product each add half a unit in
-// the last place at most, so that they stay below 127.5.
+// No clamp is needed: |v| <= floor, and the division and the product each add at most half a unit
+// in the last place, so that v * (127 / floor) stays below 127.5.
 //
 // Must be built with -ffp-contract=off, see nf4.cpp.
 
@@ -59,7 +60,7 @@ constexpr EncodeNf4 NF4[ISAS] = {nf4_portable};
 constexpr Largest LARGEST[ISAS][TYPES] = ALL(largest);
 constexpr Encode ENCODE[ISAS][TYPES] = ALL(encode);
 
-// -> 127 / floor, or 0 where the largest magnitude is not finite
+// Returns 127 / floor, or 0 where the largest magnitude is not finite.
 float inverse_of(uint32_t magnitude, float* scale) {
   float amax;
   std::memcpy(&amax, &magnitude, 4);
@@ -82,8 +83,8 @@ int threads_for(int64_t rows, int64_t columns, int64_t share, int threads) {
 
 // ------------------------------------------------------------------------------- the interface
 
-// x [rows, columns] of `type` (0 fp32, 1 bf16, 2 fp16), row_stride values from one row to the next;
-// channel [columns] or null -> codes [rows, columns], scale [rows].
+// x [rows, columns] of `type` (0 fp32, 1 bf16, 2 fp16), row_stride values from one row to the next,
+// channel [columns] or null. Writes codes [rows, columns] and scale [rows].
 // Returns 0, or 1 where the CPU lacks `isa` or `type` is unknown.
 EXPORT int fluxfast_rows_int8(const void* x, int type, int64_t rows, int64_t columns,
                               int64_t row_stride, const float* channel, int8_t* codes,
@@ -104,8 +105,8 @@ EXPORT int fluxfast_rows_int8(const void* x, int type, int64_t rows, int64_t col
   return 0;
 }
 
-// packed [rows * columns / 2], absmax [rows * columns / 64], columns a multiple of 64
-// -> codes [rows, columns], scale [rows]. Returns 0, or 1 where the CPU lacks `isa`.
+// packed [rows * columns / 2], absmax [rows * columns / 64], columns a multiple of 64. Writes codes
+// [rows, columns] and scale [rows]. Returns 0, or 1 where the CPU lacks `isa`.
 EXPORT int fluxfast_nf4_int8(const uint8_t* packed, const float* absmax, int64_t rows,
                              int64_t columns, int8_t* codes, float* scale, int isa, int threads) {
   if (isa < 0 || isa > best_isa()) return 1;

@@ -1,5 +1,5 @@
-// What int8.cpp and int8_x86.h share: the shape of a kernel, and the portable kernels, which also
-// do the end of a row that does not fill a register.
+// Shared by int8.cpp and int8_x86.h: function types, and the portable kernels, which also do the
+// end of a row that does not fill a register.
 
 #pragma once
 
@@ -8,12 +8,12 @@
 namespace {
 
 // v[i] = x[i] of `type` * channel[i] (1 where null), fp32, for `columns` values of a row
-// -> the bits of the largest |v|. As integers, magnitudes are ordered like floats, with NaN above.
+// Returns the bits of the largest |v|: as integers, magnitudes are ordered like floats, NaN above.
 using Largest = uint32_t (*)(const void* x, const float* channel, int64_t columns);
-// -> codes, v * inverse rounded to nearest even
+// codes = v * inverse, rounded to nearest even
 using Encode = void (*)(const void* x, const float* channel, int64_t columns, float inverse,
                         int8_t* codes);
-// blocks of NF4 -> 64 codes each
+// Dequantizes and requantizes blocks of NF4, 64 int8 values each.
 using EncodeNf4 = void (*)(const uint8_t* packed, const float* absmax, int64_t blocks,
                            float inverse, int8_t* codes);
 

@@ -1,8 +1,8 @@
-// Rows in int8 with AVX-512 and with AVX2 + F16C. Compiled for any x86-64; int8.cpp asks the CPU
-// what may run.
+// int8 rows with AVX-512 and with AVX2 + F16C. Compiled for any x86-64; int8.cpp checks what
+// the CPU supports.
 //
-// Both read a row twice, for its largest magnitude and for its codes: the second time it comes from
-// the cache. NF4: a block's 16 codes are one register, which VPSHUFB looks its 64 weights up in.
+// Both read a row twice, for its largest magnitude and to quantize it, the second time from the
+// cache. NF4: a block's 16 int8 values are one register, which VPSHUFB looks its 64 weights up in.
 
 #pragma once
 
@@ -54,7 +54,7 @@ AVX512 void nf4_avx512(const uint8_t* packed, const float* absmax, int64_t block
   for (int64_t b = 0; b < blocks; ++b, packed += BYTES, codes += BLOCK) {
     const __m512 values = _mm512_mul_ps(code, _mm512_set1_ps(absmax[b]));
     const __m512i table = _mm512_broadcast_i32x4(codes_avx512(values, by));
-    // a byte to two, high nibble first
+    // one byte to two, high nibble first
     const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)packed));
     const __m512i both = _mm512_or_si512(_mm512_srli_epi16(byte, 4), _mm512_slli_epi16(byte, 8));
     const __m512i index = _mm512_and_si512(both, _mm512_set1_epi8(15));
@@ -86,7 +86,7 @@ AVX2 uint32_t largest_avx2(const void* x, const float* channel, int64_t columns)
   return largest;
 }
 
-// 16 codes of two registers
+// 16 int8 values of two registers
 AVX2 inline __m128i codes_avx2(__m256 first, __m256 second, __m256 inverse) {
   const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(first, inverse));
   const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(second, inverse));

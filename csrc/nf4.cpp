@@ -1,14 +1,15 @@
-// NF4 on the CPU: decode to fp32, bf16 or fp16, and quantise, for AVX-512, AVX2 and any other CPU.
+// NF4 on the CPU: dequantize to fp32, bf16 or fp16, and quantize, for AVX-512, AVX2 and any other
+// CPU.
 //
 //   value[i]  = CODE[nibble[i]] * absmax[i / 64]                           (fp32, rounded once)
-//   absmax[j] = map[byte[j]] * nested_absmax[j / 256] + offset             (where it is nested)
+//   absmax[j] = map[byte[j]] * nested_absmax[j / 256] + offset             (nested quantization)
 //
 // A plain C interface for ctypes: no Python, no torch. Blocks of 64 weights are 32 bytes, the first
 // weight of a pair in the high nibble. A block has only 16 different values: every path rounds 16
 // products per block and looks its 64 weights up.
 //
-// NaN and infinity: a decoded NaN is quiet, its payload unspecified; quantising a block with a NaN
-// gives absmax NaN and nibbles 15, one with an infinity gives absmax infinity, nibble 15 for the
+// NaN and infinity: a dequantized NaN is quiet, its payload unspecified; quantizing a block with a
+// NaN gives absmax NaN and nibbles 15, one with an infinity absmax infinity, nibble 15 for the
 // infinities and 7 for the rest: what bitsandbytes' CPU backend does.
 //
 // Must be built with -ffp-contract=off: un-nesting rounds the product and the sum, as torch does.
@@ -112,14 +113,14 @@ constexpr Quantize QUANTIZE[ISAS][TYPES] = ALL(quantize);
 
 // ------------------------------------------------------------------------------- the interface
 
-// Raised whenever a signature here or in int8.cpp changes; native.py ignores a library with
+// Incremented whenever a signature here or in int8.cpp changes; native.py ignores a library with
 // another number.
 EXPORT int fluxfast_abi() { return 2; }
 
 // 0 portable, 1 AVX2, 2 AVX-512: the best this CPU has.
 EXPORT int fluxfast_isa() { return best_isa(); }
 
-// Whether the build has OpenMP; without it one thread does the work.
+// 1 if the build has OpenMP; without it one thread does the work.
 EXPORT int fluxfast_openmp() {
 #ifdef _OPENMP
   return 1;
@@ -128,7 +129,7 @@ EXPORT int fluxfast_openmp() {
 #endif
 }
 
-// packed [blocks * 32] -> out [blocks * 64] of `type` (0 fp32, 1 bf16, 2 fp16).
+// Dequantizes packed [blocks * 32] into out [blocks * 64] of `type` (0 fp32, 1 bf16, 2 fp16).
 // Plain: absmax [blocks], the four after it null. Nested: absmax null, codes [blocks], nested
 // [ceil(blocks / 256)], offset one value (offset_step 0) or one per 256 blocks (1), map [256].
 // Returns 0, or 1 where the CPU lacks `isa` or `type` is unknown.
@@ -157,7 +158,8 @@ EXPORT int fluxfast_nf4_decode(const uint8_t* packed, const float* absmax, const
   return 0;
 }
 
-// weight [blocks * 64] of `type` -> packed [blocks * 32], absmax [blocks]. Returns as above.
+// Quantizes weight [blocks * 64] of `type` into packed [blocks * 32] and absmax [blocks]. Returns
+// as above.
 EXPORT int fluxfast_nf4_quantize(const void* weight, int type, int64_t blocks, uint8_t* packed,
                                  float* absmax, int isa, int threads) {
   if (type < 0 || type >= TYPES || isa < 0 || isa > best_isa()) return 1;

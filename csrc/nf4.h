@@ -1,4 +1,4 @@
-// What nf4.cpp and nf4_x86.h share: the code, its search tree, and the shape of a kernel.
+// Shared by nf4.cpp and nf4_x86.h: the NF4 code book, its search tree, and function types.
 
 #pragma once
 
@@ -17,17 +17,17 @@ alignas(64) constexpr float CODE[16] = {
 
 constexpr float bound(int i) { return (CODE[i] + CODE[i + 1]) / 2; }
 
-// The 15 bounds between neighbouring codes as a search tree, a level a row: at each level k becomes
-// 2k + (value above LEVEL[l][k]), and after four levels k is the nibble.
+// The 15 bounds between neighboring entries of the code book as a search tree, one level a row: at
+// each level k becomes 2k + (value above LEVEL[l][k]); after four levels k is the nibble.
 alignas(64) constexpr float LEVEL[4][8] = {
     {bound(7)},
     {bound(3), bound(11)},
     {bound(1), bound(5), bound(9), bound(13)},
     {bound(0), bound(2), bound(4), bound(6), bound(8), bound(10), bound(12), bound(14)}};
 
-// blocks of packed and absmax -> 64 values per block
+// Dequantizes blocks of packed and absmax into 64 values per block.
 using Decode = void (*)(const uint8_t* packed, const float* absmax, int64_t blocks, void* out);
-// 64 values per block -> blocks of packed and absmax
+// Quantizes 64 values per block into blocks of packed and absmax.
 using Quantize = void (*)(const void* weight, int64_t blocks, uint8_t* packed, float* absmax);
 
 // A block's reciprocal scale from the bits of its largest magnitude. As integers, magnitudes are

@@ -1,4 +1,5 @@
-// NF4 with AVX-512 and with AVX2 + F16C. Compiled for any x86-64; nf4.cpp asks the CPU what may run.
+// NF4 with AVX-512 and with AVX2 + F16C. Compiled for any x86-64; nf4.cpp checks what the CPU
+// supports.
 //
 // The look-up of a block's 16 rounded products is one VPERMW (AVX-512) per 32 weights, or one
 // VPSHUFB (AVX2) per 32 weights and byte of a value.
@@ -29,7 +30,7 @@ AVX512 void decode_avx512(const uint8_t* packed, const float* absmax, int64_t bl
     const __m512 values = _mm512_mul_ps(code, _mm512_set1_ps(absmax[b]));
     if constexpr (TYPE == FP32) {
       for (int i = 0; i < 4; ++i, packed += 8, to += 64) {
-        // a byte to two 32-bit lanes, high nibble first; the look-up reads 4 bits of a lane
+        // one byte to two 32-bit lanes, high nibble first; the look-up reads 4 bits of a lane
         const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)packed));
         const __m512i index =
             _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
@@ -39,7 +40,7 @@ AVX512 void decode_avx512(const uint8_t* packed, const float* absmax, int64_t bl
       const __m256i half = TYPE == BF16
                                ? _mm512_cvtepi32_epi16(round_to_bf16(values))
                                : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-      // the look-up reads 5 bits of a 16-bit lane: the table stands in it twice
+      // the look-up reads 5 bits of a 16-bit lane: the register holds the table twice
       const __m512i table = _mm512_broadcast_i64x4(half);
       for (int i = 0; i < 2; ++i, packed += 16, to += 64) {
         const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
@@ -171,7 +172,7 @@ AVX2 void quantize_avx2(const void* weight, int64_t blocks, uint8_t* packed, flo
       __m256i k = _mm256_setzero_si256();
       for (int l = 0; l < 4; ++l) {
         const __m256 border = l ? _mm256_permutevar8x32_ps(level[l], k) : level[0];
-        const __m256 above = _mm256_cmp_ps(scaled, border, _CMP_NLE_UQ);  // -1 where it is
+        const __m256 above = _mm256_cmp_ps(scaled, border, _CMP_NLE_UQ);  // -1 where true
         k = _mm256_sub_epi32(_mm256_add_epi32(k, k), _mm256_castps_si256(above));
       }
       const __m256i pair = _mm256_or_si256(_mm256_slli_epi64(k, 4), _mm256_srli_epi64(k, 32));
