@@ -276,7 +276,7 @@ def test_a_dry_run_prints_and_changes_nothing(write, configs):
 
 def test_without_rows_the_command_says_where_they_come_from(configs, capsys):
     assert tune.main(["write", "--rows", str(configs / "none.jsonl")]) == 1
-    assert "tune.py sweep" in capsys.readouterr().err
+    assert "bench.tune sweep" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- hand-overs
