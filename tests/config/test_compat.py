@@ -352,7 +352,7 @@ def test_no_key_stands_in_two_places_of_the_table():
 
 def test_what_the_table_writes_exists():
     """Every native key of the table is one of the configuration's."""
-    from fluxfast.config.errors import all_keys
+    from fluxfast.config.schema import all_keys
 
     known = all_keys(Config)
     for key, (native, _, _) in compat_table.MAPPED.items():

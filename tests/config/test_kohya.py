@@ -11,9 +11,8 @@ from small import logged
 
 from fluxfast.config import kohya_keys as kohya_table
 from fluxfast.config.ai_toolkit_keys import OFF
-from fluxfast.config.errors import all_keys
 from fluxfast.config.kohya import _parse, read_kohya_dataset
-from fluxfast.config.schema import Config, build_config, load_config
+from fluxfast.config.schema import Config, all_keys, build_config, load_config
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,7 @@ from checkpoints import write_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxfast.config.errors import all_keys
-from fluxfast.config.schema import Config, build_config, dump_config, load_config
+from fluxfast.config.schema import Config, all_keys, build_config, dump_config, load_config
 from fluxfast.config.yaml_io import parse_yaml
 from fluxfast.data.captions import METADATA, caption_variants, read_captions
 from fluxfast.data.store import CacheDamaged, is_complete, read_tensors

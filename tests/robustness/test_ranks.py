@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small import noise_pictures, small_run
 
 from fluxfast import distributed as ranks
-from fluxfast.cli_shared import interruptible
+from fluxfast.cli import interruptible
 from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare

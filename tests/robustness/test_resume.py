@@ -17,8 +17,7 @@ from small import logged, noise_pictures
 import fluxfast.run.evaluate
 import fluxfast.run.saves
 import fluxfast.train
-from fluxfast.config.errors import all_keys
-from fluxfast.config.schema import Config, build_config
+from fluxfast.config.schema import Config, all_keys, build_config
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.run.checkpoint import checkpoints, read_state, save_checkpoint
 from fluxfast.run.interrupt import Stopped

@@ -24,7 +24,7 @@ formats memory data encoders optim sampling
 step
 run setup tools
 train
-cli cli_shared
+cli
 """
 HEIGHT = {room: line for line, rooms in enumerate(RULES.split("\n")) for room in rooms.split()}
 RUNTIME = ("runtime", "cuda_graphs", "offload", "host", "copies", "spill")  # of fluxfast.memory
