@@ -69,9 +69,6 @@ def settings(policy: str, seed: int, steps: int, folder: Path) -> Config:
     return config.model_copy(update=changes)
 
 
-# ---------------------------------------------------------------- gradients
-
-
 def batches_of(config: Config, count: int) -> list:
     """The first `count` batches of the configuration's drawings."""
     dataset = prepare(config, torch.device("cpu")).dataset
@@ -108,9 +105,6 @@ def gradient_rows(config: Config, batches: list, lora: Path | None) -> list[dict
 def every(per_layer: dict[str, list[float]]) -> list[float]:
     """Of all layers and batches."""
     return [value for values in per_layer.values() for value in values]
-
-
-# ---------------------------------------------------------------- bytes
 
 
 def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> int:
@@ -203,9 +197,6 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
             "lora_targets": targets,
         })  # fmt: skip
     return rows
-
-
-# ---------------------------------------------------------------- what was found
 
 
 def of(rows: list[dict], kind: str, policy: str) -> list[dict]:

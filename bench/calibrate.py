@@ -3,11 +3,11 @@
     python -m bench.calibrate           from bench/results/step-cuda.jsonl
     python -m bench.calibrate --dry-run  prints, writes nothing
 
-Per card and compute kind: the median over rows of measured / predicted, of the fluxfast candidates
+Per card and compute kind: the median of measured / predicted over the rows of fluxfast candidates
 that ran ("ok") over full-width blocks on a card of the table: bare steps of one size in the plain
-setting, without a cap on memory. Predicted is the whole step, eager
-launches and AdamW with it, from the shipped shares: an older measured.json plays no part. Without
-such rows nothing is written, and the exit code is 0.
+setting, without a cap on memory. Predicted is the whole step with eager launches and AdamW, from
+the shipped shares: an older measured.json plays no part. Without such rows nothing is written, and
+the exit code is 0.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from bench import RESULTS, terminal
+from bench.rows import read
 from bench.step.candidates import WORDS
 from bench.step.table import comparable
 from fluxfast.errors import ConfigError
@@ -48,7 +49,7 @@ def usable(row: dict) -> bool:
 
 
 def work_of(row: dict) -> tuple[Work, Shape]:
-    """What a row of bench.step was timed on."""
+    """The model, LoRA and pictures that a row of `bench.step` was timed on."""
     blocks = {"depth": row["double_blocks"], "depth_single_blocks": row["single_blocks"]}
     spec = replace(DEV, **blocks)
     storage, products, activations = (
@@ -68,7 +69,8 @@ def factor(row: dict) -> float:
 
 
 def calibrate(rows: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """-> ({card: {compute kind: {factor, source}}}, device names that are not in the table)."""
+    """Returns {card: {compute kind: {factor, source}}}, and device names that are not in the
+    table."""
     found, unknown = defaultdict(list), {}
     for row in filter(usable, rows):
         try:
@@ -93,8 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    lines = options.rows.read_text(encoding="utf-8") if options.rows.is_file() else ""
-    table, unknown = calibrate([json.loads(line) for line in lines.splitlines() if line.strip()])
+    table, unknown = calibrate(read(options.rows))
     for name in unknown:
         print(
             f"{name}: not in fluxfast/memory/planner/cards.json, its rows are left out",

@@ -19,7 +19,7 @@ TENSOR_CORE = ("HMMA", "IMMA", "QMMA", "WGMMA", "HGMMA", "IGMMA", "QGMMA", "UTCH
 
 
 def verdict(case, cost: dict, arch: int) -> str | None:
-    """What is wrong with a compiled kernel, or None."""
+    """The fault of a compiled kernel, or None."""
     from bench.offline import SHARED_LIMIT
 
     local = sum(count for opcode, count in cost["sass"].items() if opcode in ("LDL", "STL"))
@@ -37,8 +37,8 @@ def tensor_core(cost: dict) -> dict[str, int]:
 
 
 def cost_of(case, arch: int) -> tuple[dict, str | None]:
-    """-> what a case takes on a card (empty where it does not compile), and what is wrong with that
-    or None."""
+    """Returns the resources of a case on a card (empty where it does not compile), and its fault or
+    None."""
     from bench.offline import compile_for, resources
 
     settings = {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -50,7 +50,7 @@ def cost_of(case, arch: int) -> tuple[dict, str | None]:
 
 
 def compile_one(index: int, arch: int) -> tuple[str, str | None]:
-    """Case `index` for one card -> its row, and what is wrong with it or None."""
+    """Returns the row of case `index` on one card, and its fault or None."""
     case = _CASES[index]
     cost, wrong = cost_of(case, arch)
     if not cost:
@@ -83,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'kernel':60} arch  regs stack  shared  tensor-core instructions")
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        for row, problem in pool.map(compile_one, *zip(*work, strict=True), chunksize=4):
-            wrong += problem is not None
-            print(f"{row}  WRONG: {problem}" if problem else row, flush=True)
+        for row, fault in pool.map(compile_one, *zip(*work, strict=True), chunksize=4):
+            wrong += fault is not None
+            print(f"{row}  WRONG: {fault}" if fault else row, flush=True)
     print(f"{len(work)} compiled, {wrong} wrong")
     return 1 if wrong or not work else 0
 

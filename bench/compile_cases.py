@@ -111,9 +111,6 @@ def tile_cases(op: str, storage: str, dtype: str, tile: Tile, archs: Archs = Non
     return family.get(op, _gemm_8bit_cases)(op, storage, dtype, tile, archs)
 
 
-# ---------------------------------------------------------------- attention
-
-
 def _shipped_attention() -> Iterator[KernelCase]:
     for kernel in attention.KERNELS:
         for C in attention.WIDTHS:
@@ -158,9 +155,6 @@ def _qk_norm_rope_cases(C: int, tile, archs: Archs) -> Iterator[KernelCase]:
     copying = constants | {"COPY_V": True}
     yield _case(f"qk_norm_rope forward {name}", forward, types, copying, **options)
     yield _case(f"qk_norm_rope backward {name}", backward, types, constants, **options)
-
-
-# ---------------------------------------------------------------- matrix products
 
 
 def _shipped_gemm() -> Iterator[KernelCase]:
@@ -337,9 +331,6 @@ def _quantizing_cases(
                     least_arch=LEAST_ARCH[kind],
                     **_options(tile, archs, dtype_ != "fp32"),
                 )
-
-
-# ---------------------------------------------------------------- element by element
 
 
 def _flow_cases(dtype: str) -> Iterator[KernelCase]:

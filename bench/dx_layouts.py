@@ -28,9 +28,18 @@ TILE = dispatch.Tile(128, 128, 64, 8, 8, 3)
 
 @triton.jit
 def _swapped_kernel(
-    dy, w, s, dx, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
+    dy,
+    w,
+    s,
+    dx,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SUM: tl.constexpr,
+):
     """dx[m, k] = s[m]·Σ dy[m, n]·w[n, k], formed as the transpose. BLOCK_K runs along n."""
     m = tl.minimum(tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,12 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 120), default=89)
     arch = parser.parse_args(arguments).arch
     print(f"sm_{arch}, Triton {triton.__version__}: inner loop of a 128x128x64 tile")
-    print(f"{'codes':6}{'W':12}{'regs':>5}{'MMA':>5}{'PRMT':>6}{'LDS':>5}{'LDSM':>6}{'all':>6}"
-          f"{'a MMA':>7}")  # fmt: skip
-    for kind, way, *counts, ratio in rows(arch):
-        widths = (5, 5, 6, 5, 6, 6)
-        figures = "".join(f"{n:{width}}" for n, width in zip(counts, widths, strict=True))
-        print(f"{kind:6}{way:12}{figures}{ratio:7.1f}")
+    lines = [["codes", "W", "regs", "MMA", "PRMT", "LDS", "LDSM", "all", "a MMA"]]
+    lines += [[*map(str, row), f"{ratio:.1f}"] for *row, ratio in rows(arch)]
+    print(terminal.aligned(lines, left=(0, 1)))
     return 0
 
 

@@ -1,23 +1,23 @@
 """The kill test: a run that is killed again and again ends with the bytes of an undisturbed one.
 
     python -m bench.faults               50 kills
-    python -m bench.faults --kills 5     that it works
+    python -m bench.faults --kills 5     a quick check
 
-A small run on the nano model (two bucket sizes, accumulation, caption dropout, an average,
-validation, previews) is started through the command line, killed with SIGKILL, started again, until
-it is done; then its files are compared with the undisturbed run's, and another such round begins,
-until the kills are used up. Where a kill falls is drawn from the seed: at any time, or as soon as a
-watched file appears (one that is being cached, a checkpoint that is being filled, one that has just
-got its name), and a few milliseconds later. There are no hooks for this in the trainer.
+A small run on the nano model (two bucket sizes, accumulation, caption dropout, EMA, validation,
+previews) is started through the command line, killed with SIGKILL and started again until it is
+done; then its files are compared with the undisturbed run's, and another such run begins, until the
+kills are used up. The moment of a kill is random, from the seed: any time, or as soon as a watched
+file appears (one that is being cached, a checkpoint that is being filled, one that has just got its
+name), and a few milliseconds later. There are no hooks for this in the trainer.
 
-A kill is lost where the next start fails or goes back behind the newest checkpoint that there was,
-where the finished run differs from the undisturbed one in a LoRA file, in validation.jsonl or in
-metrics.jsonl (times and memory aside), or where a file is left in the run's folder or the cache
-that the undisturbed run did not leave. Exit code 1 if any is.
+A kill is lost where the next start fails or resumes before the newest checkpoint, where the
+finished run differs from the undisturbed one in a LoRA file, in validation.jsonl or in
+metrics.jsonl (times and memory aside), or leaves a file in its folder or the cache that the
+undisturbed run did not leave. Exit code 1 if any is.
 
 The runs are forked from one process that has imported the libraries and computed nothing, so that a
-start costs a second instead of ten. A child differs from a new process in nothing that matters
-here: its signal handlers are the defaults, it opens and locks its own files, it has no threads.
+start costs a second instead of ten. A child is otherwise as a new process: default signal handlers,
+its own files and locks, no threads.
 """
 
 import argparse
@@ -32,14 +32,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import ROOT
+from bench.terminal import aligned
 
 NAME = "faults"
-SECONDS = 300  # that a child may take before it counts as hanging, and is lost
+TIMEOUT_S = 300  # a child that takes longer hangs, and is lost
 TIMES = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib")  # of metrics.jsonl: not reproducible
 CONFIG = f"""
 name: {NAME}
@@ -56,48 +58,46 @@ validation: {{share: 0.2, every: 6, timesteps: 1}}
 """  # noqa: E501
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a kill falls: when a file of this kind appears in a folder (or at any time, without
-    one), and at most `later` seconds after that.
-    """
+class Moment(NamedTuple):
+    """A kill follows at most `later_s` after a file of this pattern appears in one of the folders;
+    without a folder, after the start. share: how often it is chosen."""
 
     name: str
     folders: tuple[str, ...]
     pattern: str
-    later: float
-    share: int  # of the draws
+    later_s: float
+    share: int
 
 
 _RUN = f"runs/{NAME}"
-PLACES = [
-    Place("while starting", (), "", 1.0, 2),
-    Place("while caching", ("runs/cache/latents", "runs/cache/text"), r"\..+\.partial", 0.01, 3),
-    Place("while training", (f"{_RUN}/tensorboard",), r"events.+", 2.0, 3),
-    Place("inside a save", (f"{_RUN}/checkpoints",), r"\.step-\d+\.\d+\.partial", 0.06, 4),
-    Place("behind a save", (f"{_RUN}/checkpoints",), r"step-\d+", 0.01, 2),
-    Place("while looking", (_RUN, f"{_RUN}/samples"), r"\.(valid|\d\d-step).+\.partial", 0.05, 2),
-    Place("at the end", (_RUN,), rf"\.({NAME}\.saf|report).+\.partial", 0.02, 1),
-]  # fmt: skip
+MOMENTS = [
+    Moment("while starting", (), "", 1.0, 2),
+    Moment("while caching", ("runs/cache/latents", "runs/cache/text"), r"\..+\.partial", 0.01, 3),
+    Moment("while training", (f"{_RUN}/tensorboard",), r"events.+", 2.0, 3),
+    Moment("inside a save", (f"{_RUN}/checkpoints",), r"\.step-\d+\.\d+\.partial", 0.06, 4),
+    Moment("behind a save", (f"{_RUN}/checkpoints",), r"step-\d+", 0.01, 2),
+    Moment("while looking", (_RUN, f"{_RUN}/samples"), r"\.(valid|\d\d-step).+\.partial", 0.05, 2),
+    Moment("at the end", (_RUN,), rf"\.({NAME}\.saf|report).+\.partial", 0.02, 1),
+]
 
 
 @dataclass
 class Count:
-    """Of one place: kills, those that left a file or a folder half written, and those lost."""
+    """Of one moment: kills, those that left a file or folder half written, and those lost."""
 
     tried: int = 0
-    inside: int = 0
+    half_written: int = 0
     lost: int = 0
 
 
 @dataclass
-class Round:
-    """One run from its beginning to its end. owed: the step that the next start may not go back
-    behind."""
+class Run:
+    """One run from its beginning to its end. owed: the step from which the next start may resume
+    at the earliest; log_read: bytes of the log that were looked at."""
 
     folder: Path
     owed: int = 0
-    read: int = 0  # bytes of the log that were looked at
+    log_read: int = 0
 
 
 def warm_up() -> None:
@@ -119,8 +119,8 @@ def warm_up() -> None:
 
 
 def start(folder: Path) -> int:
-    """`fluxfast train config.yaml` in `folder`, on one thread; what it says goes to log.txt.
-    -> its process."""
+    """`fluxfast train config.yaml` in `folder`, on one thread, its output in log.txt. Returns its
+    process."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -156,20 +156,18 @@ def ended(process: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def finish(process: int) -> int:
-    """Wait for a process to end. -> its exit code."""
-    until = time.monotonic() + SECONDS
-    while (code := ended(process)) is None:
+def finish(process: int, done: Callable[[], bool] = lambda: False, poll_s: float = 0.01):
+    """Wait until `done` or the process ends. Returns its exit code, None where it still runs; one
+    that hangs is aborted, and the log has where it was."""
+    until = time.monotonic() + TIMEOUT_S
+    while not done():
+        if (code := ended(process)) is not None:
+            return code
         if time.monotonic() > until:
-            return kill(process, signal.SIGABRT)
-        time.sleep(0.01)
-    return code
-
-
-def kill(process: int, number: int = signal.SIGKILL) -> int:
-    """-> the exit code. SIGABRT leaves in the log where the process was."""
-    os.kill(process, number)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            os.kill(process, signal.SIGABRT)
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        time.sleep(poll_s)
+    return None
 
 
 def names(folder: Path) -> Iterator[str]:
@@ -180,31 +178,29 @@ def names(folder: Path) -> Iterator[str]:
         return  # it is not there yet
 
 
-def watched(place: Place, folder: Path) -> set[str]:
-    """The files that the place waits for, as far as they are there."""
+def watched(moment: Moment, folder: Path) -> set[str]:
+    """The files that the moment waits for, as far as they are there."""
     return {
         f"{below}/{name}"
-        for below in place.folders
+        for below in moment.folders
         for name in names(folder / below)
-        if re.fullmatch(place.pattern, name)
+        if re.fullmatch(moment.pattern, name)
     }
 
 
-def kill_at(place: Place, process: int, folder: Path, draw: random.Random) -> int | None:
-    """Kill when the place is reached. -> None, or the exit code of a process that ended before."""
-    later = draw.random() ** 3 * place.later  # mostly soon: a small file is written in no time
-    old = watched(place, folder)
-    until = time.monotonic() + SECONDS
-    while place.folders and not watched(place, folder) - old:
-        if (code := ended(process)) is not None:
+def kill_at(moment: Moment, process: int, folder: Path, rng: random.Random) -> int | None:
+    """Kill at the moment. Returns None, or the exit code of a process that ended before."""
+    later_s = rng.random() ** 3 * moment.later_s  # mostly soon: a small file is written in no time
+    old = watched(moment, folder)
+    if moment.folders:
+        code = finish(process, lambda: bool(watched(moment, folder) - old), 0.0002)
+        if code is not None:
             return code
-        if time.monotonic() > until:
-            return kill(process, signal.SIGABRT)
-        time.sleep(0.0002)
-    time.sleep(later)
+    time.sleep(later_s)
     if (code := ended(process)) is not None:
         return code
-    kill(process)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     return None
 
 
@@ -214,34 +210,29 @@ def newest(folder: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in steps), default=0)
 
 
-def left_over(folder: Path) -> list[str]:
+def partial_files(folder: Path) -> list[str]:
     """Files and folders under a temporary name in the run's folder and the cache."""
     below = (folder / "runs").rglob("*")
     return sorted(str(p.relative_to(folder)) for p in below if re.search(r"\.\d+\.part", p.name))
 
 
-def read_log(run: Round) -> list[str]:
-    """What the run's processes have said since the last time."""
+def went_back(run: Run) -> str | None:
+    """The fault of the steps at which the run has resumed since the last call, or None."""
     with open(run.folder / "log.txt", encoding="utf-8", errors="replace") as file:
-        file.seek(run.read)
+        file.seek(run.log_read)
         text = file.read()
-        run.read = file.tell()
-    return text.splitlines()
-
-
-def went_back(run: Round) -> str | None:
-    """What is wrong with where the starts since the last time went on, None if nothing."""
-    for line in read_log(run):
+        run.log_read = file.tell()
+    for line in text.splitlines():
         if match := re.match(r"resuming .* at step (\d+)$", line):
             if int(match[1]) < run.owed:
-                return f"went on at step {match[1]}, step {run.owed} was saved"
+                return f"resumed at step {match[1]}, step {run.owed} was saved"
             run.owed = 0
     return None
 
 
 def difference(run: Path, undisturbed: Path) -> str | None:
-    """What is wrong with a finished run, None if nothing."""
-    if left := left_over(run):
+    """The fault of a finished run, or None."""
+    if left := partial_files(run):
         return f"{left[0]} is left"
     files = {each: whole_files(each) for each in (run, undisturbed)}
     if other := files[run] ^ files[undisturbed]:
@@ -267,10 +258,10 @@ def rows(path: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
 
 
-def forget_some(folder: Path, draw: random.Random) -> None:
-    """Remove some of what is cached, so that there is something to encode."""
+def drop_cached(folder: Path, rng: random.Random) -> None:
+    """Remove a third of the cache, so that there is something to encode."""
     cached = sorted((folder / "runs/cache").glob("*/*.safetensors"))
-    for path in draw.sample(cached, len(cached) // 3):
+    for path in rng.sample(cached, len(cached) // 3):
         path.unlink()
 
 
@@ -281,7 +272,7 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def draw_pictures(folder: Path) -> None:
+def make_pictures(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -294,24 +285,23 @@ def draw_pictures(folder: Path) -> None:
 
 
 def play(
-    folder: Path, undisturbed: Path, kills: int, draw: random.Random, counts: dict[str, Count]
+    folder: Path, undisturbed: Path, kills: int, rng: random.Random, counts: dict[str, Count]
 ) -> tuple[int, str | None]:
-    """One run, killed at most `kills` times, to its end. -> how often it was, and what went wrong
-    or None.
-    """
-    run, killed = Round(prepare(folder)), []
+    """One run, killed at most `kills` times, to its end. Returns how often it was, and its fault or
+    None."""
+    run, killed = Run(prepare(folder)), []
     while True:
-        place = draw.choices(PLACES, [place.share for place in PLACES])[0]
-        if place.name == "while caching":
-            forget_some(folder, draw)
+        (moment,) = rng.choices(MOMENTS, [moment.share for moment in MOMENTS])
+        if moment.name == "while caching":
+            drop_cached(folder, rng)
         process = start(folder)
-        over = len(killed) == kills
-        code = finish(process) if over else kill_at(place, process, folder, draw)
+        last = len(killed) == kills
+        code = finish(process) if last else kill_at(moment, process, folder, rng)
         wrong, blamed = went_back(run), killed[-1:]
         if code is None:
-            killed.append(place.name)
-            counts[place.name].tried += 1
-            counts[place.name].inside += bool(left_over(folder))
+            killed.append(moment.name)
+            counts[moment.name].tried += 1
+            counts[moment.name].half_written += bool(partial_files(folder))
             run.owed = max(run.owed, newest(folder))
         elif code != 0:
             wrong = wrong or f"a start ended with exit code {code}"
@@ -327,38 +317,36 @@ def play(
             return len(killed), wrong
 
 
-def table(counts: dict[str, Count]) -> list[str]:
-    lines = [f"{'SIGKILL':16}{'tried':>8}{'half-written':>14}{'survived':>10}{'lost':>6}"]
-    total = Count(
-        *(sum(getattr(c, n) for c in counts.values()) for n in ("tried", "inside", "lost"))
-    )
-    for name, c in [*counts.items(), ("in all", total)]:
-        lines.append(f"{name:16}{c.tried:8}{c.inside:14}{c.tried - c.lost:10}{c.lost:6}")
-    return lines
+def table(counts: dict[str, Count]) -> str:
+    rows = [(name, *astuple(count)) for name, count in counts.items()]
+    rows.append(("in all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    lines = [["SIGKILL", "tried", "half-written", "survived", "lost"]]
+    lines += [[name, f"{n}", f"{half}", f"{n - lost}", f"{lost}"] for name, n, half, lost in rows]
+    return aligned(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the places and times (default 0)")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    options = parser.parse_args(arguments)
     if not hasattr(os, "fork"):
         sys.exit("this needs a system that forks")
-    began, draw = time.monotonic(), random.Random(given.seed)
-    counts, done, runs = {place.name: Count() for place in PLACES}, 0, 0
+    began, rng = time.monotonic(), random.Random(options.seed)
+    counts, done, runs = {moment.name: Count() for moment in MOMENTS}, 0, 0
     work = Path(tempfile.mkdtemp(prefix="fluxfast-faults-"))
-    draw_pictures(work / "pictures")
+    make_pictures(work / "pictures")
     warm_up()
     undisturbed = prepare(work / "undisturbed")
     if code := finish(start(undisturbed)):
         sys.exit(f"the undisturbed run ended with exit code {code}; see {undisturbed}/log.txt")
     wrong = None
-    while done < given.kills and wrong is None:
+    while done < options.kills and wrong is None:
         runs += 1
-        killed, wrong = play(work / f"run-{runs}", undisturbed, given.kills - done, draw, counts)
+        killed, wrong = play(work / f"run-{runs}", undisturbed, options.kills - done, rng, counts)
         done += killed
-    print("\n".join(table(counts)))
-    print(f"{runs} runs to their end, {time.monotonic() - began:.0f} s; seed {given.seed}")
+    print(table(counts))
+    print(f"{runs} runs to their end, {time.monotonic() - began:.0f} s; seed {options.seed}")
     if wrong is None:
         shutil.rmtree(work)
     return int(wrong is not None)

@@ -10,19 +10,17 @@ Pointers and i32 scalars are declared divisible by 16, as at run time: else vect
 """
 
 import collections
-import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-_CUOBJDUMP = os.path.join(
-    os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump"
-)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def compile_for(fn, signature, constants, arch, num_warps=4, num_stages=3, **options):
@@ -66,42 +64,39 @@ def _leaves(kind, path):
         yield from _leaves(item, (*path, i))
 
 
-def _cuobjdump(flag, path):
-    return subprocess.run(
-        [_CUOBJDUMP, flag, path], capture_output=True, text=True, check=True
-    ).stdout
-
-
 def _sass(kernel):
+    """What cuobjdump says of resource usage, and the instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+        pipe = {"capture_output": True, "text": True, "check": True}
+        commands = ([_CUOBJDUMP, flag, file.name] for flag in ("-res-usage", "-sass"))
+        return [subprocess.run(command, **pipe).stdout for command in commands]
 
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);", re.M)
 
 
 def resources(kernel):
-    """-> registers, stack (bytes a thread spills or indexes), shared (bytes a block),
+    """Returns registers, stack (bytes a thread spills or indexes), shared (bytes a block),
     instructions, sass {opcode: count}."""
     usage, sass = _sass(kernel)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     opcodes = collections.Counter(opcode for _, opcode, _ in _INSTRUCTION.findall(sass))
-    return dict(
-        registers=registers,
-        stack=stack,
-        shared=kernel.metadata.shared,
-        instructions=sum(opcodes.values()),
-        sass=dict(opcodes),
-    )
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": kernel.metadata.shared,
+        "instructions": sum(opcodes.values()),
+        "sass": dict(opcodes),
+    }
 
 
 def hot_loop(kernel, marks=("IMMA", "QMMA", "HMMA", "IGMMA", "QGMMA", "HGMMA")):
-    """-> {opcode: count} of the innermost loop that holds most of the instructions in `marks`."""
-    found = [
-        (int(at, 16), opcode, rest) for at, opcode, rest in _INSTRUCTION.findall(_sass(kernel)[1])
-    ]
+    """Returns {opcode: count} of the innermost loop that holds most of the instructions in
+    `marks`."""
+    lines = _INSTRUCTION.findall(_sass(kernel)[1])
+    found = [(int(at, 16), opcode, rest) for at, opcode, rest in lines]
     best, best_key = collections.Counter(), (0, 0)
     for end, opcode, rest in found:
         target = re.search(r"0x([0-9a-f]+)", rest)

@@ -1,11 +1,11 @@
-"""NF4 on a CPU beside bitsandbytes: quantize a bf16 matrix, and decode it to bf16.
+"""NF4 on a CPU beside bitsandbytes: quantize a bf16 matrix, and dequantize it to bf16.
 
     python -m bench.quantize [--save | --out FILE]
 
 The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one process on the same
 threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
-fluxfast decodes into memory that it has had before, as a training step does; bitsandbytes has no
-such way on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1 where
+fluxfast decodes into memory that it reuses, as a training step does; bitsandbytes has no such way
+on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1 where
 quantizing is less than LEAST["quantize"] times as fast, or decoding less than LEAST["decode"].
 """
 
@@ -19,6 +19,7 @@ import torch
 from fluxfast_kernels.quant import native
 
 from bench import RESULTS, timing
+from bench.terminal import aligned
 
 SHAPE = (21504, 3072)
 LEAST = {"quantize": 30.0, "decode": 2.5}
@@ -27,7 +28,8 @@ ROWS = RESULTS / "quantize.jsonl"
 
 
 def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
-    """-> what ("quantize", "decode") -> name -> work; gate(what): None, or what is wrong."""
+    """Returns the work by "quantize" or "decode" and by name, and gate(what): None, or what is
+    wrong."""
     import bitsandbytes.functional as bnb
 
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +60,7 @@ def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
 
 
 def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, object]]:
-    """-> one row a candidate."""
+    """One row a candidate."""
     work, gate = candidates(shape)
     rows = []
     for what, named in work.items():
@@ -77,11 +79,8 @@ def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, obje
 
 def speedups(rows: list[dict[str, object]]) -> dict[str, float | None]:
     """what -> how many times as fast ours is; None where either could not be timed."""
-    found = {}
-    for row in rows:
-        if row["name"] == OURS:
-            found[row["what"]] = 1 / row["ratio"] if row["ratio"] else None
-    return found
+    ours = [row for row in rows if row["name"] == OURS]
+    return {row["what"]: 1 / row["ratio"] if row["ratio"] else None for row in ours}
 
 
 def too_slow(rows: list[dict[str, object]], isa: str | None) -> list[str]:
@@ -100,21 +99,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, default=SHAPE[1])
     parser.add_argument("--save", action="store_true", help=f"append to {ROWS.name}")
     parser.add_argument("--out", type=Path, help="append to this file instead")
-    given = parser.parse_args(arguments)
-    rows = run((given.rows, given.columns), given.rounds, warmup=2)
-    print(f"{'':10} {'':22} {'median ms':>10} {'G weights/s':>12} {'times':>7}")
+    options = parser.parse_args(arguments)
+    rows = run((options.rows, options.columns), options.rounds, warmup=2)
+    lines = [["", "", "median ms", "G weights/s", "times"]]
     for row in rows:
         if row["median_ms"] is None:
-            print(f"{row['what']:10} {row['name']:22} {row['status']}: {row['reason']}")
+            print(f"{row['what']} {row['name']}: {row['status']}: {row['reason']}")
             continue
         times = f"{1 / row['ratio']:.1f}" if row["ratio"] else "-"
-        columns = f"{row['median_ms']:10.1f} {row['gweights_per_s']:12.3f} {times:>7}"
-        print(f"{row['what']:10} {row['name']:22} {columns}")
+        figures = f"{row['median_ms']:.1f}", f"{row['gweights_per_s']:.3f}", times
+        lines.append([row["what"], row["name"], *figures])
+    print(aligned(lines, left=(0, 1)))
     print(f"{rows[0]['cpu_model']}, {rows[0]['threads']} threads, {native.isa()}")
     missed = too_slow(rows, native.isa())
     for line in missed:
         print(f"missed: {line}", file=sys.stderr)
-    if out := given.out or (ROWS if given.save else None):
+    if out := options.out or (ROWS if options.save else None):
         timing.append_rows(out, rows)
     return int(bool(missed))
 

@@ -12,8 +12,8 @@ ai-toolkit's figures, which are of that.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import RESULTS, rows, terminal
 from bench.report import arithmetic
@@ -31,8 +31,7 @@ HEADLINE = {("4090", 1): 0.4375, ("L40S", 1): 0.838, ("A100", 4): 0.3478, ("H100
 MIX = [512, 768, 1024]
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """seconds: of a step, the mean over picture sizes. basis: what it rests on, in words."""
 
     seconds: float
@@ -41,10 +40,8 @@ class Projection:
 
 def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
     """lines: by bucket."""
-    compute = plan.request.work.matmul
-    if compute in plan.card.factors:
+    if factor := plan.card.factors.get(plan.request.work.matmul):
         total = sum(plan.seconds(label) for label in lines)
-        factor = plan.card.factors[compute]
         basis = f"{factor.value:g} of what shipped shares predict ({factor.source})"
         return Projection(total / len(lines), basis)
     every = [line for found in lines.values() for line in found]
@@ -54,34 +51,17 @@ def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
     return Projection(total / len(lines), basis)
 
 
-# ---------------------------------------------------------------- what is printed
-
-
 def table(lines: list[Line]) -> str:
     """Aligned columns, and their sums."""
-    head = ["op", "pass", "part", "launches", "GFLOP", "GB", "bound", "peak ms", "ms", "from"]
-    cells = [head]
-    for line in lines:
+    keys = ("launches", "flop", "bytes", "peak_s", "seconds")
+    sums = {key: sum(getattr(line, key) for line in lines) for key in keys}
+    rows = [["op", "pass", "part", "launches", "GFLOP", "GB", "bound", "peak ms", "ms", "from"]]
+    for line in [*lines, Line("step", "", "", bound="", source="", **sums)]:
         figures = f"{line.launches:.0f}", f"{line.flop / 1e9:.1f}", f"{line.bytes / 1e9:.2f}"
         times = f"{1e3 * line.peak_s:.2f}", f"{1e3 * line.seconds:.2f}"
-        words = line.group, line.direction, line.part
-        cells.append([*words, *figures, line.bound, *times, line.source])
-    sums = {key: sum(getattr(line, key) for line in lines)
-            for key in ("launches", "flop", "bytes", "peak_s", "seconds")}  # fmt: skip
-    cells.append([
-        *("step", "", "", f"{sums['launches']:.0f}", f"{sums['flop'] / 1e9:.1f}"),
-        *(f"{sums['bytes'] / 1e9:.2f}", "", f"{1e3 * sums['peak_s']:.2f}"),
-        *(f"{1e3 * sums['seconds']:.2f}", ""),
-    ])  # fmt: skip
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = (3, 4, 5, 7, 8)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+        names = line.group, line.direction, line.part
+        rows.append([*names, *figures, line.bound, *times, line.source])
+    return terminal.aligned(rows, left=(0, 1, 2, 6, 9))
 
 
 def title(setting: str, config: Config, plan: Plan) -> str:
@@ -105,8 +85,8 @@ def beside(setting: str, pixels: list[int], plan: Plan, batch: int, found: Proje
         f"{found.basis}."
     ]
     if setting != "stock" or pixels != MIX:
-        said = "ai-toolkit's figures are of the stock setting at 512, 768 and 1024 px: none is set"
-        return [*lines, f"{said} beside this."]
+        note = "ai-toolkit's figures are of the stock setting at 512, 768 and 1024 px: none is set"
+        return [*lines, f"{note} beside this."]
     lines.append("Reported of ai-toolkit, the same setting:")
     for (name, size), reported in HEADLINE.items():
         same = card(name).name == plan.card.name and size == batch

@@ -1,5 +1,5 @@
 """Rows as JSON lines: which of them measured the same thing, and under which conditions; the file
-that a suite fills and goes on from; whether two runs agree.
+that a suite appends to and resumes from; whether two runs agree.
 """
 
 import json
@@ -17,31 +17,34 @@ WORK = (
     *("single_blocks", "compute", "device"),
 )
 WHO = ("name", "storage", "products")
-# what a number hangs on besides: rows that differ in these are not taken for each other
+# rows that differ in these are not taken for each other
 CONDITIONS = ("commit", "dirty", "device_name", "threads", "torch", *timing.LIBRARIES)
 AGREEMENT = 0.15  # of the smaller of two ratios
 LEAST_MS = 100.0  # shorter ones say more of the machine than of the code
 
 
+def _values(row: Row, fields: Iterable[str]) -> tuple:
+    values = (row.get(field) for field in fields)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
 def identity(row: Row) -> tuple:
-    """What makes two rows measurements of the same."""
-    return tuple(_plain(row.get(field)) for field in (*WORK, *WHO))
+    """Equal for rows that measure the same."""
+    return _values(row, (*WORK, *WHO))
 
 
-def beside(row: Row) -> tuple:
-    """What rows that are compared with each other have in common."""
-    return tuple(_plain(row.get(field)) for field in WORK if field != "step")
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def peers(row: Row) -> tuple:
+    """Equal for rows that are compared with each other."""
+    return _values(row, (field for field in WORK if field != "step"))
 
 
 def read(path: Path) -> list[Row]:
-    """Rows in the file's order; none where there is no file."""
+    """Rows in the file's order; none where there is no file. A last line that a killed process left
+    unfinished is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
 
 
 def last_run(path: Path) -> list[Row]:
@@ -55,7 +58,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return list({identity(row): row for row in rows}.values())
 
 
-class Kept:
+class RowFile:
     """The rows of a file that were measured under the conditions of now, and those to come.
 
     conditions: `timing.conditions`. A line that a killed process left unfinished is cut off.
@@ -63,30 +66,35 @@ class Kept:
 
     def __init__(self, path: Path, conditions: Row):
         self.path, self.conditions = path, conditions
-        _cut_unfinished(path)
-        now = [conditions.get(field) for field in CONDITIONS]
-        self.rows = [r for r in read(path) if [r.get(field) for field in CONDITIONS] == now]
+        cut_unfinished(path)
+        self.refresh()
 
-    def append(self, rows: list[Row]) -> None:
-        timing.append_rows(self.path, rows)
-        self.rows += rows
+    def append_news(self, rows: list[Row]) -> None:
+        """Append rows, but none that says for a second time that there was no time."""
+        news = [row for row in rows if row["status"] != "out of time" or not self._ran_out(row)]
+        timing.append_rows(self.path, news)
+        self.rows += news
 
     def refresh(self) -> None:
         """Take in what another process has appended."""
-        self.rows = Kept(self.path, self.conditions).rows
+        now = _values(self.conditions, CONDITIONS)
+        self.rows = [row for row in read(self.path) if _values(row, CONDITIONS) == now]
 
-    def find(self, row: Row) -> Row | None:
+    def _find(self, row: Row) -> Row | None:
         """The newest row of the same identity."""
         wanted = identity(row)
         return next((r for r in reversed(self.rows) if identity(r) == wanted), None)
 
+    def _ran_out(self, row: Row) -> bool:
+        found = self._find(row)
+        return found is not None and found["status"] == "out of time"
+
     def measured(self, row: Row) -> bool:
         """Whether it is there and need not be taken again."""
-        found = self.find(row)
-        return found is not None and found["status"] != "out of time"
+        return self._find(row) is not None and not self._ran_out(row)
 
 
-def _cut_unfinished(path: Path) -> None:
+def cut_unfinished(path: Path) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
@@ -96,8 +104,8 @@ def _cut_unfinished(path: Path) -> None:
 
 
 def compare(first: list[Row], second: list[Row]) -> tuple[list[str], bool]:
-    """-> (a line per row that both runs timed at over LEAST_MS beside a baseline, whether all their
-    ratios agree within AGREEMENT). Nothing to compare does not agree.
+    """Returns a line per row that both runs timed at over LEAST_MS beside a baseline, and whether
+    all their ratios agree within AGREEMENT. Nothing to compare does not agree.
     """
     others = {identity(row): row for row in newest(second)}
     lines, agree = [], True
@@ -105,13 +113,13 @@ def compare(first: list[Row], second: list[Row]) -> tuple[list[str], bool]:
         other = others.get(identity(row))
         if other is None or not (_counts(row) and _counts(other)):
             continue
-        ratios = sorted((row["ratio"], other["ratio"]))
-        apart = ratios[1] / ratios[0] - 1
+        low, high = sorted((row["ratio"], other["ratio"]))
+        apart = high / low - 1
         agree &= apart <= AGREEMENT
-        said = "agree" if apart <= AGREEMENT else f"differ by more than {AGREEMENT:.0%}"
+        verdict = "agree" if apart <= AGREEMENT else f"differ by more than {AGREEMENT:.0%}"
         lines.append(
             f"{title(row)}: {row['ratio']:.3f} and {other['ratio']:.3f} of the baseline: "
-            f"{apart:.1%} apart, {said}"
+            f"{apart:.1%} apart, {verdict}"
         )
     return lines, agree and bool(lines)
 

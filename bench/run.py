@@ -5,10 +5,11 @@
     python -m bench.run --compare A.jsonl B.jsonl
     python -m bench.run --save rows.jsonl
 
-The most valuable comes first. What a file has already, from the same commit, device, settings and
-libraries, is not measured again, so that the same command goes on where it was stopped; without
---out each run has a file of its own in runs/bench/. What the budget does not reach, or cuts, is a
-row that says so, as is a peer whose library is missing. Needs torch, triton and numpy; no network.
+The most valuable comes first. Rows that a file has already, from the same commit, device, settings
+and libraries, are not measured again: the same command goes on where it was stopped. Without --out
+each run has a file of its own in runs/bench/. Work that the budget does not reach, or cuts, is a
+row with the reason, as is a peer whose library is missing. Needs torch, triton and numpy; no
+network.
 
 --compare: whether two runs' ratios to their baselines agree, of what takes over 100 ms; the exit
 code is 1 where they do not. --save: appends a run's rows to the files of bench/results/. Otherwise
@@ -25,10 +26,10 @@ from pathlib import Path
 import torch
 
 from bench import RESULTS, ROOT, terminal, timing
-from bench.rows import Kept, Row, compare, read
-from bench.run_items import run_items
-from bench.run_suites import cpu_suite, gpu_suite
-from bench.run_table import table, wrong
+from bench.rows import Row, RowFile, compare, read
+from bench.suite_items import run_items
+from bench.suite_table import table, wrong
+from bench.suites import cpu_suite, gpu_suite
 
 SUITES = {"cpu": cpu_suite, "gpu": gpu_suite}
 BUDGET_S = {"cpu": 580.0, "gpu": 3600.0}
@@ -41,10 +42,10 @@ FILES = {  # bench -> the file that its rows are kept in
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = terminal.parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", choices=SUITES)
-    what.add_argument("--compare", nargs=2, type=Path, metavar="FILE")
-    what.add_argument("--save", type=Path, metavar="FILE")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--suite", choices=SUITES)
+    action.add_argument("--compare", nargs=2, type=Path, metavar="FILE")
+    action.add_argument("--save", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, help="seconds (cpu: 580, gpu: 3600)")
     parser.add_argument("--out", type=Path, help="append to this file, and go on from it")
     parser.add_argument(
@@ -78,41 +79,37 @@ def run_suite(options: argparse.Namespace, ends: float) -> int:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = options.out or ROOT / "runs" / "bench" / f"{options.suite}-{now}.jsonl"
     device = "cuda" if options.suite == "gpu" and not options.tiny else "cpu"
-    kept = Kept(out.resolve(), timing.conditions(device))
-    before = signal.signal(signal.SIGTERM, _stop)
+    file = RowFile(out.resolve(), timing.conditions(device))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     stopped = False
     try:
-        run_items(SUITES[options.suite](options.tiny), kept, ends)
+        run_items(SUITES[options.suite](options.tiny), file, ends)
     except KeyboardInterrupt:
         stopped = True
-        kept.refresh()
+        file.refresh()
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"{kept.conditions['device_name']}, torch {kept.conditions['torch']}, {out}\n")
-    print(table(kept.rows))
-    said = wrong(kept.rows)
-    for line in said:
+    print(f"{file.conditions['device_name']}, torch {file.conditions['torch']}, {out}\n")
+    print(table(file.rows))
+    failures = wrong(file.rows)
+    for line in failures:
         print(line)
     if stopped:
         print("stopped: the same command with --out goes on from here", file=sys.stderr)
         return 130
-    return int(bool(said))
-
-
-def _stop(signum, frame):
-    raise KeyboardInterrupt
+    return int(bool(failures))
 
 
 def save(rows: list[Row]) -> dict[Path, list[Row]]:
-    """Append rows to the files of their benches, but for those that are there and those that there
-    was no time for -> file -> rows appended."""
+    """Append rows to the files of their benches, without those that are there and those "out of
+    time". Returns the rows that each file got."""
     files: dict[Path, list[Row]] = {}
     for row in rows:
         if row["bench"] in FILES and row["status"] != "out of time":
             files.setdefault(RESULTS / FILES[row["bench"]].format(**row), []).append(row)
     for file, found in files.items():
-        there = read(file)
-        files[file] = [row for row in found if row not in there]
+        known = read(file)
+        files[file] = [row for row in found if row not in known]
         timing.append_rows(file, files[file])
     return files
 

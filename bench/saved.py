@@ -2,9 +2,9 @@
 
     python -m bench.saved [--out FILE]
 
-Full-width blocks (hidden 3072, bf16 products, LoRA rank 16) run at two lengths; the difference of
-what saved-tensor hooks see, over the difference in tokens, is the count per token: exact, and the
-same on every machine. Exits with 1 if fluxfast keeps more than LIMITS. --out appends rows.
+Full-width blocks (hidden 3072, bf16 products, LoRA rank 16) run at two lengths; the difference in
+saved bytes over the difference in tokens is exact, and the same on every machine. Exits with 1 if
+fluxfast keeps more than LIMITS. --out appends rows.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _inputs(spec: FluxSpec, n: int, text: int = 2) -> list[Tensor]:
 
 
 def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[str, float]:
-    """-> {"double": bytes, "single": bytes} per token."""
+    """Bytes per token of a "double" and a "single" block."""
     from fluxfast.model.flux import Flux, fill, rope_tables
     from fluxfast.model.lora import inject_lora
     from fluxfast.model.names import linear_shape
@@ -65,16 +65,15 @@ def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[st
 
     tables = {n: rope_tables(torch.zeros(1, 2 * n, 3), spec.axes_dim, spec.theta) for n in LENGTHS}
     double, single = model.double_blocks[0], model.single_blocks[0]
-    return {
-        "double": per_token(
-            double,
-            tables,
-            lambda n: double(*_inputs(spec, n), double_mod, double_mod, tables[n]),
-        ),
-        "single": per_token(
-            single, tables, lambda n: single(*_inputs(spec, 2 * n, 1), single_mod, tables[n])
-        ),
-    }
+
+    def run_double(n: int) -> object:
+        return double(*_inputs(spec, n), double_mod, double_mod, tables[n])
+
+    def run_single(n: int) -> object:
+        return single(*_inputs(spec, 2 * n, 1), single_mod, tables[n])
+
+    counts = per_token(double, tables, run_double), per_token(single, tables, run_single)
+    return dict(zip(("double", "single"), counts, strict=True))
 
 
 def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
@@ -83,28 +82,24 @@ def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
 
     weights = BaseWeights(spec, 0, "cpu")
     model = build_diffusers(weights, "dense", torch.bfloat16, RANK).model
-    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
     temb = torch.zeros(1, spec.hidden_size, dtype=torch.bfloat16)
     ropes = {n: model.pos_embed(torch.zeros(2 * n, 3)) for n in LENGTHS}
 
     def call(block, n: int):
         img, txt = _inputs(spec, n)
+        streams = {"hidden_states": img, "encoder_hidden_states": txt}
         with torch.autocast("cpu", torch.bfloat16):
-            return block(
-                hidden_states=img,
-                encoder_hidden_states=txt,
-                temb=temb,
-                image_rotary_emb=ropes[n],
-            )
+            return block(**streams, temb=temb, image_rotary_emb=ropes[n])
 
+    blocks = {"double": model.transformer_blocks[0], "single": model.single_transformer_blocks[0]}
     return {
-        "double": per_token(double, ropes, lambda n: call(double, n)),
-        "single": per_token(single, ropes, lambda n: call(single, n)),
+        kind: per_token(block, ropes, lambda n, block=block: call(block, n))
+        for kind, block in blocks.items()
     }
 
 
 def rows() -> list[dict[str, object]]:
-    """One for each of those who keep something; "skipped" where a library is missing."""
+    """One each; "skipped" where a library is missing."""
     counts = {
         ("fluxfast", "attn+mlp"): fluxfast_counts,
         ("fluxfast", "all"): lambda: fluxfast_counts("all"),
@@ -139,8 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         if who == "fluxfast":
             for pixels in (512, 768, 1024):
                 tokens = DEV.text_length + (pixels // 16) ** 2
-                kept = DEV.depth * double + DEV.depth_single_blocks * single
-                print(f"  FLUX.1-dev, {pixels} px, batch 1: {kept * tokens / 1e9:.1f} GB")
+                total = DEV.depth * double + DEV.depth_single_blocks * single
+                print(f"  FLUX.1-dev, {pixels} px, batch 1: {total * tokens / 1e9:.1f} GB")
             for kind, count in (("double", double), ("single", single)):
                 over |= count > LIMITS.get((kind, targets), float("inf"))
     if out is not None:

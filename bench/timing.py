@@ -54,6 +54,9 @@ class Result:
     peak_memory_bytes: int | None = None
     peak_memory_kind: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.status}: {self.reason or f'{self.median_ms:.1f} ms'}"
+
 
 def compare(
     candidates: dict[str, Callable[[], object] | Exception],

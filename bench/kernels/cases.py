@@ -148,9 +148,6 @@ def _cases(settings: Settings) -> Iterator[Case]:
                 yield Case(op, storage, products, pixels, batch)
 
 
-# ---------------------------------------------------------------- what a case costs
-
-
 def ops_of(case: Case, settings: Settings) -> tuple[list[Op], list[Op]]:
     """-> the cost model's ops of one forward and of one backward (none where there is none)."""
     return _COSTS[case.op](case, settings)

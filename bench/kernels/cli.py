@@ -54,9 +54,6 @@ LOST = 3  # exit code of a process whose device answers no more
 Report = Callable[[Case, list[dict[str, object]]], None]
 
 
-# ---------------------------------------------------------------- one case
-
-
 def measure(case: Case, settings: Settings, roof: Roof) -> list[dict[str, object]]:
     """Gate and time everyone who does this op's work at this shape -> a row each and direction,
     without the machine's conditions (`timing.conditions`)."""
@@ -138,9 +135,6 @@ def _row(
     )
 
 
-# ---------------------------------------------------------------- a run
-
-
 def measure_all(
     wanted: list[Case], settings: Settings, roof: Roof, report: Report, deadline: float
 ) -> list[Case]:
@@ -205,9 +199,6 @@ def roof_of(wanted: list[Case], settings: Settings) -> Roof:
     """Measure what the cases' floors need."""
     kinds = dict.fromkeys(kind_of(case, settings) for case in wanted)
     return measure_roof(settings.device, kinds, settings.tiny)
-
-
-# ---------------------------------------------------------------- command line
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -42,9 +42,6 @@ def build(case: Case, settings: Settings) -> Problem:
     return problem
 
 
-# ---------------------------------------------------------------- attention
-
-
 def _qk_norm_rope_attention(case: Case, settings: Settings) -> Problem:
     """Of a single block. Eager is as Black Forest Labs' modules have it."""
     draw, D, C = Draws(case, settings), settings.spec.hidden_size, settings.spec.head_dim
@@ -113,9 +110,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-# ---------------------------------------------------------------- element-wise
-
-
 def _norm_modulate(case: Case, settings: Settings) -> Problem:
     draw, D = Draws(case, settings), settings.spec.hidden_size
     shift, scale, _ = draw.modulation(3)
@@ -182,9 +176,6 @@ def _flow_loss(case: Case, settings: Settings) -> Problem:
         [draw("d_loss", case.batch, dtype=torch.float32)],
         ("prediction",),
     )
-
-
-# ---------------------------------------------------------------- codes
 
 
 def _quantize_rows(case: Case, settings: Settings) -> Problem:

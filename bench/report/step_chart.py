@@ -39,9 +39,6 @@ COMPILED = (
 ON_A_CPU = "On a CPU the ops run as plain PyTorch:"
 
 
-# ---------------------------------------------------------------- which rows
-
-
 def setting_of(row: dict) -> tuple[str, bool, str]:
     cap = row.get("memory_cap_gib")
     return row.get("setting", "plain"), cap is not None, row["lora_targets"]
@@ -90,9 +87,6 @@ def charted(found: list[list[dict]]) -> list[dict]:
     timed = [row for row in first if is_timed(row) and row["pixels"]]
     shape = min(((row["batch"], -row["pixels"]) for row in timed), default=None)
     return [row for row in timed if (row["batch"], -row["pixels"]) == shape]
-
-
-# ---------------------------------------------------------------- tables
 
 
 def title(name: str) -> str:
@@ -161,9 +155,6 @@ def caption(group: list[dict]) -> str:
         f"{row['optimizer']}{ema}; medians of {rounds} rounds{together}; torch {row['torch']}, "
         f"commit {commits}."
     )
-
-
-# ---------------------------------------------------------------- the chart
 
 
 def chart_path(group: list[dict], results: Path) -> Path:

@@ -133,9 +133,8 @@ def _run(
         every |= results
         seen |= details
         timing.add_ratios(every, BASELINE)
-        for name, result in results.items():
-            said = result.reason or f"{result.median_ms:.1f} ms"
-            say(f"{name}: {cycle}: {result.status}: {said}")
+        for result in results.values():
+            say(f"{cycle}: {result}")
         if out is not None:
             timing.append_rows(out, rows(settings, cycle, results, details, shared))
 

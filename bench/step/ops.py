@@ -1,4 +1,4 @@
-"""The step of a memory plan, op by op: what `bench/roofline.py` adds up.
+"""The step of a memory plan, op by op, for `bench.roofline`.
 
 A line is one part (product, update, weight, attention, element-wise) of one fused op in one
 direction, over all blocks: its FLOP and bytes, whether arithmetic or memory bounds it, its time at
@@ -8,39 +8,28 @@ picture size and precision, by what the op took over what the shares predict of 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from bench.calibrate import WORDS
 from bench.report.arithmetic import at_peak
 from fluxfast.errors import ConfigError
+from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card, card
 from fluxfast.memory.planner.choose import policy_ops
-from fluxfast.memory.planner.cost import (
-    Op,
-    Shape,
-    Work,
-    block_ops,
-    lora_of,
-    modulation_ops,
-    optimizer_ops,
-    outer_ops,
-    seconds,
-    total_seconds,
-)
+from fluxfast.memory.planner.cost import Op, Shape, Work, seconds, total_seconds
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.saved_bytes import blocks_of
 from fluxfast.model.flux import MODULATION_ROWS
 
 # a block's linear -> the fused op that computes it; what is of no linear is attention's
 FUSED = {
-    "attn.qkv": "norm_modulate_lora_linear",
-    "mlp.0": "norm_modulate_lora_linear",
-    "linear1": "norm_modulate_lora_linear",
+    **dict.fromkeys(("attn.qkv", "mlp.0", "linear1"), "norm_modulate_lora_linear"),
     "attn.proj": "lora_linear",
-    "mlp.2": "gelu_lora_linear",
-    "linear2": "gelu_lora_linear",
+    **dict.fromkeys(("mlp.2", "linear2"), "gelu_lora_linear"),
 }
 ATTENTION = "qk_norm_rope_attention"
+DIRECTIONS = ("forward", "backward")
 AUTOGRAD = ("gradients added", "gradients joined")
 # the block whose launches are those of the op's row in bench/results/kernels-cuda.jsonl
 TIMED = {
@@ -49,13 +38,13 @@ TIMED = {
     ATTENTION: "single_blocks.0",
     "lora_linear": "double_blocks.0",
 }
+PRECISION = ("storage", "products", "compute")  # fields of a row
 SHORTEST = 1e-6  # s: what is below is the rounding of sums
 PARTS = {"product": "product", "dx": "product", "decode": "weight", "transpose": "weight"}
 PARTS |= dict.fromkeys(("down", "up", "down again", "d_down", "dB", "dA", "dx up"), "update")
 
 
-@dataclass(frozen=True)
-class Counted:
+class Counted(NamedTuple):
     """An op of the step. times: how often, below 1 where steps share it. eager: whether its
     launches cost their own time (no CUDA graph)."""
 
@@ -72,8 +61,7 @@ class Counted:
         return PARTS.get(self.op.name.partition(" ")[2], "element-wise")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """bound: "compute", "memory", "launches" or "copies". source: "assumed" or "measured"."""
 
     group: str
@@ -86,9 +74,6 @@ class Line:
     peak_s: float
     seconds: float
     source: str
-
-
-# ---------------------------------------------------------------- the ops of a step
 
 
 def fused_op(block: str, op: Op) -> str:
@@ -105,28 +90,24 @@ def step_of(plan: Plan, label: str) -> list[Counted]:
     work, shape, eager = request.work, bucket.shape, not bucket.graphed
     found = []
     for block, policy in zip(blocks_of(work), bucket.choice.policies, strict=True):
-        ops = block_ops(work, block, shape)
-        more = policy_ops(work, shape, block, policy, ops)
-        for direction, own, added in zip(
-            ("forward", "backward"), (ops.forward, ops.backward), more, strict=True
+        ops = cost.block_ops(work, block, shape)
+        added = policy_ops(work, shape, block, policy, ops)
+        for direction, own, more in zip(
+            DIRECTIONS, (ops.forward, ops.backward), added, strict=True
         ):
             found += [Counted(fused_op(block, op), direction, op, eager=eager) for op in own]
-            found += [Counted(f"policy {policy}", direction, op, eager=eager) for op in added]
-    outer = outer_ops(work, shape)
-    # in rows of MODULATION_ROWS, which serve several steps where they are formed ahead
+            found += [Counted(f"policy {policy}", direction, op, eager=eager) for op in more]
+    outer = cost.outer_ops(work, shape)
+    # in rows of MODULATION_ROWS, which serve several steps where they are computed ahead
     rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
     share = 1.0 if plan.modulation == "in_place" else 1 / max(1, MODULATION_ROWS // shape.batch)
-    modulation = modulation_ops(work, rows)
-    for direction in ("forward", "backward"):
-        found += [Counted("outside the blocks", direction, op, eager=eager)
-                  for op in getattr(outer, direction)]  # fmt: skip
-        found += [Counted("modulation", direction, op, share, True)
-                  for op in getattr(modulation, direction)]  # fmt: skip
-    ops = optimizer_ops(work, request.optimizer, request.ema)
+    modulation = cost.modulation_ops(work, rows)
+    for way in DIRECTIONS:
+        outside, ahead = getattr(outer, way), getattr(modulation, way)
+        found += [Counted("outside the blocks", way, op, eager=eager) for op in outside]
+        found += [Counted("modulation", way, op, share, True) for op in ahead]
+    ops = cost.optimizer_ops(work, request.optimizer, request.ema)
     return found + [Counted("optimizer", "step", op, eager=True) for op in ops]
-
-
-# ---------------------------------------------------------------- what has been measured of them
 
 
 def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
@@ -137,10 +118,10 @@ def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
         same = card(row["device_name"]).name == known.name
     except ConfigError:
         return False
-    said = {key: WORDS.get(row[key], row[key]) for key in ("storage", "products", "compute")}
-    same = same and said["compute"] == work.activations
+    storage, products, compute = (WORDS.get(row[k], row[k]) for k in PRECISION)
+    same = same and compute == work.activations
     if row["op"] != ATTENTION:  # which has no weight
-        same = same and (said["storage"], said["products"]) == (work.storage, work.matmul)
+        same = same and (storage, products) == (work.storage, work.matmul)
     tokens = (row["pixels"] // 16) ** 2
     return same and (tokens, row["batch"]) == (shape.image_tokens, shape.batch)
 
@@ -149,8 +130,8 @@ def predicted_s(row: dict, direction: str, known: Card, work: Work) -> float:
     """What the shipped shares say of one direction of what the row timed: one fused op over all
     tokens, modulation frozen."""
     block = TIMED[row["op"]]
-    plain = replace(work, lora=lora_of(work.spec, row["rank"]), dropout=False, layers={})
-    ops = getattr(block_ops(plain, block, Shape(row["batch"], row["tokens"], 0)), direction)
+    plain = replace(work, lora=cost.lora_of(work.spec, row["rank"]), dropout=False, layers={})
+    ops = getattr(cost.block_ops(plain, block, Shape(row["batch"], row["tokens"], 0)), direction)
     own = [op for op in ops if fused_op(block, op) == row["op"] and ".txt_" not in op.name]
     return total_seconds(own, known)
 
@@ -174,9 +155,6 @@ def measured_ratios(
             median = (both["median_ms"] - forward["median_ms"]) / 1e3
             found[op, "backward"] = median / predicted_s(both, "backward", known, work)
     return found
-
-
-# ---------------------------------------------------------------- lines
 
 
 def lines_of(plan: Plan, label: str, rows: Iterable[dict] = ()) -> list[Line]:

@@ -171,9 +171,6 @@ def _count(
     details |= stepper.details()
 
 
-# ---------------------------------------------------------------- a process of its own
-
-
 def measure_apart(
     settings: Settings,
     names: list[str],

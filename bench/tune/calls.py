@@ -125,9 +125,6 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor[0].float() for tensor in tensors], -1)
 
 
-# ---------------------------------------------------------------- products
-
-
 def _product(t: Tensors) -> Call:
     ys, split = t.empty(t.outputs), t.outputs[0] if len(t.outputs) == 2 else 0
     after = (t.bias, t.down, t.lora_b, t.parts, 1.0)
@@ -209,9 +206,6 @@ def _dx(t: Tensors, op: str) -> Call:
     )
 
 
-# ---------------------------------------------------------------- the update's own products
-
-
 def _skinny(t: Tensors, what: str, with_rows: bool) -> Call:
     """down or d_down; with rows of all that another op made: linear2's second input has its own."""
     out = torch.empty_like(t.down)
@@ -274,9 +268,6 @@ def _grads(t: Tensors, what: str) -> Call:
         [out],
         reference,
     )
-
-
-# ---------------------------------------------------------------- attention
 
 
 class Heads:
@@ -344,9 +335,6 @@ def _qk_norm_rope(T: int, heads: int, C: int, device) -> Call:
         return [*forward, *qk_norm_rope.qk_norm_rope_backward_reference(grads, streams)]
 
     return Call(run, [q, k, dqkv], reference)
-
-
-# ---------------------------------------------------------------- by problem
 
 
 def tensors_of(problem: Problem | HandOver, M: int, spec: FluxSpec, rank: int, device) -> Tensors:

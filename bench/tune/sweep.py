@@ -55,9 +55,6 @@ def replayed(work: Callable[[], object], device: str) -> Callable[[], object]:
     return run
 
 
-# ---------------------------------------------------------------- tiles
-
-
 def shipped_tile(problem: Problem, arch: int):
     """-> the tile that dispatch gives the problem now, and where that comes from."""
     kernel = problem.kernel
@@ -137,9 +134,6 @@ def _regrouped(kernel: Kernel, tiles: list) -> dict[str, object]:
     return {tile_name(tile): tile for tile in found if tile not in tiles}
 
 
-# ---------------------------------------------------------------- compiling ahead
-
-
 def _launch_each(
     problem: Problem, names: list[str], spec: FluxSpec, rank: int, device: str
 ) -> None:
@@ -174,9 +168,6 @@ class Precompiler:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------- the sweep
 
 
 def read_rows(path: Path) -> Rows:

@@ -42,9 +42,6 @@ def dumped(table: Table) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-# ---------------------------------------------------------------- what was measured
-
-
 def of_one_device(rows: Iterable[dict], arch: int, device: str | None = None) -> Rows:
     """The rows of one card, of each question the newest. Raises ConfigError where several devices
     of that compute capability were timed and none is named."""
@@ -133,8 +130,6 @@ def _ranged(
     return new
 
 
-# ---------------------------------------------------------------- tiles and thresholds
-
 KEY = ("op", "storage", "dtype", "n", "k")
 
 
@@ -203,9 +198,6 @@ def _threshold(by_m: dict[int, Rows]) -> dict | None:
     return {"fused_up_to_m": before, "source": said} if said.startswith(MEASURED) else None
 
 
-# ---------------------------------------------------------------- attention
-
-
 def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
     """`attention.json` with what was measured on a card, for that card alone."""
     backends, tiles = {}, {}
@@ -229,9 +221,6 @@ def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
 
 def _attention_key(row: dict) -> tuple:
     return tuple(json.dumps(row.get(name)) for name in ("kernel", "arch", "dtype", "c"))
-
-
-# ---------------------------------------------------------------- files
 
 
 def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:

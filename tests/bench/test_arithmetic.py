@@ -92,7 +92,7 @@ def test_at_the_notes_rates_their_times_come_out(at_the_notes_rates, name, compu
 
 def test_at_the_notes_rates_the_forward_takes_theirs(at_the_notes_rates):
     for side in SIDES:
-        (found,) = arithmetic.forward_ms("RTX 4090", "int8", side)
+        found = arithmetic.forward_ms("RTX 4090", "int8", side)
         assert found == pytest.approx(INT8_FORWARD_MS[side], abs=LAST_DIGIT)
 
 
@@ -107,14 +107,14 @@ def test_kept_bytes_are_the_notes_but_for_what_backward_makes_again(printed):
     modulation = e * sum(linear_shape(name, spec)[0] for name in saved.modulation_names(work))
     cells = line(printed, "kept by the blocks, LoRA on attn+mlp")
     for side, cell in zip(SIDES, cells, strict=True):
-        (kept,) = arithmetic.kept_gb("attn+mlp", side)
+        kept = arithmetic.saved_gb("attn+mlp", side)
         assert figures(cell) == [round(kept, 2)]
         with_both = kept + (per_token * shape(side).tokens + modulation) / 1e9
         assert round(with_both, 2) == KEPT_GB[side]
         assert kept == pytest.approx(KEPT_GB[side], rel=0.005)
     # with LoRA on all: 3.74 MB a token, 17.2 GB at 1024 px
     assert line(printed, "kept by the blocks, LoRA on all")[-1] == "17.2"
-    assert arithmetic.kept_gb("all", 1024)[0] * 1e3 / 4608 == pytest.approx(3.74, abs=0.005)
+    assert arithmetic.saved_gb("all", 1024) * 1e3 / 4608 == pytest.approx(3.74, abs=0.005)
 
 
 def test_copies_and_the_forward_that_would_hide_them(printed):

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import run, run_items, timing
-from bench.rows import Kept, compare, identity, read
-from bench.run_items import CommandItem, StepItem, run_python
-from bench.run_suites import CHECKPOINTED, SIDES, TRAINERS, cpu_suite, gpu_suite
-from bench.run_table import table, wrong
+from bench import run, suite_items, timing
+from bench.rows import RowFile, compare, identity, read
 from bench.step import run as step_run
 from bench.step.candidates import BASELINE, DEFAULTS
 from bench.step.settings import TINY_SPEC, Cycle, Settings
+from bench.suite_items import CommandItem, StepItem, run_python
+from bench.suite_table import table, wrong
+from bench.suites import CHECKPOINTED, SIDES, TRAINERS, cpu_suite, gpu_suite
 
 CYCLES = [Cycle((64,), 1), Cycle((96,), 1)]
 SETTINGS = Settings(TINY_SPEC, "cpu", torch.float32, CYCLES, 8, 16, rounds=1, warmup=0, apart=True)
@@ -33,10 +33,9 @@ class Bench:
         self.now, self.ran, self.takes_s = 0.0, [], {}
         self.outcomes: dict[str, timing.Result] = {}
         self.commands: dict[str, tuple[int | None, str]] = {}
-        monkeypatch.setattr(run_items, "measure_apart", self.measure)
-        monkeypatch.setattr(run_items, "run_python", self.command)
-        monkeypatch.setattr(run_items.importlib.util, "find_spec", lambda name: name)
-        monkeypatch.setattr(CommandItem, "_missing", lambda item: None)
+        monkeypatch.setattr(suite_items, "measure_apart", self.measure)
+        monkeypatch.setattr(suite_items, "run_python", self.command)
+        monkeypatch.setattr(suite_items.importlib.util, "find_spec", lambda name: name)
 
     def measure(self, settings, names, references, report, limit_s):
         self.ran.append(names[0])
@@ -60,9 +59,9 @@ class Bench:
         self.now += min(takes, limit_s)
         return (None, "") if takes > limit_s else self.commands.get(name, (0, "8 passed"))
 
-    def suite(self, items, out, budget_s) -> Kept:
-        kept = Kept(out, HERE)
-        run_items.run_items(items, kept, self.now + budget_s, lambda: self.now)
+    def suite(self, items, out, budget_s) -> RowFile:
+        kept = RowFile(out, HERE)
+        suite_items.run_items(items, kept, self.now + budget_s, lambda: self.now)
         return kept
 
 
@@ -71,7 +70,7 @@ def bench(monkeypatch):
     return Bench(monkeypatch)
 
 
-def rows_by(kept: Kept, name: str) -> list[str]:
+def rows_by(kept: RowFile, name: str) -> list[str]:
     return [row["status"] for row in kept.rows if row["name"] == name]
 
 
@@ -198,7 +197,7 @@ def test_a_stopped_suite_ends_with_its_table(bench, tmp_path, monkeypatch, capsy
             time.sleep(1)
         assert settings.cycles == CYCLES[1:]
 
-    monkeypatch.setattr(run_items, "measure_apart", measure)
+    monkeypatch.setattr(suite_items, "measure_apart", measure)
     before = signal.getsignal(signal.SIGTERM)
     command = ["--suite", "cpu", "--tiny", "--out", str(tmp_path / "rows.jsonl")]
     assert run.main(command) == 130
@@ -257,8 +256,8 @@ def test_how_a_command_ended(bench, tmp_path, code, output, status, reason):
 
 def test_a_missing_module_is_a_row(tmp_path):
     items = [CommandItem("one", ["-m", "nothing_here"], 1, needs="nothing_here")]
-    kept = Kept(tmp_path / "rows.jsonl", HERE)
-    run_items.run_items(items, kept, time.monotonic() + 100)
+    kept = RowFile(tmp_path / "rows.jsonl", HERE)
+    suite_items.run_items(items, kept, time.monotonic() + 100)
     (row,) = kept.rows
     assert row["status"] == "skipped" and "nothing_here" in row["reason"]
 

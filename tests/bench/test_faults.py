@@ -56,7 +56,7 @@ def test_harm_is_noticed(tmp_path, harm):
 
 
 def test_going_back_behind_a_checkpoint_is_noticed(tmp_path):
-    run = faults.Round(finished(tmp_path / "a"), owed=8)
+    run = faults.Run(finished(tmp_path / "a"), owed=8)
     assert faults.newest(run.folder) == 24
     log = run.folder / "log.txt"
     log.write_text("reading images: 5\n")

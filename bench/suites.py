@@ -1,4 +1,4 @@
-"""The suites of bench/run.py: what is measured, the most valuable first, and how long it may take.
+"""The suites of `bench.run`: their items, the most valuable first, and how long each may take.
 
 Estimates are guesses for an H100 and for two CPU cores: they decide what is still begun and when
 something is cut, never what a row says.
@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from bench.run_items import CommandItem, Item, StepItem
 from bench.step.candidates import BASELINE, DEFAULTS
 from bench.step.settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
+from bench.suite_items import CommandItem, Item, StepItem
 from fluxfast.model.precision import multiplies_bf16
 from fluxfast.model.spec import DEV
 
 SIDES = (512, 768, 1024)
 TINY_SIDES = (64, 96, 128)
 CAPS_GIB = (12, 16, 24)
-FIRST_TESTS = [  # what a step's result hangs on, of each kernel
+FIRST_TESTS = [  # of the kernels that a step runs
     f"tests/kernels/test_{name}.py"
     for name in (
         *("qk_norm_rope", "attention", "nf4_decode", "norm_modulate", "gate_residual"),

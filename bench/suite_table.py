@@ -1,12 +1,14 @@
-"""The short table at the end of a suite, and what in it is wrong."""
+"""The short table at the end of a suite, and which of its rows are wrong."""
+
+from collections import defaultdict
 
 from bench import timing
 from bench.rows import Row, newest, title
 from bench.step.table import over_limits
+from bench.terminal import aligned
 from fluxfast.model.spec import DEV
 
 SLOWEST = 5
-HEAD = "  TFLOP/s   MFU launches"
 GIB = 2**30
 
 
@@ -19,9 +21,9 @@ def table(rows: list[Row]) -> str:
 
 
 def wrong(rows: list[Row]) -> list[str]:
-    """What makes the exit code 1: wrong results, a script that says so, a slow step on the CPU."""
+    """Why the exit code is 1: wrong results, a command that fails, a slow step on the CPU."""
     rows = newest(rows)
-    said = [f"{title(r)}: {r['status']}: {r['reason']}" for r in rows if _is_wrong(r)]
+    failures = [f"{title(r)}: {r['status']}: {r['reason']}" for r in rows if _is_wrong(r)]
     results = {
         row["name"]: timing.Result(
             row["name"], row["status"], row["reason"], median_ms=row["median_ms"]
@@ -29,7 +31,7 @@ def wrong(rows: list[Row]) -> list[str]:
         for row in rows
         if row["bench"] == "step" and row["device"] == "cpu" and row["hidden"] == DEV.hidden_size
     }
-    return said + [f"too slow: {line}" for line in over_limits(results)]
+    return failures + [f"too slow: {line}" for line in over_limits(results)]
 
 
 def _is_wrong(row: Row) -> bool:
@@ -43,44 +45,35 @@ def _outcomes(rows: list[Row]) -> list[str]:
     for row in rows:
         if row["bench"] == "suite" and row["status"] not in ("skipped", "out of time"):
             passed = row["said"] if row["status"] == "ok" and "passed" in row["said"] else ""
-            said = passed or row["reason"] or ""
-            lines.append(f"{row['name']}: {row['status']} after {row['seconds']:.0f} s {said}")
+            detail = passed or row["reason"] or ""
+            lines.append(f"{row['name']}: {row['status']} after {row['seconds']:.0f} s {detail}")
     return [line.rstrip() for line in lines]
 
 
 def _steps(rows: list[Row]) -> list[list[str]]:
     """A block for each setting, a line for each candidate, a column for each size."""
-    blocks: dict[tuple, list[Row]] = {}
+    blocks = defaultdict(list)
     for row in rows:
         if row["bench"] == "step":
             key = (row["setting"], row["lora_targets"], row["memory_cap_gib"], row["batch"])
-            blocks.setdefault(key, []).append(row)
-    return [_block(key, found) for key, found in blocks.items()]
+            blocks[key].append(row)
+    return [_block(*key, found) for key, found in blocks.items()]
 
 
-def _block(key: tuple, rows: list[Row]) -> list[str]:
-    setting, targets, cap, batch = key
+def _block(setting: str, targets: str, cap: float | None, batch: int, rows: list[Row]) -> list[str]:
     within = "" if cap is None else f", within {cap:g} GiB"
     sizes = list(dict.fromkeys(_size(row) for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
     found = {(row["name"], _size(row)): row for row in rows}
-    width = max(len(name) for name in names)
-    lines = [
-        f"step, {setting} setting, LoRA on {targets}, batch {batch}{within}: ms, of the baseline, "
-        "peak GiB",
-        "".join([f"{'':{width}}", *(f" {size:>22}" for size in sizes), HEAD]),
-    ]
-    for name in names:
-        mine = [found.get((name, size)) for size in sizes]
-        cells = "".join(f" {_cell(row):>22}" for row in mine)
-        lines.append(f"{name:{width}}{cells}{_rates(mine)}".rstrip())
-    return lines
+    lines = [["", *sizes, "TFLOP/s", "MFU", "launches"]]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [found.get((name, size)) for size in sizes]
+        lines.append([name, *map(_cell, own), *_rates(own)])
+    title = f"step, {setting} setting, LoRA on {targets}, batch {batch}{within}"
+    return [f"{title}: ms, of the baseline, peak GiB", aligned(lines)]
 
 
 def _size(row: Row) -> str:
-    if row["mix"]:
-        return "mixed"
-    return f"{row['pixels']} px"
+    return "mixed" if row["mix"] else f"{row['pixels']} px"
 
 
 def _cell(row: Row | None) -> str:
@@ -94,15 +87,15 @@ def _cell(row: Row | None) -> str:
     return f"{row['median_ms']:.0f} {ratio:>5} {'-' if peak is None else f'{peak / GIB:.1f}':>5}"
 
 
-def _rates(rows: list[Row | None]) -> str:
+def _rates(rows: list[Row | None]) -> list[str]:
     """Of the largest size that was timed."""
     timed = [row for row in rows if row and row["median_ms"] is not None and row["pixels"]]
     if not timed:
-        return ""
+        return ["", "", ""]
     row = max(timed, key=lambda row: row["pixels"])
     mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    counted = "-" if row["launches"] is None else row["launches"]
-    return f" {row['tflop_per_s']:8.2f} {mfu:>5} {counted:>8}"
+    launches = "-" if row["launches"] is None else str(row["launches"])
+    return [f"{row['tflop_per_s']:.2f}", mfu, launches]
 
 
 def _kernels(rows: list[Row]) -> list[str]:
@@ -129,9 +122,8 @@ def _others(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row["bench"] == "quantize" and row["median_ms"] is not None:
-            times = (
-                f", {1 / row['ratio']:.1f} times as fast as bitsandbytes" if row["ratio"] else ""
-            )
+            ratio = row["ratio"]
+            times = f", {1 / ratio:.1f} times as fast as bitsandbytes" if ratio else ""
             lines.append(f"NF4 {row['what']}, {row['name']}: {row['median_ms']:.1f} ms{times}")
         if row["bench"] == "saved" and row["status"] == "ok":
             lines.append(
@@ -143,14 +135,14 @@ def _others(rows: list[Row]) -> list[str]:
 
 def _missing(rows: list[Row]) -> list[str]:
     """One line a reason."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons = defaultdict(dict)
     for row in rows:
         if row["status"] != "ok" and not _is_wrong(row):
-            said = str(row["reason"]).splitlines() or [""]
-            reasons.setdefault((row["status"], said[0]), []).append(row["name"])
+            first, *_ = str(row["reason"]).splitlines() or [""]
+            reasons[row["status"], first][row["name"]] = None
     lines = []
     for (status, reason), names in reasons.items():
-        who = list(dict.fromkeys(names))
-        more = f" and {len(who) - 3} more" if len(who) > 3 else ""
-        lines.append(f"{status}: {', '.join(who[:3])}{more}: {reason}")
+        shown = ", ".join(list(names)[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{status}: {shown}{more}: {reason}")
     return ["not measured:", *lines] if lines else []

@@ -1,0 +1,193 @@
+"""The items of a suite: candidates of the step, and commands. Each runs in processes of its own,
+for a limited time, and every outcome is rows.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench import ROOT, timing
+from bench.rows import Row, RowFile, peers
+from bench.step.candidates import BASELINE
+from bench.step.run import measure_apart
+from bench.step.settings import Cycle, Settings
+from bench.step.table import row_settings, rows
+from bench.terminal import say
+
+PATIENCE = 3.0  # times its estimate, an item may take before it is cut
+OWN_SHARE = 0.8  # of that, for a command that watches its time itself: it must start and end, too
+
+
+@dataclass
+class StepItem:
+    """Candidates of `bench.step` in one process, interleaved where there are several."""
+
+    settings: Settings
+    names: list[str]
+    estimate_s: float
+
+    def __str__(self) -> str:
+        cap = self.settings.cap_gib
+        within = "" if cap is None else f" within {cap:g} GiB"
+        return f"{', '.join(self.names)} ({self.settings.setting}{within})"
+
+    def left(self, file: RowFile) -> "StepItem | None":
+        """The cycles that have not been measured yet; None where all have."""
+        cycles = [
+            cycle
+            for cycle in self.settings.cycles
+            if not all(file.measured(self._row(name, cycle)) for name in self.names)
+        ]
+        return replace(self, settings=replace(self.settings, cycles=cycles)) if cycles else None
+
+    def _row(self, name: str, cycle: Cycle) -> Row:
+        work = row_settings(self.settings, name, cycle)
+        return {**work, "name": name, "device": self.settings.device}
+
+    def run(self, limit_s: float, file: RowFile) -> None:
+        """Measure and append rows as they come; cut after limit_s."""
+
+        def report(cycle: Cycle, results: dict, details: dict) -> None:
+            base = baseline_ms(file, self._row(BASELINE, cycle))
+            known = {BASELINE: timing.Result(BASELINE, median_ms=base)} if base else {}
+            timing.add_ratios(known | results, BASELINE)
+            for result in results.values():
+                say(f"{cycle}: {result}")
+            self._append(file, cycle, results, details)
+
+        measure_apart(self.settings, self.names, references(file), report, limit_s)
+
+    def skip(self, reason: str, file: RowFile) -> None:
+        """Leave rows that say "out of time"."""
+        for cycle in self.settings.cycles:
+            results = {n: timing.Result(n, "out of time", reason) for n in self.names}
+            self._append(file, cycle, results, {name: {} for name in self.names})
+
+    def _append(self, file: RowFile, cycle: Cycle, results: dict, details: dict) -> None:
+        file.append_news(rows(self.settings, cycle, results, details, file.conditions))
+
+
+def baseline_ms(file: RowFile, row: Row) -> float | None:
+    """The median of the baseline that `row` is compared with, where it has been timed."""
+    same = (r for r in reversed(file.rows) if r["name"] == BASELINE and peers(r) == peers(row))
+    return next((found["median_ms"] for found in same), None)
+
+
+def references(file: RowFile) -> Path:
+    """The folder beside the rows where candidates leave the gradients that others are gated
+    against; another one for every commit."""
+    commit = str(file.conditions.get("commit"))[:12]
+    folder = file.path.with_name(f"{file.path.stem}-references") / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass
+class CommandItem:
+    """A module that appends its own rows to the suite's file, or has only an outcome.
+
+    arguments: of Python, where {out}, {budget_s} stand for the file and the seconds it should take.
+    needs: a module that must be there.
+    """
+
+    name: str
+    arguments: list[str]
+    estimate_s: float
+    needs: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def left(self, file: RowFile) -> "CommandItem | None":
+        return None if file.measured(self._row(file)) else self
+
+    def _row(self, file: RowFile) -> Row:
+        return {"name": self.name, "bench": "suite", **file.conditions}
+
+    def run(self, limit_s: float, file: RowFile) -> None:
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            self._outcome(file, "skipped", f"No module named {self.needs!r}")
+            return
+        start = time.monotonic()
+        budget = max(1, int(OWN_SHARE * limit_s))
+        words = [a.format(out=file.path, budget_s=budget) for a in self.arguments]
+        code, output = run_python(words, limit_s)
+        file.refresh()
+        status, reason = _judge(code, output, limit_s)
+        if status != "ok":
+            say(f"{self.name}: {status}: {reason}")
+        self._outcome(file, status, reason, time.monotonic() - start)
+
+    def skip(self, reason: str, file: RowFile) -> None:
+        self._outcome(file, "out of time", reason)
+
+    def _outcome(self, file: RowFile, status: str, reason: str, seconds: float = 0.0) -> None:
+        row = self._row(file) | {"status": status, "median_ms": None, "seconds": round(seconds, 1)}
+        row |= {"reason": None, "said": reason} if status == "ok" else {"reason": reason}
+        file.append_news([row])
+
+
+def _judge(code: int | None, output: str, limit_s: float) -> tuple[str, str]:
+    """Returns a status and the last line of output. "missed": the command itself reports that
+    something is wrong."""
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+    if code is None:
+        return "out of time", f"cut after {limit_s:.0f} s: {last}"
+    if code == 0:
+        return "ok", last
+    if last.startswith(("ModuleNotFoundError", "ImportError")):
+        return "skipped", last
+    crashed = code != 1 or "Traceback (most recent call last)" in output
+    reason = last.removeprefix("missed: ") or f"ended with code {code}"
+    return "failed" if crashed else "missed", reason
+
+
+def run_python(words: list[str], limit_s: float) -> tuple[int | None, str]:
+    """Run Python from the repository's root; kill it with all it started after limit_s. Returns its
+    exit code (None where it was killed) and its output."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        pipes = {"stdout": output, "stderr": output, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipes)
+        code = None
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+Item = StepItem | CommandItem
+
+
+def run_items(
+    items: Iterable[Item], file: RowFile, ends: float, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Run what is left of the items, in order, until `ends` of the clock. One that needs more than
+    twice the time that is left is not begun; one that goes on for too long is cut."""
+    for item in items:
+        todo = item.left(file)
+        if todo is None:
+            say(f"{item}: measured already")
+            continue
+        left = ends - clock()
+        limit_s = min(left, PATIENCE * todo.estimate_s)
+        if left < todo.estimate_s / 2:
+            reason = f"takes about {todo.estimate_s:.0f} s, {max(0, left):.0f} s were left"
+            say(f"{todo}: not begun: {reason}")
+            todo.skip(reason, file)
+        else:
+            say(f"{todo}: at most {limit_s:.0f} s")
+            todo.run(limit_s, file)
