@@ -2,7 +2,7 @@
 
 `python -m bench.roofline --tables` prints it. Linears and attention alone, without an update: no
 element-wise pass, no dequantization, no launches, no optimizer. Nothing in it is measured: "peak"
-is at the data sheet's rates, "assumed" at the shares of them in `fluxfast/memory/planner/cards.json`.
+is at the data sheet's rates, "assumed" at the shares of them in `cards.json`.
 """
 
 from dataclasses import replace
