@@ -6,7 +6,7 @@
                  README's table of them
 
 On the pretrained nano model and the zorb of `examples/nano/zorb.yaml`, every block under one policy
-of `fluxfast/model/saving.py`: keep, u8 (the MLP's u), 8bit (u, h, q, k, v and o).
+of `fluxfast/model/activations.py`: keep, gelu_int8 (the MLP's u), int8 (u, h, q, k, v and o).
 
 Gradients: at the LoRA that the first seed's `keep` run trained, every layer's LoRA gradient over a
 few batches beside `keep`'s of the same batch and noise, as a cosine and as a relative error. All is
@@ -17,10 +17,11 @@ bf16, counted, beside what `fluxfast.memory.planner.saved_bytes` predicts of it 
 Limits, and why these:
 
 - The error is rounding, known beforehand: u's codes err by at most 0.9 % in gelu and gelu', groups
-  of 128 in int8 by about 0.7 %, and a gradient is formed of a few. `tests/model/test_saving.py`
-  bounds the sum by 2 % (u8) and 3 % (8bit) in three blocks of random weights. Independent errors
-  add in quadrature, and here are six blocks: 2.8 % and 4.2 %, which are cosines of 0.9996 and
-  0.9991 (1 - e²/2). int8 products cost more by themselves (`bench/quality.py`: 0.9974).
+  of 128 in int8 by about 0.7 %, and a gradient is formed of a few of them. The tests of these
+  policies bound the sum by 2 % (gelu_int8) and 3 % (int8) in three blocks of random weights.
+  Independent errors add in quadrature, and here are six blocks: 2.8 % and 4.2 %, which are cosines
+  of 0.9996 and 0.9991 (1 - e²/2). int8 products cost more by themselves (`bench/quality.py`:
+  0.9974).
 - The held-out loss may move by 1 % either way, as in `bench/quality.py`. What is smaller a run of
   this size does not tell from the choice of a seed.
 - Predicted bytes may be off by 2 %, as in `tests/memory/test_memory_saved.py`.
@@ -39,21 +40,21 @@ from torch import Tensor
 from bench import RESULTS, quality, terminal, timing
 from bench.quality import gradients
 from bench.terminal import markdown, say
-from fluxfast.config.schema import Config, MemoryConfig
+from fluxfast.config.schema import OLD_POLICIES, Config, MemoryConfig
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import load_lora
 from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of, outer_saved
 from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
-from fluxfast.model import saving
+from fluxfast.model import activations
 from fluxfast.model.spec import DEV
 from fluxfast.objective import noise_batch
 
 ROWS = RESULTS / "activations.jsonl"
 BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
-POLICIES = ("keep", "u8", "8bit")
-LEAST_COSINE = {"u8": 0.9996, "8bit": 0.9991}
+POLICIES = ("keep", "gelu_int8", "int8")
+LEAST_COSINE = {"gelu_int8": 0.9996, "int8": 0.9991}
 LOSS_LIMIT = 0.01  # best loss beside keep's, mean of the seeds, either way
 BYTES_LIMIT = 0.02  # predicted beside counted
 RANK = 16
@@ -77,7 +78,7 @@ def batches_of(config: Config, count: int) -> list:
 
 
 def gradient_rows(config: Config, batches: list, lora: Path | None) -> list[dict]:
-    """A row for u8 and 8bit: per layer, its LoRA's gradient beside `keep`'s, per batch.
+    """A row for gelu_int8 and int8: per layer, its LoRA's gradient beside `keep`'s, per batch.
 
     lora: the file of a trained LoRA. error: the difference's norm over that of `keep`'s gradient.
     """
@@ -125,7 +126,7 @@ def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> in
         note(tensor)
         return tensor.detach()
 
-    plain_pack, plain_put = saving.Saving._pack, saving.CodesKeeper.put
+    plain_pack, plain_put = activations.SavedActivations._pack, activations.Int8Store.put
 
     def inside(self, tensor: Tensor):
         packed = plain_pack(self, tensor)
@@ -140,8 +141,8 @@ def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> in
         return codes, scale, dtype
 
     with (
-        patch.object(saving.Saving, "_pack", inside),
-        patch.object(saving.CodesKeeper, "put", put),
+        patch.object(activations.SavedActivations, "_pack", inside),
+        patch.object(activations.Int8Store, "put", put),
         torch.autograd.graph.saved_tensors_hooks(outside, lambda tensor: tensor),
     ):
         result = forward()  # held until the sum is taken, and the graph with it
@@ -201,7 +202,9 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
 
 def of(rows: list[dict], kind: str, policy: str) -> list[dict]:
     """The rows of one kind (loss, gradients, bytes) and policy."""
-    return [r for r in rows if r["bench"] == f"activations-{kind}" and r["policy"] == policy]
+    found = (row for row in rows if row["bench"] == f"activations-{kind}")
+    # rows from before the policies were renamed have the old words
+    return [row for row in found if OLD_POLICIES.get(row["policy"], row["policy"]) == policy]
 
 
 def ratios(rows: list[dict], policy: str) -> list[float]:
@@ -238,7 +241,11 @@ def percent(value: float) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line a policy."""
-    names = {"keep": "`keep`: nothing", "u8": "`u8`: u", "8bit": "`8bit`: u, h, q, k, v, o"}
+    names = {
+        "keep": "`keep`: nothing",
+        "gelu_int8": "`gelu_int8`: u",
+        "int8": "`int8`: u, h, q, k, v, o",
+    }
     lines = []
     for policy in POLICIES:
         (held,) = of(rows, "bytes", policy)
@@ -265,7 +272,7 @@ def block(rows: list[dict]) -> str:
     """The README's table and its caption."""
     runs, (held,) = of(rows, "loss", "keep"), of(rows, "bytes", "keep")
     losses = [row["best_loss"] for row in runs]
-    (row,) = of(rows, "gradients", "u8")
+    (row,) = of(rows, "gradients", "gelu_int8")
     batches = len(next(iter(row["cosines"].values())))
     caption = (
         f"FLUX.1-dev at {held['flux_dev_pixels']} px, batch 1, rank {held['lora_rank']} on "
@@ -310,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     policies = POLICIES
     if options.short:  # no two runs to compare: the losses of so few steps prove nothing
-        options.seeds, options.steps, options.batches, policies = 1, 4, 1, ("8bit",)
+        options.seeds, options.steps, options.batches, policies = 1, 4, 1, ("int8",)
     rows = measure(options.seeds, options.steps, options.batches, policies)
     print(table(rows))
     wrong = over_limits(rows)

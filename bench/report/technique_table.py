@@ -181,11 +181,13 @@ def codes_of_u(results: Path) -> str:
     found = rows.last_run(results / activations.ROWS.name)
     if not found:
         return ""
-    held = {p: activations.of(found, "bytes", p)[0]["flux_dev_predicted"] for p in ("keep", "u8")}
-    (row,) = activations.of(found, "gradients", "u8")
+    held = {
+        p: activations.of(found, "bytes", p)[0]["flux_dev_predicted"] for p in ("keep", "gelu_int8")
+    }
+    (row,) = activations.of(found, "gradients", "gelu_int8")
     error = statistics.median(activations.every(row["errors"]))
     return (
-        f"predicted: {held['u8'] / 1e9:.1f} GB kept at 1024 px instead of "
+        f"predicted: {held['gelu_int8'] / 1e9:.1f} GB kept at 1024 px instead of "
         f"{held['keep'] / 1e9:.1f}; measured: gradients err by {error:.2%} (median, nano model)"
     )
 

@@ -170,7 +170,7 @@ IGNORED = {
     "ignored, the targets are every linear of the blocks": "network.all_layers",
     _START: "model.lora_path model.inference_lora_path train.start_step",
     "ignored, a plan for the card decides which blocks are computed again; --set "
-    "memory.policy=replay computes all": "train.gradient_checkpointing",
+    "memory.policy=checkpoint computes all": "train.gradient_checkpointing",
     _MEMORY: "model.low_vram model.layer_offloading model.layer_offloading_transformer_percent "
     "model.layer_offloading_text_encoder_percent network.layer_offloading "
     "model.split_model_over_gpus model.split_model_other_module_param_count_scale",

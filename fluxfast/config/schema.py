@@ -31,6 +31,8 @@ Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 LONGEST_NAME = 150  # bytes
+# of memory.policy, as fluxfast 0.1 had them: in users' files and in saved runs
+OLD_POLICIES = {"u8": "gelu_int8", "8bit": "int8", "fc1": "recompute_mlp", "replay": "checkpoint"}
 
 
 class Section(BaseModel):
@@ -242,11 +244,13 @@ class MemoryConfig(Section):
     limit_gib: Annotated[float, Field(gt=0)] | None = Field(
         None, description="of the card that a run may fill; default: what is free at its start"
     )
-    policy: Literal["auto", "keep", "u8", "8bit", "fc1", "offload", "replay"] = Field(
+    policy: Literal[
+        "auto", "keep", "gelu_int8", "int8", "recompute_mlp", "offload", "checkpoint"
+    ] = Field(
         "auto",
         description="what every block does with its activations; auto: the fastest mix that fits. "
-        "keep them, u8: the MLP's in 8 bits, 8bit: all of them, fc1: make these again in backward, "
-        "offload: to the host, replay: compute the block again",
+        "keep them, gelu_int8: the MLP's in 8 bits, int8: all of them, recompute_mlp: compute the "
+        "MLP's again in backward, offload: to the host, checkpoint: compute the block again",
     )
     saved_8bit: Literal["none", "u", "all"] = Field(
         "u", description="which activations auto may keep in 8 bits: those of the MLP's GELU, all"
@@ -258,6 +262,14 @@ class MemoryConfig(Section):
     )
     optimizer_state: Literal["auto", "device", "host"] = "auto"
     graphs: bool = Field(True, description="CUDA graphs, one per picture size")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _renamed(cls, value):
+        if isinstance(value, str) and value in OLD_POLICIES:
+            log.warning(f"note: memory.policy: {value} is called {OLD_POLICIES[value]} now")
+            return OLD_POLICIES[value]
+        return value
 
 
 class Config(Section):

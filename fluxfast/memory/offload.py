@@ -10,7 +10,7 @@ let go whenever the host happens to look).
 
 What saves the tensors (a saved-tensor hook around a block) and this module meet in two objects:
 
-    class Keeper:                                    one per offloaded block and forward pass
+    class BlockStore:                                one per offloaded block and forward pass
         put(flat: Tensor) -> handle                  a whole storage as a 1-D tensor of its dtype;
                                                      in the block's forward, once per storage
         get(handle) -> Tensor                        in backward: 1-D, same dtype and length, with a
@@ -20,7 +20,7 @@ What saves the tensors (a saved-tensor hook around a block) and this module meet
     class Offload:
         prepare(key, {block: bytes})                 before the first begin(key)
         begin(key)                                   a forward pass of this bucket starts
-        block(i) -> Keeper                           block i, an offloaded one, is about to start
+        block(i) -> BlockStore                       block i, an offloaded one, is about to start
         block_forward_done(i)                        after every block's forward, kept ones too
         forward_done()                               all blocks' forwards are launched
         block_backward_done(i)                       block i's backward is launched
@@ -75,7 +75,7 @@ class _Bucket:
         return max((room(nbytes) for nbytes in self.block_bytes.values()), default=0)
 
 
-class Keeper:
+class BlockStore:
     """What one offloaded block saves in one forward pass."""
 
     def __init__(self, engine: "Offload", index: int, limit: int):
@@ -197,25 +197,25 @@ class Offload:
         self._bucket = self._buckets[key]
         self.most_in_flight_bytes = 0
 
-    def block(self, index: int) -> Keeper:
-        """Block `index` is about to start, and what it saves is to go to the returned keeper."""
+    def block(self, index: int) -> BlockStore:
+        """Block `index` is about to start, and what it saves is to go to the returned store."""
         if self._bucket is None or index not in self._bucket.block_bytes:
             raise RuntimeError(f"block {index} was not prepared for offload in this pass")
         self._let_go(index, most=1)
-        keeper = Keeper(self, index, self._bucket.block_bytes[index])
-        self._keepers[index] = keeper
-        return keeper
+        store = BlockStore(self, index, self._bucket.block_bytes[index])
+        self._stores[index] = store
+        return store
 
     def block_forward_done(self, index: int) -> None:
         """Block `index`, offloaded or not, has been launched: its copies start when it is done."""
-        keeper = self._keepers.get(index)
-        if keeper is not None and keeper.sources and index not in self._pending:
+        store = self._stores.get(index)
+        if store is not None and store.sources and index not in self._pending:
             self._copies.record_compute(self._computed)
             start = self._bucket.starts[index]
-            for number, (flat, offset) in enumerate(keeper.sources, 1):
+            for number, (flat, offset) in enumerate(store.sources, 1):
                 source = flat.detach().view(torch.uint8)
                 target = self._arena[start + offset :][: source.numel()]
-                done = self._left[index] if number == len(keeper.sources) else None
+                done = self._left[index] if number == len(store.sources) else None
                 self._copies.copy_out(source, target, [self._computed], done)
             self._pending.append(index)
         self._let_go(index + 1)
@@ -225,11 +225,11 @@ class Offload:
         block's forward was begun and not declared over.
         """
         self._let_go()
-        if still := [index for index, keeper in self._keepers.items() if keeper.sources]:
+        if still := [index for index, store in self._stores.items() if store.sources]:
             raise RuntimeError(f"block_forward_done was not called for the blocks {still}")
         # after all copies out, and after what may have read the staging buffers before
         self._copies.record_compute(self._computed)
-        self._queue.extend(i for i in sorted(self._keepers, reverse=True) if self._keepers[i].end)
+        self._queue.extend(i for i in sorted(self._stores, reverse=True) if self._stores[i].end)
         for buffer in range(len(self._staging)):
             self._fill(buffer)
 
@@ -249,8 +249,8 @@ class Offload:
         for buffer, waited in self._held.values():
             if not waited:
                 self._copies.compute_wait(self._arrivals[buffer])
-        for keeper in self._keepers.values():  # the graph may hold them for longer
-            keeper.sources.clear()
+        for store in self._stores.values():  # the graph may hold them for longer
+            store.sources.clear()
         self._clear()
         self._turn += 1
 
@@ -273,7 +273,7 @@ class Offload:
             self._staging = [self._copies.alloc_device(largest) for _ in range(count)]
 
     def _clear(self) -> None:
-        self._keepers: dict[int, Keeper] = {}
+        self._stores: dict[int, BlockStore] = {}
         self._pending: deque[int] = deque()  # copied out, sources not let go
         self._queue: deque[int] = deque()  # blocks to fetch, the one needed first in front
         self._held: dict[int, tuple[int, bool]] = {}  # block -> (staging buffer, waited for)
@@ -289,9 +289,9 @@ class Offload:
                 break
             # memory that is freed now is used again by compute: it has to wait for the copy
             self._copies.compute_wait(self._left[index])
-            keeper = self._keepers[index]
-            keeper.sources.clear()
-            self.in_flight_bytes -= keeper.nbytes
+            store = self._stores[index]
+            store.sources.clear()
+            self.in_flight_bytes -= store.nbytes
             self._pending.popleft()
 
     def _take(self, nbytes: int) -> None:
@@ -304,7 +304,7 @@ class Offload:
         if not self._queue:
             return
         index = self._queue.popleft()
-        end, start = self._keepers[index].end, self._bucket.starts[index]
+        end, start = self._stores[index].end, self._bucket.starts[index]
         source, target = self._arena[start : start + end], self._staging[buffer][:end]
         self._copies.copy_in(source, target, [self._computed], self._arrivals[buffer])
         self._held[index] = (buffer, False)

@@ -9,6 +9,7 @@ linears.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import fluxfast_kernels as fk
 import torch
@@ -17,12 +18,12 @@ from fluxfast_kernels.quant.nf4 import NF4Tensor
 from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor, nn
 
+from fluxfast.model.activations import KEEP, BlockRunner
 from fluxfast.model.frozen_linear import to_device
 from fluxfast.model.lora_dropout import DropoutClock
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.names import linear_shape, tensor_sources
 from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
-from fluxfast.model.saving import KEEP, BlockRunner, Offload
 from fluxfast.model.spec import FluxSpec
 
 # rows of the modulation's products: 16 is the least that fills a tensor core's tile
@@ -116,7 +117,7 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", nn.Sequential(*layers))
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope, saving=KEEP
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope, saved=KEEP
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
@@ -135,10 +136,10 @@ class DoubleStreamBlock(nn.Module):
 
         # each stream's own MLP
         (img_in, _, img_out), (txt_in, _, txt_out) = self.img_mlp, self.txt_mlp
-        img_u = saving.remade(img_in.norm_linear, img, img_shift2, img_scale2)
-        txt_u = saving.remade(txt_in.norm_linear, txt, txt_shift2, txt_scale2)
-        img = img_out.gelu_linear(img_u, img_gate2, residual=img, saved_bits=saving.u_bits)
-        txt = txt_out.gelu_linear(txt_u, txt_gate2, residual=txt, saved_bits=saving.u_bits)
+        img_u = saved.recompute_mlp(img_in.norm_linear, img, img_shift2, img_scale2)
+        txt_u = saved.recompute_mlp(txt_in.norm_linear, txt, txt_shift2, txt_scale2)
+        img = img_out.gelu_linear(img_u, img_gate2, residual=img, saved_bits=saved.gelu_bits)
+        txt = txt_out.gelu_linear(txt_u, txt_gate2, residual=txt, saved_bits=saved.gelu_bits)
         return img, txt
 
 
@@ -154,12 +155,12 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm()
         self.linear2 = LoRALinear(hidden + mlp, hidden)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope, saving=KEEP) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, rope, saved=KEEP) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
         norm_linear = partial(self.linear1.norm_linear, split=self.split)
-        qkv, u = saving.remade(norm_linear, x, shift, scale)
+        qkv, u = saved.recompute_mlp(norm_linear, x, shift, scale)
         attn = fk.qk_norm_rope_attention([qkv], self.norm.scales(), *rope, self.heads)
-        return self.linear2.gelu_linear(u, gate, residual=x, head=attn, saved_bits=saving.u_bits)
+        return self.linear2.gelu_linear(u, gate, residual=x, head=attn, saved_bits=saved.gelu_bits)
 
 
 class LastLayer(nn.Module):
@@ -184,9 +185,9 @@ class Flux(nn.Module):
         super().__init__()
         hidden = spec.hidden_size
         self.spec, self.compute_dtype = spec, compute_dtype
-        # per block, the double ones first, how it keeps what backward needs: see `saving.py`
+        # of each block, the double ones first: how its activations are saved, see `activations.py`
         self.policies = ["keep"] * (spec.depth + spec.depth_single_blocks)
-        self.offload: Offload | None = None  # where blocks of that policy send their activations
+        self.offload: Any = None  # the engine of the policy offload: see `memory/offload.py`
         self.dropout_clock = DropoutClock()
         self.img_in = LoRALinear(spec.in_channels, hidden)
         self.txt_in = LoRALinear(spec.context_in_dim, hidden)

@@ -5,7 +5,7 @@ A key names its whole value: `model.layers` and `train.optimizer_args` are mappi
 
 from typing import Any
 
-from fluxfast.config.schema import Config
+from fluxfast.config.schema import OLD_POLICIES, Config
 from fluxfast.errors import ConfigError
 
 # refused: another value would make the saved state meaningless, or the run a mixture of two
@@ -68,6 +68,8 @@ def settings(config: Config | dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and table_key(key) not in _KNOWN:
             for name, item in value.items():
                 collect(item, f"{key}.{name}" if key else name)
+        elif key == "memory.policy":
+            found[key] = OLD_POLICIES.get(value, value)
         else:
             found[key] = value
 

@@ -146,7 +146,7 @@ def _run_model(
     )
     step = _set_lora(setting, model, parameters)
     # with hooks the model keeps more than with fused ops, so it always computes blocks twice
-    model.policies = ["replay"] * len(model.policies)
+    model.policies = ["checkpoint"] * len(model.policies)
     model.train()
     layers = {name: model.get_submodule(name) for name in names}
     capture = _Capture(config.seed, max(1, ROWS // count))

@@ -113,7 +113,7 @@ def run_lines(plan: Plan, on_gpu: bool) -> list[str]:
 
 
 def summary(policies: tuple[str, ...]) -> str:
-    """Such as: 53 blocks keep, 4 u8."""
+    """Such as: 53 blocks keep, 4 gelu_int8."""
     counts = Counter(policies).most_common()
     first = f"{counts[0][1]} block{'s' * (counts[0][1] != 1)} {counts[0][0]}"
     return ", ".join([first, *(f"{count} {policy}" for policy, count in counts[1:])])

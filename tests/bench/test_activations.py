@@ -10,18 +10,18 @@ import torch
 from bench import activations
 from bench.report import cli as report
 from bench.rows import last_run
-from fluxfast.model import saving
+from fluxfast.model.activations import BlockRunner, Int8Store
 
 PAGES = "\n".join(report.pages(report.ROOT).values())
 
 
 def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
-    """Rows of a run of two seeds; the arguments are u8's."""
+    """Rows of a run of two seeds; the arguments are gelu_int8's."""
     conditions = {"date": "now", "device_name": "a CPU", "threads": 2, "torch": "2",
                   "commit": "0123456789"}  # fmt: skip
     rows = []
     for policy in activations.POLICIES:
-        u8 = policy == "u8"
+        u8 = policy == "gelu_int8"
         for seed in (1, 2):
             rows.append({"bench": "activations-loss", "policy": policy, "seed": seed, "steps": 9,
                          "best_loss": loss if u8 else 0.7})  # fmt: skip
@@ -42,21 +42,21 @@ def megabytes(line: str) -> list[float]:
 
 
 def test_short_form(capsys, monkeypatch):
-    """Trains under 8bit, and finds errors, and bytes, of the sizes that 8 bits explain."""
-    passes, plain = [], saving.BlockRunner.__init__
+    """Trains under int8, and finds errors, and bytes, of the sizes that 8 bits explain."""
+    passes, plain = [], BlockRunner.__init__
 
     def noted(self, policies, *rest):
         plain(self, policies, *rest)
         if self.grad:
             passes.append(set(policies))
 
-    monkeypatch.setattr(saving.BlockRunner, "__init__", noted)
+    monkeypatch.setattr(BlockRunner, "__init__", noted)
     assert activations.main(["--short"]) == 0
     said = capsys.readouterr().out
     assert said.rstrip().endswith("within the limits")
     steps = 4
-    gradients = [{"keep"}, {"u8"}, {"8bit"}]
-    assert passes == [{"8bit"}] * steps + gradients + gradients  # the last for the bytes
+    gradients = [{"keep"}, {"gelu_int8"}, {"int8"}]
+    assert passes == [{"int8"}] * steps + gradients + gradients  # the last for the bytes
     keep, u8, all_8 = (line for line in said.splitlines() if line.startswith("| `"))
     for line, smallest in ((u8, 1e-4), (all_8, 1e-3)):
         median, largest = map(float, re.search(r"([\d.]+)% \(([\d.]+)%\)", line).groups())
@@ -68,20 +68,20 @@ def test_short_form(capsys, monkeypatch):
 
 
 def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
-    """What the limits are for: with four bits instead of eight they refuse 8bit, and only that."""
+    """What the limits are for: with four bits instead of eight they refuse int8, and only that."""
     config = activations.settings("keep", 1, 1, tmp_path)
     batches = activations.batches_of(config, 1)
     activations.quality.trained(config)
-    put = saving.CodesKeeper.put
+    put = Int8Store.put
 
     def four_bits(self, flat):
         codes, scale, dtype = put(self, flat)
         return (codes.float() / 16).round().mul(16).clamp(-127, 127).to(torch.int8), scale, dtype
 
-    monkeypatch.setattr(saving.CodesKeeper, "put", four_bits)
+    monkeypatch.setattr(Int8Store, "put", four_bits)
     lora = config.run_dir / f"{config.name}.safetensors"
     wrong = activations.over_limits(activations.gradient_rows(config, batches, lora))
-    assert len(wrong) == 1 and wrong[0].startswith("8bit: gradient cosine 0.9")
+    assert len(wrong) == 1 and wrong[0].startswith("int8: gradient cosine 0.9")
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
     [
         (made(), None),
         (made(loss=0.7 * 1.009), None),
-        (made(loss=0.7 * 1.011), "u8: best loss +1.10%"),
-        (made(loss=0.7 * 0.989), "u8: best loss -1.10%"),
-        (made(loss=float("nan")), "u8: best loss +nan%"),
-        (made(cosine=0.9995), "u8: gradient cosine 0.99950 in b"),
-        (made(cosine=float("nan")), "u8: gradient cosine nan in b"),
-        (made(counted=1_030_000), "u8: predicted bytes off by -2.9%"),
+        (made(loss=0.7 * 1.011), "gelu_int8: best loss +1.10%"),
+        (made(loss=0.7 * 0.989), "gelu_int8: best loss -1.10%"),
+        (made(loss=float("nan")), "gelu_int8: best loss +nan%"),
+        (made(cosine=0.9995), "gelu_int8: gradient cosine 0.99950 in b"),
+        (made(cosine=float("nan")), "gelu_int8: gradient cosine nan in b"),
+        (made(counted=1_030_000), "gelu_int8: predicted bytes off by -2.9%"),
     ],
 )
 def test_limits(rows, said):
@@ -109,13 +109,13 @@ def test_block_of_the_newest_run(tmp_path):
     found = last_run(path)
     assert found == rows
     text = activations.block(found)
-    assert ("| `u8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
+    assert ("| `gelu_int8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
             "+0.50% (+0.50% to +0.50%) |") in text  # fmt: skip
     assert "batch 8 with 48 tokens a picture" in text and "best of 9 steps in fp32, 2 seeds" in text
 
 
 def test_committed_rows_are_within_the_limits_that_the_pages_name():
     assert activations.over_limits(last_run(activations.ROWS)) == []
-    u8, all_8 = (activations.LEAST_COSINE[policy] for policy in ("u8", "8bit"))
-    assert f"below {u8} (`u8`) or {all_8} (`8bit`)" in PAGES
+    u8, all_8 = (activations.LEAST_COSINE[policy] for policy in ("gelu_int8", "int8"))
+    assert f"below {u8} (`gelu_int8`) or {all_8} (`int8`)" in PAGES
     assert f"by more than {activations.LOSS_LIMIT * 100:.0f} %" in PAGES

@@ -48,7 +48,7 @@ def test_ops_add_up_to_what_the_plan_predicts(plain, stock):
             assert {line.source for line in lines} == {"assumed"}
             assert not any(line.bound == "copies" for line in lines)
     policies = {word for bucket in stock.buckets.values() for word in bucket.choice.policies}
-    assert "u8" in policies  # else the sum above says nothing of them
+    assert "gelu_int8" in policies  # else the sum above says nothing of them
 
 
 def test_a_factor_of_whole_steps_leaves_the_ops_as_they_are(plain):
@@ -62,7 +62,7 @@ def test_a_factor_of_whole_steps_leaves_the_ops_as_they_are(plain):
     assert step_ops.lines_of(plan, label) == step_ops.lines_of(plain, label)
 
 
-@pytest.mark.parametrize("policy", ["fc1", "replay", "8bit", "offload"])
+@pytest.mark.parametrize("policy", ["recompute_mlp", "checkpoint", "int8", "offload"])
 def test_what_a_policy_costs_is_in_the_step(policy):
     plan = planned("plain", "h100", f"memory.policy={policy}", "data.0.resolution=768")
     lines = step_ops.lines_of(plan, "768 px")
@@ -75,7 +75,7 @@ def test_what_a_policy_costs_is_in_the_step(policy):
     forward, backward = (
         [line for line in more if line.direction == way] for way in ("forward", "backward")
     )
-    if policy == "8bit":  # forward writes the codes of u besides, a byte each
+    if policy == "int8":  # forward writes the codes of u besides, a byte each
         u = 57 * 2816 * DEV.mlp_hidden
         assert total(forward, "bytes") - total(backward, "bytes") == pytest.approx(u)
     else:
@@ -83,7 +83,7 @@ def test_what_a_policy_costs_is_in_the_step(policy):
             one for one in lines if one.direction == "forward" and one.group in step_ops.TIMED
         ]
         again = total(backward, "flop") / total(blocks, "flop")
-        assert not forward and (again == 1 if policy == "replay" else 0.3 < again < 0.7)
+        assert not forward and (again == 1 if policy == "checkpoint" else 0.3 < again < 0.7)
 
 
 def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxfast.config.schema import Config, build_config, dump_config, load_config
+from fluxfast.config.schema import OLD_POLICIES, Config, build_config, dump_config, load_config
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ def test_every_mistake_is_named_at_once():
         (minimal(train={"lr": 0}), ["train.lr", "greater than 0"]),
         (minimal(train={"optimizer": "sgd"}), ["train.optimizer", "'adamw'", "'sgd'"]),
         (minimal(train={"gradient_checkpointing": True}), ["did you mean 'memory.policy'"]),
-        (minimal(memory={"policy": "perhaps"}), ["memory.policy", "'replay'", "'perhaps'"]),
+        (minimal(memory={"policy": "perhaps"}), ["memory.policy", "'checkpoint'", "'perhaps'"]),
         (minimal(memory="all"), ["memory takes a mapping", "'all'"]),
         (minimal(memory={"limit_gib": 0}), ["memory.limit_gib", "greater than 0"]),
         (minimal(train={"ema": {"decay": 1.0}}), ["train.ema.decay", "less than 1"]),
@@ -252,6 +252,18 @@ def test_overrides_are_validated():
     assert "did you mean 'train.steps'" in refused(minimal(), "train.step=5")
     assert "train.steps" in refused(minimal(), "train.steps=-5")
     assert "train.steps" in refused(minimal(), "train.steps.x=5")
+
+
+@pytest.mark.parametrize("old, new", OLD_POLICIES.items())
+def test_a_policys_old_word_is_read_with_a_note(old, new, tmp_path, log_lines):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal(memory={"policy": old})))
+    config = load_config(file)
+    assert config.memory.policy == new
+    (line,) = log_lines
+    assert line == f"note: memory.policy: {old} is called {new} now"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config and log_lines == [line]
 
 
 # ---------------------------------------------------------------- single layers

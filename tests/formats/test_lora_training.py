@@ -235,7 +235,7 @@ def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
         draw("none", "--lora", a, "--strength", 1, "--strength", 2)
 
 
-@pytest.mark.parametrize("policy", ["offload", "fc1", "replay"])
+@pytest.mark.parametrize("policy", ["offload", "recompute_mlp", "checkpoint"])
 def test_no_way_of_keeping_activations_changes_an_assisted_step(
     policy, nano_model, tmp_path, configure
 ):

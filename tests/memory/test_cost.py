@@ -144,13 +144,13 @@ def test_a_step_is_the_sum_of_its_parts():
     assert total_flop(step_ops(plan, shape)) == pytest.approx(total_flop(ops))
 
 
-def test_replaying_fc1_is_a_part_of_the_forward():
+def test_recomputing_the_mlp_is_a_part_of_the_forward():
     D, F, M, plan = 3072, 12288, 2 * 384, work()
     for block, rows in (("double_blocks.0", F), ("single_blocks.0", 3 * D + F)):
         ops = block_ops(plan, block, Shape(2, 256, 128))
-        assert set(ops.fc1) < set(ops.forward)
-        assert total_flop(products(ops.fc1, "down", "up")) == 2 * M * D * rows
-        norms = [op.name for op in ops.fc1 if op.name.endswith("norm")]
+        assert set(ops.recompute_mlp) < set(ops.forward)
+        assert total_flop(products(ops.recompute_mlp, "down", "up")) == 2 * M * D * rows
+        norms = [op.name for op in ops.recompute_mlp if op.name.endswith("norm")]
         assert len(norms) == (2 if block.startswith("double") else 1)
 
 

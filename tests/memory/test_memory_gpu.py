@@ -13,9 +13,9 @@ from fluxfast.memory.planner.plan import Request
 from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
+from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux, random_flux
 from fluxfast.model.lora import inject_lora
-from fluxfast.model.saving import POLICIES
 from fluxfast.model.spec import DEV
 from fluxfast.objective import image_ids, text_ids
 from fluxfast.optim import flat_gradients
@@ -89,7 +89,7 @@ def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
     assert predicted == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", ["fc1", "offload", "replay"])
+@pytest.mark.parametrize("policy", ["recompute_mlp", "offload", "checkpoint"])
 def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
     """FlashAttention's backward adds dq by atomics unless it is told not to."""
     torch.use_deterministic_algorithms(True, warn_only=True)

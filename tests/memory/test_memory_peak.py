@@ -44,7 +44,8 @@ def allocated(run, folder) -> int:
 
 
 @pytest.mark.parametrize(
-    ("policy", "compute"), [("keep", "bf16"), ("u8", "bf16"), ("replay", "bf16"), ("keep", "int8")]
+    ("policy", "compute"),
+    [("keep", "bf16"), ("gelu_int8", "bf16"), ("checkpoint", "bf16"), ("keep", "int8")],
 )
 def test_peak_is_predicted(policy, compute, tmp_path):
     """Within 5 %, although two blocks alone make what passes hold half of it; of FLUX's 57 it is a

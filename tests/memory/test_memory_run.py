@@ -66,7 +66,7 @@ def planned(config, share=None, **more):
     request = replace(plan.request, **more)
     if share is None:
         return make_plan(request, plan.card, plan.limit)
-    tight = make_plan(replace(request, policy="replay"), plan.card, plan.limit)
+    tight = make_plan(replace(request, policy="checkpoint"), plan.card, plan.limit)
     limit = tight.peak + int(share * (plan.peak - tight.peak))
     return make_plan(request, plan.card, limit)
 
@@ -78,10 +78,10 @@ def planned(config, share=None, **more):
     "more",
     [
         {"policy": "offload"},
-        {"policy": "fc1", "modulation": "in_place"},
-        {"policy": "replay", "modulation": "host", "optimizer_state": "host"},
+        {"policy": "recompute_mlp", "modulation": "in_place"},
+        {"policy": "checkpoint", "modulation": "host", "optimizer_state": "host"},
     ],
-    ids=["offload", "fc1", "replay-host"],
+    ids=["offload", "recompute_mlp", "checkpoint-host"],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_planned_run_is_the_plain_one(configure, more, optimizer):
@@ -102,7 +102,7 @@ def test_a_tight_limit_mixes_exact_policies(configure):
     here = {"modulation": "ahead", "optimizer_state": "device"}
     plan = planned(config, 0.5, saved_8bit="none", **here)
     mixed = {policy for bucket in plan.buckets.values() for policy in bucket.choice.policies}
-    assert len(mixed) > 1 and mixed <= {"keep", "fc1", "offload", "replay"}
+    assert len(mixed) > 1 and mixed <= {"keep", "recompute_mlp", "offload", "checkpoint"}
     assert losses(*start(config, plan)) == losses(*start(config))
 
 
@@ -255,7 +255,7 @@ def test_as_lean_as_it_gets_ends_the_run(configure, monkeypatch):
     with pytest.raises(MemoryExhausted, match="Tried to allocate") as caught:
         losses(run, loader, 1)
     assert "data.resolution" in caught.value.hint
-    assert set(next(iter(run.memory.policies.values()))) <= {"replay", "keep"}
+    assert set(next(iter(run.memory.policies.values()))) <= {"checkpoint", "keep"}
 
 
 def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
@@ -268,7 +268,7 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
         return gradient_pass(run, inputs)
 
-    config = configure(name="passes", save__every=0, memory__policy="replay")
+    config = configure(name="passes", save__every=0, memory__policy="checkpoint")
     with monkeypatch.context() as patch:
         patch.setattr(fluxfast.step.Training, "gradient_pass", later_never)
         with pytest.raises(MemoryExhausted, match="ALLOC_FAILED"):
@@ -298,7 +298,7 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
 
 
 def test_where_nothing_is_leaner_a_step_is_tried_once_more(configure, monkeypatch, log_lines):
-    config = configure(memory__policy="replay")
+    config = configure(memory__policy="checkpoint")
     plain = losses(*start(config))
     run, loader = start(config)
     log_lines.clear()

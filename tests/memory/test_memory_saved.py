@@ -7,14 +7,14 @@ import pytest
 import torch
 from small import SMALL
 
-import fluxfast.model.saving as saving
+import fluxfast.model.activations as activations
 from bench.step.gate import kept_bytes
 from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.planner import saved_bytes as saved
 from fluxfast.memory.planner.cost import Shape, Work, lora_of
+from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux, random_flux, rope_tables
 from fluxfast.model.lora import inject_lora
-from fluxfast.model.saving import POLICIES
 from fluxfast.model.spec import NANO, FluxSpec, rope_axes
 from fluxfast.objective import image_ids, text_ids
 from fluxfast.optim import build_optimizer, flat_gradients
@@ -79,13 +79,13 @@ def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
     own = {t.untyped_storage().data_ptr() for t in known}
     codes = []
 
-    class Recorded(saving.CodesKeeper):
+    class Recorded(activations.Int8Store):
         def put(self, flat):
             handle = super().put(flat)
             codes.extend(handle[:2])
             return handle
 
-    plain = saving.saved_tensors_hooks
+    plain = activations.saved_tensors_hooks
 
     def hooks(pack, unpack):
         def seen(tensor):
@@ -97,8 +97,8 @@ def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
 
         return plain(seen, unpack)
 
-    monkeypatch.setattr(saving, "CodesKeeper", Recorded)
-    monkeypatch.setattr(saving, "saved_tensors_hooks", hooks)
+    monkeypatch.setattr(activations, "Int8Store", Recorded)
+    monkeypatch.setattr(activations, "saved_tensors_hooks", hooks)
     outside = []
 
     def forward():
@@ -189,8 +189,8 @@ def test_blocks_before_the_first_lora_keep_nothing(monkeypatch):
 def test_8_bit_products_keep_what_dense_ones_do(monkeypatch):
     model, work = built(WIDE, "attn+mlp", 4, storage="int8", compute="int8")
     x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    truth = counted(model, x, ["u8"] * 3, monkeypatch)
-    assert predicted(work, shape, ["u8"] * 3) == pytest.approx(truth, rel=0.02)
+    truth = counted(model, x, ["gelu_int8"] * 3, monkeypatch)
+    assert predicted(work, shape, ["gelu_int8"] * 3) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])
@@ -239,10 +239,10 @@ def test_peak_counts_what_is_alive_together():
     _, work = built(WIDE, "attn+mlp", 4, compute="bf16")
     shape = Shape(1, 256, 64)
     keep = saved.step_peak(work, shape, ["keep"] * 3)
-    front = saved.step_peak(work, shape, ["replay", "keep", "keep"])
-    back = saved.step_peak(work, shape, ["keep", "keep", "replay"])
+    front = saved.step_peak(work, shape, ["checkpoint", "keep", "keep"])
+    back = saved.step_peak(work, shape, ["keep", "keep", "checkpoint"])
     full = saved.block_saved(work, "double_blocks.0", shape, "keep").device
-    inputs = saved.block_saved(work, "double_blocks.0", shape, "replay").device
+    inputs = saved.block_saved(work, "double_blocks.0", shape, "checkpoint").device
     assert keep - front == full - inputs
     assert back == keep  # made again just where everything else is there
 

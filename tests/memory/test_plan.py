@@ -26,7 +26,7 @@ from fluxfast.memory.planner.plan import (
 )
 from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
 from fluxfast.memory.planner.suggest import make_plan
-from fluxfast.model.saving import EXACT
+from fluxfast.model.activations import EXACT
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
 from fluxfast.tools.plan import breakdown, plan_rows, table
 
@@ -52,7 +52,7 @@ def needed(plan) -> float:
 def test_1024_px_on_24_gb_without_replaying_attention_or_offload():
     plan = make_plan(request(), card("4090"), usable(24))
     policies = Counter(plan.buckets["1024"].choice.policies)
-    assert not {"replay", "offload"} & set(policies)
+    assert not {"checkpoint", "offload"} & set(policies)
     assert needed(plan) <= 22.5 and plan.host == 0
 
 
@@ -64,7 +64,7 @@ def test_stock_ai_toolkit_on_24_gb():
     assert plan is not None and needed(plan) <= 22.5
     assert plan.request.modulation_trained and plan.request.ema and plan.modulation == "in_place"
     assert set(plan.buckets) == {"512 px", "768 px", "1024 px"}
-    assert all("replay" not in b.choice.policies for b in plan.buckets.values())
+    assert all("checkpoint" not in b.choice.policies for b in plan.buckets.values())
     assert max(plan.phases.values()) <= usable(24)
 
 
@@ -72,7 +72,7 @@ def test_stock_ai_toolkit_on_24_gb():
 def test_smaller_cards(gib, gpu, side):
     plan = make_plan(request((side,)), card(gpu), usable(gib))
     assert needed(plan) < gib
-    assert not {"replay", "offload"} & set(plan.buckets[f"{side}"].choice.policies)
+    assert not {"checkpoint", "offload"} & set(plan.buckets[f"{side}"].choice.policies)
 
 
 @pytest.mark.parametrize("gib", [12, 16, 24, 80])
@@ -94,10 +94,10 @@ def small_chooser() -> Chooser:
 
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.8, 0.9, 0.97, 1.0])
 def test_choice_is_near_the_best_of_all_there_are(share):
-    """Four blocks, three exact policies and u8: all 256 mixes tried. The chooser goes block by
-    block and misses mixes that use the memory to the last byte: with blocks this few, by 6 %."""
+    """Four blocks, three exact policies and gelu_int8: all 256 mixes tried. The chooser goes block
+    by block and misses mixes that use the memory to the last byte: with blocks this few, by 6 %."""
     chooser = small_chooser()
-    words = ("keep", "u8", "fc1", "replay")
+    words = ("keep", "gelu_int8", "recompute_mlp", "checkpoint")
     budget = int(share * chooser.fixed(["keep"] * 4).bytes)
     mixes = [chooser.fixed(mix) for mix in product(words, repeat=4)]
     best = min((m.seconds for m in mixes if m.bytes <= budget), default=None)
@@ -123,18 +123,18 @@ def test_more_memory_is_never_slower():
 def test_exact_before_rounded_where_both_fit():
     chooser = small_chooser()
     plenty = chooser.fixed(["keep"] * 4).bytes
-    assert set(chooser.choose(plenty, ("keep", "u8", "8bit")).policies) == {"keep"}
+    assert set(chooser.choose(plenty, ("keep", "gelu_int8", "int8")).policies) == {"keep"}
 
 
 def test_saved_8bit_is_the_users_word():
     exact = make_plan(request(saved_8bit="none"), card("4090"), usable(24))
     assert set(exact.buckets["1024"].choice.policies) <= set(EXACT)
     tight = make_plan(request(saved_8bit="all"), card("4090"), usable(18)).buckets["1024"]
-    assert "8bit" in tight.choice.policies
+    assert "int8" in tight.choice.policies
 
 
 def test_overrides_are_honoured():
-    for policy in ("replay", "fc1", "u8", "offload"):
+    for policy in ("checkpoint", "recompute_mlp", "gelu_int8", "offload"):
         plan = make_plan(request(policy=policy), card("H100"), usable(80))
         bucket = plan.buckets["1024"]
         assert set(bucket.choice.policies) == {policy}
@@ -213,14 +213,16 @@ def test_a_refusal_says_what_is_short():
     with pytest.raises(ConfigError, match="previews of this size"):
         make_plan(request((512,), preview_pixels=5000**2), small, limit)
     with pytest.raises(ConfigError, match="encoding captions needs 9.25 GiB"):
-        make_plan(request((512,), policy="replay"), small, usable(10))
+        make_plan(request((512,), policy="checkpoint"), small, usable(10))
     with pytest.raises(ConfigError, match="loading needs"):
         dense = request((512,), modulation="host")
         dense = replace(dense, work=replace(dense.work, storage="bf16"))
         make_plan(dense, card("4090"), usable(24))
     with pytest.raises(ConfigError, match="nothing under lora.dropout"):
         make_plan(
-            replace(request(policy="u8"), work=replace(request().work, dropout=True)), small, limit
+            replace(request(policy="gelu_int8"), work=replace(request().work, dropout=True)),
+            small,
+            limit,
         )
 
 
@@ -238,11 +240,11 @@ def test_a_notch_leaner_goes_on_until_nothing_is_left():
         assert bucket.bytes <= before.bytes and bucket.seconds > before.seconds
         changed = [b for a, b in zip(before.choice.policies, bucket.choice.policies, strict=True)
                    if a != b]  # fmt: skip
-        assert changed and set(changed) <= {"fc1", "replay"}
+        assert changed and set(changed) <= {"recompute_mlp", "checkpoint"}
         before, seen = bucket, seen + 1
-    assert set(before.choice.policies) == {"replay"} and seen > 10
-    assert leaner_policies(("offload", "replay")) is None
-    assert leaner_policies(("offload", "u8", "keep")) == ("offload", "fc1", "keep")
+    assert set(before.choice.policies) == {"checkpoint"} and seen > 10
+    assert leaner_policies(("offload", "checkpoint")) is None
+    assert leaner_policies(("offload", "gelu_int8", "keep")) == ("offload", "recompute_mlp", "keep")
 
 
 def test_accumulation_and_batch_are_in_the_time():

@@ -115,10 +115,10 @@ def test_threads_take_as_long_as_predicted():
     start, kept = time.perf_counter(), {}
     engine.begin("a")
     for i in range(6):
-        keeper = engine.block(i) if sizes[i] else None
+        store = engine.block(i) if sizes[i] else None
         time.sleep(forward[i])
-        if keeper:
-            kept[i] = keeper, keeper.put(torch.full((nbytes // 4,), float(i)))
+        if store:
+            kept[i] = store, store.put(torch.full((nbytes // 4,), float(i)))
         engine.block_forward_done(i)
     engine.forward_done()
     for i in reversed(range(6)):

@@ -160,7 +160,7 @@ def test_lora_gradients_are_peft(case, targets, checkpointing, tmp_path):
                 module = peer.get_submodule(part)
                 module.lora_A["default"].weight.copy_(layer.lora_A[a_rows])
                 module.lora_B["default"].weight.copy_(layer.lora_B[b_rows])
-    ours.policies = ["replay" if checkpointing else "keep"] * len(ours.policies)
+    ours.policies = ["checkpoint" if checkpointing else "keep"] * len(ours.policies)
     target = torch.randn(x["img"].shape, generator=generator)
     truth = peer_forward(peer, x)
     out = ours(**x)

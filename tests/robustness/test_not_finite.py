@@ -197,7 +197,7 @@ def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkey
 
 @pytest.mark.parametrize(
     "layer, policy",
-    [("double_blocks.0.txt_attn.qkv", "keep"), ("single_blocks.1.linear2", "replay")],
+    [("double_blocks.0.txt_attn.qkv", "keep"), ("single_blocks.1.linear2", "checkpoint")],
 )
 def test_the_layer_where_it_begins_is_named(configure, layer, policy):
     run = start(configure(memory__policy=policy))

@@ -333,6 +333,11 @@ def test_the_same_settings_are_no_change(some_config):
             check_changes(one, two)
     del dump["train"]["guidance"], dump["memory"]  # of a version that did not know them
     assert check_changes(dump, some_config) == []
+    checkpointed = some_config.model_copy(deep=True)
+    checkpointed.memory.policy = "checkpoint"
+    dump = checkpointed.model_dump(mode="json")
+    dump["memory"]["policy"] = "replay"  # the same, in a version's words that had it so
+    assert check_changes(dump, checkpointed) == []
     several = settings(some_config) | {"seed": 1, "lora.rank": 3, "train.lr": 2.0}
     assert len(changes(several, some_config, REFUSED)) == 2
 

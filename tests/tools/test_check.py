@@ -184,7 +184,7 @@ def test_check_in_other_storages(configure, kind, storage):
 def test_the_same_twice_and_whatever_the_blocks_do(configure):
     """Every draw is the seed's; recomputing blocks, or not, is no matter of the configuration."""
     first = checked(in_8_bits(configure), batches=1)[0]
-    changes = {"memory__policy": "replay"}
+    changes = {"memory__policy": "checkpoint"}
     assert checked(in_8_bits(configure, **changes), batches=1)[0] == first
     assert checked(in_8_bits(configure, seed=1), batches=1)[0] != first
 

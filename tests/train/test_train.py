@@ -186,7 +186,7 @@ def test_flip_shuffle_masks_and_dropout_train_from_the_cache(configure, photos, 
              "shuffle_captions": True, "caption_dropout": 0.5, "num_repeats": 2},
             {"folder": str(photos), "resolution": [64, 96]},
         ],
-        train__steps=3, train__gradient_accumulation=2, memory__policy="replay",
+        train__steps=3, train__gradient_accumulation=2, memory__policy="checkpoint",
     )  # fmt: skip
     train(config)
     assert metrics(config)[-1]["step"] == 3

@@ -16,8 +16,8 @@ from fluxfast.memory.planner.cost import BlockOps, block_ops
 from fluxfast.memory.planner.ops import Op, codes_ops, element_op, total_seconds
 from fluxfast.memory.planner.step_spec import Shape, Work
 from fluxfast.memory.planner.timeline import Timeline, predict
+from fluxfast.model.activations import POLICIES
 from fluxfast.model.names import linear_shape
-from fluxfast.model.saving import POLICIES
 
 TRIED = 28  # numbers of offloaded blocks
 RELAXED = 3  # of the fastest choices, so many are looked at again
@@ -43,7 +43,7 @@ class _Block:
 
     forward: float
     backward: float
-    kept: dict[str, saved.Kept]
+    kept: dict[str, saved.SavedBytes]
     besides: dict[str, int]  # policy -> what its backward holds beyond what is kept
     time: dict[str, tuple[float, float]]
 
@@ -75,15 +75,15 @@ def policy_ops(
     work: Work, shape: Shape, block: str, policy: str, ops: BlockOps
 ) -> tuple[list[Op], list[Op]]:
     """What a policy adds to a block's own `ops`, copies apart -> (forward, backward)."""
-    if policy in ("fc1", "replay"):
-        return [], ops.fc1 if policy == "fc1" else ops.forward
-    if policy not in ("u8", "8bit"):
+    if policy in ("recompute_mlp", "checkpoint"):
+        return [], ops.recompute_mlp if policy == "recompute_mlp" else ops.forward
+    if policy not in ("gelu_int8", "int8"):
         return [], []
     # its own pass writes the codes; that backward reads fewer bytes is not counted in favour of
     # what rounds
     u = shape.batch * shape.tokens * work.spec.mlp_hidden
     codes = element_op("codes of u", u, 1, launches=0)
-    if policy == "u8":
+    if policy == "gelu_int8":
         return [codes], []
     full = saved.block_saved(work, block, shape, "keep").device
     pack, unpack = codes_ops(full // work.width - u, work.width)
@@ -118,7 +118,7 @@ class Chooser:
             {policy: saved.block_saved(work, name, shape, policy) for policy in more},
             {
                 policy: saved.transient(work, name, shape)
-                + saved.made_again(work, name, shape, policy)
+                + saved.recomputed(work, name, shape, policy)
                 for policy in more
             },
             {
@@ -208,7 +208,7 @@ class Chooser:
         return self.fixed(policies)
 
     def _costs(self, choice: Choice) -> bool:
-        return any(policy in ("fc1", "replay") for policy in choice.policies)
+        return any(policy in ("recompute_mlp", "checkpoint") for policy in choice.policies)
 
     def _fill(self, budget: int, allowed: Sequence[str], offloaded: frozenset) -> Choice | None:
         """Policies of those blocks that are not offloaded: as few moves as the budget takes."""

@@ -49,15 +49,15 @@ FUSED_TENSORS = 36  # that one launch of the fused AdamW takes
 
 @dataclass(frozen=True)
 class BlockOps:
-    """Ops of one pass forward and one backward. fc1: what replaying the MLP's first product in
-    backward costs (a single block's makes qkv too)."""
+    """Ops of one pass forward and one backward. recompute_mlp: what the MLP's first product costs
+    when backward computes it again (a single block's makes qkv too)."""
 
     forward: list[Op]
     backward: list[Op]
-    fc1: list[Op] = field(default_factory=list)
+    recompute_mlp: list[Op] = field(default_factory=list)
 
     def __add__(self, other: "BlockOps") -> "BlockOps":
-        names = ("forward", "backward", "fc1")
+        names = ("forward", "backward", "recompute_mlp")
         return BlockOps(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
@@ -242,7 +242,7 @@ def block_ops(work: Work, block: str, shape: Shape, recompute_scores: bool = Tru
     if group == "single_blocks":
         M, modulation = shape.batch * shape.tokens, f"{block}.modulation.lin"
         first = _normed(work, f"{block}.linear1", M, modulation)
-        ops = _replayed(first) + _attended(work, block, shape, 1, recompute_scores)
+        ops = _recomputed(first) + _attended(work, block, shape, 1, recompute_scores)
         return ops + _gelued(work, f"{block}.linear2", M, modulation)
     ops = _attended(work, block, shape, 2, recompute_scores)
     for stream, tokens in (("txt", shape.text_tokens), ("img", shape.image_tokens)):
@@ -251,12 +251,12 @@ def block_ops(work: Work, block: str, shape: Shape, recompute_scores: bool = Tru
         ops += _normed(work, f"{at}_attn.qkv", M, modulation)
         proj = _Linear(work, f"{at}_attn.proj", M, gate=_gate(work, modulation))
         ops += BlockOps(proj.forward(), proj.backward())
-        ops += _replayed(_normed(work, f"{at}_mlp.0", M, modulation))
+        ops += _recomputed(_normed(work, f"{at}_mlp.0", M, modulation))
         ops += _gelued(work, f"{at}_mlp.2", M, modulation)
     return ops
 
 
-def _replayed(ops: BlockOps) -> BlockOps:
+def _recomputed(ops: BlockOps) -> BlockOps:
     return BlockOps(ops.forward, ops.backward, list(ops.forward))
 
 

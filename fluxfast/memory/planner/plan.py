@@ -14,8 +14,8 @@ from fluxfast.memory.planner.choose import Choice, Chooser
 from fluxfast.memory.planner.cost import modulation_ops, optimizer_ops, outer_ops
 from fluxfast.memory.planner.ops import Op, seconds, total_seconds
 from fluxfast.memory.planner.step_spec import Shape, Work
+from fluxfast.model.activations import EXACT
 from fluxfast.model.flux import MODULATION_ROWS
-from fluxfast.model.saving import EXACT
 
 GIB = 2**30
 CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
@@ -39,7 +39,7 @@ class Request:
     """What is to be trained, and what the user has decided.
 
     shapes: label -> batch shape, one per bucket. saved_8bit: "none", "u" or "all" of the
-    activations may be kept in 8 bits. policy: "auto", or one of `saving.POLICIES` for all blocks.
+    activations may be kept in 8 bits. policy: "auto", or one of POLICIES for all blocks.
     modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
     preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
     encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step. assistant:
@@ -70,9 +70,11 @@ class Request:
         """The policies that may be chosen from."""
         if self.policy != "auto":
             return [self.policy]
-        if self.work.dropout:  # its path forms u and GELU apart: there is no op to keep codes
+        if (
+            self.work.dropout
+        ):  # its path forms u and GELU apart: there is no op to save it in 8 bits
             return list(EXACT)
-        in_8_bits = {"none": (), "u": ("u8",), "all": ("u8", "8bit")}[self.saved_8bit]
+        in_8_bits = {"none": (), "u": ("gelu_int8",), "all": ("gelu_int8", "int8")}[self.saved_8bit]
         return [*EXACT, *in_8_bits]
 
 
@@ -128,9 +130,9 @@ def best_plan(request: Request, card: Card, limit: float, host: int | None) -> P
     """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None where
     nothing fits. Raises ConfigError for settings that contradict each other.
     """
-    if request.policy == "u8" and request.work.dropout:
+    if request.policy == "gelu_int8" and request.work.dropout:
         raise ConfigError(
-            "memory.policy: u8 does nothing under lora.dropout, whose path forms GELU apart",
+            "memory.policy: gelu_int8 does nothing under lora.dropout, whose path forms GELU apart",
             hint="memory.policy: auto, or lora.dropout: 0",
         )
     choosers: dict[tuple[Shape, bool], Chooser] = {}
@@ -307,16 +309,19 @@ def leaner(plan: Plan, label: str) -> Plan | None:
 
 
 NOTCH = 0.125  # of the blocks
-IN_MEMORY = ("keep", "u8", "8bit")
+IN_MEMORY = ("keep", "gelu_int8", "int8")
 
 
 def leaner_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
-    """An eighth of the blocks, the foremost that can be leaner, become so: first fc1, then replay.
-    A block that is offloaded or replayed is as lean as it gets.
+    """An eighth of the blocks, the foremost that can be leaner, become so: first recompute_mlp,
+    then checkpoint. A block that is offloaded or checkpointed is as lean as it gets.
     """
     count = max(1, round(NOTCH * len(policies)))
     changed = list(policies)
-    for word, weaker in (("fc1", IN_MEMORY), ("replay", (*IN_MEMORY, "fc1"))):
+    for word, weaker in (
+        ("recompute_mlp", IN_MEMORY),
+        ("checkpoint", (*IN_MEMORY, "recompute_mlp")),
+    ):
         able = [i for i, policy in enumerate(changed) if policy in weaker]
         for index in able[:count]:
             changed[index] = word

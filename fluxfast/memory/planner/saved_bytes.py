@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxfast.memory.planner.step_spec import WIDTH, Shape, Work
+from fluxfast.model.activations import group_size
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.model.names import block_linears, linear_shape, tensor_sources
 from fluxfast.model.precision import linears, multiplies_in_8_bits
-from fluxfast.model.saving import group_size
 
 ALIGNED = 256  # bytes: where a storage begins in the arena
 GRADIENT_ALIGNED = 64  # values: where a parameter's view of the flat gradient begins
@@ -35,7 +35,7 @@ def modulation_names(work: Work) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedBytes:
     """Bytes of one block between forward and backward: on the card, in the host's arena."""
 
     device: int
@@ -105,37 +105,37 @@ def norm_is_free(work: Work, block: str) -> bool:
     return work.dropout and saves(work, block) and not (index and saves(work, names[index - 1]))
 
 
-def block_saved(work: Work, block: str, shape: Shape, policy: str) -> Kept:
-    """What a block keeps for backward. policy: one of `model.saving.POLICIES`."""
+def block_saved(work: Work, block: str, shape: Shape, policy: str) -> SavedBytes:
+    """What a block keeps for backward. policy: one of `model.activations.POLICIES`."""
     if not saves(work, block):
-        return Kept(0)
+        return SavedBytes(0)
     e, storages = work.width, _storages(work, block, shape)
-    if policy == "replay":
+    if policy == "checkpoint":
         M, D = shape.batch * shape.tokens, work.spec.hidden_size
-        return Kept(e * M * D)
+        return SavedBytes(e * M * D)
     rest = _statistics(work, block, shape)
     if policy == "offload":
         sizes = [e * s.count for s in storages]
-        return Kept(rest, sum(-(-size // ALIGNED) * ALIGNED for size in sizes))
-    if policy == "fc1":
-        again = ("u",) if block.startswith("double") else ("u", "qkv", "qkv+u")
-        return Kept(rest + sum(e * s.count for s in storages if s.role not in again))
+        return SavedBytes(rest, sum(-(-size // ALIGNED) * ALIGNED for size in sizes))
+    if policy == "recompute_mlp":
+        recomputed = ("u",) if block.startswith("double") else ("u", "qkv", "qkv+u")
+        return SavedBytes(rest + sum(e * s.count for s in storages if s.role not in recomputed))
     if policy == "keep":
-        return Kept(rest + sum(e * s.count for s in storages))
-    assert policy in ("u8", "8bit"), policy
+        return SavedBytes(rest + sum(e * s.count for s in storages))
+    assert policy in ("gelu_int8", "int8"), policy
     total = rest
     for storage in storages:
         if storage.role == "u" and not _takes_apart(work, block):
             total += storage.count + 8 * (storage.count // work.spec.mlp_hidden)
-        elif policy == "8bit":
+        elif policy == "int8":
             total += storage.count + 4 * (storage.count // group_size(storage.count))
         else:
             total += e * storage.count
-    return Kept(total)
+    return SavedBytes(total)
 
 
 def _takes_apart(work: Work, block: str) -> bool:
-    """Whether dropout forms u and GELU apart, where no op can keep u in codes."""
+    """Whether dropout forms u and GELU apart, where no op can save u in 8 bits."""
     last = ("img_mlp.2", "txt_mlp.2", "linear2")
     return work.dropout and any(f"{block}.{name}" in work.lora.modules for name in last)
 
@@ -159,10 +159,10 @@ def transient(work: Work, block: str, shape: Shape) -> int:
     """The most that a block's backward holds beyond what is saved.
 
     That is in the MLP's last linear, while nothing of the block is let go yet: the gradient that
-    comes in, with and without the gate (2 D), gelu(u) made again (F), the gradients towards it and
-    towards attention (F + D), and half a D of what is small. Attention's own needs 10 D: q, k, v
-    and their gradients, do, dqkv, the residual's, but u is gone then. 8-bit products: the codes of
-    the gradient and of what an epilogue reads.
+    comes in, with and without the gate (2 D), gelu(u) computed again (F), the gradients towards it
+    and towards attention (F + D), and half a D of what is small. Attention's own needs 10 D: q, k,
+    v and their gradients, do, dqkv, the residual's, but u is gone then. 8-bit products: the codes
+    of the gradient and of what an epilogue reads.
     """
     D, F = work.spec.hidden_size, work.spec.mlp_hidden
     M = shape.batch * shape.tokens
@@ -170,12 +170,12 @@ def transient(work: Work, block: str, shape: Shape) -> int:
     return M * (work.width * (2 * F + 3 * D + D // 2) + codes)
 
 
-def made_again(work: Work, block: str, shape: Shape, policy: str) -> int:
+def recomputed(work: Work, block: str, shape: Shape, policy: str) -> int:
     """What a policy brings back to the card for a block's backward, beyond what it keeps there."""
     full, kept = (block_saved(work, block, shape, p).device for p in ("keep", policy))
-    if policy in ("replay", "fc1"):
+    if policy in ("checkpoint", "recompute_mlp"):
         return full - kept
-    if policy == "8bit":  # one storage at a time, qkv the largest; o and its gradient's op overlap
+    if policy == "int8":  # one storage at a time, qkv the largest; o and its gradient's op overlap
         M, D = shape.batch * shape.tokens, work.spec.hidden_size
         return 4 * M * D * work.width
     return 0  # offloaded blocks come into the staging buffers, which are always there
@@ -190,7 +190,7 @@ def step_peak(work: Work, shape: Shape, policies: Sequence[str]) -> int:
     most = 0
     for block, policy in zip(blocks_of(work), policies, strict=True):
         held += block_saved(work, block, shape, policy).device
-        now = held + transient(work, block, shape) + made_again(work, block, shape, policy)
+        now = held + transient(work, block, shape) + recomputed(work, block, shape, policy)
         most = max(most, now)
     return most
 

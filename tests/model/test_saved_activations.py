@@ -6,9 +6,9 @@ import pytest
 import torch
 from small import SMALL
 
+from fluxfast.model.activations import EXACT, POLICIES, SavedActivations, group_size
 from fluxfast.model.flux import MODULATION_ROWS, Flux, random_flux, timestep_embedding
 from fluxfast.model.lora import inject_lora
-from fluxfast.model.saving import EXACT, POLICIES, Saving, group_size
 from fluxfast.objective import image_ids, text_ids
 
 
@@ -104,7 +104,7 @@ def test_exact_policies_under_dropout_change_no_bit():
 
 # of each gradient's norm: u in 8 bits errs by up to 0.9 % in gelu' and gelu (see gelu.py), groups
 # of 128 normal values in int8 by 0.7 %; a gradient is formed of about four of these, independent
-@pytest.mark.parametrize(("policy", "bound"), [("u8", 0.02), ("8bit", 0.03)])
+@pytest.mark.parametrize(("policy", "bound"), [("gelu_int8", 0.02), ("int8", 0.03)])
 @pytest.mark.parametrize("targets", ["attn+mlp", "all"])
 def test_8_bits_change_gradients_within_their_bound_and_the_velocity_not_at_all(
     policy, bound, targets
@@ -139,7 +139,7 @@ def test_offload_without_an_engine_is_refused():
         model(**inputs(1, 8, 5))
 
 
-def test_each_storage_goes_to_the_keeper_once():
+def test_each_storage_goes_to_the_store_once():
     """A double block's o is saved three times (attention, both projections): one storage."""
     model, x = flux(), inputs(1, 8, 5)
     model.policies = ["offload", "keep", "keep"]
@@ -161,7 +161,7 @@ def test_nothing_outlives_the_graph(policy):
         gradients(model, x)
         out = model(**x)  # and without a backward pass
         del out
-        before = sum(1 for o in gc.get_objects() if type(o) is Saving)
+        before = sum(1 for o in gc.get_objects() if type(o) is SavedActivations)
         assert before == 1  # KEEP
     finally:
         gc.enable()
@@ -169,7 +169,7 @@ def test_nothing_outlives_the_graph(policy):
 
 def test_no_grad_keeps_nothing():
     model, x = flux(), inputs(1, 8, 5)
-    model.policies = ["offload", "fc1", "8bit"]
+    model.policies = ["offload", "recompute_mlp", "int8"]
     with torch.no_grad():
         model(**x)
     assert model.offload.events == []
