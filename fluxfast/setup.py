@@ -57,7 +57,7 @@ def build(
 ) -> Training:
     """The frozen model with its LoRA, and everything that trains it as planned."""
     from fluxfast.formats.base.load import load_resolved
-    from fluxfast.formats.lora.apply import init_lora, load_assistant, lora_of
+    from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant
     from fluxfast.formats.lora.write import to_state
     from fluxfast.run.checkpoint import checkpoints
     from fluxfast.util.hub import fetch_lora
@@ -72,7 +72,7 @@ def build(
         init_lora(model, lora.init_from)
         log.info(f"starting from {lora.init_from}")
     if "xlabs" in config.save.formats:  # it cannot hold everything: an error now, not at the end
-        to_state(lora_of(model), "xlabs")
+        to_state(extract_lora(model), "xlabs")
     if assistant:
         load_assistant(model, assistant)
         log.info(f"{config.model.assistant_lora} assists in training, not in previews and files")

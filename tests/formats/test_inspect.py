@@ -14,7 +14,7 @@ from fluxfast.formats.base.detect import model_name
 from fluxfast.formats.base.quantize import quantize
 from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
-from fluxfast.formats.lora.apply import lora_of, save_lora
+from fluxfast.formats.lora.apply import extract_lora, save_lora
 from fluxfast.formats.lora.write import FORMATS, to_state
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora
@@ -130,7 +130,7 @@ def test_lora_files(tmp_path, form):
 def test_alphas_of_a_lora(tmp_path):
     model = random_flux(SMALL)
     inject_lora(model, rank=4, alpha=2.0, targets="attn", share_a=True)
-    state = to_state(lora_of(model), "kohya")
+    state = to_state(extract_lora(model), "kohya")
     for key in state:
         if key.endswith(".alpha"):
             state[key] = torch.tensor(0.5 if "double" in key else 3.0)

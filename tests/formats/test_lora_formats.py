@@ -4,24 +4,56 @@ FLUX.1 is refused in one clear message.
 
 import json
 import random
-import struct
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
 from small import SMALL
+from test_lora import inputs
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.lora.apply import init_lora, load_lora, lora_of, save_lora
+from fluxfast.formats.base.detect import is_lora
+from fluxfast.formats.container import Safetensors
+from fluxfast.formats.lora.apply import extract_lora, init_lora, load_lora, save_lora
 from fluxfast.formats.lora.names import parse
 from fluxfast.formats.lora.read import from_tensors, read_lora
-from fluxfast.formats.lora.update import Lora, Piece, balanced, merged, rows_of, scaled
+from fluxfast.formats.lora.update import (
+    LoraWeights,
+    Piece,
+    balanced,
+    merged,
+    part_count,
+    rows_of,
+    scaled,
+)
 from fluxfast.formats.lora.write import FORMATS, to_bytes, to_state
 from fluxfast.model.flux import random_flux
-from fluxfast.model.lora import inject_lora, lora_layers
+from fluxfast.model.lora import inject_lora, lora_layers, set_lora_strength
 from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 
 ROUNDING = 1e-6  # of fp32, relative to the largest entry of a layer's ΔW
+PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
+PROJ_BFL = "double_blocks.0.img_attn.proj"
+KOHYA = "lora_unet_double_blocks_0_img_attn_"
+TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+
+
+def ab(name: str, rows=64, columns=64, rank=2) -> dict:
+    """Factors of ones, as peft calls them."""
+    a, b = torch.ones(rank, columns), torch.ones(rows, rank)
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+
+
+def kohya(name: str, a, b, alpha: float | None = None) -> dict:
+    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    return state if alpha is None else {**state, f"{name}.alpha": torch.tensor(alpha)}
+
+
+def factor(state: dict, role: str, module: str = PROJ_BFL) -> torch.Tensor:
+    """The one of that role and linear."""
+    keys = {name: parse(name) for name in state}
+    (name,) = (name for name, key in keys.items() if (key.role, key.module) == (role, module))
+    return state[name]
 
 
 def trained(targets="attn+mlp", share_a=False, rank=3, alpha=5.0, seed=1, **patterns):
@@ -45,7 +77,7 @@ def update(model) -> dict[str, torch.Tensor]:
     return deltas
 
 
-def meaning(lora: Lora, spec=SMALL) -> dict[str, torch.Tensor]:
+def meaning(lora: LoraWeights, spec=SMALL) -> dict[str, torch.Tensor]:
     """BFL name -> ΔW of what was read."""
     deltas = {}
     for name, pieces in lora.pieces.items():
@@ -69,7 +101,7 @@ def same(got: dict, expected: dict) -> None:
         assert (got[name] - expected[name]).abs().max() <= ROUNDING * size, name
 
 
-def through(lora: Lora, format: str, drop=False) -> Lora:
+def through(lora: LoraWeights, format: str, drop=False) -> LoraWeights:
     """Written and read back, as bytes of a file would be."""
     return from_tensors(to_state(lora, format, drop=drop), {}, format)
 
@@ -89,7 +121,7 @@ def held_by_xlabs(deltas: dict) -> dict:
 def test_every_pair_of_formats_means_the_same(targets, share_a):
     model = trained(targets, share_a)
     truth = update(model)
-    start = lora_of(model)
+    start = extract_lora(model)
     for first in FORMATS:
         once = through(start, first, drop=True)
         expected = held_by_xlabs(truth) if first == "xlabs" else truth
@@ -99,16 +131,16 @@ def test_every_pair_of_formats_means_the_same(targets, share_a):
             same(meaning(through(once, second, drop=True)), last)
 
 
-def any_pieces(seed: int) -> Lora:
+def any_pieces(seed: int) -> LoraWeights:
     """Up to three pieces a linear, on any of its parts, with A's shared or not, zeros here and
     there: what merging can make.
     """
     draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    lora = Lora(hidden=SMALL.hidden_size, mlp=SMALL.mlp_hidden)
+    lora = LoraWeights(hidden=SMALL.hidden_size, mlp=SMALL.mlp_hidden)
     modules = [*block_linears(SMALL), *outer_linears(SMALL)]
     for module in draw.sample(modules, draw.randint(4, len(modules))):
         rows, columns = linear_shape(module, SMALL)
-        heights = lora.heights(module) or [rows]
+        heights = lora.heights(module) if part_count(module) > 1 else [rows]
         shared = [torch.randn(draw.randint(1, 3), columns, generator=g) for _ in range(2)]
         for _ in range(draw.randint(1, 3)):
             parts = tuple(sorted(draw.sample(range(len(heights)), draw.randint(1, len(heights)))))
@@ -141,11 +173,9 @@ def test_any_pieces_mean_the_same_in_every_format_and_on_a_model(seed, tmp_path)
 def test_fused_and_back_keeps_every_rank(format):
     """Split A's come back as blocks, of a shared A there is one again: no rank is gained."""
     for share_a in (False, True):
-        lora = lora_of(trained("all", share_a))
+        lora = extract_lora(trained("all", share_a))
         state = to_state(lora, format)
-        (down,) = [t for k, t in state.items() if "single_blocks" in k and "1" in k[14:] and
-                   "0" in k and "linear1" in k and ("down" in k or "lora_A" in k)]  # fmt: skip
-        assert down.shape[0] == (3 if share_a else 4 * 3)
+        assert len(factor(state, "down", "single_blocks.0.linear1")) == (3 if share_a else 4 * 3)
         back = to_state(from_tensors(state, {}, format), "diffusers")
         assert {t.shape[0] for k, t in back.items() if "lora_A" in k} == {3}
         again = to_state(from_tensors(back, {}, "diffusers"), format)
@@ -153,7 +183,7 @@ def test_fused_and_back_keeps_every_rank(format):
 
 
 def test_parts_that_are_not_trained_stay_out():
-    lora = lora_of(trained(include=["to_k", "proj_mlp"]))
+    lora = extract_lora(trained(include=["to_k", "proj_mlp"]))
     names = set(to_state(lora, "diffusers"))
     assert names == set(to_state(through(lora, "kohya"), "diffusers"))
     assert not any("to_q" in name or "to_v" in name for name in names)
@@ -162,23 +192,19 @@ def test_parts_that_are_not_trained_stay_out():
 def test_kohya_alpha_and_default_scale():
     """alpha / rank scales; without an alpha the scale is 1. Both are right for odd numbers too."""
     a, b = torch.randn(4, 64), torch.randn(64, 4)
-    name = "lora_unet_double_blocks_0_img_attn_proj"
-    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
     for alpha, scale in ((None, 1.0), (4.0, 1.0), (1.0, 0.25), (3.0, 0.75), (64.0, 16.0)):
-        more = {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
-        lora = from_tensors({**state, **more}, {}, "x")
+        lora = from_tensors(kohya(f"{KOHYA}proj", a, b, alpha), {}, "x")
         truth = scale * (b.double() @ a.double())
-        (piece,) = lora.pieces["double_blocks.0.img_attn.proj"]
+        (piece,) = lora.pieces[PROJ_BFL]
         assert (piece.b @ piece.a - truth).abs().max() <= ROUNDING * truth.abs().max()
-        again = to_state(lora, "kohya")
-        assert again[f"{name}.alpha"] == 4.0
+        assert factor(to_state(lora, "kohya"), "alpha") == 4.0
 
 
 def test_a_1x1_convolution_is_a_linear():
     flat = ab(PROJ)
     state = {key: tensor[:, :, None, None] for key, tensor in flat.items()}
-    (piece,) = from_tensors(state, {}, "x").pieces["double_blocks.0.img_attn.proj"]
-    assert torch.equal(piece.a, flat[f"{PROJ}.lora_A.weight"])
+    (piece,) = from_tensors(state, {}, "x").pieces[PROJ_BFL]
+    assert torch.equal(piece.a, factor(flat, "down"))
     with pytest.raises(ConfigError, match="two dimensions"):
         from_tensors({key: t.expand(-1, -1, 3, 3) for key, t in state.items()}, {}, "x")
 
@@ -192,20 +218,18 @@ def test_the_last_layer_has_as_many_rows_as_the_model_has_channels():
 
 def test_an_update_of_zero_keeps_its_factors():
     """What was saved before it learnt anything is still a LoRA of those linears."""
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    state = {f"{name}.lora_down.weight": torch.randn(4, 64),
-             f"{name}.lora_up.weight": torch.zeros(192, 4)}  # fmt: skip
+    state = kohya(f"{KOHYA}qkv", torch.randn(4, 64), torch.zeros(192, 4))
     split = to_state(from_tensors(state, {}, "x"), "diffusers")
     for part in ("to_q", "to_k", "to_v"):
         a = split[f"transformer.transformer_blocks.0.attn.{part}.lora_A.weight"]
-        assert torch.equal(a, state[f"{name}.lora_down.weight"])
+        assert torch.equal(a, state[f"{KOHYA}qkv.lora_down.weight"])
 
 
 def test_balancing_is_exact():
     """By powers of two: the product has the same bits."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 64, generator=g) * 3e-5, torch.randn(64, 4, generator=g) * 7.0
-    (piece,) = balanced(Lora(pieces={"x": [Piece((0,), a, b)]})).pieces["x"]
+    (piece,) = balanced(LoraWeights(pieces={"x": [Piece((0,), a, b)]})).pieces["x"]
     assert 0.5 < piece.a.abs().max() / piece.b.abs().max() < 2
     assert torch.equal(piece.b @ piece.a, b @ a)
 
@@ -214,11 +238,9 @@ def test_fp16_survives_a_small_alpha():
     """Factors that fp16 holds badly once alpha is folded into them keep their digits."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(64, 64, generator=g), torch.randn(64, 64, generator=g) * 1e-4
-    name = "lora_unet_double_blocks_0_img_attn_proj"
-    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b,
-             f"{name}.alpha": torch.tensor(2.0**-4)}  # fmt: skip
+    state = kohya(f"{KOHYA}proj", a, b, 2.0**-4)
     written = to_state(balanced(from_tensors(state, {}, "x")), "diffusers")
-    up, down = (next(t for k, t in written.items() if w in k) for w in ("lora_B", "lora_A"))
+    up, down = factor(written, "up"), factor(written, "down")
     truth = (b.double() @ a.double()) * 2.0**-10
     error = (up.half().double() @ down.half().double() - truth).abs().max() / truth.abs().max()
     assert error < 2e-3
@@ -226,13 +248,13 @@ def test_fp16_survives_a_small_alpha():
     assert (folded - truth).abs().max() / truth.abs().max() > 0.05  # the naive way loses it
 
 
-def outer_and_text() -> Lora:
+def outer_and_text() -> LoraWeights:
     g = torch.Generator().manual_seed(3)
 
     def piece(rows, columns):
         return Piece((0,), torch.randn(2, columns, generator=g), torch.randn(rows, 2, generator=g))
 
-    lora = lora_of(trained("attn"))
+    lora = extract_lora(trained("attn"))
     for name in ("img_in", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
         lora.pieces[name] = [piece(*linear_shape(name, SMALL))]
     lora.text = {
@@ -257,13 +279,18 @@ def test_outside_the_blocks_and_text_encoders(format):
 def test_text_encoders_are_spelt_as_each_format_has_it():
     """OneTrainer counts T5 as te2, where kohya says te3: what is written is kohya's."""
     clip, t5 = "text_model.encoder.layers.3.mlp.fc1", "encoder.block.2.layer.0.SelfAttention.q"
+    joined_clip, joined_t5 = clip.replace(".", "_"), t5.replace(".", "_")
     names = {
         "diffusers": (f"text_encoder.{clip}.lora_A.weight", f"text_encoder_2.{t5}.lora_B.weight"),
-        "kohya": (f"lora_te1_{clip.replace('.', '_')}.lora_down.weight",
-                  f"lora_te3_{t5.replace('.', '_')}.lora_up.weight"),
-        "comfyui": (f"text_encoders.clip_l.transformer.{clip}.lora_down.weight",
-                    f"text_encoders.t5xxl.transformer.{t5}.lora_up.weight"),
-    }  # fmt: skip
+        "kohya": (
+            f"lora_te1_{joined_clip}.lora_down.weight",
+            f"lora_te3_{joined_t5}.lora_up.weight",
+        ),
+        "comfyui": (
+            f"text_encoders.clip_l.transformer.{clip}.lora_down.weight",
+            f"text_encoders.t5xxl.transformer.{t5}.lora_up.weight",
+        ),
+    }
     for format, expected in names.items():
         assert set(expected) <= to_state(outer_and_text(), format).keys()
 
@@ -279,22 +306,22 @@ def test_norm_out_halves_are_swapped():
 
 def test_what_has_no_place_is_named(log_lines):
     with pytest.raises(ConfigError, match="xlabs files have no place for .*img_mlp.0.* more") as e:
-        to_state(lora_of(trained("all")), "xlabs")
+        to_state(extract_lora(trained("all")), "xlabs")
     assert "--drop" in e.value.hint
     to_state(outer_and_text(), "bfl", drop=True)
     (line,) = log_lines
     assert "clip/text_model" in line
     with pytest.raises(ConfigError, match="nothing of this LoRA"):
-        to_state(lora_of(trained("all", include=["mod"])), "xlabs", drop=True)
+        to_state(extract_lora(trained("all", include=["mod"])), "xlabs", drop=True)
 
 
 def test_xlabs_file_has_one_rank_and_whole_blocks():
     """x-flux's own loader builds every processor of a block at one rank."""
-    lora = lora_of(trained("attn", include=["single_blocks.1", "img_attn"]))
+    lora = extract_lora(trained("attn", include=["single_blocks.1", "img_attn"]))
     state = to_state(lora, "xlabs")
-    names = {f"double_blocks.0.processor.{n}" for n in
-             ("qkv_lora1", "proj_lora1", "qkv_lora2", "proj_lora2")}  # fmt: skip
-    names |= {f"single_blocks.1.processor.{n}" for n in ("qkv_lora", "proj_lora")}
+    processors = ("qkv_lora1", "proj_lora1", "qkv_lora2", "proj_lora2")
+    names = [f"double_blocks.0.processor.{name}" for name in processors]
+    names += [f"single_blocks.1.processor.{name}" for name in ("qkv_lora", "proj_lora")]
     assert set(state) == {f"{name}.{way}.weight" for name in names for way in ("up", "down")}
     assert {t.shape[0] for k, t in state.items() if "down" in k} == {9}
 
@@ -302,92 +329,100 @@ def test_xlabs_file_has_one_rank_and_whole_blocks():
 # ---------------------------------------------------------------- spellings of other programs
 
 
-def respelt(state: dict, rename) -> dict:
+def respelled(state: dict, rename) -> dict:
     return {rename(key): tensor for key, tensor in state.items()}
 
 
 def onetrainer(key: str) -> str:
     """Legacy names: `lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight`."""
-    name, _, factor = key.removesuffix(".weight").rpartition(".")
-    suffix = {"lora_A": "lora_down", "lora_B": "lora_up"}[factor]
+    name, _, side = key.removesuffix(".weight").rpartition(".")
+    suffix = {"lora_A": "lora_down", "lora_B": "lora_up"}[side]
     return f"lora_{name.replace('.', '_')}.{suffix}.weight"
 
 
+def peft(key: str) -> str:
+    return key.replace("transformer.", "base_model.model.", 1)
+
+
+def sides(down: str, up: str):
+    return lambda key: key.replace(".lora_A", down).replace(".lora_B", up)
+
+
 SPELLINGS = {
-    "peft": ("diffusers", lambda k: k.replace("transformer.", "base_model.model.", 1)),
-    "peft adapter": ("diffusers", lambda k: k.replace("transformer.", "base_model.model.", 1)
-                     .replace(".weight", ".default.weight")),
+    "peft": ("diffusers", peft),
+    "peft adapter": ("diffusers", lambda k: peft(k).replace(".weight", ".default.weight")),
     "peft bfl": ("bfl", lambda k: f"base_model.model.{k}"),
     "bare diffusers": ("diffusers", lambda k: k.removeprefix("transformer.")),
     "simpletuner": ("diffusers", lambda k: k.replace("transformer.", "diffusion_model.", 1)),
     "comfyui lora_A": ("bfl", lambda k: f"diffusion_model.{k}"),
-    "comfyui _lora.up": ("bfl", lambda k: k.replace(".lora_A", "_lora.down")
-                         .replace(".lora_B", "_lora.up")),
-    "comfyui lora.up": ("bfl", lambda k: k.replace(".lora_A", ".lora.down")
-                        .replace(".lora_B", ".lora.up")),
+    "comfyui _lora.up": ("bfl", sides("_lora.down", "_lora.up")),
+    "comfyui lora.up": ("bfl", sides(".lora.down", ".lora.up")),
     "comfyui no weight": ("bfl", lambda k: f"diffusion_model.{k.removesuffix('.weight')}"),
-    "linear_layer": ("diffusers", lambda k: k.replace(".lora_A", ".lora_linear_layer.down")
-                     .replace(".lora_B", ".lora_linear_layer.up")),
+    "linear_layer": ("diffusers", sides(".lora_linear_layer.down", ".lora_linear_layer.up")),
     "onetrainer legacy": ("diffusers", onetrainer),
     "lycoris": ("diffusers", lambda k: onetrainer(k).replace("lora_transformer_", "lycoris_")),
     "onetrainer original": ("comfyui", lambda k: k.removeprefix("diffusion_model.")),
     "xlabs in comfyui": ("xlabs", lambda k: f"diffusion_model.{k}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spelling", [*FORMATS, *SPELLINGS])
 def test_every_factor_gives_a_lora_away(spelling):
     """A file may hold one linear only: `inspect` and `--model` call it a LoRA all the same."""
-    from fluxfast.formats.base.detect import is_lora
-
     format, rename = SPELLINGS.get(spelling, (spelling, str))
-    for key in respelt(to_state(lora_of(trained("attn")), format), rename):
+    for key in respelled(to_state(extract_lora(trained("attn")), format), rename):
         assert is_lora([key]) or key.endswith(".alpha"), key
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling):
     format, rename = SPELLINGS[spelling]
-    lora = lora_of(trained("attn" if format == "xlabs" else "all"))
+    lora = extract_lora(trained("attn" if format == "xlabs" else "all"))
     state = to_state(lora, format)
-    again = respelt(state, rename)
+    again = respelled(state, rename)
     assert again.keys() != state.keys()
     same(meaning(from_tensors(again, {}, spelling)), meaning(lora))
 
 
 def test_omi_numbers_the_parts():
-    state = to_state(lora_of(trained("attn")), "diffusers")
+    state = to_state(extract_lora(trained("attn")), "diffusers")
     names = {"attn.to_q": "linear1.0", "attn.to_k": "linear1.1", "attn.to_v": "linear1.2"}
     for theirs, omi in names.items():
         key = f"transformer.single_transformer_blocks.0.{theirs}.lora_A.weight"
-        place = parse(key)[1]
         for prefix in ("transformer.", "lora_transformer."):
-            again = parse(f"{prefix}single_blocks.0.{omi}.lora_A.weight")[1]
-            assert key in state and (place.module, place.parts) == (again.module, again.parts)
-    assert parse("transformer.img_in.proj.lora_down.weight")[1].module == "img_in"
+            again = parse(f"{prefix}single_blocks.0.{omi}.lora_A.weight")
+            assert key in state and parse(key)[:3] == again[:3]
+    assert parse("transformer.img_in.proj.lora_down.weight").module == "img_in"
+
+
+ATTENTION, WO = "self_attn.q_proj", "1.DenseReluDense.wo"
 
 
 @pytest.mark.parametrize(
     ("key", "module"),
     [
-        ("lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha",
-         "clip/text_model.encoder.layers.11.mlp.fc2"),
-        ("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight",
-         "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
-        ("lora_te3_encoder_block_23_layer_0_SelfAttention_v.lora_up.weight",
-         "t5/encoder.block.23.layer.0.SelfAttention.v"),
-        ("lora_clip_l.text_model.encoder.layers.0.self_attn.q_proj.lora_up.weight",
-         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
-        ("lora_t5.encoder.block.0.layer.1.DenseReluDense.wo.lora_down.weight",
-         "t5/encoder.block.0.layer.1.DenseReluDense.wo"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
-         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
-        ("text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight",  # transformers 5
-         "clip/text_model.encoder.layers.0.self_attn.q_proj"),
+        ("lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha", "clip/11.mlp.fc2"),
+        ("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight", f"t5/0.layer.{WO}"),
+        (
+            "lora_te3_encoder_block_23_layer_0_SelfAttention_v.lora_up.weight",
+            "t5/23.layer.0.SelfAttention.v",
+        ),
+        (
+            f"lora_clip_l.text_model.encoder.layers.0.{ATTENTION}.lora_up.weight",
+            f"clip/0.{ATTENTION}",
+        ),
+        (f"lora_t5.encoder.block.0.layer.{WO}.lora_down.weight", f"t5/0.layer.{WO}"),
+        (
+            f"text_encoder.text_model.encoder.layers.0.{ATTENTION}.lora_linear_layer.up.weight",
+            f"clip/0.{ATTENTION}",
+        ),
+        # transformers 5
+        (f"text_encoder.encoder.layers.0.{ATTENTION}.lora_A.weight", f"clip/0.{ATTENTION}"),
     ],
-)  # fmt: skip
+)
 def test_text_encoder_names(key, module):
-    assert parse(key)[1].module == module
+    module = module.replace("clip/", "clip/text_model.encoder.layers.")
+    assert parse(key).module == module.replace("t5/", "t5/encoder.block.")
 
 
 def test_a_text_encoders_bias_is_dropped_by_name(log_lines):
@@ -400,76 +435,75 @@ def test_a_text_encoders_bias_is_dropped_by_name(log_lines):
 
 def test_peft_configuration_beside_the_file(tmp_path):
     """peft keeps alpha in adapter_config.json; a pattern overrides it, rslora takes the root."""
-    lora = lora_of(trained("attn", rank=4, alpha=4.0))
-    state = respelt(to_state(lora, "diffusers"), SPELLINGS["peft"][1])
+    lora = extract_lora(trained("attn", rank=4, alpha=4.0))
+    state = respelled(to_state(lora, "diffusers"), peft)
     save_file(state, tmp_path / "adapter_model.safetensors")
-    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_out.0": 2}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    got, plain = meaning(read_lora(tmp_path)), meaning(lora)
-    for name, delta in plain.items():
-        plain[name] = delta * (0.5 if name.endswith("img_attn.proj") else 2.0)
-    same(got, plain)
-    config = {"r": 4, "lora_alpha": 8, "use_rslora": True}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    same(meaning(read_lora(tmp_path)), {k: v * 4.0 for k, v in meaning(lora).items()})
+    plain = meaning(lora)
+
+    def read(config) -> dict:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / "adapter_config.json").write_text(text)
+        return meaning(read_lora(tmp_path))
+
+    got = read({"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_out.0": 2}})
+    same(got, {k: v * (0.5 if k.endswith("img_attn.proj") else 2.0) for k, v in plain.items()})
+    got = read({"r": 4, "lora_alpha": 8, "use_rslora": True})
+    same(got, {k: v * 4.0 for k, v in plain.items()})
     # a name from its beginning on, as peft's own pattern: without what peft puts in front
-    config = {"lora_alpha": 4, "alpha_pattern": {"^transformer_blocks.0.attn.to_out.0": 2}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
-    delta = meaning(read_lora(tmp_path))["double_blocks.0.img_attn.proj"]
-    assert torch.equal(delta, 0.5 * meaning(lora)["double_blocks.0.img_attn.proj"])
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    pattern = {"^transformer_blocks.0.attn.to_out.0": 2}
+    got = read({"r": 4, "lora_alpha": 4, "alpha_pattern": pattern})
+    assert torch.equal(got[PROJ_BFL], 0.5 * plain[PROJ_BFL])
     with pytest.raises(ConfigError, match=r"is a DoRA \(its peft configuration says so"):
-        read_lora(tmp_path)
-    for wrong in (
-        "[1]", '{"lora_alpha": "a"}', '{"lora_alpha": NaN}', '{"alpha_pattern": {"(": 2}}',
-        '{"alpha_pattern": {"x": 1e999}}', '{"alpha_pattern": [1]}',
-    ):  # fmt: skip
-        (tmp_path / "adapter_config.json").write_text(wrong)
+        read({"use_dora": True})
+    wrong = ["[1]", '{"lora_alpha": "a"}', '{"lora_alpha": NaN}', '{"alpha_pattern": [1]}']
+    for text in (*wrong, '{"alpha_pattern": {"(": 2}}', '{"alpha_pattern": {"x": 1e999}}'):
         with pytest.raises(ConfigError, match="peft configuration cannot be read") as error:
-            read_lora(tmp_path)
+            read(text)
         assert "\n" not in error.value.message
 
 
-def test_the_first_pattern_that_fits_counts():
+def scale_of(config: dict, key: str = PROJ, **state) -> float:
+    """What the pair of ones under `key` is multiplied by, with diffusers' header."""
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    lora = from_tensors({**ab(PROJ, rank=4), **ab(TEXT, rank=4), **state}, metadata, "x")
+    ((piece,),) = (lora.pieces if key == PROJ else lora.text).values()
+    return (piece.b @ piece.a)[0, 0].item() / 4
+
+
+@pytest.mark.parametrize(
+    "patterns, alpha",
+    [
+        ({"attn.to_out.0": 1, "to_out.0": 2}, 1),
+        ({"to_out.0": 2, "attn.to_out.0": 1}, 2),
+        ({"out.0": 1}, 8),
+        ({"^attn.to_out.0": 1}, 8),
+        ({r"to_out\.0$": 1}, 1),
+        ({"0": 3}, 3),
+        ({"^transformer_blocks.0.attn.to_out.0": 5, "0": 3}, 5),
+        ({"to_out.0.": 1, "x": 2}, 8),
+    ],
+)
+def test_the_first_pattern_that_fits_counts(patterns, alpha):
     """Ends of a name at its dots, or with ^ the whole; escaped as peft's regular expressions may
     be."""
-    name, key = "transformer.transformer_blocks.0.attn.to_out.0", "transformer.alpha_pattern"
-    for patterns, expected in (
-        ({"attn.to_out.0": 1, "to_out.0": 2}, 1), ({"to_out.0": 2, "attn.to_out.0": 1}, 2),
-        ({"out.0": 1}, 8), ({"^attn.to_out.0": 1}, 8), (r"to_out\.0$", 1), ({"0": 3}, 3),
-        ({"^transformer_blocks.0.attn.to_out.0": 5, "0": 3}, 5), ({"to_out.0.": 1, "x": 2}, 8),
-    ):  # fmt: skip
-        patterns = {patterns: 1} if isinstance(patterns, str) else patterns
-        config = {"transformer.lora_alpha": 8, key: patterns}
-        lora = from_tensors(ab(name, rank=4), {"lora_adapter_metadata": json.dumps(config)}, "x")
-        (piece,) = lora.pieces["double_blocks.0.img_attn.proj"]
-        assert (piece.b @ piece.a)[0, 0] / 4 == expected / 4, patterns
+    config = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": patterns}
+    assert scale_of(config) == alpha / 4
 
 
 @pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+X", "(.|.)" * 30 + "X", ".*.*.*.*.*.*X"])
 def test_no_pattern_of_a_file_is_run_as_an_expression(pattern):
     """One may take longer than anybody lives."""
-    config = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}}
-    metadata = {"lora_adapter_metadata": json.dumps(config)}
     with pytest.raises(ConfigError, match=r"alpha_pattern has .* which is no module's name"):
-        from_tensors(ab("transformer.transformer_blocks.0.attn.to_out.0", rank=4), metadata, "x")
+        scale_of({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}})
 
 
-@pytest.mark.parametrize("key", ["transformer.alpha_pattern", "transformer.lora_alpha"])
-def test_peft_configuration_that_diffusers_keeps_in_the_header(key):
+def test_peft_configuration_that_diffusers_keeps_in_the_header():
     """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""
-    name = "transformer.transformer_blocks.0.attn.to_out.0"
-    state = {**ab(name, rank=4), **ab(TEXT, rank=4)}
-    value = {"^transformer_blocks.0.attn.to_out.0": 2} if "pattern" in key else 2
-    config = {"transformer.lora_alpha": 4, key: value, "text_encoder.lora_alpha": 12}
-    metadata = {"lora_adapter_metadata": json.dumps(config)}
-    lora = from_tensors(state, metadata, "x")
-    scales = {name: (p.b @ p.a)[0, 0] / 4 for name, (p,) in {**lora.pieces, **lora.text}.items()}
-    clip = f"clip/{TEXT.removeprefix('text_encoder.')}"
-    assert scales == {"double_blocks.0.img_attn.proj": 0.5, clip: 3.0}
-    state[f"{name}.alpha"] = torch.tensor(1.0)
-    (piece,) = from_tensors(state, metadata, "x").pieces["double_blocks.0.img_attn.proj"]
-    assert (piece.b @ piece.a)[0, 0] == 1.0
+    pattern = {"transformer.alpha_pattern": {"^transformer_blocks.0.attn.to_out.0": 2}}
+    for own in (pattern, {"transformer.lora_alpha": 2}):
+        config = {"transformer.lora_alpha": 4, "text_encoder.lora_alpha": 12, **own}
+        assert scale_of(config) == 0.5 and scale_of(config, TEXT) == 3.0
+        assert scale_of(config, **{f"{PROJ}.alpha": torch.tensor(1.0)}) == 0.25
 
 
 def test_a_bias_has_the_scale_of_its_factor():
@@ -482,9 +516,9 @@ def test_a_bias_has_the_scale_of_its_factor():
         assert torch.equal(got, scale * torch.arange(64.0))
 
 
-def test_control_lora():
+def test_control_lora(tmp_path):
     """Biases and norms are kept where a format has them, and named where not."""
-    lora = lora_of(trained("all"))
+    lora = extract_lora(trained("all"))
     g = torch.Generator().manual_seed(4)
     for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
         parts = tuple(range(len(part_rows(name, SMALL))))
@@ -507,10 +541,10 @@ def test_control_lora():
     with pytest.raises(ConfigError, match=r"kohya files have no place for .*qkv.bias"):
         to_state(lora, "kohya")
     with pytest.raises(ConfigError, match="control LoRA"):
-        load_state(random_flux(SMALL), lora)
+        on_model(lora, tmp_path / "x.safetensors")
 
 
-def control(seed: int, norm: str) -> Lora:
+def control(seed: int, norm: str) -> LoraWeights:
     """A control LoRA of two linears: a factor's bias each, one norm, img_in of twice the width."""
     g = torch.Generator().manual_seed(seed)
     pieces = {
@@ -521,7 +555,7 @@ def control(seed: int, norm: str) -> Lora:
     }
     biases = {name: [((0,), torch.randn(64, generator=g))] for name in pieces}
     norms = {f"double_blocks.0.{norm}": torch.randn(32, generator=g)}
-    return Lora(pieces=pieces, biases=biases, norms=norms, hidden=64, mlp=256)
+    return LoraWeights(pieces=pieces, biases=biases, norms=norms, hidden=64, mlp=256)
 
 
 def test_control_loras_add_up():
@@ -544,28 +578,26 @@ def test_control_loras_add_up():
 def test_comfyui_is_told_what_img_in_grows_to():
     lora = control(1, "img_attn.norm.query_norm")
     assert to_state(lora, "comfyui")["diffusion_model.img_in.reshape_weight"].tolist() == [64, 32]
-    plain = Lora(pieces={"img_in": [Piece((0,), torch.ones(2, 64), torch.ones(3072, 2))]},
-                 norms=lora.norms)  # fmt: skip
+    piece = Piece((0,), torch.ones(2, 64), torch.ones(3072, 2))
+    plain = LoraWeights(pieces={"img_in": [piece]}, norms=lora.norms)
     assert not any("reshape" in key for key in to_state(plain, "comfyui"))
 
 
 def test_a_text_encoders_lora_first_in_a_sum():
     """What tells the widths need not be the first file."""
     text = from_tensors(ab(TEXT), {}, "x")
-    lora = lora_of(trained("attn"))
+    lora = extract_lora(trained("attn"))
     for total in (merged([text, lora]), merged([lora, text])):
         assert (total.hidden, total.mlp) == (64, 256) and total.text.keys() == text.text.keys()
         same(meaning(through(total, "kohya")), meaning(lora))
 
 
-def load_state(model, lora):
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "x.safetensors"
-        file.write_bytes(to_bytes(to_state(lora, "bfl"), "fp32", {}))
-        return load_lora(model, file)
+def on_model(lora: LoraWeights, file):
+    """A model that carries what the file at `file` is made to hold."""
+    file.write_bytes(to_bytes(to_state(lora, "bfl"), "fp32", {}))
+    model = random_flux(SMALL)
+    load_lora(model, file)
+    return model
 
 
 # ---------------------------------------------------------------- on a model
@@ -587,56 +619,48 @@ def test_saved_and_loaded(format, tmp_path):
                 assert loaded.lora.parts == layer.lora.parts
 
 
-def test_linears_outside_the_blocks_act(tmp_path):
-    from test_lora import inputs
+def with_weights(lora: LoraWeights, strength: float = 1.0):
+    """A model whose weights have the update added."""
+    model = random_flux(SMALL)
+    with torch.no_grad():
+        for name, delta in meaning(lora).items():
+            model.get_submodule(name).weight.add_(strength * delta)
+    return model
 
+
+def close(model, other, tolerance: float) -> bool:
+    x = inputs(SMALL)
+    with torch.no_grad():
+        mine, truth = model(*x), other(*x)
+    return (mine - truth).abs().max() < tolerance * truth.abs().max()
+
+
+def test_linears_outside_the_blocks_act(tmp_path):
     lora = outer_and_text()
     lora.text, lora.pieces = {}, {k: v for k, v in lora.pieces.items() if "_blocks" not in k}
-    lora.pieces["double_blocks.0.img_attn.proj"] = [
-        Piece((0,), torch.zeros(1, 64), torch.zeros(64, 1))
-    ]
-    model, x = random_flux(SMALL), inputs(SMALL)
-    with torch.no_grad():
-        before = model(*x)
-        load_state(model, lora)
-        with_lora = model(*x)
-        merged = random_flux(SMALL)
-        for name, delta in meaning(lora).items():
-            merged.get_submodule(name).weight.add_(delta)
-        assert (with_lora - (truth := merged(*x))).abs().max() < 1e-5 * truth.abs().max()
-        assert not torch.allclose(with_lora, before, atol=1e-3)
+    lora.pieces[PROJ_BFL] = [Piece((0,), torch.zeros(1, 64), torch.zeros(64, 1))]
+    model = on_model(lora, tmp_path / "x.safetensors")
+    assert close(model, with_weights(lora), 1e-5) and not close(model, random_flux(SMALL), 1e-3)
 
 
 def test_the_strength_of_one_file_acts_and_stays_adjustable(tmp_path):
-    from test_lora import inputs
-
-    from fluxfast.model.lora import set_lora_strength
-
     file = save_lora(trained("attn", alpha=0.3), tmp_path / "x.safetensors")
-    model, x = random_flux(SMALL), inputs(SMALL)
-
-    def merged_by(strength: float) -> torch.Tensor:
-        merged = random_flux(SMALL)
-        for name, delta in meaning(read_lora(file)).items():
-            merged.get_submodule(name).weight.add_(strength * delta)
-        return merged(*x)
-
-    with torch.no_grad():
-        for strength in (0.5, [0.5], -1.0, 0.0):
-            load_lora(model, file, strength)
-            truth = merged_by(strength[0] if isinstance(strength, list) else strength)
-            assert (model(*x) - truth).abs().max() < 1e-4 * truth.abs().max()
-        set_lora_strength(model, 1.0)
-        truth = merged_by(1.0)
-        assert (model(*x) - truth).abs().max() < 1e-4 * truth.abs().max()
-        assert (truth - merged_by(0.5)).abs().max() > 1e-2 * truth.abs().max()
+    lora, model = read_lora(file), random_flux(SMALL)
+    for strength in (0.5, [0.5], -1.0, 0.0):
+        load_lora(model, file, strength)
+        number = strength[0] if isinstance(strength, list) else strength
+        assert close(model, with_weights(lora, number), 1e-4)
+    set_lora_strength(model, 1.0)
+    assert close(model, with_weights(lora), 1e-4)
+    assert not close(model, with_weights(lora, 0.5), 1e-2)
 
 
 def test_several_are_summed(tmp_path):
     """Different formats, ranks, targets and kinds of A, each with its strength."""
     one, two = trained("attn", True, rank=2), trained("attn+mlp", False, rank=3, seed=2)
-    files = [save_lora(one, tmp_path / "a.safetensors", "kohya"),
-             save_lora(two, tmp_path / "b.safetensors")]  # fmt: skip
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_lora(one, files[0], "kohya")
+    save_lora(two, files[1])
     model = random_flux(SMALL)
     parameters = load_lora(model, files, [1.5, -0.5])
     expected = {name: -0.5 * delta for name, delta in update(two).items()}
@@ -692,14 +716,15 @@ def test_a_start_that_does_not_fit_names_the_setting(changes, message, hint, tmp
 # ---------------------------------------------------------------- what is refused
 
 
-def ab(name: str, rows=64, columns=64, rank=2, down="lora_A", up="lora_B") -> dict:
-    return {f"{name}.{down}.weight": torch.ones(rank, columns),
-            f"{name}.{up}.weight": torch.ones(rows, rank)}  # fmt: skip
-
-
-PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
-TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 FOUR_BITS = torch.zeros(2, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+DIFFUSERS = "transformer.transformer_blocks.0.attn."
+
+
+def with_a(a: torch.Tensor) -> dict:
+    return {**ab(PROJ), f"{PROJ}.lora_A.weight": a}
+
+
+SINGLE = "diffusion_model.single_blocks.0.linear"
 REFUSED = {
     "sdxl": (ab("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"), "SDXL"),
     "sdxl diffusers": (ab("unet.down_blocks.1.attentions.0.proj_in"), "SDXL"),
@@ -707,50 +732,57 @@ REFUSED = {
     "sd3 kohya": (ab("lora_unet_joint_blocks_0_x_block_attn_qkv"), "Stable Diffusion 3"),
     "sd3 diffusers": (ab(PROJ, 1536, 1536), "Stable Diffusion 3"),
     "flux2": (ab("transformer.double_stream_modulation_img.linear"), "FLUX.2"),
-    "flux2 shapes": ({**ab("diffusion_model.single_blocks.0.linear1", 9 * 64),
-                      **ab("diffusion_model.single_blocks.0.linear2", 64, 4 * 64)}, "does not fit"),
-    "hunyuan": ({**ab("lora_unet_double_blocks_0_img_attn_qkv", 3 * 64),
-                 **ab("lora_unet_double_blocks_0_img_mlp_fc1", 4 * 64)}, "HunyuanVideo"),
+    "flux2 shapes": (ab(f"{SINGLE}1", 9 * 64) | ab(f"{SINGLE}2", 64, 4 * 64), "does not fit"),
+    "hunyuan": (ab(f"{KOHYA}qkv", 3 * 64) | ab(f"{KOHYA[:-5]}mlp_fc1", 4 * 64), "HunyuanVideo"),
     "chroma": (ab("diffusion_model.distilled_guidance_layer.in_proj"), "Chroma"),
     "other": (ab("blocks.0.cross_attn.q"), "not a LoRA of FLUX.1"),
     "not lora": ({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, "not a LoRA of FLUX.1"),
     "nothing": ({}, "not a LoRA of FLUX.1"),
     "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "LoKr"),
-    "loha": ({"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
-    "dora": ({**ab(PROJ), f"{PROJ}.dora_scale": torch.ones(64, 1)}, "DoRA"),
-    "dora peft": ({**ab(PROJ), f"{PROJ}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
+    "loha": ({f"{KOHYA}qkv.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+    "dora": (ab(PROJ) | {f"{PROJ}.dora_scale": torch.ones(64, 1)}, "DoRA"),
+    "dora peft": (ab(PROJ) | {f"{PROJ}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
     "full": ({f"{PROJ}.diff": torch.ones(64, 64)}, "full weight differences"),
     "half": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64)}, "no partner"),
-    "ranks": ({f"{PROJ}.lora_A.weight": torch.ones(3, 64),
-               f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "do not fit each other"),
-    "widths": ({**ab(PROJ), **ab("transformer.transformer_blocks.0.attn.to_q"),
-                **ab("transformer.transformer_blocks.0.attn.to_k", 64, 48)}, "does not fit"),
-    "tall": ({**ab(PROJ), **ab("transformer.transformer_blocks.0.attn.to_q", 65)}, "does not fit"),
-    "dimensions": ({f"{PROJ}.lora_A.weight": torch.ones(2),
-                    f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "two dimensions"),
-    "integers": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64).int(),
-                  f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "stored as"),
-    "nan": ({f"{PROJ}.lora_A.weight": torch.full((2, 64), torch.nan),
-             f"{PROJ}.lora_B.weight": torch.ones(64, 2)}, "NaN"),
-    "alpha": ({**ab(PROJ), f"{PROJ}.alpha": torch.ones(2)}, "not one number"),
-    "twice": ({**ab(PROJ), **ab("lora_unet_double_blocks_0_img_attn_proj")}, "the same twice"),
-    "alpha of 4 bits": ({**ab(PROJ), f"{PROJ}.alpha": FOUR_BITS[0, :1]}, "not one number"),
-    "4 bits": ({**ab(PROJ), f"{PROJ}.lora_A.weight": FOUR_BITS}, "stored as"),
+    "widths": (
+        ab(PROJ) | ab(f"{DIFFUSERS}to_q") | ab(f"{DIFFUSERS}to_k", 64, 48),
+        "does not fit",
+    ),
+    "tall": (ab(PROJ) | ab(f"{DIFFUSERS}to_q", 65), "does not fit"),
+    "half a norm_out": (ab("transformer.norm_out.linear", 127), "two halves"),
+    "twice": (ab(PROJ) | ab(f"{KOHYA}proj"), "the same twice"),
+    "two formats": (ab(f"{KOHYA}qkv", 192) | ab(f"{DIFFUSERS}to_q"), "the same twice"),
+    "ranks": (with_a(torch.ones(3, 64)), "do not fit each other"),
     "no rank": (ab(PROJ, rank=0), "do not fit each other"),
     "no rows": (ab(PROJ, 0), "do not fit each other"),
     "no columns": (ab(PROJ, columns=0), "do not fit each other"),
-    "half a norm_out": (ab("transformer.norm_out.linear", 127), "two halves"),
-    "bias": ({**ab("transformer.proj_out"), "transformer.proj_out.lora_B.bias": torch.ones(7)},
-             r"proj_out.lora_B.bias has shape \[7\]"),
-    "square norm": ({**ab(PROJ), "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(3, 3)},
-                    "not one dimension"),
-    "bias of a text encoder": ({**ab(PROJ), **ab(TEXT), f"{TEXT}.lora_B.bias": torch.ones(64)},
-                               "no place here for text_encoder.*bias\n"),
+    "dimensions": (with_a(torch.ones(2)), "two dimensions"),
+    "integers": (with_a(torch.ones(2, 64).int()), "stored as"),
+    "4 bits": (with_a(FOUR_BITS), "stored as"),
+    "nan": (with_a(torch.full((2, 64), torch.nan)), "NaN"),
+    "alpha": (ab(PROJ) | {f"{PROJ}.alpha": torch.ones(2)}, "not one number"),
+    "alpha of 4 bits": (ab(PROJ) | {f"{PROJ}.alpha": FOUR_BITS[0, :1]}, "not one number"),
+    "bias": (
+        ab("transformer.proj_out") | {"transformer.proj_out.lora_B.bias": torch.ones(7)},
+        r"proj_out.lora_B.bias has shape \[7\]",
+    ),
+    "square norm": (
+        ab(PROJ) | {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(3, 3)},
+        "not one dimension",
+    ),
+    "bias of a text encoder": (
+        ab(PROJ) | ab(TEXT) | {f"{TEXT}.lora_B.bias": torch.ones(64)},
+        "no place here for text_encoder.*bias\n",
+    ),
     "block of many digits": (ab(PROJ.replace("0", "9" * 5000, 1)), "no place here for"),
     "block of other digits": (ab(PROJ.replace("0", "\u0663", 1)), "no place here for"),
-    "two formats": ({**ab("lora_unet_double_blocks_0_img_attn_qkv", 192),
-                     **ab("transformer.transformer_blocks.0.attn.to_q")}, "the same twice"),
-}  # fmt: skip
+}
+
+
+def refused(path, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        read_lora(path)
+    assert str(path) in error.value.message and "\n" not in error.value.message
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -758,110 +790,52 @@ def test_tensors_that_are_refused(case, tmp_path):
     state, message = REFUSED[case]
     path = tmp_path / "flux_lora.safetensors"  # a name that promises what is not there
     save_file(state, path)
-    with pytest.raises(ConfigError, match=message) as error:
-        read_lora(path)
-    assert str(path) in error.value.message and "\n" not in error.value.message
-
-
-def header(content: dict, tail: bytes = b"") -> bytes:
-    text = json.dumps(content).encode()
-    return struct.pack("<Q", len(text)) + text + tail
+    refused(path, message)
 
 
 WHOLE = save(ab(PROJ))
-FILES = {
-    "empty": (b"", "empty"),
-    "short": (b"abc", "header too small"),
-    "text": (b"hello, this is no safetensors", "header too large"),
-    "cut header": (WHOLE[:40], "invalid header length"),
-    "cut data": (WHOLE[:-100], "cannot read"),
-    "huge header": (struct.pack("<Q", 2**60) + b"{}", "header too large"),
-    "header past the end": (struct.pack("<Q", 10_000) + b"{}", "invalid header length"),
-    "bad json": (struct.pack("<Q", 4) + b"{a:}", "cannot read"),
-    "absurd shape": (header({"x": {"dtype": "F32", "shape": [2**40, 2**40],
-                                   "data_offsets": [0, 4]}}, b"0000"), "cannot read"),
-    "overlap": (header({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"},
-                       b"0000"), "cannot read"),
-    "zip pickle": (b"PK\x03\x04" + bytes(64), "pickle"),
-    "pickle": (b"\x80\x02}q\x00." + bytes(64), "pickle"),
-    "a name of two lines": (save({**ab(PROJ), "a\nb\x1b[2J": torch.ones(1)}), r"'a\\nb\\x1b\[2J'"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_files_that_are_refused(case, tmp_path):
-    content, message = FILES[case]
+def test_files_that_are_refused(tmp_path):
+    """As every file is, see test_bad_files.py."""
     path = tmp_path / "flux_lora.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as error:
-        read_lora(path)
-    assert "\n" not in error.value.message
-
-
-def padded(content: bytes, length: int) -> bytes:
-    """The same file with spaces behind its header, which is `length` bytes long then."""
-    own = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + own].ljust(length)
-    assert len(header) == length
-    return struct.pack("<Q", length) + header + content[8 + own :]
-
-
-# lengths whose bytes are those of a zip file, of pickles and (a space, then `<`) of a web page
-@pytest.mark.parametrize("length", [0x4B50, 0x0280, 0x0380, 0x0480, 0x0580, 0x3C20, 0x13C20])
-def test_a_header_may_be_of_any_length(length, tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(padded(WHOLE, length))
-    assert read_lora(path).rank() == 2
+    refused(path, "cannot read")
+    for content, message in (
+        (WHOLE[:-100], "cannot read"),
+        (b"\x80\x02}q\x00." + bytes(64), "pickle"),
+        (save(ab(PROJ) | {"a\nb\x1b[2J": torch.ones(1)}), r"'a\\nb\\x1b\[2J'"),
+    ):
+        path.write_bytes(content)
+        refused(path, message)
 
 
 def test_a_file_of_something_else_is_not_read_to_be_refused(tmp_path, monkeypatch):
     """A base checkpoint has tens of GB: its names are enough."""
-    from fluxfast.formats.container import Safetensors
-
     path = tmp_path / "base.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, path)
     monkeypatch.setattr(Safetensors, "read", lambda self, key: pytest.fail(f"{key} was read"))
-    with pytest.raises(ConfigError, match="not a LoRA of FLUX.1"):
-        read_lora(path)
+    refused(path, "not a LoRA of FLUX.1")
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path):
     """As a Hub repository keeps a LoRA, under a name of its own."""
+    refused(tmp_path, "is a folder without")
     (tmp_path / "anything.safetensors").write_bytes(WHOLE)
     assert read_lora(tmp_path).rank() == 2
     (tmp_path / "another.safetensors").write_bytes(WHOLE)
-    with pytest.raises(ConfigError, match="with 2 other .safetensors files"):
-        read_lora(tmp_path)
+    refused(tmp_path, "with 2 other .safetensors files")
     (tmp_path / "adapter_model.safetensors").write_bytes(save(ab(PROJ, rank=3)))
     assert read_lora(tmp_path).rank() == 3
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save(Bomb(), tmp_path / "x.pt")
-    with pytest.raises(ConfigError, match="pickle"):
-        read_lora(tmp_path / "x.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_lora(tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match="is a folder without"):
-        read_lora(tmp_path)
-
-
 WORDS = [
-    "transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "lora_te1_", "lycoris_",
-    "transformer_blocks.0.", "single_blocks.1.", "double_blocks_0_", "single_transformer_blocks.",
-    "attn.to_q", "linear1", "img_attn_qkv", "img_attn.qkv", "processor.qkv_lora", "proj_out", "0.",
-    ".lora_A", ".lora_B", ".lora_down", "_lora.up", ".weight", ".bias", ".alpha", ".default",
-    ".norm.query_norm.scale", "x_embedder", "norm_out.linear",
-    "text_model_encoder_layers_0_mlp_fc1",
-]  # fmt: skip
+    *("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "lora_te1_"),
+    *("lycoris_", "transformer_blocks.0.", "single_blocks.1.", "double_blocks_0_"),
+    *("single_transformer_blocks.", "attn.to_q", "linear1", "img_attn_qkv", "img_attn.qkv"),
+    *("processor.qkv_lora", "proj_out", "0.", ".lora_A", ".lora_B", ".lora_down", "_lora.up"),
+    *(".weight", ".bias", ".alpha", ".default", ".norm.query_norm.scale", "x_embedder"),
+    *("norm_out.linear", "text_model_encoder_layers_0_mlp_fc1"),
+]
 
 
 def test_any_set_of_keys_is_read_or_refused():
@@ -888,13 +862,11 @@ def test_any_set_of_keys_is_read_or_refused():
 def test_any_damage_is_read_or_refused(tmp_path):
     """Bytes changed anywhere, or the end cut off."""
     path, read = tmp_path / "damaged.safetensors", 0
-    for seed in range(300):
+    for seed in range(150):
         draw = random.Random(seed)
-        place, junk = draw.randrange(len(WHOLE)), draw.randbytes(draw.randint(1, 8))
+        at, junk = draw.randrange(len(WHOLE)), draw.randbytes(draw.randint(1, 8))
         cut = draw.random() < 0.3
-        path.write_bytes(
-            WHOLE[:place] if cut else WHOLE[:place] + junk + WHOLE[place + len(junk) :]
-        )
+        path.write_bytes(WHOLE[:at] + (b"" if cut else junk + WHOLE[at + len(junk) :]))
         try:
             lora = read_lora(path)
         except ConfigError as error:
@@ -902,4 +874,4 @@ def test_any_damage_is_read_or_refused(tmp_path):
         else:  # only numbers were hit, or the name of the one linear
             assert not cut and len(lora.pieces) == 1
             read += 1
-    assert 0 < read < 300
+    assert 0 < read < 150

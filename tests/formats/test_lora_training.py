@@ -19,7 +19,7 @@ from bench.step.gate import kept_bytes
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import load_transformer
-from fluxfast.formats.lora.apply import load_assistant, load_lora, lora_of, save_lora
+from fluxfast.formats.lora.apply import extract_lora, load_assistant, load_lora, save_lora
 from fluxfast.formats.lora.read import read_lora
 from fluxfast.model.flux import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
@@ -74,7 +74,7 @@ def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path
     off = loss_and_gradients(ours, lora_parameters(ours), x)
     assert off[0] == alone[0]
     assert all(torch.equal(a, b) for a, b in zip(off[1], alone[1], strict=True))
-    assert lora_of(ours).rank() == 3  # what would be saved knows nothing of it
+    assert extract_lora(ours).rank() == 3  # what would be saved knows nothing of it
 
 
 def lora_parameters(model):
@@ -163,7 +163,7 @@ def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
 def test_a_run_that_starts_from_a_file(nano_model, tmp_path, configure):
     file = nano_lora(nano_model, tmp_path / "old.safetensors", "kohya")
     run, _ = start(configure(lora__init_from=str(file)))
-    same_meaning(lora_of(run.model), read_lora(file), run.model.spec)
+    same_meaning(extract_lora(run.model), read_lora(file), run.model.spec)
     with pytest.raises(ConfigError, match="has rank 2, lora.rank is 4"):
         start(configure(lora__init_from=str(file), lora__rank=4, name="b"))
 

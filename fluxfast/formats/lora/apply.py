@@ -17,16 +17,16 @@ from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.convert import read_all
 from fluxfast.formats.lora.read import read_lora
 from fluxfast.formats.lora.update import (
-    Lora,
+    LoraWeights,
     Piece,
     balanced,
-    fused,
-    grouped,
+    fuse,
+    group,
     merged,
     split,
     split_scale,
 )
-from fluxfast.formats.lora.write import DTYPES, known_format, to_bytes, to_state
+from fluxfast.formats.lora.write import known_format, to_bytes, to_state
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate
@@ -35,27 +35,25 @@ from fluxfast.util.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "DTYPES", "init_lora", "load_assistant", "load_lora", "lora_of", "read_lora", "save_lora",
-]  # fmt: skip
 
-
-def lora_of(model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None) -> Lora:
+def extract_lora(
+    model: Flux, tensors: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> LoraWeights:
     """What the model carries, on the CPU in fp32.
 
     tensors: BFL name -> (A, B) to take instead of the model's own (an average of them, say).
     """
-    lora = Lora(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
+    lora = LoraWeights(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
     for module, layer in lora_layers(model).items():
         a, b = (tensors or {}).get(module, (layer.lora_A, layer.lora_B))
         a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
         for_a, for_b = split_scale(layer.lora.scale)
-        slices = list(layer.lora.slices())
+        slices = layer.lora.slices()
+        pieces = lora.pieces[module] = []
         for parts in _parts(model, module, layer):
-            mine, slices = slices[: len(parts)], slices[len(parts) :]
-            rows = torch.cat([b[b_rows] for _, b_rows, _ in mine])
-            piece = Piece(parts, a[mine[0][2]] * for_a, rows * for_b)
-            lora.pieces.setdefault(module, []).append(piece)
+            own = list(itertools.islice(slices, len(parts)))
+            rows = torch.cat([b[b_rows] for _, b_rows, _ in own])
+            pieces.append(Piece(parts, a[own[0][2]] * for_a, rows * for_b))
     return lora
 
 
@@ -71,12 +69,12 @@ def save_lora(
     """Write the model's LoRA, whole or not at all (a temporary file beside it, then a rename).
 
     format: diffusers, kohya, comfyui, xlabs or bfl. dtype: fp32, fp16 or bf16; a tensor that fp16
-    cannot hold makes the whole file fp32. tensors: see `lora_of`. Raises ConfigError for a format
-    that is unknown or has no place for some of the layers, FluxfastError where there is no LoRA, it
-    is not finite or the disk refuses.
+    cannot hold makes the whole file fp32. tensors: see `extract_lora`. Raises ConfigError for a
+    format that is unknown or has no place for some of the layers, FluxfastError where there is no
+    LoRA, it is not finite or the disk refuses.
     """
     known_format(format)
-    lora = lora_of(model, tensors)
+    lora = extract_lora(model, tensors)
     if not lora.pieces:
         raise FluxfastError("the model carries no LoRA to save")
     for module, pieces in lora.pieces.items():
@@ -96,7 +94,8 @@ def load_lora(
     path: Path | str | Sequence[Path | str],
     strength: float | Sequence[float] = 1.0,
 ) -> list[nn.Parameter]:
-    """Put LoRA files of any format on `model`, in place of what it may carry. -> the parameters.
+    """Put LoRA files of any format on `model`, in place of what it may carry. Returns the
+    parameters.
 
     Several files are summed by stacking their ranks, each times its strength (one for all, or one
     each); that of a single file stays adjustable (`set_lora_strength`). Ranks may differ between
@@ -107,17 +106,16 @@ def load_lora(
     strengths = [strength] if isinstance(strength, int | float) else list(strength)
     alone = len(paths) == 1 and len(strengths) == 1
     lora = merged(read_all(paths, [] if alone else strengths))
-    name = ", ".join(map(str, paths))
-    _check_fits(model, lora, name)
-    if lora.text:
-        log.warning(f"note: {name}: what it changes of the text encoders is not applied")
+    _check_fits(model, lora, ", ".join(map(str, paths)))
     for layer in lora_layers(model).values():
         layer.remove_lora()
     parameters = []
     for module, pieces in lora.pieces.items():
-        layer, heights = model.get_submodule(module), lora.heights(module)
-        parameters += _put(layer, grouped(pieces, heights), _rows(model, module))
-        layer.lora.strength = strengths[0] if alone else 1.0
+        layer = model.get_submodule(module)
+        update = _update(group(pieces, lora.heights(module)), _rows(model, module), True)
+        layer.add_update(update)
+        update.strength = strengths[0] if alone else 1.0
+        parameters += update.parameters()
     return parameters
 
 
@@ -129,8 +127,6 @@ def init_lora(model: Flux, path: Path | str) -> None:
     """
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
-    if lora.text:
-        log.warning(f"note: {path}: what it changes of the text encoders is left out")
     layers = lora_layers(model)
     rank = max(layer.lora_B.shape[1] for layer in layers.values())
     if lora.rank() != rank:
@@ -144,7 +140,31 @@ def init_lora(model: Flux, path: Path | str) -> None:
                 f"lora.init_from: {path} has {module}, which is not among the targets",
                 hint="lora.targets: all, or include and exclude without it",
             )
-        _fill(model, module, layers[module], pieces, lora, path)
+        layer, heights = layers[module], lora.heights(module)
+        trained = _parts(model, module, layer)
+        pieces = split(group(pieces, heights), heights)
+        if foreign := {p.parts[0] for p in pieces} - {part for parts in trained for part in parts}:
+            raise ConfigError(
+                f"lora.init_from: {path} has a part of {module} (of q, k, v, mlp the number "
+                f"{min(foreign)}) that is not among the targets",
+                hint="lora.targets: all, or include and exclude without it",
+            )
+        start = 0
+        for index, parts in enumerate(trained):
+            own = [piece for piece in pieces if piece.parts[0] in parts]
+            if own:
+                piece = fuse(own, heights, parts)
+                if piece.rank > rank:
+                    raise ConfigError(
+                        f"lora.init_from: {path} has an A for each part of {module}, with "
+                        "lora.share_a there is one",
+                        hint="--set lora.share_a=false",
+                    )
+                b = piece.b / layer.lora.scale
+                with torch.no_grad():
+                    layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
+                    layer.lora_B[start : start + len(b), : piece.rank] = b
+            start += sum(heights[part] for part in parts)
 
 
 def load_assistant(model: Flux, path: Path | str) -> None:
@@ -155,40 +175,32 @@ def load_assistant(model: Flux, path: Path | str) -> None:
     """
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
-    if lora.text:
-        log.warning(f"note: {path}: what it changes of the text encoders is not applied")
     for module, pieces in lora.pieces.items():
         layer, heights = model.get_submodule(module), lora.heights(module)
         trained = _parts(model, module, layer) if layer.lora is not None else []
-        single = [
-            part for piece in pieces for part in (split(piece, heights) if heights else [piece])
-        ]
-        free = {piece.parts for piece in single} - {(p,) for parts in trained for p in parts}
-        parts = sorted([*trained, *free])
-        if any(one[-1] >= other[0] for one, other in itertools.pairwise(parts)):
+        pieces = split(pieces, heights)
+        free = {piece.parts for piece in pieces} - {(p,) for parts in trained for p in parts}
+        part_sets = sorted([*trained, *free])
+        if any(one[-1] >= other[0] for one, other in itertools.pairwise(part_sets)):
             raise ConfigError(
                 f"model.assistant_lora changes a part of {module} that lies between parts trained "
                 "with one A",
                 hint="lora.share_a: false",
             )
-        stacked = []
-        for own in parts:
-            mine = [piece for piece in single if piece.parts[0] in own]
-            rows = sum(heights[part] for part in own) if heights else layer.out_features
-            empty = Piece(own, torch.zeros(0, layer.in_features), torch.zeros(rows, 0))
-            stacked.append(fused(mine, heights, own) if mine else empty)
-        rank = max(piece.rank for piece in stacked)
-        a = torch.stack([F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in stacked])
-        b = torch.cat([F.pad(piece.b, (0, rank - piece.rank)) for piece in stacked])
-        rows = _rows(model, module)
-        ranges = [[rows[part] for part in own] for own in parts]
-        layer.add_update(LowRankUpdate(a.flatten(0, 1), b, ranges, 1.0, trainable=False))
+        aligned = []
+        for parts in part_sets:
+            own = [piece for piece in pieces if piece.parts[0] in parts]
+            rows = sum(heights[part] for part in parts)
+            empty = Piece(parts, torch.zeros(0, layer.in_features), torch.zeros(rows, 0))
+            aligned.append(fuse(own, heights, parts) if own else empty)
+        layer.add_update(_update(aligned, _rows(model, module), False))
 
 
 # ---------------------------------------------------------------- between pieces and layers
 
 
 def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
+    """Of each part of a linear."""
     if "_blocks." in module:
         return part_rows(module, model.spec)
     return [(0, model.get_submodule(module).out_features)]
@@ -200,7 +212,17 @@ def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]
     return [tuple(rows.index(tuple(pair)) for pair in ranges) for ranges in layer.lora.parts]
 
 
-def _check_fits(model: Flux, lora: Lora, name: str) -> None:
+def _update(pieces: list[Piece], rows: list[tuple[int, int]], trainable: bool) -> LowRankUpdate:
+    """Of pieces that share no row, lower ranks padded with zeros."""
+    rank = max(piece.rank for piece in pieces)
+    a = torch.cat([F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in pieces])
+    b = torch.cat([F.pad(piece.b, (0, rank - piece.rank)) for piece in pieces])
+    ranges = [[rows[part] for part in piece.parts] for piece in pieces]
+    return LowRankUpdate(a, b, ranges, 1.0, trainable)
+
+
+def _check_fits(model: Flux, lora: LoraWeights, name: str) -> None:
+    """Raise ConfigError where the file's factors are not of this model; log what is not applied."""
     spec = model.spec
     if lora.biases or lora.norms:
         extra = next(iter([*(f"{m}.bias" for m in lora.biases), *lora.norms]))
@@ -227,46 +249,5 @@ def _check_fits(model: Flux, lora: Lora, name: str) -> None:
             whole = "_blocks." in module or piece.b.shape[0] == layer.out_features
             if piece.a.shape[1] != layer.in_features or not whole:
                 raise ConfigError(f"the factors of {name} for {module} do not fit this model")
-
-
-def _put(layer: LoRALinear, pieces: list[Piece], rows: list[tuple[int, int]]) -> list[nn.Parameter]:
-    """Pieces that share no row, as the layer's LoRA, lower ranks padded with zeros."""
-    rank = max(piece.rank for piece in pieces)
-    ranges = [[rows[part] for part in piece.parts] for piece in pieces]
-    a = [F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in pieces]
-    b = [F.pad(piece.b, (0, rank - piece.rank)) for piece in pieces]
-    update = LowRankUpdate(torch.cat(a), torch.cat(b), ranges, 1.0, trainable=True)
-    layer.add_update(update)
-    return list(update.parameters())
-
-
-def _fill(model, module, layer, pieces, lora, path) -> None:
-    """The layer's own factors from the file's."""
-    heights, rank = lora.heights(module), layer.lora_B.shape[1]
-    trained = _parts(model, module, layer)
-    if heights is not None:
-        pieces = [part for piece in grouped(pieces, heights) for part in split(piece, heights)]
-    left = {part for p in pieces for part in p.parts} - {part for ps in trained for part in ps}
-    if left:
-        raise ConfigError(
-            f"lora.init_from: {path} has a part of {module} (of q, k, v, mlp the number "
-            f"{min(left)}) that is not among the targets",
-            hint="lora.targets: all, or include and exclude without it",
-        )
-    start = 0
-    for index, parts in enumerate(trained):
-        height = sum(heights[part] for part in parts) if heights else layer.out_features
-        mine = [piece for piece in pieces if piece.parts[0] in parts]
-        if mine:
-            piece = fused(mine, heights, parts)
-            if piece.rank > rank:
-                raise ConfigError(
-                    f"lora.init_from: {path} has an A for each part of {module}, with "
-                    "lora.share_a there is one",
-                    hint="--set lora.share_a=false",
-                )
-            with torch.no_grad():
-                layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
-                b = piece.b / layer.lora.scale
-                layer.lora_B[start : start + height, : piece.rank] = b
-        start += height
+    if lora.text:
+        log.warning(f"note: {name}: what it changes of the text encoders is not applied")

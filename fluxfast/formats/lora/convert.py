@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.read import from_tensors, read_lora
-from fluxfast.formats.lora.update import Lora, balanced, difference, merged, scaled
+from fluxfast.formats.lora.update import LoraWeights, balanced, difference, merged, scaled
 from fluxfast.formats.lora.write import known_format, to_bytes, to_state
 from fluxfast.util.files import check_new, write_atomic
 
@@ -31,8 +31,8 @@ def convert(
     drop: bool = False,
     verify: bool = False,
 ) -> list[str]:
-    """Write the sum of `sources`, each times its strength, all times scale. -> with verify a line
-    per layer: what writing changed of its ΔW.
+    """Write the sum of `sources`, each times its strength, all times scale. Returns, with verify, a
+    line per layer: what writing changed of its ΔW.
 
     Exact but for the rounding to dtype: files are summed by stacking their ranks. drop leaves out,
     and logs, what the format has no place for. Raises ConfigError for files that cannot be taken
@@ -54,14 +54,16 @@ def convert(
     if over := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
         raise ConfigError(f"{over} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
-    kept = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
-    content = to_bytes(state, dtype, kept)
+    metadata = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
+    content = to_bytes(state, dtype, metadata)
     lines = _compare(total, load(content), target, dtype, drop) if verify else []
     write_atomic(target, content, hint="free some space, or choose another folder")
     return lines
 
 
-def read_all(sources: list[Path], strengths: list[float] = (), *, drop: bool = False) -> list[Lora]:
+def read_all(
+    sources: list[Path], strengths: list[float] = (), *, drop: bool = False
+) -> list[LoraWeights]:
     """Each file times its strength; no strengths: 1, one strength: that for all."""
     if len(strengths) not in (0, 1, len(sources)):
         raise ConfigError(f"{len(strengths)} strengths for {len(sources)} LoRAs: give one for each")
@@ -71,7 +73,7 @@ def read_all(sources: list[Path], strengths: list[float] = (), *, drop: bool = F
 
 
 def _compare(
-    total: Lora, content: dict[str, Tensor], target: Path, dtype: str, drop: bool
+    total: LoraWeights, content: dict[str, Tensor], target: Path, dtype: str, drop: bool
 ) -> list[str]:
     """A line per layer. What was dropped, and named by to_state, is not compared."""
     written = from_tensors(content, {}, target)
@@ -79,8 +81,8 @@ def _compare(
     for table in ("pieces", "text"):
         here, before = getattr(written, table), getattr(total, table)
         for module in here if drop else {**before, **here}:
-            kept = {part for piece in here[module] for part in piece.parts} if drop else None
-            change, size = difference(total, written, table, module, kept)
+            parts = {part for piece in here[module] for part in piece.parts} if drop else None
+            change, size = difference(total, written, table, module, parts)
             lines.append(f"{module}  {change:.3g} of {size:.3g}" if change else f"{module}  0")
             share = change / size if 0 < size < math.inf else change
             worst = max(worst, (share, module))

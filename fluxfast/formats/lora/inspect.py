@@ -3,13 +3,14 @@ read.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
-from fluxfast.formats.lora.names import Place, foreign_kind, form_of, parse
+from fluxfast.formats.lora.names import foreign_kind, form_of, parse
 from fluxfast.formats.lora.read import other_lora
 from fluxfast.formats.opened import Files
 
-_TOWERS = {"clip": "CLIP-L", "t5": "T5"}
-_NAMED = 4  # keys or linears named of a list
+_ENCODERS = {"clip": "CLIP-L", "t5": "T5"}
+_LISTED = 4  # keys named of a list
 
 
 def is_adapter(keys: list[str]) -> bool:
@@ -18,94 +19,76 @@ def is_adapter(keys: list[str]) -> bool:
 
 
 def describe_lora(files: Files) -> list[tuple[str, str]]:
-    """Rows of (what, value): format, model, layers, rank, alpha, and keys missing or extra."""
-    keys = list(files.entries)
-    if foreign := next(filter(None, map(foreign_kind, keys)), None):
+    """Rows of (title, value): format, model, layers, rank, alpha, and keys missing or extra."""
+    names, container = list(files.entries), files.containers[0].kind
+    if foreign := next(filter(None, map(foreign_kind, names)), None):
         return [
-            ("format", f"{files.containers[0].kind}, {foreign}"),
+            ("format", f"{container}, {foreign}"),
             ("model", f"{foreign}: not a plain LoRA, which alone can be read here"),
         ]
-    placed = {key: found for key in keys if (found := parse(key))}
-    unknown = sorted(set(keys) - placed.keys())
+    keys = {name: key for name in names if (key := parse(name))}
+    unknown = sorted(set(names) - keys.keys())
     if other := other_lora(unknown):
+        return [("format", container), ("model", f"LoRA of {other}: not of FLUX.1")]
+    if not keys:
         return [
-            ("format", files.containers[0].kind),
-            ("model", f"LoRA of {other}: not of FLUX.1"),
-        ]
-    if not placed:
-        return [
-            ("format", files.containers[0].kind),
+            ("format", container),
             ("model", "LoRA of another model than FLUX.1"),
             ("extra", listed(unknown)),
         ]
-    form = form_of([place for _, place in placed.values()], {role for role, _ in placed.values()})
-    roles: dict[tuple[str, tuple[int, ...]], dict[str, str]] = defaultdict(dict)
-    for key, (role, place) in placed.items():
-        roles[place.module, place.parts][role] = key
+    # per linear and parts: role -> the key's name
+    linears: dict[tuple[str, tuple[int, ...]], dict[str, str]] = defaultdict(dict)
+    for name, key in keys.items():
+        linears[key.module, key.parts][key.role] = name
+    halves = [roles for roles in linears.values() if len({"down", "up"} & roles.keys()) == 1]
+    shapes = [files.entries[roles["down"]].shape for roles in linears.values() if "down" in roles]
     return [
-        ("format", f"{files.containers[0].kind}, {form}"),
-        ("model", f"LoRA of FLUX.1: {_linears([place for _, place in placed.values()])}"),
-        ("rank", _ranks(files, roles)),
-        ("alpha", _alphas(files, roles)),
-        ("missing", listed(_halves(roles))),
+        ("format", f"{container}, {form_of(keys.values())}"),
+        ("model", f"LoRA of FLUX.1: {_layers({key.module for key in keys.values()})}"),
+        # as they stand in the file: the rows of every A, or down, matrix
+        ("rank", _counted(shape[0] for shape in shapes if shape)),
+        ("alpha", _counted(_alphas(files, linears)) or "none: scale 1"),
+        ("missing", listed(sorted(roles.get("down") or roles["up"] for roles in halves))),
         ("extra", listed(unknown)),
     ]
 
 
 def listed(keys: list[str]) -> str:
     """How many there are, and the first few."""
-    if not keys:
-        return "none"
-    more = ", …" if len(keys) > _NAMED else ""
-    return f"{len(keys)}: {', '.join(keys[:_NAMED])}{more}"
+    more = ", …" if len(keys) > _LISTED else ""
+    return f"{len(keys)}: {', '.join(keys[:_LISTED])}{more}" if keys else "none"
 
 
-def _linears(places: list[Place]) -> str:
+def _layers(modules: set[str]) -> str:
     """Which blocks, with which of their linears; what else it changes."""
     blocks: dict[str, set[int]] = defaultdict(set)
     tails: dict[str, dict[str, None]] = defaultdict(dict)
     others: Counter[str] = Counter()
-    for module in sorted({place.module for place in places}):
-        tower, slash, _ = module.partition("/")
+    for module in sorted(modules):
+        encoder, slash, _ = module.partition("/")
         group, _, rest = module.partition(".")
         if slash:
-            others[_TOWERS[tower]] += 1
+            others[_ENCODERS[encoder]] += 1
         elif group.endswith("_blocks"):
             index, _, tail = rest.partition(".")
             blocks[group].add(int(index))
             tails[group][tail] = None
         else:
             others["outside the blocks"] += 1
-    said = [
+    layers = [
         f"{len(blocks[group])} {kind} block{'s' * (len(blocks[group]) > 1)} "
         f"({', '.join(tails[group])})"
         for group, kind in (("double_blocks", "double"), ("single_blocks", "single"))
         if blocks[group]
     ]
-    said += [f"{count} {where}" for where, count in others.items()]
-    return "; ".join(said)
+    return "; ".join([*layers, *(f"{count} {name}" for name, count in others.items())])
 
 
-def _ranks(files: Files, roles: dict) -> str:
-    """As they stand in the file: the rows of every A, or down, matrix."""
-    shapes = [files.entries[keys["down"]].shape for keys in roles.values() if "down" in keys]
-    return _counted(Counter(shape[0] for shape in shapes if shape))
+def _alphas(files: Files, linears: dict[tuple, dict[str, str]]) -> Iterable[str]:
+    for roles in linears.values():
+        if "alpha" in roles and files.entries[roles["alpha"]].count == 1:
+            yield f"{files.read(roles['alpha']).float().item():g}"
 
 
-def _alphas(files: Files, roles: dict) -> str:
-    found: Counter[str] = Counter()
-    for keys in roles.values():
-        if "alpha" in keys and files.entries[keys["alpha"]].count == 1:
-            found[f"{files.read(keys['alpha']).float().item():g}"] += 1
-    return _counted(found) or "none: scale 1"
-
-
-def _counted(found: Counter) -> str:
-    most = found.most_common(6)
-    return ", ".join(f"{value} ({count})" for value, count in most)
-
-
-def _halves(roles: dict) -> list[str]:
-    """Factors without their partner."""
-    pairs = (keys for keys in roles.values() if len({"down", "up"} & keys.keys()) == 1)
-    return sorted(keys.get("down") or keys["up"] for keys in pairs)
+def _counted(values: Iterable) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(6))

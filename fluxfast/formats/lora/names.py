@@ -8,7 +8,8 @@ Sources: sd-scripts `networks/lora_flux.py`; x-flux `layers.py`; BFL `modules/lo
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from typing import NamedTuple
 
 from fluxfast.model.names import (
     DOUBLE_NORMS,
@@ -20,94 +21,69 @@ from fluxfast.model.names import (
 )
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor belongs.
+class LoraKey(NamedTuple):
+    """What a key says.
 
-    module: BFL name of a linear or a norm, or `clip/` or `t5/` and transformers' name; parts: of a
-    fused linear's (q, k, v, mlp), in row order; style: whose spelling it was.
+    role: down (A), up (B), alpha, bias (of the transformer's), norm (a whole new scale) or shape;
+    module: BFL name of a linear or a norm, or `clip/` or `t5/` and transformers' name; parts:
+    of a fused linear's (q, k, v, mlp), in row order; style, prefix: whose spelling it is.
     """
 
+    role: str
     module: str
-    parts: tuple[int, ...] = (0,)
-    style: str = "bfl"
+    parts: tuple[int, ...]
+    style: str
+    prefix: str
 
     @property
     def swapped(self) -> bool:
         """Whether the output's halves stand in diffusers' order, [scale, shift]."""
-        return self.module == SWAPPED and self.style.startswith("diffusers")
+        return self.module == SWAPPED and self.style == "diffusers"
 
+
+_Place = tuple[str, tuple[int, ...], str]  # module, parts, style
 
 # ---------------------------------------------------------------- suffixes
 
 _FACTOR = r"(?:\.[\w-]+)?(?:\.weight)?"  # peft puts the adapter's name between
-_ROLES = [
-    ("bias", r"\.lora_(?:B|up)(?:\.[\w-]+)?\.bias|\.diff_b"),
-    ("down", r"\.lora_A" + _FACTOR),
-    ("up", r"\.lora_B" + _FACTOR),
-    ("down", r"\.lora_down\.weight"),
-    ("up", r"\.lora_up\.weight"),
-    ("down", r"(?:[._]lora|\.lora_linear_layer)?\.down\.weight"),
-    ("up", r"(?:[._]lora|\.lora_linear_layer)?\.up\.weight"),
-    ("alpha", r"\.(?:lora_)?alpha"),
-    ("shape", r"\.reshape_weight"),  # ComfyUI's note that img_in grows
-    ("norm", r"\.scale(?:\.set_weight)?|\.weight"),
-]
-_ROLES = [(role, re.compile(f"(.*?)(?:{pattern})")) for role, pattern in _ROLES]
+_ROLES = {
+    r"\.lora_(?:B|up)(?:\.[\w-]+)?\.bias|\.diff_b": "bias",
+    r"\.lora_A" + _FACTOR: "down",
+    r"\.lora_B" + _FACTOR: "up",
+    r"\.lora_down\.weight": "down",
+    r"\.lora_up\.weight": "up",
+    r"(?:[._]lora|\.lora_linear_layer)?\.down\.weight": "down",
+    r"(?:[._]lora|\.lora_linear_layer)?\.up\.weight": "up",
+    r"\.(?:lora_)?alpha": "alpha",
+    r"\.reshape_weight": "shape",  # ComfyUI's note that img_in grows
+    r"\.scale(?:\.set_weight)?|\.weight": "norm",
+}
+_ROLES = [(re.compile(f"(.*?)(?:{pattern})"), role) for pattern, role in _ROLES.items()]
 
 # what is no plain pair of factors, by the end of a key
-_FOREIGN = [
-    ("LoKr", r"\.lokr_(w1|w2|t2)(_[ab])?$"),
-    ("LoHa", r"\.hada_[wt]\d(_[ab])?$"),
-    ("DoRA", r"\.dora_scale$|\.lora_magnitude_vector(\.|$)"),
-    ("OFT", r"\.(oft|boft)_\w+(\.|$)"),
-    ("GLoRA", r"\.[ab][12]\.weight$"),
-    ("LoCon with a middle factor", r"\.lora_mid\.weight$"),
-    ("set of full weight differences", r"\.diff$"),
-    ("IA3", r"\.(ia3_l|on_input)(\.|$)"),
-]
+_FOREIGN = {
+    "LoKr": r"\.lokr_(w1|w2|t2)(_[ab])?$",
+    "LoHa": r"\.hada_[wt]\d(_[ab])?$",
+    "DoRA": r"\.dora_scale$|\.lora_magnitude_vector(\.|$)",
+    "OFT": r"\.(oft|boft)_\w+(\.|$)",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "LoCon with a middle factor": r"\.lora_mid\.weight$",
+    "set of full weight differences": r"\.diff$",
+    "IA3": r"\.(ia3_l|on_input)(\.|$)",
+}
 
 
 def foreign_kind(key: str) -> str | None:
     """The name of the kind that is no plain LoRA, where a key gives it away."""
-    return next((kind for kind, pattern in _FOREIGN if re.search(pattern, key)), None)
+    return next((kind for kind, pattern in _FOREIGN.items() if re.search(pattern, key)), None)
 
 
 # ---------------------------------------------------------------- the transformer's linears
 
-_DOTTED = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.",
-    "lora_transformer.",
-)  # fmt: skip
-_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")
-_GROUPS = {
-    "double_blocks": "double_blocks",
-    "transformer_blocks": "double_blocks",
-    "single_blocks": "single_blocks",
-    "single_transformer_blocks": "single_blocks",
-}
-_BLOCK = re.compile(rf"({'|'.join(_GROUPS)})[._]([0-9]{{1,4}})[._](.+)")
-
-
-def _tails(group: str, parts: dict[str, list[str]], xlabs: dict) -> dict:
-    """(group's spelling, rest of a name) -> (BFL's rest, parts, style)."""
-    diffusers = next(word for word, ours in _GROUPS.items() if ours == group and word != group)
-    table = {}
-    for ours, theirs in parts.items():
-        whole = tuple(range(len(theirs)))
-        for joined in (ours, ours.replace(".", "_")):
-            table[group, joined] = ours, whole, "bfl"
-        for index, part in enumerate(theirs):
-            for joined in (part, part.replace(".", "_")):
-                table[diffusers, joined] = ours, (index,), "diffusers"
-            if len(theirs) > 1:
-                table[group, f"{ours}.{index}"] = ours, (index,), "omi"
-    for theirs, (ours, indices) in xlabs.items():
-        table[group, f"processor.{theirs}"] = ours, indices, "xlabs"
-        # `_lora` may have been taken for the suffix `_lora.down.weight`
-        table[group, f"processor.{theirs.removesuffix('_lora')}"] = ours, indices, "xlabs"
-    return table
-
+_DOTTED = re.compile(
+    r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|(?:lora_)?transformer\.)+"
+)
+_JOINED = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
 
 XLABS_DOUBLE = {
     "qkv_lora1": ("img_attn.qkv", (0, 1, 2)),
@@ -116,39 +92,53 @@ XLABS_DOUBLE = {
     "proj_lora2": ("txt_attn.proj", (0,)),
 }
 XLABS_SINGLE = {"qkv_lora": ("linear1", (0, 1, 2)), "proj_lora": ("linear2", (0,))}
-_TAILS = _tails("double_blocks", DOUBLE_PARTS, XLABS_DOUBLE)
-_TAILS |= _tails("single_blocks", SINGLE_PARTS, XLABS_SINGLE)
-_OUTER_NAMES = {
-    spelt: (ours, style)
+
+
+_GROUPS = [
+    ("double_blocks", "transformer_blocks", DOUBLE_PARTS, DOUBLE_NORMS, XLABS_DOUBLE),
+    ("single_blocks", "single_transformer_blocks", SINGLE_PARTS, SINGLE_NORMS, XLABS_SINGLE),
+]
+_BFL_GROUP = {name: ours for ours, theirs, *_ in _GROUPS for name in (ours, theirs)}
+_BLOCK = re.compile(rf"({'|'.join(_BFL_GROUP)})[._]([0-9]{{1,4}})[._](.+)")
+
+
+def _block_tables() -> tuple[dict, dict]:
+    """Of a block's linears and of its norms: (group's spelling, rest of a name) -> place in the
+    block.
+    """
+    linear_table, norm_table = {}, {}
+    for ours, theirs, linears, norms, xlabs in _GROUPS:
+        for linear, names in linears.items():
+            for spelling in (linear, linear.replace(".", "_")):
+                linear_table[ours, spelling] = linear, tuple(range(len(names))), "bfl"
+            for index, name in enumerate(names):
+                for spelling in (name, name.replace(".", "_")):
+                    linear_table[theirs, spelling] = linear, (index,), "diffusers"
+                if len(names) > 1:
+                    linear_table[ours, f"{linear}.{index}"] = linear, (index,), "omi"
+        for name, (linear, parts) in xlabs.items():
+            # `_lora` may have been taken for the suffix `_lora.down.weight`
+            for spelling in (name, name.removesuffix("_lora")):
+                linear_table[ours, f"processor.{spelling}"] = linear, parts, "xlabs"
+        for norm, name in norms.items():
+            norm_table[ours, norm] = norm, (0,), "bfl"
+            norm_table[theirs, name] = norm, (0,), "diffusers"
+    return linear_table, norm_table
+
+
+_LINEARS, _NORMS = _block_tables()
+_OUTER = {
+    spelling: (ours, (0,), style)
     for ours, theirs in OUTER.items()
     for name, style in ((ours, "bfl"), (theirs, "diffusers"))
-    for spelt in (name, name.replace(".", "_"))
-} | {"img_in.proj": ("img_in", "omi")}
-_NORMS = {("double_blocks", ours): (ours, "bfl") for ours in DOUBLE_NORMS}
-_NORMS |= {("single_blocks", ours): (ours, "bfl") for ours in SINGLE_NORMS}
-_NORMS |= {
-    ("transformer_blocks", theirs): (ours, "diffusers") for ours, theirs in DOUBLE_NORMS.items()
-}
-_NORMS |= {
-    ("single_transformer_blocks", theirs): (ours, "diffusers")
-    for ours, theirs in SINGLE_NORMS.items()
-}
+    for spelling in (name, name.replace(".", "_"))
+} | {"img_in.proj": ("img_in", (0,), "omi")}
 
 
-def _linear(name: str, prefix: str) -> Place | None:
+def _in_block(name: str, table: dict) -> _Place | None:
     match = _BLOCK.fullmatch(name)
-    if match is None:
-        ours, style = _OUTER_NAMES.get(name, (None, ""))
-        return ours and Place(ours, style=f"{style} {prefix}")
-    group, index, tail = match.groups()
-    ours, parts, style = _TAILS.get((group, tail), (None, (), ""))
-    return ours and Place(f"{_GROUPS[group]}.{int(index)}.{ours}", parts, f"{style} {prefix}")
-
-
-def _norm(name: str, prefix: str) -> Place | None:
-    match = _BLOCK.fullmatch(name)
-    ours, style = _NORMS.get(match.group(1, 3), (None, "")) if match else (None, "")
-    return ours and Place(f"{_GROUPS[match[1]]}.{int(match[2])}.{ours}", (0,), f"{style} {prefix}")
+    place = table.get(match.group(1, 3)) if match else None
+    return place and (f"{_BFL_GROUP[match[1]]}.{int(match[2])}.{place[0]}", *place[1:])
 
 
 # ---------------------------------------------------------------- the text encoders' linears
@@ -173,78 +163,68 @@ _T5 = re.compile(
 )
 
 
-def _text(name: str) -> Place | None:
+def _text(name: str) -> tuple[str, str] | None:
+    """The module and the prefix."""
     for prefix, encoder in _TEXT_DOTTED.items():
         if name.startswith(prefix):
             module = name.removeprefix(prefix)
             # transformers 5 drops the outer level that files have
             if encoder == "clip" and module.startswith("encoder."):
                 module = f"text_model.{module}"
-            return Place(f"{encoder}/{module}", style=f"text {prefix}")
-    match = re.fullmatch(r"lora_te([123]?)_(.+)", name)
-    if match is None:
+            return f"{encoder}/{module}", prefix
+    if (joined := re.fullmatch(r"(lora_te([123]?)_)(.+)", name)) is None:
         return None
-    number, rest = match.groups()
-    if number in ("", "1") and (found := _CLIP.fullmatch(rest)):
-        index, *words = [word for word in found.groups() if word]
-        module = f"clip/text_model.encoder.layers.{index}.{'.'.join(words)}"
-        return Place(module, style=f"text lora_te{number}_")
-    if number in ("2", "3") and (found := _T5.fullmatch(rest)):  # OneTrainer counts 2, kohya 3
-        block, layer, *words = [word for word in found.groups() if word]
-        module = f"t5/encoder.block.{block}.layer.{layer}.{'.'.join(words)}"
-        return Place(module, style=f"text lora_te{number}_")
+    prefix, number, rest = joined.groups()
+    if number in ("", "1") and (match := _CLIP.fullmatch(rest)):
+        index, *words = filter(None, match.groups())
+        return f"clip/text_model.encoder.layers.{index}.{'.'.join(words)}", prefix
+    if number in ("2", "3") and (match := _T5.fullmatch(rest)):  # OneTrainer counts 2, kohya 3
+        block, layer, *words = filter(None, match.groups())
+        return f"t5/encoder.block.{block}.layer.{layer}.{'.'.join(words)}", prefix
     return None
 
 
 # ---------------------------------------------------------------- a key, whole
 
 
-def parse(key: str) -> tuple[str, Place] | None:
-    """-> (role, place), or None for a key that has no place in FLUX.1.
-
-    role: down (A), up (B), alpha, bias (of the transformer only), norm (a whole new scale), shape.
-    """
-    for role, pattern in _ROLES:
-        match = pattern.fullmatch(key)
-        if match is None:
+def parse(key: str) -> LoraKey | None:
+    """What the key says, None for one that has no place in FLUX.1."""
+    for pattern, role in _ROLES:
+        if (match := pattern.fullmatch(key)) is None:
             continue
-        place = _norm(*_stripped(match[1])) if role == "norm" else resolve(match[1])
-        if role == "bias" and place is not None and "/" in place.module:
-            return None  # of a text encoder, which no format that is written has
-        if place is not None:
-            return role, place
+        plain, prefix = _strip(match[1])
+        if role == "norm":
+            place = _in_block(plain, _NORMS)
+        else:
+            place = _OUTER.get(plain) or _in_block(plain, _LINEARS)
+        if place:
+            return LoraKey(role, *place, prefix)
+        if role == "norm":
+            continue
+        if text := _text(plain) or _text(match[1]):
+            # a text encoder's bias has a place in no format that is written
+            return None if role == "bias" else LoraKey(role, text[0], (0,), "text", text[1])
     return None
 
 
-def resolve(name: str) -> Place | None:
-    """A linear by any format's name of it, with its prefix and without a suffix."""
-    plain, prefix = _stripped(name)
-    return _linear(plain, prefix) or _text(plain) or _text(name)
+def _strip(name: str) -> tuple[str, str]:
+    """A name without its prefix, and the prefix."""
+    match = _DOTTED.match(name) or _JOINED.match(name)
+    return (name[match.end() :], match[0]) if match else (name, "")
 
 
-def _stripped(name: str) -> tuple[str, str]:
-    """-> (name, its prefix)."""
-    plain = name
-    while (cut := next((p for p in _DOTTED if plain.startswith(p)), None)) is not None:
-        plain = plain.removeprefix(cut)
-    if plain == name:
-        cut = next((p for p in _JOINED if plain.startswith(p)), "")
-        plain = plain.removeprefix(cut)
-    return plain, name[: len(name) - len(plain)]
-
-
-def form_of(places: list[Place], roles: set[str]) -> str:
+def form_of(keys: Collection[LoraKey]) -> str:
     """What a file's keys say of its format, in one word or two, for people."""
-    styles = [place.style for place in places]
-    styles = [style for style in styles if not style.startswith("text ")] or styles
-    style, _, prefix = Counter(styles).most_common(1)[0][0].partition(" ")
+    spellings = [(key.style, key.prefix) for key in keys if key.style != "text"]
+    spellings = spellings or [(key.style, key.prefix) for key in keys]
+    ((style, prefix), _), *_ = Counter(spellings).most_common(1)
     if prefix.startswith("base_model."):
         return "peft"
-    if prefix == "lycoris_" or prefix == "lora_transformer_":
+    if prefix in ("lycoris_", "lora_transformer_"):
         return "LyCORIS" if prefix == "lycoris_" else "OneTrainer"
     if style == "bfl":
-        if prefix in ("lora_unet_", "lora_te1_", "lora_te3_"):
+        if prefix == "lora_unet_":
             return "kohya"
-        word = "comfyui" if prefix else "bfl"
-        return f"{word} control" if roles & {"bias", "norm"} else word
+        form = "comfyui" if prefix else "bfl"
+        return f"{form} control" if any(key.role in ("bias", "norm") for key in keys) else form
     return {"omi": "OneTrainer", "text": "text encoders only"}.get(style, style)

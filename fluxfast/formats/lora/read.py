@@ -1,12 +1,12 @@
-"""LoRA files in: whatever their format, one `Lora`. What is told apart is told by keys and shapes,
-never by a file's name.
+"""LoRA files in: whatever their format, one `LoraWeights`. What is told apart is told by keys and
+shapes, never by a file's name.
 """
 
 import json
 import logging
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import all_finite
-from fluxfast.formats.lora.names import Place, foreign_kind, form_of, parse
-from fluxfast.formats.lora.update import Lora, Piece, split_scale, widths
+from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, parse
+from fluxfast.formats.lora.update import LoraWeights, Piece, part_count, split_scale
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import SWAPPED, linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
@@ -24,25 +24,22 @@ from fluxfast.model.spec import FluxSpec, rope_axes
 log = logging.getLogger(__name__)
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_OTHER_MODELS = [
-    ("FLUX.2", r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj"),
-    ("Chroma", r"distilled_guidance_layer"),
-    ("Stable Diffusion 3", r"joint_blocks"),
-    ("HunyuanVideo", r"img_mlp[._]fc\d|img_mod[._]linear|token_refiner"),
-    (
-        "Stable Diffusion 1.5 or SDXL",
-        r"(down|up|input|output)_blocks|mid_block|middle_block|lora_te2_text_model",
+_OTHER_MODELS = {
+    "FLUX.2": r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj",
+    "Chroma": r"distilled_guidance_layer",
+    "Stable Diffusion 3": r"joint_blocks",
+    "HunyuanVideo": r"img_mlp[._]fc\d|img_mod[._]linear|token_refiner",
+    "Stable Diffusion 1.5 or SDXL": (
+        r"(down|up|input|output)_blocks|mid_block|middle_block|lora_te2_text_model"
     ),
-]
+}
 _SD3_WIDTHS = (1536, 2432)  # medium, large
-_FLOATS = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)  # fmt: skip
-_INTEGERS = (torch.int64, torch.int32, torch.int16)
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2}
+_INTEGERS = {torch.int64, torch.int32, torch.int16}
 
 
-def read_lora(path: Path | str, *, drop: bool = False) -> Lora:
+def read_lora(path: Path | str, *, drop: bool = False) -> LoraWeights:
     """Read a LoRA file of any format, fp32, alpha folded in.
 
     path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
@@ -52,27 +49,14 @@ def read_lora(path: Path | str, *, drop: bool = False) -> Lora:
     """
     path = _file(Path(path))
     with Files([path]) as files:
-        places = _places(path, files.entries, drop)  # before anything is read
-        tensors = {key: files.read(key) for key in places}
-        return _lora(path, tensors, places, files.metadata)
+        return _read(path, files.entries, files.read, files.metadata, drop)
 
 
 def from_tensors(
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    path: Path | str,
-    *,
-    drop: bool = False,
-) -> Lora:
+    tensors: dict[str, Tensor], metadata: dict[str, str], path: Path | str, *, drop: bool = False
+) -> LoraWeights:
     """The same of what a file holds; `path` is named in errors."""
-    return _lora(path, tensors, _places(path, tensors, drop), metadata)
-
-
-def _lora(path: Path | str, tensors: dict, places: dict, metadata: dict[str, str]) -> Lora:
-    lora = _assemble(path, tensors, places, _peft_scale(path, metadata))
-    lora.metadata = metadata
-    _check_shapes(path, lora)
-    return lora
+    return _read(path, tensors, tensors.__getitem__, metadata, drop)
 
 
 def ranks_of(path: Path | str) -> dict[str, int]:
@@ -82,14 +66,11 @@ def ranks_of(path: Path | str) -> dict[str, int]:
     """
     ranks: dict[str, int] = {}
     with Files([_file(Path(path))]) as files:
-        for key, entry in files.entries.items():
-            role, place = parse(key) or ("", None)
-            if role == "down" and "/" not in place.module and entry.shape:
-                ranks[place.module] = max(ranks.get(place.module, 0), entry.shape[0])
+        for name, entry in files.entries.items():
+            key = parse(name)
+            if key and key.role == "down" and "/" not in key.module and entry.shape:
+                ranks[key.module] = max(ranks.get(key.module, 0), entry.shape[0])
     return ranks
-
-
-# ---------------------------------------------------------------- the file
 
 
 def _file(path: Path) -> Path:
@@ -111,59 +92,58 @@ def _file(path: Path) -> Path:
 # ---------------------------------------------------------------- keys
 
 
-def _places(path: Path | str, keys: Iterable[str], drop: bool) -> dict[str, tuple[str, Place]]:
-    """Key -> role and place, of the keys that have one. Raises ConfigError for the others, or with
+def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, LoraKey]:
+    """Of the names that have a place: what they say. Raises ConfigError for the others, or with
     drop logs them.
     """
-    places, unknown, taken = {}, [], {}
-    for key in keys:
-        if kind := foreign_kind(key):
+    keys, unknown, taken = {}, [], {}
+    for name in names:
+        if kind := foreign_kind(name):
             raise ConfigError(
-                f"{path} is a {kind} (it has {key}), not a plain LoRA: it cannot be read",
+                f"{path} is a {kind} (it has {name}), not a plain LoRA: it cannot be read",
                 hint="its trainer may export a plain LoRA of the same training",
             )
-        found = parse(key)
-        if found is None:
-            unknown.append(key)
+        if (key := parse(name)) is None:
+            unknown.append(name)
             continue
-        role, place = found
-        if other := taken.get((role, place.module, place.parts)):
-            raise ConfigError(f"{path} says the same twice: {other} and {key}")
-        taken[role, place.module, place.parts] = key
-        places[key] = role, place
-    if unknown and drop and places and not other_lora(unknown):
+        if other := taken.get(key[:3]):
+            raise ConfigError(f"{path} says the same twice: {other} and {name}")
+        taken[key[:3]] = name
+        keys[name] = key
+    if unknown and drop and keys and not other_lora(unknown):
         log.warning(f"note: {path}: left out {_some(unknown)}: no place in FLUX.1")
-    elif unknown or not any(role == "down" for role, _ in places.values()):
-        raise ConfigError(*_unknown(path, unknown or list(places)))
-    return places
+    elif unknown or not any(key.role == "down" for key in keys.values()):
+        raise ConfigError(*_not_flux_lora(path, unknown or list(keys)))
+    return keys
 
 
-def other_lora(keys: list[str]) -> str | None:
+def other_lora(names: list[str]) -> str | None:
     """The name of the model whose LoRA has such keys, where it is known; None for FLUX.1's."""
-    patterns = ((model, re.compile(pattern)) for model, pattern in _OTHER_MODELS)
-    return next((model for model, found in patterns if any(map(found.search, keys))), None)
+    patterns = ((model, re.compile(pattern)) for model, pattern in _OTHER_MODELS.items())
+    return next((model for model, pattern in patterns if any(map(pattern.search, names))), None)
 
 
-def _unknown(path: Path, keys: list[str]) -> tuple[str, str | None]:
-    if not keys:
+def _not_flux_lora(path: Path | str, names: list[str]) -> tuple[str, str | None]:
+    """The message and the hint."""
+    if not names:
         return f"{path} is not a LoRA of FLUX.1: it holds no tensors", None
-    if model := other_lora(keys):
-        return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(keys)})", None
+    if model := other_lora(names):
+        return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(names)})", None
     return (
-        f"{path} is not a LoRA of FLUX.1: no place here for {_some(keys)}",
+        f"{path} is not a LoRA of FLUX.1: no place here for {_some(names)}",
         "`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
     )
 
 
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-    return ", ".join(keys[:2]) + more
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more
 
 
 # ---------------------------------------------------------------- alpha that peft keeps elsewhere
 
 
-def _peft_scale(path: Path, metadata: dict) -> Callable[[str, int], float]:
+def _peft_scale(path: Path | str, metadata: dict) -> Callable[[str, int], float]:
     """(key, rank) -> scale where there is no alpha beside the factors: from the configuration that
     peft saves in the same folder, or diffusers in the header; else 1.
     """
@@ -194,8 +174,8 @@ def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     alpha = None if alpha is None else _finite(alpha)
     # the first that fits counts
     values = {
-        _plain_name(name): (place, _finite(value))
-        for place, (name, value) in reversed([*enumerate(patterns.items())])
+        _plain_name(name): (index, _finite(value))
+        for index, (name, value) in reversed([*enumerate(patterns.items())])
     }
     root = bool(config.get(f"{prefix}use_rslora"))
 
@@ -229,90 +209,97 @@ def _finite(value: object) -> float:
 # ---------------------------------------------------------------- tensors
 
 
-def _assemble(path: Path, tensors: dict, places: dict, scale_of: Callable) -> Lora:
-    lora = Lora(form=form_of([p for _, p in places.values()], {r for r, _ in places.values()}))
-    found: dict[tuple, dict[str, str]] = defaultdict(dict)
-    swaps = set()
-    for key, (role, place) in places.items():
-        if role == "norm":
-            lora.norms[place.module] = _vector(path, key, tensors)
-        elif role != "shape":  # alpha may be spelt otherwise than the factors
-            found[place.module, place.parts][role] = key
-            if place.swapped:
-                swaps.add((place.module, place.parts))
-    for (module, parts), keys in found.items():
-        order = _swap if (module, parts) in swaps else (lambda tensor: tensor)
-        bias, scale = None, 1.0
-        if "bias" in keys:
-            bias = _vector(path, keys["bias"], tensors)
-        if keys.keys() != {"bias"}:
-            a, b = _factors(path, keys, tensors)
+def _read(
+    path: Path | str,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str],
+    drop: bool,
+) -> LoraWeights:
+    keys = _parse_all(path, names, drop)  # before anything is read
+    checked = _Checked(path, read)
+    peft_scale = _peft_scale(path, metadata)
+    lora = LoraWeights(form=form_of(keys.values()), metadata=metadata)
+    linears: dict[tuple, dict[str, str]] = defaultdict(dict)
+    swapped = set()
+    for name, key in keys.items():
+        if key.role == "norm":
+            lora.norms[key.module] = checked.floats(name, 1)
+        elif key.role != "shape":  # alpha may be spelled otherwise than the factors
+            linears[key.module, key.parts][key.role] = name
+            if key.swapped:
+                swapped.add(key.module)
+    for (module, parts), roles in linears.items():
+        order = _swap if module in swapped else (lambda tensor: tensor)
+        bias = checked.floats(roles["bias"], 1) if "bias" in roles else None
+        scale = 1.0
+        if roles.keys() != {"bias"}:
+            a, b = checked.factors(roles)
             if bias is not None and bias.shape != b.shape[:1]:
-                raise ConfigError(f"{path}: {keys['bias']} has shape {list(bias.shape)}")
-            rank = a.shape[0]
-            alpha = _alpha(path, keys["alpha"], tensors) if "alpha" in keys else None
-            scale = scale_of(keys["down"], rank) if alpha is None else alpha / rank
+                raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
+            rank, alpha = a.shape[0], roles.get("alpha")
+            scale = checked.alpha(alpha) / rank if alpha else peft_scale(roles["down"], rank)
             for_a, for_b = split_scale(scale)
-            table = lora.text if "/" in module else lora.pieces
-            others = {part for piece in table.get(module, []) for part in piece.parts}
-            if others & set(parts):  # some files hold one LoRA in two formats
-                raise ConfigError(f"{path} says the same twice: {module}, under {keys['down']} too")
-            table.setdefault(module, []).append(Piece(parts, a * for_a, order(b) * for_b))
+            pieces = (lora.text if "/" in module else lora.pieces).setdefault(module, [])
+            if any(set(piece.parts) & set(parts) for piece in pieces):
+                # some files hold one LoRA in two formats
+                raise ConfigError(
+                    f"{path} says the same twice: {module}, under {roles['down']} too"
+                )
+            pieces.append(Piece(parts, a * for_a, order(b) * for_b))
         if bias is not None:
             # the up factor's own, which its scale goes for; ComfyUI's `diff_b` is added as it is
-            bias = bias if keys["bias"].endswith(".diff_b") else bias * scale
+            bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
             lora.biases.setdefault(module, []).append((parts, order(bias)))
+    _check_shapes(path, lora)
     return lora
 
 
-def _factors(path: Path, keys: dict[str, str], tensors: dict) -> tuple[Tensor, Tensor]:
-    """-> A [R, K], B [N, R] as stored, in fp32."""
-    if not {"down", "up"} <= keys.keys():
-        raise ConfigError(
-            f"{path}: {next(iter(keys.values()))} has no partner: a LoRA has two factors for each "
-            "linear"
-        )
-    a, b = (_matrix(path, keys[role], tensors) for role in ("down", "up"))
-    if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
-        raise ConfigError(
-            f"{path}: {keys['down']} {list(a.shape)} and {keys['up']} {list(b.shape)} do not fit "
-            "each other"
-        )
-    return a, b
+class _Checked:
+    """A file's tensors, in fp32. ConfigError naming the file for what cannot be in a LoRA."""
 
+    def __init__(self, path: Path | str, read: Callable[[str], Tensor]):
+        self._path, self._read = path, read
 
-def _number(path: Path, key: str, tensors: dict) -> Tensor:
-    tensor = tensors[key]
-    if tensor.dtype not in _FLOATS:
-        raise ConfigError(f"{path}: {key} is stored as {tensor.dtype}, which is no LoRA's")
-    tensor = tensor.float()
-    if not all_finite(tensor):
-        raise ConfigError(f"{path}: {key} holds NaN or infinity")
-    return tensor
+    def floats(self, name: str, dimensions: int) -> Tensor:
+        """A vector (dimensions 1), not empty, or a matrix (2)."""
+        tensor = self._read(name)
+        if tensor.dtype not in _FLOATS:
+            raise self._error(f"{name} is stored as {tensor.dtype}, which is no LoRA's")
+        tensor = tensor.float()
+        if not all_finite(tensor):
+            raise self._error(f"{name} holds NaN or infinity")
+        if dimensions == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution is a linear
+        if tensor.ndim != dimensions or (dimensions == 1 and not tensor.numel()):
+            wanted = "two dimensions" if dimensions == 2 else "one dimension"
+            raise self._error(f"{name} has shape {list(tensor.shape)}, not {wanted}")
+        return tensor
 
+    def factors(self, roles: dict[str, str]) -> tuple[Tensor, Tensor]:
+        """A [R, K], B [N, R] as stored. roles: role -> name."""
+        if not {"down", "up"} <= roles.keys():
+            raise self._error(
+                f"{next(iter(roles.values()))} has no partner: a LoRA has two factors for each "
+                "linear"
+            )
+        a, b = (self.floats(roles[role], 2) for role in ("down", "up"))
+        if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
+            raise self._error(
+                f"{roles['down']} {list(a.shape)} and {roles['up']} {list(b.shape)} "
+                "do not fit each other"
+            )
+        return a, b
 
-def _vector(path: Path, key: str, tensors: dict) -> Tensor:
-    tensor = _number(path, key, tensors)
-    if tensor.ndim != 1 or not tensor.numel():
-        raise ConfigError(f"{path}: {key} has shape {list(tensor.shape)}, not one dimension")
-    return tensor
+    def alpha(self, name: str) -> float:
+        tensor = self._read(name)
+        known = tensor.numel() == 1 and tensor.dtype in _FLOATS | _INTEGERS
+        if not known or not math.isfinite(value := tensor.float().item()):
+            raise self._error(f"{name} is not one number")
+        return value
 
-
-def _matrix(path: Path, key: str, tensors: dict) -> Tensor:
-    tensor = _number(path, key, tensors)
-    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a 1x1 convolution is a linear
-        tensor = tensor[:, :, 0, 0]
-    if tensor.ndim != 2:
-        raise ConfigError(f"{path}: {key} has shape {list(tensor.shape)}, not two dimensions")
-    return tensor
-
-
-def _alpha(path: Path, key: str, tensors: dict) -> float:
-    tensor = tensors[key]
-    known = tensor.numel() == 1 and tensor.dtype in (*_FLOATS, *_INTEGERS)
-    if not known or not math.isfinite(value := tensor.float().item()):
-        raise ConfigError(f"{path}: {key} is not one number")
-    return value
+    def _error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self._path}: {problem}")
 
 
 def _swap(tensor: Tensor) -> Tensor:
@@ -323,15 +310,17 @@ def _swap(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- shapes
 
 
-def _check_shapes(path: Path, lora: Lora) -> None:
+def _check_shapes(path: Path | str, lora: LoraWeights) -> None:
     """Fill in the widths; every factor must have those of one and the same FLUX.1."""
-    shapes = {
-        module: [(piece.parts, piece.b.shape[0], piece.a.shape[1]) for piece in pieces]
+    # module, parts, rows, columns
+    shapes = [
+        (module, piece.parts, piece.b.shape[0], piece.a.shape[1])
         for module, pieces in lora.pieces.items()
-    }
-    if any(rows % 2 for _, rows, _ in shapes.get(SWAPPED, [])):
+        for piece in pieces
+    ]
+    if any(module == SWAPPED and rows % 2 for module, _, rows, _ in shapes):
         raise ConfigError(f"{path} does not fit FLUX.1: {SWAPPED} has two halves of rows")
-    hidden, mlp = widths(shapes)
+    hidden, mlp = _widths(shapes)
     if hidden in _SD3_WIDTHS and not any(name.startswith("single_") for name in lora.pieces):
         raise ConfigError(f"{path} is a LoRA of Stable Diffusion 3, not of FLUX.1")
     if not hidden:
@@ -342,23 +331,48 @@ def _check_shapes(path: Path, lora: Lora) -> None:
     spec = FluxSpec(
         hidden_size=hidden, mlp_ratio=mlp / hidden, num_heads=1, axes_dim=rope_axes(hidden)
     )
-    for module, found in shapes.items():
-        rows, columns = linear_shape(module, spec)
-        for parts, got_rows, got_columns in found:
-            heights = lora.heights(module)
-            want = sum(heights[part] for part in parts) if heights else rows
-            # what lies outside the blocks has inputs that variants of the model widen
-            free = "_blocks." not in module
-            if (got_rows != want and module != "final_layer.linear") or (
-                got_columns != columns and not free
-            ):
-                raise ConfigError(
-                    f"{path} does not fit FLUX.1: {module} takes {columns} and gives {want} in a "
-                    f"transformer {hidden} wide, its factors {got_columns} and {got_rows}"
-                )
+
+    def rows_of_parts(module: str, parts: tuple[int, ...]) -> int:
+        if part_count(module) == 1:
+            return linear_shape(module, spec)[0]
+        return sum(lora.heights(module)[part] for part in parts)
+
+    for module, parts, rows, columns in shapes:
+        fits_rows = rows == rows_of_parts(module, parts) or module == "final_layer.linear"
+        # what lies outside the blocks has inputs that variants of the model widen
+        fits_columns = columns == linear_shape(module, spec)[1] or "_blocks." not in module
+        if not (fits_rows and fits_columns):
+            raise ConfigError(
+                f"{path} does not fit FLUX.1: {module} takes {linear_shape(module, spec)[1]} and "
+                f"gives {rows_of_parts(module, parts)} in a transformer {hidden} wide, its factors "
+                f"{columns} and {rows}"
+            )
     for module, biases in lora.biases.items():
-        heights = lora.heights(module)
         for parts, bias in biases:
-            want = sum(heights[p] for p in parts) if heights else linear_shape(module, spec)[0]
-            if bias.shape != (want,) and module != "final_layer.linear":
+            if bias.shape != (rows_of_parts(module, parts),) and module != "final_layer.linear":
                 raise ConfigError(f"{path}: the bias of {module} has shape {list(bias.shape)}")
+
+
+def _widths(shapes: list[tuple[str, tuple[int, ...], int, int]]) -> tuple[int, int]:
+    """The (hidden, mlp) that most factors agree on. shapes: (module, parts, rows, columns)."""
+    hidden, mlp = Counter(), Counter()
+    blocks = [
+        (module.split(".", 2)[2], *shape)
+        for module, *shape in shapes
+        if module.startswith(("double_blocks.", "single_blocks."))
+    ]
+    for tail, _, rows, columns in blocks:
+        hidden[rows if tail in ("img_mlp.2", "txt_mlp.2", "linear2") else columns] += 1
+    if not hidden:
+        return 0, 0
+    width = hidden.most_common(1)[0][0]
+    for tail, parts, rows, columns in blocks:
+        if tail in ("img_mlp.0", "txt_mlp.0"):
+            mlp[rows] += 1
+        elif tail in ("img_mlp.2", "txt_mlp.2"):
+            mlp[columns] += 1
+        elif tail == "linear2":
+            mlp[columns - width] += 1
+        elif tail == "linear1" and 3 in parts:
+            mlp[rows - (len(parts) - 1) * width] += 1
+    return width, mlp.most_common(1)[0][0] if mlp else 4 * width

@@ -8,7 +8,7 @@ folded in: a piece means B A and nothing else.
 
 import itertools
 import math
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError
 from fluxfast.model.names import DOUBLE_PARTS, SINGLE_PARTS
+
+_BLOCK = 1 << 18  # entries of ΔW formed at a time: 1 MiB, which stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Piece:
 
 
 @dataclass
-class Lora:
+class LoraWeights:
     """What a LoRA file holds, in BFL's terms.
 
     pieces: BFL linear -> its pieces; text: `clip/` or `t5/` and transformers' name -> pieces;
@@ -53,15 +55,18 @@ class Lora:
     form: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def heights(self, module: str) -> list[int] | None:
-        """Rows of each part of a fused linear; None where there is one part."""
-        count = part_count(module)
-        return [self.hidden, self.hidden, self.hidden, self.mlp][:count] if count > 1 else None
+    def heights(self, module: str) -> list[int]:
+        """Rows of each part of a linear that there are pieces or biases of."""
+        if (count := part_count(module)) > 1:
+            return [self.hidden, self.hidden, self.hidden, self.mlp][:count]
+        if pieces := self.pieces.get(module) or self.text.get(module):
+            return [pieces[0].b.shape[0]]
+        return [len(self.biases[module][0][1])]
 
     def rank(self) -> int:
         """The highest rank of a transformer's linear, of a part where the parts have A's apart."""
-        every = self.pieces.items()
-        return max((p.rank for m, ps in every for p in grouped(ps, self.heights(m))), default=0)
+        grouped = (group(pieces, self.heights(m)) for m, pieces in self.pieces.items())
+        return max((piece.rank for pieces in grouped for piece in pieces), default=0)
 
 
 def part_count(module: str) -> int:
@@ -72,7 +77,7 @@ def part_count(module: str) -> int:
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """-> (a power of two for A, the rest for B), about the root of `scale` each: exact in A, and
+    """A power of two for A and the rest for B, about the root of `scale` each: exact in A, and
     16-bit factors neither overflow nor vanish.
     """
     if scale == 0:
@@ -81,35 +86,8 @@ def split_scale(scale: float) -> tuple[float, float]:
     return power, scale / power
 
 
-def widths(shapes: dict[str, list[tuple[tuple[int, ...], int, int]]]) -> tuple[int, int]:
-    """-> (hidden, mlp) that most factors agree on. shapes: BFL linear -> [(parts, rows,
-    columns)].
-    """
-    hidden, mlp = Counter(), Counter()
-    for module, found in shapes.items():
-        if not module.startswith(("double_blocks.", "single_blocks.")):
-            continue
-        tail = module.split(".", 2)[2]
-        for _, rows, columns in found:
-            hidden[rows if tail in ("img_mlp.2", "txt_mlp.2", "linear2") else columns] += 1
-    if not hidden:
-        return 0, 0
-    width = hidden.most_common(1)[0][0]
-    for module, found in shapes.items():
-        tail = module.partition(".")[2].partition(".")[2]
-        for parts, rows, columns in found:
-            if tail in ("img_mlp.0", "txt_mlp.0"):
-                mlp[rows] += 1
-            elif tail in ("img_mlp.2", "txt_mlp.2"):
-                mlp[columns] += 1
-            elif tail == "linear2":
-                mlp[columns - width] += 1
-            elif tail == "linear1" and 3 in parts:
-                mlp[rows - (len(parts) - 1) * width] += 1
-    return width, mlp.most_common(1)[0][0] if mlp else 4 * width
-
-
 # ---------------------------------------------------------------- between fused and split
+# heights: rows of each part of the pieces' linear
 
 
 def rows_of(parts: tuple[int, ...], heights: list[int]) -> dict[int, slice]:
@@ -121,48 +99,55 @@ def rows_of(parts: tuple[int, ...], heights: list[int]) -> dict[int, slice]:
     return rows
 
 
-def split(piece: Piece, heights: list[int]) -> list[Piece]:
-    """A piece per part. Columns of B that are zero in a part are left out there: of a
-    block-diagonal B the blocks remain, of a dense one every part gets all of A.
+def split(pieces: Iterable[Piece], heights: list[int]) -> list[Piece]:
+    """The same update in pieces of one part each. Columns of B that are zero in a part are left out
+    there: of a block-diagonal B the blocks remain, of a dense one every part gets all of A.
     """
-    if len(piece.parts) == 1:
-        return [piece]
-    pieces = []
-    for part, rows in rows_of(piece.parts, heights).items():
-        b = piece.b[rows]
-        used = (b != 0).any(dim=0)
-        if used.any() and not used.all():
-            pieces.append(Piece((part,), piece.a[used], b[:, used]))
-        elif used.any() or not piece.b.any():  # an update of zero keeps its A
-            pieces.append(Piece((part,), piece.a, b))
-    return pieces
+    result = []
+    for piece in pieces:
+        if len(piece.parts) == 1:
+            result.append(piece)
+            continue
+        for part, rows in rows_of(piece.parts, heights).items():
+            b = piece.b[rows]
+            used = (b != 0).any(dim=0)
+            if used.any() and not used.all():
+                result.append(Piece((part,), piece.a[used], b[:, used]))
+            elif used.any() or not piece.b.any():  # an update of zero keeps its A
+                result.append(Piece((part,), piece.a, b))
+    return result
 
 
-def unblocked(piece: Piece, heights: list[int] | None) -> list[Piece]:
-    """Its blocks, where B is block-diagonal by parts; itself where columns feed several parts."""
-    if heights is None or len(piece.parts) == 1 or not piece.b.any():
-        return [piece]
-    feeds = [(piece.b[rows] != 0).any(dim=0) for rows in rows_of(piece.parts, heights).values()]
-    shared = torch.stack(feeds).sum(dim=0) > 1
-    return [piece] if shared.any() else split(piece, heights)
+def _is_block_diagonal(piece: Piece, heights: list[int]) -> bool:
+    """Whether no column of B feeds several parts, and some feed one."""
+    fed = [(piece.b[rows] != 0).any(dim=0) for rows in rows_of(piece.parts, heights).values()]
+    counts = torch.stack(fed).sum(dim=0)
+    return bool(counts.any() and not (counts > 1).any())
 
 
-def grouped(pieces: list[Piece], heights: list[int] | None) -> list[Piece]:
+def group(pieces: list[Piece], heights: list[int]) -> list[Piece]:
     """The same update in pieces on rows that ascend and do not overlap: stacked where they lie on
     the same parts, split where they overlap otherwise.
     """
-    if heights is not None:
-        pieces = shared_again([part for piece in pieces for part in unblocked(piece, heights)])
-        sets = sorted({piece.parts for piece in pieces})
-        if any(one[-1] >= other[0] for one, other in itertools.pairwise(sets)):
-            pieces = [part for piece in pieces for part in split(piece, heights)]
-    found: dict[tuple[int, ...], list[Piece]] = {}
+    blocks = []
     for piece in pieces:
-        found.setdefault(piece.parts, []).append(piece)
-    return [_stack(found[parts]) for parts in sorted(found)]
+        blocks += split([piece], heights) if _is_block_diagonal(piece, heights) else [piece]
+    pieces = _rejoin(blocks)
+    part_sets = sorted({piece.parts for piece in pieces})
+    if any(one[-1] >= other[0] for one, other in itertools.pairwise(part_sets)):
+        pieces = split(pieces, heights)
+    return stack_by_parts(pieces)
 
 
-def shared_again(pieces: list[Piece]) -> list[Piece]:
+def stack_by_parts(pieces: list[Piece]) -> list[Piece]:
+    """The same update with one piece for each set of parts, in their order."""
+    by_parts: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        by_parts.setdefault(piece.parts, []).append(piece)
+    return [_stack(by_parts[parts]) for parts in sorted(by_parts)]
+
+
+def _rejoin(pieces: list[Piece]) -> list[Piece]:
     """Pieces on different parts with one and the same A become one: what was a fused update, split
     by copying A.
     """
@@ -170,34 +155,32 @@ def shared_again(pieces: list[Piece]) -> list[Piece]:
     for piece in pieces:
         for index, other in enumerate(result):
             if not set(piece.parts) & set(other.parts) and _equal(piece.a, other.a):
-                both = sorted([other, piece], key=lambda p: p.parts)
-                if both[0].parts[-1] < both[1].parts[0]:
-                    parts = both[0].parts + both[1].parts
-                    result[index] = Piece(parts, piece.a, torch.cat([p.b for p in both]))
+                low, high = sorted([other, piece], key=lambda p: p.parts)
+                if low.parts[-1] < high.parts[0]:
+                    b = torch.cat([low.b, high.b])
+                    result[index] = Piece(low.parts + high.parts, piece.a, b)
                     break
         else:
             result.append(piece)
     return result
 
 
-def fused(pieces: list[Piece], heights: list[int] | None, only: tuple[int, ...]) -> Piece:
-    """One piece on the parts `only`, which cover those of `pieces`: A's stacked, B's placed, zeros
+def fuse(pieces: list[Piece], heights: list[int], parts: tuple[int, ...]) -> Piece:
+    """One piece on `parts`, which cover those of `pieces`: A's stacked, B's in place, zeros
     elsewhere (block-diagonal for pieces of one part each).
     """
-    pieces = shared_again(pieces) if heights is not None else pieces
-    if len(pieces) == 1 and pieces[0].parts == only:
+    pieces = _rejoin(pieces)
+    if len(pieces) == 1 and pieces[0].parts == parts:
         return pieces[0]
-    if heights is None:
-        return _stack(pieces)
-    rows = rows_of(only, heights)
+    rows = rows_of(parts, heights)
     a = torch.cat([piece.a for piece in pieces])
-    b = a.new_zeros(sum(heights[part] for part in only), a.shape[0])
+    b = a.new_zeros(sum(heights[part] for part in parts), a.shape[0])
     column = 0
     for piece in pieces:
         for part, own in rows_of(piece.parts, heights).items():
             b[rows[part], column : column + piece.rank] = piece.b[own]
         column += piece.rank
-    return Piece(only, a, b)
+    return Piece(parts, a, b)
 
 
 def _stack(pieces: list[Piece]) -> Piece:
@@ -215,22 +198,20 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 # ---------------------------------------------------------------- sums and differences
 
-_BLOCK = 1 << 18  # entries of ΔW formed at a time: 1 MiB, which stays in a core's cache
 
-
-def scaled(lora: Lora, strength: float) -> Lora:
+def scaled(lora: LoraWeights, strength: float) -> LoraWeights:
     """The update times `strength`."""
     if strength == 1:
         return lora
-
-    def times(table: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
-        return {m: [Piece(p.parts, p.a, p.b * strength) for p in ps] for m, ps in table.items()}
-
+    pieces, text = (
+        {m: [replace(p, b=p.b * strength) for p in ps] for m, ps in table.items()}
+        for table in (lora.pieces, lora.text)
+    )
     biases = {m: [(parts, t * strength) for parts, t in ps] for m, ps in lora.biases.items()}
-    return replace(lora, pieces=times(lora.pieces), text=times(lora.text), biases=biases)
+    return replace(lora, pieces=pieces, text=text, biases=biases)
 
 
-def balanced(lora: Lora) -> Lora:
+def balanced(lora: LoraWeights) -> LoraWeights:
     """The same update, exactly, with A and B of one size: what 16-bit floats hold best. A linear's
     pieces all get the same power of two, so that a shared A stays shared.
     """
@@ -242,54 +223,54 @@ def balanced(lora: Lora) -> Lora:
         power = 2.0 ** round(math.log2(b / a) / 2)
         return [Piece(p.parts, p.a * power, p.b / power) for p in pieces]
 
-    tables = ({m: even(ps) for m, ps in table.items()} for table in (lora.pieces, lora.text))
-    return replace(lora, **dict(zip(("pieces", "text"), tables, strict=True)))
+    pieces, text = ({m: even(ps) for m, ps in t.items()} for t in (lora.pieces, lora.text))
+    return replace(lora, pieces=pieces, text=text)
 
 
-def merged(loras: list[Lora]) -> Lora:
+def merged(loras: list[LoraWeights]) -> LoraWeights:
     """Their sum, exact: ranks add up. Raises ConfigError for transformers of different widths, and
     for several that set the same norm.
     """
     total = loras[0]
     for other in loras[1:]:
-        sizes = [(lora.hidden, lora.mlp) for lora in (total, other)]
-        if total.hidden and other.hidden and sizes[0] != sizes[1]:
-            one, two = (f"{hidden} wide with an MLP of {mlp}" for hidden, mlp in sizes)
+        if total.hidden and other.hidden and _sizes(total) != _sizes(other):
             raise ConfigError(
-                f"these LoRAs are of transformers {one} and {two}: they cannot be added up"
+                f"these LoRAs are of transformers {_sizes(total)} and {_sizes(other)}: they cannot "
+                "be added up"
             )
         if both := total.norms.keys() & other.norms.keys():
             raise ConfigError(f"two of these LoRAs set {min(both)}: they cannot be added up")
-        larger = total if total.hidden else other
-        total = Lora(
-            **{
-                name: {
-                    module: getattr(total, name).get(module, [])
-                    + getattr(other, name).get(module, [])
-                    for module in {**getattr(total, name), **getattr(other, name)}
-                }
-                for name in ("pieces", "text", "biases")
-            },
+        known = total if total.hidden else other
+        total = LoraWeights(
+            pieces=_joined(total.pieces, other.pieces),
+            text=_joined(total.text, other.text),
+            biases=_joined(total.biases, other.biases),
             norms={**total.norms, **other.norms},
-            hidden=larger.hidden,
-            mlp=larger.mlp,
+            hidden=known.hidden,
+            mlp=known.mlp,
             form=total.form,
         )
     return total
 
 
+def _sizes(lora: LoraWeights) -> str:
+    return f"{lora.hidden} wide with an MLP of {lora.mlp}"
+
+
+def _joined(one: dict[str, list], other: dict[str, list]) -> dict[str, list]:
+    return {module: one.get(module, []) + other.get(module, []) for module in {**one, **other}}
+
+
 def difference(
-    one: Lora, other: Lora, table: str, module: str, only: set[int] | None = None
+    one: LoraWeights, other: LoraWeights, table: str, module: str, only: set[int] | None = None
 ) -> tuple[float, float]:
-    """-> (max |ΔW difference|, max |ΔW| of `one`) of a linear, both over the parts that differ:
-    parts whose factors are the same bits differ by nothing and are not multiplied. table: pieces
-    or text; only: these parts. What overflows is infinite.
+    """(max |ΔW difference|, max |ΔW| of `one`) of a linear, both over the parts that differ: parts
+    whose factors are the same bits differ by nothing and are not multiplied. table: pieces or text;
+    only: these parts. What overflows is infinite.
     """
     mine, theirs = (getattr(lora, table).get(module, []) for lora in (one, other))
-    heights = one.heights(module) or other.heights(module)
-    if heights is None:
-        heights = [max(piece.b.shape[0] for piece in [*mine, *theirs])]
-    mine, theirs = ([p for piece in side for p in split(piece, heights)] for side in (mine, theirs))
+    heights = (one if mine else other).heights(module)
+    mine, theirs = split(mine, heights), split(theirs, heights)
     worst = largest = 0.0
     for part, height in enumerate(heights):
         sides = [[p for p in side if p.parts == (part,)] for side in (mine, theirs)]
