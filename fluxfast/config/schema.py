@@ -89,11 +89,13 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: Few = 16
+    rank: Few = Field(16, description="of each LoRA update")
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="scale = alpha / rank; default alpha = rank"
     )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="of the LoRA's input, in training"
+    )
     targets: Literal["attn", "attn+mlp", "all"] = Field(
         "attn+mlp", description="`all` adds the modulation linears of every block"
     )
@@ -114,7 +116,7 @@ class DataConfig(Section):
     resolution: list[Pixels] = Field(
         [1024], description="one or several; each image appears once per entry"
     )
-    num_repeats: Few = 1
+    num_repeats: Few = Field(1, description="how often each image counts in an epoch")
     caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
     default_caption: str | None = Field(None, description="for images that have no caption")
     caption_prefix: str | None = Field(
@@ -167,8 +169,8 @@ class DataConfig(Section):
 
 
 class EmaConfig(Section):
-    enabled: bool = False
-    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    enabled: bool = Field(False, description="save an EMA of the weights as NAME_ema.safetensors")
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.99, description="per step")
 
 
 class TrainConfig(Section):
@@ -181,7 +183,9 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
     optimizer_args: dict[str, Any] = Field({}, description="passed to the optimiser as they are")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="over which the learning rate rises linearly"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="null: no clipping"
     )
@@ -217,11 +221,11 @@ class SampleConfig(Section):
         250, description="steps between previews; 0: before the first step and at the end only"
     )
     first: bool = Field(True, description="also before the first step")
-    width: Pixels = 1024
-    height: Pixels = 1024
+    width: Pixels = Field(1024, description="pixels")
+    height: Pixels = Field(1024, description="pixels")
     steps: Few = Field(20, description="of the sampler")
-    guidance: Guidance = 4.0
-    seed: Annotated[int, Field(ge=0)] = 42
+    guidance: Guidance = Field(4.0, description="fed to dev's guidance embedding")
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="of the noise")
     walk_seed: bool = Field(False, description="each prompt its own seed: seed, seed + 1, …")
 
 
@@ -276,10 +280,12 @@ class Config(Section):
     name: str = Field(
         "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
     )
-    output_dir: Path = Path("runs")
+    output_dir: Path = Field(Path("runs"), description="folder of the run folders")
     cache_dir: Path | None = Field(None, description="default: OUTPUT_DIR/cache")
-    seed: Annotated[int, Field(ge=0)] = 42
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="of every random number of a run")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
+    )
     trigger: str | None = Field(
         None,
         max_length=1000,
