@@ -38,7 +38,7 @@ Encoders = Annotated[
     str | None,
     typer.Option(help="folder, file or Hub id with VAE and text encoders, if the model has none"),
 ]
-Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learnt")]
+Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learned")]
 Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]
 
 
@@ -243,10 +243,10 @@ def quantize(
     destination: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
     storage: Annotated[str, typer.Option(help="nf4, int8 or fp8")] = "nf4",
     double_quant: Annotated[
-        bool, typer.Option("--double-quant", help="nf4 only: quantise the block scales as well")
+        bool, typer.Option("--double-quant", help="nf4 only: quantize the block scales as well")
     ] = False,
 ) -> None:
-    """Quantise a base checkpoint once, so that training starts from it at once.
+    """Quantize a base checkpoint once, so that training starts from it at once.
 
     Example: `fluxfast quantize examples/nano/pretrained nano-nf4.safetensors`. Any form that
     `train` reads goes in; the file goes into `--model` (its text encoders and VAE come from
@@ -258,7 +258,7 @@ def quantize(
     from fluxfast.run.interrupt import stop_on_signals
     from fluxfast.util.hub import TRANSFORMER, fetch_model
 
-    columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with interruptible("nothing was written"):
         base = fetch_model(source, TRANSFORMER)
         bars = progress_bars(*columns)

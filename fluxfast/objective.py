@@ -38,7 +38,7 @@ def draw_timesteps(
     """t [B] in (0, 1), fp32: a uniform number per global sample index through a quantile function.
 
     kind: `sigmoid` (logit-normal, no shift), `uniform`, `linear` (uniform, to be used with its
-    weight), or `flux_shift`. bias: `content` favours noise (1 − u³), `style` clean pictures (u³),
+    weight), or `flux_shift`. bias: `content` favors noise (1 − u³), `style` clean pictures (u³),
     `balanced` neither.
     """
     u = rng.uniform(seed, "timestep", indices, device=device).view(-1)
@@ -97,7 +97,7 @@ def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
 class Batch:
     """Encoded samples of one size. indices: of the samples in the whole run, for every draw."""
 
-    mean: Tensor  # [B, C, h, w] fp32, normalised
+    mean: Tensor  # [B, C, h, w] fp32, normalized
     std: Tensor  # likewise
     mask: Tensor | None  # [B, h, w] fp32 loss weights
     t5: Tensor  # [B, L, 4096] in the encoders' dtype

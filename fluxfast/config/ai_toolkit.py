@@ -326,7 +326,7 @@ def _dataset(part: _Job, trigger: str | None) -> bool:
     if part.get("is_reg", flag, False) or part.get("prior_reg", flag, False):
         key = "is_reg" if part.given.get("is_reg") else "prior_reg"
         part.notes = []  # whatever else it says does not matter
-        part.note(key, "this folder is left out, there is no training on regularisation pictures")
+        part.note(key, "this folder is left out, there is no training on regularization pictures")
         return False
     data, given = part.native, part.given
     if "folder" not in data and not part.wrong:

@@ -147,10 +147,10 @@ _LOSS = "ignored, the loss is flow matching's squared error, weighted by timeste
 _NOISE = "ignored, noise, pictures and predictions are used as they are"
 _LOG = "ignored, progress, metrics.jsonl and TensorBoard files are written to the run folder"
 _BASE = "ignored, the base keeps the storage that model.quantize chose"
-_ENCODERS = "ignored, the encoders run unquantised, once, before training, and are then freed"
-_MEMORY = "ignored, the base is quantised matrix by matrix as it is read, and stays on one device"
+_ENCODERS = "ignored, the encoders run unquantized, once, before training, and are then freed"
+_MEMORY = "ignored, the base is quantized matrix by matrix as it is read, and stays on one device"
 _COMPILE = "ignored, nothing is compiled"
-_CROP = "ignored, pictures keep their aspect in buckets and are cropped at the centre"
+_CROP = "ignored, pictures keep their aspect in buckets and are cropped at the center"
 _ONE_RATE = "ignored, train.lr is the one learning rate"
 _OTHER_MODEL = "ignored, it has no effect on a FLUX LoRA of text to image"
 _LOADER = "ignored, one thread reads batches ahead from the cache"
@@ -202,7 +202,7 @@ IGNORED = {
     "train.latent_feature_loss_weight train.diffusion_feature_extractor_path "
     "train.diffusion_feature_extractor_weight train.fft_loss datasets.loss_multiplier "
     "train.correct_pred_norm train.unconditional_prompt train.do_cfg",
-    "ignored, regularisation folders are left out": "train.reg_weight",
+    "ignored, regularization folders are left out": "train.reg_weight",
     _NOISE: "train.noise_offset train.noise_multiplier train.img_multiplier "
     "train.latent_multiplier train.noisy_latent_multiplier train.force_consistent_noise "
     "train.optimal_noise_pairing_samples train.blended_blur_noise train.pred_scaler "

@@ -249,7 +249,7 @@ class _File:
             )
         if entry["mask"] == "alpha":
             self.notes[given["alpha_mask"][0]] = (
-                "transparent places are painted white; kohya keeps the colours hidden there"
+                "transparent places are painted white; kohya keeps the colors hidden there"
             )
         if isinstance(entry.get("folder"), str) and isinstance(entry["caption_ext"], str):
             said = _look_into(Path(entry["folder"]), entry["caption_ext"])

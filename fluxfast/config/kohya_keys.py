@@ -79,7 +79,7 @@ IGNORED = {
     "validation_seed": "ignored, the configuration's seed chooses the held-out pictures",
     "color_aug": _AUGMENTED,
     "face_crop_aug_range": _AUGMENTED,
-    "random_crop": "ignored, pictures are cropped at the centre",
+    "random_crop": "ignored, pictures are cropped at the center",
     "caption_tag_dropout_rate": _WHOLE,
     "caption_dropout_every_n_epochs": "ignored, caption_dropout_rate is the one dropout",
     "token_warmup_min": _WHOLE,
@@ -96,7 +96,7 @@ QUIET = {
 
 # ignoring these would train something else
 REFUSED = {
-    "is_reg": "is not supported, there is no training on regularisation pictures: remove the "
+    "is_reg": "is not supported, there is no training on regularization pictures: remove the "
     "subset, or is_reg to train on it like on any other",
     "metadata_file": "is not supported: write the captions to files beside the pictures",
     "conditioning_data_dir": "is not supported, ControlNets are not trained",

@@ -59,12 +59,12 @@ class ModelConfig(Section):
     )
     storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
         "auto",
-        description="how the frozen base is kept; auto: as a prequantised file has it, else fp32 "
+        description="how the frozen base is kept; auto: as a prequantized file has it, else fp32 "
         "on a CPU; nf4 on a GPU, from 40 GiB the 8 bits of compute",
     )
     double_quant: bool = Field(
         False,
-        description="nf4 only: quantise the block scales as well; a file in NF4 keeps its own",
+        description="nf4 only: quantize the block scales as well; a file in NF4 keeps its own",
     )
     compute: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
         "auto",
@@ -174,14 +174,14 @@ class EmaConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Positive = Field(2000, description="optimiser steps")
+    steps: Positive = Field(2000, description="optimizer steps")
     batch_size: Few = 1
     gradient_accumulation: Few = Field(1, description="batches whose gradients are added per step")
     lr: Annotated[float, Field(gt=0, le=1e4)] | None = Field(
         None, description="default 1e-4; 1.0 for prodigy"
     )
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
-    optimizer_args: dict[str, Any] = Field({}, description="passed to the optimiser as they are")
+    optimizer_args: dict[str, Any] = Field({}, description="passed to the optimizer as they are")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="over which the learning rate rises linearly"

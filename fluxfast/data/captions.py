@@ -53,7 +53,7 @@ def _caption(image: Path, folder: Path, extension: str, tables: dict, found: Cap
     for parent in _parents(image, folder):
         if parent not in tables:
             tables[parent] = _read_metadata(parent / METADATA, found)
-        text = tables[parent].get(_normalise(image.relative_to(parent).as_posix()))
+        text = tables[parent].get(_normalize(image.relative_to(parent).as_posix()))
         if isinstance(text, FluxfastError):
             raise text
         if text is not None:
@@ -154,7 +154,7 @@ def _parents(image: Path, folder: Path) -> list[Path]:
     return parents
 
 
-def _normalise(name: str) -> str:
+def _normalize(name: str) -> str:
     # macOS stores decomposed accents, Windows tools write backslashes
     return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
@@ -201,7 +201,7 @@ def _metadata_line(place: str, line: str) -> tuple[str, str | FluxfastError | No
         raise FluxfastError(f"{place}: not valid JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise FluxfastError(f'{place}: needs "file_name" and "text" or "caption"')
-    name = _normalise(row["file_name"])
+    name = _normalize(row["file_name"])
     text = row.get("text") if row.get("text") is not None else row.get("caption")
     if text is None:
         return name, None

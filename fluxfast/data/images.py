@@ -1,6 +1,6 @@
 """Images in: find them, decode any kind to RGB, fit them to a bucket.
 
-Embedded colour profiles are not applied: pixels are taken as sRGB.
+Embedded color profiles are not applied: pixels are taken as sRGB.
 """
 
 import os
@@ -99,7 +99,7 @@ def image_size(path: Path) -> tuple[int, int]:
 def load_image(path: Path) -> tuple[Image.Image, Image.Image | None]:
     """Decode to (RGB image, alpha as an L image or None), upright, alpha composited on white.
 
-    Of an animation, the first frame. 16-bit, 32-bit and float grey are scaled to 8 bits by their
+    Of an animation, the first frame. 16-bit, 32-bit and float gray are scaled to 8 bits by their
     full range.
     Raises FluxfastError naming the file if it is missing, truncated, no image or larger than
     Pillow's limit.
@@ -117,8 +117,8 @@ def load_mask(path: Path) -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Lanczos resize to cover `size` = (W, H), centre crop -> fp32 [3, H, W] in -1..1."""
-    box = _centre_box(image.size, size)
+    """Lanczos resize to cover `size` = (W, H), center crop -> fp32 [3, H, W] in -1..1."""
+    box = _center_box(image.size, size)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
     return (
         torch.tensor(pixels).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
@@ -130,16 +130,16 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
 
     mask: L image of the image's aspect, any resolution. `factor`: pixels per latent along a side.
     """
-    box = _centre_box(mask.size, size)
+    box = _center_box(mask.size, size)
     values = mask.convert("F").resize(size, Image.Resampling.BILINEAR, box=box)
     pixels = torch.tensor(np.asarray(values, dtype=np.float32)).div_(255.0)
     return torch.nn.functional.avg_pool2d(pixels[None], factor)[0].clamp_(0.0, 1.0)
 
 
-def _centre_box(
+def _center_box(
     source: tuple[int, int], size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The largest centred part of `source` that has the aspect of `size`, in source pixels."""
+    """The largest centered part of `source` that has the aspect of `size`, in source pixels."""
     (width, height), (new_width, new_height) = source, size
     scale = max(new_width / width, new_height / height)
     left = max(0.0, (width - new_width / scale) / 2)
@@ -207,13 +207,13 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        return _scale_grey(image)
+        return _scale_gray(image)
     transparent = image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 
 
-def _scale_grey(image: Image.Image) -> Image.Image:
-    """Grey deeper than 8 bits, scaled by its range (`convert` clips all above 255 to white)."""
+def _scale_gray(image: Image.Image) -> Image.Image:
+    """Gray deeper than 8 bits, scaled by its range (`convert` clips all above 255 to white)."""
     values = np.asarray(image)
     # a strip at a time: in doubles the largest picture that is read would take gigabytes
     strips = [slice(row, row + _STRIP) for row in range(0, len(values), _STRIP)]
@@ -228,17 +228,17 @@ def _scale_grey(image: Image.Image) -> Image.Image:
         limit = 255.0
     else:
         limit = 65535.0 if top <= 65535 else float(2**31 - 1)
-    grey = np.empty(values.shape, np.uint8)
+    gray = np.empty(values.shape, np.uint8)
     for rows in strips:
-        grey[rows] = np.clip(np.round(doubles(rows) / limit * 255.0), 0, 255)
-    result = Image.fromarray(grey).convert("RGB")
-    colour_key = image.info.get("transparency")
-    if isinstance(colour_key, int):
-        result.putalpha(Image.fromarray((values != colour_key).astype(np.uint8) * np.uint8(255)))
+        gray[rows] = np.clip(np.round(doubles(rows) / limit * 255.0), 0, 255)
+    result = Image.fromarray(gray).convert("RGB")
+    color_key = image.info.get("transparency")
+    if isinstance(color_key, int):
+        result.putalpha(Image.fromarray((values != color_key).astype(np.uint8) * np.uint8(255)))
     return result
 
 
-def _composite(image: Image.Image, colour: str) -> Image.Image:
-    ground = Image.new("RGBA", image.size, colour)
+def _composite(image: Image.Image, color: str) -> Image.Image:
+    ground = Image.new("RGBA", image.size, color)
     ground.alpha_composite(image)
     return ground.convert("RGB")

@@ -2,7 +2,7 @@
 
 A step launches thousands of kernels, as long on the host as a fast card computes at 512 px; a graph
 is one launch. Captured is what happens between the drawn batch and the gradients; drawing, clipping
-and the optimiser stay outside. Source: PyTorch's notes on CUDA graphs, whole-network capture.
+and the optimizer stay outside. Source: PyTorch's notes on CUDA graphs, whole-network capture.
 
 A graph repeats kernels on addresses: what Python did between them is not done again. So `work`
 - reads what changes from step to step from its inputs alone, never from Python: a number, a list of

@@ -1,7 +1,7 @@
-"""Optimiser state and frozen weights that live in pinned host memory.
+"""Optimizer state and frozen weights that live in pinned host memory.
 
 `OptimizerOnHost` empties the storages of the state between steps and keeps the tensors: any
-optimiser finds its state where it left it. `WeightsOnHost` streams the weights of layers that are
+optimizer finds its state where it left it. `WeightsOnHost` streams the weights of layers that are
 used one after the other through two buffers on the device.
 """
 
@@ -30,7 +30,7 @@ class _Moved:
 
 
 class OptimizerOnHost:
-    """Keeps an optimiser's state on the host between steps.
+    """Keeps an optimizer's state on the host between steps.
 
         with on_host.step():
             optimizer.step()
@@ -39,7 +39,7 @@ class OptimizerOnHost:
     storage counts once, and one that a parameter or its gradient lies in stays. State that a step
     creates moves out at its end. Host memory is allocated when state first appears, in one piece,
     and used again after `load_state_dict`. Outside of `step` and `resident` the state must not be
-    touched: `optimizer.step` and `optimizer.state_dict` then raise, and an optimiser's `train` and
+    touched: `optimizer.step` and `optimizer.state_dict` then raise, and an optimizer's `train` and
     `eval` (schedule-free), which read it, bring it in by themselves.
     """
 
@@ -82,7 +82,7 @@ class OptimizerOnHost:
                 self._move_out()
 
     def state_dict(self) -> dict:
-        """The optimiser's, with its tensors in ordinary host memory: the device takes no part."""
+        """The optimizer's, with its tensors in ordinary host memory: the device takes no part."""
         if self._depth:
             return self.optimizer.state_dict()
         self._depth += 1  # its tensors are empty; they are replaced below
@@ -105,8 +105,8 @@ class OptimizerOnHost:
         return {**state, "state": _mapped(state["state"], on_host)}
 
     def load_state_dict(self, state: dict) -> None:
-        """As the optimiser's; what is loaded goes to the host at once."""
-        # a copy: an optimiser may take a tensor as it is, and its storage is to be emptied
+        """As the optimizer's; what is loaded goes to the host at once."""
+        # a copy: an optimizer may take a tensor as it is, and its storage is to be emptied
         self.optimizer.load_state_dict(deepcopy(state))
         if not self._depth:
             self._forget_gone(empty=True)
@@ -121,7 +121,7 @@ class OptimizerOnHost:
 
     def _require(self, how: str) -> None:
         if not self._depth:
-            raise RuntimeError(f"the optimiser's state is on the host: use {how}")
+            raise RuntimeError(f"the optimizer's state is on the host: use {how}")
 
     def _storages(self) -> dict[int, torch.UntypedStorage]:
         """Of the state as it is now, those that may leave the device."""
@@ -133,7 +133,7 @@ class OptimizerOnHost:
         def see(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             here = tensor.device.type == self._copies.device.type
-            # on a CPU an optimiser may take over memory that torch.load owns
+            # on a CPU an optimizer may take over memory that torch.load owns
             if here and tensor.numel() > 1 and storage.resizable():
                 found[storage._cdata] = storage
             return tensor
@@ -173,7 +173,7 @@ class OptimizerOnHost:
             each.storage.resize_(0)
 
     def _forget_gone(self, empty: bool) -> None:
-        """State that the optimiser holds no more. empty: it is not on the device now, and is put
+        """State that the optimizer holds no more. empty: it is not on the device now, and is put
         back first, since somebody else may hold it (bitsandbytes keeps its code tables).
         """
         gone = self._moved.keys() - self._storages().keys()

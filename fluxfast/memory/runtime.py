@@ -128,12 +128,12 @@ class MemoryRuntime:
         return self.graphs
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the optimiser's state on the host between steps, where the plan says so."""
+        """Keep the optimizer's state on the host between steps, where the plan says so."""
         if self.plan is not None and self.plan.optimizer_state == "host":
             self._optimizer = OptimizerOnHost(optimizer, self.copies)
 
     def stepping(self) -> AbstractContextManager:
-        """What the optimiser's step, and loading or saving its state, run inside."""
+        """What the optimizer's step, and loading or saving its state, run inside."""
         return nullcontext() if self._optimizer is None else self._optimizer.resident()
 
     def expect(self, label: str) -> None:

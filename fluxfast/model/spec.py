@@ -45,7 +45,7 @@ class FluxSpec:
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """FLUX's 16/56/56 split of 128, generalised: an eighth (at least) for the first axis, the rest
+    """FLUX's 16/56/56 split of 128, generalized: an eighth (at least) for the first axis, the rest
     in two.
     """
     spatial = 2 * (7 * head_dim // 32)

@@ -2,8 +2,8 @@
 
     RUN/checkpoints/step-00000250/
         NAME.safetensors, NAME_ema.safetensors, …   what a user takes
-        state/tensors.safetensors   of the state: weights, average, optimiser
-        state/rest.json             step, configuration, the optimiser's numbers, the log
+        state/tensors.safetensors   of the state: weights, average, optimizer
+        state/rest.json             step, configuration, the optimizer's numbers, the log
         manifest.json               bytes and SHA-256 of each of these
 
 The folder is filled under another name, every file flushed to the disk, read back, and renamed, so
@@ -194,7 +194,7 @@ def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
         if not tensors:
             return unflatten_state(rest, lambda path: None)
         with safe_open(folder / TENSORS, "pt") as file:
-            # copies: what is read lies in the file's own pages, which optimisers write into
+            # copies: what is read lies in the file's own pages, which optimizers write into
             return unflatten_state(rest, lambda path: file.get_tensor(path).clone())
     except FluxfastError:
         raise
@@ -282,7 +282,7 @@ def _apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     below = f"{path}/" if path else ""
     if isinstance(value, Tensor):
         if path in tensors:
-            raise TypeError(f"{path}: two keys are spelt alike")
+            raise TypeError(f"{path}: two keys are spelled alike")
         tensors[path] = value
         return {"$tensor": path}
     if isinstance(value, dict):

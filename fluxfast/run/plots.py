@@ -1,6 +1,6 @@
 """Charts of a run: validation.png, and SVG text for the report's page.
 
-Colours are from Okabe and Ito's palette, told apart by the colour-blind; line styles differ as
+Colors are from Okabe and Ito's palette, told apart by the color-blind; line styles differ as
 well. Matplotlib's own defaults are used whatever the user's matplotlibrc says, and put back after.
 """
 
@@ -13,7 +13,7 @@ from fluxfast.run.validation import Validation, best
 from fluxfast.util.files import write_atomic
 
 INK, LORA, BASE = "#333333", "#0072b2", "#d55e00"
-# in a page the charts follow its colours, light or dark; alone they keep those above
+# in a page the charts follow its colors, light or dark; alone they keep those above
 _ON_A_PAGE = {INK: "currentColor", LORA: f"var(--lora, {LORA})", BASE: f"var(--base, {BASE})"}
 _STYLE = {
     "axes.edgecolor": INK,
@@ -149,12 +149,12 @@ def _value(number: float | None) -> float:
 
 
 def _for_a_page(svg: bytes) -> str:
-    """The <svg> element alone, in the page's colours; no metadata, no names that two may share."""
+    """The <svg> element alone, in the page's colors; no metadata, no names that two may share."""
     text = svg.decode()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"\s*<style [^>]*>.*?</style>", "", text, flags=re.S)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for colour, variable in _ON_A_PAGE.items():
-        text = text.replace(colour, variable)
+    for color, variable in _ON_A_PAGE.items():
+        text = text.replace(color, variable)
     return text

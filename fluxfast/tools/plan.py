@@ -198,7 +198,7 @@ def _resolved(
 
 
 def _model(model: ModelConfig) -> tuple[FluxSpec, str | None]:
-    """-> sizes, and the storage that the file is quantised for; of what is not on this disk those
+    """-> sizes, and the storage that the file is quantized for; of what is not on this disk those
     of FLUX.1-schnell or dev, by its name."""
     if not Path(model.path).exists():
         return SCHNELL if "schnell" in model.path.lower() else DEV, None

@@ -89,7 +89,7 @@ def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = (
         snapshot = Path(snapshot_download(repo, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise FluxfastError(
-            f"{repo} is gated: its licence has to be accepted first",
+            f"{repo} is gated: its license has to be accepted first",
             hint=f"accept it on the page of {repo} on the Hub, then run `hf auth login`",
         ) from None
     except errors.RepositoryNotFoundError:

@@ -18,7 +18,7 @@ _SECRET = re.compile(
 
 
 def plain(text: str) -> str:
-    """One line: what moves a cursor, colours or reorders is written as \\x1b, line breaks too, and
+    """One line: what moves a cursor, colors or reorders is written as \\x1b, line breaks too, and
     access tokens as ***.
     """
     letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in masked(text))

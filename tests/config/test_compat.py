@@ -362,7 +362,7 @@ def test_what_the_table_writes_exists():
 # ---------------------------------------------------------------- meaning, group by group
 
 
-def test_alpha_is_honoured_and_the_difference_told():
+def test_alpha_is_honored_and_the_difference_told():
     config, notes = read(network__linear=32, network__linear_alpha=8)
     assert (config.lora.rank, config.lora.alpha) == (32, 8)
     (note,) = notes
@@ -673,9 +673,9 @@ def test_a_stock_file_trains(fluxfast, tmp_path, nano_model):
     text = (EXAMPLES / "flux_dev_24gb.yaml").read_text(encoding="utf-8")
     photos = tmp_path / "photos"
     photos.mkdir()
-    for name, colour in (("a", "red"), ("b", "teal")):
-        Image.new("RGB", (96, 64), colour).save(photos / f"{name}.png")
-        (photos / f"{name}.txt").write_text(f"a {colour} picture")
+    for name, color in (("a", "red"), ("b", "teal")):
+        Image.new("RGB", (96, 64), color).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"a {color} picture")
     for before, after in (
         ("cuda:0", "cpu"),
         ("examples/nano/photos", "photos"),

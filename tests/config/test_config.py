@@ -362,7 +362,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path):
-    """YAML 1.1 calls 1e-2 a word; an optimiser would be handed that word."""
+    """YAML 1.1 calls 1e-2 a word; an optimizer would be handed that word."""
     file = tmp_path / "c.yaml"
     file.write_text(
         "model: {path: m}\ndata: {folder: f}\n"

@@ -507,8 +507,8 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
 
     photos = folder / "photos"
     (photos / "below").mkdir(parents=True)
-    for name, colour in (("a", "red"), ("b", "teal"), ("below/c", "black")):
-        Image.new("RGB", (96, 64), colour).save(photos / f"{name}.png")
+    for name, color in (("a", "red"), ("b", "teal"), ("below/c", "black")):
+        Image.new("RGB", (96, 64), color).save(photos / f"{name}.png")
     (photos / "a.txt").write_text("a red picture")
     (photos / "c.png").symlink_to(photos / "a.png")
     text = EXAMPLE.read_text(encoding="utf-8").partition("  [[datasets.subsets]]")[0]

@@ -34,8 +34,8 @@ from fluxfast.util.terminal import log_to_terminal
 CPU = torch.device("cpu")
 
 
-def square(colour: str = "red", size=(64, 64), mode="RGB") -> Image.Image:
-    return Image.new(mode, size, colour)
+def square(color: str = "red", size=(64, 64), mode="RGB") -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def noise(size=(64, 64)) -> Image.Image:
@@ -90,7 +90,7 @@ def used(folder: Path) -> list[str]:
     exif[0x0112] = 6
     noise((64, 96)).save(folder / "turned.jpg", exif=exif)
     square("cyan", mode="CMYK").save(folder / "cmyk.jpg")
-    square(mode="P", colour=0).save(folder / "palette.png")
+    square(mode="P", color=0).save(folder / "palette.png")
     Image.new("I;16", (64, 64), 40_000).save(folder / "deep.png")
     square(size=(20_000, 64)).save(folder / "wide.png")
     square().save(folder / "moving.webp", save_all=True, append_images=[square("blue")])
@@ -489,7 +489,7 @@ def test_a_mask_that_changes_while_it_is_read_spoils_its_picture(folder, configu
 
     def load_mask(path):
         mask = real(path)
-        square("grey", mode="L").save(path)
+        square("gray", mode="L").save(path)
         return mask
 
     monkeypatch.setattr(cache.images, "load_mask", load_mask)

@@ -114,7 +114,7 @@ def test_damaged_weights_are_named_never_random(nano_model, tmp_path, part):
         cls(root)
 
 
-def test_vae_normalises_and_returns(nano_model, pipeline):
+def test_vae_normalizes_and_returns(nano_model, pipeline):
     from fluxfast.encoders.vae import Vae
 
     vae = Vae(nano_model)

@@ -96,7 +96,7 @@ def test_alpha_lies_on_white(tmp_path):
     assert [alpha.getpixel((x, 0)) for x in range(3)] == [255, 0, 128]
 
 
-def test_grey_with_alpha(tmp_path):
+def test_gray_with_alpha(tmp_path):
     image = Image.new("LA", (2, 1), (10, 255))
     image.putpixel((1, 0), (10, 0))
     rgb, alpha = load_image(saved(tmp_path, image))
@@ -116,14 +116,14 @@ def test_palette_with_and_without_transparency(tmp_path):
         assert (alpha.getpixel((0, 0)), alpha.getpixel((1, 0))) == (255, 0)
 
 
-def test_colour_keys(tmp_path):
+def test_color_keys(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))
     assert pixel(path) == (255,) * 3
     path = saved(tmp_path, Image.new("L", (2, 2), 7), transparency=7)
     assert pixel(path) == (255,) * 3
 
 
-def test_grey_one_bit_and_cmyk(tmp_path):
+def test_gray_one_bit_and_cmyk(tmp_path):
     assert pixel(saved(tmp_path, Image.new("L", (2, 2), 77))) == (77,) * 3
     assert pixel(saved(tmp_path, Image.new("1", (2, 2), 1))) == (255,) * 3
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
@@ -144,27 +144,27 @@ def test_grey_one_bit_and_cmyk(tmp_path):
         (np.array([[np.nan, -1.0, 1.0]], dtype=np.float32), [0, 0, 255]),
     ],
 )
-def test_deep_grey_is_scaled_not_clipped(tmp_path, values, expected):
+def test_deep_gray_is_scaled_not_clipped(tmp_path, values, expected):
     # modes I and F exist in TIFF only: here under a .png name, as badly renamed files are
     kind = "PNG" if values.dtype == np.uint16 else "TIFF"
     path = saved(tmp_path, Image.fromarray(values), format=kind)
     image, alpha = load_image(path)
-    assert [image.getpixel((x, 0)) for x in range(3)] == [(grey,) * 3 for grey in expected]
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(gray,) * 3 for gray in expected]
     assert alpha is None
 
 
-def png(width, height, bit_depth, colour_type, data):
+def png(width, height, bit_depth, color_type, data):
     def chunk(kind, body):
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_16_bit_colour(tmp_path):
+def test_16_bit_color(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 32896, 0)))
     assert pixel(tmp_path / "a.png") == (255, 128, 0)
     (tmp_path / "b.png").write_bytes(png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 9, 9, 9, 0)))
@@ -251,14 +251,14 @@ def test_a_picture_that_cannot_be_read_says_why_where_it_is_known(tmp_path):
 
 
 def test_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     path = saved(
         tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True
     )
     assert pixel(path) == (255, 0, 0)
 
 
-def test_fit_image_covers_and_crops_the_centre():
+def test_fit_image_covers_and_crops_the_center():
     image = Image.new("RGB", (100, 50), "black")
     image.paste("white", (25, 0, 75, 50))
     tensor = fit_image(image, (50, 50))

@@ -217,7 +217,7 @@ def test_the_last_layer_has_as_many_rows_as_the_model_has_channels():
 
 
 def test_an_update_of_zero_keeps_its_factors():
-    """What was saved before it learnt anything is still a LoRA of those linears."""
+    """What was saved before it learned anything is still a LoRA of those linears."""
     state = kohya(f"{KOHYA}qkv", torch.randn(4, 64), torch.zeros(192, 4))
     split = to_state(from_tensors(state, {}, "x"), "diffusers")
     for part in ("to_q", "to_k", "to_v"):
@@ -276,7 +276,7 @@ def test_outside_the_blocks_and_text_encoders(format):
         assert torch.equal(piece.b @ piece.a, lora.text[name][0].b @ lora.text[name][0].a)
 
 
-def test_text_encoders_are_spelt_as_each_format_has_it():
+def test_text_encoders_are_spelled_as_each_format_has_it():
     """OneTrainer counts T5 as te2, where kohya says te3: what is written is kohya's."""
     clip, t5 = "text_model.encoder.layers.3.mlp.fc1", "encoder.block.2.layer.0.SelfAttention.q"
     joined_clip, joined_t5 = clip.replace(".", "_"), t5.replace(".", "_")

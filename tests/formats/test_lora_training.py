@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, noise_pictures
-from test_lora import inputs, randomise
+from test_lora import inputs, randomize
 from test_lora_formats import meaning, same, trained, update
 from test_memory_run import losses, planned
 from test_memory_run import start as start_planned
@@ -54,7 +54,7 @@ def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path
     results = []
     for model in (ours, merged):
         parameters = inject_lora(model, 3, 5.0, dropout=dropout, seed=2, **own)
-        randomise(model)
+        randomize(model)
         model.train()
         model.dropout_clock.indices = [4, 9]
         if model is ours:
@@ -138,13 +138,13 @@ def test_a_lora_that_cannot_be_drawn_with_is_said_first(nano_model, tmp_path, mo
 def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
     model = load_transformer(nano_model, "fp32", "fp32", "cpu")
     inject_lora(model, rank, seed=5, **more)
-    randomise(model)
+    randomize(model)
     return save_lora(model, path, format)
 
 
 def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
-    """It changes what is learnt, not what is saved or drawn: the run's own preview before the first
-    step is the base model's.
+    """It changes what is learned, not what is saved or drawn: the run's own preview before the
+    first step is the base model's.
     """
     file = nano_lora(nano_model, tmp_path / "assistant.safetensors", "kohya", targets="all")
     sample = {"prompts": ["a thing"], "every": 0, "width": 64, "height": 64, "steps": 2}

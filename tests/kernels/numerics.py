@@ -70,7 +70,7 @@ def assert_rows(name: str, found: Rows, v: Tensor, kind: str) -> None:
 
     On a GPU a producer may form v again for its codes, one unit in the last place (2^-23) from what
     it stored, its largest too; v · (top / amax) rounds twice more. So the scaled value is known to
-    4 · 2^-23 < 1e-6 of itself, and a code may be its neighbour where the value lies that near to
+    4 · 2^-23 < 1e-6 of itself, and a code may be its neighbor where the value lies that near to
     the middle of both: within 1e-5, for good measure. Where a channel's factor goes into a
     rotation's first sums these may be fused, which is off by 2^-24 of the largest: of `top`.
     """

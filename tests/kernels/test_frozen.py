@@ -66,7 +66,7 @@ def test_nf4_whose_absmax_is_not_finite(path, device, kind):
 @pytest.mark.parametrize("form", ["dense", "bf16", "int8", "fp8", "nf4", "nested"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_codes_of_every_form(path, device, kind, form):
-    """As a plain quantisation of the dense weight, and transposed the same."""
+    """As a plain quantization of the dense weight, and transposed the same."""
     skip_without_fp8(kind if form != "fp8" else "fp8", device)
     N, K = 67, 192
     weight = stored(N, K, form, device)

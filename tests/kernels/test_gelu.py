@@ -67,7 +67,7 @@ def test_kernels_at_large_and_zero_u(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantise(device, dtype):
+def test_quantize(device, dtype):
     u = strided(B, T, 2100, device=device, dtype=dtype, shift=-1).clone()  # two blocks of 2048
     u[0, 0], u[0, 1], u[0, 2, ::2] = 0.75, -9, -30  # constant, all below the range, half of it
     wide = poisoned(B, T, 2100 + 8, dtype=dtype, device=device)

@@ -203,7 +203,7 @@ def test_a_matrix_of_tokens_with_a_gate(path, device):
 
 @pytest.mark.parametrize("op", ["linear", "norm", "gelu"])
 def test_the_updates_gradients_without_dx(path, device, op):
-    """Nothing is quantised then; A and B get the same."""
+    """Nothing is quantized then; A and B get the same."""
     drawn = Drawn(Case(op, "int8", "int8", gate=op != "norm", rotation=32), device)
     whole = drawn.gradients(drawn.call)
     leaves = {

@@ -60,11 +60,11 @@ def test_every_instruction_set_gives_the_same_bytes(dtype, shape, kind, threads)
         for isa in isas():
             found = native.nf4_quantize(W.contiguous(), isa)
             assert torch.equal(found[0], packed.view(-1)) and torch.equal(found[1], absmax), isa
-            for quantised in (plain, nested):
+            for quantized in (plain, nested):
                 out = torch.full(shape, torch.nan, dtype=dtype)
-                arguments = (quantised.absmax, quantised.nested_absmax, quantised.offset, table)
-                native.nf4_decode(quantised.packed, *arguments, out, isa)
-                expected = nf4_decode_reference(quantised, dtype)
+                arguments = (quantized.absmax, quantized.nested_absmax, quantized.offset, table)
+                native.nf4_decode(quantized.packed, *arguments, out, isa)
+                expected = nf4_decode_reference(quantized, dtype)
                 assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), isa
     finally:
         torch.set_num_threads(before)
@@ -105,7 +105,7 @@ def test_the_default_dtype_does_not_matter(default):
         assert torch.equal(found.tensors()[name], tensor), name
 
 
-def test_a_transposed_weight_is_quantised_like_its_copy():
+def test_a_transposed_weight_is_quantized_like_its_copy():
     W = weights((64, 128), "random").T
     assert torch.equal(nf4_quantize(W).packed, nf4_quantize(W.contiguous()).packed)
 

@@ -80,19 +80,19 @@ def test_refuses(bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_into_given_memory(dtype):
-    quantised = nf4_quantize(weights("random", (96, 192)))
+    quantized = nf4_quantize(weights("random", (96, 192)))
     out = torch.full((96 * 192 + 5,), torch.nan, dtype=dtype)
-    assert torch.equal(nf4_decode(quantised, dtype, out), nf4_decode(quantised, dtype))
+    assert torch.equal(nf4_decode(quantized, dtype, out), nf4_decode(quantized, dtype))
     assert out[-5:].isnan().all()
     for bad in (out[:100], out.double(), torch.empty(96, 400, dtype=dtype)[:, ::2]):
         with pytest.raises(ValueError, match="^out must be"):
-            nf4_decode(quantised, dtype, bad)
+            nf4_decode(quantized, dtype, bad)
     with pytest.raises(ValueError, match="^dtype must be"):
-        nf4_decode(quantised, torch.int8)
+        nf4_decode(quantized, torch.int8)
 
 
 def test_nested_matrices_stack_with_an_offset_per_block():
-    """Each part of a fused weight was quantised alone and keeps its own offset."""
+    """Each part of a fused weight was quantized alone and keeps its own offset."""
     parts = [nf4_quantize(weights(kind, (64, 256)), nested=True) for kind in ("random", "small")]
     both = NF4Tensor(
         torch.cat([part.packed for part in parts]),

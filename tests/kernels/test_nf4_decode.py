@@ -14,7 +14,7 @@ from fluxfast_kernels.quant.nf4 import (
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def quantised(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
+def quantized(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
     W[0], W[-1], W[shape[0] // 2] = 0.0, 1e4 * W[-1], 1e-38
     parts = nf4_quantize(W, nested).tensors()
@@ -25,13 +25,13 @@ def quantised(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
 @pytest.mark.parametrize("shape", [(3, 64), (65, 64), (33, 320)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_same_bytes(device, dtype, shape, nested):
-    weight = quantised(shape, nested, device)
+    weight = quantized(shape, nested, device)
     found, expected = nf4_decode(weight, dtype), nf4_decode_reference(weight, dtype)
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_writes_every_value_and_no_other(device):
-    weight = quantised((65, 64), False, device)
+    weight = quantized((65, 64), False, device)
     out = torch.full((65 * 64 + 64,), torch.nan, device=device)
     launch_decode(weight.packed.view(-1), weight.absmax, out)
     assert out[: 65 * 64].isfinite().all() and out[65 * 64 :].isnan().all()
@@ -39,6 +39,6 @@ def test_writes_every_value_and_no_other(device):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_opcheck(device, nested):
-    weight = quantised((5, 128), nested, device)
+    weight = quantized((5, 128), nested, device)
     parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
     torch.library.opcheck(_nf4_decode, (*parts, 5, 128, torch.bfloat16))

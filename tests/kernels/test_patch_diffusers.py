@@ -49,12 +49,12 @@ def build(width=64, nf4=None, compute=torch.float32, seed=0) -> FluxTransformer2
     if nf4:
         for path, linear in list(model.named_modules()):
             if "_blocks." in path and isinstance(linear, nn.Linear):
-                model.set_submodule(path, quantised(linear, nf4 == "nested", compute))
+                model.set_submodule(path, quantized(linear, nf4 == "nested", compute))
         model.is_loaded_in_4bit = True
     return model
 
 
-def quantised(linear: nn.Linear, nested: bool, compute: torch.dtype) -> bnb.nn.Linear4bit:
+def quantized(linear: nn.Linear, nested: bool, compute: torch.dtype) -> bnb.nn.Linear4bit:
     N, K = linear.weight.shape
     made = bnb.nn.Linear4bit(K, N, compute_dtype=compute, device="meta")
     made.weight = bnb.nn.Params4bit(

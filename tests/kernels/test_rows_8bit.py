@@ -202,7 +202,7 @@ def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer,
     ("kind", "values", "codes"),
     [
         ("int8", [127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], [127, 0, 2, 2, 0, -2, -126]),
-        # neighbours: 1 and 1.125, 1.125 and 1.25, 416 and 448, and below 2^-6 steps of 2^-9
+        # neighbors: 1 and 1.125, 1.125 and 1.25, 416 and 448, and below 2^-6 steps of 2^-9
         (
             "fp8",
             [448, 1.0625, 1.1875, -1.0625, 432, 2**-10, 3 * 2**-10],

@@ -256,7 +256,7 @@ def test_dropout_draws_a_mask_in_each_direction():
         assert extra == 0  # element-wise work alone
 
 
-# ---------------------------------------------------------------- LoRA and optimiser
+# ---------------------------------------------------------------- LoRA and optimizer
 
 
 @pytest.mark.parametrize("share_a", [False, True])

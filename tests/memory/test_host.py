@@ -1,4 +1,4 @@
-"""Optimiser state and frozen weights on the host: the same steps, the same products, to the bit."""
+"""Optimizer state and frozen weights on the host: the same steps, the same products, to the bit."""
 
 from contextlib import nullcontext
 
@@ -27,7 +27,7 @@ def parameters(device="cpu") -> list[torch.nn.Parameter]:
 
 
 def build(name: str, copies=None, device="cpu"):
-    """-> (parameters, optimiser, what keeps its state on the host or None)."""
+    """-> (parameters, optimizer, what keeps its state on the host or None)."""
     train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
     params = parameters(device)
     optimizer = build_optimizer(train, params)
@@ -36,7 +36,7 @@ def build(name: str, copies=None, device="cpu"):
 
 
 def descend(params, optimizer, on_host, steps: range) -> None:
-    """Minimise the square of every parameter."""
+    """Minimize the square of every parameter."""
     for step in steps:
         for p in params if step >= LATE else params[:-1]:
             p.grad = 2 * p.detach() / (1 + step)
@@ -87,7 +87,7 @@ def test_steps_are_the_same_bits(name, copies):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_goes_through_a_file_and_on(name, tmp_path):
-    """Into another optimiser, twice into the same one, and from one without a host."""
+    """Into another optimizer, twice into the same one, and from one without a host."""
     plain, optimizer, _ = build(name)
     params, hosted, on_host = build(name, SimulatedCopies(1e6))
     for each in ((plain, optimizer, None), (params, hosted, on_host)):
@@ -137,7 +137,7 @@ def test_a_load_by_the_optimizer_itself_is_noticed(name, inside):
 
 
 def on_host_copy(value):
-    """Nothing shared with the optimiser that it came from."""
+    """Nothing shared with the optimizer that it came from."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):

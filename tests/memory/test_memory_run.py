@@ -119,7 +119,7 @@ def test_train_plans_and_says_so(configure, log_lines):
     assert not (config.output_dir / "tiny" / "checkpoints").exists()
 
 
-def test_resume_with_the_optimiser_on_the_host(configure):
+def test_resume_with_the_optimizer_on_the_host(configure):
     """Stopped and resumed, its state went through a checkpoint: the same bytes as in one go."""
     common = {"memory__limit_gib": 1.0, "memory__optimizer_state": "host", "train__steps": 4}
     whole = train(configure(name="whole", **common))
@@ -234,17 +234,17 @@ def test_losses_after_running_out_are_those_of_an_undisturbed_run(
     assert len(log_lines) == 2 and all("out of memory at" in line for line in log_lines)
 
 
-def test_the_optimiser_begun_is_not_begun_again(configure, monkeypatch):
+def test_the_optimizer_begun_is_not_begun_again(configure, monkeypatch):
     run, loader = start(configure())
 
     def step(*_):
-        raise torch.OutOfMemoryError("in the optimiser")
+        raise torch.OutOfMemoryError("in the optimizer")
 
     monkeypatch.setattr(fluxfast.step, "step_unless", step)
     passes = []
     work = run.graphs._work
     monkeypatch.setattr(run.graphs, "_work", lambda x: passes.append(1) or work(x))
-    with pytest.raises(torch.OutOfMemoryError, match="in the optimiser"):
+    with pytest.raises(torch.OutOfMemoryError, match="in the optimizer"):
         losses(run, loader, 1)
     assert len(passes) == 1
 
@@ -259,7 +259,7 @@ def test_as_lean_as_it_gets_ends_the_run(configure, monkeypatch):
 
 
 def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
-    """Of a run that has no checkpoint yet: in the passes and in a preview, not in the optimiser."""
+    """Of a run that has no checkpoint yet: in the passes and in a preview, not in the optimizer."""
     gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]
 
     def later_never(run, inputs):
@@ -289,7 +289,7 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
             train(config)
     assert [f.name for f in (config.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
-    config = configure(name="optimiser", save__every=0)
+    config = configure(name="optimizer", save__every=0)
     with monkeypatch.context() as patch:
         patch.setattr(fluxfast.step, "step_unless", out)
         with pytest.raises(FluxfastError, match="memory is full"):

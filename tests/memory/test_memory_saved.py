@@ -1,4 +1,4 @@
-"""Predicted bytes beside those that autograd, the model and the optimisers really keep."""
+"""Predicted bytes beside those that autograd, the model and the optimizers really keep."""
 
 from dataclasses import replace
 from functools import cache
@@ -213,7 +213,7 @@ def test_nested_scales_are_counted():
 @pytest.mark.parametrize(
     "optimizer", ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 )
-def test_trained_bytes_are_those_of_the_optimisers(optimizer):
+def test_trained_bytes_are_those_of_the_optimizers(optimizer):
     model, work = built(replace(WIDE, hidden_size=512, num_heads=4), "all", 8)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = flat_gradients(parameters)
@@ -231,7 +231,7 @@ def test_trained_bytes_are_those_of_the_optimisers(optimizer):
     found = saved.trained(work, optimizer, ema=True)
     assert found["LoRA"] == found["EMA"] == sum(p.nbytes for p in parameters)
     assert found["gradients"] == gradients.nbytes
-    assert found["optimiser"] == pytest.approx(state, rel=0.01)
+    assert found["optimizer"] == pytest.approx(state, rel=0.01)
 
 
 def test_peak_counts_what_is_alive_together():

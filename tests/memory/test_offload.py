@@ -305,7 +305,7 @@ def test_more_than_was_prepared_is_refused():
 
 
 def test_padding_cannot_reach_the_next_block():
-    """A block of very many tiny storages runs out of room before it writes over its neighbour."""
+    """A block of very many tiny storages runs out of room before it writes over its neighbor."""
     engine = Offload(SimulatedCopies())
     engine.prepare("a", {0: 1000, 1: 1000})
     engine.begin("a")

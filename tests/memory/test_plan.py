@@ -133,7 +133,7 @@ def test_saved_8bit_is_the_users_word():
     assert "int8" in tight.choice.policies
 
 
-def test_overrides_are_honoured():
+def test_overrides_are_honored():
     for policy in ("checkpoint", "recompute_mlp", "gelu_int8", "offload"):
         plan = make_plan(request(policy=policy), card("H100"), usable(80))
         bucket = plan.buckets["1024"]
@@ -141,7 +141,7 @@ def test_overrides_are_honoured():
         assert bucket.graphed == (policy != "offload")
     plan = make_plan(request(optimizer_state="host", modulation="host"), card("H100"), usable(80))
     assert plan.optimizer_state == plan.modulation == "host" and plan.host > 2 * GIB
-    assert "optimiser" not in plan.static and "weights: modulation" not in plan.static
+    assert "optimizer" not in plan.static and "weights: modulation" not in plan.static
     with pytest.raises(ConfigError, match="frozen modulation"):
         make_plan(request(targets="all", modulation="ahead"), card("H100"), usable(80))
 
@@ -265,14 +265,14 @@ def test_blocks_that_save_nothing_are_never_offloaded():
         assert set(policies[:19]) == {"keep"} and "offload" in policies[19:]
 
 
-def test_graphs_keep_their_pool_through_the_optimisers_step():
+def test_graphs_keep_their_pool_through_the_optimizers_step():
     plan = make_plan(request((512,), optimizer_state="host"), card("4090"), usable(24))
-    state = saved.trained(plan.request.work, "adamw", ema=False)["optimiser"]
+    state = saved.trained(plan.request.work, "adamw", ema=False)["optimizer"]
     assert plan.buckets["512"].graphed
-    assert plan.phases["optimiser step"] == plan.peak + state
+    assert plan.phases["optimizer step"] == plan.peak + state
     eager = make_plan(request((512,), optimizer_state="host", graphs=False), card("4090"),
                       usable(24))  # fmt: skip
-    assert eager.phases["optimiser step"] < eager.peak
+    assert eager.phases["optimizer step"] < eager.peak
 
 
 def test_layers_kept_dense_are_dearer_and_known():
@@ -337,7 +337,7 @@ def test_breakdown_adds_up():
     entries = (line for line in lines if line.startswith("  "))
     figures = {line[10:]: float(line[:10]) for line in entries}
     static = sum(v for k, v in figures.items() if k.split(":")[0] in
-                 ("weights", "LoRA", "gradients", "optimiser", "scratch", "other"))  # fmt: skip
+                 ("weights", "LoRA", "gradients", "optimizer", "scratch", "other"))  # fmt: skip
     total = static + figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
     assert total == pytest.approx(needed(plan), abs=0.06)
     assert figures["training"] == pytest.approx(plan.peak / GIB, abs=0.01)

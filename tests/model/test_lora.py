@@ -30,7 +30,7 @@ def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple:
     )
 
 
-def randomise(model, seed=1) -> None:
+def randomize(model, seed=1) -> None:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -102,7 +102,7 @@ def test_shared_a_is_kohyas_form():
     layer = model.single_blocks[0].linear1
     assert layer.lora_A.shape == (4, 64)
     assert layer.lora_B.shape == (3 * 64 + 256, 4)
-    randomise(model)
+    randomize(model)
     delta = layer.lora_B @ layer.lora_A
     x = torch.randn(2, 3, 64)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_shared_a_is_kohyas_form():
 def test_file_round_trip(tmp_path, targets, share_a):
     model = random_flux(SMALL)
     inject_lora(model, 3, 5.0, targets, share_a=share_a)
-    randomise(model)
+    randomize(model)
     path = save_lora(model, tmp_path / "x.safetensors", metadata={"trigger": "ohwx"})
     with safe_open(path, "pt") as file:
         assert file.metadata()["trigger"] == "ohwx"
@@ -164,7 +164,7 @@ def test_dropout_is_a_function_of_the_sample():
     x = inputs(SMALL)
     model = random_flux(SMALL)
     inject_lora(model, 4, dropout=0.5, seed=5)
-    randomise(model)
+    randomize(model)
     model.train()
     model.dropout_clock.indices = [10, 11]
     first = model(*x)
@@ -224,7 +224,7 @@ def test_diffusers_pipeline_reads_the_file(nano_model, tmp_path):
     pipeline = FluxPipeline.from_pretrained(nano_model)
     ours = load_transformer(nano_model, "fp32", "fp32", "cpu")
     inject_lora(ours, 4, 6.0, "all")
-    randomise(ours)
+    randomize(ours)
     path = save_lora(ours, tmp_path / "lora.safetensors", metadata={"config": json.dumps({})})
     x = inputs(ours.spec)
 

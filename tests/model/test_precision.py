@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import SMALL, noise_pictures
-from test_lora import inputs, randomise
+from test_lora import inputs, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import choose_precision, multiplies_8_bits
@@ -181,7 +181,7 @@ def test_activations():
 def run(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Its output, and the gradients of a LoRA that does something, flat."""
     parameters = inject_lora(model, 2)
-    randomise(model)
+    randomize(model)
     y = model(*inputs(model.spec))
     y.float().square().mean().backward()
     return y.detach().float(), torch.cat([p.grad.flatten() for p in parameters])
@@ -282,7 +282,7 @@ def test_a_hook_sees_the_product_and_changes_nothing(compute, dropout):
     def results(hooked: bool):
         model = random_flux(SMALL, "fp32", compute, seed=3, activations="fp32")
         parameters = inject_lora(model, 2, dropout=dropout)
-        randomise(model)
+        randomize(model)
         model.train()
         model.dropout_clock.indices = [0, 1]
         for name in linears(SMALL) if hooked else ():

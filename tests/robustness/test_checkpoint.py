@@ -90,7 +90,7 @@ def test_every_value_comes_back_to_the_last_bit(tmp_path):
 def test_what_is_neither_a_tensor_nor_plain_is_named():
     with pytest.raises(TypeError, match=r"optimizer/0/what: a set has no place"):
         flatten_state({"optimizer": {0: {"what": {1, 2}}}})
-    with pytest.raises(TypeError, match="spelt alike"):
+    with pytest.raises(TypeError, match="spelled alike"):
         flatten_state({1: torch.ones(1), "1": torch.ones(1)})
     rest, tensors = flatten_state({"a": (torch.ones(2),)})
     assert list(tensors) == ["a/0"] and unflatten_state(rest, lambda path: path) == {"a": ("a/0",)}

@@ -39,12 +39,12 @@ def signals_at(monkeypatch, *steps: int, number=signal.SIGTERM) -> None:
     """A signal in the middle of each of these steps, counted from 1."""
     real = train_module.train_step
 
-    def signalled(run, batches, index):
+    def signaled(run, batches, index):
         if index + 1 in steps:
             os.kill(os.getpid(), number)
         return real(run, batches, index)
 
-    monkeypatch.setattr(train_module, "train_step", signalled)
+    monkeypatch.setattr(train_module, "train_step", signaled)
 
 
 # ---------------------------------------------------------------- signals

@@ -247,12 +247,12 @@ with init_distributed() as ranks:
     one, two = torch.tensor([1.0, float(ranks.rank)]), torch.tensor(2 + ranks.rank)
     ranks.all_reduce_(one, two)
     assert one.tolist() == [2.0, 1.0] and two.item() == 5
-    ranks.check_same("colour", "red")
+    ranks.check_same("color", "red")
     try:
-        ranks.check_same("their colour", "red" if ranks.is_main else "blue")
+        ranks.check_same("their color", "red" if ranks.is_main else "blue")
         sys.exit("not noticed")
     except ConfigError as error:
-        assert "differ in their colour: rank 1" in error.message
+        assert "differ in their color: rank 1" in error.message
     with ranks.main_process_first():
         if ranks.is_main:
             time.sleep(0.3)
@@ -304,7 +304,7 @@ def test_one_process_waits_for_nobody():
     value = torch.ones(3)
     SINGLE_PROCESS.all_reduce_(value)
     SINGLE_PROCESS.barrier()
-    SINGLE_PROCESS.check_same("colour", "red")
+    SINGLE_PROCESS.check_same("color", "red")
     with SINGLE_PROCESS.main_process_first():
         assert torch.equal(value, torch.ones(3))
     with ranks.init_distributed() as joined:

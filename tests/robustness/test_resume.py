@@ -83,13 +83,13 @@ def stopped_after(step: int, monkeypatch, number=signal.SIGINT):
     """Inside, a run gets a signal in the middle of its step `step`."""
     train_step = fluxfast.train.train_step
 
-    def signalled(run, batches, index):
+    def signaled(run, batches, index):
         if index == step - 1:
             os.kill(os.getpid(), number)
         return train_step(run, batches, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fluxfast.train, "train_step", signalled)
+        patch.setattr(fluxfast.train, "train_step", signaled)
         with pytest.raises(Stopped) as raised:
             yield
     assert raised.value.step == step

@@ -56,23 +56,23 @@ FOREIGN = [
 def test_lines_that_are_none_of_the_logs_are_left_out_and_counted(configure):
     """Nothing of the others, of what comes later, or of the training is another for them."""
     ends = []
-    for spoilt in (False, True):
+    for spoiled in (False, True):
         config = configure()
         run(config)
         files = [config.run_dir / f"{name}.jsonl" for name in ("metrics", "validation")]
-        for file in files if spoilt else ():
+        for file in files if spoiled else ():
             first, rest = file.read_bytes().split(b"\n", 1)
             file.write_bytes(b"\n".join([*FOREIGN[:5], first, *FOREIGN[5:], rest]) + b'{"step": 4')
         said = run(configure(train__steps=6))
         notes = [line for line in said if "cannot be read and are left out" in line]
-        assert len(notes) == spoilt  # the measurements are in the checkpoint
-        if spoilt:
+        assert len(notes) == spoiled  # the measurements are in the checkpoint
+        if spoiled:
             assert notes[0].startswith(f"note: 10 of 14 lines of {files[0]} cannot")
         steps = [row["step"] for row in map(json.loads, files[0].read_text().splitlines())]
         assert steps == [1, 2, 3, 4, 5, 6]
         lora = (config.run_dir / "small.safetensors").read_bytes()
         ends.append((lora, read_validations(files[1])))
-        config.run_dir.rename(config.output_dir / f"run {spoilt}")
+        config.run_dir.rename(config.output_dir / f"run {spoiled}")
     assert ends[0] == ends[1] and [row.step for row in ends[0][1]] == [0, 2, 4, 6]
 
 

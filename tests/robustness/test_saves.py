@@ -66,7 +66,7 @@ def test_schedule_frees_other_point_waits_on_the_host():
 
 
 def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
-    """From the run itself to the disk: weights, an optimiser's state, an average."""
+    """From the run itself to the disk: weights, an optimizer's state, an average."""
     monkeypatch.setattr(fluxfast.run.saves, "_write_files", lambda run, folder, done: None)
     raw = {"model": {"path": "m"}, "data": {"folder": "d"}, "output_dir": str(tmp_path)}
     saves = Saves(build_config(raw))

@@ -18,7 +18,7 @@ from fluxfast import cli
 from fluxfast.formats.base.reader import open_base
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
+COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 
 
 class Result:
@@ -70,10 +70,10 @@ def process(*arguments, cwd: Path, code: str | None = None, **env) -> Result:
 
 def pictures(folder: Path, captions: bool = True) -> Path:
     folder.mkdir(parents=True)
-    for index, colour in enumerate(("red", "teal")):
-        Image.new("RGB", (64 + 16 * index, 64), colour).save(folder / f"{index}.png")
+    for index, color in enumerate(("red", "teal")):
+        Image.new("RGB", (64 + 16 * index, 64), color).save(folder / f"{index}.png")
         if captions:
-            (folder / f"{index}.txt").write_text(f"a {colour} square")
+            (folder / f"{index}.txt").write_text(f"a {color} square")
     return folder
 
 
@@ -129,11 +129,11 @@ def test_help_names_commands_options_and_an_example(fluxfast):
         assert option in fluxfast("train", "--help").out
 
 
-def test_no_color_is_honoured(tmp_path):
-    coloured = process("--help", cwd=tmp_path, FORCE_COLOR="1")
+def test_no_color_is_honored(tmp_path):
+    colored = process("--help", cwd=tmp_path, FORCE_COLOR="1")
     plain = process("--help", cwd=tmp_path, FORCE_COLOR="1", NO_COLOR="1")
-    assert COLOUR.search(coloured.out)
-    assert plain.code == 0 and not COLOUR.search(plain.out)
+    assert COLOR.search(colored.out)
+    assert plain.code == 0 and not COLOR.search(plain.out)
     assert "train" in plain.out
 
 

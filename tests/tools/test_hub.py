@@ -132,7 +132,7 @@ def http_error(kind, status: int):
 def test_a_gated_model_says_what_to_accept_and_how_to_log_in(monkeypatch):
     record_downloads(monkeypatch, http_error(errors.GatedRepoError, 403))
     error = refused("org/other")
-    assert "gated" in error.message and "licence" in error.message
+    assert "gated" in error.message and "license" in error.message
     assert "hf auth login" in error.hint and "org/other" in error.hint
 
 

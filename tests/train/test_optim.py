@@ -1,4 +1,4 @@
-"""Optimisers from their own libraries, the schedule, clipping, the guard and the average."""
+"""Optimizers from their own libraries, the schedule, clipping, the guard and the average."""
 
 import math
 
@@ -35,7 +35,7 @@ def descend(
     train: TrainConfig, steps: int, start: int = 0, state=None, values=None, poisoned=None,
     ema=None, at_end=True, take=step_unless,
 ):  # fmt: skip
-    """Minimise the square of every parameter. -> (parameters, optimiser).
+    """Minimize the square of every parameter. -> (parameters, optimizer).
 
     poisoned: a step at which one gradient is infinite. at_end: leave schedule-free at the point to
     save, not at the one to train at.
@@ -118,7 +118,7 @@ def test_schedule_free_is_put_back_to_the_last_bit():
 
 
 def everything(params, optimizer, ema) -> list[torch.Tensor]:
-    """Parameters, the optimiser's state (moments and step counts) and the average."""
+    """Parameters, the optimizer's state (moments and step counts) and the average."""
     state = optimizer.state_dict()["state"]
     kept = [state[i][key] for i in sorted(state) for key in sorted(state[i])]
     return [*(p.detach() for p in params), *kept, *ema.shadow, ema.updates]

@@ -282,8 +282,8 @@ def test_in_a_browser(run_dir, width, missing):
     _browse(run_dir, width, f"--screenshot={run_dir / 'shot.png'}", "report.html")
     with Image.open(run_dir / "shot.png") as image:
         assert image.width == width
-        colours = image.convert("RGB").getcolors(1 << 24)
-    assert len(colours) > 50 and max(count for count, _ in colours) < 0.95 * width * 1500
+        colors = image.convert("RGB").getcolors(1 << 24)
+    assert len(colors) > 50 and max(count for count, _ in colors) < 0.95 * width * 1500
 
 
 def _browse(run_dir, width: int, action: str, name: str) -> str:

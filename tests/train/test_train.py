@@ -123,7 +123,7 @@ def test_accumulation_is_a_larger_batch(configure):
     assert (results[2][1] - results[1][1]).abs().max() > 1e-2 * scale
 
 
-def test_loss_falls_when_a_batch_is_learnt(configure):
+def test_loss_falls_when_a_batch_is_learned(configure):
     run, loader = start(configure(lora__rank=16, train__lr=3e-3))
     batch = loader.batch(0)
     losses = [train_step(run, [batch], step)[0].item() for step in range(40)]

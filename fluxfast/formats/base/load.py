@@ -114,7 +114,7 @@ def choose_precision(
 
 
 def stored_as(storage: str, matmul: str, kept: str | None) -> str:
-    """What `auto` storage becomes for a file that is quantised already: kept, the storage it was
+    """What `auto` storage becomes for a file that is quantized already: kept, the storage it was
     made for (None for another file). Not where matmul asks for the other kind of 8 bits.
     """
     if storage != "auto" or kept is None or {kept, matmul} == set(IN_8_BITS):
@@ -195,7 +195,7 @@ def load_transformer(
     path: a diffusers pipeline folder or its `transformer/`, or one .safetensors or GGUF file.
     storage: fp32, bf16, nf4, int8 or fp8 for the blocks' matrices; compute: fp32, bf16, or int8 or
     fp8 for products of 8-bit codes in the blocks; `auto` chooses by device, and storage by the file
-    where that is quantised. What a file has in codes of the storage asked for stays as it is (on a
+    where that is quantized. What a file has in codes of the storage asked for stays as it is (on a
     CPU it even stays in the file, mapped). activations: fp32 or bf16 beside 8-bit products, `auto`
     by device. layers: name or glob -> 8bit, rotate or bf16, see `model.precision`. What is done
     otherwise than asked is logged as a warning; progress gets (done, total). Raises FluxfastError

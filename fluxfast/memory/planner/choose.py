@@ -79,7 +79,7 @@ def policy_ops(
         return [], ops.recompute_mlp if policy == "recompute_mlp" else ops.forward
     if policy not in ("gelu_int8", "int8"):
         return [], []
-    # its own pass writes the codes; that backward reads fewer bytes is not counted in favour of
+    # its own pass writes the codes; that backward reads fewer bytes is not counted in favor of
     # what rounds
     u = shape.batch * shape.tokens * work.spec.mlp_hidden
     codes = element_op("codes of u", u, 1, launches=0)

@@ -295,7 +295,7 @@ def outer_ops(work: Work, shape: Shape) -> BlockOps:
 
 def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = True) -> list[Op]:
     """Over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the trainer's flat
-    gradients, clipped and guarded. Raises ConfigError for an unknown optimiser."""
+    gradients, clipped and guarded. Raises ConfigError for an unknown optimizer."""
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
     count, tensors = work.lora.parameters, 2 * len(work.lora.modules)
@@ -309,7 +309,7 @@ def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = T
 
 
 def step_ops(work: Work, shape: Shape, recompute_scores: bool = True) -> list[Op]:
-    """Everything of a step once, forward and backward, nothing replayed; without the optimiser.
+    """Everything of a step once, forward and backward, nothing replayed; without the optimizer.
     recompute_scores: as `block_ops` takes it."""
     parts = [modulation_ops(work, shape.batch), outer_ops(work, shape)]
     blocks = [f"double_blocks.{i}" for i in range(work.spec.depth)]
@@ -320,7 +320,7 @@ def step_ops(work: Work, shape: Shape, recompute_scores: bool = True) -> list[Op
 
 def model_flop(work: Work, shape: Shape) -> float:
     """FLOP of the products that a step cannot do without, whoever takes it: forward, backward and
-    attention, none of them made again, nothing element-wise. What model FLOP utilisation counts.
+    attention, none of them made again, nothing element-wise. What model FLOP utilization counts.
     """
     return total_flop(
         op

@@ -20,9 +20,9 @@ from fluxfast.model.flux import MODULATION_ROWS
 GIB = 2**30
 CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
 MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
-OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimiser's temporaries
+OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimizer's temporaries
 
-LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantised: assumed
+LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantized: assumed
 # copies of the gradients that a step makes and drops; fused AdamW and bitsandbytes make none
 STEP_COPIES = {"prodigy": 1, "schedulefree": 2, "adafactor": 1}  # assumed, from their source
 
@@ -93,7 +93,7 @@ class Bucket:
 class Plan:
     """static: name -> bytes that are always there. modulation: "in_place", "ahead" (formed for
     coming samples together) or "host" (ahead, its weights in host memory). phases: name -> bytes
-    allocated at the most. step_seconds: of the optimiser and what moves once per step.
+    allocated at the most. step_seconds: of the optimizer and what moves once per step.
     """
 
     request: Request
@@ -117,7 +117,7 @@ class Plan:
         return self.static.get("host", 0) + max(b.choice.host for b in self.buckets.values())
 
     def seconds(self, label: str) -> float:
-        """Of one optimiser step of that bucket."""
+        """Of one optimizer step of that bucket."""
         return self.buckets[label].seconds * self.request.accumulation + self.step_seconds
 
 
@@ -188,9 +188,9 @@ def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> 
     phases = _phases(request, always, max(b.bytes for b in buckets.values()))
     # graphs keep their pool through it
     graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
-    phases["optimiser step"] = max(graphed, default=always)
-    phases["optimiser step"] += _on_host_bytes(request, "optimiser", state)
-    phases["optimiser step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
+    phases["optimizer step"] = max(graphed, default=always)
+    phases["optimizer step"] += _on_host_bytes(request, "optimizer", state)
+    phases["optimizer step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
     weights = saved.weights(request.work, request.double_quant)
     phases["loading"] = sum(weights.values()) + static["LoRA"]
     phases["loading"] += LOADING * saved.largest_matrix(request.work)
@@ -252,8 +252,8 @@ def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state
     ops = optimizer_ops(request.work, request.optimizer, request.ema)
     total = total_seconds(ops, card, request.work.matmul, True)
     if state == "host":
-        moved = _on_host_bytes(request, "optimiser", state)
-        total += 2 * seconds(Op("optimiser state", "copy", 0.0, moved), card)
+        moved = _on_host_bytes(request, "optimizer", state)
+        total += 2 * seconds(Op("optimizer state", "copy", 0.0, moved), card)
     return total
 
 
@@ -269,7 +269,7 @@ def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int
         found["host"] += found.pop("weights: modulation")
         found["modulation staging"] = 2 * saved.largest_modulation(work, request.double_quant)
     if state == "host":
-        found["host"] += found.pop("optimiser")
+        found["host"] += found.pop("optimizer")
     return found
 
 

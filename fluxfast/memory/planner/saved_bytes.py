@@ -233,14 +233,14 @@ def lora_shapes(work: Work) -> list[tuple[int, int]]:
 
 
 def trained(work: Work, optimizer: str, ema: bool) -> dict[str, int]:
-    """Bytes of the LoRA, its gradients, the optimiser's state and the average."""
+    """Bytes of the LoRA, its gradients, the optimizer's state and the average."""
     shapes = lora_shapes(work)
     counts = [n * k for n, k in shapes]
     padded = sum(-(-c // GRADIENT_ALIGNED) * GRADIENT_ALIGNED for c in counts)
     return {
         "LoRA": 4 * sum(counts),
         "gradients": 4 * padded,
-        "optimiser": sum(
+        "optimizer": sum(
             _state_bytes(optimizer, n, k, zero=bool(i % 2)) for i, (n, k) in enumerate(shapes)
         ),
         "EMA": 4 * sum(counts) if ema else 0,

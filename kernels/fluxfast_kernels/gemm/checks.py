@@ -63,7 +63,7 @@ def outputs(
 
 
 def check_reach(tensor: Tensor | None, T: int, rows: int) -> None:
-    """`rows` neighbouring rows lie within 2^31 elements: kernels count so within a tile."""
+    """`rows` neighboring rows lie within 2^31 elements: kernels count so within a tile."""
     if tensor is not None:
         reach = (rows // T + 1) * tensor.stride(0) * (tensor.shape[0] > 1)
         reach += min(rows, T) * tensor.stride(1) + tensor.shape[2]

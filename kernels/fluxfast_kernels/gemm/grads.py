@@ -11,7 +11,7 @@ leave the card idle, M is cut in fixed ranges whose fp32 sums a second, ordered 
 segments: runs of columns of one tensor that belong to one A. No atomics: two runs give equal bits.
 
 The first two also write the 8-bit rows (`quant/rows.py`) of X, or of dY times a channel's factor,
-on their way: they read all of it in any case, so that quantising what another op made is no pass of
+on their way: they read all of it in any case, so that quantizing what another op made is no pass of
 its own.
 
 Products are of the compute dtype (x's), sums fp32; A, B, down and d_down are rounded to the
@@ -38,7 +38,7 @@ from fluxfast_kernels.quant.rows import (
     top_of,
 )
 
-BLOCK_Q = 128  # columns that are quantised at once; a rotation's block where that is larger
+BLOCK_Q = 128  # columns that are quantized at once; a rotation's block where that is larger
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 
 Sums of int8 products are exact (15 360 · 127² < 2³¹), those of fp8 fp32; everything after them is
 fp32, rounded once. One copy of W8 serves both directions: its scales run along the contraction of
-dx, so they are folded into dy before that is quantised. The update is computed from x and dy as
+dx, so they are folded into dy before that is quantized. The update is computed from x and dy as
 they are, in their dtype. With a rotation (`hadamard.py`) W8 and X8 are of W·H and x·H, and dx is
 rotated back at the end, A with it.
 

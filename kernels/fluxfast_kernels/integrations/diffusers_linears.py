@@ -64,7 +64,7 @@ def base_of(module: nn.Module) -> nn.Module:
         decline_if(type(weight) is not nn.Parameter, f"weights are {type(weight).__name__}")
         return base
     state = getattr(weight, "quant_state", None)
-    decline_if(state is None, "weights are not quantised yet")
+    decline_if(state is None, "weights are not quantized yet")
     # which rounds absmax to bf16 and transposes it; bitsandbytes 0.50 cannot take that back
     packed = getattr(state, "packing_format_for_cpu", False)
     decline_if(packed, "bitsandbytes has packed 4-bit weights for its own CPU kernels")

@@ -5,7 +5,7 @@
 Layouts: x [B, T, K], or several inputs side by side whose widths add up to K; the last stride is 1,
 the others are free, so that one stream's tokens of a joint tensor go in as they lie. y [B, T, N].
 weight is a list: [W [N, K]] in fp32, bf16 or fp16, [codes, scale] in 8 bits, or NF4's [packed,
-absmax] and, where absmax is itself quantised, [packed, absmax, nested_absmax, offset] (see
+absmax] and, where absmax is itself quantized, [packed, absmax, nested_absmax, offset] (see
 `frozen.py`). lora_a fp32 [P·R, K]
 stacks one A per part; lora_b fp32 [N', R] has the parts' rows one after the other; parts is flat
 (start, end, which A): never a block-diagonal matrix, and one A for all parts is P = 1.

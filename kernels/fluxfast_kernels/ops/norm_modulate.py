@@ -12,7 +12,7 @@ tokens of a joint tensor. mean and rstd are fp32 [B, T]; sums are fp32, the vari
 about the mean. weight, lora_a, lora_b, parts: see `lora_linear.py`.
 
 `norm_modulate_lora_linear` writes x to a temporary and multiplies that. A product of M rows and N
-columns reads its x once per column of tiles (N = 9216 in tiles of 128: 72 times); normalising
+columns reads its x once per column of tiles (N = 9216 in tiles of 128: 72 times); normalizing
 inside it would repeat this file's work as often and take the product from cuBLAS. x is not saved
 but made again in backward: one more read of h and write of x there, for 2·D bytes a token less
 held in bf16.

@@ -48,8 +48,8 @@ def _norm_modulate_kernel(
         rstd = tl.load(RSTD + b * T + t, real, other=0.0)
     else:
         mean = tl.sum(h, axis=1) / D
-        centred = tl.where(inside, h - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + EPS)
+        centered = tl.where(inside, h - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / D + EPS)
         tl.store(MEAN + b * T + t, mean, real)
         tl.store(RSTD + b * T + t, rstd, real)
     x = (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift

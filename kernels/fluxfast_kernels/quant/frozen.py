@@ -88,7 +88,7 @@ def as_nf4(weight: Sequence[Tensor], N: int, K: int) -> NF4Tensor:
 
 
 def dense_weight(weight: Sequence[Tensor], K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`, decoded into the scratch where it is quantised: read it before the next
+    """W [N, K] in `dtype`, decoded into the scratch where it is quantized: read it before the next
     decode."""
     if len(weight) == 1:
         return weight[0].to(dtype)
@@ -103,7 +103,7 @@ def dense_weight(weight: Sequence[Tensor], K: int, dtype: torch.dtype) -> Tensor
     return torch.mul(codes, scale[:, None], out=out.view(N, K))
 
 
-# ---------------------------------------------------------------- quantising, once
+# ---------------------------------------------------------------- quantizing, once
 
 
 def quantize_8bit(weight: Tensor, kind: str, rotation: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""The Hadamard rotation that spreads a channel's outliers over its neighbours before quantisation.
+"""The Hadamard rotation that spreads a channel's outliers over its neighbors before quantization.
 
     x' = x·H,   H = blockdiag(H_b, …, H_b),   H_b = [[H_{b/2}, H_{b/2}], [H_{b/2}, −H_{b/2}]] / √2
 
 over blocks of b columns, b a power of two up to 256 that divides the width. H is symmetric and its
-own inverse, so x Wᵀ = (x H)(W H)ᵀ: a weight is rotated once, when it is quantised, and its input
-where it is quantised; dx = (dy W H) H.
+own inverse, so x Wᵀ = (x H)(W H)ᵀ: a weight is rotated once, when it is quantized, and its input
+where it is quantized; dx = (dy W H) H.
 
 Computed as log2(b) stages of sums and differences in fp32, in the same order everywhere, so that
 kernel and reference give the same bits. FLOP: log2(b) + 1 a value. Bytes, where it is a pass of its

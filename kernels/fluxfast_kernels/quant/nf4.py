@@ -1,14 +1,14 @@
 """NF4: 4-bit normal-float storage of a frozen weight, byte for byte as bitsandbytes keeps it.
 
     value[i]  = CODE[nibble[i]] * absmax[i // 64]
-    absmax[j] = MAP[byte[j]] * nested_absmax[j // 256] + offset      where it is itself quantised
+    absmax[j] = MAP[byte[j]] * nested_absmax[j // 256] + offset      where it is itself quantized
 
 Rows are cut in blocks of 64 along K, so K must be a multiple of 64 and a block never crosses a row:
-cutting or stacking whole rows of quantised matrices is exact. The first weight of a pair sits in
+cutting or stacking whole rows of quantized matrices is exact. The first weight of a pair sits in
 the high nibble. Memory: 0.5 byte a weight + 4/64 (fp32 absmax) or 1/64 + 4/16384 (nested).
 
 On a CPU the library of `csrc/` does the work where it was built, else plain PyTorch; on a GPU a
-Triton kernel decodes and PyTorch quantises. All give the same bytes. Bytes moved by a decode: those
+Triton kernel decodes and PyTorch quantizes. All give the same bytes. Bytes moved by a decode: those
 above, and the size of a value in the result; FLOP: one a weight.
 
 Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic map: arXiv
@@ -39,7 +39,7 @@ CODE = (
 
 @dataclass
 class NF4Tensor:
-    """A quantised [N, K] matrix.
+    """A quantized [N, K] matrix.
 
     packed: uint8 [N * K / 2, 1]; absmax: fp32 [N * K / 64], or uint8 when nested;
     nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32, one value or one per nested block
@@ -88,7 +88,7 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 
 def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
-    """Quantise a [N, K] fp32, fp16 or bf16 matrix, K a multiple of 64, on its own device.
+    """Quantize a [N, K] fp32, fp16 or bf16 matrix, K a multiple of 64, on its own device.
 
     Raises ValueError for another rank, dtype or K.
     """

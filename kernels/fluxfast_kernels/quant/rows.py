@@ -13,7 +13,7 @@ NaN or infinity in a row makes its scale NaN, and with it every result that the 
 its codes are then unspecified. A row of zeros has zero codes.
 
 The producers of a product's input write the codes in the pass that makes it (`norm_modulate.py`,
-`gelu.py`); an input that another op made is quantised by the pass of its LoRA
+`gelu.py`); an input that another op made is quantized by the pass of its LoRA
 (`grads.py`), dy by the gate's pass (this file) or its LoRA's. `quantize_rows` alone is for a
 layer without any of these, and for weights.
 
