@@ -256,7 +256,3 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows))
     broken = {"failed", "gate failed"}
     return int(any(row["name"] == OURS and row["status"] in broken for row in rows))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -152,7 +152,3 @@ def _title(settings: Settings, cycle: Cycle) -> str:
         f"setting, rank {settings.rank} on {settings.targets}{cap}, compute {settings.dtype}, "
         f"{settings.rounds} rounds"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,7 +4,7 @@
     python -m bench.tune sweep --pixels 512 1024 --budget-s 480
     python -m bench.tune write --dry-run
 
-candidates needs no GPU: it compiles every tile of the search space for a card and keeps in
+candidates needs no GPU: it compiles every tile of the search space for a card and lists in
 bench/tiles/ which of them neither spill nor need more than the card has. sweep times those, and the
 ways that dispatch can choose between, on the GPU at hand: rows in bench/results/tune-cuda.jsonl.
 write turns rows into configs/gemm_sm_<arch>.json and attention.json, where the gain is larger than
@@ -14,6 +14,7 @@ the noise. candidates and sweep can be cut short and go on. Kernels only read wh
 import argparse
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from fluxfast_kernels.dispatch import dispatch
 
 from bench import RESULTS, terminal, timing
 from bench.compile import ARCHITECTURES
+from bench.rows import read
+from bench.terminal import aligned, say
 from bench.tune import tiles as tune_tiles
 from bench.tune import write as tune_write
 from bench.tune.problems import hand_overs, problems
 from bench.tune.space import ATTENTION, KERNELS, Kernel
-from bench.tune.sweep import Precompiler, TileJob, read_rows, sweep
+from bench.tune.sweep import Job, Precompiler, Target, TileJob, sweep
 from bench.tune.ways import BackendJob, HandOverJob
 from fluxfast.errors import FluxfastError
 from fluxfast.memory.planner.cards import Card, card, closest
@@ -43,12 +46,13 @@ def wanted(words: list[str]) -> list[Kernel]:
 
 def candidates(options: argparse.Namespace) -> int:
     kernels = wanted(options.op)
-    given = (options.arch, kernels, options.out, options.budget_s, options.workers)
-    found = tune_tiles.candidates(*given)
-    print(f"{'kernel':32}{'may be timed':>14}{'of':>6}")
+    limits = options.budget_s, options.workers
+    found = tune_tiles.candidates(options.arch, kernels, options.out, *limits)
+    lines = [["kernel", "may be timed", "of"]]
     for kernel in kernels:
         headings = list(found.get(str(kernel), {}).values())
-        print(f"{str(kernel):32}{headings.count(tune_tiles.KEPT):14}{len(headings):6}")
+        lines.append([str(kernel), f"{headings.count(tune_tiles.KEPT)}", f"{len(headings)}"])
+    print(aligned(lines))
     return 0
 
 
@@ -61,9 +65,9 @@ def known_card(device: str) -> Card:
         return closest(torch.cuda.get_device_capability(device), total / 2**30)
 
 
-def jobs(options: argparse.Namespace, arch: int, known: Card, where: dict) -> list:
+def jobs(options: argparse.Namespace, arch: int, known: Card, where: dict) -> list[Job]:
     """Everything that can be measured on a card, tiles before the ways that they make faster."""
-    device, kernels = "cuda", wanted(options.op)
+    kernels = wanted(options.op)
     sizes = [(pixels, batch) for pixels in options.pixels for batch in options.batch]
     asked = [p for p in problems(DEV, known, arch, sizes, options.rank) if p.kernel in kernels]
     path = tune_tiles.path_of(arch)
@@ -71,18 +75,17 @@ def jobs(options: argparse.Namespace, arch: int, known: Card, where: dict) -> li
         hint = f"python -m bench.tune candidates --arch {arch}"
         raise FluxfastError(f"{path.name} is not there: no tile is known to compile", hint=hint)
     verdicts = tune_tiles.load(path)
-    given = (DEV, options.rank, device, arch, options.rounds)
-    found = [TileJob(p, tune_tiles.kept(verdicts, p.kernel), *given) for p in asked]
+    target = Target(DEV, options.rank, "cuda", arch, options.rounds)
+    found: list[Job] = [TileJob(p, tune_tiles.kept(verdicts, p.kernel), target) for p in asked]
 
     def measured() -> dict:
-        rows = tune_write.of_one_device(read_rows(options.out), arch, where["device_name"])
+        rows = tune_write.of_one_device(read(options.out), arch, where["device_name"])
         return tune_write.merged(dispatch.tables(arch)[0], rows)
 
-    found += [HandOverJob(h, *given, measured) for h in hand_overs(asked) if h.kernel in kernels]
+    found += [HandOverJob(h, target, measured) for h in hand_overs(asked) if h.kernel in kernels]
     if not options.op or any(kernel.op in ATTENTION for kernel in kernels):
         tokens = {shape_of(p, p, 1, DEV.text_length).tokens for p in options.pixels}
-        heads = (DEV.num_heads, DEV.head_dim, device, arch, options.rounds)
-        found += [BackendJob(T, *heads) for T in sorted(tokens)]
+        found += [BackendJob(T, target) for T in sorted(tokens)]
     return found
 
 
@@ -103,22 +106,19 @@ def run_sweep(options: argparse.Namespace) -> int:
     everything = jobs(options, arch, known_card("cuda"), where)
     compiled_by = tune_tiles.triton_of(tune_tiles.path_of(arch))
     if compiled_by != where["triton"]:
-        print(f"the tiles were compiled by Triton {compiled_by}, this is {where['triton']}: some "
-              "may spill here", file=sys.stderr)  # fmt: skip
+        versions = f"compiled by Triton {compiled_by}, this is {where['triton']}"
+        say(f"the tiles were {versions}: some may spill here")
     workers = min(options.workers or os.cpu_count() or 1, MOST_WORKERS)
-    ahead = Precompiler(workers, DEV, options.rank, "cuda") if workers > 1 else None
-    try:
-        given = {"budget_s": options.budget_s, "alive": alive}
-        given |= {"precompile": ahead} if ahead else {}
-        where |= {"tiles_triton": compiled_by}
-        return 0 if sweep(everything, options.out, where, **given) else 1
-    finally:
-        if ahead:
-            ahead.close()
+    where |= {"tiles_triton": compiled_by}
+    limits = {"budget_s": options.budget_s, "alive": alive}
+    if workers == 1:
+        return int(not sweep(everything, options.out, where, **limits))
+    with closing(Precompiler(workers, DEV, options.rank, "cuda")) as ahead:
+        return int(not sweep(everything, options.out, where, precompile=ahead, **limits))
 
 
 def write(options: argparse.Namespace) -> int:
-    rows = read_rows(options.rows)
+    rows = read(options.rows)
     if not rows:
         raise FluxfastError(f"{options.rows} has no rows", hint="python -m bench.tune sweep")
     changed = tune_write.changes(rows, options.device)
@@ -164,7 +164,3 @@ def main(arguments: list[str] | None = None) -> int:
     except FluxfastError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a training step of FLUX.1-dev asks of each kernel: the shapes, and their share of the step.
+"""The shapes at which a training step of FLUX.1-dev runs each kernel, and their share of the step.
 
 The cost model (`fluxfast/memory/planner/cost.py`) names every op of a step; here each becomes the
 question that dispatch is asked for it: rows M, output columns N, a contraction of K. Equal
@@ -15,18 +15,9 @@ from fluxfast_kernels.dispatch.attention import choose_backend
 from fluxfast_kernels.quant.rows import DTYPE
 
 from bench.tune.space import KERNELS, Kernel
+from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card
-from fluxfast.memory.planner.cost import (
-    Op,
-    Shape,
-    Work,
-    lora_of,
-    modulation_ops,
-    seconds,
-    shape_of,
-    step_ops,
-    total_seconds,
-)
+from fluxfast.memory.planner.cost import Op, Shape, Work, seconds
 from fluxfast.model.flux import MODULATION_ROWS
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec
@@ -35,8 +26,6 @@ COMPUTES = ("bf16", "int8", "fp8")
 PRODUCT_DTYPE = {"half": torch.bfloat16} | DTYPE
 # M of the hand-over between two ways; the last ones are pictures of 512, 768 and 1024 px
 HAND_OVER_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2816, 4608)
-
-
 ONE_WAY = Kernel("gemm_8bit", "dense", "int8")  # torch has no product with the scales in it
 
 
@@ -74,11 +63,11 @@ def problems(
     """Of steps at `sizes` (pixels a side, batch), the largest share first."""
     found: dict[tuple, Problem] = {}
     for pixels, batch in sizes:
-        shape = shape_of(pixels, pixels, batch, spec.text_length)
+        shape = cost.shape_of(pixels, pixels, batch, spec.text_length)
         for compute in COMPUTES:
             if not card.peaks[compute]:
                 continue
-            work = Work(spec, "nf4", compute, "bf16", lora_of(spec, rank))
+            work = Work(spec, "nf4", compute, "bf16", cost.lora_of(spec, rank))
             for key, problem in _of_step(work, shape, card, arch).items():
                 if key not in found or found[key].share < problem.share:
                     found[key] = problem
@@ -102,11 +91,11 @@ def hand_overs(found: list[Problem]) -> list[HandOver]:
 
 
 def _of_step(work: Work, shape: Shape, card: Card, arch: int) -> dict[tuple, Problem]:
-    step = [op for op in step_ops(work, shape) if "mod" not in op.name]
-    whole = total_seconds(step, card)
+    step = [op for op in cost.step_ops(work, shape) if "mod" not in op.name]
+    whole = cost.total_seconds(step, card)
     times = [(op, seconds(op, card)) for op in step]
     # modulation is formed for several steps at once
-    ahead = modulation_ops(work, MODULATION_ROWS).forward
+    ahead = cost.modulation_ops(work, MODULATION_ROWS).forward
     times += [(op, seconds(op, card) * shape.batch / MODULATION_ROWS) for op in ahead]
     found: dict[tuple, Problem] = {}
     for op, time in times:
@@ -118,7 +107,7 @@ def _of_step(work: Work, shape: Shape, card: Card, arch: int) -> dict[tuple, Pro
 
 
 def _questions(work: Work, op: Op, shape: Shape, arch: int) -> list[tuple]:
-    """-> (kernel, M, N, K, its part of the op's time) of each launch that asks dispatch."""
+    """(kernel, M, N, K, its part of the op's time) of each launch that asks dispatch."""
     linear, _, what = op.name.partition(" ")
     if "blocks." in linear and linear.count(".") > 1:
         asked = _of_linear(work, linear, what, _rows(linear, shape), arch)
@@ -134,16 +123,8 @@ def _questions(work: Work, op: Op, shape: Shape, arch: int) -> list[tuple]:
     else:
         parts = {"dq": 3 / 7, "dkdv": 4 / 7}  # of its FLOP
     ours = choose_backend(arch, torch.bfloat16, C, shape.tokens)[0] == "triton"
-    return [
-        (
-            Kernel(name, "dense", "half"),
-            T,
-            heads,
-            C,
-            part if ours or name == "qk_norm_rope" else 0.0,
-        )
-        for name, part in parts.items()
-    ]
+    shares = {name: part if ours or name == "qk_norm_rope" else 0.0 for name, part in parts.items()}
+    return [(Kernel(name, "dense", "half"), T, heads, C, part) for name, part in shares.items()]
 
 
 def _rows(linear: str, shape: Shape) -> int:
@@ -154,7 +135,7 @@ def _rows(linear: str, shape: Shape) -> int:
 
 
 def _of_linear(work: Work, linear: str, what: str, M: int, arch: int) -> tuple | None:
-    """-> kernel, M, N, K of one launch of a linear; None for passes that ask nothing."""
+    """Kernel, M, N, K of one launch of a linear; None for passes that ask nothing."""
     (N, K), (P, _) = linear_shape(linear, work.spec), work.lora.modules.get(linear, (0, 0))
     R, products = work.lora.rank, work.precisions[linear].matmul
     gated = linear.endswith(("proj", "mlp.2", "linear2"))

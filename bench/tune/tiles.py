@@ -9,10 +9,9 @@ on where it stopped.
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from multiprocessing import connection
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from bench import ROOT
 from bench.compile import cost_of
 from bench.compile_cases import tile_cases
+from bench.terminal import say
 from bench.tune.space import KERNELS, Kernel, named_tile, space, tile_name
 from fluxfast.errors import ConfigError
 
@@ -41,8 +41,8 @@ def path_of(arch: int) -> Path:
 
 
 def load(path: Path, version: str | None = None) -> Verdicts:
-    """What a list says; nothing where it is not there or belongs to another Triton than `version`
-    (None: any will do). Raises ConfigError for a file that is no such list."""
+    """The verdicts of a list; none where it is not there or belongs to another Triton than
+    `version` (None: any will do). Raises ConfigError for a file that is no such list."""
     if not path.is_file():
         return {}
     try:
@@ -108,7 +108,7 @@ def candidates(
 ) -> Verdicts:
     """Compile what the list does not have yet, a process a tile and `workers` at a time, and write
     it. budget_s: none is begun after so many seconds."""
-    path, version = path or path_of(arch), _version()
+    path, version = path or path_of(arch), metadata.version("triton")
     verdicts = load(path, version)
     wanted = [k for k in kernels if arch >= 89 or k.dtype != "fp8"]
     tiles = [
@@ -116,29 +116,25 @@ def candidates(
     ]
     left = [(kernel, name) for kernel, name in tiles if name not in verdicts.get(str(kernel), {})]
     deadline = None if budget_s is None else time.monotonic() + budget_s
-    for done, (kernel, name, heading) in enumerate(
-        _judged(left, arch, judge, deadline, workers), 1
-    ):
+    judged = _judged(left, arch, judge, deadline, workers)
+    for done, (kernel, name, heading) in enumerate(judged, 1):
         verdicts.setdefault(str(kernel), {})[name] = heading
         save(path, arch, version, verdicts)
-        print(f"{done:5} of {len(left)}  sm_{arch} {kernel} {name}: {heading}", file=sys.stderr)
+        say(f"{done:5} of {len(left)}  sm_{arch} {kernel} {name}: {heading}")
     return verdicts
 
 
-def _judged(
-    tiles: list[tuple[Kernel, str]], arch: int, judge: Callable, deadline: float | None,
-    workers: int | None,
-) -> Iterator[tuple[Kernel, str, str]]:  # fmt: skip
-    """Kernel, tile and heading as each is known. A process a tile: a compiler that dies takes no
-    other tile with it."""
+def _judged(tiles: list, arch: int, judge: Callable, deadline: float | None, workers: int | None):
+    """Yields kernel, tile and heading as each is known. A process a tile: a compiler that dies
+    takes no other tile with it."""
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
     fork = multiprocessing.get_context("fork")
     waiting, running = list(reversed(tiles)), {}
     workers = workers or len(os.sched_getaffinity(0))
     while True:
-        while (
-            waiting and len(running) < workers and (deadline is None or time.monotonic() < deadline)
-        ):
+        while waiting and len(running) < workers:
+            if deadline is not None and time.monotonic() >= deadline:
+                break
             kernel, name = waiting.pop()
             result, give = fork.Pipe(duplex=False)
             process = fork.Process(target=_judge, args=(give, judge, kernel, name, arch))
@@ -157,10 +153,3 @@ def _judge(give: connection.Connection, judge: Callable, *question) -> None:
     with tempfile.TemporaryDirectory() as folder:  # each is compiled once: nothing to keep
         os.environ["TRITON_CACHE_DIR"] = folder
         give.send(judge(*question))
-
-
-def _version() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        raise ConfigError("triton is not installed", hint="it compiles the tiles") from None

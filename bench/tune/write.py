@@ -1,10 +1,10 @@
-"""Turns rows of `tune.py sweep` into rows that the kernels load, where a gain is beyond doubt.
+"""Turns rows of `bench.tune sweep` into rows that the kernels load, where a gain is beyond doubt.
 
-A tile takes the place of the shipped one for its own op, storage, dtype, N, K and the rows nearest
-to the M that it was timed at: from the geometric mean with the next smaller M that was timed (the
-smallest: half of it) to that with the next larger (the largest: twice it). A hand-over is written
-where the ways that it picks beat those that the shipped row picks. All rows that are for other
-cards, other questions or not measured by this bench stay as they are, byte for byte.
+A tile replaces the shipped one for its own op, storage, dtype, N, K and the rows nearest to the M
+that it was timed at: from the geometric mean with the next smaller M that was timed (the smallest:
+half of it) to that with the next larger (the largest: twice it). A hand-over is written where the
+ways that it picks beat those that the shipped row picks. All rows that are for other cards, other
+questions or not measured by this bench stay as they are, byte for byte.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ CONFIGS = Path(fluxfast_kernels.__file__).parent / "dispatch" / "configs"
 ATTENTION_PATH = CONFIGS / "attention.json"
 LEAST_GAIN = 0.02  # of the shipped time; and more than the spread of either measurement
 MEASURED = "measured: "
+QUESTION = ("kind", "op", "storage", "dtype", "m", "n", "k")
+KEY = ("op", "storage", "dtype", "n", "k")
 Rows = list[dict[str, object]]
 Table = dict[str, Rows]
 
@@ -50,15 +53,12 @@ def of_one_device(rows: Iterable[dict], arch: int, device: str | None = None) ->
     if device is None and len(names) > 1:
         hint = f"--device {names[0]!r}"
         raise ConfigError(f"rows of sm_{arch} are of {', '.join(names)}: name one", hint=hint)
-    rows = [row for row in rows if device in (None, row["device_name"])]
-    newest: dict[tuple, str] = {}
+    questions = defaultdict(list)
     for row in rows:
-        newest[_question(row)] = max(row["date"], newest.get(_question(row), ""))
-    return [row for row in rows if row["date"] == newest[_question(row)]]
-
-
-def _question(row: dict) -> tuple:
-    return tuple(row.get(key) for key in ("kind", "op", "storage", "dtype", "m", "n", "k"))
+        if device in (None, row["device_name"]):
+            questions[tuple(row.get(key) for key in QUESTION)].append(row)
+    newest = ((same, max(row["date"] for row in same)) for same in questions.values())
+    return [row for same, date in newest for row in same if row["date"] == date]
 
 
 def _spread(row: dict) -> float:
@@ -66,8 +66,8 @@ def _spread(row: dict) -> float:
 
 
 def winner(rows: Rows) -> tuple[dict, dict | None]:
-    """-> (the best row, the shipped one's) of one question; the shipped one wins unless another is
-    faster by more than LEAST_GAIN and the spread of both. Shipped: None where it could not run."""
+    """Returns the best row of one question and the shipped one's, which wins unless another is
+    faster by more than LEAST_GAIN and the spread of both; None where it could not run."""
     ran = [row for row in rows if row["median_ms"] is not None]
     shipped = next((row for row in ran if row["shipped"]), None)
     if not ran:
@@ -81,7 +81,7 @@ def winner(rows: Rows) -> tuple[dict, dict | None]:
 
 
 def source(best: dict, shipped: dict | None) -> str:
-    """What a row says of the measurement behind it."""
+    """The `source` of a row: the measurement behind it."""
     commit = (best["commit"] or "unknown")[:7] + (" with changes" if best["dirty"] else "")
     against = f"{shipped['median_ms']:.4g} before" if shipped else "the shipped one fails"
     return (
@@ -91,46 +91,41 @@ def source(best: dict, shipped: dict | None) -> str:
 
 
 def ranges(Ms: list[int]) -> list[tuple[int, int]]:
-    """Ascending Ms -> (m_min, m_max) that each stands for."""
+    """Of ascending Ms the (m_min, m_max) that each stands for."""
     cuts = [math.isqrt(a * b) for a, b in zip(Ms, Ms[1:], strict=False)]
     lows = [Ms[0] // 2, *(cut + 1 for cut in cuts)]
     return list(zip(lows, [*cuts, 2 * Ms[-1]], strict=True))
 
 
 def _by_key(measured: Rows, kind: str, names: tuple[str, ...]) -> dict[tuple, dict[int, Rows]]:
-    """Key -> M -> the rows of one finished question of a kind."""
-    found: dict[tuple, dict[int, Rows]] = defaultdict(lambda: defaultdict(list))
-    for row in measured:
-        if row["kind"] == kind:
-            found[tuple(row[name] for name in names)][row["m"]].append(row)
-    finished = {
-        key: {M: rows for M, rows in sorted(by_m.items()) if any(row["shipped"] for row in rows)}
-        for key, by_m in found.items()
-    }
-    return {key: by_m for key, by_m in finished.items() if by_m}
+    """The rows of each finished question of a kind, by key and M."""
+    found: dict[tuple, dict[int, Rows]] = defaultdict(dict)
+    asked = sorted((row for row in measured if row["kind"] == kind), key=lambda row: row["m"])
+    for row in asked:
+        found[tuple(row[name] for name in names)].setdefault(row["m"], []).append(row)
+    for key, by_m in list(found.items()):
+        found[key] = {M: rows for M, rows in by_m.items() if any(row["shipped"] for row in rows)}
+    return {key: by_m for key, by_m in found.items() if by_m}
 
 
 def _ranged(
     by_m: dict[int, Rows], named: dict, limits: tuple[str, str], ship: Callable[[dict], dict]
 ) -> Rows:
     """A row per winner that is not merely assumed; one that is already measured and still wins
-    stays. ship: what a row says of the winner."""
+    stays. ship: the fields of a row that a winner sets."""
     new: Rows = []
     for rows, (low, high) in zip(by_m.values(), ranges(list(by_m)), strict=True):
         best, shipped = winner(rows)
-        said = best["source"] if best["shipped"] else source(best, shipped)
-        if best["median_ms"] is None or not said.startswith(MEASURED):
+        basis = best["source"] if best["shipped"] else source(best, shipped)
+        if best["median_ms"] is None or not basis.startswith(MEASURED):
             continue
         shipping = ship(best)
         if new and new[-1][limits[1]] == low - 1 and shipping.items() <= new[-1].items():
             new[-1][limits[1]] = high
         else:
             row = named | dict(zip(limits, (low, high), strict=True)) | shipping
-            new.append(row | {"source": said})
+            new.append(row | {"source": basis})
     return new
-
-
-KEY = ("op", "storage", "dtype", "n", "k")
 
 
 def merged(table: Table, measured: Rows) -> Table:
@@ -152,7 +147,8 @@ def merged(table: Table, measured: Rows) -> Table:
 
 
 def _tile_of(kernel: Kernel, row: dict) -> dict[str, int]:
-    return dict(vars(named_tile(kernel, row["tile"])))
+    tile = named_tile(kernel, row["tile"])
+    return tile._asdict() if kernel.op in ATTENTION else asdict(tile)
 
 
 def _key_of(row: dict) -> tuple:
@@ -162,13 +158,13 @@ def _key_of(row: dict) -> tuple:
 def _replaced(
     rows: Rows, new: dict[tuple, Rows], key_of: Callable[[dict], tuple], measured: Rows
 ) -> Rows:
-    """new: what takes the place of the rows of a key that the same device was measured for."""
+    """new: replaces the measured rows of a key, unless another device was measured for it."""
     device = measured[0]["device_name"] if measured else ""
-    ours = {i for i, row in enumerate(rows) if row["source"].startswith(MEASURED)}
-    theirs = {key_of(rows[i]) for i in ours if f", {device}, " not in rows[i]["source"]}
+    ours = [row for row in rows if row["source"].startswith(MEASURED)]
+    theirs = {key_of(row) for row in ours if f", {device}, " not in row["source"]}
     new = {key: made for key, made in new.items() if key not in theirs}
-    kept = [row for i, row in enumerate(rows) if i not in ours or key_of(row) not in new]
-    return [row for key in sorted(new, key=str) for row in new[key]] + kept
+    others = [row for row in rows if row not in ours or key_of(row) not in new]
+    return [row for key in sorted(new, key=str) for row in new[key]] + others
 
 
 def _threshold(by_m: dict[int, Rows]) -> dict | None:
@@ -188,14 +184,14 @@ def _threshold(by_m: dict[int, Rows]) -> dict | None:
 
     shipped = {M: next(row for row in pair.values() if row["shipped"]) for M, pair in ways.items()}
     last = max((M for M in Ms if shipped[M]["way"] == "fused"), default=0)
-    before, said = None if last == Ms[-1] else last, shipped[Ms[0]]["source"]
+    before, basis = None if last == Ms[-1] else last, shipped[Ms[0]]["source"]
     most = min([before, 0, *Ms[:-1], None], key=cost)
     pairs = [(picked(most, M), shipped[M]) for M in Ms if picked(most, M) is not shipped[M]]
     gain = sum(math.log(old["median_ms"] / now["median_ms"]) for now, old in pairs)
     if gain > sum(max(LEAST_GAIN, _spread(now), _spread(old)) for now, old in pairs):
         best = max(pairs, key=lambda pair: pair[1]["median_ms"] / pair[0]["median_ms"])
         return {"fused_up_to_m": most, "source": source(*best)}
-    return {"fused_up_to_m": before, "source": said} if said.startswith(MEASURED) else None
+    return {"fused_up_to_m": before, "source": basis} if basis.startswith(MEASURED) else None
 
 
 def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
@@ -224,7 +220,7 @@ def _attention_key(row: dict) -> tuple:
 
 
 def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:
-    """-> the text of every file that the rows of a sweep change. Raises ConfigError as
+    """The text of every file that the rows of a sweep change. Raises ConfigError as
     `of_one_device`, and for a card that no file is shipped for."""
     found: dict[Path, str] = {}
     attention = json.loads(ATTENTION_PATH.read_text(encoding="utf-8"))
@@ -233,8 +229,8 @@ def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:
         if not measured:
             continue
         if arch not in dispatch.ARCHITECTURES:
-            said = f"sm_{arch} has no {path.name}"
-            raise ConfigError(said, hint="add it, and its number to dispatch.ARCHITECTURES")
+            hint = "add it, and its number to dispatch.ARCHITECTURES"
+            raise ConfigError(f"sm_{arch} has no {path.name}", hint=hint)
         found[path] = dumped(merged(json.loads(path.read_text(encoding="utf-8")), measured))
         attention = merged_attention(attention, measured, arch)
         found[ATTENTION_PATH] = dumped(attention)

@@ -41,6 +41,7 @@ def megabytes(line: str) -> list[float]:
     return [float(number) for number in re.search(r"([\d.]+) / ([\d.]+) MB", line).groups()]
 
 
+@pytest.mark.slow
 def test_short_form(capsys, monkeypatch):
     """Trains under int8, and finds errors, and bytes, of the sizes that 8 bits explain."""
     passes, plain = [], BlockRunner.__init__
@@ -67,6 +68,7 @@ def test_short_form(capsys, monkeypatch):
     assert counts[1][0] < 0.82 * counts[0][0] and counts[2][0] < 0.57 * counts[0][0]
 
 
+@pytest.mark.slow
 def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
     """What the limits are for: with four bits instead of eight they refuse int8, and only that."""
     config = activations.settings("keep", 1, 1, tmp_path)

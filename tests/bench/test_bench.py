@@ -178,6 +178,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_smoke_all_candidates_take_the_same_step(tmp_path, capsys, tiny, one_thread):
     pytest.importorskip("peft")
     out = tmp_path / "rows.jsonl"
@@ -204,6 +205,7 @@ def test_smoke_all_candidates_take_the_same_step(tmp_path, capsys, tiny, one_thr
     assert "fluxfast-nf4-int8 / diffusers+peft+bnb = " in said[1]
 
 
+@pytest.mark.slow
 def test_peers_are_skipped_by_name_where_their_libraries_are_missing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

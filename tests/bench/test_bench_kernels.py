@@ -240,6 +240,7 @@ def test_a_lost_device_ends_the_process_after_its_rows(monkeypatch):
     assert roof is ROOF and rows[0]["op"] == "flow_mix" and last == "closed"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_the_same():
     rows = []
     settings = tiny("--ops", "flow_mix", candidates=[OURS])
@@ -337,6 +338,7 @@ def test_no_script_hides_the_package_kernels():
     assert found is None or found.origin is None  # a folder with no code in it
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_the_cases_and_the_ordinary_run_does_not(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
     arguments = [

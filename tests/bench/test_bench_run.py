@@ -412,6 +412,7 @@ def test_the_gpu_suite_wants_a_gpu(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_real_suite_from_end_to_end(tmp_path, monkeypatch, capsys):
     """One candidate in its own process, a command, and a budget that ends before the last item."""
     one = replace(SETTINGS, cycles=CYCLES[:1])

@@ -227,6 +227,7 @@ def test_the_bare_step_clips_and_averages(monkeypatch):
     assert all(p.grad is None for p in stepper.parameters)
 
 
+@pytest.mark.slow
 def test_a_mix_is_timed_as_a_cycle_and_said_per_step(tmp_path, monkeypatch):
     name = "fluxfast-dense"
     monkeypatch.setattr(timing.time, "perf_counter", count(0, 0.6).__next__)  # 600 ms a call

@@ -12,6 +12,7 @@ from bench.compile import verdict
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_compiles_for_the_real_cards():
     # a process that interprets cannot compile
     done = subprocess.run(
@@ -38,6 +39,7 @@ def test_compiles_for_the_real_cards():
         assert any(op in row for row in rows), op
 
 
+@pytest.mark.slow
 def test_a_transposed_weight_is_the_shortest_way_to_dx():
     """What `bench/LOG.md` says of the three ways, and what the dispatch's rows rest on."""
     done = subprocess.run(

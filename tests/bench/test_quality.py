@@ -28,6 +28,7 @@ def made(int8: float = 0.7, cosine: float = 0.999) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_short_form(capsys):
     """Trains, validates and compares gradients; the losses of so few steps prove nothing."""
     modes = ["bf16/bf16", "int8/int8", "nf4/int8"]

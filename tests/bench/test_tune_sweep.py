@@ -9,6 +9,7 @@ import torch
 from fluxfast_kernels.dispatch import dispatch
 from tuning import LINEAR1, NOW, RANK, TINY, WHERE, clock, nothing, yes  # noqa: F401  (a fixture)
 
+from bench.rows import read
 from bench.timing import Result
 from bench.tune import cli as tune
 from bench.tune import sweep as tune_sweep
@@ -20,8 +21,8 @@ from bench.tune.sweep import (
     SCREEN_ROUNDS,
     WARMUP,
     Precompiler,
+    Target,
     TileJob,
-    read_rows,
     sweep,
 )
 from bench.tune.ways import BackendJob, HandOverJob
@@ -60,7 +61,9 @@ def tiles(*stages):
 
 def job(op, kept, share=0.5, M=4608):
     problem = Problem(KERNEL, M, 21504, 3072, LINEAR1, "product", share)
-    return TileJob(problem, kept, TINY, RANK, "cpu", 89, 5, op.build)
+    one = TileJob(problem, kept, Target(TINY, RANK, "cpu", 89, 5))
+    one.build = op.build
+    return one
 
 
 def timed_by(op, *stages, failed=()):
@@ -130,7 +133,7 @@ def test_where_the_shipped_tile_fails_the_others_are_timed():
 def test_rows_say_what_was_asked_and_under_which_conditions(tmp_path):
     out, op = tmp_path / "rows.jsonl", Op(w3=2, w4=1)
     assert sweep([job(op, tiles(4))], out, WHERE)
-    rows = read_rows(out)
+    rows = read(out)
     shipped = next(row for row in rows if row["shipped"])
     assert shipped["name"] == shipped["tile"] == tile_name(SHIPPED)
     assert shipped["source"].startswith("assumed: ") and shipped["screened_ms"]
@@ -150,9 +153,9 @@ def test_what_has_rows_is_not_measured_again(tmp_path):
     # another card, another Triton, another M are other questions
     for where, M in ((WHERE | {"device_name": "b"}, 4608), (WHERE | {"triton": "3.8"}, 4608),
                      (WHERE, 512)):  # fmt: skip
-        before = len(read_rows(out))
+        before = len(read(out))
         sweep([job(op, tiles(4), M=M)], out, where)
-        assert len(read_rows(out)) > before
+        assert len(read(out)) > before
 
 
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
@@ -160,19 +163,19 @@ def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
     sweep([job(op, tiles(4))], out, WHERE)
     lines = out.read_text().splitlines()
     index = next(i for i, line in enumerate(lines) if json.loads(line)["shipped"])
-    out.write_text("\n".join([*lines[:index], *lines[index + 1 :], lines[index][:40]]) + "\n")
+    out.write_text("\n".join([*lines[:index], *lines[index + 1 :], lines[index][:40]]))
     sweep([job(op, tiles(4))], out, WHERE)
-    assert any(row["shipped"] for row in read_rows(out))
+    assert any(row["shipped"] for row in read(out))
 
 
 def test_the_largest_share_goes_first_and_the_budget_ends_it(tmp_path, capsys):
     out, op = tmp_path / "rows.jsonl", Op(w3=5, w4=5)
     asked = [job(op, tiles(4), share, M) for share, M in ((0.1, 512), (0.9, 4608), (0.5, 1536))]
     assert sweep(asked, out, WHERE, budget_s=0.05)
-    assert {row["m"] for row in read_rows(out)} == {4608}
+    assert {row["m"] for row in read(out)} == {4608}
     assert "budget" in capsys.readouterr().err
     assert sweep(asked, out, WHERE, budget_s=60)
-    assert list(dict.fromkeys(row["m"] for row in read_rows(out))) == [4608, 1536, 512]
+    assert list(dict.fromkeys(row["m"] for row in read(out))) == [4608, 1536, 512]
     sweep(asked, out, WHERE, budget_s=0.0)
     assert "budget" not in capsys.readouterr().err  # nothing was left
 
@@ -186,7 +189,7 @@ def test_a_problem_that_cannot_be_built_is_a_row(tmp_path, capsys):
     broken = job(op, tiles(4), share=0.9)
     broken.build = build
     assert sweep([broken, job(op, tiles(4), M=512)], out, WHERE)
-    rows = read_rows(out)
+    rows = read(out)
     assert (rows[0]["status"], rows[0]["m"], rows[0]["shipped"]) == ("out of memory", 4608, True)
     assert {row["m"] for row in rows} == {4608, 512}
     assert "out of memory" in capsys.readouterr().err
@@ -211,11 +214,11 @@ def test_a_tile_that_breaks_the_gpu_is_written_down_and_not_tried_again(tmp_path
 
     later = job(op, tiles(4), share=0.1, M=512)
     assert not sweep([asked(), later], out, WHERE, alive=lambda: not broken)
-    (row,) = read_rows(out)
+    (row,) = read(out)
     assert (row["name"], row["status"], row["shipped"]) == ("64x64x32.4w5g8", "failed", False)
     broken.clear()  # a new process
     assert sweep([asked(), later], out, WHERE, alive=lambda: not broken)
-    rows = read_rows(out)
+    rows = read(out)
     assert {row["m"] for row in rows} == {4608, 512}
     assert [row["name"] for row in rows].count("64x64x32.4w5g8") == 1
     assert {"64x64x32.4w4g8", "64x64x32.4w6g8"} <= {row["name"] for row in rows if row["median_ms"]}
@@ -232,7 +235,7 @@ def test_what_breaks_the_gpu_is_known_where_even_its_failure_cannot_be_handled(t
 
     one.time = time_of
     assert not sweep([one], out, WHERE, alive=lambda: not broken)
-    (row,) = read_rows(out)
+    (row,) = read(out)
     assert (row["name"], row["shipped"]) == ("64x64x32.4w4g8", False)
 
 
@@ -312,7 +315,7 @@ def test_the_jobs_of_a_card(tmp_path, listed):
     assert len({json.dumps(one.identity) for one in found}) == len(found)
     first = sorted(found, key=lambda one: -one.share)[1]
     assert tile_name(first.shipped) == "128x128x64.8w3g8"
-    assert [tile_name(tile) for tile in first.kept] == ["64x64x32.4w2g8"]
+    assert [tile_name(tile) for tile in first.candidates] == ["64x64x32.4w2g8"]
     # a hand-over waits for the tiles of its product
     order = sorted(found, key=lambda one: -one.share)
     for one in by_kind[HandOverJob]:
