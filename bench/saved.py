@@ -41,7 +41,8 @@ def _inputs(spec: FluxSpec, n: int, text: int = 2) -> list[Tensor]:
 
 def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[str, float]:
     """Bytes per token of a "double" and a "single" block."""
-    from fluxfast.model.flux import Flux, fill, rope_tables
+    from fluxfast.model.flux import Flux, rope_tables
+    from fluxfast.model.init import fill
     from fluxfast.model.lora import inject_lora
     from fluxfast.model.names import linear_shape
     from fluxfast.model.precision import layer_precisions

@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.errors import ConfigError
@@ -21,8 +21,9 @@ from fluxfast.memory.planner.step_spec import Shape
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
-from fluxfast.model.modulation import Ahead
+from fluxfast.model.modulation import ModulationCache
 from fluxfast.model.precision import linears, multiplies_in_8_bits
+from fluxfast.objective import draw_timesteps
 from fluxfast.optim import Ema, build_optimizer, flat_gradients
 from fluxfast.step import Training
 
@@ -153,7 +154,7 @@ def assemble(
         wanted=config.memory.graphs,
     )
     if _forms_ahead(config, model, plan):
-        run.ahead = Ahead(model, loader, config, device)
+        run.modulation_cache = _modulation_cache(config, model, loader, device)
     return run
 
 
@@ -171,6 +172,20 @@ def _policies(
         )
     word = "keep" if memory.policy == "auto" else memory.policy
     return {label: (word,) * len(model.policies) for label in labels.values()}
+
+
+def _modulation_cache(
+    config: Config, model: Flux, loader: Loader, device: torch.device
+) -> ModulationCache:
+    train = config.train
+
+    def conditions(number: int) -> tuple[Tensor, Tensor]:
+        indices, tokens, pooled = loader.peek(number)
+        drawn = (config.seed, indices, tokens, train.timesteps, train.timestep_bias, device)
+        return draw_timesteps(*drawn), pooled
+
+    stop = train.steps * train.gradient_accumulation
+    return ModulationCache(model.modulation, conditions, train.guidance, len(loader.places), stop)
 
 
 def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:

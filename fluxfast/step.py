@@ -16,7 +16,7 @@ from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.memory.cuda_graphs import Graphs
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
-from fluxfast.model.modulation import Ahead
+from fluxfast.model.modulation import ModulationCache
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
 
@@ -39,7 +39,7 @@ class Training:
     memory: MemoryRuntime
     labels: dict[int, str]
     loader: Loader
-    ahead: Ahead | None = None
+    modulation_cache: ModulationCache | None = None
     ranks: Ranks = SINGLE_PROCESS
     done: int = 0  # steps of the run; 0 before this process has taken one
     updating: bool = False  # whether the optimizer has begun a step and not ended it
@@ -64,7 +64,7 @@ class Training:
         train = self.config.train
         self.model.dropout_clock.indices = batch.indices
         number = batch.indices[0] // self.loader.batch_size
-        modulation = self.ahead(number) if self.ahead else None
+        modulation = self.modulation_cache(number) if self.modulation_cache else None
         drawn = self.config.seed, train.timesteps, train.timestep_bias
         return noise_batch(batch, *drawn, device=self.device, modulation=modulation)
 

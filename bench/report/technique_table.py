@@ -16,7 +16,7 @@ from bench.report.catalog import step_ways
 from bench.terminal import markdown
 from fluxfast.memory.planner import saved_bytes as saved
 from fluxfast.memory.planner.cost import Work, lora_of, modulation_ops, step_ops
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 
 BEGIN, END = "<!-- techniques: begin -->", "<!-- techniques: end -->"

@@ -20,7 +20,7 @@ from fluxfast.memory.planner.choose import policy_ops
 from fluxfast.memory.planner.cost import Op, Shape, Work, seconds, total_seconds
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.saved_bytes import blocks_of
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 
 # a block's linear -> the fused op that computes it; what is of no linear is attention's
 FUSED = {

@@ -220,7 +220,8 @@ def build_fluxfast(
 ) -> Candidate:
     """fluxfast's FLUX. storage: "nf4", "dense" (all in `compute`), or another that `Flux` knows;
     products: "int8" or "fp8" where the blocks multiply so."""
-    from fluxfast.model.flux import Flux, fill
+    from fluxfast.model.flux import Flux
+    from fluxfast.model.init import fill
     from fluxfast.model.lora import inject_lora, lora_layers
     from fluxfast.model.precision import layer_precisions
 

@@ -161,7 +161,7 @@ class TrainerStep:
         run, t = self.run, batch.timesteps
         side = 2 * round(batch.img.shape[1] ** 0.5)
         modulation = None
-        if run.ahead is not None:
+        if run.modulation_cache is not None:
             with torch.no_grad():
                 modulation = run.model.modulation(t, batch.y, batch.guidance)
         inputs = Inputs(
@@ -213,7 +213,7 @@ class TrainerStep:
         """How memory was planned, and what became of the plan."""
         run, plan = self.run, self._plans[self._cycle]
         policies = {label: dict(Counter(words)) for label, words in run.memory.policies.items()}
-        in_place = run.ahead is None
+        in_place = run.modulation_cache is None
         return {
             "policies": policies,
             "modulation": plan.modulation if plan else "in_place" if in_place else "ahead",

@@ -18,7 +18,7 @@ from bench.tune.space import KERNELS, Kernel
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card
 from fluxfast.memory.planner.cost import Op, Shape, Work, seconds
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec
 

@@ -2,59 +2,32 @@
 
 Read beside BFL's `flux/model.py` and `flux/modules/layers.py`: same blocks, same order, same
 forward signature. Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head
-width, F mlp width. The base is frozen (buffers); the only parameters are the LoRA factors of the
-linears.
+width, F mlp width. The base is frozen (buffers); the only parameters are the linears' LoRA factors.
 """
 
-import math
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.quant.nf4 import NF4Tensor
-from fluxfast_kernels.quant.rows import Rows
 from torch import Tensor, nn
 
 from fluxfast.model.activations import KEEP, BlockRunner
-from fluxfast.model.frozen_linear import to_device
 from fluxfast.model.lora_dropout import DropoutClock
 from fluxfast.model.lora_linear import LoRALinear
-from fluxfast.model.names import linear_shape, tensor_sources
-from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
+from fluxfast.model.modulation import MODULATION_ROWS, padded, timestep_embedding
 from fluxfast.model.spec import FluxSpec
-
-# rows of the modulation's products: 16 is the least that fills a tensor core's tile
-MODULATION_ROWS = 16
-
-
-def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to
-    1e-4.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = (1000.0 * t.float())[:, None] * torch.exp(-math.log(10_000) * exponent)
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
 def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """ids [B, T, 3] positions -> cos, sin, each fp32 [B, T, 1, C/2], the three axes side by
-    side.
-    """
+    """cos and sin of positions ids [B, T, 3], each fp32 [B, T, 1, C/2], three axes side by side."""
     angles = []
     for axis, width in enumerate(axes_dim):
         exponent = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
         angles.append(ids[..., axis, None].double() / theta**exponent)
     angles = torch.cat(angles, dim=-1)[:, :, None, :]
     return angles.cos().float(), angles.sin().float()
-
-
-def _padded(x: Tensor) -> Tensor:
-    """[n, ...] -> [MODULATION_ROWS, ...], zeros below."""
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, MODULATION_ROWS - len(x)))
 
 
 class RMSNorm(nn.Module):
@@ -84,9 +57,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """The linear of a stream's modulation: shift, scale, gate (twice in a double block), which
-    `Flux.modulation` forms for all blocks before they run.
-    """
+    """Shift, scale and gate of a stream, twice in a double block: see `Flux.modulation`."""
 
     def __init__(self, hidden: int, count: int):
         super().__init__()
@@ -176,15 +147,11 @@ class LastLayer(nn.Module):
 
 
 class Flux(nn.Module):
-    """The transformer of FLUX.1: packed latents and prompt embeddings in, velocity out.
-
-    compute_dtype: of the activations, and of every product that is not in 8 bits.
-    """
+    """Packed latents and prompt embeddings in, velocity out. compute_dtype: of the activations."""
 
     def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
-        hidden = spec.hidden_size
-        self.spec, self.compute_dtype = spec, compute_dtype
+        self.spec, self.compute_dtype, hidden = spec, compute_dtype, spec.hidden_size
         # of each block, the double ones first: how its activations are saved, see `activations.py`
         self.policies = ["keep"] * (spec.depth + spec.depth_single_blocks)
         self.offload: Any = None  # the engine of the policy offload: see `memory/offload.py`
@@ -195,8 +162,8 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(spec.vec_in_dim, hidden)
         self.guidance_in = MLPEmbedder(256, hidden) if spec.guidance_embed else None
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(spec) for _ in range(spec.depth))
-        singles = (SingleStreamBlock(spec) for _ in range(spec.depth_single_blocks))
-        self.single_blocks = nn.ModuleList(singles)
+        singles = range(spec.depth_single_blocks)
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(spec) for _ in singles)
         self.final_layer = LastLayer(spec)
 
     def forward(
@@ -215,7 +182,7 @@ class Flux(nn.Module):
         img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5
         states; txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768]
         pooled CLIP; guidance [B], required where the model embeds it. Raises ValueError without it.
-        modulation: what `modulation` gives for these timesteps, y and guidance, if it is there.
+        modulation: `modulation(timesteps, y, guidance)` where that is computed already.
         """
         dtype = self.compute_dtype
         if modulation is None:
@@ -241,27 +208,26 @@ class Flux(nn.Module):
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Shifts, scales and gates of all blocks and the last layer, [B, modulation_width()].
 
-        timesteps, guidance [B], y [B, 768], as in `forward`. They hang on nothing else, so that the
-        outputs of samples to come may be formed together. Always MODULATION_ROWS rows at a time,
-        padded where fewer are left: one row's result is then the same bits in any company.
+        timesteps, guidance [B], y [B, 768], as in `forward`. Always MODULATION_ROWS rows at a time,
+        padded: a row's bits are then the same whichever other samples it is computed with.
         """
         if self.guidance_in is not None and guidance is None:
             raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
         if any(layer.drops() for layer in self.modulation_linears()):
-            # masks are drawn for the batch's own samples; never formed ahead
-            return self._modulation_rows(timesteps, y, guidance if self.guidance_in else None)
+            # masks are those of the batch's own samples; such rows are never cached
+            return self._modulation_rows(timesteps, y, guidance)
         count, pieces = len(timesteps), []
         for start in range(0, count, MODULATION_ROWS):
             rows = slice(start, start + MODULATION_ROWS)
-            t, pooled = _padded(timesteps[rows]), _padded(y[rows])
-            g = None if self.guidance_in is None else _padded(guidance[rows])
+            t, pooled = padded(timesteps[rows]), padded(y[rows])
+            g = None if guidance is None else padded(guidance[rows])
             pieces.append(self._modulation_rows(t, pooled, g)[: count - start])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _modulation_rows(self, t: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         dtype = self.compute_dtype
         vec = self.time_in(timestep_embedding(t).to(dtype)) + self.vector_in(y.to(dtype))
-        if guidance is not None:
+        if self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = F.silu(vec)
         return torch.cat([layer(vec) for layer in self.modulation_linears()], dim=-1)
@@ -277,87 +243,8 @@ class Flux(nn.Module):
         return sum(layer.out_features for layer in self.modulation_linears())
 
     def _modulation_pieces(self, modulation: Tensor) -> list[Tensor]:
-        """[B, 1, N] per linear; without a gradient where it is frozen, though others are not."""
+        """[B, 1, N] per linear, detached where the linear is frozen."""
         layers = self.modulation_linears()
         pieces = modulation[:, None, :].split([layer.out_features for layer in layers], dim=-1)
-        pairs = zip(layers, pieces, strict=True)
-        return [piece if layer.trains() else piece.detach() for layer, piece in pairs]
-
-    def set_tensor(
-        self,
-        name: str,
-        tensor: Tensor | NF4Tensor | Rows,
-        precisions: Mapping[str, Precision],
-        nested: bool = False,
-    ) -> bool:
-        """Fill one tensor by its BFL name, on the tensor's own device.
-
-        A linear's matrix, dense or in a file's codes, is kept as `precisions` says; biases and
-        norms in the compute dtype. -> False where a matrix that was to be nf4 stayed bf16.
-        """
-        module_name, _, kind = name.rpartition(".")
-        module = self.get_submodule(module_name)
-        if kind == "weight":
-            precision = precisions[module_name]
-            module.matmul, module.rotation = precision.matmul, precision.rotation
-            return module.set_weight(tensor, precision.storage, nested)
-        setattr(module, kind, tensor.to(self.compute_dtype, copy=True))
-        return True
-
-
-def fill(
-    model: Flux,
-    read: Callable[[str], Tensor | NF4Tensor | Rows],
-    precisions: Mapping[str, Precision],
-    *,
-    nested: bool = False,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Fill every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever
-    dense. precisions: of every linear, see `layer_precisions`.
-
-    -> the names that were to be nf4 and stayed bf16, because their K is not a multiple of 64.
-    """
-    names = list(tensor_sources(model.spec))
-    kept = []
-    for index, name in enumerate(names):
-        if not model.set_tensor(name, to_device(read(name), device), precisions, nested):
-            kept.append(name)
-        if progress:
-            progress(index + 1, len(names))
-    return kept
-
-
-def random_flux(
-    spec: FluxSpec,
-    storage: str = "fp32",
-    compute: str = "fp32",
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    *,
-    activations: str = "auto",
-    layers: Mapping[str, str] | None = None,
-) -> Flux:
-    """A Flux with random weights made on the device, layer by layer: for benchmarks and tests.
-
-    storage, compute, activations, layers: as `load_transformer` takes them, without `auto` for the
-    first two.
-    Matrices are N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def read(name: str) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            shape, mean, std = (spec.head_dim,), 1.0, 0.02
-        elif kind == "bias":
-            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
-        else:
-            shape = linear_shape(module, spec)
-            mean, std = 0.0, shape[1] ** -0.5
-        return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
-
-    model = Flux(spec, activation_dtype(compute, activations, torch.device(device)))
-    fill(model, read, layer_precisions(spec, storage, compute, layers), device=device)
-    return model
+        pairs = zip(pieces, layers, strict=True)
+        return [piece if layer.trains() else piece.detach() for piece, layer in pairs]

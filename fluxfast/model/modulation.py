@@ -1,60 +1,70 @@
-"""The frozen modulation of coming samples, formed for several batches at once.
+"""The modulation's inputs, and its rows for coming batches.
 
-Timesteps and captions of a batch are functions of its number, so they are known before its turn.
+Modulation is a function of timestep, pooled text and guidance alone. Those of a batch are functions
+of its number, so where modulation is frozen it is computed for several batches at once.
 """
 
-from __future__ import annotations
-
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fluxfast.model.flux import MODULATION_ROWS, Flux
-from fluxfast.objective import draw_timesteps
+# rows of the modulation's products: 16 is the least that fills a tensor core's tile
+MODULATION_ROWS = 16
 
 
-class Ahead:
+def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
+    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to
+    1e-4.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = (1000.0 * t.float())[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def padded(x: Tensor) -> Tensor:
+    """[n, ...] -> [MODULATION_ROWS, ...], zeros below."""
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, MODULATION_ROWS - len(x)))
+
+
+class ModulationCache:
     """Modulation rows by batch number, counted from 0 over the whole run.
 
-    Where a batch's rows are not there, they are formed together with those of the batches after it,
-    MODULATION_ROWS rows in all, in the very pass that `Flux.forward` would make for one batch.
+    A batch that is not cached is computed together with the batches after it, MODULATION_ROWS rows
+    in all, in the very pass that `Flux.forward` would make for one batch. modulation:
+    `Flux.modulation`; conditions: batch number -> its timesteps [B] on the device and pooled text
+    [B, 768] on the CPU; stop: the number of batches of the run.
     """
 
-    def __init__(self, model: Flux, loader: Any, config: Any, device: torch.device):
-        self.model, self.loader, self.config, self.device = model, loader, config, device
-        self.stop = config.train.steps * config.train.gradient_accumulation
+    def __init__(
+        self,
+        modulation: Callable[[Tensor, Tensor, Tensor], Tensor],
+        conditions: Callable[[int], tuple[Tensor, Tensor]],
+        guidance: float,
+        batch_size: int,
+        stop: int,
+    ):
+        self.modulation, self.conditions, self.guidance = modulation, conditions, guidance
+        self.batch_size, self.stop = batch_size, stop
         self._rows: dict[int, Tensor] = {}
 
     def __call__(self, number: int) -> Tensor:
-        """-> [B, modulation_width], of batch `number`."""
+        """Returns [B, modulation_width], of batch `number`."""
         if number not in self._rows:
             self._fill(number)
         return self._rows[number]
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
-        train = self.config.train
-        count = max(1, MODULATION_ROWS // len(self.loader.places))
+        count = max(1, MODULATION_ROWS // self.batch_size)
         numbers = range(first, max(first + 1, min(first + count, self.stop)))
-        timesteps, pooled = [], []
-        for number in numbers:
-            indices, tokens, states = self.loader.peek(number)
-            timesteps.append(
-                draw_timesteps(
-                    self.config.seed,
-                    indices,
-                    tokens,
-                    train.timesteps,
-                    train.timestep_bias,
-                    self.device,
-                )
-            )
-            pooled.append(states)
-        t = torch.cat(timesteps)
-        y = torch.cat(pooled)
-        if self.device.type == "cuda":
+        timesteps, pooled = zip(*map(self.conditions, numbers), strict=True)
+        t, y = torch.cat(timesteps), torch.cat(pooled)
+        if t.device.type == "cuda":
             y = y.pin_memory()  # or the copy would wait for the GPU
-        y = y.to(self.device, non_blocking=True)
-        made = self.model.modulation(t, y, torch.full_like(t, train.guidance))
-        self._rows = dict(zip(numbers, made.split(len(self.loader.places)), strict=True))
+        y = y.to(t.device, non_blocking=True)
+        rows = self.modulation(t, y, torch.full_like(t, self.guidance))
+        self._rows = dict(zip(numbers, rows.split(self.batch_size), strict=True))

@@ -15,7 +15,7 @@ from fluxfast.memory.planner.cards import Efficiency, card
 from fluxfast.memory.planner.cost import Op, total_bytes, total_flop, total_seconds
 from fluxfast.memory.planner.plan import Plan, usable
 from fluxfast.memory.planner.suggest import make_plan
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 from fluxfast.tools.plan import Row, plan_rows
 

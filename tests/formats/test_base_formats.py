@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fluxfast import load_transformer
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.reader import open_base
-from fluxfast.model.flux import Flux, fill
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import fill
 from fluxfast.model.precision import layer_precisions
 from fluxfast.model.spec import FluxSpec
 

@@ -33,7 +33,8 @@ from fluxfast.formats.lora.apply import extract_lora, load_lora, save_lora
 from fluxfast.formats.lora.read import from_tensors, read_lora
 from fluxfast.formats.lora.update import merged
 from fluxfast.formats.lora.write import FORMATS, to_state
-from fluxfast.model.flux import Flux, fill
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import fill
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.names import (
     DOUBLE_NORMS,

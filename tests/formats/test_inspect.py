@@ -16,7 +16,7 @@ from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
 from fluxfast.formats.lora.apply import extract_lora, save_lora
 from fluxfast.formats.lora.write import FORMATS, to_state
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV, SCHNELL
 

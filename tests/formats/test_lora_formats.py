@@ -27,7 +27,7 @@ from fluxfast.formats.lora.update import (
     scaled,
 )
 from fluxfast.formats.lora.write import FORMATS, to_bytes, to_state
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_lora_strength
 from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 

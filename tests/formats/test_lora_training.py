@@ -21,7 +21,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import extract_lora, load_assistant, load_lora, save_lora
 from fluxfast.formats.lora.read import read_lora
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
 from fluxfast.tools.plan import assistant_bytes
 from fluxfast.train import train

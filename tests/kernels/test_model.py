@@ -6,7 +6,8 @@ from fluxfast_kernels.dispatch import backend
 from numerics import relative_error
 from small import SMALL
 
-from fluxfast.model.flux import Flux, random_flux
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import image_ids, text_ids
 

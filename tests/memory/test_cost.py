@@ -36,7 +36,7 @@ from fluxfast.memory.planner.cost import (
     total_flop,
     total_seconds,
 )
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.precision import linears

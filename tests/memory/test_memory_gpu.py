@@ -14,7 +14,8 @@ from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.activations import POLICIES
-from fluxfast.model.flux import Flux, random_flux
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV
 from fluxfast.objective import image_ids, text_ids

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fluxfast.memory.planner import saved_bytes as saved
 from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import FluxSpec, rope_axes
 from fluxfast.objective import image_ids, text_ids

@@ -19,8 +19,7 @@ from fluxfast.memory.planner.plan import GIB
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
-from fluxfast.model.flux import MODULATION_ROWS
-from fluxfast.model.modulation import Ahead
+from fluxfast.model.modulation import MODULATION_ROWS, ModulationCache
 from fluxfast.setup import bucket_shapes, build
 from fluxfast.step import train_step
 from fluxfast.tools.plan import plan_run
@@ -173,10 +172,10 @@ def test_ahead_is_in_place_bit_for_bit(configure, batch_size, timesteps):
     }  # fmt: skip
     steps = 2 if batch_size > 2 else 10
     run, loader = start(configure(memory__modulation="in_place", **changes))
-    assert run.ahead is None
+    assert run.modulation_cache is None
     in_place = losses(run, loader, steps)
     run, loader = start(configure(**changes))
-    assert isinstance(run.ahead, Ahead)
+    assert isinstance(run.modulation_cache, ModulationCache)
     assert losses(run, loader, steps) == in_place
 
 
@@ -189,7 +188,7 @@ def test_ahead_fills_as_many_rows_as_there_are(configure, monkeypatch):
         sizes.append(len(t))
         return modulation(t, y, guidance)
 
-    monkeypatch.setattr(run.model, "modulation", counted)
+    monkeypatch.setattr(run.modulation_cache, "modulation", counted)
     losses(run, loader, 11)
     assert sizes == [MODULATION_ROWS, 6]  # and none is formed for batches after the end
 

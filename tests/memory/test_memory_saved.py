@@ -13,7 +13,8 @@ from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.planner import saved_bytes as saved
 from fluxfast.memory.planner.cost import Shape, Work, lora_of
 from fluxfast.model.activations import POLICIES
-from fluxfast.model.flux import Flux, random_flux, rope_tables
+from fluxfast.model.flux import Flux, rope_tables
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import NANO, FluxSpec, rope_axes
 from fluxfast.objective import image_ids, text_ids

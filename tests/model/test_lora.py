@@ -10,7 +10,7 @@ from small import SMALL
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora.apply import load_lora, save_lora
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import fresh_update, inject_lora, lora_layers, select_targets
 from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.lora_linear import LoRALinear

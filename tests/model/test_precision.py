@@ -12,7 +12,7 @@ from test_lora import inputs, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import choose_precision, multiplies_8_bits
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.names import block_linears

@@ -7,8 +7,10 @@ import torch
 from small import SMALL
 
 from fluxfast.model.activations import EXACT, POLICIES, SavedActivations, group_size
-from fluxfast.model.flux import MODULATION_ROWS, Flux, random_flux, timestep_embedding
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
+from fluxfast.model.modulation import MODULATION_ROWS, timestep_embedding
 from fluxfast.objective import image_ids, text_ids
 
 

@@ -14,7 +14,7 @@ import fluxfast.run.saves
 from fluxfast.config.schema import build_config
 from fluxfast.distributed import SINGLE_PROCESS
 from fluxfast.formats.lora.apply import save_lora
-from fluxfast.model.flux import random_flux
+from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.optim import Ema, eval_weights
 from fluxfast.run.checkpoint import read_state

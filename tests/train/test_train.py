@@ -107,7 +107,7 @@ def test_accumulation_is_a_larger_batch(configure):
         names=[n for b in pair for n in b.names],
     )
     run.config.train.max_grad_norm = None
-    run.ahead = None  # which goes by the numbers of batches of two
+    run.modulation_cache = None  # which goes by the numbers of batches of two
     results = []
     for group in (pair, [both], pair[:1]):
         run.config.train.gradient_accumulation = len(group)
@@ -196,7 +196,7 @@ def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path):
     """A transformer with another context width beside the nano model's encoders."""
     from safetensors.torch import save_file
 
-    from fluxfast.model.flux import random_flux
+    from fluxfast.model.init import random_flux
     from fluxfast.model.spec import NANO
 
     other = random_flux(NANO.__class__(**{**NANO.__dict__, "context_in_dim": 256}))

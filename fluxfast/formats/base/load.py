@@ -10,7 +10,8 @@ import torch
 from fluxfast.distributed import local_rank
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.reader import open_base
-from fluxfast.model.flux import Flux, fill
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import fill
 from fluxfast.model.precision import (
     DTYPES,
     IN_8_BITS,

@@ -15,7 +15,7 @@ from fluxfast.memory.planner.cost import modulation_ops, optimizer_ops, outer_op
 from fluxfast.memory.planner.ops import Op, seconds, total_seconds
 from fluxfast.memory.planner.step_spec import Shape, Work
 from fluxfast.model.activations import EXACT
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 
 GIB = 2**30
 CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fluxfast.memory.planner.step_spec import WIDTH, Shape, Work
 from fluxfast.model.activations import group_size
-from fluxfast.model.flux import MODULATION_ROWS
+from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.names import block_linears, linear_shape, tensor_sources
 from fluxfast.model.precision import linears, multiplies_in_8_bits
 
