@@ -113,6 +113,25 @@ def configure(nano_model, photos, cache, tmp_path):
     return partial(small_run, nano_model, photos, tmp_path / "runs", cache)
 
 
+# ---------------------------------------------------------------- tiers
+
+
+def pytest_collection_modifyitems(items):
+    """`grid(n)` on a parametrized test: n of its cases, spread evenly, are in the default tier, the
+    others in the long one. Cases that need a GPU do not count.
+    """
+    grids: dict[str, list] = {}
+    for item in items:
+        if item.get_closest_marker("grid") and not item.get_closest_marker("gpu"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        count = min(len(cases), cases[0].get_closest_marker("grid").args[0])
+        chosen = {round((i + 0.5) * len(cases) / count - 0.5) for i in range(count)}
+        for index, item in enumerate(cases):
+            if index not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
 # ---------------------------------------------------------------- tests/kernels
 
 # these stay on the plain-torch and C++ paths of a CPU
