@@ -142,7 +142,7 @@ def launch_backward(
         STEPS=steps,
         num_warps=4,
     )
-    if dgate is not None:
+    if dgate is not None and partial is not None:
         dgate.copy_(partial.sum(1, keepdim=True))
 
 

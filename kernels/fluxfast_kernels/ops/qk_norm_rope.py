@@ -24,7 +24,7 @@ sin of another shape or dtype.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ class Streams(NamedTuple):
         for i, x in enumerate(self.qkv):
             start, end = end, end + x.shape[1]
             at = slice(start, end)
-            scales = self.scales[2 * i : 2 * i + 2]
-            yield Stream(x, *scales, self.cos[:, at], self.sin[:, at], at)
+            q_scale, k_scale = self.scales[2 * i : 2 * i + 2]
+            yield Stream(x, q_scale, k_scale, self.cos[:, at], self.sin[:, at], at)
 
 
 # ---------------------------------------------------------------- kernels
@@ -226,7 +226,7 @@ def _head_ptrs(x, b, token, head):
 # ---------------------------------------------------------------- launchers
 
 
-def _meta(streams: Streams, tile: AttentionTile | None) -> dict[str, object]:
+def _meta(streams: Streams, tile: AttentionTile | None) -> dict[str, Any]:
     x, C = streams.qkv[0], streams.joint_shape[3]
     tile = tile or choose_tile("qk_norm_rope", arch_of(x.device), x.dtype, C)
     return {"C": C, "ROWS": tile.block_m, "EPSILON": EPSILON, "num_warps": tile.num_warps}
@@ -364,7 +364,8 @@ def _op(
     qkv: list[Tensor], scales: list[Tensor], cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
     joint = qk_norm_rope_forward(Streams(qkv, scales, cos, sin, heads))
-    o, lse = attention_forward(*(x.transpose(1, 2) for x in joint))
+    q, k, v = (x.transpose(1, 2) for x in joint)
+    o, lse = attention_forward(q, k, v)
     return o.transpose(1, 2).flatten(2), lse
 
 

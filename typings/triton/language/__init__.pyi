@@ -1,5 +1,5 @@
-from typing import Any, TypeAlias
+from typing import Any
 
-constexpr: TypeAlias = Any
+class constexpr(Any): ...
 
 def __getattr__(name: str) -> Any: ...
