@@ -27,7 +27,7 @@ def check_gemm(table: dict) -> None:
 def check_attention(table: dict) -> None:
     """`attention.json`."""
     assert set(table) == {"backends", "tiles"}
-    tile = set(AttentionTile._fields)
+    tile = set(AttentionTile.__dataclass_fields__)
     for row in table["backends"]:
         assert row["backend"] in BACKENDS
         assert set(row) - {"backend", "source"} <= {"arch", "dtype", "c", "t_min", "t_max"}, row

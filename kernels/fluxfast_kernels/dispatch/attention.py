@@ -6,16 +6,17 @@ present, are the shortest and the longest T.
 """
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
 
 import torch
 
 from fluxfast_kernels.dispatch.dispatch import ARCHITECTURES
 
 
-class AttentionTile(NamedTuple):
+@dataclass(frozen=True)
+class AttentionTile:
     """block_m queries by block_n keys a step; qk_norm_rope: block_m heads of tokens a program."""
 
     block_m: int
@@ -51,7 +52,7 @@ def choose_backend(arch: int, dtype: torch.dtype, C: int, T: int) -> tuple[str, 
 def choose_tile(kernel: str, arch: int, dtype: torch.dtype, C: int) -> AttentionTile:
     """kernel: "forward", "dq", "dkdv" or "qk_norm_rope"; arch 0 is the interpreter."""
     row = first_row("tiles", kernel=kernel, arch=arch, dtype=_kind(dtype), c=C)
-    return AttentionTile(*(row[name] for name in AttentionTile._fields))
+    return AttentionTile(**{name: row[name] for name in AttentionTile.__dataclass_fields__})
 
 
 def _kind(dtype: torch.dtype) -> str:
