@@ -1,1 +1,1 @@
-"""Finds the tiles and thresholds that the kernels load: `python -m bench.tune`."""
+"""Finds the tiles and thresholds that the kernels load: `python -m bench.tune sweep`."""
