@@ -46,7 +46,7 @@ from fluxfast.data.prepare import prepare
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import load_lora
 from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of, outer_saved
-from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model import activations
 from fluxfast.model.spec import DEV
 from fluxfast.objective import noise_batch
@@ -151,7 +151,7 @@ def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> in
     return total
 
 
-def predicted(work: Work, shape: Shape, policy: str) -> int:
+def predicted(work: StepSpec, shape: Shape, policy: str) -> int:
     """Bytes that autograd keeps of one forward pass, every block under the policy."""
     blocks = sum(block_saved(work, block, shape, policy).device for block in blocks_of(work))
     return blocks + outer_saved(work, shape)
@@ -166,8 +166,10 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
     inputs = noise_batch(batch, config.seed, train.timesteps, train.timestep_bias)
     known = [*model.parameters(), *model.buffers(), *(each for each in inputs if each is not None)]
     targets = config.lora.targets
-    nano = Work(model.spec, "bf16", "bf16", "bf16", lora_of(model.spec, config.lora.rank, targets))
-    dev = Work(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
+    nano = StepSpec(
+        model.spec, "bf16", "bf16", "bf16", lora_of(model.spec, config.lora.rank, targets)
+    )
+    dev = StepSpec(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
     shape = Shape(len(batch.indices), inputs.noisy.shape[1], batch.t5.shape[1])
     dev_shape = shape_of(FLUX_PIXELS, FLUX_PIXELS, 1, DEV.text_length)
     rows = []

@@ -25,7 +25,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import MEASURED, card
 from fluxfast.memory.planner.cost import (
     Shape,
-    Work,
+    StepSpec,
     lora_of,
     optimizer_ops,
     step_ops,
@@ -48,7 +48,7 @@ def usable(row: dict) -> bool:
     )
 
 
-def work_of(row: dict) -> tuple[Work, Shape]:
+def work_of(row: dict) -> tuple[StepSpec, Shape]:
     """The model, LoRA and pictures that a row of `bench.step` was timed on."""
     blocks = {"depth": row["double_blocks"], "depth_single_blocks": row["single_blocks"]}
     spec = replace(DEV, **blocks)
@@ -57,7 +57,7 @@ def work_of(row: dict) -> tuple[Work, Shape]:
     )
     lora = lora_of(spec, row["rank"], row["lora_targets"])
     shape = Shape(row["batch"], row["image_tokens"], row["text_tokens"])
-    return Work(spec, storage, products, activations, lora), shape
+    return StepSpec(spec, storage, products, activations, lora), shape
 
 
 def factor(row: dict) -> float:

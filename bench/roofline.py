@@ -23,7 +23,8 @@ from fluxfast.config.schema import Config
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.plan import Plan
-from fluxfast.tools.plan import plan_rows, summary
+from fluxfast.memory.planner.report import summary
+from fluxfast.tools.plan import plan_rows
 
 ROWS = RESULTS / "kernels-cuda.jsonl"
 # it/s that are reported of ai-toolkit with its stock file, by card and batch
@@ -40,7 +41,7 @@ class Projection(NamedTuple):
 
 def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
     """lines: by bucket."""
-    if factor := plan.card.factors.get(plan.request.work.matmul):
+    if factor := plan.card.factors.get(plan.request.step.matmul):
         total = sum(plan.seconds(label) for label in lines)
         basis = f"{factor.value:g} of what shipped shares predict ({factor.source})"
         return Projection(total / len(lines), basis)
@@ -65,7 +66,7 @@ def table(lines: list[Line]) -> str:
 
 
 def title(setting: str, config: Config, plan: Plan) -> str:
-    work, train = plan.request.work, config.train
+    work, train = plan.request.step, config.train
     ema = ", EMA" if train.ema.enabled else ""
     return (
         f"{plan.card.name}, the {setting} setting: LoRA of rank {config.lora.rank} on "

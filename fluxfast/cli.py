@@ -296,7 +296,8 @@ def plan(
     examples/ai-toolkit/flux_dev_24gb.yaml --vram 24`. Without a card: 12, 16, 24 and 80 GB.
     """
     from fluxfast.config.schema import build_config
-    from fluxfast.tools.plan import breakdown, plan_rows, table
+    from fluxfast.memory.planner.report import breakdown, table
+    from fluxfast.tools.plan import plan_rows
 
     if target is not None:
         config = configuration(target, set_, None, None, None, None)

@@ -14,6 +14,7 @@ from fluxfast.data.store import CacheDamaged
 from fluxfast.distributed import Ranks, init_distributed, restart_count
 from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.formats.base.load import resolve_device
+from fluxfast.memory.planner.report import run_lines
 from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.model.flux import Flux
@@ -29,7 +30,7 @@ from fluxfast.run.report import write_report
 from fluxfast.run.saves import Saves, lora_file, move_aside, save_best
 from fluxfast.setup import bucket_shapes, build, check_loras
 from fluxfast.step import Training, train_step
-from fluxfast.tools.plan import plan_run, run_lines
+from fluxfast.tools.plan import plan_run
 from fluxfast.util.files import (
     check_no_links,
     drop_partials,

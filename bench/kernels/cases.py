@@ -17,7 +17,7 @@ from fluxfast.memory.planner.cost import (
     NF4,
     Op,
     Shape,
-    Work,
+    StepSpec,
     block_ops,
     element_op,
     lora_of,
@@ -153,11 +153,11 @@ def ops_of(case: Case, settings: Settings) -> tuple[list[Op], list[Op]]:
     return _COSTS[case.op](case, settings)
 
 
-def _work(case: Case, settings: Settings, targets: str = "attn+mlp") -> Work:
+def _work(case: Case, settings: Settings, targets: str = "attn+mlp") -> StepSpec:
     word = WORDS[settings.compute]
     storage = word if case.storage in ("", "dense") else case.storage
     lora = lora_of(settings.spec, settings.rank, targets)
-    return Work(settings.spec, storage, case.products or word, word, lora)
+    return StepSpec(settings.spec, storage, case.products or word, word, lora)
 
 
 def _of_block(

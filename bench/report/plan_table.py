@@ -6,7 +6,8 @@ from bench import ROOT
 from bench.terminal import markdown
 from fluxfast.config.schema import Config, build_config, load_config
 from fluxfast.memory.planner.plan import CONTEXT, GIB
-from fluxfast.tools.plan import Row, plan_rows, what
+from fluxfast.memory.planner.report import Row, describe
+from fluxfast.tools.plan import plan_rows
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 CARDS_BEGIN, CARDS_END = "<!-- cards: begin -->", "<!-- cards: end -->"
@@ -40,7 +41,8 @@ def figures(row: Row) -> tuple[str, str, str]:
     """(GiB, seconds a step, how) of a row; why not, where it does not fit."""
     if row.plan is None:
         return "does not fit", "", row.reason
-    return f"{(row.plan.peak + CONTEXT) / GIB:.1f}", f"{row.seconds():.2f}", what(row.plan)
+    plan = row.plan
+    return f"{(plan.peak + CONTEXT) / GIB:.1f}", f"{plan.mean_seconds:.2f}", describe(plan)
 
 
 def block(found: list[tuple[str, Row]]) -> str:

@@ -14,8 +14,8 @@ from bench.report import step_chart
 from bench.report.arithmetic import RANK, shape
 from bench.report.catalog import step_ways
 from bench.terminal import markdown
-from fluxfast.memory.planner import saved_bytes as saved
-from fluxfast.memory.planner.cost import Work, lora_of, modulation_ops, step_ops
+from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.cost import StepSpec, lora_of, modulation_ops, step_ops
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 
@@ -27,7 +27,7 @@ CLASSES = {
     "lossy": "fewer bits",
 }
 NOTHING = "not measured"
-DEFAULTS = Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, RANK))
+DEFAULTS = StepSpec(DEV, "nf4", "int8", "bf16", lora_of(DEV, RANK))
 
 # the folder of rows -> what a technique gives, in words; empty where no row says so
 Figure = Callable[[Path], str]
@@ -194,7 +194,7 @@ def codes_of_u(results: Path) -> str:
 
 @technique("Frozen modulation computed ahead for coming samples", "exact", readme=True)
 def modulation_ahead(results: Path) -> str:
-    held = saved.weights(DEFAULTS)["modulation"] / 1e9
+    held = saved_bytes.weights(DEFAULTS)["modulation"] / 1e9
     return f"counted: {held:.1f} GB of weights are read once for {MODULATION_ROWS} samples"
 
 

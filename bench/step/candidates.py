@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.step.gate import loss_of, saved_bytes
 from bench.step.peers import BaseWeights, Batch, Candidate, build_diffusers, build_fluxfast, normal
 from bench.step.settings import EMA_DECAY, LEARNING_RATE, SEED, SETTINGS, Cycle, Settings
-from fluxfast.memory.planner.step_spec import Work, lora_of
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of
 
 BASELINE = "diffusers-nf4"
 WORDS = {"bfloat16": "bf16", "float32": "fp32"}  # torch's name -> fluxfast's
@@ -54,12 +54,12 @@ DEFAULTS = {
 REFERENCES = {"int8": "dense", "fp8": "dense"}
 
 
-def work_of(kind: Kind, settings: Settings) -> Work:
+def work_of(kind: Kind, settings: Settings) -> StepSpec:
     """What the cost model and the memory plan call a candidate's work."""
     activations = WORDS[settings.dtype]
     storage = activations if kind.storage == "dense" else kind.storage
     lora = lora_of(settings.spec, settings.rank, settings.targets)
-    return Work(settings.spec, storage, kind.products or activations, activations, lora)
+    return StepSpec(settings.spec, storage, kind.products or activations, activations, lora)
 
 
 def build_model(kind: Kind, settings: Settings) -> Candidate:

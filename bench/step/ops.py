@@ -17,7 +17,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card, card
 from fluxfast.memory.planner.choose import policy_ops
-from fluxfast.memory.planner.cost import Op, Shape, Work, seconds, total_seconds
+from fluxfast.memory.planner.cost import Op, Shape, StepSpec, seconds, total_seconds
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.saved_bytes import blocks_of
 from fluxfast.model.modulation import MODULATION_ROWS
@@ -87,7 +87,7 @@ def fused_op(block: str, op: Op) -> str:
 def step_of(plan: Plan, label: str) -> list[Counted]:
     """Every op of one step of a plan's bucket; copies apart."""
     request, bucket = plan.request, plan.buckets[label]
-    work, shape, eager = request.work, bucket.shape, not bucket.graphed
+    work, shape, eager = request.step, bucket.shape, not bucket.graphed
     found = []
     for block, policy in zip(blocks_of(work), bucket.choice.policies, strict=True):
         ops = cost.block_ops(work, block, shape)
@@ -110,7 +110,7 @@ def step_of(plan: Plan, label: str) -> list[Counted]:
     return found + [Counted("optimizer", "step", op, eager=True) for op in ops]
 
 
-def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
+def fits(row: dict, known: Card, work: StepSpec, shape: Shape) -> bool:
     """Whether a row of the kernels' bench is of this card, picture size and precision."""
     if row["name"] != "fluxfast" or row["status"] != "ok" or row["hidden"] != work.spec.hidden_size:
         return False
@@ -126,7 +126,7 @@ def fits(row: dict, known: Card, work: Work, shape: Shape) -> bool:
     return same and (tokens, row["batch"]) == (shape.image_tokens, shape.batch)
 
 
-def predicted_s(row: dict, direction: str, known: Card, work: Work) -> float:
+def predicted_s(row: dict, direction: str, known: Card, work: StepSpec) -> float:
     """What the shipped shares say of one direction of what the row timed: one fused op over all
     tokens, modulation frozen."""
     block = TIMED[row["op"]]
@@ -137,7 +137,7 @@ def predicted_s(row: dict, direction: str, known: Card, work: Work) -> float:
 
 
 def measured_ratios(
-    rows: Iterable[dict], known: Card, work: Work, shape: Shape
+    rows: Iterable[dict], known: Card, work: StepSpec, shape: Shape
 ) -> dict[tuple[str, str], float]:
     """(fused op, direction) -> measured over predicted time, by the newest rows that fit. Backward
     is what forward and backward take beyond forward."""
@@ -162,7 +162,7 @@ def lines_of(plan: Plan, label: str, rows: Iterable[dict] = ()) -> list[Line]:
     the shipped shares. rows: of the kernels' bench."""
     known, bucket = plan.card, plan.buckets[label]
     counted = step_of(plan, label)
-    ratios = measured_ratios(rows, known, plan.request.work, bucket.shape)
+    ratios = measured_ratios(rows, known, plan.request.step, bucket.shape)
     groups: dict[tuple, list[Counted]] = {}
     for one in counted:
         groups.setdefault((one.group, one.direction, one.part), []).append(one)
@@ -170,7 +170,7 @@ def lines_of(plan: Plan, label: str, rows: Iterable[dict] = ()) -> list[Line]:
     starts = sum(one.times * one.op.launches for one in counted if one.eager)
     starting = starts * known.launch_s
     waits = plan.seconds(label) - sum(
-        one.times * total_seconds([one.op], plan.card, plan.request.work.matmul, one.eager)
+        one.times * total_seconds([one.op], plan.card, plan.request.step.matmul, one.eager)
         for one in counted
     )
     for name, bound, time in (

@@ -17,7 +17,7 @@ from fluxfast_kernels.quant.rows import DTYPE
 from bench.tune.space import KERNELS, Kernel
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card
-from fluxfast.memory.planner.cost import Op, Shape, Work, seconds
+from fluxfast.memory.planner.cost import Op, Shape, StepSpec, seconds
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec
@@ -67,7 +67,7 @@ def problems(
         for compute in COMPUTES:
             if not card.peaks[compute]:
                 continue
-            work = Work(spec, "nf4", compute, "bf16", cost.lora_of(spec, rank))
+            work = StepSpec(spec, "nf4", compute, "bf16", cost.lora_of(spec, rank))
             for key, problem in _of_step(work, shape, card, arch).items():
                 if key not in found or found[key].share < problem.share:
                     found[key] = problem
@@ -90,7 +90,7 @@ def hand_overs(found: list[Problem]) -> list[HandOver]:
     return pairs
 
 
-def _of_step(work: Work, shape: Shape, card: Card, arch: int) -> dict[tuple, Problem]:
+def _of_step(work: StepSpec, shape: Shape, card: Card, arch: int) -> dict[tuple, Problem]:
     step = [op for op in cost.step_ops(work, shape) if "mod" not in op.name]
     whole = cost.total_seconds(step, card)
     times = [(op, seconds(op, card)) for op in step]
@@ -106,7 +106,7 @@ def _of_step(work: Work, shape: Shape, card: Card, arch: int) -> dict[tuple, Pro
     return found
 
 
-def _questions(work: Work, op: Op, shape: Shape, arch: int) -> list[tuple]:
+def _questions(work: StepSpec, op: Op, shape: Shape, arch: int) -> list[tuple]:
     """(kernel, M, N, K, its part of the op's time) of each launch that asks dispatch."""
     linear, _, what = op.name.partition(" ")
     if "blocks." in linear and linear.count(".") > 1:
@@ -134,7 +134,7 @@ def _rows(linear: str, shape: Shape) -> int:
     return shape.batch * tokens.get(linear.split(".")[2][:3], shape.tokens)
 
 
-def _of_linear(work: Work, linear: str, what: str, M: int, arch: int) -> tuple | None:
+def _of_linear(work: StepSpec, linear: str, what: str, M: int, arch: int) -> tuple | None:
     """Kernel, M, N, K of one launch of a linear; None for passes that ask nothing."""
     (N, K), (P, _) = linear_shape(linear, work.spec), work.lora.modules.get(linear, (0, 0))
     R, products = work.lora.rank, work.precisions[linear].matmul
@@ -146,7 +146,7 @@ def _of_linear(work: Work, linear: str, what: str, M: int, arch: int) -> tuple |
         n, k = (N, K) if what == "product" else (K, N)
         dtype = products or "half"
         kept = dispatch.choose(op, arch, PRODUCT_DTYPE[dtype], "nf4", M, n, k).kind == "fused"
-        storage = "nf4" if kept and work.kept(linear) == "nf4" else "dense"
+        storage = "nf4" if kept and work.stored_as(linear) == "nf4" else "dense"
         return Kernel(op, storage, dtype), M, n, k
     # codes of what another op made are written by the update's product
     if what in ("down", "down again"):

@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Inputs = Any  # a NamedTuple of tensors and None
-Work = Callable[[Inputs], Tensor]
 
 ON_CPU = "the device is a CPU"
 
@@ -55,45 +54,24 @@ def why_not(
 
 
 class NotCapturable(RuntimeError):
-    """`work` does something that a graph cannot hold; the message says what."""
-
-
-class Recording(Protocol):
-    output: Tensor  # good until the next replay of any recording of the same recorder
-
-    def replay(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """Turns a function without arguments into a recording of what it did on the device."""
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run it for real, so that what happens only at first is done. Raises NotCapturable where
-        it can be told that recording would fail, and whatever `run` raises."""
-
-    def record(self, run: Callable[[], Tensor]) -> Recording:
-        """Record it without executing it. Raises where that is not possible."""
-        ...
-
-    def release(self) -> None:
-        """Give the memory back, once all recordings are forgotten, or after a failure."""
+    """`work` does something that a graph cannot hold, named in the message."""
 
 
 class Graphs:
     """Replays `work` per key as a graph; runs it as it is where that is not possible.
 
     work(inputs) runs forward and backward on the inputs and returns the loss, a detached scalar;
-    what it may not do stands at the top of this file. gradients: the flat buffer that it adds into.
-    reason: why there are no graphs, known beforehand, see `why_not`; logged once, as is what comes
-    up later. recorder: a CudaRecorder unless given.
+    its limits are listed at the top of this file. gradients: the flat buffer that it adds into.
+    reason: why there are no graphs, from `why_not`; logged once, as is one found at capture.
+    recorder: a CudaRecorder by default.
     """
 
     def __init__(
         self,
-        work: Work,
+        work: Callable[[Inputs], Tensor],
         gradients: Tensor,
         reason: str | None = None,
-        recorder: Recorder | None = None,
+        recorder: "CudaRecorder | None" = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
         self._work, self._gradients = work, gradients
@@ -153,7 +131,7 @@ class Graphs:
             self._run_eagerly(failure)
 
     def __call__(self, key: Hashable, inputs: Inputs) -> Tensor:
-        """Forward and backward on these inputs. -> the loss, a scalar of its own.
+        """Forward and backward on these inputs. Returns the loss, a scalar of its own.
 
         A key that was not captured runs eagerly, in memory beside the graphs'. Inputs on another
         device than the gradients' are copied over where a graph is replayed. Raises ValueError,
@@ -174,15 +152,14 @@ class Graphs:
         if self._recorder is not None:
             self._recorder.release()
 
-    def _record(self, recorder: Recorder, order: list[Hashable]) -> str | None:
+    def _record(self, recorder: "CudaRecorder", order: list[Hashable]) -> str | None:
         """Returns why it failed, or None."""
         for key in order:
             try:
                 self._recordings[key] = recorder.record(self._run(key))
             except torch.OutOfMemoryError:
                 raise
-            # whatever it was: eagerly it has just worked
-            except Exception as error:
+            except Exception as error:  # any: eagerly it has just worked
                 return _first_line(error)
         return None
 
@@ -202,8 +179,10 @@ class Graphs:
                 continue
             kind = name, tuple(tensor.shape), tensor.dtype
             if kind not in self._static:
-                made = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._gradients.device)
-                self._static[kind] = made.copy_(tensor)
+                buffer = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device=self._gradients.device
+                )
+                self._static[kind] = buffer.copy_(tensor)
             static.append(self._static[kind])
         return example._make(static)
 
@@ -239,9 +218,11 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class _CudaRecording:
-    def __init__(self, graph: "torch.cuda.CUDAGraph", output: Tensor):
-        self.replay, self.output = graph.replay, output
+class Recording(NamedTuple):
+    """A recorded run. output is good until the next replay of any recording of its recorder."""
+
+    replay: Callable[[], None]
+    output: Tensor
 
 
 class CudaRecorder:
@@ -255,9 +236,9 @@ class CudaRecorder:
         self._failed: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Twice: compile kernels and fill caches, then with every wait for the device an error.
-
-        A wait during capture would cost more: CUDA then invalidates the capture.
+        """Runs twice: to compile kernels and fill caches, then with every wait for the device an
+        error, as a wait during capture would invalidate it. Raises NotCapturable for a wait, and
+        what `run` raises.
         """
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -276,6 +257,7 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Tensor]) -> Recording:
+        """Records without executing. Raises what `run` raises."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph, cause = torch.cuda.CUDAGraph(), None
@@ -298,24 +280,25 @@ class CudaRecorder:
                     raise
         except BaseException as error:
             self._failed = graph
-            # ending a capture that failed fails again, and says less
+            # ending a capture that failed raises a second, less specific error
             raise cause or error from None
-        return _CudaRecording(graph, output)
+        return Recording(graph.replay, output)
 
     def release(self) -> None:
+        """Frees the memory, once all recordings are dropped, or after a failure."""
         torch.cuda.synchronize(self._stream.device)  # sync: a graph may still run
         if self._failed is not None and self._pool is not None:
-            self._mend(self._failed, self._pool)
+            self._repair_pool(self._failed, self._pool)
         # the warm-up's memory too: it is of another stream than the eager steps'
         torch.cuda.empty_cache()
         self._pool = None
 
-    def _mend(self, graph: "torch.cuda.CUDAGraph", pool: tuple[int, int]) -> None:
+    def _repair_pool(self, graph: "torch.cuda.CUDAGraph", pool: tuple[int, int]) -> None:
         """Undo what a failed capture leaves behind.
 
         torch before 2.13 goes on allocating from the pool (pytorch#180395), and torch up to 2.13
-        never gives the pool back (pytorch#190348). The graph itself is kept: until the first is put
-        right, the allocator asks it which streams are its own.
+        never gives the pool back (pytorch#190348). The graph itself is held: until the first is
+        repaired, the allocator asks it which streams are its own.
         """
         device = self._stream.device.index
         graph.reset()

@@ -7,7 +7,6 @@ used one after the other through two buffers on the device.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +19,28 @@ from fluxfast.memory.planner.timeline import aligned
 
 @dataclass
 class _Moved:
-    """A storage of the state and its place on the host. While it is away it has 0 bytes."""
+    """A storage of the state and its memory on the host. While it is away it has 0 bytes."""
 
     storage: torch.UntypedStorage
     host: Tensor  # uint8 [nbytes]
 
     def device_bytes(self, device: torch.device) -> Tensor:
-        return _bytes_of(self.storage, device)
+        """The storage as uint8 [nbytes]."""
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(self.storage)
 
 
 class OptimizerOnHost:
     """Keeps an optimizer's state on the host between steps.
 
-        with on_host.step():
+        with on_host.resident():
             optimizer.step()
 
     State is what `optimizer.state` holds on the parameters' device with more than one element; each
     storage counts once, and one that a parameter or its gradient lies in stays. State that a step
     creates moves out at its end. Host memory is allocated when state first appears, in one piece,
-    and used again after `load_state_dict`. Outside of `step` and `resident` the state must not be
-    touched: `optimizer.step` and `optimizer.state_dict` then raise, and an optimizer's `train` and
-    `eval` (schedule-free), which read it, bring it in by themselves.
+    and used again after `load_state_dict`. Outside of `resident` the state must not be touched:
+    `optimizer.step` and `optimizer.state_dict` then raise, and an optimizer's `train` and `eval`
+    (schedule-free), which read it, bring it in by themselves.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, copies: Copies):
@@ -50,8 +50,8 @@ class OptimizerOnHost:
         self._slabs: list[Tensor] = []
         self._computed, self._done = copies.event(), copies.event()
         self._depth = 0
-        optimizer.register_step_pre_hook(lambda *_: self._require("`with on_host.step()`"))
-        optimizer.register_state_dict_pre_hook(lambda *_: self._require("on_host.state_dict()"))
+        optimizer.register_step_pre_hook(self._require_resident)
+        optimizer.register_state_dict_pre_hook(self._require_resident)
         for name in ("train", "eval"):
             if callable(mode := getattr(optimizer, name, None)):
                 setattr(optimizer, name, self._within(mode))
@@ -62,15 +62,9 @@ class OptimizerOnHost:
         """Host memory that was allocated for the state."""
         return sum(slab.numel() for slab in self._slabs)
 
-    def step(self):
-        """Around `optimizer.step()`: the state is on the device inside."""
-        return self.resident()
-
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """The state is on the device inside; what it is at the end goes to the host. May be
-        nested.
-        """
+        """The state is on the device inside; at the end it goes to the host. May be nested."""
         if not self._depth:
             self._bring_in()
         self._depth += 1
@@ -81,37 +75,6 @@ class OptimizerOnHost:
             if not self._depth:
                 self._move_out()
 
-    def state_dict(self) -> dict:
-        """The optimizer's, with its tensors in ordinary host memory: the device takes no part."""
-        if self._depth:
-            return self.optimizer.state_dict()
-        self._depth += 1  # its tensors are empty; they are replaced below
-        try:
-            state = self.optimizer.state_dict()
-        finally:
-            self._depth -= 1
-        self._copies.synchronize()  # sync: the last step's state may be on its way
-        copied: dict[int, Tensor] = {}
-
-        def on_host(tensor: Tensor) -> Tensor:
-            key = tensor.untyped_storage()._cdata
-            if key not in self._moved:
-                return tensor
-            if key not in copied:
-                copied[key] = self._moved[key].host.clone()
-            flat = copied[key].view(tensor.dtype)
-            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-        return {**state, "state": _mapped(state["state"], on_host)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """As the optimizer's; what is loaded goes to the host at once."""
-        # a copy: an optimizer may take a tensor as it is, and its storage is to be emptied
-        self.optimizer.load_state_dict(deepcopy(state))
-        if not self._depth:
-            self._forget_gone(empty=True)
-            self._move_out()
-
     def _within(self, function):
         def call(*args, **kwargs):
             with self.resident():
@@ -119,27 +82,29 @@ class OptimizerOnHost:
 
         return call
 
-    def _require(self, how: str) -> None:
+    def _require_resident(self, *_) -> None:
         if not self._depth:
-            raise RuntimeError(f"the optimizer's state is on the host: use {how}")
+            raise RuntimeError(
+                "the optimizer's state is on the host: use it inside `with on_host.resident()`"
+            )
 
     def _storages(self) -> dict[int, torch.UntypedStorage]:
         """Of the state as it is now, those that may leave the device."""
-        stay, found = set(), {}
+        stay, movable = set(), {}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for tensor in [*parameters, *(p.grad for p in parameters if p.grad is not None)]:
             stay.add(tensor.untyped_storage()._cdata)
 
-        def see(tensor: Tensor) -> Tensor:
+        def add(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             here = tensor.device.type == self._copies.device.type
             # on a CPU an optimizer may take over memory that torch.load owns
             if here and tensor.numel() > 1 and storage.resizable():
-                found[storage._cdata] = storage
+                movable[storage._cdata] = storage
             return tensor
 
-        _mapped(list(self.optimizer.state.values()), see)
-        return {key: storage for key, storage in found.items() if key not in stay}
+        _mapped(list(self.optimizer.state.values()), add)
+        return {key: storage for key, storage in movable.items() if key not in stay}
 
     def _bring_in(self) -> None:
         self._forget_gone(empty=True)
@@ -148,7 +113,7 @@ class OptimizerOnHost:
     def _fetch(self, moved: list[_Moved]) -> None:
         for each in moved:
             each.storage.resize_(each.host.numel())
-        # the memory may have been somebody else's a moment ago: after compute, which used it
+        # compute may have used the memory a moment ago: after it
         self._copies.record_compute(self._computed)
         for each in moved:
             target = each.device_bytes(self._copies.device)
@@ -173,8 +138,8 @@ class OptimizerOnHost:
             each.storage.resize_(0)
 
     def _forget_gone(self, empty: bool) -> None:
-        """State that the optimizer holds no more. empty: it is not on the device now, and is put
-        back first, since somebody else may hold it (bitsandbytes keeps its code tables).
+        """Forget state that the optimizer holds no more. empty: it is not on the device now, and is
+        put back first, since its library may hold it (bitsandbytes keeps its code tables).
         """
         gone = self._moved.keys() - self._storages().keys()
         for each in [self._moved.pop(key) for key in gone]:
@@ -211,23 +176,23 @@ class WeightsOnHost:
         self._layers = layers
         if len(self._index) != len(layers) or not layers:
             raise ValueError("layers must be at least one, and each only once")
-        self._places, size = [], 0  # per layer: its bytes on the host, and how its tensors lie
-        places = [_layout(layer) for layer in layers]
-        self._host = copies.alloc_host(sum(nbytes for _, nbytes in places))
-        for layer, (tensors, nbytes) in zip(layers, places, strict=True):
-            host = self._host[size : size + nbytes]
-            for name, place in tensors.items():
+        self._layouts, offset = [], 0  # per layer: its bytes on the host, and its tensors in them
+        layouts = [_layout(layer) for layer in layers]
+        self._host = copies.alloc_host(sum(nbytes for _, nbytes in layouts))
+        for layer, (tensors, nbytes) in zip(layers, layouts, strict=True):
+            host = self._host[offset : offset + nbytes]
+            for name, piece in tensors.items():
                 tensor = getattr(layer, name)
-                setattr(layer, name, place.within(host).copy_(tensor))
-            self._places.append((host, list(tensors.values())))
-            size += nbytes
+                setattr(layer, name, piece.within(host).copy_(tensor))
+            self._layouts.append((host, list(tensors.values())))
+            offset += nbytes
         count = min(2, len(layers))
-        largest = max(nbytes for _, nbytes in places)
+        largest = max(nbytes for _, nbytes in layouts)
         self._staging = [copies.alloc_device(largest) for _ in range(count)]
         self._arrivals = [copies.event() for _ in range(count)]
         self._computed = copies.event()
         self._held: dict[int, int] = {}  # layer -> the buffer that holds it or will
-        self._lent = 0  # the buffer of the layer that was fetched last
+        self._last = 0  # the buffer of the layer that was fetched last
 
     @property
     def host_bytes(self) -> int:
@@ -244,25 +209,25 @@ class WeightsOnHost:
         index = self._index[id(layer)]
         if index not in self._held:
             self._load(index)
-        buffer = self._lent = self._held[index]
+        buffer = self._last = self._held[index]
         self._copies.compute_wait(self._arrivals[buffer])
         following = (index + 1) % len(self._layers)
         if following not in self._held:
             self._load(following)
-        return [place.within(self._staging[buffer]) for place in self._places[index][1]]
+        return [piece.within(self._staging[buffer]) for piece in self._layouts[index][1]]
 
     def _load(self, index: int) -> None:
-        """Into the buffer that was not lent last, once compute is done with what it held."""
-        buffer = (self._lent + 1) % len(self._staging)
+        """Into the buffer not fetched from last, once compute is done with its earlier layer."""
+        buffer = (self._last + 1) % len(self._staging)
         self._held = {i: b for i, b in self._held.items() if b != buffer} | {index: buffer}
-        host = self._places[index][0]
+        host = self._layouts[index][0]
         self._copies.record_compute(self._computed)
         target = self._staging[buffer][: host.numel()]
         self._copies.copy_in(host, target, [self._computed], self._arrivals[buffer])
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Piece:
     """A tensor's bytes and form within its layer's."""
 
     offset: int
@@ -276,25 +241,20 @@ class _Place:
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
 
-def _layout(layer: nn.Module) -> tuple[dict[str, _Place], int]:
-    """Where a layer's frozen tensors go in one piece of memory. -> places by name, bytes."""
-    places, end = {}, 0
+def _layout(layer: nn.Module) -> tuple[dict[str, _Piece], int]:
+    """Returns a layer's frozen tensors in one stretch of memory, by name, and its bytes."""
+    pieces, end = {}, 0
     for name, tensor in layer.named_buffers(recurse=False):
         if name != "bias":
             compact = torch.empty_like(tensor, device="meta")  # strides without gaps
-            place = _Place(end, tensor.nbytes, tensor.dtype, tensor.shape, compact.stride())
-            places[name] = place
+            stride = compact.stride()
+            pieces[name] = _Piece(end, tensor.nbytes, tensor.dtype, tensor.shape, stride)
             end += aligned(tensor.nbytes)
-    return places, end
-
-
-def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
-    """A storage as uint8 [nbytes]."""
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    return pieces, end
 
 
 def _mapped(value: Any, change) -> Any:
-    """The same nest of dicts and lists with every tensor changed."""
+    """Returns the same nest of dicts and lists with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

@@ -71,16 +71,13 @@ class _Bucket:
             self.starts[index] = self.host_bytes
             self.host_bytes += room(self.block_bytes[index])
 
-    def largest(self) -> int:
-        return max((room(nbytes) for nbytes in self.block_bytes.values()), default=0)
-
 
 class BlockStore:
     """What one offloaded block saves in one forward pass."""
 
     def __init__(self, engine: "Offload", index: int, limit: int):
         self._engine, self._index, self._limit = engine, index, limit
-        self._turn = engine._turn
+        self._pass = engine._pass
         self.nbytes = 0  # put so far
         self.end = 0  # of what was put, in bytes from the start of the region
         self.sources: list[tuple[Tensor, int]] = []  # (flat, offset), until they are let go
@@ -96,7 +93,7 @@ class BlockStore:
                 f"block {self._index} wants {self.nbytes + nbytes} bytes of the arena "
                 f"({nbytes} more, {len(self.sources)} storages put), {self._limit} were prepared"
             )
-        self._engine._take(nbytes)
+        self._engine._count(nbytes)
         self.nbytes, self.end = self.nbytes + nbytes, offset + nbytes
         if nbytes:
             self.sources.append((flat, offset))
@@ -107,7 +104,7 @@ class BlockStore:
         its arrival; the host does not. Raises RuntimeError where another pass has begun since, or
         the block's backward is not the one that is due.
         """
-        staging = self._engine._arrived(self._index, self._turn)
+        staging = self._engine._arrived(self._index, self._pass)
         content = staging[handle.offset : handle.offset + handle.nbytes]
         # a storage of its own over the same memory: `as_strided` with a saved offset counts from
         # the start of the storage
@@ -132,9 +129,9 @@ class Offload:
         self._staging: list[Tensor] = []
         self._computed = copies.event()  # recorded and waited for at once, again and again
         self._arrivals = [copies.event() for _ in range(STAGING_BUFFERS)]
-        self._left: dict[int, Any] = {}  # block -> the event of its copy out
+        self._copied: dict[int, Any] = {}  # block -> the event of its copy out
         self._begun = False
-        self._turn = 0  # counts passes: a handle of an earlier one is refused
+        self._pass = 0  # counts passes: a handle of an earlier one is refused
         self._bucket: _Bucket | None = None
         self.in_flight_bytes = 0  # of sources that are not let go yet
         self.most_in_flight_bytes = 0  # since the pass began
@@ -142,12 +139,12 @@ class Offload:
 
     @property
     def host_bytes(self) -> int:
-        """Of the arena, as allocated."""
+        """Of the arena."""
         return 0 if self._arena is None else self._arena.numel()
 
     @property
     def staging_bytes(self) -> int:
-        """Of the staging buffers on the device, as allocated."""
+        """Of the staging buffers on the device."""
         return sum(buffer.numel() for buffer in self._staging)
 
     def reserve(self, host_bytes: int) -> None:
@@ -169,8 +166,7 @@ class Offload:
         """
         if bad := {index: n for index, n in block_bytes.items() if n <= 0}:
             raise ValueError(f"an offloaded block puts at least one byte, got {bad}")
-        known = self._buckets.get(key)
-        if known is not None:
+        if known := self._buckets.get(key):
             for index in sorted(known.block_bytes.keys() | block_bytes.keys()):
                 was, wanted = known.block_bytes.get(index, 0), block_bytes.get(index, 0)
                 if was != wanted:
@@ -181,8 +177,8 @@ class Offload:
             return
         self._buckets[key] = _Bucket(dict(block_bytes))
         for index in block_bytes:
-            if index not in self._left:
-                self._left[index] = self._copies.event()
+            if index not in self._copied:
+                self._copied[index] = self._copies.event()
         if self._begun:
             self._allocate()
 
@@ -201,7 +197,7 @@ class Offload:
         """Block `index` is about to start, and what it saves is to go to the returned store."""
         if self._bucket is None or index not in self._bucket.block_bytes:
             raise RuntimeError(f"block {index} was not prepared for offload in this pass")
-        self._let_go(index, most=1)
+        self._release(index, most=1)
         store = BlockStore(self, index, self._bucket.block_bytes[index])
         self._stores[index] = store
         return store
@@ -215,16 +211,16 @@ class Offload:
             for number, (flat, offset) in enumerate(store.sources, 1):
                 source = flat.detach().view(torch.uint8)
                 target = self._arena[start + offset :][: source.numel()]
-                done = self._left[index] if number == len(store.sources) else None
+                done = self._copied[index] if number == len(store.sources) else None
                 self._copies.copy_out(source, target, [self._computed], done)
             self._pending.append(index)
-        self._let_go(index + 1)
+        self._release(index + 1)
 
     def forward_done(self) -> None:
         """The backward pass comes next: what it needs first is fetched. Raises RuntimeError where a
         block's forward was begun and not declared over.
         """
-        self._let_go()
+        self._release()
         if still := [index for index, store in self._stores.items() if store.sources]:
             raise RuntimeError(f"block_forward_done was not called for the blocks {still}")
         # after all copies out, and after what may have read the staging buffers before
@@ -245,20 +241,21 @@ class Offload:
         itself; call it where the memory is wanted before, as after an out-of-memory error. What
         copies still read or write is used again after compute has waited for them.
         """
-        self._let_go()
+        self._release()
         for buffer, waited in self._held.values():
             if not waited:
                 self._copies.compute_wait(self._arrivals[buffer])
         for store in self._stores.values():  # the graph may hold them for longer
             store.sources.clear()
         self._clear()
-        self._turn += 1
+        self._pass += 1
 
     def _allocate(self) -> None:
         """Room for the largest of all buckets."""
         host = max((bucket.host_bytes for bucket in self._buckets.values()), default=0)
-        largest = max((bucket.largest() for bucket in self._buckets.values()), default=0)
-        count = max((len(bucket.block_bytes) for bucket in self._buckets.values()), default=0)
+        sizes = [bucket.block_bytes for bucket in self._buckets.values()]
+        largest = max((room(n) for blocks in sizes for n in blocks.values()), default=0)
+        count = max(map(len, sizes), default=0)
         count = min(STAGING_BUFFERS, count)
         if host > self.host_bytes:
             if self._begun:
@@ -279,7 +276,7 @@ class Offload:
         self._held: dict[int, tuple[int, bool]] = {}  # block -> (staging buffer, waited for)
         self.in_flight_bytes = 0
 
-    def _let_go(self, start: int | None = None, most: int = STAGING_BUFFERS) -> None:
+    def _release(self, start: int | None = None, most: int = STAGING_BUFFERS) -> None:
         """Drop sources before block `start` begins, all of them where it is None; at most `most`
         blocks keep theirs.
         """
@@ -288,14 +285,13 @@ class Offload:
             if start is not None and index + self._lag > start and len(self._pending) <= most:
                 break
             # memory that is freed now is used again by compute: it has to wait for the copy
-            self._copies.compute_wait(self._left[index])
+            self._copies.compute_wait(self._copied[index])
             store = self._stores[index]
             store.sources.clear()
             self.in_flight_bytes -= store.nbytes
             self._pending.popleft()
 
-    def _take(self, nbytes: int) -> None:
-        """Count what a block puts."""
+    def _count(self, nbytes: int) -> None:
         self.in_flight_bytes += nbytes
         self.most_in_flight_bytes = max(self.most_in_flight_bytes, self.in_flight_bytes)
 
@@ -309,9 +305,9 @@ class Offload:
         self._copies.copy_in(source, target, [self._computed], self._arrivals[buffer])
         self._held[index] = (buffer, False)
 
-    def _arrived(self, index: int, turn: int) -> Tensor:
+    def _arrived(self, index: int, number: int) -> Tensor:
         """The staging buffer that holds a block; compute waits for it the first time."""
-        if turn != self._turn:
+        if number != self._pass:
             raise RuntimeError(
                 f"block {index}: a new pass has begun since these tensors were saved; offload "
                 "needs each forward pass followed by its own backward pass"

@@ -1,5 +1,5 @@
 """Carries a plan out while a model trains: each bucket's policies, the offload engine, what lives
-on the host, and the step back to leaner policies where memory runs out all the same.
+on the host, and the step back to cheaper policies where memory runs out all the same.
 """
 
 import logging
@@ -16,9 +16,9 @@ from fluxfast.memory.copies import Copies, CpuCopies, CudaCopies
 from fluxfast.memory.cuda_graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.planner import saved_bytes as saved
-from fluxfast.memory.planner.plan import MARGIN, Plan, leaner, leaner_policies
-from fluxfast.memory.planner.step_spec import Work
+from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper, cheaper_policies
+from fluxfast.memory.planner.step_spec import StepSpec
 from fluxfast.model.flux import Flux
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ CURE = (
 
 
 class MemoryExhausted(FluxfastError):
-    """Memory ran out, and no policy is leaner. What was trained up to here is whole."""
+    """Memory ran out, and no policy is cheaper. What was trained up to here is whole."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -89,7 +89,7 @@ class MemoryRuntime:
                 for layer in model.modulation_linears():
                     layer.weight_provider = self._weights.fetch
             if device.type == "cuda":
-                _reserve_scratch(plan.request.work, model.compute_dtype, device)
+                _reserve_scratch(plan.request.step, model.compute_dtype, device)
                 # past the plan an error, which this run knows how to take, not a driver that spills
                 total = torch.cuda.get_device_properties(device).total_memory
                 share = (plan.limit + MARGIN * total / 2) / total
@@ -213,17 +213,17 @@ class MemoryRuntime:
         first = message.splitlines()[0] if message else "out of memory"
         before = self.policies[label]
         if self.plan is not None:
-            plan = leaner(self.plan, label)
+            plan = cheaper(self.plan, label)
             policies = None if plan is None else plan.buckets[label].choice.policies
             self.plan = plan or self.plan
         else:
-            policies = leaner_policies(before)
+            policies = cheaper_policies(before)
         if policies is None:
             if label in self._tried_again:
                 raise MemoryExhausted(f"the GPU's memory is full: {first}", hint=CURE)
             self._tried_again.add(label)
             log.warning(
-                f"note: out of memory at {label}: the step is taken again once, nothing is leaner"
+                f"note: out of memory at {label}: the step is taken again once, nothing is cheaper"
             )
             if self._engine is not None:
                 self._engine.abandon()
@@ -250,20 +250,20 @@ class MemoryRuntime:
             )
         if self._engine is None:
             self._engine = Offload(self.copies)
-        work, shape = self.plan.request.work, self.plan.buckets[label].shape
+        step, shape = self.plan.request.step, self.plan.buckets[label].shape
         sizes = {
-            index: saved.block_saved(work, block, shape, "offload").host
+            index: saved_bytes.block_saved(step, block, shape, "offload").host
             for index, (block, policy) in enumerate(
-                zip(saved.blocks_of(work), policies, strict=True)
+                zip(saved_bytes.blocks_of(step), policies, strict=True)
             )
             if policy == "offload"
         }
         self._engine.prepare((label, policies), sizes)
 
 
-def _reserve_scratch(work: Work, dtype: torch.dtype, device: torch.device) -> None:
+def _reserve_scratch(step: StepSpec, dtype: torch.dtype, device: torch.device) -> None:
     """As large as it will ever be, at once: one that grows leaves its smaller ones behind."""
-    for kind, count in saved.scratch_counts(work).items():
+    for kind, count in saved_bytes.scratch_counts(step).items():
         if count:
             backend.scratch(count, dtype if kind == "dense" else _CODES[kind], device)
 

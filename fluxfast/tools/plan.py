@@ -1,9 +1,8 @@
-"""From a configuration to a memory plan, and what is printed of one."""
+"""From a configuration to memory plans: a run's, and those that `fluxfast plan` compares."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.lora.read import ranks_of
 from fluxfast.formats.lora.update import part_count
 from fluxfast.memory.planner.cards import Card, card
-from fluxfast.memory.planner.plan import CONTEXT, GIB, Plan, Request, usable
-from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
+from fluxfast.memory.planner.plan import Plan, Request, usable
+from fluxfast.memory.planner.report import Row
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.memory.planner.suggest import DoesNotFit, make_plan, plan_on
 from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import DTYPES, layer_precisions, linears
@@ -40,9 +40,9 @@ def request_of(
     trained = lora_of(spec, lora.rank, lora.targets, lora.include, lora.exclude, lora.share_a)
     dropout, layers = lora.dropout > 0, config.model.layers
     precision = model.storage, model.matmul, model.activations
-    work = Work(spec, *precision, trained, dropout, layers)
+    step = StepSpec(spec, *precision, trained, dropout, layers)
     return Request(
-        work,
+        step,
         shapes,
         optimizer=config.train.optimizer,
         ema=config.train.ema.enabled,
@@ -60,7 +60,7 @@ def request_of(
 
 
 def assistant_bytes(path: Path, spec: FluxSpec) -> int:
-    """What the factors of the LoRA file take in fp32 at the most, an A for every part.
+    """Returns the most bytes that the LoRA file's factors take in fp32, an A for every part.
 
     Raises ConfigError for a file that cannot be read.
     """
@@ -83,60 +83,16 @@ def plan_run(
 
     shapes: label -> batch shape, of every bucket. Raises ConfigError where nothing fits.
     """
-    limit = config.memory.limit_gib
-    if device.type != "cuda" and limit is None:
+    limit, cuda = config.memory.limit_gib, device.type == "cuda"
+    if not cuda and limit is None:
         return None
-    cuda = device.type == "cuda"
     lora = config.model.assistant_lora
     file = fetch_lora(lora) if lora else None
     request = request_of(config, model, shapes, graphs=cuda, assistant=file)
     return plan_on(device, replace(request, encodes=False), limit)
 
 
-def run_lines(plan: Plan, on_gpu: bool) -> list[str]:
-    """What `train` says of its plan before it starts."""
-    where = {"in_place": "formed in place", "ahead": "formed ahead", "host": "ahead, from the host"}
-    lines = [
-        f"plan for the {plan.card.name}: {plan.peak / GIB:.3g} of {plan.limit / GIB:.3g} GiB "
-        f"(predicted), modulation {where[plan.modulation]}"
-        + (", optimizer state on the host" if plan.optimizer_state == "host" else "")
-    ]
-    if not on_gpu:
-        lines[0] += "; the device is a CPU, times are those of that card"
-    for label, bucket in plan.buckets.items():
-        host = f", {bucket.choice.host / GIB:.1f} GiB on the host" if bucket.choice.host else ""
-        lines.append(
-            f"  {label}: {summary(bucket.choice.policies)}; {bucket.bytes / GIB:.3g} GiB{host}, "
-            f"{plan.seconds(label):.3g} s/it (predicted)"
-        )
-    return lines
-
-
-def summary(policies: tuple[str, ...]) -> str:
-    """Such as: 53 blocks keep, 4 gelu_int8."""
-    counts = Counter(policies).most_common()
-    first = f"{counts[0][1]} block{'s' * (counts[0][1] != 1)} {counts[0][0]}"
-    return ", ".join([first, *(f"{count} {policy}" for policy, count in counts[1:])])
-
-
 # ---------------------------------------------------------------- `fluxfast plan`
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a plan, or why there is none."""
-
-    card: Card
-    vram_gib: float
-    label: str
-    plan: Plan | None
-    reason: str = ""
-
-    def seconds(self) -> float:
-        """Of an optimizer step, the mean over the plan's picture sizes."""
-        plan = self.plan
-        assert plan is not None
-        return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
 
 
 def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[Row]:
@@ -155,12 +111,12 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
     batch = config.train.batch_size
     text = config.model.max_sequence_length or spec.text_length
     shapes = {f"{side} px": _largest(side, batch, text) for side in sides}
-    sets = [{label: shape} for label, shape in shapes.items()]
-    sets += [shapes] if len(shapes) > 1 else []
+    sets = {label: {label: shape} for label, shape in shapes.items()}
+    if len(shapes) > 1:
+        sets["mixed"] = shapes
     rows = []
     for known, vram in cards:
-        for chosen in sets:
-            label = next(iter(chosen)) if len(chosen) == 1 else "mixed"
+        for label, chosen in sets.items():
             try:
                 model = _resolved(config.model, spec, stored, known, vram)
                 request = request_of(config, model, chosen, assistant=assistant)
@@ -198,8 +154,8 @@ def _resolved(
 
 
 def _model(model: ModelConfig) -> tuple[FluxSpec, str | None]:
-    """-> sizes, and the storage that the file is quantized for; of what is not on this disk those
-    of FLUX.1-schnell or dev, by its name."""
+    """Returns the sizes, and the storage that the file is quantized for; of a model that is not on
+    this disk the sizes of FLUX.1-schnell or dev, by its name."""
     if not Path(model.path).exists():
         return SCHNELL if "schnell" in model.path.lower() else DEV, None
     with open_base(Path(model.path)) as checkpoint:
@@ -210,70 +166,3 @@ def _largest(side: int, batch: int, text: int) -> Shape:
     """Of the largest picture that a bucket of this resolution may hold, whatever its aspect."""
     cells = max(1, side * side // STEP**2)
     return Shape(batch, cells * (STEP // 16) ** 2, text)
-
-
-def table(rows: list[Row]) -> list[str]:
-    """Aligned columns. GiB: allocated at the most, and CONTEXT for CUDA itself."""
-    head = ["card", "GiB", "picture", "needs GiB", "host GiB", "s/it", "it/s", "blocks"]
-    lines = [head]
-    for row in rows:
-        start = [row.card.name, f"{row.vram_gib:g}", row.label]
-        if row.plan is None:
-            lines.append([*start, "does not fit", "", "", "", row.reason])
-            continue
-        plan = row.plan
-        seconds = row.seconds()
-        host = f"{plan.host / GIB:.1f}" if plan.host else "-"
-        figures = [f"{(plan.peak + CONTEXT) / GIB:.2f}", host, f"{seconds:.3f}"]
-        lines.append([*start, *figures, f"{1 / seconds:.2f}", what(plan)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = [
-        "  ".join(
-            cell.rjust(width) if 3 <= index < 7 else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    notes = sorted({_basis(row.card) for row in rows})
-    pinned = " Host GiB are pinned: `train` takes half of what is free at most."
-    note = "All figures are predicted; speeds from " + "; ".join(notes) + "."
-    return [*table, "", note + (pinned if any(row.plan and row.plan.host for row in rows) else "")]
-
-
-def breakdown(rows: list[Row]) -> list[str]:
-    """Where the GiB of the last plan go; nothing where more than one card is asked about."""
-    plans = [row.plan for row in rows if row.plan is not None]
-    if not plans or len({row.card.name for row in rows}) > 1:
-        return []
-    plan = plans[-1]
-    on_card = {name: size for name, size in plan.static.items() if size and name != "host"}
-    lines = ["", f"Where it goes ({', '.join(plan.buckets)}), GiB:"]
-    lines += [f"  {size / GIB:6.2f}  {name}" for name, size in on_card.items()]
-    for label, bucket in plan.buckets.items():
-        activations = bucket.bytes - sum(on_card.values())
-        lines.append(f"  {activations / GIB:6.2f}  activations and passes, {label}")
-    lines.append(f"  {CONTEXT / GIB:6.2f}  CUDA itself (assumed)")
-    lines += ["At the most, by phase, without CUDA itself:"]
-    lines += [f"  {size / GIB:6.2f}  {phase}" for phase, size in plan.phases.items()]
-    return lines
-
-
-def what(plan: Plan) -> str:
-    """How a plan goes about it; of several sizes, the largest."""
-    work = plan.request.work
-    words = [f"{work.storage} base, {work.matmul} matmuls"]
-    if len(plan.buckets) == 1:
-        (bucket,) = plan.buckets.values()
-        words.append(summary(bucket.choice.policies))
-    else:
-        largest = max(plan.buckets, key=lambda label: plan.buckets[label].shape.tokens)
-        words.append(f"{largest}: {summary(plan.buckets[largest].choice.policies)}")
-    words += ["modulation from the host"] if plan.modulation == "host" else []
-    words += ["optimizer state on the host"] if plan.optimizer_state == "host" else []
-    return "; ".join(words)
-
-
-def _basis(known: Card) -> str:
-    if known.factors:
-        return f"measured steps ({known.name})"
-    return "data sheets and assumed shares of them"

@@ -8,9 +8,9 @@ import pytest
 from bench import roofline
 from bench.report import arithmetic
 from bench.report.arithmetic import SIDES, shape
-from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card, Efficiency, card
-from fluxfast.memory.planner.cost import Work, lora_of
+from fluxfast.memory.planner.cost import StepSpec, lora_of
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import DEV
 
@@ -103,8 +103,8 @@ def test_kept_bytes_are_the_notes_but_for_what_backward_makes_again(printed):
     rank, e, spec = 16, 2, DEV
     # independent As: q, k, v, proj and both of the MLP; q, k, v, the MLP's first and linear2
     per_token = rank * e * (6 * spec.depth + 5 * spec.depth_single_blocks)
-    work = Work(spec, "nf4", "bf16", "bf16", lora_of(spec, rank))
-    modulation = e * sum(linear_shape(name, spec)[0] for name in saved.modulation_names(work))
+    work = StepSpec(spec, "nf4", "bf16", "bf16", lora_of(spec, rank))
+    modulation = e * sum(linear_shape(name, spec)[0] for name in saved_bytes.modulation_names(work))
     cells = line(printed, "kept by the blocks, LoRA on attn+mlp")
     for side, cell in zip(SIDES, cells, strict=True):
         kept = arithmetic.saved_gb("attn+mlp", side)

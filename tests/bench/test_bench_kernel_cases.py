@@ -17,7 +17,7 @@ from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
 from bench.kernels.work import build
 from bench.report import catalog
 from fluxfast.memory.planner.cost import (
-    Work,
+    StepSpec,
     block_ops,
     lora_of,
     shape_of,
@@ -87,7 +87,7 @@ def test_a_single_blocks_ops_are_those_of_its_three_cases(storage, products):
     """All but the sum of two gradients, which autograd takes."""
     settings = replace(tiny(compute="bf16"), spec=DEV, text_tokens=512)
     kinds = {"dense": "bf16"}
-    work = Work(
+    work = StepSpec(
         DEV, kinds.get(storage, storage), products or "bf16", "bf16", lora_of(DEV, settings.rank)
     )
     block = block_ops(work, "single_blocks.0", shape_of(1024, 1024, 1, 512))

@@ -10,8 +10,8 @@ import pytest
 from bench import quantize, rows
 from bench.report import charts, plan_table, step_chart, technique_table
 from bench.report import cli as report
-from fluxfast.memory.planner import saved_bytes as saved
-from fluxfast.memory.planner.cost import Work, lora_of
+from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.cost import StepSpec, lora_of
 from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,7 +277,8 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
 
 def test_counted_figures_are_the_cost_models(tmp_path):
     found = gives(tmp_path)
-    modulation = saved.weights(Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16)))["modulation"]
+    step = StepSpec(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
+    modulation = saved_bytes.weights(step)["modulation"]
     assert f"{modulation / 1e9:.1f} GB of weights" in found[8]
     assert 1.8e9 < modulation < 1.9e9  # 3.25 B weights at 4.5 bits, the last layer's in bf16
     apart, fused = re.search(r"move ([\d.]+) GB .* instead of ([\d.]+)", found[6]).groups()

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_out_of_memory(tmp_path):
 
 
 def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
-    """The trainer goes over to leaner policies first, as it does in a run."""
+    """The trainer goes over to cheaper policies first, as it does in a run."""
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,10 +14,11 @@ from bench.step import ops as step_ops
 from fluxfast.memory.planner.cards import Efficiency, card
 from fluxfast.memory.planner.cost import Op, total_bytes, total_flop, total_seconds
 from fluxfast.memory.planner.plan import Plan, usable
+from fluxfast.memory.planner.report import Row
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
-from fluxfast.tools.plan import Row, plan_rows
+from fluxfast.tools.plan import plan_rows
 
 # ---------------------------------------------------------------- the step by op
 
@@ -163,7 +164,7 @@ def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:
 
 def predicted_ms(plan: Plan, op: str, direction: str) -> float:
     row = kernel_row(op, "forward", 0.0)
-    return 1e3 * step_ops.predicted_s(row, direction, plan.card, plan.request.work)
+    return 1e3 * step_ops.predicted_s(row, direction, plan.card, plan.request.step)
 
 
 @pytest.mark.parametrize("op", step_ops.TIMED)

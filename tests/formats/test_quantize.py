@@ -192,7 +192,7 @@ def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model)
     device = torch.device("cpu")
     model = resolve_parts(config.model, device).model
     plan = plan_run(config, model, {"64": shape_of(64, 64, 1, 32)}, device)
-    assert plan.request.work.storage == "nf4"
+    assert plan.request.step.storage == "nf4"
 
 
 def test_training_starts_from_the_file(tmp_path, configure, nano_model):

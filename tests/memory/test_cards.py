@@ -13,7 +13,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
 from fluxfast.memory.planner.cost import (
     Op,
-    Work,
+    StepSpec,
     lora_of,
     optimizer_ops,
     seconds,
@@ -116,7 +116,7 @@ def test_every_figure_says_where_it_comes_from():
 
 # ---------------------------------------------------------------- measured factors
 
-INT8 = Work(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
+INT8 = StepSpec(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
 
 
 def row(name: str, ratio: float, pixels: int = 512, **other) -> dict:

@@ -20,7 +20,7 @@ from fluxfast.memory.planner.cost import (
     Lora,
     Op,
     Shape,
-    Work,
+    StepSpec,
     attention_op,
     block_ops,
     codes_ops,
@@ -46,8 +46,10 @@ ONE_EACH = replace(DEV, depth=1, depth_single_blocks=1)
 BLOCKS = ("double_blocks.0", "single_blocks.0")
 
 
-def work(storage="bf16", compute="bf16", spec=ONE_EACH, activations="bf16", **other) -> Work:
-    return Work(spec, storage, compute, activations, other.pop("lora", lora_of(spec, 16)), **other)
+def work(storage="bf16", compute="bf16", spec=ONE_EACH, activations="bf16", **other) -> StepSpec:
+    return StepSpec(
+        spec, storage, compute, activations, other.pop("lora", lora_of(spec, 16)), **other
+    )
 
 
 def products(ops: list[Op], *without: str) -> list[Op]:
@@ -215,7 +217,7 @@ def test_where_nf4_does_not_fit_bf16_is_kept():
     model = random_flux(spec, "nf4", "bf16", layers=layers)
     plan = work("nf4", "bf16", spec, layers=layers)
     kept = {name: model.get_submodule(name).storage() for name in linears(spec)}
-    assert {name: plan.kept(name) for name in linears(spec)} == kept
+    assert {name: plan.stored_as(name) for name in linears(spec)} == kept
     assert {kept["double_blocks.0.img_mlp.2"], kept["img_in"]} == {"nf4", "bf16"}
 
 
@@ -291,7 +293,7 @@ def test_an_update_costs_only_where_it_is():
     assert up.flop == 2 * 384 * 16 * 3 * 3072
 
 
-def _both(plan: Work, shape: Shape) -> list[Op]:
+def _both(plan: StepSpec, shape: Shape) -> list[Op]:
     blocks = [block_ops(plan, block, shape) for block in BLOCKS]
     return [op for ops in blocks for op in ops.forward + ops.backward]
 

@@ -43,7 +43,7 @@ def descend(params, optimizer, on_host, steps: range) -> None:
         if on_host is None:
             optimizer.step()
             continue
-        with on_host.step():
+        with on_host.resident():
             optimizer.step()
         assert state_on_device(optimizer) == 0
 
@@ -53,6 +53,27 @@ def tensors_of(value) -> list[torch.Tensor]:
         return [value]
     values = value.values() if isinstance(value, dict) else value
     return [t for v in values if isinstance(v, (dict, list, torch.Tensor)) for t in tensors_of(v)]
+
+
+def copied(value):
+    """Nothing shared with the optimizer that it came from."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return [copied(v) for v in value] if isinstance(value, list) else value
+
+
+def state_of(optimizer, on_host) -> dict:
+    """A copy of what `optimizer.state_dict` returns. on_host: None where the state stays in."""
+    with on_host.resident() if on_host else nullcontext():
+        return copied(optimizer.state_dict())
+
+
+def load_state(optimizer, on_host, state: dict) -> None:
+    """Of a copy: an optimizer may take a tensor as it is, and its storage is to be emptied."""
+    with on_host.resident() if on_host else nullcontext():
+        optimizer.load_state_dict(copied(state))
 
 
 def state_on_device(optimizer) -> int:
@@ -79,7 +100,7 @@ def test_steps_are_the_same_bits(name, copies):
     descend(params, hosted, on_host, range(3, 6))
     assert_equal(params, plain)
     assert on_host.host_bytes == allocated  # once the last parameter has its state
-    kept = tensors_of(on_host.state_dict()["state"])
+    kept = tensors_of(state_of(hosted, on_host)["state"])
     assert_equal(kept, tensors_of(optimizer.state_dict()["state"]))
     assert allocated >= sum(t.nbytes for t in kept if t.numel() > 1) / 2  # code tables are shared
     assert not getattr(copies, "problems", None)
@@ -92,7 +113,7 @@ def test_state_goes_through_a_file_and_on(name, tmp_path):
     params, hosted, on_host = build(name, SimulatedCopies(1e6))
     for each in ((plain, optimizer, None), (params, hosted, on_host)):
         descend(*each, range(3))
-    torch.save(on_host.state_dict(), tmp_path / "hosted.pt")
+    torch.save(state_of(hosted, on_host), tmp_path / "hosted.pt")
     torch.save(optimizer.state_dict(), tmp_path / "plain.pt")
     values = [p.detach().clone() for p in params]
     assert_equal(params, plain)
@@ -109,10 +130,8 @@ def test_state_goes_through_a_file_and_on(name, tmp_path):
         with torch.no_grad():
             for p, value in zip(target[0], values, strict=True):
                 p.copy_(value)
-        saved = torch.load(tmp_path / file, weights_only=True)
-        target[2].load_state_dict(saved)
+        load_state(*target[1:], torch.load(tmp_path / file, weights_only=True))
         assert state_on_device(target[1]) == 0
-        assert all(t.untyped_storage().nbytes() for t in tensors_of(saved["state"]))  # untouched
         descend(*target, range(3, 6))
         assert_equal(target[0], plain)
         allocated.add(on_host.host_bytes)
@@ -127,22 +146,13 @@ def test_a_load_by_the_optimizer_itself_is_noticed(name, inside):
     descend(plain, optimizer, None, range(3))
     descend(params, hosted, on_host, range(1))  # its state, but for the last one's, will be gone
     with on_host.resident() if inside else nullcontext():
-        hosted.load_state_dict(on_host_copy(optimizer.state_dict()))
+        hosted.load_state_dict(copied(optimizer.state_dict()))
     with torch.no_grad():
         for p, value in zip(params, plain, strict=True):
             p.copy_(value)
     descend(plain, optimizer, None, range(3, 5))
     descend(params, hosted, on_host, range(3, 5))
     assert_equal(params, plain)
-
-
-def on_host_copy(value):
-    """Nothing shared with the optimizer that it came from."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: on_host_copy(v) for k, v in value.items()}
-    return [on_host_copy(v) for v in value] if isinstance(value, list) else value
 
 
 def test_memory_that_a_file_owns_stays(tmp_path):
@@ -160,7 +170,7 @@ def test_memory_that_a_file_owns_stays(tmp_path):
         for each, held in ((plain, None), (params, on_host)):
             for p in each:
                 p.grad = 2 * p.detach()
-            with held.step() if held else nullcontext():
+            with held.resident() if held else nullcontext():
                 (hosted if held else optimizer).step()
     assert_equal(params, plain)
 
@@ -173,8 +183,7 @@ def test_code_tables_outlive_a_load():
     params, hosted, on_host = build("adamw8bit", SimulatedCopies())
     for each in ((plain, optimizer, None), (params, hosted, on_host)):
         descend(*each, range(LATE))
-        state = (each[2] or each[1]).state_dict()
-        (each[2] or each[1]).load_state_dict(state)
+        load_state(*each[1:], state_of(*each[1:]))
         descend(*each, range(LATE, 5))  # makes new 8-bit state
     assert_equal(params, plain)
 
@@ -196,30 +205,21 @@ def test_schedule_free_changes_mode_by_itself():
 def test_state_must_be_in_to_be_used():
     params, hosted, on_host = build("adamw", SimulatedCopies())
     descend(params, hosted, on_host, range(1))
-    with pytest.raises(RuntimeError, match=r"on the host: use `with on_host.step\(\)`"):
-        hosted.step()
-    with pytest.raises(RuntimeError, match=r"use on_host.state_dict\(\)"):
-        hosted.state_dict()
+    for use in (hosted.step, hosted.state_dict):
+        with pytest.raises(
+            RuntimeError, match=r"on the host: use it inside `with on_host.resident"
+        ):
+            use()
     with on_host.resident():
         with on_host.resident():
             pass
         before = state_on_device(hosted)
         moments = [t.clone() for t in tensors_of(hosted.state_dict()["state"])]
     assert before > 0 and state_on_device(hosted) == 0
-    assert_equal(tensors_of(on_host.state_dict()["state"]), moments)
-    with pytest.raises(ZeroDivisionError), on_host.step():
+    assert_equal(tensors_of(state_of(hosted, on_host)["state"]), moments)
+    with pytest.raises(ZeroDivisionError), on_host.resident():
         raise ZeroDivisionError
     assert state_on_device(hosted) == 0
-
-
-def test_a_state_dict_waits_for_what_is_on_its_way():
-    """On a device the last step's copies may still run when the host asks for the state."""
-    copies, waits = SimulatedCopies(), []
-    params, hosted, on_host = build("adamw", copies)
-    descend(params, hosted, on_host, range(1))
-    copies.synchronize = lambda: waits.append(1)
-    on_host.state_dict()
-    assert waits
 
 
 def test_what_a_parameter_lies_in_stays():
@@ -229,7 +229,7 @@ def test_what_a_parameter_lies_in_stays():
     optimizer.state[weight] = {"value": weight.detach(), "gradient": weight.grad[10:]}
     on_host = OptimizerOnHost(optimizer, SimulatedCopies())
     for _ in range(2):
-        with on_host.step():
+        with on_host.resident():
             optimizer.step()
     assert weight[0].item() == pytest.approx(1 - 0.5 - 0.95) and (weight.grad == 1).all()
     assert optimizer.state[weight]["momentum_buffer"].untyped_storage().nbytes() == 0
@@ -346,7 +346,7 @@ def test_cuda_steps_are_the_same_bits_and_free_memory(name):
         for _ in range(8):  # takes what was freed, and spoils it
             torch.full((8192,), float("nan"), device="cuda")
     assert_equal(params, plain)
-    kept = tensors_of(on_host.state_dict()["state"])
+    kept = tensors_of(state_of(hosted, on_host)["state"])
     theirs = tensors_of(optimizer.state_dict()["state"])
     assert_equal([t.cpu() for t in kept], [t.cpu() for t in theirs])
 

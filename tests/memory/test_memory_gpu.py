@@ -7,10 +7,10 @@ import torch
 
 from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.offload import Offload
-from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.plan import Request
-from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.activations import POLICIES
@@ -28,8 +28,8 @@ BLOCKS = SPEC.depth + SPEC.depth_single_blocks
 SIDE, TEXT = 64, 512  # latents of 512 px
 
 
-def work(compute: str, targets: str) -> Work:
-    return Work(SPEC, "nf4", compute, "bf16", lora_of(SPEC, 16, targets))
+def work(compute: str, targets: str) -> StepSpec:
+    return StepSpec(SPEC, "nf4", compute, "bf16", lora_of(SPEC, 16, targets))
 
 
 def model(compute: str, targets: str) -> Flux:
@@ -83,8 +83,8 @@ def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
     made(**x).float().square().mean().backward()
     torch.cuda.synchronize()
     found = torch.cuda.max_memory_allocated() - before
-    trained = saved.trained(planned, "adamw", ema=False)
-    always = sum(saved.weights(planned).values())
+    trained = saved_bytes.trained(planned, "adamw", ema=False)
+    always = sum(saved_bytes.weights(planned).values())
     always += trained["LoRA"] + trained["gradients"] + sum(t.nbytes for t in x.values())
     predicted = always + plan.buckets["512"].choice.bytes
     assert predicted == pytest.approx(found, rel=0.05)
@@ -103,8 +103,8 @@ def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
             engine = Offload(CudaCopies("cuda"))
             shape = Shape(1, SIDE * SIDE // 4, TEXT)
             sizes = [
-                saved.block_saved(work("bf16", "attn+mlp"), block, shape, "offload").host
-                for block in saved.blocks_of(work("bf16", "attn+mlp"))
+                saved_bytes.block_saved(work("bf16", "attn+mlp"), block, shape, "offload").host
+                for block in saved_bytes.blocks_of(work("bf16", "attn+mlp"))
             ]
             engine.prepare("512", dict(enumerate(sizes)))
             engine.begin = lambda begin=engine.begin: begin("512")

@@ -8,8 +8,8 @@ import torch
 from fluxfast_kernels.dispatch import backend
 from torch.profiler import ProfilerActivity, profile
 
-from fluxfast.memory.planner import saved_bytes as saved
-from fluxfast.memory.planner.step_spec import Shape, Work, lora_of
+from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import FluxSpec, rope_axes
@@ -71,6 +71,6 @@ def test_peak_is_predicted(policy, compute, tmp_path):
     with backend.cpu_launches(True):
         run()  # makes the scratch
         found = allocated(run, tmp_path)
-    work = Work(SPEC, "nf4", compute, "bf16", lora_of(SPEC, 4))
+    work = StepSpec(SPEC, "nf4", compute, "bf16", lora_of(SPEC, 4))
     shape = Shape(1, SIDE * SIDE // 4, TEXT)
-    assert saved.step_peak(work, shape, [policy] * 2) == pytest.approx(found, rel=0.05)
+    assert saved_bytes.step_peak(work, shape, [policy] * 2) == pytest.approx(found, rel=0.05)

@@ -296,14 +296,14 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
     assert not (config.run_dir / "checkpoints").exists()
 
 
-def test_where_nothing_is_leaner_a_step_is_tried_once_more(configure, monkeypatch, log_lines):
+def test_where_nothing_is_cheaper_a_step_is_tried_once_more(configure, monkeypatch, log_lines):
     config = configure(memory__policy="checkpoint")
     plain = losses(*start(config))
     run, loader = start(config)
     log_lines.clear()
     failing(run, monkeypatch, {2})
     assert losses(run, loader) == plain
-    assert len(log_lines) == 1 and "nothing is leaner" in log_lines[0]
+    assert len(log_lines) == 1 and "nothing is cheaper" in log_lines[0]
 
 
 def test_train_goes_on_after_running_out(configure, monkeypatch, log_lines):

@@ -10,8 +10,8 @@ from small import SMALL
 import fluxfast.model.activations as activations
 from bench.step.gate import kept_bytes
 from fluxfast.config.schema import TrainConfig
-from fluxfast.memory.planner import saved_bytes as saved
-from fluxfast.memory.planner.cost import Shape, Work, lora_of
+from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.cost import Shape, StepSpec, lora_of
 from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux, rope_tables
 from fluxfast.model.init import random_flux
@@ -31,7 +31,7 @@ def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, incl
     inject_lora(model, rank, targets=targets, dropout=dropout, include=include)
     activations = "bf16" if model.compute_dtype == torch.bfloat16 else "fp32"
     lora = lora_of(spec, rank, targets, include)
-    work = Work(spec, storage, compute, activations, lora, dropout=dropout > 0)
+    work = StepSpec(spec, storage, compute, activations, lora, dropout=dropout > 0)
     return model.train(), work
 
 
@@ -118,10 +118,12 @@ def _is_modulation(model: Flux, tensor: torch.Tensor) -> bool:
     return rows == 16
 
 
-def predicted(work: Work, shape: Shape, policies) -> int:
-    blocks = zip(saved.blocks_of(work), policies, strict=True)
-    kept = sum(saved.block_saved(work, block, shape, policy).device for block, policy in blocks)
-    return kept + saved.outer_saved(work, shape)
+def predicted(work: StepSpec, shape: Shape, policies) -> int:
+    blocks = zip(saved_bytes.blocks_of(work), policies, strict=True)
+    kept = sum(
+        saved_bytes.block_saved(work, block, shape, policy).device for block, policy in blocks
+    )
+    return kept + saved_bytes.outer_saved(work, shape)
 
 
 SHAPES = [(1, 12, 20), (2, 8, 9), (3, 8, 30)]
@@ -146,8 +148,8 @@ def test_saved_bytes_per_bucket(spec, targets, policy, models, monkeypatch):
             truth = counted(model, x, policies, monkeypatch)
             assert predicted(work, shape, policies) == pytest.approx(truth, rel=0.02)
             if policy == "offload":
-                blocks = saved.blocks_of(work)
-                host = [saved.block_saved(work, b, shape, policy).host for b in blocks]
+                blocks = saved_bytes.blocks_of(work)
+                host = [saved_bytes.block_saved(work, b, shape, policy).host for b in blocks]
                 assert model.offload.bytes == sum(host)
 
 
@@ -165,7 +167,7 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
         policies = [policy] * len(model.policies)
         width = model.modulation_width() * 2 * 16
         truths.append(counted(model, x, policies, monkeypatch) - width)
-    block = saved.block_saved(work, f"{kind}_blocks.1", shape, policy)
+    block = saved_bytes.block_saved(work, f"{kind}_blocks.1", shape, policy)
     assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)
 
 
@@ -182,7 +184,7 @@ def test_saved_bytes_under_dropout(policy, monkeypatch):
 def test_blocks_before_the_first_lora_keep_nothing(monkeypatch):
     model, work = built(WIDE, "attn+mlp", 4, include=("single_blocks",))
     x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    assert saved.block_saved(work, "double_blocks.1", shape, "keep").device == 0
+    assert saved_bytes.block_saved(work, "double_blocks.1", shape, "keep").device == 0
     truth = counted(model, x, ["keep"] * 3, monkeypatch)
     assert predicted(work, shape, ["keep"] * 3) == pytest.approx(truth, rel=0.02)
 
@@ -199,16 +201,16 @@ def test_weights_are_as_large_as_the_model(storage):
     compute = {"int8": "int8", "fp8": "fp8", "fp32": "fp32"}.get(storage, "bf16")
     model, work = built(WIDE, "attn+mlp", 4, storage=storage, compute=compute)
     truth = sum(buffer.nbytes for buffer in model.buffers())
-    assert sum(saved.weights(work).values()) == truth
+    assert sum(saved_bytes.weights(work).values()) == truth
 
 
 def test_nested_scales_are_counted():
     model, work = built(WIDE, "attn", 4, storage="nf4", compute="bf16")
-    for name in saved.modulation_names(work)[:3]:
+    for name in saved_bytes.modulation_names(work)[:3]:
         layer = model.get_submodule(name)
         layer.set_weight(layer.dequantize(torch.float32), "nf4", nested=True)
         truth = sum(buffer.nbytes for buffer in layer.buffers())
-        assert saved.weight_bytes(work, name, double_quant=True) == truth
+        assert saved_bytes.weight_bytes(work, name, double_quant=True) == truth
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_trained_bytes_are_those_of_the_optimizers(optimizer):
         for key, value in each.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap") and value.numel() > 1
     )
-    found = saved.trained(work, optimizer, ema=True)
+    found = saved_bytes.trained(work, optimizer, ema=True)
     assert found["LoRA"] == found["EMA"] == sum(p.nbytes for p in parameters)
     assert found["gradients"] == gradients.nbytes
     assert found["optimizer"] == pytest.approx(state, rel=0.01)
@@ -239,11 +241,11 @@ def test_peak_counts_what_is_alive_together():
     """Replayed blocks in front cost nothing at the peak, which is the last block's backward."""
     _, work = built(WIDE, "attn+mlp", 4, compute="bf16")
     shape = Shape(1, 256, 64)
-    keep = saved.step_peak(work, shape, ["keep"] * 3)
-    front = saved.step_peak(work, shape, ["checkpoint", "keep", "keep"])
-    back = saved.step_peak(work, shape, ["keep", "keep", "checkpoint"])
-    full = saved.block_saved(work, "double_blocks.0", shape, "keep").device
-    inputs = saved.block_saved(work, "double_blocks.0", shape, "checkpoint").device
+    keep = saved_bytes.step_peak(work, shape, ["keep"] * 3)
+    front = saved_bytes.step_peak(work, shape, ["checkpoint", "keep", "keep"])
+    back = saved_bytes.step_peak(work, shape, ["keep", "keep", "checkpoint"])
+    full = saved_bytes.block_saved(work, "double_blocks.0", shape, "keep").device
+    inputs = saved_bytes.block_saved(work, "double_blocks.0", shape, "checkpoint").device
     assert keep - front == full - inputs
     assert back == keep  # made again just where everything else is there
 

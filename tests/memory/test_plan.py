@@ -13,22 +13,23 @@ import pytest
 
 from fluxfast.config.schema import build_config, load_config
 from fluxfast.errors import ConfigError
-from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.plan import (
     CONTEXT,
     GIB,
     Request,
-    leaner,
-    leaner_policies,
+    cheaper,
+    cheaper_policies,
     usable,
 )
-from fluxfast.memory.planner.step_spec import Shape, Work, lora_of, shape_of
+from fluxfast.memory.planner.report import breakdown, table
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.activations import EXACT
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
-from fluxfast.tools.plan import breakdown, plan_rows, table
+from fluxfast.tools.plan import plan_rows
 
 ROOT = Path(__file__).parents[2]
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
@@ -39,7 +40,7 @@ SMALL = FluxSpec(
 
 
 def request(sides=(1024,), targets="attn+mlp", batch=1, compute="int8", **more) -> Request:
-    work = Work(DEV, "nf4", compute, "bf16", lora_of(DEV, 16, targets))
+    work = StepSpec(DEV, "nf4", compute, "bf16", lora_of(DEV, 16, targets))
     shapes = {f"{side}": shape_of(side, side, batch, 512) for side in sides}
     return Request(work, shapes, **more)
 
@@ -81,14 +82,14 @@ def test_limits_are_kept_in_every_phase(gib):
         plan = make_plan(request((512, 1024), targets, batch), card("4090"), usable(gib))
         assert max(plan.phases.values()) <= plan.limit
         for bucket in plan.buckets.values():
-            work, choice = plan.request.work, bucket.choice
+            work, choice = plan.request.step, bucket.choice
             always = sum(v for name, v in plan.static.items() if name != "host")
-            peak = saved.step_peak(work, bucket.shape, choice.policies)
+            peak = saved_bytes.step_peak(work, bucket.shape, choice.policies)
             assert always + peak + choice.staging <= bucket.bytes <= plan.limit
 
 
 def small_chooser() -> Chooser:
-    work = Work(SMALL, "bf16", "bf16", "bf16", lora_of(SMALL, 4, "attn+mlp"))
+    work = StepSpec(SMALL, "bf16", "bf16", "bf16", lora_of(SMALL, 4, "attn+mlp"))
     return Chooser(work, Shape(1, 1024, 128), card("4090"), launches=False)
 
 
@@ -111,7 +112,7 @@ def test_choice_is_near_the_best_of_all_there_are(share):
 
 
 def test_more_memory_is_never_slower():
-    chooser = Chooser(request().work, shape_of(1024, 1024, 1, 512), card("4090"), launches=False)
+    chooser = Chooser(request().step, shape_of(1024, 1024, 1, 512), card("4090"), launches=False)
     full = chooser.fixed(["keep"] * 57).bytes
     times = []
     for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0):
@@ -216,11 +217,11 @@ def test_a_refusal_says_what_is_short():
         make_plan(request((512,), policy="checkpoint"), small, usable(10))
     with pytest.raises(ConfigError, match="loading needs"):
         dense = request((512,), modulation="host")
-        dense = replace(dense, work=replace(dense.work, storage="bf16"))
+        dense = replace(dense, step=replace(dense.step, storage="bf16"))
         make_plan(dense, card("4090"), usable(24))
     with pytest.raises(ConfigError, match="nothing under lora.dropout"):
         make_plan(
-            replace(request(policy="gelu_int8"), work=replace(request().work, dropout=True)),
+            replace(request(policy="gelu_int8"), step=replace(request().step, dropout=True)),
             small,
             limit,
         )
@@ -232,10 +233,10 @@ def test_pinned_memory_is_limited_too():
     assert lots.host > 3 * GIB >= few.host
 
 
-def test_a_notch_leaner_goes_on_until_nothing_is_left():
+def test_a_notch_cheaper_goes_on_until_nothing_is_left():
     plan = make_plan(request(), card("4090"), usable(24))
     seen, before = 0, plan.buckets["1024"]
-    while (plan := leaner(plan, "1024")) is not None:
+    while (plan := cheaper(plan, "1024")) is not None:
         bucket = plan.buckets["1024"]
         assert bucket.bytes <= before.bytes and bucket.seconds > before.seconds
         changed = [b for a, b in zip(before.choice.policies, bucket.choice.policies, strict=True)
@@ -243,8 +244,12 @@ def test_a_notch_leaner_goes_on_until_nothing_is_left():
         assert changed and set(changed) <= {"recompute_mlp", "checkpoint"}
         before, seen = bucket, seen + 1
     assert set(before.choice.policies) == {"checkpoint"} and seen > 10
-    assert leaner_policies(("offload", "checkpoint")) is None
-    assert leaner_policies(("offload", "gelu_int8", "keep")) == ("offload", "recompute_mlp", "keep")
+    assert cheaper_policies(("offload", "checkpoint")) is None
+    assert cheaper_policies(("offload", "gelu_int8", "keep")) == (
+        "offload",
+        "recompute_mlp",
+        "keep",
+    )
 
 
 def test_accumulation_and_batch_are_in_the_time():
@@ -259,7 +264,7 @@ def test_accumulation_and_batch_are_in_the_time():
 def test_blocks_that_save_nothing_are_never_offloaded():
     """A LoRA on the single blocks alone: the double ones have nothing to bring away."""
     lora = lora_of(DEV, 16, "attn+mlp", ["single_blocks"])
-    only = replace(request(), work=replace(request().work, lora=lora))
+    only = replace(request(), step=replace(request().step, lora=lora))
     for each in (only, replace(only, policy="offload")):
         policies = make_plan(each, card("3060 12 GB"), usable(12)).buckets["1024"].choice.policies
         assert set(policies[:19]) == {"keep"} and "offload" in policies[19:]
@@ -267,7 +272,7 @@ def test_blocks_that_save_nothing_are_never_offloaded():
 
 def test_graphs_keep_their_pool_through_the_optimizers_step():
     plan = make_plan(request((512,), optimizer_state="host"), card("4090"), usable(24))
-    state = saved.trained(plan.request.work, "adamw", ema=False)["optimizer"]
+    state = saved_bytes.trained(plan.request.step, "adamw", ema=False)["optimizer"]
     assert plan.buckets["512"].graphed
     assert plan.phases["optimizer step"] == plan.peak + state
     eager = make_plan(request((512,), optimizer_state="host", graphs=False), card("4090"),
@@ -277,7 +282,7 @@ def test_graphs_keep_their_pool_through_the_optimizers_step():
 
 def test_layers_kept_dense_are_dearer_and_known():
     plain = request((1024,))
-    dense = replace(plain, work=replace(plain.work, layers={"single_blocks.*.linear1": "bf16"}))
+    dense = replace(plain, step=replace(plain.step, layers={"single_blocks.*.linear1": "bf16"}))
     a, b = (make_plan(each, card("H100"), usable(80)) for each in (plain, dense))
     assert b.static["weights: blocks"] > a.static["weights: blocks"] + 3 * GIB
     assert b.seconds("1024") > a.seconds("1024")
@@ -313,7 +318,7 @@ def test_rows_say_what_is_planned():
         defaults(model__path="black-forest-labs/FLUX.1-schnell", data__0__resolution=[512]),
         None, "4090",
     )  # fmt: skip
-    assert row.plan.request.work.spec.guidance_embed is False
+    assert row.plan.request.step.spec.guidance_embed is False
     assert row.plan.buckets["512 px"].shape.text_tokens == 256
     (row,) = plan_rows(defaults(memory__limit_gib=8, data__0__resolution=[512]), 24, None)
     assert row.vram_gib == 8

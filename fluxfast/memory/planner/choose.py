@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card
 from fluxfast.memory.planner.cost import BlockOps, block_ops
 from fluxfast.memory.planner.ops import Op, codes_ops, element_op, total_seconds
-from fluxfast.memory.planner.step_spec import Shape, Work
+from fluxfast.memory.planner.step_spec import Shape, StepSpec
 from fluxfast.memory.planner.timeline import Timeline, predict
 from fluxfast.model.activations import POLICIES
 from fluxfast.model.names import linear_shape
@@ -43,14 +43,14 @@ class _Block:
 
     forward: float
     backward: float
-    kept: dict[str, saved.SavedBytes]
-    besides: dict[str, int]  # policy -> what its backward holds beyond what is kept
+    saved: dict[str, saved_bytes.SavedBytes]
+    besides: dict[str, int]  # policy -> what its backward holds beyond what is saved
     time: dict[str, tuple[float, float]]
 
     def hull(self, allowed: Sequence[str]) -> list[str]:
         """Policies from the most bytes to the fewest, each step dearer per byte than the last."""
         points = sorted(
-            ((self.kept[p].device, sum(self.time[p]), p) for p in allowed), key=lambda x: x[:2]
+            ((self.saved[p].device, sum(self.time[p]), p) for p in allowed), key=lambda x: x[:2]
         )
         lower: list[tuple[int, float, str]] = []
         for point in reversed(points):  # from the most bytes on
@@ -72,7 +72,7 @@ def _slope(more: tuple, fewer: tuple) -> float:
 
 
 def policy_ops(
-    work: Work, shape: Shape, block: str, policy: str, ops: BlockOps
+    step: StepSpec, shape: Shape, block: str, policy: str, ops: BlockOps
 ) -> tuple[list[Op], list[Op]]:
     """What a policy adds to a block's own `ops`, copies apart -> (forward, backward)."""
     if policy in ("recompute_mlp", "checkpoint"):
@@ -81,44 +81,44 @@ def policy_ops(
         return [], []
     # its own pass writes the codes; that backward reads fewer bytes is not counted in favor of
     # what rounds
-    u = shape.batch * shape.tokens * work.spec.mlp_hidden
+    u = shape.batch * shape.tokens * step.spec.mlp_hidden
     codes = element_op("codes of u", u, 1, launches=0)
     if policy == "gelu_int8":
         return [codes], []
-    full = saved.block_saved(work, block, shape, "keep").device
-    pack, unpack = codes_ops(full // work.width - u, work.width)
+    full = saved_bytes.block_saved(step, block, shape, "keep").device
+    pack, unpack = codes_ops(full // step.width - u, step.width)
     return [pack, codes], [unpack]
 
 
 class Chooser:
-    """Chooses for one work and shape on one card. launches: whether kernels are launched one by
+    """Chooses for one step and shape on one card. launches: whether kernels are launched one by
     one (no CUDA graph), which adds their launch times.
     """
 
-    def __init__(self, work: Work, shape: Shape, card: Card, launches: bool):
-        self.work, self.shape, self.card, self.launches = work, shape, card, launches
+    def __init__(self, step: StepSpec, shape: Shape, card: Card, launches: bool):
+        self.step, self.shape, self.card, self.launches = step, shape, card, launches
         known: dict[tuple, _Block] = {}
         self.blocks = []
-        for name in saved.blocks_of(work):
-            key = _signature(work, name)
+        for name in saved_bytes.blocks_of(step):
+            key = _signature(step, name)
             if key not in known:
                 known[key] = self._figures(name)
             self.blocks.append(known[key])
 
     def _seconds(self, ops) -> float:
-        return total_seconds(ops, self.card, self.work.matmul, self.launches)
+        return total_seconds(ops, self.card, self.step.matmul, self.launches)
 
     def _figures(self, name: str) -> _Block:
-        work, shape = self.work, self.shape
-        ops = block_ops(work, name, shape)
-        more = {policy: policy_ops(work, shape, name, policy, ops) for policy in POLICIES}
+        step, shape = self.step, self.shape
+        ops = block_ops(step, name, shape)
+        more = {policy: policy_ops(step, shape, name, policy, ops) for policy in POLICIES}
         return _Block(
             self._seconds(ops.forward),
             self._seconds(ops.backward),
-            {policy: saved.block_saved(work, name, shape, policy) for policy in more},
+            {policy: saved_bytes.block_saved(step, name, shape, policy) for policy in more},
             {
-                policy: saved.transient(work, name, shape)
-                + saved.recomputed(work, name, shape, policy)
+                policy: saved_bytes.transient(step, name, shape)
+                + saved_bytes.recomputed(step, name, shape, policy)
                 for policy in more
             },
             {
@@ -128,16 +128,16 @@ class Chooser:
         )
 
     def peak(self, policies: Sequence[str]) -> int:
-        """As `saved.step_peak`, from figures that are there already."""
+        """As `saved_bytes.step_peak`, from figures that are there already."""
         held = most = self._outer
         for block, policy in zip(self.blocks, policies, strict=True):
-            held += block.kept[policy].device
+            held += block.saved[policy].device
             most = max(most, held + block.besides[policy])
         return most
 
     @cached_property
     def _outer(self) -> int:
-        return saved.outer_saved(self.work, self.shape)
+        return saved_bytes.outer_saved(self.step, self.shape)
 
     def timeline(self, policies: Sequence[str]) -> Timeline:
         pairs = list(zip(self.blocks, policies, strict=True))
@@ -145,16 +145,16 @@ class Chooser:
         return predict(
             [block.forward + block.time[policy][0] for block, policy in pairs],
             [block.backward + block.time[policy][1] for block, policy in pairs],
-            [block.kept[policy].host for block, policy in pairs],
+            [block.saved[policy].host for block, policy in pairs],
             rate,
             rate,
         )
 
     def fixed(self, policies: Sequence[str]) -> Choice:
-        """What these policies take. A block that saves nothing is kept, not offloaded."""
+        """Returns these policies as a choice. A block that saves nothing is not offloaded."""
         pairs = zip(self.blocks, policies, strict=True)
         policies = [
-            "keep" if policy == "offload" and not block.kept[policy].host else policy
+            "keep" if policy == "offload" and not block.saved[policy].host else policy
             for block, policy in pairs
         ]
         line = self.timeline(policies)
@@ -171,14 +171,14 @@ class Chooser:
         """The fastest choice of at most `budget` bytes on the card and `host` in its arena; None
         where there is none.
         """
-        found = [self._fill(budget, allowed, frozenset())]
-        if "offload" in allowed and (found[0] is None or self._costs(found[0])):
-            able = [i for i, block in enumerate(self.blocks) if block.kept["offload"].host]
+        choices = [self._fill(budget, allowed, frozenset())]
+        if "offload" in allowed and (choices[0] is None or self._costs(choices[0])):
+            able = [i for i, block in enumerate(self.blocks) if block.saved["offload"].host]
             most = len(able)
             for count in sorted({*range(1, most + 1, max(1, most // TRIED)), most} - {0}):
-                spread = frozenset(able[place] for place in _spread(count, most))
-                found.append(self._fill(budget, allowed, spread))
-        fits = [choice for choice in found if choice and (host is None or choice.host <= host)]
+                spread = frozenset(able[i] for i in _spread(count, most))
+                choices.append(self._fill(budget, allowed, spread))
+        fits = [choice for choice in choices if choice and (host is None or choice.host <= host)]
         fits.sort(key=lambda choice: choice.seconds)
         relaxed = [self._relaxed(choice, budget, allowed) for choice in fits[:RELAXED]]
         return min(relaxed, key=lambda choice: choice.seconds, default=None)
@@ -212,15 +212,15 @@ class Chooser:
 
     def _fill(self, budget: int, allowed: Sequence[str], offloaded: frozenset) -> Choice | None:
         """Policies of those blocks that are not offloaded: as few moves as the budget takes."""
-        words = [policy for policy in allowed if policy != "offload"]
+        resident = [policy for policy in allowed if policy != "offload"]
         start = ["offload"] * len(self.blocks)
         moves = []
         for index, block in enumerate(self.blocks):
             if index in offloaded:
                 continue
-            hull = block.hull(words)
+            hull = block.hull(resident)
             start[index] = hull[0]
-            points = [(block.kept[p].device, sum(block.time[p])) for p in hull]
+            points = [(block.saved[p].device, sum(block.time[p])) for p in hull]
             for one, other, policy in zip(points, points[1:], hull[1:], strict=False):
                 moves.append((_slope(one, other), index, policy))
         moves.sort(key=lambda move: move[:2])
@@ -255,16 +255,21 @@ def _spread(count: int, blocks: int) -> frozenset:
     return frozenset(i * blocks // count for i in range(count))
 
 
-def _signature(work: Work, block: str) -> tuple:
+def _signature(step: StepSpec, block: str) -> tuple:
     """What makes two blocks alike."""
-    own = [name for name in work.precisions if name.startswith(f"{block}.")]
+    own = [name for name in step.precisions if name.startswith(f"{block}.")]
     parts = tuple(
         (
             name[len(block) :],
-            linear_shape(name, work.spec),
-            work.precisions[name],
-            work.lora.modules.get(name),
+            linear_shape(name, step.spec),
+            step.precisions[name],
+            step.lora.modules.get(name),
         )
         for name in own
     )
-    return block.split(".")[0], parts, saved.saves(work, block), saved.norm_is_free(work, block)
+    return (
+        block.split(".")[0],
+        parts,
+        saved_bytes.saves(step, block),
+        saved_bytes.norm_is_free(step, block),
+    )

@@ -27,7 +27,8 @@ from fluxfast.memory.planner.ops import (  # noqa: F401  (the whole model is rea
     total_flop,
     total_seconds,
 )
-from fluxfast.memory.planner.step_spec import WIDTH, Lora, Shape, Work, lora_of, shape_of  # noqa: F401
+from fluxfast.memory.planner.saved_bytes import blocks_of
+from fluxfast.memory.planner.step_spec import WIDTH, Lora, Shape, StepSpec, lora_of, shape_of  # noqa: F401
 from fluxfast.model.names import SWAPPED, block_linears, linear_shape
 
 # NF4 for so few rows is decoded inside the product (the least shipped threshold), and 8-bit weights
@@ -68,16 +69,16 @@ class _Linear:
     """One linear over M rows. made: input columns whose maker writes their 8-bit codes. gate: of
     residual + gate · y: "" where there is none, "frozen" or "trained"."""
 
-    def __init__(self, work: Work, name: str, M: int, made: int = 0, gate: str = ""):
-        self.work, self.name, self.M, self.gate = work, name, M, gate
-        self.N, self.K = linear_shape(name, work.spec)
-        self.P, self.rows = work.lora.modules.get(name, (0, 0))
-        self.R, self.e, self.matmul = work.lora.rank, work.width, work.precisions[name].matmul
-        self.drops = work.dropout and self.P > 0  # takes a path that fuses nothing
+    def __init__(self, step: StepSpec, name: str, M: int, made: int = 0, gate: str = ""):
+        self.step, self.name, self.M, self.gate = step, name, M, gate
+        self.N, self.K = linear_shape(name, step.spec)
+        self.P, self.rows = step.lora.modules.get(name, (0, 0))
+        self.R, self.e, self.matmul = step.lora.rank, step.width, step.precisions[name].matmul
+        self.drops = step.dropout and self.P > 0  # takes a path that fuses nothing
         self.made = 0 if self.drops or not self.matmul else made
         self.apart = gate == "trained" or (gate != "" and self.drops)
         # what the product multiplies, and in how many bytes
-        self.kind = self.matmul or work.activations
+        self.kind = self.matmul or step.activations
         self.operand = 1 if self.matmul else self.e
 
     def forward(self) -> list[Op]:
@@ -129,21 +130,21 @@ class _Linear:
                 ops.append(self._skinny("dx up", self.P * K, wide, int(self.drops)))
             if self.drops:  # dx + mask · the update's
                 ops.append(self._pass("dx sum", M * K, 4 * e, 2.0))
-            if self.work.precisions[self.name].rotation:  # through fp32
+            if self.step.precisions[self.name].rotation:  # through fp32
                 ops.append(self._pass("rotate back", M * K, 8.0, 9.0))
         return ops
 
     def _product(self, name: str, N: int, K: int, weight: float, extra: float = 0.0) -> Op:
         extra += (self.e - self.operand) * self.M * N  # the result is never in codes
-        given = (self.M, N, K, weight, self.operand)
-        return linear_op(f"{self.name} {name}", self.kind, *given, extra=extra)
+        name = f"{self.name} {name}"
+        return linear_op(name, self.kind, self.M, N, K, weight, self.operand, extra=extra)
 
     def _skinny(self, name: str, span: int, wide: float, launches: int = 1) -> Op:
         """A product with A (span P·K) or B (span N'): reads or writes `wide` bytes, the factor in
         fp32, and [M, P·R]."""
         moved = wide + 4 * self.R * span + self.e * self.M * self.P * self.R
         flop = 2.0 * self.M * self.R * span
-        return Op(f"{self.name} {name}", self.work.activations, flop, moved, launches)
+        return Op(f"{self.name} {name}", self.step.activations, flop, moved, launches)
 
     def _pass(self, name: str, elements: float, each: float, flop: float) -> Op:
         return element_op(f"{self.name} {name}", elements, each, flop)
@@ -155,45 +156,47 @@ class _Linear:
         return [mask, self._pass("masked", elements, 3 * self.e, 1.0)]
 
     def _weight(self, towards_x: bool = False) -> tuple[list[Op], float]:
-        """-> (the pass that makes the weight ready, or none; bytes a weight that the product
-        reads)."""
-        kept = self.work.kept(self.name)
-        halves = self.matmul or self.work.activations == "bf16"  # fp32 products are torch's
-        if kept == "nf4" and halves and self.M <= FUSED_ROWS:
+        """Returns (the pass that makes the weight ready, or none; bytes a weight that the
+        product reads)."""
+        storage = self.step.stored_as(self.name)
+        halves = self.matmul or self.step.activations == "bf16"  # fp32 products are torch's
+        if storage == "nf4" and halves and self.M <= FUSED_ROWS:
             return [], NF4
-        held = {"nf4": NF4, "int8": 1 + 4 / self.K, "fp8": 1 + 4 / self.K}.get(kept)
-        held = held or WIDTH[kept]
+        nbytes = {"nf4": NF4, "int8": 1 + 4 / self.K, "fp8": 1 + 4 / self.K}.get(storage)
+        nbytes = nbytes or WIDTH[storage]
         weights = self.N * self.K
-        if kept != self.kind:
-            return [self._pass("decode", weights, held + self.operand, 1.0)], self.operand
-        if kept == self.matmul and towards_x and self.M > UNTRANSPOSED_ROWS:
+        if storage != self.kind:
+            return [self._pass("decode", weights, nbytes + self.operand, 1.0)], self.operand
+        if storage == self.matmul and towards_x and self.M > UNTRANSPOSED_ROWS:
             return [self._pass("transpose", weights, 2.0, 0.0)], 1
-        return [], held
+        return [], nbytes
 
 
-def _normed(work: Work, name: str, M: int, modulation: str = "", residual: bool = True) -> BlockOps:
+def _normed(
+    step: StepSpec, name: str, M: int, modulation: str = "", residual: bool = True
+) -> BlockOps:
     """norm_modulate_lora_linear; modulation: the linear that makes shift and scale. residual: its
     input goes on past it, so that autograd adds two gradients."""
-    D = linear_shape(name, work.spec)[1]
-    linear = _Linear(work, name, M, made=D)
-    passes = 2 * work.width + 8 / D  # h and x; mean and rstd in fp32
+    D = linear_shape(name, step.spec)[1]
+    linear = _Linear(step, name, M, made=D)
+    passes = 2 * step.width + 8 / D  # h and x; mean and rstd in fp32
     codes = 1 + 4 / D if linear.made else 0
     forward = [element_op(f"{name} norm", M * D, passes + codes, 8.0), *linear.forward()]
     backward = []
     if linear.P and not linear.drops:
         backward.append(element_op(f"{name} norm again", M * D, passes, 4.0))
     backward += linear.backward()
-    flop = 13.0 if work.trains(modulation) else 10.0
-    backward.append(element_op(f"{name} norm backward", M * D, passes + work.width, flop))
+    flop = 13.0 if step.trains(modulation) else 10.0
+    backward.append(element_op(f"{name} norm backward", M * D, passes + step.width, flop))
     if residual:
-        backward.append(element_op(f"{name} gradients added", M * D, 3 * work.width))
+        backward.append(element_op(f"{name} gradients added", M * D, 3 * step.width))
     return BlockOps(forward, backward)
 
 
-def _gelued(work: Work, name: str, M: int, modulation: str) -> BlockOps:
+def _gelued(step: StepSpec, name: str, M: int, modulation: str) -> BlockOps:
     """gelu_lora_linear with gate and residual; linear2 takes the attention's output beside u."""
-    F, K, e = work.spec.mlp_hidden, linear_shape(name, work.spec)[1], work.width
-    linear = _Linear(work, name, M, made=F, gate=_gate(work, modulation))
+    F, K, e = step.spec.mlp_hidden, linear_shape(name, step.spec)[1], step.width
+    linear = _Linear(step, name, M, made=F, gate=_gate(step, modulation))
     codes = 1 + 4 / F if linear.made else 0
     forward = [element_op(f"{name} gelu", M * F, 2 * e + codes, 10.0), *linear.forward()]
     backward = linear.backward()
@@ -205,15 +208,15 @@ def _gelued(work: Work, name: str, M: int, modulation: str) -> BlockOps:
     return BlockOps(forward, backward)
 
 
-def _gate(work: Work, modulation: str) -> str:
-    return "trained" if work.trains(modulation) else "frozen"
+def _gate(step: StepSpec, modulation: str) -> str:
+    return "trained" if step.trains(modulation) else "frozen"
 
 
 def _attended(
-    work: Work, name: str, shape: Shape, streams: int, recompute_scores: bool
+    step: StepSpec, name: str, shape: Shape, streams: int, recompute_scores: bool
 ) -> BlockOps:
     """qk_norm_rope_attention, whose backward makes q, k (and of two streams a joint v) again."""
-    e, D, T = work.width, work.spec.hidden_size, shape.tokens
+    e, D, T = step.width, step.spec.hidden_size, shape.tokens
     n = shape.batch * T * D
     made = element_op(f"{name} qk norm", n, (4 if streams == 1 else 6) * e, 12.0, streams)
     forward = [made, attention_op(shape.batch, T, D, e)]
@@ -227,7 +230,7 @@ def _attended(
 # ---------------------------------------------------------------- a step
 
 
-def block_ops(work: Work, block: str, shape: Shape, recompute_scores: bool = True) -> BlockOps:
+def block_ops(step: StepSpec, block: str, shape: Shape, recompute_scores: bool = True) -> BlockOps:
     """Ops of one block without its modulation linears (`modulation_ops`); every input has a
     gradient.
 
@@ -235,24 +238,24 @@ def block_ops(work: Work, block: str, shape: Shape, recompute_scores: bool = Tru
     scores again, as flash does (10·B·T²·D FLOP), else 8. Raises ConfigError for another block.
     """
     group, _, index = block.partition(".")
-    depths = {"double_blocks": work.spec.depth, "single_blocks": work.spec.depth_single_blocks}
+    depths = {"double_blocks": step.spec.depth, "single_blocks": step.spec.depth_single_blocks}
     if not index.isdecimal() or int(index) >= depths.get(group, 0):
         known = ", ".join(f"{name}.0 to {name}.{depth - 1}" for name, depth in depths.items())
         raise ConfigError(f"block {block!r} is not one of {known}")
     if group == "single_blocks":
         M, modulation = shape.batch * shape.tokens, f"{block}.modulation.lin"
-        first = _normed(work, f"{block}.linear1", M, modulation)
-        ops = _recomputed(first) + _attended(work, block, shape, 1, recompute_scores)
-        return ops + _gelued(work, f"{block}.linear2", M, modulation)
-    ops = _attended(work, block, shape, 2, recompute_scores)
+        first = _normed(step, f"{block}.linear1", M, modulation)
+        ops = _recomputed(first) + _attended(step, block, shape, 1, recompute_scores)
+        return ops + _gelued(step, f"{block}.linear2", M, modulation)
+    ops = _attended(step, block, shape, 2, recompute_scores)
     for stream, tokens in (("txt", shape.text_tokens), ("img", shape.image_tokens)):
         at, M = f"{block}.{stream}", shape.batch * tokens
         modulation = f"{at}_mod.lin"
-        ops += _normed(work, f"{at}_attn.qkv", M, modulation)
-        proj = _Linear(work, f"{at}_attn.proj", M, gate=_gate(work, modulation))
+        ops += _normed(step, f"{at}_attn.qkv", M, modulation)
+        proj = _Linear(step, f"{at}_attn.proj", M, gate=_gate(step, modulation))
         ops += BlockOps(proj.forward(), proj.backward())
-        ops += _recomputed(_normed(work, f"{at}_mlp.0", M, modulation))
-        ops += _gelued(work, f"{at}_mlp.2", M, modulation)
+        ops += _recomputed(_normed(step, f"{at}_mlp.0", M, modulation))
+        ops += _gelued(step, f"{at}_mlp.2", M, modulation)
     return ops
 
 
@@ -260,22 +263,22 @@ def _recomputed(ops: BlockOps) -> BlockOps:
     return BlockOps(ops.forward, ops.backward, list(ops.forward))
 
 
-def modulation_ops(work: Work, rows: int) -> BlockOps:
+def modulation_ops(step: StepSpec, rows: int) -> BlockOps:
     """All modulation linears, the last layer's too, over `rows` rows: one a sample of the step, or
     more where they are computed ahead. Backward: the gradients of their LoRA alone, as nothing
     before them is trained."""
-    names = [name for name in block_linears(work.spec) if "mod" in name] + [SWAPPED]
+    names = [name for name in block_linears(step.spec) if "mod" in name] + [SWAPPED]
     ops = BlockOps([], [])
     for name in names:
-        linear = _Linear(work, name, rows)
-        silu = element_op(f"{name} silu", rows * linear.K, 2 * work.width, 4.0)
+        linear = _Linear(step, name, rows)
+        silu = element_op(f"{name} silu", rows * linear.K, 2 * step.width, 4.0)
         ops += BlockOps([silu, *linear.forward()], linear.backward(need_dx=False))
     return ops
 
 
-def outer_ops(work: Work, shape: Shape) -> BlockOps:
+def outer_ops(step: StepSpec, shape: Shape) -> BlockOps:
     """What is around the blocks: noise mixed in, embeddings, the last linear, the loss."""
-    spec, e, B = work.spec, work.width, shape.batch
+    spec, e, B = step.spec, step.width, shape.batch
     images, texts = B * shape.image_tokens, B * shape.text_tokens
     tokens, latents = B * shape.tokens * spec.hidden_size, images * spec.in_channels
     embedders = ["time_in", "vector_in"] + ["guidance_in"] * spec.guidance_embed
@@ -283,9 +286,9 @@ def outer_ops(work: Work, shape: Shape) -> BlockOps:
     rows |= {f"{name}.{side}_layer": B for name in embedders for side in ("in", "out")}
     forward = [element_op("flow mix", latents, 6 * 4, 6.0)]
     for name, M in rows.items():
-        forward += _Linear(work, name, M).forward()
+        forward += _Linear(step, name, M).forward()
     forward.append(element_op("streams joined", tokens, 2 * e, 0.0))
-    last = _normed(work, "final_layer.linear", images, residual=False)
+    last = _normed(step, "final_layer.linear", images, residual=False)
     loss = element_op("flow loss", latents, 2 * e + 4, 5.0)
     # the gradient of a slice: zeros, then its rows
     sliced = e * tokens + 2 * e * images * spec.hidden_size
@@ -293,12 +296,14 @@ def outer_ops(work: Work, shape: Shape) -> BlockOps:
     return BlockOps([*forward, *last.forward, loss], backward)
 
 
-def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = True) -> list[Op]:
+def optimizer_ops(
+    step: StepSpec, optimizer: str, ema: bool = False, guard: bool = True
+) -> list[Op]:
     """Over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the trainer's flat
     gradients, clipped and guarded. Raises ConfigError for an unknown optimizer."""
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-    count, tensors = work.lora.parameters, 2 * len(work.lora.modules)
+    count, tensors = step.lora.parameters, 2 * len(step.lora.modules)
     launches = ceil(tensors / FUSED_TENSORS) if optimizer == "adamw" else tensors
     ops = [element_op(optimizer, count, OPTIMIZERS[optimizer], 12.0, launches)]
     if guard:
@@ -308,22 +313,20 @@ def optimizer_ops(work: Work, optimizer: str, ema: bool = False, guard: bool = T
     return ops
 
 
-def step_ops(work: Work, shape: Shape, recompute_scores: bool = True) -> list[Op]:
+def step_ops(step: StepSpec, shape: Shape, recompute_scores: bool = True) -> list[Op]:
     """Everything of a step once, forward and backward, nothing replayed; without the optimizer.
     recompute_scores: as `block_ops` takes it."""
-    parts = [modulation_ops(work, shape.batch), outer_ops(work, shape)]
-    blocks = [f"double_blocks.{i}" for i in range(work.spec.depth)]
-    blocks += [f"single_blocks.{i}" for i in range(work.spec.depth_single_blocks)]
-    parts += [block_ops(work, block, shape, recompute_scores) for block in blocks]
+    parts = [modulation_ops(step, shape.batch), outer_ops(step, shape)]
+    parts += [block_ops(step, block, shape, recompute_scores) for block in blocks_of(step)]
     return [op for part in parts for op in part.forward + part.backward]
 
 
-def model_flop(work: Work, shape: Shape) -> float:
+def model_flop(step: StepSpec, shape: Shape) -> float:
     """FLOP of the products that a step cannot do without, whoever takes it: forward, backward and
     attention, none of them made again, nothing element-wise. What model FLOP utilization counts.
     """
     return total_flop(
         op
-        for op in step_ops(work, shape, recompute_scores=False)
+        for op in step_ops(step, shape, recompute_scores=False)
         if op.kind not in ("element", "copy") and not op.name.endswith(" again")
     )

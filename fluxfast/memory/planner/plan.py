@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fluxfast.errors import ConfigError
-from fluxfast.memory.planner import saved_bytes as saved
+from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card
 from fluxfast.memory.planner.choose import Choice, Chooser
 from fluxfast.memory.planner.cost import modulation_ops, optimizer_ops, outer_ops
 from fluxfast.memory.planner.ops import Op, seconds, total_seconds
-from fluxfast.memory.planner.step_spec import Shape, Work
+from fluxfast.memory.planner.step_spec import Shape, StepSpec
 from fluxfast.model.activations import EXACT
 from fluxfast.model.modulation import MODULATION_ROWS
 
@@ -46,7 +46,7 @@ class Request:
     bytes of an assistant LoRA's factors.
     """
 
-    work: Work
+    step: StepSpec
     shapes: Mapping[str, Shape]
     optimizer: str = "adamw"
     ema: bool = False
@@ -63,16 +63,14 @@ class Request:
 
     @property
     def modulation_trained(self) -> bool:
-        names = saved.modulation_names(self.work)
-        return any(name in self.work.lora.modules for name in names)
+        names = saved_bytes.modulation_names(self.step)
+        return any(name in self.step.lora.modules for name in names)
 
     def allowed(self) -> list[str]:
         """The policies that may be chosen from."""
         if self.policy != "auto":
             return [self.policy]
-        if (
-            self.work.dropout
-        ):  # its path forms u and GELU apart: there is no op to save it in 8 bits
+        if self.step.dropout:  # forms u and GELU apart: there is no op to save it in 8 bits
             return list(EXACT)
         in_8_bits = {"none": (), "u": ("gelu_int8",), "all": ("gelu_int8", "int8")}[self.saved_8bit]
         return [*EXACT, *in_8_bits]
@@ -120,6 +118,11 @@ class Plan:
         """Of one optimizer step of that bucket."""
         return self.buckets[label].seconds * self.request.accumulation + self.step_seconds
 
+    @property
+    def mean_seconds(self) -> float:
+        """Of one optimizer step, the mean over the buckets."""
+        return sum(self.seconds(label) for label in self.buckets) / len(self.buckets)
+
 
 def usable(vram_gib: float) -> int:
     """Bytes that a run may allocate on a card of so many GiB that nobody else uses."""
@@ -130,7 +133,7 @@ def best_plan(request: Request, card: Card, limit: float, host: int | None) -> P
     """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None where
     nothing fits. Raises ConfigError for settings that contradict each other.
     """
-    if request.policy == "gelu_int8" and request.work.dropout:
+    if request.policy == "gelu_int8" and request.step.dropout:
         raise ConfigError(
             "memory.policy: gelu_int8 does nothing under lora.dropout, whose path forms GELU apart",
             hint="memory.policy: auto, or lora.dropout: 0",
@@ -141,11 +144,7 @@ def best_plan(request: Request, card: Card, limit: float, host: int | None) -> P
         for modulation in _modulations(request)
         for state in _states(request)
     ]
-    return min((p for p in plans if p), key=_mean_seconds, default=None)
-
-
-def _mean_seconds(plan: Plan) -> float:
-    return sum(plan.seconds(label) for label in plan.buckets) / len(plan.buckets)
+    return min((p for p in plans if p), key=lambda plan: plan.mean_seconds, default=None)
 
 
 def _modulations(request: Request) -> list[str]:
@@ -161,8 +160,8 @@ def _modulations(request: Request) -> list[str]:
 
 
 def _states(request: Request) -> list[str]:
-    given = request.optimizer_state
-    return ["device", "host"] if given == "auto" else [given]
+    state = request.optimizer_state
+    return ["device", "host"] if state == "auto" else [state]
 
 
 def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> Plan | None:
@@ -175,8 +174,9 @@ def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> 
     buckets, staging = {}, 0
     for _ in range(2):  # staging buffers are the largest bucket's, for all of them
         for label, shape in request.shapes.items():
-            given = (limit - always, room, modulation, staging, choosers)
-            bucket = _bucket(request, card, shape, *given)
+            bucket = _bucket(
+                request, card, shape, limit - always, room, modulation, staging, choosers
+            )
             if bucket is None:
                 return None
             buckets[label] = replace(bucket, bytes=bucket.bytes + always)
@@ -184,118 +184,119 @@ def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> 
         if most == staging:
             break
         staging = most
-    step = _step_seconds(request, card, static, state)
+    step_seconds = _step_seconds(request, card, static, state)
     phases = _phases(request, always, max(b.bytes for b in buckets.values()))
     # graphs keep their pool through it
     graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
     phases["optimizer step"] = max(graphed, default=always)
-    phases["optimizer step"] += _on_host_bytes(request, "optimizer", state)
+    phases["optimizer step"] += _state_on_host(request, state)
     phases["optimizer step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
-    weights = saved.weights(request.work, request.double_quant)
+    weights = saved_bytes.weights(request.step, request.double_quant)
     phases["loading"] = sum(weights.values()) + static["LoRA"]
-    phases["loading"] += LOADING * saved.largest_matrix(request.work)
-    plan = Plan(request, card, limit, static, modulation, state, buckets, step, phases)
+    phases["loading"] += LOADING * saved_bytes.largest_matrix(request.step)
+    plan = Plan(request, card, limit, static, modulation, state, buckets, step_seconds, phases)
     return plan if max(phases.values()) <= limit else None
 
 
-def _on_host_bytes(request: Request, part: str, where: str) -> int:
-    return saved.trained(request.work, request.optimizer, False)[part] if where == "host" else 0
+def _state_on_host(request: Request, where: str) -> int:
+    """Bytes of the optimizer's state, 0 unless it is on the host."""
+    if where != "host":
+        return 0
+    return saved_bytes.trained(request.step, request.optimizer, False)["optimizer"]
 
 
 def _bucket(request, card, shape, budget, host, modulation, staging, choosers) -> Bucket | None:
     """staging: of other buckets, which this one must leave room for."""
     allowed = request.allowed()
-    found = []
+    buckets = []
     for graphed in (True, False) if request.graphs else (False,):
-        words = [p for p in allowed if not (graphed and p == "offload")]
-        if not words:
+        policies = [p for p in allowed if not (graphed and p == "offload")]
+        if not policies:
             continue
         if (shape, graphed) not in choosers:
-            choosers[shape, graphed] = Chooser(request.work, shape, card, launches=not graphed)
+            choosers[shape, graphed] = Chooser(request.step, shape, card, launches=not graphed)
         chooser, fixed = choosers[shape, graphed], request.policy != "auto"
         room = budget - (staging if graphed else 0)
         if fixed:
             choice = chooser.fixed([request.policy] * len(chooser.blocks))
         else:
-            choice = chooser.choose(room, words, host)
+            choice = chooser.choose(room, policies, host)
         more = max(0, staging - choice.staging) if choice else 0
         if choice and not fixed and choice.bytes + more > budget:
-            choice = chooser.choose(budget - staging, words, host)
+            choice = chooser.choose(budget - staging, policies, host)
             more = max(0, staging - choice.staging) if choice else 0
         if choice is None or choice.bytes + more > budget:
             continue
         if host is not None and choice.host > host:
             continue
-        outer = outer_ops(request.work, shape)
+        outer = outer_ops(request.step, shape)
         each = total_seconds(
-            [*outer.forward, *outer.backward], card, request.work.matmul, not graphed
+            [*outer.forward, *outer.backward], card, request.step.matmul, not graphed
         )
         each += choice.seconds + _modulation_seconds(request, card, shape, modulation)
-        found.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
-    return min(found, key=lambda bucket: bucket.seconds, default=None)
+        buckets.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
+    return min(buckets, key=lambda bucket: bucket.seconds, default=None)
 
 
 def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: str) -> float:
     """Per micro-batch. Ahead: one pass of MODULATION_ROWS rows serves several."""
     rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
-    ops = modulation_ops(request.work, rows)
-    total = total_seconds([*ops.forward, *ops.backward], card, request.work.matmul, True)
+    ops = modulation_ops(request.step, rows)
+    total = total_seconds([*ops.forward, *ops.backward], card, request.step.matmul, True)
     if modulation == "in_place":
         return total
     if modulation == "host":
-        moved = saved.weights(request.work, request.double_quant)["modulation"]
+        moved = saved_bytes.weights(request.step, request.double_quant)["modulation"]
         total = max(total, seconds(Op("modulation in", "copy", 0.0, moved), card))
     return total / max(1, MODULATION_ROWS // shape.batch)
 
 
 def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state: str) -> float:
-    ops = optimizer_ops(request.work, request.optimizer, request.ema)
-    total = total_seconds(ops, card, request.work.matmul, True)
-    if state == "host":
-        moved = _on_host_bytes(request, "optimizer", state)
-        total += 2 * seconds(Op("optimizer state", "copy", 0.0, moved), card)
-    return total
+    ops = optimizer_ops(request.step, request.optimizer, request.ema)
+    total = total_seconds(ops, card, request.step.matmul, True)
+    moved = _state_on_host(request, state)
+    return total + 2 * seconds(Op("optimizer state", "copy", 0.0, moved), card)
 
 
 def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int]:
     """What is always on the card by name; "host": what lies in host memory instead."""
-    work = request.work
-    found = {f"weights: {k}": v for k, v in saved.weights(work, request.double_quant).items()}
-    found |= saved.trained(work, request.optimizer, request.ema)
-    found |= {"scratch": saved.scratch(work), "other": OTHER, "host": 0}
+    step = request.step
+    sizes = {f"weights: {k}": v for k, v in saved_bytes.weights(step, request.double_quant).items()}
+    sizes |= saved_bytes.trained(step, request.optimizer, request.ema)
+    sizes |= {"scratch": saved_bytes.scratch(step), "other": OTHER, "host": 0}
     if request.assistant:  # a step keeps it once more, its ranks beside those of the trained LoRA
-        found["assistant LoRA"] = 2 * request.assistant + found["LoRA"]
+        sizes["assistant LoRA"] = 2 * request.assistant + sizes["LoRA"]
     if modulation == "host":
-        found["host"] += found.pop("weights: modulation")
-        found["modulation staging"] = 2 * saved.largest_modulation(work, request.double_quant)
+        sizes["host"] += sizes.pop("weights: modulation")
+        sizes["modulation staging"] = 2 * saved_bytes.largest_modulation(step, request.double_quant)
     if state == "host":
-        found["host"] += found.pop("optimizer")
-    return found
+        sizes["host"] += sizes.pop("optimizer")
+    return sizes
 
 
 def _phases(request: Request, always: int, training: int) -> dict[str, int]:
-    found = {"training": training}
+    phases = {"training": training}
     if request.encodes:
-        found["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+        phases["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
         pixels = max(256 * s.image_tokens for s in request.shapes.values())
-        found["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
+        phases["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
     if request.preview_pixels:
         vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
-        found["previews"] = always + vae
-    return found
+        phases["previews"] = always + vae
+    return phases
 
 
-# ---------------------------------------------------------------- a notch leaner
+# ---------------------------------------------------------------- a notch cheaper
 
 
-def leaner(plan: Plan, label: str) -> Plan | None:
-    """The same plan with one bucket's policies a notch leaner, by exact ones alone; None where it
-    is as lean as it goes. Its other buckets stay as they are.
+def cheaper(plan: Plan, label: str) -> Plan | None:
+    """Returns the plan with one bucket's policies a notch cheaper in memory, by exact ones alone;
+    None where there is none. Its other buckets stay as they are.
     """
     bucket = plan.buckets[label]
     launches = not bucket.graphed
-    chooser = Chooser(plan.request.work, bucket.shape, plan.card, launches)
-    policies = leaner_policies(bucket.choice.policies)
+    chooser = Chooser(plan.request.step, bucket.shape, plan.card, launches)
+    policies = cheaper_policies(bucket.choice.policies)
     if policies is None:
         return None
     choice = chooser.fixed(policies)
@@ -312,9 +313,9 @@ NOTCH = 0.125  # of the blocks
 IN_MEMORY = ("keep", "gelu_int8", "int8")
 
 
-def leaner_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
-    """An eighth of the blocks, the foremost that can be leaner, become so: first recompute_mlp,
-    then checkpoint. A block that is offloaded or checkpointed is as lean as it gets.
+def cheaper_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the policies with NOTCH of the blocks, the foremost that can be cheaper, made so:
+    first recompute_mlp, then checkpoint. None where all are offloaded or checkpointed.
     """
     count = max(1, round(NOTCH * len(policies)))
     changed = list(policies)

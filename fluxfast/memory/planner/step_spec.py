@@ -57,7 +57,7 @@ def lora_of(
 
 
 @dataclass(frozen=True)
-class Work:
+class StepSpec:
     """What is trained and how: storage, matmul and activations without `auto`, layers as
     `layer_precisions` takes them. Raises ConfigError for other words and for what does not go
     together.
@@ -81,11 +81,11 @@ class Work:
             if word not in words:
                 raise ConfigError(f"{name} {word!r} is not one of {', '.join(words)}")
         if self.matmul in DTYPES and self.activations != self.matmul:
-            said = f"activations {self.activations} do not go with compute {self.matmul}"
-            raise ConfigError(said, hint="they are chosen apart for compute int8 or fp8 alone")
+            message = f"activations {self.activations} do not go with compute {self.matmul}"
+            raise ConfigError(message, hint="they are chosen apart for compute int8 or fp8 alone")
         if {self.storage, self.matmul} == set(IN_8_BITS):
-            said = f"compute {self.matmul} cannot multiply a base kept in {self.storage}"
-            raise ConfigError(said, hint=f"compute {self.storage} or bf16")
+            message = f"compute {self.matmul} cannot multiply a base kept in {self.storage}"
+            raise ConfigError(message, hint=f"compute {self.storage} or bf16")
         if unknown := set(self.lora.modules) - set(linears(self.spec)):
             raise ConfigError(f"lora: {min(unknown)!r} is no linear of this model")
 
@@ -98,8 +98,8 @@ class Work:
     def precisions(self) -> dict[str, Precision]:
         return layer_precisions(self.spec, self.storage, self.matmul, self.layers)
 
-    def kept(self, name: str) -> str:
-        """How a linear's weight lies in memory: a word of STORAGES."""
+    def stored_as(self, name: str) -> str:
+        """The storage of a linear's weight in memory, one of STORAGES."""
         storage = self.precisions[name].storage
         odd = storage == "nf4" and linear_shape(name, self.spec)[1] % NF4_BLOCK
         return "bf16" if odd else storage

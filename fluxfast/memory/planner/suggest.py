@@ -32,8 +32,8 @@ def make_plan(request: Request, card: Card, limit: int, host: int | None = None)
     plan = best_plan(request, card, limit, host)
     if plan is not None:
         return plan
-    found = _cures(request, card, limit, host)
-    hint = "what fits: " + "; or ".join(found) if found else "no single setting makes it fit"
+    cures = _cures(request, card, limit, host)
+    hint = "what fits: " + "; or ".join(cures) if cures else "no single setting makes it fit"
     raise DoesNotFit(_misfit(request, card, limit, host), hint=hint)
 
 
@@ -113,18 +113,18 @@ def _least(request: Request, card: Card, limit: int) -> float:
 
 def _cures(request: Request, card: Card, limit: int, host: int | None) -> list[str]:
     """Up to two settings that would fit, the mildest first, and the least card that would."""
-    found: list[str] = []
+    settings: list[str] = []
     kinds: set[str] = set()
     for kind, words, changed in _changes(request):
-        if len(found) == 2 or kind in kinds:
+        if len(settings) == 2 or kind in kinds:
             continue
         if best_plan(changed, card, limit, host) is not None:
             kinds.add(kind)
-            found.append(words)
+            settings.append(words)
     for gib in CARDS_GIB:
         if usable(gib) > limit and best_plan(request, card, usable(gib), host) is not None:
-            return [*found, f"a card of {gib} GiB"]
-    return found
+            return [*settings, f"a card of {gib} GiB"]
+    return settings
 
 
 def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
@@ -141,8 +141,8 @@ def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
     if request.preview_pixels > 1024**2:
         smaller = replace(request, preview_pixels=1024**2)
         yield "previews", "sample.width: 1024, sample.height: 1024", smaller
-    if request.work.storage != "nf4":
-        smaller = replace(request, work=replace(request.work, storage="nf4"))
+    if request.step.storage != "nf4":
+        smaller = replace(request, step=replace(request.step, storage="nf4"))
         yield "storage", "model.storage: nf4", smaller
     if request.optimizer == "prodigy":
         yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")

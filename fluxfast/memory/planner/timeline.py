@@ -63,49 +63,62 @@ def predict(
             f"bandwidths must be above 0 and lag at least 1, got {bandwidth_out}, {bandwidth_in}, "
             f"{lag}"
         )
-    now = out_free = 0.0
-    in_flight = most = 0
-    left = [0.0] * blocks  # when a block's copy out is over
-    pending: deque[int] = deque()
+    forward_seconds, in_flight_bytes = _forward(forward_s, offload_bytes, bandwidth_out, lag)
+    seconds = _backward(forward_seconds, backward_s, offload_bytes, bandwidth_in)
+    rooms = [room(nbytes) for nbytes in offload_bytes if nbytes]
+    return Timeline(
+        seconds=seconds,
+        forward_seconds=forward_seconds,
+        stall_s=seconds - sum(forward_s) - sum(backward_s),
+        staging_bytes=min(STAGING_BUFFERS, len(rooms)) * max(rooms, default=0),
+        in_flight_bytes=in_flight_bytes,
+        host_bytes=sum(rooms),
+    )
 
+
+def _forward(
+    forward_s: Sequence[float], offload_bytes: Sequence[int], bandwidth: float, lag: int
+) -> tuple[float, int]:
+    """Returns when backward may begin (all copies out are over), and the most bytes in flight."""
+    now = copies_free = 0.0
+    in_flight = most = 0
+    copied = [0.0] * len(forward_s)  # when a block's copy out is over
+    pending: deque[int] = deque()
     for i, nbytes in enumerate(offload_bytes):
         while pending and (pending[0] + lag <= i or (nbytes and len(pending) > 1)):
-            gone = pending.popleft()
-            now = max(now, left[gone])
-            in_flight -= offload_bytes[gone]
+            released = pending.popleft()
+            now = max(now, copied[released])
+            in_flight -= offload_bytes[released]
         now += forward_s[i]
         if nbytes:
-            left[i] = out_free = max(out_free, now) + nbytes / bandwidth_out
+            copied[i] = copies_free = max(copies_free, now) + nbytes / bandwidth
             pending.append(i)
             in_flight += nbytes
             most = max(most, in_flight)
     if pending:
-        now = max(now, left[pending[-1]])
-    forward_seconds = now
+        now = max(now, copied[pending[-1]])
+    return now, most
 
-    order = deque(i for i in reversed(range(blocks)) if offload_bytes[i])
-    arrived = [0.0] * blocks
-    in_free = 0.0
+
+def _backward(
+    now: float, backward_s: Sequence[float], offload_bytes: Sequence[int], bandwidth: float
+) -> float:
+    """Returns when a backward that begins at `now` is over."""
+    blocks = list(reversed(range(len(backward_s))))
+    queue = deque(i for i in blocks if offload_bytes[i])
+    arrived = [0.0] * len(blocks)
+    copies_free = 0.0
 
     def fill() -> None:
-        nonlocal in_free
-        if order:
-            i = order.popleft()
-            arrived[i] = in_free = max(in_free, now) + offload_bytes[i] / bandwidth_in
+        nonlocal copies_free
+        if queue:
+            i = queue.popleft()
+            arrived[i] = copies_free = max(copies_free, now) + offload_bytes[i] / bandwidth
 
     for _ in range(STAGING_BUFFERS):
         fill()
-    for i in reversed(range(blocks)):
+    for i in blocks:
         now = max(now, arrived[i]) + backward_s[i]
         if offload_bytes[i]:
             fill()
-
-    rooms = [room(nbytes) for nbytes in offload_bytes if nbytes]
-    return Timeline(
-        seconds=now,
-        forward_seconds=forward_seconds,
-        stall_s=now - sum(forward_s) - sum(backward_s),
-        staging_bytes=min(STAGING_BUFFERS, len(rooms)) * max(rooms, default=0),
-        in_flight_bytes=most,
-        host_bytes=sum(rooms),
-    )
+    return now
