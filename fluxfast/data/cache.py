@@ -2,45 +2,45 @@
 
 A file's name is the hash of all that it depends on, so nothing is ever stale: what changed gets a
 new name, what was written before an interruption is kept. Encoders are loaded only if something is
-missing, and never both at once.
+missing, and never both at once; one prompt or picture goes through them at a time, so that what is
+cached depends on the one alone, to the last bit, and not on which others were left to do.
 """
 
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fluxfast.config.schema import Config, DataConfig
 from fluxfast.data import captions, images
-from fluxfast.data.scan import ScannedImage, content_hash, scan_folders
-from fluxfast.data.skips import Skips
-from fluxfast.data.store import (
-    LATENTS,
-    TEXT,
-    Dataset,
-    Sample,
-    is_complete,
-    write_tensors,
-)
+from fluxfast.data.scan import ScannedImage, SkipReport, content_hash, scan_folders
+from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, is_complete, write_tensors
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Dataset", "Sample", "encode_prompts", "prepare_dataset"]
-
 CACHE_VERSION = 1  # raise it when the content of a file changes for the same settings
-BATCH_PIXELS = (
-    4 * 1024 * 1024
-)  # per VAE call: one full-size activation of FLUX's is then 2 GiB in fp32
 
-Progress = Callable[[str, int, int], None]  # what ("hash", "text", "latents"), done, total
+Progress = Callable[[str, int, int], None]  # kind ("hash", "text", "latents"), done, total
+
+
+class Encoding(NamedTuple):
+    """root: what holds the VAE, the text encoders and the tokenizers (`encoders/components.py`);
+    max_length: T5 tokens; device, dtype: where and in what the encoders run.
+    """
+
+    root: Path
+    max_length: int
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _View:
 
 
 @dataclass
-class _Made:
+class _Outcome:
     """Of the files that were to be written: lost: why not, of those whose image or mask cannot be
     used; opaque: the images that should have had an alpha channel.
     """
@@ -83,92 +83,72 @@ class _Made:
     lost: dict[Path, FluxfastError] = field(default_factory=dict)
     opaque: set[Path] = field(default_factory=set)
 
-    def of_all(self, ranks: Ranks) -> "_Made":
-        """What all ranks made."""
+    def of_all(self, ranks: Ranks) -> "_Outcome":
+        """That of all ranks."""
         lost = {str(path): (error.message, error.hint) for path, error in self.lost.items()}
-        together = _Made()
+        together = _Outcome()
         for others, opaque in ranks.all_gather_json((lost, sorted(map(str, self.opaque)))):
             together.opaque |= set(map(Path, opaque))
-            together.lost |= {Path(path): FluxfastError(*said) for path, said in others.items()}
+            together.lost |= {Path(path): FluxfastError(*error) for path, error in others.items()}
         return together
 
 
 def prepare_dataset(
     config: Config,
-    encoders_root: Path,
-    max_length: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
+    encoding: Encoding,
+    progress: Progress = lambda kind, done, total: None,
     *,
     extra_prompts: Iterable[str] = (),
-    batch_size: int = 4,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and say where everything lies.
 
-    encoders_root: what holds the VAE, the text encoders and the tokenizers
-    (`encoders/components.py`). max_length: T5 tokens. device, dtype: where and in what the encoders
-    run. extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
-    afterwards. batch_size: prompts, or images of one size, per encoder call. ranks: those that
-    share the work, which all of them call this for. Files that cannot be used are logged.
+    extra_prompts: cached in the same pass (previews); get their files from `encode_prompts`
+    afterwards. ranks: those that share the work, which all of them call this for. Files that cannot
+    be used are logged.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a missing folder, images without captions, a data entry that is strict and has
     files that cannot be used, where nothing is left, for missing encoders, and for a cache folder
     that cannot be written.
     """
-    progress = progress or (lambda what, done, total: None)
-    skips = Skips()
+    report = SkipReport()
     with ranks.main_process_first():  # which then find every size in the index
-        scanned = scan_folders(config.data, config.cache_path / "sizes.json", skips, progress)
-    total = len({image.path for found in scanned for image in found} | skips.pictures)
+        scanned = scan_folders(config.data, config.cache_path / "sizes.json", report, progress)
+    total = len({image.path for found in scanned for image in found} | report.pictures)
     plans = [
-        _read_prompts(config, data, found, skips)
+        _read_prompts(config, data, found, report)
         for data, found in zip(config.data, scanned, strict=True)
     ]
-    skips.check()
+    report.check()
     _require_some(plans, total)
-    texts = encode_prompts(
-        [
-            "",
-            *(text for plan in plans for _, variants in plan for text in variants),
-            *extra_prompts,
-        ],
-        config.cache_path,
-        encoders_root,
-        max_length,
-        device,
-        dtype,
-        progress,
-        batch_size=batch_size,
-        ranks=ranks,
-    )
+    prompts = [text for plan in plans for _, variants in plan for text in variants]
+    prompts = ["", *prompts, *extra_prompts]
+    texts = encode_prompts(prompts, config.cache_path, encoding, progress, ranks=ranks)
 
-    base = {"vae": component_fingerprint(encoders_root, "vae"), "dtype": str(dtype)}
+    base = {"vae": component_fingerprint(encoding.root, "vae"), "dtype": str(encoding.dtype)}
     views: list[_View] = []
     for data, plan in zip(config.data, plans, strict=True):
         for i in range(len(data.resolution)):
             for image, variants in plan:
-                wanted = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
-                views.append(_View(data, image, variants, wanted))
+                jobs = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
+                views.append(_View(data, image, variants, jobs))
     jobs = {job.target: job for view in views for job in view.jobs}
     missing = [
         job
         for job in jobs.values()
         if ranks.owns(job.target.name) and not is_complete(job.target, LATENTS)
     ]
-    made = _Made()
-    if missing:
-        made = _encode_images(missing, Path(encoders_root), device, dtype, progress, batch_size)
-    made = made.of_all(ranks)
-    if made.opaque:
+    outcome = _encode_images(missing, encoding, progress) if missing else _Outcome()
+    outcome = outcome.of_all(ranks)
+    if outcome.opaque:
         log.warning(
-            f"mask: alpha: {len(made.opaque)} images have no alpha channel, trained without a mask"
+            f"mask: alpha: {len(outcome.opaque)} images have no alpha channel, trained without a "
+            "mask"
         )
-    views = _without_lost(views, made.lost, skips)
+    views = _without_lost(views, outcome.lost, report)
     _require_some(views, total)
-    skips.conclude(total)
+    report.conclude(total)
     samples: list[Sample] = []
     for view in views:
         samples += [view.sample(texts)] * view.data.num_repeats
@@ -179,13 +159,9 @@ def prepare_dataset(
 def encode_prompts(
     prompts: Iterable[str],
     cache_path: Path,
-    encoders_root: Path,
-    max_length: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
+    encoding: Encoding,
+    progress: Progress = lambda kind, done, total: None,
     *,
-    batch_size: int = 4,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Path]:
     """Prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it; by one of
@@ -193,12 +169,15 @@ def encode_prompts(
 
     Loads transformers only if something is missing. Raises FluxfastError as `prepare_dataset` does.
     """
-    root = Path(encoders_root)
     parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    prints = [component_fingerprint(root, part) for part in parts]
+    base = {
+        "encoders": [component_fingerprint(encoding.root, part) for part in parts],
+        "max_length": encoding.max_length,
+        "dtype": str(encoding.dtype),
+    }
     files = {}
     for prompt in dict.fromkeys(prompts):
-        key = _key("text", prompt=prompt, encoders=prints, max_length=max_length, dtype=str(dtype))
+        key = _key("text", prompt=prompt, **base)
         files[prompt] = Path(cache_path) / "text" / f"{key}.safetensors"
     missing = {
         prompt: path
@@ -206,43 +185,27 @@ def encode_prompts(
         if ranks.owns(path.name) and not is_complete(path, TEXT)
     }
     if missing:
-        _encode_texts(missing, root, max_length, device, dtype, progress, batch_size)
+        from fluxfast.encoders.text import TextEncoders
+
+        encoders = TextEncoders(encoding.root, encoding.device, encoding.dtype)
+        for done, (prompt, path) in enumerate(missing.items(), start=1):
+            t5, pooled = encoders.encode([prompt], encoding.max_length)
+            write_tensors(path, {"t5": t5[0], "pooled": pooled[0]})
+            progress("text", done, len(missing))
+        encoders.close()
     ranks.barrier()
     return files
 
 
-def _encode_texts(
-    files: dict[str, Path],
-    root: Path,
-    max_length: int,
-    device,
-    dtype: torch.dtype,
-    progress: Progress | None,
-    batch_size: int,
-) -> None:
-    from fluxfast.encoders.text import TextEncoders
-
-    encoders = TextEncoders(root, device, dtype)
-    prompts = list(files)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        t5, pooled = encoders.encode(batch, max_length)
-        for row, prompt in enumerate(batch):
-            write_tensors(files[prompt], {"t5": t5[row], "pooled": pooled[row]})
-        if progress:
-            progress("text", start + len(batch), len(prompts))
-    encoders.close()
-
-
 def _read_prompts(
-    config: Config, data: DataConfig, found: list[ScannedImage], skips: Skips
+    config: Config, data: DataConfig, found: list[ScannedImage], report: SkipReport
 ) -> list[tuple[ScannedImage, list[str]]]:
     """The images whose captions can be used, with their prompts, in the order of `found`."""
     read = captions.read_captions(data.folder, [image.path for image in found], data.caption_ext)
     for error in read.stray:
-        skips.add(error, data.strict)
+        report.add(error, data.strict)
     for image, error in read.unread.items():
-        skips.add(error, data.strict, image)
+        report.add(error, data.strict, image)
     if read.guessed:
         more = ", …" if len(read.guessed) > 1 else ""
         log.warning(
@@ -278,18 +241,18 @@ def _require_some(found: list, total: int) -> None:
 
 
 def _without_lost(
-    views: "list[_View]", lost: dict[Path, FluxfastError], skips: Skips
+    views: "list[_View]", lost: dict[Path, FluxfastError], report: SkipReport
 ) -> "list[_View]":
     """The views whose files could be made; of the others, why not."""
-    kept = []
+    usable = []
     for view in views:
         errors = [lost[job.target] for job in view.jobs if job.target in lost]
         if errors:
-            skips.add(errors[0], view.data.strict, view.image.path)
+            report.add(errors[0], view.data.strict, view.image.path)
         else:
-            kept.append(view)
-    skips.check()
-    return kept
+            usable.append(view)
+    report.check()
+    return usable
 
 
 def _latent_jobs(
@@ -313,54 +276,31 @@ def _latent_jobs(
     return jobs
 
 
-def _encode_images(
-    jobs: list[_LatentJob],
-    root: Path,
-    device,
-    dtype: torch.dtype,
-    progress: Progress,
-    batch_size: int,
-) -> _Made:
+def _encode_images(jobs: list[_LatentJob], encoding: Encoding, progress: Progress) -> _Outcome:
     """Write the files."""
     from fluxfast.encoders.vae import Vae
 
-    vae = Vae(root, device, dtype)
-    made, done = _Made(), 0
-    for batch in _batches(
-        sorted(jobs, key=lambda job: (job.bucket, job.image.path, job.flip)), batch_size
-    ):
-        loaded = {}
-        for job in batch:
-            try:
-                loaded[job] = _load_pixels(job, vae.factor)
-            except FluxfastError as error:
-                made.lost[job.target] = error
-        if loaded:
-            mean, std = vae.encode(torch.stack([pixels for pixels, _ in loaded.values()]))
-        for row, (job, (_, mask)) in enumerate(loaded.items()):
-            tensors = {"mean": mean[row], "std": std[row]}
+    vae = Vae(encoding.root, encoding.device, encoding.dtype)
+    outcome = _Outcome()
+    jobs = sorted(jobs, key=lambda job: (job.bucket, job.image.path, job.flip))
+    for done, job in enumerate(jobs, start=1):
+        try:
+            pixels, mask = _load_pixels(job, vae.factor)
+        except FluxfastError as error:
+            outcome.lost[job.target] = error
+        else:
+            mean, std = vae.encode(pixels[None])
+            tensors = {"mean": mean[0], "std": std[0]}
             write_tensors(job.target, tensors if mask is None else {**tensors, "mask": mask})
             if mask is None and job.mask == "alpha":
-                made.opaque.add(job.image.path)
-        done += len(batch)
+                outcome.opaque.add(job.image.path)
         progress("latents", done, len(jobs))
     vae.close()
-    return made
-
-
-def _batches(jobs: list[_LatentJob], batch_size: int) -> Iterator[list[_LatentJob]]:
-    """Runs of equal bucket, at most `batch_size` long and BATCH_PIXELS large."""
-    start = 0
-    for end in range(1, len(jobs) + 1):
-        width, height = jobs[start].bucket
-        most = max(1, min(batch_size, BATCH_PIXELS // (width * height)))
-        if end == len(jobs) or jobs[end].bucket != (width, height) or end - start == most:
-            yield jobs[start:end]
-            start = end
+    return outcome
 
 
 def _load_pixels(job: _LatentJob, factor: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-> image fp32 [3, H, W] in -1..1, loss weights fp32 [H / factor, W / factor] or None."""
+    """The image fp32 [3, H, W] in -1..1, loss weights fp32 [H / factor, W / factor] or None."""
     image, alpha = images.load_image(job.image.path)
     _check_unchanged(job.image.path, job.image.hash)
     mask = None

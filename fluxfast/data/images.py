@@ -33,20 +33,16 @@ _UPRIGHT = {
 }
 
 
-def _raise(error: FluxfastError) -> None:
-    raise error
-
-
 def find_images(
     folder: Path,
     recursive: bool = True,
-    refuse: Callable[[FluxfastError], None] = _raise,
+    on_error: Callable[[FluxfastError], None] | None = None,
 ) -> list[Path]:
     """Every jpg, jpeg, png and webp below `folder` (any case), sorted by relative path.
 
     recursive: in the folders below it too, else in `folder` alone. Dot files and dot folders are
-    skipped; links to folders are followed, each real folder once. refuse: gets the error of a
-    folder below that cannot be read.
+    skipped; links to folders are followed, each real folder once. on_error: gets the error of a
+    folder below that cannot be read, which is raised without it.
     Raises FluxfastError if the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -55,16 +51,16 @@ def find_images(
     except OSError as error:  # it lies in one that may not be entered
         raise FluxfastError(f"cannot read the folder {folder}: {error.strerror}") from None
     if not is_folder:
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise FluxfastError(f"the image folder {folder} {what}", hint="check `data.folder`")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise FluxfastError(f"the image folder {folder} {problem}", hint="check `data.folder`")
 
     def unreadable(error: OSError) -> None:
-        said = FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}")
-        if Path(error.filename) == folder:
-            raise said
-        refuse(said)
+        problem = FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}")
+        if on_error is None or Path(error.filename) == folder:
+            raise problem
+        on_error(problem)
 
-    found, visited = [], set()
+    paths, visited = [], set()
     for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
@@ -74,12 +70,12 @@ def find_images(
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                found.append(Path(parent, name))
-    if not found:
+                paths.append(Path(parent, name))
+    if not paths:
         raise FluxfastError(
             f"no images in {folder}", hint="`data.folder` takes jpg, jpeg, png and webp files"
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -120,9 +116,8 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Lanczos resize to cover `size` = (W, H), center crop -> fp32 [3, H, W] in -1..1."""
     box = _center_box(image.size, size)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
-    return (
-        torch.tensor(pixels).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
-    )
+    tensor = torch.tensor(pixels).permute(2, 0, 1).to(torch.float32)
+    return tensor.div_(127.5).sub_(1.0).contiguous()
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
@@ -163,9 +158,9 @@ def _open(path: Path) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise FluxfastError(f"cannot read the image {path}: {error.strerror}") from None
         unknown = isinstance(error, UnidentifiedImageError)  # whose words are these already
-        why = "" if unknown else f": {_words(error)}"
+        reason = "" if unknown else f": {_words(error)}"
         raise FluxfastError(
-            f"{path} is not an image that can be read{why}", hint="replace or remove it"
+            f"{path} is not an image that can be read{reason}", hint="replace or remove it"
         ) from None
 
 
@@ -181,15 +176,14 @@ def _words(error: Exception) -> str:
 
 
 def _decode(path: Path) -> Image.Image:
-    """-> RGB, or RGBA where the file carries transparency of any kind."""
+    """RGB, or RGBA where the file carries transparency of any kind."""
     with _open(path) as image:
         try:
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
             image = _to_8_bit(image)
-        except (
-            Exception
-        ) as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+        # Pillow's decoders raise anything from SyntaxError to struct.error
+        except Exception as error:
             raise FluxfastError(
                 f"the image {path} is broken or truncated: {_words(error)}",
                 hint="replace or remove it",

@@ -3,11 +3,9 @@
 import hashlib
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -51,8 +49,7 @@ class Loader:
         for index, sample in enumerate(dataset.samples):
             self._buckets.setdefault(sample.size, []).append(index)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self._texts: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._read_text = lru_cache(TEXT_CACHE)(partial(read_tensors, required=TEXT))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -78,7 +75,7 @@ class Loader:
     @cached_property
     def text_length(self) -> int:
         """T5 tokens of every caption."""
-        return self._cached_text(self.dataset.samples[0].texts[0])["t5"].shape[0]
+        return self._read_text(self.dataset.samples[0].texts[0])["t5"].shape[0]
 
     def peek(self, step: int) -> tuple[list[int], int, Tensor]:
         """Of the batch of step `step`: its global sample indices, the image tokens of a sample, and
@@ -190,21 +187,9 @@ class Loader:
 
     def _text(self, sample: Sample, index: int) -> dict[str, Tensor]:
         if rng.uniform(self.seed, "caption_dropout", index).item() < sample.caption_dropout:
-            return self._cached_text(self.dataset.empty_text)
+            return self._read_text(self.dataset.empty_text)
         variant = rng.integer(self.seed, "caption", index, len(sample.texts))
-        return self._cached_text(sample.texts[variant])
-
-    def _cached_text(self, path: Path) -> dict[str, Tensor]:
-        with self._lock:
-            if path in self._texts:
-                self._texts.move_to_end(path)
-                return self._texts[path]
-        tensors = read_tensors(path, TEXT)
-        with self._lock:
-            self._texts[path] = tensors
-            if len(self._texts) > TEXT_CACHE:
-                self._texts.popitem(last=False)
-        return tensors
+        return self._read_text(sample.texts[variant])
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ import torch
 
 from fluxfast import rng
 from fluxfast.config.schema import Config, ModelConfig
-from fluxfast.data.cache import encode_prompts, prepare_dataset
+from fluxfast.data.cache import Encoding, encode_prompts, prepare_dataset
 from fluxfast.data.captions import clean_trigger
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
@@ -29,9 +29,6 @@ from fluxfast.util.terminal import progress_bars
 
 log = logging.getLogger(__name__)
 
-# prompts or pictures per encoder call: what is cached then depends on the one alone, to the last
-# bit, and not on which others a run that was stopped had left to do
-_AT_ONCE = 1
 _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "encoding images"}
 
 
@@ -70,7 +67,7 @@ def prepare(
     """
     with ranks.main_process_first():  # one fetches what is on the Hub
         model, root, length = parts or resolve_parts(config.model, device)
-    dtype = encoder_dtype(device)
+    encoding = Encoding(root, length, device, encoder_dtype(device))
     prompts = preview_prompts(config)
     check_no_links(config.cache_path, "latents", "text")
     bars = progress_bars(transient=True)
@@ -85,22 +82,10 @@ def prepare(
             bars.update(tasks[what], completed=done, total=total)
 
         def prepared(settings: Config, prompts: list[str]) -> Dataset:
-            return prepare_dataset(
-                settings,
-                root,
-                length,
-                device,
-                dtype,
-                progress,
-                extra_prompts=prompts,
-                batch_size=_AT_ONCE,
-                ranks=ranks,
-            )
+            return prepare_dataset(settings, encoding, progress, extra_prompts=prompts, ranks=ranks)
 
         dataset, held_out = _hold_out(config, prepared(config, prompts), prepared)
-        files = encode_prompts(
-            prompts, config.cache_path, root, length, device, dtype, batch_size=_AT_ONCE
-        )
+        files = encode_prompts(prompts, config.cache_path, encoding)
     log.info(
         f"{len(dataset.samples)} samples in {len(dataset.buckets)} buckets: "
         + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.buckets.items()),

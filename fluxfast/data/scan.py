@@ -1,7 +1,10 @@
-"""The scan: which images there are, their content hashes, sizes, buckets and masks."""
+"""The scan: which images there are, their content hashes, sizes, buckets and masks; and what of a
+data set cannot be used.
+"""
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable
@@ -11,13 +14,14 @@ from pathlib import Path
 from fluxfast.config.schema import DataConfig
 from fluxfast.data import images
 from fluxfast.data.buckets import bucket_size
-from fluxfast.data.reading import open_regular
-from fluxfast.data.skips import Skips
 from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
-from fluxfast.util.files import write_atomic
+from fluxfast.util.files import open_regular, write_atomic
+
+log = logging.getLogger(__name__)
 
 LARGEST = 2**31  # bytes: 179 megapixels of four 16-bit numbers, uncompressed, take 1.4 GB
+_LISTED = 5  # of an error that names several
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,64 @@ class ScannedImage:
     mask_hash: str | None = None
 
 
+class SkipReport:
+    """Why files are left out: logged at once, a line a file, and counted at the end; or, where the
+    data is to be used strictly, gathered to end the run. pictures: the images left out.
+    """
+
+    def __init__(self):
+        self.pictures: set[Path] = set()
+        self._messages: set[str] = set()
+        self._refused: list[FluxfastError] = []
+
+    def add(self, error: FluxfastError, strict: bool, image: Path | None = None) -> None:
+        """error: names the file and the reason. image: what is not trained on for it, if it is one
+        image. A file that spoils several is logged once.
+        """
+        if image is not None:
+            self.pictures.add(image)
+        if error.message in self._messages:
+            return
+        self._messages.add(error.message)
+        if strict:
+            self._refused.append(error)
+        else:
+            log.warning(f"skipped: {error.message}")
+
+    def check(self) -> None:
+        """Raises FluxfastError for what was refused so far, all of it at once."""
+        refused = self._refused
+        if len(refused) == 1:
+            raise refused[0]
+        if refused:
+            more = "; …" if len(refused) > _LISTED else ""
+            listed = "; ".join(error.message for error in refused[:_LISTED]) + more
+            raise FluxfastError(
+                f"{len(refused)} files cannot be used: {listed}", hint=refused[0].hint
+            )
+
+    def conclude(self, total: int) -> None:
+        """Log how many of `total` pictures are left out, if anything was."""
+        if self._messages:
+            log.warning(
+                f"{len(self.pictures)} of {total} pictures skipped; strict: true beside "
+                "data.folder makes that an error"
+            )
+
+
 def scan_folders(
     folders: list[DataConfig],
     index_path: Path,
-    skips: Skips,
+    report: SkipReport,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[list[ScannedImage]]:
     """The images of each data folder, in the order of their names.
 
     index_path: a JSON file that keeps the size of every content hash; a lost one is built again.
-    skips: gets what cannot be read, is too small, or lacks its mask.
+    report: gets what cannot be read, is too small, or lacks its mask.
     Raises FluxfastError for a missing folder, and for what is refused there.
     """
-    found = [_find(data, skips) for data in folders]
+    found = [_find(data, report) for data in folders]
     total = sum(map(len, found))
     index = _SizeIndex(index_path)
     scanned: list[list[ScannedImage]] = []
@@ -58,11 +107,11 @@ def scan_folders(
             try:
                 scanned[-1].append(_scan(data, path, index))
             except FluxfastError as error:
-                skips.add(error, data.strict, path)
+                report.add(error, data.strict, path)
             done += 1
             progress("hash", done, total)
     index.save()
-    skips.check()
+    report.check()
     return scanned
 
 
@@ -84,10 +133,10 @@ def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
     )
 
 
-def _find(data: DataConfig, skips: Skips) -> list[Path]:
+def _find(data: DataConfig, report: SkipReport) -> list[Path]:
     """Images of a data folder; a mask folder that lies inside it is left out."""
     paths = images.find_images(
-        data.folder, data.recursive, lambda error: skips.add(error, data.strict)
+        data.folder, data.recursive, lambda error: report.add(error, data.strict)
     )
     if data.mask_folder is None:
         return paths

@@ -3,14 +3,16 @@ time.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
 
@@ -22,6 +24,15 @@ except ImportError:  # Windows
     fcntl = None
 
 CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open for reading. Raises OSError, for a pipe, a socket and a device too: these might not end.
+    A link is followed to what it names.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(path, "rb")
 
 
 def check_new(path: Path) -> None:

@@ -502,8 +502,7 @@ def test_a_data_set_alone_needs_a_model(fluxfast):
 
 def test_a_data_set_trains(fluxfast, folder, nano_model):
     """The shipped example's form over other pictures, named in a configuration."""
-    from fluxfast.data.scan import scan_folders
-    from fluxfast.data.skips import Skips
+    from fluxfast.data.scan import SkipReport, scan_folders
 
     photos = folder / "photos"
     (photos / "below").mkdir(parents=True)
@@ -531,7 +530,7 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
     written = load_config(folder / "runs" / "theirs" / "config.yaml")
     assert written.train.batch_size == 4 and written.data[0].caption_prefix == "a photograph,"
     with logged() as lines:
-        (found,) = scan_folders(written.data, folder / "sizes.json", Skips())
+        (found,) = scan_folders(written.data, folder / "sizes.json", SkipReport())
     assert not lines
     assert [image.name for image in found] == ["a.png", "b.png", "c.png"]
 

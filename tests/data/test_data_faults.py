@@ -20,15 +20,14 @@ from small import logged
 from fluxfast import train as training
 from fluxfast.config.schema import build_config
 from fluxfast.data import cache, scan
-from fluxfast.data.captions import read_captions
+from fluxfast.data.captions import decode, read_captions, read_text
 from fluxfast.data.images import image_size, load_image
 from fluxfast.data.prepare import prepare
-from fluxfast.data.reading import decode, open_regular, read_text
-from fluxfast.data.scan import scan_folders
-from fluxfast.data.skips import Skips
+from fluxfast.data.scan import SkipReport, scan_folders
 from fluxfast.data.store import CacheDamaged
 from fluxfast.errors import FluxfastError
 from fluxfast.train import train
+from fluxfast.util.files import open_regular
 from fluxfast.util.terminal import log_to_terminal
 
 CPU = torch.device("cpu")
@@ -64,10 +63,14 @@ def settings(folder: Path, **changes):
     return build_config({"model": {"path": "unused"}, "data": data})
 
 
+def scan_data(config, index: Path) -> list:
+    return scan_folders(config.data, index, SkipReport())
+
+
 def scanned(folder: Path, **changes) -> tuple[list[str], list[str]]:
     """-> (the names that are used, what is said)."""
     with logged() as said:
-        found = scan_folders(settings(folder, **changes).data, folder.parent / "sizes", Skips())
+        found = scan_data(settings(folder, **changes), folder.parent / "sizes")
     return [image.name for image in found[0]], said
 
 
@@ -157,7 +160,7 @@ def test_odd_pictures_are_used_and_bad_ones_skipped_each_with_a_line(folder, mon
 def test_strict_makes_one_error_of_them(folder, monkeypatch, log_lines):
     skipped(folder, monkeypatch)
     with pytest.raises(FluxfastError, match=r"11 files cannot be used: .*bomb\.png.*; …\nhint: "):
-        scan_folders(settings(folder, strict=True).data, folder.parent / "s", Skips())
+        scan_data(settings(folder, strict=True), folder.parent / "s")
     assert not log_lines
 
 
@@ -226,7 +229,7 @@ def test_what_may_not_be_read_is_skipped(nobody):
     socket.socket(socket.AF_UNIX).bind(str(folder / "good.txt"))
     become()
     with logged() as said:
-        (images,) = scan_folders(settings(folder).data, folder.parent / "cache" / "sizes", Skips())
+        (images,) = scan_data(settings(folder), folder.parent / "cache" / "sizes")
     found = read_captions(folder, [image.path for image in images])
     assert [image.name for image in images] == ["good.png", "hard.png", "words.png"]
     assert sorted(said) == [
@@ -249,9 +252,9 @@ def test_masks_and_folders_that_may_not_be_entered(nobody):
     square().save(closed / "in" / "good.png")
     closed.chmod(0)
     become()
-    data = settings(folder, mask="folder", mask_folder=str(closed / "in")).data
+    config = settings(folder, mask="folder", mask_folder=str(closed / "in"))
     with logged() as said:
-        assert scan_folders(data, folder.parent / "cache" / "sizes", Skips()) == [[]]
+        assert scan_data(config, folder.parent / "cache" / "sizes") == [[]]
     assert len(said) == 1 and said[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
     with pytest.raises(FluxfastError, match="cannot read the folder .*closed/in: Permission"):
         scanned(closed / "in")
@@ -309,7 +312,7 @@ def test_a_size_that_was_remembered_wrongly_is_measured_again(folder):
     assert "[64, 64]" in whole
     for damaged in (whole.replace("[64, 64]", "[96, 64]"), "", "[" * 100_000, "{}"):
         index.write_text(damaged)
-        (image,) = scan_folders(settings(folder).data, index, Skips())[0]
+        (image,) = scan_data(settings(folder), index)[0]
         assert image.buckets == ((64, 64),) and index.read_text() == whole
 
 
@@ -465,7 +468,7 @@ def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder,
     root = Path(config.model.path)
     before = set(config.cache_path.glob("latents/*"))
     with logged() as said:
-        dataset = cache.prepare_dataset(config, root, 32, progress=disturb)
+        dataset = cache.prepare_dataset(config, cache.Encoding(root, 32), progress=disturb)
     assert [sample.name for sample in dataset.samples] == ["good.png"]
     assert said[0] == f"skipped: the image {folder / 'changed.png'} was changed while it was read"
     assert (
@@ -476,7 +479,7 @@ def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder,
     made = set(config.cache_path.glob("latents/*")) - before
     assert made <= {dataset.samples[0].latents}
     with logged() as said:
-        again = cache.prepare_dataset(config, root, 32)
+        again = cache.prepare_dataset(config, cache.Encoding(root, 32))
     assert [sample.name for sample in again.samples] == ["changed.png", "good.png"]
     assert not said
 
@@ -533,8 +536,8 @@ def tensors(content: bytes) -> bytes:
 def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
     """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
     the very file of a run that nothing happened to."""
-    expected = train(own(name="whole", train__steps=18))
-    config, real, done = own(name="hurt", train__steps=18), training.train_step, []
+    expected = train(own(name="whole", train__steps=8))
+    config, real, done = own(name="hurt", train__steps=8), training.train_step, []
 
     def hurting(run, batches, step):
         done.append(step)
@@ -543,7 +546,7 @@ def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(ow
             data = bytearray(files[0].read_bytes())
             data[-5] ^= 4
             files[0].write_bytes(data)
-        elif step == 10 and done.count(10) == 1:
+        elif step == 6 and done.count(6) == 1:
             files[1].unlink()
         return real(run, batches, step)
 
@@ -553,7 +556,7 @@ def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(ow
     assert tensors(path.read_bytes()) == tensors(expected.read_bytes())
     notes = [line for line in lines if "is encoded anew, and the run goes on" in line]
     assert len(notes) == 2 and sum("checksum" in x for x in notes) == 1
-    assert done == sorted(done) and set(done) == set(range(18))
+    assert done == sorted(done) and set(done) == set(range(8))
 
 
 def test_a_cache_file_that_is_damaged_again_and_again_ends_the_run(own, monkeypatch):
