@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -19,6 +20,17 @@ WIDE = FluxSpec(
     depth=1,
     depth_single_blocks=1,
     axes_dim=rope_axes(64),
+)
+# hidden 96: nf4 takes K of 384 and no other
+ODD = FluxSpec(
+    in_channels=16,
+    vec_in_dim=20,
+    context_in_dim=24,
+    hidden_size=96,
+    num_heads=3,
+    depth=1,
+    depth_single_blocks=1,
+    axes_dim=rope_axes(32),
 )
 PREFIX = "model.diffusion_model."
 
@@ -86,14 +98,14 @@ def write_diffusers_nf4(folder: Path, source: Path, nested: bool, monkeypatch, *
     monkeypatch.setattr(
         BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **named: None
     )
-    how = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = FluxTransformer2DModel.from_pretrained(
-        source, quantization_config=how, torch_dtype=torch.bfloat16, device_map={"": "cpu"}
+        source, quantization_config=config, torch_dtype=torch.bfloat16, device_map={"": "cpu"}
     )
     model.save_pretrained(folder, **options)
     return folder
@@ -114,6 +126,17 @@ def bnb_tensors(tensors, nested: bool, kind: str = "nf4", blocksize: int = 64, s
         out[name] = packed
         out |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
     return out
+
+
+def bnb_both_ways(matrix, nested: bool, kind: str = "nf4", blocksize: int = 64):
+    """By bitsandbytes: the packed bytes, and the matrix that these stand for in fp32."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(
+        matrix, quant_type=kind, blocksize=blocksize, compress_statistics=nested
+    )
+    state.dtype = torch.float32
+    return packed, bnb.dequantize_4bit(packed, state)
 
 
 def fp8_tensors(tensors, scaled: bool, dtype=torch.float8_e4m3fn):
@@ -142,6 +165,60 @@ def all_in_one(tensors):
         "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(2),
     }
     return {PREFIX + name: tensor for name, tensor in tensors.items()} | others
+
+
+def write_gguf(path: Path, tensors, kind: str) -> dict[str, torch.Tensor]:
+    """By gguf's own writer, as city96's converter does: matrices in `kind`, vectors in F32. Returns
+    what each tensor decodes to, by gguf."""
+    import gguf
+
+    quant = gguf.GGMLQuantizationType[kind]
+    writer, dense = gguf.GGUFWriter(path, "flux"), {}
+    writer.add_string("general.name", "a test")
+    writer.add_array("a.list", ["one", "two"])
+    writer.add_array("numbers", [1, 2, 3])
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+            dense[name] = tensor.float()
+            continue
+        # rows that are no multiple of the type's block stay F16, as llama.cpp's quantizer has it
+        fits = values.shape[1] % gguf.GGML_QUANT_SIZES[quant][0] == 0
+        type_ = quant if fits else gguf.GGMLQuantizationType.F16
+        data = _gguf_blocks(values, type_)
+        shape = data.shape if data.dtype == np.uint8 else None
+        writer.add_tensor(name, data, raw_shape=shape, raw_dtype=type_)
+        dense[name] = torch.from_numpy(gguf.quants.dequantize(data, type_).copy())
+        dense[name] = dense[name].view(values.shape)
+    finish_gguf(writer)
+    return dense
+
+
+def finish_gguf(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_blocks(values: np.ndarray, quant) -> np.ndarray:
+    """gguf quantizes to the plain types; to the K types it cannot, so these hold random codes with
+    sane scales, which decode to something all the same."""
+    import gguf
+
+    try:
+        return gguf.quants.quantize(values, quant)
+    except NotImplementedError:
+        pass
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    count = values.size // block
+    data = np.random.default_rng(0).integers(0, 256, (count, size), dtype=np.uint8)
+    scale = np.full(count, 2e-4, np.float16).view(np.uint8).reshape(count, 2)
+    at = {"Q6_K": [size - 2], "Q3_K": [size - 2], "Q2_K": [size - 4, size - 2]}
+    for start in at.get(quant.name, [0, 2]):
+        data[:, start : start + 2] = scale
+    return data.reshape(values.shape[0], -1)
 
 
 def write(path: Path, tensors, metadata=None) -> Path:

@@ -149,9 +149,7 @@ def prepare_dataset(
     views = _without_lost(views, outcome.lost, report)
     _require_some(views, total)
     report.conclude(total)
-    samples: list[Sample] = []
-    for view in views:
-        samples += [view.sample(texts)] * view.data.num_repeats
+    samples = [view.sample(texts) for view in views for _ in range(view.data.num_repeats)]
     buckets = Counter(sample.size for sample in samples)
     return Dataset(samples, texts[""], dict(sorted(buckets.items())))
 

@@ -57,23 +57,42 @@ def folder(nano_model, tmp_path_factory) -> Path:
         shutil.copytree(nano_model / name, root / name)
     nano = json.loads((nano_model / "text_encoder" / "config.json").read_text())
     clip = CLIPTextConfig(
-        vocab_size=nano["vocab_size"], hidden_size=128, projection_dim=128, intermediate_size=256,
-        num_attention_heads=2, num_hidden_layers=2, eos_token_id=2, bos_token_id=0,
-    )  # fmt: skip
+        vocab_size=nano["vocab_size"],
+        hidden_size=128,
+        projection_dim=128,
+        intermediate_size=256,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        eos_token_id=2,
+        bos_token_id=0,
+    )
     CLIPTextModel(clip).save_pretrained(root / "text_encoder")
     nano = json.loads((nano_model / "text_encoder_2" / "config.json").read_text())
     t5 = T5Config(
-        vocab_size=nano["vocab_size"], d_model=nano["d_model"], d_kv=16, d_ff=96,
-        num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=nano["vocab_size"],
+        d_model=nano["d_model"],
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
     T5EncoderModel(t5).save_pretrained(root / "text_encoder_2")
     AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64), down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=16,
-        norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
-        use_post_quant_conv=False, sample_size=1024,
-    ).save_pretrained(root / "vae")  # fmt: skip
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=1024,
+    ).save_pretrained(root / "vae")
     return root
 
 

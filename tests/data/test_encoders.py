@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from fluxfast.encoders import fingerprint as fingerprints
 from fluxfast.encoders.fingerprint import fingerprint
+from fluxfast.encoders.text import TextEncoders
+from fluxfast.encoders.vae import Vae
 from fluxfast.errors import FluxfastError
 
 PROMPTS = ["", "a cat", "a red car parked in front of a brick building, 35 mm film, grain " * 9]
@@ -25,8 +27,6 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def encoders(nano_model):
-    from fluxfast.encoders.text import TextEncoders
-
     return TextEncoders(nano_model)
 
 
@@ -49,8 +49,6 @@ def test_text_equals_diffusers(encoders, pipeline, max_length):
 
 
 def test_dtype(nano_model):
-    from fluxfast.encoders.text import TextEncoders
-
     encoders = TextEncoders(nano_model, dtype=torch.bfloat16)
     t5, pooled = encoders.encode(["a cat"], 8)
     assert t5.dtype == pooled.dtype == torch.bfloat16
@@ -58,9 +56,20 @@ def test_dtype(nano_model):
     encoders.close()
 
 
-def test_truncation_is_announced_once(nano_model, caplog):
-    from fluxfast.encoders.text import TextEncoders
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_t5_of_fewer_bits(encoders, nano_model, tmp_path, dtype):
+    """The embeddings are those of the same values in fp32: each is read as it stands."""
+    root = shutil.copytree(nano_model, tmp_path / "m", ignore=shutil.ignore_patterns("transformer"))
+    file, embeddings = root / "text_encoder_2" / "model.safetensors", []
+    values = {k: v.to(dtype) for k, v in load_file(file).items()}
+    for state in (values, {k: v.float() for k, v in values.items()}):
+        save_file(state, file, {"format": "pt"})
+        embeddings.append(TextEncoders(root).encode(["a cat"], 16)[0])
+    assert embeddings[0].std() > 0 and torch.equal(*embeddings)
+    assert not torch.equal(embeddings[0], encoders.encode(["a cat"], 16)[0])
 
+
+def test_truncation_is_announced_once(nano_model, caplog):
     encoders = TextEncoders(nano_model)
     with caplog.at_level(logging.WARNING, logger="fluxfast"):
         encoders.encode(["a cat"], 32)
@@ -73,8 +82,6 @@ def test_truncation_is_announced_once(nano_model, caplog):
 
 
 def test_text_refuses_what_is_not_finite(nano_model):
-    from fluxfast.encoders.text import TextEncoders
-
     encoders = TextEncoders(nano_model)
     encoders._t5.shared.weight.fill_(float("inf"))
     with pytest.raises(FluxfastError, match="text encoders .* not finite"):
@@ -83,8 +90,6 @@ def test_text_refuses_what_is_not_finite(nano_model):
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
 def test_missing_text_parts_are_named(nano_model, tmp_path, part):
-    from fluxfast.encoders.text import TextEncoders
-
     root = shutil.copytree(nano_model, tmp_path / "m", ignore=shutil.ignore_patterns("transformer"))
     shutil.rmtree(root / part)
     with pytest.raises(FluxfastError, match=rf"{part} is missing") as raised:
@@ -97,9 +102,6 @@ def test_missing_text_parts_are_named(nano_model, tmp_path, part):
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
 def test_damaged_weights_are_named_never_random(nano_model, tmp_path, part):
-    from fluxfast.encoders.text import TextEncoders
-    from fluxfast.encoders.vae import Vae
-
     cls = Vae if part == "vae" else TextEncoders
     root = shutil.copytree(nano_model, tmp_path / "m", ignore=shutil.ignore_patterns("transformer"))
     (weights,) = (root / part).glob("*.safetensors")
@@ -114,9 +116,7 @@ def test_damaged_weights_are_named_never_random(nano_model, tmp_path, part):
         cls(root)
 
 
-def test_vae_normalizes_and_returns(nano_model, pipeline):
-    from fluxfast.encoders.vae import Vae
-
+def test_vae_normalises_and_returns(nano_model, pipeline):
     vae = Vae(nano_model)
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = vae.encode(images)
@@ -133,8 +133,6 @@ def test_vae_normalizes_and_returns(nano_model, pipeline):
 
 
 def test_vae_refuses_what_is_not_finite(nano_model):
-    from fluxfast.encoders.vae import Vae
-
     vae = Vae(nano_model)
     with pytest.raises(FluxfastError, match="not finite"):
         vae.encode(torch.full((1, 3, 32, 32), float("nan")))

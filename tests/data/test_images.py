@@ -209,9 +209,9 @@ def test_a_small_tiff_of_a_huge_tile_is_refused(tmp_path):
     long, short = 4, 3
     where = 8 + 2 + 12 * 10 + 4
     for side, refused in ((32768, True), (64, False)):
-        tags = [(256, long, 64), (257, long, 64), (258, short, 8), (259, short, 8), (262, short, 1),
-                (277, short, 1), (322, long, side), (323, long, side), (324, long, where),
-                (325, long, len(data))]  # fmt: skip
+        tags = [(256, long, 64), (257, long, 64), (258, short, 8), (259, short, 8)]
+        tags += [(262, short, 1), (277, short, 1), (322, long, side), (323, long, side)]
+        tags += [(324, long, where), (325, long, len(data))]
         entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
         head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
         (tmp_path / "a.png").write_bytes(head + data)

@@ -13,7 +13,6 @@ from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset, Sample, write_tensors
 from fluxfast.errors import FluxfastError
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(64, 64)] * 7 + [(96, 64)] * 4 + [(64, 128)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write
+from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write, write_gguf
 from small import SMALL
 
 from fluxfast.errors import ConfigError, FluxfastError
@@ -94,8 +94,6 @@ def test_folders_and_prequantized_files(tmp_path, tensors):
 
 
 def test_gguf(tmp_path, tensors):
-    from test_base_formats import write_gguf
-
     write_gguf(tmp_path / "a", tensors, "Q8_0")
     found = seen(tmp_path / "a")
     assert found["format"] == "GGUF, BFL names, Q8_0"
@@ -163,7 +161,8 @@ def test_other_adapters(tmp_path, keys, model):
 # keys that these models' files have, from their published layouts
 OTHERS = {
     "Stable Diffusion XL checkpoint": [
-        "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.bias",
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.label_emb.0.0.bias",
         "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
         "first_stage_model.decoder.up.0.block.0.conv1.weight",
     ],
@@ -176,30 +175,38 @@ OTHERS = {
         "model.diffusion_model.x_embedder.proj.weight",
     ],
     "Chroma transformer": [
-        "distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.norm.key_norm.scale",
+        "distilled_guidance_layer.in_proj.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
         "img_in.weight",
     ],
     "FLUX.2 transformer": [
-        "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight",
-        "double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight", "txt_in.weight",
+        "double_stream_modulation_img.lin.weight",
+        "single_stream_modulation.lin.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "img_in.weight",
+        "txt_in.weight",
     ],
     "Hunyuan Video transformer": [
-        "txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight",
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "img_in.proj.weight",
         "double_blocks.0.img_attn.norm.key_norm.scale",
     ],
     "AuraFlow transformer": ["double_layers.0.attn.w1q.weight", "single_layers.0.attn.w1q.weight"],
     "Qwen-Image transformer": [
-        "transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.norm_k.weight",
-        "txt_in.weight", "img_in.weight",
+        "transformer_blocks.0.img_mod.1.weight",
+        "transformer_blocks.0.attn.norm_k.weight",
+        "txt_in.weight",
+        "img_in.weight",
     ],
     "Nunchaku (SVDQuant) FLUX transformer": [
-        "transformer_blocks.0.qkv_proj.qweight", "transformer_blocks.0.qkv_proj.wscales",
+        "transformer_blocks.0.qkv_proj.qweight",
+        "transformer_blocks.0.qkv_proj.wscales",
         "transformer_blocks.0.qkv_proj.lora_down",
     ],
     "T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
     "CLIP text encoder": ["text_model.encoder.layers.0.mlp.fc1.bias"],
     "VAE": ["decoder.up.0.block.0.conv1.weight", "encoder.down.0.block.0.conv1.weight"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
