@@ -533,8 +533,8 @@ def tensors(content: bytes) -> bytes:
 def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
     """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
     the very file of a run that nothing happened to."""
-    expected = train(own(name="whole", train__steps=12))
-    config, real, done = own(name="hurt", train__steps=12), training.train_step, []
+    expected = train(own(name="whole", train__steps=18))
+    config, real, done = own(name="hurt", train__steps=18), training.train_step, []
 
     def hurting(run, batches, step):
         done.append(step)
@@ -543,7 +543,7 @@ def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(ow
             data = bytearray(files[0].read_bytes())
             data[-5] ^= 4
             files[0].write_bytes(data)
-        elif step == 6 and done.count(6) == 1:
+        elif step == 10 and done.count(10) == 1:
             files[1].unlink()
         return real(run, batches, step)
 
@@ -553,7 +553,7 @@ def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(ow
     assert tensors(path.read_bytes()) == tensors(expected.read_bytes())
     notes = [line for line in lines if "is encoded anew, and the run goes on" in line]
     assert len(notes) == 2 and sum("checksum" in x for x in notes) == 1
-    assert done == sorted(done) and set(done) == set(range(12))
+    assert done == sorted(done) and set(done) == set(range(18))
 
 
 def test_a_cache_file_that_is_damaged_again_and_again_ends_the_run(own, monkeypatch):

@@ -116,7 +116,7 @@ def test_damaged_weights_are_named_never_random(nano_model, tmp_path, part):
         cls(root)
 
 
-def test_vae_normalises_and_returns(nano_model, pipeline):
+def test_vae_normalizes_and_returns(nano_model, pipeline):
     vae = Vae(nano_model)
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = vae.encode(images)
