@@ -187,18 +187,20 @@ def byte_rows(config: Config, batch, lora: Path) -> list[dict]:
                 torch.full_like(inputs.timesteps, train.guidance),
             ),
         )
-        rows.append({
-            "bench": "activations-bytes",
-            "policy": policy,
-            "batch_size": shape.batch,
-            "tokens": shape.tokens,
-            "counted": counted,
-            "predicted": predicted(nano, shape, policy),
-            "flux_dev_predicted": predicted(dev, dev_shape, policy),
-            "flux_dev_pixels": FLUX_PIXELS,
-            "lora_rank": RANK,
-            "lora_targets": targets,
-        })  # fmt: skip
+        rows.append(
+            {
+                "bench": "activations-bytes",
+                "policy": policy,
+                "batch_size": shape.batch,
+                "tokens": shape.tokens,
+                "counted": counted,
+                "predicted": predicted(nano, shape, policy),
+                "flux_dev_predicted": predicted(dev, dev_shape, policy),
+                "flux_dev_pixels": FLUX_PIXELS,
+                "lora_rank": RANK,
+                "lora_targets": targets,
+            }
+        )
     return rows
 
 

@@ -31,8 +31,13 @@ WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # how a linear's weight is kept ("dense" is in the compute dtype), and how it is multiplied ("" is
 # in the compute dtype)
 MODES = (
-    ("nf4", ""), ("nf4", "int8"), ("nf4", "fp8"), ("int8", "int8"), ("fp8", "fp8"), ("dense", ""),
-)  # fmt: skip
+    ("nf4", ""),
+    ("nf4", "int8"),
+    ("nf4", "fp8"),
+    ("int8", "int8"),
+    ("fp8", "fp8"),
+    ("dense", ""),
+)
 CPU_MODES = MODES[:2]  # what a CPU trains in
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
 # op -> the linear of FLUX that it is timed as

@@ -57,6 +57,10 @@ def _multiply(rows: Rows, right: Tensor, scale: Tensor) -> Tensor:
     if rows.codes.dtype == torch.int8:
         return torch._int_mm(rows.codes, right) * rows.scale[:, None] * scale
     return torch._scaled_mm(
-        rows.codes, right, rows.scale[:, None], scale[None], out_dtype=torch.bfloat16,
+        rows.codes,
+        right,
+        rows.scale[:, None],
+        scale[None],
+        out_dtype=torch.bfloat16,
         use_fast_accum=False,
-    )  # fmt: skip
+    )

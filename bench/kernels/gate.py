@@ -26,9 +26,12 @@ LEAST_CODED = 2.0**-10
 
 
 def evidence(
-    function: Function, problem: Problem, inputs: dict[str, Tensor], dys: list[Tensor],
+    function: Function,
+    problem: Problem,
+    inputs: dict[str, Tensor],
+    dys: list[Tensor],
     direction: str,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Outputs as y0, y1, … and, backward, the gradient of each trained input by its name."""
     ys = problem.outputs(function(**inputs))
     found = {f"y{i}": y.detach() for i, y in enumerate(ys)}

@@ -115,10 +115,15 @@ class Linear:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def problem(
-        self, inputs: dict[str, Tensor], trained: tuple[str, ...], dys: list[Tensor],
-        ours: Function, reference: Function, by: Callable[[Product], Function],
+        self,
+        inputs: dict[str, Tensor],
+        trained: tuple[str, ...],
+        dys: list[Tensor],
+        ours: Function,
+        reference: Function,
+        by: Callable[[Product], Function],
         settings: Settings,
-    ) -> Problem:  # fmt: skip
+    ) -> Problem:
         """by: makes a candidate of its product."""
         made = {
             name: product if isinstance(product, Exception) else by(product)

@@ -17,22 +17,49 @@ PAGES = "\n".join(report.pages(report.ROOT).values())
 
 def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
     """Rows of a run of two seeds; the arguments are gelu_int8's."""
-    conditions = {"date": "now", "device_name": "a CPU", "threads": 2, "torch": "2",
-                  "commit": "0123456789"}  # fmt: skip
+    conditions = {
+        "date": "now",
+        "device_name": "a CPU",
+        "threads": 2,
+        "torch": "2",
+        "commit": "0123456789",
+    }
     rows = []
     for policy in activations.POLICIES:
         u8 = policy == "gelu_int8"
         for seed in (1, 2):
-            rows.append({"bench": "activations-loss", "policy": policy, "seed": seed, "steps": 9,
-                         "best_loss": loss if u8 else 0.7})  # fmt: skip
+            rows.append(
+                {
+                    "bench": "activations-loss",
+                    "policy": policy,
+                    "seed": seed,
+                    "steps": 9,
+                    "best_loss": loss if u8 else 0.7,
+                }
+            )
         if policy != "keep":
-            rows.append({"bench": "activations-gradients", "policy": policy,
-                         "cosines": {"a": [0.99999, 0.9999], "b": [1.0, cosine if u8 else 0.9995]},
-                         "errors": {"a": [0.01, 0.02], "b": [0.03, 0.06]}})  # fmt: skip
-        rows.append({"bench": "activations-bytes", "policy": policy, "batch_size": 8, "tokens": 48,
-                     "counted": counted if u8 else 1_000_000, "predicted": 1_000_000,
-                     "flux_dev_predicted": 15_000_000_000, "flux_dev_pixels": 1024,
-                     "lora_rank": 16, "lora_targets": "attn+mlp"})  # fmt: skip
+            rows.append(
+                {
+                    "bench": "activations-gradients",
+                    "policy": policy,
+                    "cosines": {"a": [0.99999, 0.9999], "b": [1.0, cosine if u8 else 0.9995]},
+                    "errors": {"a": [0.01, 0.02], "b": [0.03, 0.06]},
+                }
+            )
+        rows.append(
+            {
+                "bench": "activations-bytes",
+                "policy": policy,
+                "batch_size": 8,
+                "tokens": 48,
+                "counted": counted if u8 else 1_000_000,
+                "predicted": 1_000_000,
+                "flux_dev_predicted": 15_000_000_000,
+                "flux_dev_pixels": 1024,
+                "lora_rank": 16,
+                "lora_targets": "attn+mlp",
+            }
+        )
     return [row | conditions for row in rows]
 
 
@@ -111,8 +138,10 @@ def test_block_of_the_newest_run(tmp_path):
     found = last_run(path)
     assert found == rows
     text = activations.block(found)
-    assert ("| `gelu_int8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
-            "+0.50% (+0.50% to +0.50%) |") in text  # fmt: skip
+    assert (
+        "| `gelu_int8`: u | 15.0 GB | 1.00 / 1.00 MB | 0.99990 | 2.50% (6.00%) | "
+        "+0.50% (+0.50% to +0.50%) |"
+    ) in text
     assert "batch 8 with 48 tokens a picture" in text and "best of 9 steps in fp32, 2 seeds" in text
 
 

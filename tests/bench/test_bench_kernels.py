@@ -62,11 +62,13 @@ def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
         forward, backward = ops_of(case, settings)
         for direction, ops in ((FORWARD, forward), (BOTH, forward + backward)):
             (row,) = (
-                r for r in rows
+                r
+                for r in rows
                 if (r["op"], r["products"]) == (case.op, case.products or "float32")
-                and r["storage"] == (case.storage or None) and r["name"] == OURS
+                and r["storage"] == (case.storage or None)
+                and r["name"] == OURS
                 and r["direction"] == direction
-            )  # fmt: skip
+            )
             assert row["bytes"] == round(total_bytes(ops)) and row["flop"] == total_flop(ops)
     seen = {(r["op"], r["storage"], r["products"], r["name"], r["direction"]) for r in rows}
     for direction in (FORWARD, BOTH):
@@ -138,8 +140,11 @@ def test_a_kernel_that_raises_is_a_row(monkeypatch, tmp_path, capsys, error, cal
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     ours = [row for row in rows if row["name"] == OURS]
     assert [row["status"] for row in ours] == [status, status]
-    assert all(row["reason"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-               and row["percent_of_floor"] is None for row in ours)  # fmt: skip
+    assert all(
+        row["reason"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        and row["percent_of_floor"] is None
+        for row in ours
+    )
     assert [row["status"] for row in rows if row["name"] == EAGER] == ["ok", "ok"]
     assert f"{OURS} {status}" in capsys.readouterr().out
 
@@ -253,9 +258,20 @@ def test_a_process_of_its_own_measures_the_same():
 def test_the_table_says_what_costs_a_step_most():
     def row(op, direction, median, name=OURS, floor=1.0, **more):
         shape = {"storage": None, "products": "bfloat16", "pixels": 1024, "batch": 1}
-        return {"op": op, "direction": direction, "name": name, "median_ms": median,
-                "floor_ms": floor, "percent_of_floor": median and 100 * floor / median,
-                "status": "ok", "reason": None} | shape | more  # fmt: skip
+        return (
+            {
+                "op": op,
+                "direction": direction,
+                "name": name,
+                "median_ms": median,
+                "floor_ms": floor,
+                "percent_of_floor": median and 100 * floor / median,
+                "status": "ok",
+                "reason": None,
+            }
+            | shape
+            | more
+        )
 
     rows = [
         row("attention", FORWARD, 90.0),
@@ -277,8 +293,10 @@ def test_the_table_says_what_costs_a_step_most():
     first = said.index(next(each for each in said if "five slowest" in each))
     # by calls times the time over the floor, of the longest direction: 57 x 3, 76 x 2, 1 x 49
     assert [each.split()[0] for each in said[first + 1 :]] == [
-        "attention", "norm_modulate", "flow_mix",
-    ]  # fmt: skip
+        "attention",
+        "norm_modulate",
+        "flow_mix",
+    ]
 
 
 # ---------------------------------------------------------------- what it stands on

@@ -18,9 +18,12 @@ def test_a_small_run(capsys, monkeypatch, tmp_path):
     assert quantize.main(["--rounds", "2", "--rows", "64", "--columns", "128", "--save"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["what"], r["name"]) for r in rows] == [
-        ("quantize", quantize.THEIRS), ("quantize", quantize.OURS), ("decode", quantize.THEIRS),
-        ("decode", quantize.FRESH), ("decode", quantize.OURS),
-    ]  # fmt: skip
+        ("quantize", quantize.THEIRS),
+        ("quantize", quantize.OURS),
+        ("decode", quantize.THEIRS),
+        ("decode", quantize.FRESH),
+        ("decode", quantize.OURS),
+    ]
     for found in rows:
         assert found["status"] == "ok" and found["rounds"] == 2 and found["gweights_per_s"] > 0
         assert found["isa"] == native.isa() and found["commit"] and found["bitsandbytes"]

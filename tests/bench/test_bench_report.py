@@ -22,23 +22,52 @@ def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **other) ->
     """A row of bench.step: full-size FLUX.1-dev on an H100 where nothing else is said."""
     timed = median_ms is not None
     return {
-        "name": name, "status": "ok" if timed else "failed", "reason": None,
-        "median_ms": median_ms, "p10_ms": timed and median_ms - 5, "p90_ms": timed and
-        median_ms + 9, "ratio": 0.5 if timed else None, "rounds": 9 if timed else 0,
-        "peak_memory_bytes": 13 * 2**30, "saved_bytes": 5 * 2**30, "bench": "step",
-        "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "threads": 8,
-        "storage": "nf4", "compute": "bfloat16", "hidden": 3072, "double_blocks": 19,
-        "single_blocks": 38, "pixels": 512, "image_tokens": 1024, "text_tokens": 512, "batch": 1,
-        "rank": 16, "lora_targets": "attn+mlp", "optimizer": "torch AdamW, fused",
-        "interleaved": False, "torch": "2.11.0", "commit": "0123456789", "date": "today",
-    } | other  # fmt: skip
+        "name": name,
+        "status": "ok" if timed else "failed",
+        "reason": None,
+        "median_ms": median_ms,
+        "p10_ms": timed and median_ms - 5,
+        "p90_ms": timed and median_ms + 9,
+        "ratio": 0.5 if timed else None,
+        "rounds": 9 if timed else 0,
+        "peak_memory_bytes": 13 * 2**30,
+        "saved_bytes": 5 * 2**30,
+        "bench": "step",
+        "device": "cuda",
+        "device_name": "NVIDIA H100 80GB HBM3",
+        "driver": "580.1",
+        "threads": 8,
+        "storage": "nf4",
+        "compute": "bfloat16",
+        "hidden": 3072,
+        "double_blocks": 19,
+        "single_blocks": 38,
+        "pixels": 512,
+        "image_tokens": 1024,
+        "text_tokens": 512,
+        "batch": 1,
+        "rank": 16,
+        "lora_targets": "attn+mlp",
+        "optimizer": "torch AdamW, fused",
+        "interleaved": False,
+        "torch": "2.11.0",
+        "commit": "0123456789",
+        "date": "today",
+    } | other
 
 
 CPU = {
-    "device": "cpu", "device_name": "a CPU", "driver": None, "threads": 2, "double_blocks": 1,
-    "single_blocks": 2, "pixels": 256, "image_tokens": 256, "text_tokens": 128,
+    "device": "cpu",
+    "device_name": "a CPU",
+    "driver": None,
+    "threads": 2,
+    "double_blocks": 1,
+    "single_blocks": 2,
+    "pixels": 256,
+    "image_tokens": 256,
+    "text_tokens": 128,
     "interleaved": True,
-}  # fmt: skip
+}
 STOCK = {"setting": "stock", "lora_targets": "all", "ema": True, "optimizer": "AdamW8bit"}
 
 
@@ -216,10 +245,18 @@ def test_every_class_is_one_that_the_table_explains(tmp_path):
 
 def kernel_row(name: str, op: str, median_ms: float, **other) -> dict:
     return {
-        "name": name, "op": op, "median_ms": median_ms, "status": "ok", "storage": "nf4",
-        "products": "bfloat16", "compute": "bfloat16", "direction": "forward+backward",
-        "pixels": 1024, "batch": 1, "device_name": "a GPU",
-    } | other  # fmt: skip
+        "name": name,
+        "op": op,
+        "median_ms": median_ms,
+        "status": "ok",
+        "storage": "nf4",
+        "products": "bfloat16",
+        "compute": "bfloat16",
+        "direction": "forward+backward",
+        "pixels": 1024,
+        "batch": 1,
+        "device_name": "a GPU",
+    } | other
 
 
 def test_what_techniques_give_is_read_from_rows(tmp_path):

@@ -112,10 +112,14 @@ def test_the_whole_gpu_suite_has_every_row_once(bench, tmp_path):
     assert len({identity(row) for row in found}) == len(found) == len(kept.rows)
     settings = {(r["setting"], r["lora_targets"], r["memory_cap_gib"]) for r in found if "mix" in r}
     assert settings == {
-        ("plain", "attn+mlp", None), ("plain", "all", None), ("stock", "all", None),
-        ("plain", "attn+mlp", 12), ("plain", "attn+mlp", 16), ("plain", "attn+mlp", 24),
+        ("plain", "attn+mlp", None),
+        ("plain", "all", None),
+        ("stock", "all", None),
+        ("plain", "attn+mlp", 12),
+        ("plain", "attn+mlp", 16),
+        ("plain", "attn+mlp", 24),
         ("stock", "all", 24),
-    }  # fmt: skip
+    }
     mixes = [row for row in found if row.get("mix")]
     assert all(row["setting"] == "stock" and row["pixels"] is None for row in mixes)
     mixed = {row["name"] for row in mixes if row["memory_cap_gib"] is None}

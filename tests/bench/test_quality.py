@@ -11,11 +11,21 @@ from bench.rows import last_run
 
 def row(mode: str, seed: int, loss: float) -> dict:
     return {
-        "bench": "quality", "mode": mode, "seed": seed, "steps": 50, "seconds": 1.0,
-        "base_loss": 2.0, "best_loss": loss, "best_step": 50,
-        "curve": [[0, 2.0], [25, 1.5], [50, loss]], "date": "now", "device_name": "a CPU",
-        "threads": 2, "torch": "2", "commit": "0123456789",
-    }  # fmt: skip
+        "bench": "quality",
+        "mode": mode,
+        "seed": seed,
+        "steps": 50,
+        "seconds": 1.0,
+        "base_loss": 2.0,
+        "best_loss": loss,
+        "best_step": 50,
+        "curve": [[0, 2.0], [25, 1.5], [50, loss]],
+        "date": "now",
+        "device_name": "a CPU",
+        "threads": 2,
+        "torch": "2",
+        "commit": "0123456789",
+    }
 
 
 def made(int8: float = 0.7, cosine: float = 0.999) -> list[dict]:

@@ -102,8 +102,11 @@ def test_every_launch_of_a_block_has_its_op(stock):
     assert groups == wanted
     parts = {one.part for one in counted if one.group == "gelu_lora_linear"}
     assert parts == {"product", "update", "weight", "element-wise"}
-    forward = [one.op for one in counted if (one.group, one.part) == ("lora_linear", "product")
-               and one.direction == "forward"]  # fmt: skip
+    forward = [
+        one.op
+        for one in counted
+        if (one.group, one.part) == ("lora_linear", "product") and one.direction == "forward"
+    ]
     # the projections of both streams
     assert total_flop(forward) == 19 * 2 * (1024 + 512) * 3072 * 3072
 
@@ -155,11 +158,23 @@ def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:
     """As bench.kernels writes it: at 512 px, on an RTX 4090, NF4 and int8."""
     tokens = 1024 if op == "lora_linear" else 1536
     return {
-        "bench": "kernels", "op": op, "direction": direction, "name": "fluxfast", "status": "ok",
-        "storage": "nf4", "products": "int8", "compute": "bfloat16", "pixels": 512, "batch": 1,
-        "tokens": tokens, "text_tokens": 512, "hidden": 3072, "rank": 16, "median_ms": median_ms,
+        "bench": "kernels",
+        "op": op,
+        "direction": direction,
+        "name": "fluxfast",
+        "status": "ok",
+        "storage": "nf4",
+        "products": "int8",
+        "compute": "bfloat16",
+        "pixels": 512,
+        "batch": 1,
+        "tokens": tokens,
+        "text_tokens": 512,
+        "hidden": 3072,
+        "rank": 16,
+        "median_ms": median_ms,
         "device_name": "NVIDIA GeForce RTX 4090",
-    } | other  # fmt: skip
+    } | other
 
 
 def predicted_ms(plan: Plan, op: str, direction: str) -> float:
@@ -228,8 +243,10 @@ def test_rows_of_something_else_count_for_nothing(plain, other):
 
 def test_attention_has_no_weight_whose_storage_counts(plain):
     rows = [kernel_row(step_ops.ATTENTION, "forward", 5.0, storage=None, products="bfloat16")]
-    sources = {(line.group, line.direction): line.source
-               for line in step_ops.lines_of(plain, "512 px", rows)}  # fmt: skip
+    sources = {
+        (line.group, line.direction): line.source
+        for line in step_ops.lines_of(plain, "512 px", rows)
+    }
     assert sources[step_ops.ATTENTION, "forward"] == "measured"
     assert sources[step_ops.ATTENTION, "backward"] == "assumed"  # forward alone was timed
 
@@ -237,8 +254,11 @@ def test_attention_has_no_weight_whose_storage_counts(plain):
 def test_shares_that_are_measured_are_said_to_be(plain):
     measured = {**plain.card.efficiency, "int8": Efficiency(0.7, "measured: commit abc, a card")}
     plan = replace(plain, card=replace(plain.card, efficiency=measured))
-    sources = {line.part: line.source for line in step_ops.lines_of(plan, "512 px")
-               if line.group == "lora_linear"}  # fmt: skip
+    sources = {
+        line.part: line.source
+        for line in step_ops.lines_of(plan, "512 px")
+        if line.group == "lora_linear"
+    }
     assert sources["product"] == "measured" and sources["update"] == "assumed"
 
 
@@ -313,8 +333,19 @@ def test_whole_measured_steps_are_what_is_projected(plain):
 
 
 def test_options_reach_the_plan(capsys):
-    text = said(capsys, "--card", "4090", "--pixels", "512", "--batch", "2", "--storage", "int8",
-                "--compute", "int8")  # fmt: skip
+    text = said(
+        capsys,
+        "--card",
+        "4090",
+        "--pixels",
+        "512",
+        "--batch",
+        "2",
+        "--storage",
+        "int8",
+        "--compute",
+        "int8",
+    )
     assert "int8 base, int8 products, batch 2" in text and "\n512 px: " in text
     assert "\n768 px: " not in text and " at 512 px)" in text
 

@@ -143,9 +143,7 @@ def test_a_list_goes_on_where_it_stopped(few, tmp_path):
     del table["kernels"][str(DENSE)]["spills"]
     path.write_text(json.dumps(table))
     again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
-    assert again[str(DENSE)] == {
-        NAMES[0]: KEPT, NAMES[1]: "asked", NAMES[2]: "does not compile"
-    }  # fmt: skip
+    assert again[str(DENSE)] == {NAMES[0]: KEPT, NAMES[1]: "asked", NAMES[2]: "does not compile"}
     path.write_text(path.read_text().replace(table["triton"], "3.0.0"))
     again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
     assert set(again[str(DENSE)].values()) == {"asked"}

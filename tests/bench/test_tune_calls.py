@@ -74,9 +74,10 @@ def test_codes_are_transposed_where_dispatch_hands_over(launchers, monkeypatch):
     asked, seen = problem("gemm_8bit_dx.dense.int8", PROJ, "dx"), []
     launch = build.__globals__["gemm_8bit"].gemm_8bit_dx
     monkeypatch.setattr(
-        build.__globals__["gemm_8bit"], "gemm_8bit_dx",
+        build.__globals__["gemm_8bit"],
+        "gemm_8bit_dx",
         lambda *given, **named: (seen.append(named["transposed"]), launch(*given, **named)),
-    )  # fmt: skip
+    )
     for kind in ("fused", "decode"):
         with answering("gemm_8bit_dx", "dense", kind):
             call = build(asked, TINY, RANK, "cpu")
@@ -110,8 +111,11 @@ def test_the_problems_of_a_step():
     assert {p.kernel for p in found} <= set(KERNELS)
     first = found[0]
     assert (str(first.kernel), first.M, first.N, first.K) == (
-        "lora_gemm.dense.half", 4608, 21504, 3072,
-    )  # fmt: skip
+        "lora_gemm.dense.half",
+        4608,
+        21504,
+        3072,
+    )
     by_kernel = {str(p.kernel): {q.M for q in found if q.kernel == p.kernel} for p in found}
     assert by_kernel["gemm_8bit.dense.int8"] == {512, 4096, 4608}
     assert by_kernel["lora_gemm.nf4.half"] == {16}  # modulation, formed ahead; more is decoded

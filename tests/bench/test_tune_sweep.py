@@ -85,8 +85,11 @@ def test_the_best_are_timed_again_beside_the_shipped_one():
     results, said = timed_by(op, 2, 4, 5, 6, 7, 8)
     # of the best two other groups; the slow ones are not timed again, but their times are kept
     assert set(results) == {
-        DEFAULT, *named(2, 4, 5, 6), *named(2, 4, group=4), *named(2, 4, group=16)
-    }  # fmt: skip
+        DEFAULT,
+        *named(2, 4, 5, 6),
+        *named(2, 4, group=4),
+        *named(2, 4, group=16),
+    }
     assert results[DEFAULT].ratio == 1
     assert results[named(2)[0]].ratio == pytest.approx(1 / 6)
     assert said[DEFAULT]["screened_ms"] == pytest.approx(
@@ -117,8 +120,10 @@ def test_a_tile_that_writes_nothing_is_refused():
         lambda tile: op.run(tile) if tile.num_stages == 3 else None, [op.y], lambda: [TRUTH]
     )
     assert {r.name: r.status for r, _ in one.time(set(), nothing, yes)} == {
-        DEFAULT: "ok", named(4)[0]: "gate failed", **dict.fromkeys(REGROUPED_DEFAULT, "ok")
-    }  # fmt: skip
+        DEFAULT: "ok",
+        named(4)[0]: "gate failed",
+        **dict.fromkeys(REGROUPED_DEFAULT, "ok"),
+    }
 
 
 def test_where_the_shipped_tile_fails_the_others_are_timed():
@@ -151,8 +156,11 @@ def test_what_has_rows_is_not_measured_again(tmp_path):
     sweep([job(op, tiles(4))], out, WHERE | {"commit": "another", "date": "2027-01-01"})
     assert out.read_text() == text and len(op.ran) == ran
     # another card, another Triton, another M are other questions
-    for where, M in ((WHERE | {"device_name": "b"}, 4608), (WHERE | {"triton": "3.8"}, 4608),
-                     (WHERE, 512)):  # fmt: skip
+    for where, M in (
+        (WHERE | {"device_name": "b"}, 4608),
+        (WHERE | {"triton": "3.8"}, 4608),
+        (WHERE, 512),
+    ):
         before = len(read(out))
         sweep([job(op, tiles(4), M=M)], out, where)
         assert len(read(out)) > before
@@ -309,8 +317,10 @@ def listed(tmp_path, monkeypatch):
 
 def test_the_jobs_of_a_card(tmp_path, listed):
     found = tune.jobs(options(tmp_path, "--pixels", "1024"), 89, card("RTX 4090"), WHERE)
-    by_kind = {kind: [one for one in found if isinstance(one, kind)]
-               for kind in (TileJob, HandOverJob, BackendJob)}  # fmt: skip
+    by_kind = {
+        kind: [one for one in found if isinstance(one, kind)]
+        for kind in (TileJob, HandOverJob, BackendJob)
+    }
     assert all(by_kind.values()) and [one.T for one in by_kind[BackendJob]] == [4608]
     assert len({json.dumps(one.identity) for one in found}) == len(found)
     first = sorted(found, key=lambda one: -one.share)[1]
@@ -355,10 +365,23 @@ def test_the_exit_code_says_whether_the_gpu_still_works(works, tmp_path, listed,
         return [(Result(self.default), {"tile": self.default, "shipped": True})]
 
     monkeypatch.setattr(TileJob, "time", time_of)
-    arguments = ["sweep", "--op", str(KERNEL), "--pixels", "512", "--workers", "1", "--out",
-                 str(tmp_path / "rows.jsonl")]  # fmt: skip
-    monkeypatch.setattr(tune, "HandOverJob", lambda *given: SimpleNamespace(
-        share=0.0, identity={"kind": "x"}, default="", trying="", time=lambda *_: []
-    ))  # fmt: skip
+    arguments = [
+        "sweep",
+        "--op",
+        str(KERNEL),
+        "--pixels",
+        "512",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    monkeypatch.setattr(
+        tune,
+        "HandOverJob",
+        lambda *given: SimpleNamespace(
+            share=0.0, identity={"kind": "x"}, default="", trying="", time=lambda *_: []
+        ),
+    )
     assert tune.main(arguments) == (0 if works else 1)
     assert len(done) == (10 if works else 1)

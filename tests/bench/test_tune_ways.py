@@ -43,8 +43,11 @@ def test_both_ways_are_taken_at_every_m(launchers, tmp_path, monkeypatch):
     assert sweep([one], out, WHERE)
     rows = read(out)
     assert [row["name"] for row in rows] == [
-        "fused at 16", "decode at 16", "fused at 32", "decode at 32",
-    ]  # fmt: skip
+        "fused at 16",
+        "decode at 16",
+        "fused at 32",
+        "decode at 32",
+    ]
     assert {row["status"] for row in rows} == {"ok"} and set(seen) == {True, False}
     assert [row["shipped"] for row in rows] == [True, False] * 2  # up to 2048 as it is kept
     assert all(row["source"].startswith("assumed: ") and row["kind"] == "hand over" for row in rows)
@@ -87,9 +90,13 @@ def test_what_is_shipped_is_what_would_be_written_now(monkeypatch):
     said = [(r.name, more["shipped"], more["source"]) for r, more in one.time(set(), nothing, yes)]
     assert said == [
         (name, shipped, "measured: before")
-        for name, shipped in (("fused at 16", True), ("decode at 16", False),
-                              ("fused at 32", False), ("decode at 32", True))
-    ]  # fmt: skip
+        for name, shipped in (
+            ("fused at 16", True),
+            ("decode at 16", False),
+            ("fused at 32", False),
+            ("decode at 32", True),
+        )
+    ]
 
 
 def test_the_way_that_breaks_the_gpu_is_known(monkeypatch):
@@ -118,8 +125,15 @@ def test_dispatch_answers_as_told_and_then_as_before():
         assert dispatch.choose(*question).tile == before.tile
         other = ("lora_gemm", 89, torch.bfloat16, "dense", 16, 2048, 2048)
         assert dispatch.choose(*other).kind == "fused"
-    tile = {"block_m": 16, "block_n": 64, "block_k": 32, "group_m": 1, "num_warps": 4,
-            "num_stages": 2, "source": "measured: "}  # fmt: skip
+    tile = {
+        "block_m": 16,
+        "block_n": 64,
+        "block_k": 32,
+        "group_m": 1,
+        "num_warps": 4,
+        "num_stages": 2,
+        "source": "measured: ",
+    }
     with shipping(89, {"thresholds": [], "tiles": [{"op": "lora_gemm"} | tile]}):
         assert dispatch.choose(*question).tile.block_k == 32
         assert dispatch.choose(*question).kind == "fused"  # the default's: up to 64 rows

@@ -29,12 +29,24 @@ def row(name, ms, shipped=False, **more):
         "p10_ms": ms and ms * (1 - spread),
         "p90_ms": ms and ms * (1 + spread),
     }
-    return {
-        "bench": "tune", "name": name, "status": "ok" if ms else "failed", "shipped": shipped,
-        "source": ASSUMED, "arch": 89, "device_name": "NVIDIA GeForce RTX 4090",
-        "commit": "0123456789abcdef", "dirty": False, "date": "2026-01-01T10:00:00+00:00",
-        "n": N, "k": K,
-    } | times | more  # fmt: skip
+    return (
+        {
+            "bench": "tune",
+            "name": name,
+            "status": "ok" if ms else "failed",
+            "shipped": shipped,
+            "source": ASSUMED,
+            "arch": 89,
+            "device_name": "NVIDIA GeForce RTX 4090",
+            "commit": "0123456789abcdef",
+            "dirty": False,
+            "date": "2026-01-01T10:00:00+00:00",
+            "n": N,
+            "k": K,
+        }
+        | times
+        | more
+    )
 
 
 def tile(name, ms, M=4608, shipped=False, **more):
@@ -131,10 +143,15 @@ def test_dispatch_picks_a_winner_for_its_own_question_alone(write, configs):
     assert changed == {"gemm_sm_89.json"}
     assert block_n(4608) == 256 and block_n(4608, dtype=torch.float16) == 256
     others = [
-        {"arch": 86}, {"arch": 90}, {"op": "lora_gemm_dx"}, {"storage": "nf4"},
-        {"dtype": torch.float32}, {"n": 9216}, {"k": 15360},
+        {"arch": 86},
+        {"arch": 90},
+        {"op": "lora_gemm_dx"},
+        {"storage": "nf4"},
+        {"dtype": torch.float32},
+        {"n": 9216},
+        {"k": 15360},
         {"op": "gemm_8bit", "dtype": torch.int8},
-    ]  # fmt: skip
+    ]
     for question in others:
         assert block_n(4608, **question) != 256, question
     choice = chosen(4608)
@@ -154,8 +171,11 @@ def test_a_winner_is_compiled_for_its_own_card(write):
         op = case.name.split(".")[0]
         if op in archs:
             archs[op].setdefault(case.name, case.archs)
-    for op, shape in (("lora_gemm", "128x256x64.8w3"), ("lora_skinny", "32x128.8w2"),
-                      ("gemm_8bit_dx", "256x128x64.8w3")):  # fmt: skip
+    for op, shape in (
+        ("lora_gemm", "128x256x64.8w3"),
+        ("lora_skinny", "32x128.8w2"),
+        ("gemm_8bit_dx", "256x128x64.8w3"),
+    ):
         own = {name for name, cards in archs[op].items() if cards == (89,)}
         assert own and all(shape in name for name in own), op
     assert archs["lora_gemm"]["lora_gemm.bf16.dense.128x128x64.8w3"] == dispatch.ARCHITECTURES
@@ -339,8 +359,13 @@ def test_a_backend_is_picked_for_its_card_and_tokens(write):
         return choose_backend(arch, dtype, C, T)[0]
 
     assert [backend(T) for T in (1024, 2048, 2049, 4096, 8192, 8193)] == [
-        "flash", "flash", "triton", "triton", "triton", "flash",
-    ]  # fmt: skip
+        "flash",
+        "flash",
+        "triton",
+        "triton",
+        "triton",
+        "flash",
+    ]
     assert backend(4096, arch=90) == "cudnn" and backend(4096, arch=86) == "flash"
     assert backend(4096, C=64) == "flash" and backend(4096, dtype=torch.float32) == "efficient"
     assert choose_backend(89, torch.bfloat16, 128, 4096)[1].startswith("measured: commit 0123456")

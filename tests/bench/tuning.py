@@ -9,14 +9,25 @@ from bench.tune import sweep as tune_sweep
 from fluxfast.model.spec import DEV, rope_axes
 
 TINY = replace(
-    DEV, hidden_size=64, num_heads=2, axes_dim=rope_axes(32), depth=1, depth_single_blocks=1,
+    DEV,
+    hidden_size=64,
+    num_heads=2,
+    axes_dim=rope_axes(32),
+    depth=1,
+    depth_single_blocks=1,
     text_length=32,
-)  # fmt: skip
+)
 RANK, M = 4, 48
 QKV, PROJ = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj"
 LINEAR1, LINEAR2 = "single_blocks.0.linear1", "single_blocks.0.linear2"
-WHERE = {"arch": 89, "device_name": "a card", "triton": "3.7.1", "commit": "0123456789",
-         "dirty": False, "date": "2026-01-01"}  # fmt: skip
+WHERE = {
+    "arch": 89,
+    "device_name": "a card",
+    "triton": "3.7.1",
+    "commit": "0123456789",
+    "dirty": False,
+    "date": "2026-01-01",
+}
 NOW = [0.0]  # seconds; a test's work moves it on
 
 
