@@ -29,9 +29,6 @@ from fluxfast.model.spec import DEV
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-# ---------------------------------------------------------------- which cases
-
-
 def test_every_op_of_the_catalog_has_a_case():
     documented = {name.split("(")[0] for name in catalog.COSTS}
     settings = tiny()
@@ -115,9 +112,6 @@ def test_what_goes_backward_is_counted_too():
     assert total_flop(backward) == product + 5 * update * 3072 + decoded + rows * 3072
 
 
-# ---------------------------------------------------------------- the floor
-
-
 def test_the_roof_is_measured_and_a_missing_product_is_left_out(monkeypatch):
     def missing(*_):
         raise RuntimeError("not here")
@@ -143,9 +137,6 @@ def test_the_roof_counts_a_copy_twice_and_a_multiply_add_as_two(monkeypatch):
 def test_the_floor_is_the_greater_of_bytes_and_flop():
     assert floor.floor_ms(ROOF, "bf16", 10e9, 0.1e12) == pytest.approx(1000)
     assert floor.floor_ms(ROOF, "bf16", 1e9, 1e12) == pytest.approx(2000)
-
-
-# ---------------------------------------------------------------- the gate
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

@@ -36,9 +36,6 @@ ROW_FIELDS = {
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-# ---------------------------------------------------------------- rows
-
-
 def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     ops = ["lora_linear", "attention", "nf4_decode", "quantize_rows", "flow_mix"]
@@ -156,9 +153,6 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
     monkeypatch.setattr(kernels, "build", build)
     (row,) = kernels.measure(case_of("attention"), tiny(), ROOF)
     assert row["name"] == OURS and row["status"] == "out of memory"
-
-
-# ---------------------------------------------------------------- a run
 
 
 def test_a_spent_budget_leaves_cases_out(capsys):
@@ -297,9 +291,6 @@ def test_the_table_says_what_costs_a_step_most():
         "norm_modulate",
         "flow_mix",
     ]
-
-
-# ---------------------------------------------------------------- what it stands on
 
 
 class _Event:

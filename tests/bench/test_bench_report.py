@@ -83,9 +83,6 @@ def lines(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1:]]
 
 
-# ---------------------------------------------------------------- which rows, in which table
-
-
 def test_gpus_come_first_and_are_on_the_chart(tmp_path):
     write(tmp_path, "step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU))
     assert step_chart.NO_GPU in step_chart.block(tmp_path)
@@ -203,9 +200,6 @@ def test_a_caption_says_what_holds_for_its_rows():
     assert "NF4" not in text and "image" not in text
 
 
-# ---------------------------------------------------------------- charts
-
-
 def test_the_chart_has_the_largest_picture_of_the_smallest_batch(tmp_path):
     shown = [row("diffusers-nf4", 900.0, pixels=1024), row(median_ms=800.0, pixels=1024)]
     other = [row(), row(batch=4, pixels=1024), row("fluxfast-nf4-fp8", None, pixels=1024)]
@@ -218,9 +212,6 @@ def test_the_chart_has_the_largest_picture_of_the_smallest_batch(tmp_path):
     step_chart.draw(shown, path)
     assert path.read_bytes() == first
     assert not charts.is_of(tmp_path / "none.svg", shown)
-
-
-# ---------------------------------------------------------------- techniques
 
 
 def gives(folder: Path) -> list[str]:
@@ -324,9 +315,6 @@ def test_counted_figures_are_the_cost_models(tmp_path):
     assert 3000 < int(count) < 4000
 
 
-# ---------------------------------------------------------------- the pages
-
-
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
     """A folder with the pages and the results, which bench.report takes for its own."""
@@ -426,9 +414,6 @@ def test_links_of_a_block_are_its_pages(page, link):
     texts = {Path("b.md"): "other", Path(page): "a<!-- b -->old<!-- e -->z"}
     report.put(texts, "<!-- b -->\n![1](bench/results/x.svg)\n<!-- e -->")
     assert texts[Path(page)] == f"a<!-- b -->\n![1]({link}/results/x.svg)\n<!-- e -->z"
-
-
-# ---------------------------------------------------------------- the log
 
 
 def entries() -> list[tuple[str, str]]:

@@ -238,9 +238,6 @@ def test_a_slow_step_makes_the_exit_code():
     assert "too slow" in wrong([peer, row("fluxfast-nf4", 700.0)])[0]
 
 
-# ---------------------------------------------------------------- commands
-
-
 @pytest.mark.parametrize(
     ("code", "output", "status", "reason"),
     [
@@ -291,9 +288,6 @@ def test_a_command_finds_the_repository(monkeypatch):
     assert str(run.ROOT / "kernels") in path
 
 
-# ---------------------------------------------------------------- a process of its own
-
-
 def reports_once_and_dies(settings, names, references, sender):
     result = timing.Result(names[0], median_ms=1.0, p10_ms=1, p90_ms=1)
     sender.send((settings.cycles[0], {names[0]: result}, {names[0]: {}}))
@@ -324,9 +318,6 @@ def test_a_process_that_goes_on_for_too_long_is_killed(monkeypatch):
 def test_a_cap_on_a_cpu_is_skipped():
     capped = replace(SETTINGS, cap_gib=12.0)
     assert [status for _, status, _ in found_of(None, capped)] == ["skipped"] * 2
-
-
-# ---------------------------------------------------------------- what is done with rows
 
 
 def ratio_row(name: str, ratio: float | None, median_ms: float = 500.0, **other) -> dict:
@@ -385,9 +376,6 @@ def test_the_table_ranks_kernels_by_time_over_their_floor():
     said = table(rows)
     order = [line.split("forward")[0].split()[-1] for line in said.splitlines()[1:]]
     assert order == ["op6", "op5", "op4", "op3", "op2"] and "14 % of the floor" in said
-
-
-# ---------------------------------------------------------------- the command
 
 
 def test_the_cpu_suite_fits_ten_minutes_and_make_runs_it():

@@ -58,9 +58,6 @@ def measured(settings: Settings, names: list[str], folder) -> dict[tuple, tuple]
     return found
 
 
-# ---------------------------------------------------------------- the gate
-
-
 def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
     """By a right candidate that came before, though no peer is there."""
     names = ["fluxfast-nf4", "fluxfast-nf4-trainer"]
@@ -106,9 +103,6 @@ def test_a_kernel_that_raises_and_memory_that_ends_are_rows(tmp_path, monkeypatc
         "fluxfast-int8-int8": "ok",
     }
     assert "misaligned" in found[CYCLE, "fluxfast-nf4-fp8"][0].reason
-
-
-# ---------------------------------------------------------------- the trainer's own step
 
 
 def test_the_trainers_settings_are_its_defaults():
@@ -177,9 +171,6 @@ def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("fluxfast.step.sample_losses", full)
     result, _ = measured(PLAIN, [name], tmp_path)[CYCLE, name]
     assert result.status == "out of memory" and "memory is full" in result.reason
-
-
-# ---------------------------------------------------------------- the stock setting
 
 
 def test_everyone_trains_the_same_in_the_stock_setting(tmp_path):
@@ -256,9 +247,6 @@ def test_settings_of_the_command_line():
 
 def _single(side: int) -> Cycle:
     return Cycle((side,), 1)
-
-
-# ---------------------------------------------------------------- figures
 
 
 def test_model_flop_is_what_a_step_cannot_do_without():

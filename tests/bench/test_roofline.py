@@ -20,8 +20,6 @@ from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 from fluxfast.tools.plan import plan_rows
 
-# ---------------------------------------------------------------- the step by op
-
 
 def planned(setting: str, gpu: str, *overrides: str) -> Plan:
     return plan_rows(configuration(setting, list(overrides)), None, gpu)[-1].plan
@@ -149,9 +147,6 @@ def test_the_bound_is_what_takes_longer(plain):
     assert bounds["gelu_lora_linear", "product"] == "compute"
     assert bounds["gelu_lora_linear", "element-wise"] == "memory"
     assert bounds["modulation", "product"] == "memory"  # sixteen rows over every weight
-
-
-# ---------------------------------------------------------------- measured rows
 
 
 def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:

@@ -102,9 +102,6 @@ def test_wrong_results_are_refused(run, said):
     assert found is None if said is None else said in found
 
 
-# ---------------------------------------------------------------- problems
-
-
 def test_the_problems_of_a_step():
     found = problems(DEV, card("RTX 4090"), 89, [(1024, 1)], 16)
     assert [p.share for p in found] == sorted((p.share for p in found), reverse=True)

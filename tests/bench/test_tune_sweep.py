@@ -132,9 +132,6 @@ def test_where_the_shipped_tile_fails_the_others_are_timed():
     assert results[named(4)[0]].median_ms and results[named(4)[0]].ratio is None
 
 
-# ---------------------------------------------------------------- rows, resuming, budget
-
-
 def test_rows_say_what_was_asked_and_under_which_conditions(tmp_path):
     out, op = tmp_path / "rows.jsonl", Op(w3=2, w4=1)
     assert sweep([job(op, tiles(4))], out, WHERE)
@@ -298,9 +295,6 @@ def test_tiles_are_compiled_ahead_but_for_those_that_failed():
     others = [*named(4, group=4), *named(4, group=16), *REGROUPED_DEFAULT]
     assert asked == [(one.problem, [DEFAULT, *named(4)]), (one.problem, others)]
     assert named(5)[0] not in op.ran
-
-
-# ---------------------------------------------------------------- the command
 
 
 def options(tmp_path, *words):

@@ -122,9 +122,6 @@ def block_n(M, **question):
     return chosen(M, **question).tile.block_n
 
 
-# ---------------------------------------------------------------- tiles
-
-
 @pytest.mark.parametrize("path", [*OWN, tune_write.ATTENTION_PATH], ids=lambda path: path.name)
 def test_a_file_that_nothing_changes_stays_as_it_is(path):
     text = path.read_text()
@@ -299,9 +296,6 @@ def test_without_rows_the_command_says_where_they_come_from(configs, capsys):
     assert "bench.tune sweep" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- hand-overs
-
-
 def kinds(Ms, **question):
     return [chosen(M, **{"storage": "nf4"} | question).kind for M in Ms]
 
@@ -347,9 +341,6 @@ def test_a_threshold_that_was_measured_stays_where_it_still_holds(write, configs
     again = [*ways(16, 1, 2, **said), *ways(64, 1, 2, **said), *ways(256, 3, 2, "decode", **said)]
     write(again)
     assert (configs / "gemm_sm_89.json").read_text() == text and kinds([64, 65])[1] == "decode"
-
-
-# ---------------------------------------------------------------- attention
 
 
 def test_a_backend_is_picked_for_its_card_and_tokens(write):
