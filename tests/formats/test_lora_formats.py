@@ -857,21 +857,3 @@ def test_any_set_of_keys_is_read_or_refused():
             to_state(lora, "diffusers", drop=True)
             read += 1
     assert 100 < read < 300
-
-
-def test_any_damage_is_read_or_refused(tmp_path):
-    """Bytes changed anywhere, or the end cut off."""
-    path, read = tmp_path / "damaged.safetensors", 0
-    for seed in range(150):
-        draw = random.Random(seed)
-        at, junk = draw.randrange(len(WHOLE)), draw.randbytes(draw.randint(1, 8))
-        cut = draw.random() < 0.3
-        path.write_bytes(WHOLE[:at] + (b"" if cut else junk + WHOLE[at + len(junk) :]))
-        try:
-            lora = read_lora(path)
-        except ConfigError as error:
-            assert error.message and "\n" not in error.message
-        else:  # only numbers were hit, or the name of the one linear
-            assert not cut and len(lora.pieces) == 1
-            read += 1
-    assert 0 < read < 150
