@@ -364,7 +364,8 @@ _cudnn_lse_dims = 4
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, H, T, C] -> o [B, H, T, C] stored [B, T, H, C], lse [B, H, T]. No autograd."""
+    """q, k, v [B, H, T, C]. Returns o [B, H, T, C] stored [B, T, H, C] and lse [B, H, T]. No
+    autograd."""
     global _cudnn_lse_dims
     _check_qkv(q, k, v)
     backend = _resolve(backend, q)
@@ -390,8 +391,8 @@ def attention_forward(
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str = "auto"
 ) -> QKV:
-    """do, q, k, v, o [B, H, T, C], lse [B, H, T] -> dq, dk, dv like q, stored [B, T, H, C]. No
-    autograd."""
+    """do, q, k, v, o [B, H, T, C], lse [B, H, T]. Returns dq, dk, dv like q, stored [B, T, H, C].
+    No autograd."""
     _check_qkv(q, k, v)
     check(do.shape == q.shape and do.dtype == q.dtype, "do", f"like q {tuple(q.shape)}", do.shape)
     backend = _resolve(backend, q)
@@ -477,9 +478,9 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ / √C) v, differentiable once.
 
-    q, k, v [B, H, T, C], the last stride 1 (best stored [B, T, H, C]), fp32, bf16 or fp16 -> o like
-    q, stored [B, T, H, C]. backend: "auto" or one of BACKENDS. Raises ValueError for a wrong shape,
-    dtype or stride.
+    q, k, v [B, H, T, C], the last stride 1 (best stored [B, T, H, C]), fp32, bf16 or fp16. Returns
+    o like q, stored [B, T, H, C]. backend: "auto" or one of BACKENDS. Raises ValueError for a wrong
+    shape, dtype or stride.
     """
     _check_qkv(q, k, v)
     return _attention(q, k, v, backend)[0]

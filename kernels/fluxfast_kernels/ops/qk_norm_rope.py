@@ -320,7 +320,7 @@ def _empty_joint(streams: Streams) -> QKV:
 
 
 def _split(x: Tensor, heads: int) -> QKV:
-    """x [B, T, 3·H·C] -> views q, k and v, each [B, T, H, C]."""
+    """Views q, k and v of x [B, T, 3·H·C], each [B, T, H, C]."""
     return QKV(*x.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
@@ -434,7 +434,7 @@ def qk_norm_rope_attention(
 
 
 def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, T, H, C] -> x / rms and 1 / rms, fp32 (fp64 for fp64), new tensors."""
+    """x / rms and 1 / rms of x [B, T, H, C], fp32 (fp64 for fp64), new tensors."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
     rstd = mean.div_(x.shape[-1]).add_(EPSILON).rsqrt_()
