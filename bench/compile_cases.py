@@ -12,13 +12,13 @@ from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.attention import AttentionTile, shipped_to
 from fluxfast_kernels.dispatch.backend import Matrix, tl
 from fluxfast_kernels.gemm import dense, eight_bit, grads
-from fluxfast_kernels.gemm.epilogue import rank_block
+from fluxfast_kernels.gemm.epilogue import After, Outputs, Part, Spec, Update
 from fluxfast_kernels.ops import (
     attention,
     flow_loss,
     gate_residual,
-    gelu_triton,
-    norm_modulate_triton,
+    gelu,
+    norm_modulate,
     qk_norm_rope,
 )
 from fluxfast_kernels.quant import frozen, hadamard, nf4, rows
@@ -83,11 +83,13 @@ def cases() -> Iterator[KernelCase]:
         yield from _gelu_cases(dtype)
         yield from _norm_modulate_cases(dtype)
         yield from _rows_cases(dtype)
-        types = {"packed": "*u8", "absmax": "*fp32", "code": "*fp32", "out": f"*{dtype}"}
+        types = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32"}
+        types["out_ptr"] = f"*{dtype}"
         blocks = {"BLOCKS": nf4.BLOCKS}
-        yield _case(f"nf4_decode.{dtype}", nf4._decode_kernel, types, blocks, num_warps=nf4.WARPS)
+        kernel = nf4._dequantize_kernel
+        yield _case(f"nf4_dequantize.{dtype}", kernel, types, blocks, num_warps=nf4.WARPS)
         if dtype != "fp16":
-            types = _pointers("X Y", dtype)
+            types = _pointers("x_ptr y_ptr", dtype)
             blocks = {"ROTATION": hadamard.LARGEST, "BLOCK": hadamard.BLOCK}
             yield _case(f"hadamard.{dtype}", hadamard._rotate_kernel, types, blocks)
     yield from _gate_residual_cases()
@@ -169,25 +171,26 @@ def _shipped_gemm() -> Iterator[KernelCase]:
                     yield from tile_cases(op, storage, dtype, tile, archs)
 
 
-def _blocks(tile: dispatch.Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-
-
 def _tile_name(*sizes: int, tile: dispatch.Tile) -> str:
     return f"{'x'.join(map(str, sizes))}.{tile.num_warps}w{tile.num_stages}"
 
 
 def _options(tile: dispatch.Tile, archs: Archs, matrix: bool) -> dict[str, object]:
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return options | {"archs": archs, "matrix": matrix}
+    return tile.options | {"archs": archs, "matrix": matrix}
 
 
-def _update(full: bool, with_parts: bool) -> dict[str, object]:
-    """Constants of the LoRA update in an epilogue: rank 128 or 16, q, k and v as parts."""
-    three = (0, 3072, 0, 0, 3072, 6144, 1, 3072, 6144, 9216, 2, 6144)
-    rank, parts = 128 if full else 16, three if with_parts else ()
-    block = {"RANK": rank, "BLOCK_R": rank_block(rank)}
-    return block | {"PARTS": parts, "PART_COUNT": len(parts) // 4}
+def _epilogue(dtype: str, full: bool, forward: bool) -> tuple[dict[str, object], int, tuple]:
+    """What follows a product, its rank and parts. full: two outputs, rank 128, forward also q, k
+    and v as parts, a gate and a residual."""
+    after = After(Update(f"*{dtype}", "i32", "*fp32", "i32", "i32", "fp32"))
+    if forward:
+        after = after._replace(bias_ptr=f"*{dtype}")
+    parts = ()
+    if full and forward:
+        parts = tuple(Part(3072 * i, 3072 * (i + 1), i, 3072 * i) for i in range(3))
+        after = after._replace(gate_ptr=f"*{dtype}", gate_stride="i32", residual=_matrix(dtype))
+    out = Outputs(_matrix(dtype), _matrix(dtype) if full else None, "i32")
+    return {"after": after, "out": out}, 128 if full else 16, parts
 
 
 def _gemm_cases(
@@ -202,25 +205,22 @@ def _gemm_case(
     op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool, archs: Archs
 ) -> KernelCase:
     """full: rank 128, two inputs and outputs, masks, nested absmax; forward also parts, a gate."""
-    forward, is_nf4 = op == "lora_gemm", storage == "nf4"
-    types = _pointers("x0 x1 bias down gate residual y0 y1", dtype) | {"scale": "fp32"}
-    types |= _pointers("nested offset code table up", "fp32")
-    types |= {"w": "*u8" if is_nf4 else f"*{dtype}"}
-    types |= {"absmax": "*u8" if is_nf4 and full else "*fp32"}
-    absent = [] if is_nf4 else ["absmax", "code"]
-    absent += [] if is_nf4 and full else ["nested", "offset", "table"]
-    absent += [] if full else ["x1", "y1"]
-    absent += [] if full and forward else ["gate", "residual"]
-    absent += [] if forward else ["bias"]
-    constants = {"TRANSPOSED": forward, "MASKED": full, "OFFSETS": full, "GROUP_M": tile.group_m}
-    constants |= _update(full, full and forward) | _blocks(tile)
+    forward = op == "lora_gemm"
+    types, rank, parts = _epilogue(dtype, full, forward)
+    if storage == "dense":
+        weight = dense.Weight(f"*{dtype}", "i32")
+    elif full:
+        statistics = ("*u8", "*fp32", "*fp32", "*fp32", "*fp32")
+        weight = dense.Weight("*u8", "i32", *statistics)
+    else:
+        weight = dense.Weight("*u8", "i32", "*fp32", code="*fp32")
+    types |= {"x0": _matrix(dtype), "x1": _matrix(dtype) if full else None, "w": weight}
     shape = _tile_name(tile.block_m, tile.block_n, tile.block_k, tile=tile)
     return _case(
         f"{op}.{dtype}.{storage}.{shape}{'.full' * full}",
         dense._gemm_kernel,
         types,
-        constants,
-        absent,
+        {"SPEC": Spec(tile, rank, parts, forward, full, full)},
         **_options(tile, archs, dtype != "fp32"),
     )
 
@@ -249,32 +249,37 @@ def gemm_8bit_case(
     transposed: bool,
     archs: Archs = None,
     dtype: str = "bf16",
+    with_update: bool = True,
 ) -> KernelCase:
     """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""
-    forward, is_nf4 = op == "gemm_8bit", storage == "nf4"
-    types = _pointers("bias down gate residual y0 y1", dtype) | {"scale": "fp32"}
-    types |= _pointers("s0 s1 w_scale absmax code inverse up", "fp32")
-    types |= _pointers("x0 x1 w", CODES[kind])
-    types |= {"w": "*u8"} if is_nf4 else {}
-    absent = [] if is_nf4 else ["absmax", "code", "inverse"]
-    absent += [] if full else ["x1", "s1", "y1"]
-    absent += [] if full and forward else ["gate", "residual"]
-    absent += [] if forward else ["w_scale", "bias"]
-    constants = {"TRANSPOSED": transposed, "MASKED": full, "TOP": TOP[kind]}
-    constants |= {"SUM": tl.int32 if kind == "int8" else tl.float32, "GROUP_M": tile.group_m}
-    constants |= {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32}
-    constants |= _update(full, full and forward) | _blocks(tile)
+    forward, code = op == "gemm_8bit", f"*{CODES[kind]}"
+    types, rank, parts = _epilogue(dtype, full, forward)
+    if not with_update:
+        types["after"], rank = types["after"]._replace(update=None), 0
+    weight = dense.Weight(code, "i32", scale_ptr="*fp32" if forward else None)
+    if storage == "nf4":
+        weight = weight._replace(ptr="*u8", absmax_ptr="*fp32", code="*fp32", inverse_ptr="*fp32")
+    row = rows.RowsPointer(code, "*fp32")
+    types |= {"x0": row, "x1": row if full else None, "w": weight}
+    spec = Spec(tile, rank, parts, transposed, full, top=TOP[kind])
+    sum_dtype = tl.int32 if kind == "int8" else tl.float32
+    update_dtype = tl.bfloat16 if dtype == "bf16" else tl.float32
     shape = _tile_name(tile.block_m, tile.block_n, tile.block_k, tile=tile)
     layout = "" if forward else ".transposed" if transposed else ".as_kept"
     return _case(
         f"{op}.{kind}.{storage}{layout}.{shape}{'.full' * full}{'.fp32' * (dtype == 'fp32')}",
         eight_bit._gemm_8bit_kernel,
         types,
-        constants,
-        absent,
+        {"SPEC": spec._replace(sum=sum_dtype, update_dtype=update_dtype)},
         least_arch=LEAST_ARCH[kind],
         **_options(tile, archs, True),
     )
+
+
+def _skinny_types(dtype: str, second_input: bool) -> dict[str, object]:
+    types = {"x0": _matrix(dtype), "x1": _matrix(dtype) if second_input else None}
+    types |= {"w": grads.Strided("*fp32", "i32", "i32"), "channel_ptr": "*fp32", "scale": "fp32"}
+    return types | {"out": grads.Strided(f"*{dtype}", "i32", "i32")}
 
 
 def _skinny_cases(
@@ -282,23 +287,20 @@ def _skinny_cases(
 ) -> Iterator[KernelCase]:
     """At ranks 128, 48 (three parts of 16) and 16 over K or N of 3072."""
     shape = _tile_name(tile.block_m, tile.block_k, tile=tile)
+    whole = (grads.Segment(0, 0, 3072, 0, 0),)
     for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
-        types = _pointers("x0 x out skinny", kind) | {"w": "*fp32", "scale": "fp32"}
-        if op == "lora_grads":
-            types["out"] = "*fp32"
         for rank in (128, 48, 16):
-            constants = _blocks(tile) | {"RANK": rank, "SEGMENTS": (0, 0, 3072, 0, 0)}
-            constants["BLOCK_N"] = grads._power_of_two(rank, tile.block_n)
-            constants["SEGMENT_COUNT"] = 1
-            kernel, absent = grads._grads_kernel, ()
+            cut = grads.fitted(tile, rank)
             if op == "lora_skinny":
-                kernel = grads._skinny_kernel
-                absent = ("x1", "codes0", "codes1", "scale0", "scale1", "channel")
-                constants |= {"SLOTS": 1, "TOP": 127.0, "ROTATION": 0}
-                constants["BLOCK_Q"] = grads.BLOCK_Q
-            name = f"{op}.{kind}.r{rank}.{shape}"
+                kernel, types = grads._skinny_kernel, _skinny_types(kind, False)
+                types |= dict.fromkeys(("rows0", "rows1", "channel_ptr"))
+                spec = grads.SkinnySpec(cut, rank, whole, 1, 127.0, 0, grads.BLOCK_Q)
+            else:
+                kernel, spec = grads._grads_kernel, grads.GradsSpec(cut, rank, whole)
+                types = {"x": _matrix(kind), "skinny": grads.Strided(f"*{kind}", "i32", "i32")}
+                types |= {"out": grads.Strided("*fp32", "i32", "i32"), "scale": "fp32"}
             options = _options(tile, archs, kind != "fp32")
-            yield _case(name, kernel, types, constants, absent, **options)
+            yield _case(f"{op}.{kind}.r{rank}.{shape}", kernel, types, {"SPEC": spec}, **options)
 
 
 def _quantizing_cases(
@@ -307,27 +309,26 @@ def _quantizing_cases(
     """The skinny product that writes 8-bit rows. x: two inputs, the first quantized and rotated;
     dy: two of three parts, both with scales."""
     shape = _tile_name(tile.block_m, tile.block_k, tile=tile)
-    x_segments = (0, 0, 3072, 0, 0, 1, 0, 12288, 0, 3072)
-    dy_segments = (0, 0, 3072, 0, 0, 0, 3072, 6144, 1, 3072, 1, 0, 12288, 2, 6144)
-    x_constants = {"RANK": 48, "SLOTS": 1, "ROTATION": 256, "BLOCK_Q": 256}
-    dy_constants = {"RANK": 16, "SLOTS": 3, "ROTATION": 0, "BLOCK_Q": grads.BLOCK_Q}
+    of_x = (grads.Segment(0, 0, 3072, 0, 0), grads.Segment(1, 0, 12288, 0, 3072))
+    of_dy = (
+        grads.Segment(0, 0, 3072, 0, 0),
+        grads.Segment(0, 3072, 6144, 1, 3072),
+        grads.Segment(1, 0, 12288, 2, 6144),
+    )
     for dtype_ in ("bf16", "fp16") if dtype == "half" else ("fp32",):
         for kind, code in CODES.items():
-            types = _pointers("x0 x1 out", dtype_) | _pointers("codes0 codes1", code)
-            types |= _pointers("w scale0 scale1 channel", "fp32") | {"scale": "fp32"}
-            for side, segments, own, absent in (
-                ("x", x_segments, x_constants, ("codes1", "scale1", "channel")),
-                ("dy", dy_segments, dy_constants, ()),
+            row = rows.RowsPointer(f"*{code}", "*fp32")
+            both = _skinny_types(dtype_, True) | {"rows0": row, "rows1": row}
+            first = both | dict.fromkeys(("rows1", "channel_ptr"))
+            for side, types, rank, *spec in (
+                ("x", first, 48, of_x, 1, TOP[kind], 256, 256),
+                ("dy", both, 16, of_dy, 3, TOP[kind], 0, grads.BLOCK_Q),
             ):
-                constants = _blocks(tile) | own | {"TOP": TOP[kind], "SEGMENTS": segments}
-                constants["SEGMENT_COUNT"] = len(segments) // 5
-                constants["BLOCK_N"] = grads._power_of_two(own["RANK"], tile.block_n)
                 yield _case(
                     f"{op}.{kind}.{dtype_}.{side}.{shape}",
                     grads._skinny_kernel,
                     types,
-                    constants,
-                    absent,
+                    {"SPEC": grads.SkinnySpec(grads.fitted(tile, rank), rank, *spec)},
                     least_arch=LEAST_ARCH[kind],
                     **_options(tile, archs, dtype_ != "fp32"),
                 )
@@ -354,26 +355,25 @@ def _flow_cases(dtype: str) -> Iterator[KernelCase]:
 
 
 def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
-    types = _pointers("U X DX DU", dtype) | _pointers("ROW_SCALE X_SCALE", "fp32")
-    for is_codes in (False, True):
-        own = types | ({"U": "*i8"} if is_codes else {})
-        constants = {"CODES": is_codes, "BLOCK": gelu_triton.BLOCK}
-        name = f"{dtype}{'_codes' * is_codes}"
-        yield _case(f"gelu_{name}", gelu_triton._gelu_kernel, own, constants)
-        yield _case(f"gelu_backward_{name}", gelu_triton._gelu_backward_kernel, own, constants)
+    x = _matrix(dtype)
+    for is_8bit in (False, True):
+        types = dict.fromkeys(("x", "dx", "du"), x) | {"u": _matrix("i8") if is_8bit else x}
+        types["row_scale_ptr"] = "*fp32" if is_8bit else None
+        name, block = f"{dtype}{'_codes' * is_8bit}", {"BLOCK": gelu.BLOCK}
+        yield _case(f"gelu_{name}", gelu._gelu_kernel, types, block)
+        yield _case(f"gelu_backward_{name}", gelu._gelu_backward_kernel, types, block)
     for kind in ("", *CODES):
-        for saves_codes, rotation in ((True, 0), (False, 0), (False, 256)):
-            if not kind and not saves_codes:
+        for saves, rotation in ((True, 0), (False, 0), (False, 256)):
+            if not kind and not saves:
                 continue
-            own = types | {"CODE": "*i8", "X_CODE": f"*{CODES[kind or 'int8']}"}
+            types = {"u": x, "x": x, "saved": rows.RowsPointer("*i8", "*fp32") if saves else None}
+            types["rows"] = rows.RowsPointer(f"*{CODES[kind]}", "*fp32") if kind else None
             constants = {"TOP": TOP[kind or "int8"], "ROTATION": rotation}
             yield _case(
-                f"gelu_rows_{dtype}{'_codes' * saves_codes}{f'_{kind}' * bool(kind)}_{rotation}",
-                gelu_triton._gelu_rows_kernel,
-                own,
-                constants | {"BLOCK": gelu_triton.ROW_BLOCK},
-                [*(() if saves_codes else ("CODE", "ROW_SCALE"))]
-                + [*(() if kind else ("X_CODE", "X_SCALE"))],
+                f"gelu_rows_{dtype}{'_codes' * saves}{f'_{kind}' * bool(kind)}_{rotation}",
+                gelu._gelu_rows_kernel,
+                types,
+                constants | {"BLOCK": gelu.ROW_BLOCK},
                 num_warps=8,
                 least_arch=LEAST_ARCH[kind or "int8"],
             )
@@ -381,38 +381,36 @@ def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
 
 def _norm_modulate_cases(dtype: str) -> Iterator[KernelCase]:
     """FLUX's width, and in bf16 the ends of what is tested."""
-    types = _pointers("H SHIFT SCALE X DX DH", dtype)
-    types |= _pointers("MEAN RSTD PARTIAL ROW_SCALE", "fp32")
-    kernel = norm_modulate_triton._norm_modulate_kernel
-    backward = norm_modulate_triton._norm_modulate_backward_kernel
+    types = dict.fromkeys(("h", "shift", "scale", "dx"), _matrix(dtype))
+    types |= {"x_ptr": f"*{dtype}"} | _pointers("mean_ptr rstd_ptr", "fp32")
+    kernel = norm_modulate._norm_modulate_kernel
     for D in (3072, 128, 4096) if dtype == "bf16" else (3072,):
-        tokens, block, warps = norm_modulate_triton.tile(D)
-        shape = {"D": D, "ROWS": tokens, "BLOCK": block}
-        constants = shape | {"EPS": norm_modulate_triton.EPS, "TOP": 127.0, "ROTATION": 0}
-        for rebuild in (False, True):
-            name = f"norm_modulate {'rebuild ' * rebuild}{dtype} {D}"
-            own = constants | {"REBUILD": rebuild}
-            yield _case(name, kernel, types, own, ("CODES", "ROW_SCALE"), num_warps=warps)
+        tokens, columns, warps = norm_modulate.tile(D)
+        spec = norm_modulate.Spec(D, tokens, columns)
+        for recompute in (False, True):
+            name = f"norm_modulate {'rebuild ' * recompute}{dtype} {D}"
+            constants = {"SPEC": spec._replace(recompute=recompute)}
+            yield _case(name, kernel, types | {"rows": None}, constants, num_warps=warps)
         for kind, code in CODES.items():
             for rotation in (0, min(256, D)):
-                tokens, block, warps_8bit = norm_modulate_triton.tile(D, rotation)
-                own = constants | {"ROWS": tokens, "BLOCK": block, "REBUILD": False}
+                tokens, columns, warps_8bit = norm_modulate.tile(D, rotation)
+                spec_8bit = norm_modulate.Spec(D, tokens, columns, False, TOP[kind], rotation)
                 yield _case(
                     f"norm_modulate {kind} {rotation} {dtype} {D}",
                     kernel,
-                    types | {"CODES": f"*{code}"},
-                    own | {"TOP": TOP[kind], "ROTATION": rotation},
+                    types | {"rows": rows.RowsPointer(f"*{code}", "*fp32")},
+                    {"SPEC": spec_8bit},
                     num_warps=warps_8bit,
                     least_arch=LEAST_ARCH[kind],
                 )
         for has_dh, has_sums in ((True, False), (True, True), (False, True)):
-            own = shape | {"STEPS": norm_modulate_triton.STEPS if has_sums else 1}
+            given = {"dh_ptr": f"*{dtype}" if has_dh else None}
+            given["sums_ptr"] = "*fp32" if has_sums else None
             yield _case(
                 f"norm_modulate_backward {'dh ' * has_dh}{'sums ' * has_sums}{dtype} {D}",
-                backward,
-                types,
-                own | {"HAS_DH": has_dh, "HAS_SUMS": has_sums},
-                [*(() if has_dh else ("DH",)), *(() if has_sums else ("PARTIAL",))],
+                norm_modulate._norm_modulate_backward_kernel,
+                types | given,
+                {"SPEC": spec, "STEPS": norm_modulate.STEPS if has_sums else 1},
                 num_warps=warps,
             )
 
@@ -439,8 +437,8 @@ def _gate_residual_cases() -> Iterator[KernelCase]:
 
 def _rows_cases(dtype: str) -> Iterator[KernelCase]:
     for kind, code in CODES.items():
-        types = _pointers("X GATE DY", dtype) | _pointers("CHANNEL SCALE", "fp32")
-        types |= _pointers("CODES", code)
+        types = {"values_ptr": f"*{code}", "scale_ptr": "*fp32", "x": _matrix(dtype)}
+        gated = {"gate": _matrix(dtype), "channel_ptr": "*fp32", "dy_ptr": f"*{dtype}"}
         for name, rotation, block in (
             ("plain", 0, rows.BLOCK),
             ("short", 0, 128),
@@ -450,27 +448,26 @@ def _rows_cases(dtype: str) -> Iterator[KernelCase]:
             yield _case(
                 f"quantize_rows.{kind}.{dtype}.{name}",
                 rows._quantize_kernel,
-                types,
+                types | (gated if name == "gated" else dict.fromkeys(gated)),
                 {"TOP": TOP[kind], "ROTATION": rotation, "BLOCK": block},
-                () if name == "gated" else ("GATE", "CHANNEL", "DY"),
                 num_warps=rows.warps(block),
                 least_arch=LEAST_ARCH[kind],
             )
 
 
 def _frozen_cases() -> Iterator[KernelCase]:
-    types = _pointers("packed", "u8") | _pointers("absmax code scale", "fp32")
+    types = {"packed_ptr": "*u8"} | _pointers("absmax_ptr code_ptr scale_ptr", "fp32")
     for kind, code in CODES.items():
         for transposed in (False, True):
             for groups in (64, 256):
                 constants = {"GROUPS": groups, "TOP": TOP[kind], "TRANSPOSED": transposed}
                 yield _case(
                     f"nf4_codes.{kind}.{groups}{'.transposed' * transposed}",
-                    frozen._nf4_codes_kernel,
-                    types | {"out": f"*{code}"},
+                    frozen._nf4_to_8bit_kernel,
+                    types | {"out_ptr": f"*{code}"},
                     constants | {"ROWS": frozen.ROWS, "SPAN": frozen.SPAN},
                     least_arch=LEAST_ARCH[kind],
                 )
     constants = {"ROWS": frozen.ROWS, "COLUMNS": frozen.COLUMNS}
-    types = _pointers("codes out", "u8")
+    types = _pointers("in_ptr out_ptr", "u8")
     yield _case("transpose_codes", frozen._transpose_kernel, types, constants)

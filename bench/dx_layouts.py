@@ -62,9 +62,9 @@ def compiled(way: str, kind: str, arch: int):
         constants = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k}
         constants["SUM"] = tl.int32 if kind == "int8" else tl.float32
         return compile_for(_swapped_kernel, types, constants, arch, TILE.num_warps, TILE.num_stages)
-    case = gemm_8bit_case("gemm_8bit_dx", kind, "dense", TILE, False, way == "transposed")
-    constants = case.constants | {"RANK": 0, "down": None, "up": None}
-    return compile_for(case.fn, case.signature, constants, arch, TILE.num_warps, TILE.num_stages)
+    layout = ("dense", TILE, False, way == "transposed")
+    case = gemm_8bit_case("gemm_8bit_dx", kind, *layout, with_update=False)
+    return compile_for(case.fn, case.signature, case.constants, arch, **TILE.options)
 
 
 def rows(arch: int) -> list[list]:

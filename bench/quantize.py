@@ -44,8 +44,8 @@ def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
         },
         "decode": {
             THEIRS: lambda: bnb.dequantize_4bit(packed, state),
-            FRESH: lambda: fk.nf4_decode(ours, torch.bfloat16),
-            OURS: lambda: fk.nf4_decode(ours, torch.bfloat16, out),
+            FRESH: lambda: fk.nf4_dequantize(ours, torch.bfloat16),
+            OURS: lambda: fk.nf4_dequantize(ours, torch.bfloat16, out),
         },
     }
 

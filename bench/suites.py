@@ -20,7 +20,7 @@ CAPS_GIB = (12, 16, 24)
 FIRST_TESTS = [  # of the kernels that a step runs
     f"tests/kernels/test_{name}.py"
     for name in (
-        *("qk_norm_rope", "attention", "nf4_decode", "norm_modulate", "gate_residual"),
+        *("qk_norm_rope", "attention", "nf4_dequantize", "norm_modulate", "gate_residual"),
         *("flow_loss", "gelu", "lora_linear"),
     )
 ]

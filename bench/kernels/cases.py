@@ -57,7 +57,7 @@ CALLS = {
     "norm_modulate": 76,
     "gate_residual": 85,
     "quantize_rows": 76,
-    "nf4_decode": 171,
+    "nf4_dequantize": 171,
     "flow_mix": 1,
     "flow_loss": 1,
     "hadamard_rotate": 0,  # unless layers are chosen for it
@@ -142,7 +142,7 @@ def cases(settings: Settings) -> list[Case]:
 def _cases(settings: Settings) -> Iterator[Case]:
     kinds = dict.fromkeys(products for _, products in settings.modes if products)
     for op in settings.ops:
-        if op == "nf4_decode":
+        if op == "nf4_dequantize":
             yield Case(op, "nf4")
             continue
         modes = settings.modes if op in LINEARS else (("", ""),)
@@ -196,7 +196,7 @@ def _elements(each: Callable[[int], float], flop: float) -> Callable:
     return costs
 
 
-def _nf4_decode(case: Case, settings: Settings) -> tuple[list[Op], list[Op]]:
+def _nf4_dequantize(case: Case, settings: Settings) -> tuple[list[Op], list[Op]]:
     weights = settings.spec.mlp_hidden * settings.spec.hidden_size
     return [element_op(case.op, weights, NF4 + settings.compute.itemsize, 1.0)], []
 
@@ -223,7 +223,7 @@ _COSTS = {op: _linear(name) for op, name in LINEARS.items()} | {
     "gate_residual": _of_block(DOUBLE, lambda op: op in (_PROJ, f"{_PROJ} backward"), "all"),
     "quantize_rows": _elements(lambda width: width + 1, 4.0),
     "hadamard_rotate": _elements(lambda width: 2 * width, 9.0),
-    "nf4_decode": _nf4_decode,
+    "nf4_dequantize": _nf4_dequantize,
     "flow_mix": _flow,
     "flow_loss": _flow,
 }

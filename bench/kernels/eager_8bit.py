@@ -1,4 +1,4 @@
-"""A linear's product in 8-bit codes out of torch's own operations: what a trainer without fused
+"""A linear's 8-bit product out of torch's own operations: what a trainer without fused
 kernels would write, and what `fluxfast_kernels` is timed against.
 
 Rows of x, or of dy times W's scales, are quantized in a few passes, multiplied by torch's int8 or
@@ -9,37 +9,37 @@ a row of its own, and so has the gradient of each output.
 from collections.abc import Sequence
 
 import torch
-from fluxfast_kernels.quant.rows import Rows, encode_reference
+from fluxfast_kernels.quant.rows import QuantizedRows, quantize_reference
 from torch import Tensor
 
 
 def product_8bit(
-    xs: Sequence[Tensor], codes: Tensor, scale: Tensor, kind: str, split: int = 0
+    xs: Sequence[Tensor], weight: Tensor, scale: Tensor, kind: str, split: int = 0
 ) -> Tensor:
-    """[x_0, x_1, …] Wᵀ [B, T, N] in xs' dtype; xs [B, T, K_i], W as codes [N, K] and scale fp32
+    """[x_0, x_1, …] Wᵀ [B, T, N] in xs' dtype; xs [B, T, K_i], W in 8 bits [N, K] and scale fp32
     [N]. kind: "int8" or "fp8". split: columns of the first of two outputs, 0 for one."""
-    return _Product.apply(codes, scale, kind, split, *xs)
+    return _Product.apply(weight, scale, kind, split, *xs)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, codes, scale, kind, split, *xs):
-        ctx.save_for_backward(codes, scale)
+    def forward(ctx, weight, scale, kind, split, *xs):
+        ctx.save_for_backward(weight, scale)
         ctx.kind, ctx.widths = kind, [x.shape[-1] for x in xs]
-        ctx.outputs = [split, len(codes) - split] if split else [len(codes)]
+        ctx.outputs = [split, len(weight) - split] if split else [len(weight)]
         y = None
-        for x, columns in zip(xs, codes.split(ctx.widths, 1), strict=True):
+        for x, columns in zip(xs, weight.split(ctx.widths, 1), strict=True):
             part = _multiply(_rows(x, kind), columns.T, scale)
             y = part if y is None else y + part
         return y.view(*xs[0].shape[:-1], -1).to(xs[0].dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        codes, scale = ctx.saved_tensors
-        transposed = codes.T.contiguous()  # 8-bit products take their right operand by columns
+        weight, scale = ctx.saved_tensors
+        transposed = weight.T.contiguous()  # 8-bit products take their right operand by columns
         pieces = (dy.split(ctx.outputs, -1), scale.split(ctx.outputs))
         pieces += (transposed.split(ctx.outputs, 1),)
-        dx, ones = None, scale.new_ones(codes.shape[1])
+        dx, ones = None, scale.new_ones(weight.shape[1])
         for piece, channel, columns in zip(*pieces, strict=True):
             part = _multiply(_rows(piece * channel, ctx.kind), columns.T, ones)
             dx = part if dx is None else dx + part
@@ -47,20 +47,15 @@ class _Product(torch.autograd.Function):
         return None, None, None, None, *dx.split(ctx.widths, -1)
 
 
-def _rows(x: Tensor, kind: str) -> Rows:
+def _rows(x: Tensor, kind: str) -> QuantizedRows:
     v = x.flatten(0, -2).float()
-    return encode_reference(v, v.abs().amax(-1), kind)
+    return quantize_reference(v, v.abs().amax(-1), kind)
 
 
-def _multiply(rows: Rows, right: Tensor, scale: Tensor) -> Tensor:
+def _multiply(rows: QuantizedRows, right: Tensor, scale: Tensor) -> Tensor:
     """[M, K] rows · right [K, N] · scale fp32 [N]; right's columns lie one after the other."""
-    if rows.codes.dtype == torch.int8:
-        return torch._int_mm(rows.codes, right) * rows.scale[:, None] * scale
-    return torch._scaled_mm(
-        rows.codes,
-        right,
-        rows.scale[:, None],
-        scale[None],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=False,
-    )
+    if rows.kind == "int8":
+        return torch._int_mm(rows.values, right) * rows.scale[:, None] * scale
+    scales = (rows.scale[:, None], scale[None])
+    dtype = torch.bfloat16
+    return torch._scaled_mm(rows.values, right, *scales, out_dtype=dtype, use_fast_accum=False)

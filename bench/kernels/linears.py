@@ -1,8 +1,8 @@
 """The three linears of `fluxfast_kernels` and those who do their work: torch's own operations in a
-row, bitsandbytes' 4-bit product, and its decoding with torch's product.
+row, bitsandbytes' 4-bit product, and its dequantizing with torch's product.
 
-All take the same frozen weight (the same NF4 bytes, the same 8-bit codes), and everyone but us adds
-the update part by part as peft does, each with an A of its own.
+All take the same frozen weight (the same NF4 bytes, the same 8-bit values), and everyone but us
+adds the update part by part as peft does, each with an A of its own.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
 from fluxfast_kernels.ops.gelu import gelu_lora_linear_reference
-from fluxfast_kernels.quant.frozen import nf4_codes_reference
-from fluxfast_kernels.quant.nf4 import nf4_decode_reference
+from fluxfast_kernels.quant.frozen import nf4_to_8bit_reference
+from fluxfast_kernels.quant.nf4 import nf4_dequantize_reference
 from torch import Tensor
 
 from bench.kernels.cases import LINEARS, Case, Settings
@@ -50,7 +50,7 @@ class Linear:
         if case.storage == "nf4":
             self.nf4 = fk.nf4_quantize(dense)
             self.kept = list(self.nf4.tensors().values())
-            self.dense = nf4_decode_reference(self.nf4, settings.compute)
+            self.dense = nf4_dequantize_reference(self.nf4, settings.compute)
         elif case.storage != "dense":
             self.kept = list(fk.quantize_8bit(dense, case.storage))
         self.bias = draw("bias", N, std=0.02)
@@ -61,21 +61,23 @@ class Linear:
             "lora_b": draw("b", N, self.rank, std=0.05, dtype=torch.float32),
         }
 
-    def arguments(self, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor) -> tuple:
-        """From the weight to the update's scale, as the ops and their references take them."""
-        return weight, self.bias, lora_a, lora_b, self.parts, 1.0
+    def arguments(
+        self, lora_a: Tensor, lora_b: Tensor, plain: torch.dtype | None = None
+    ) -> tuple[fk.FrozenWeight, fk.LoRAUpdate]:
+        """As the ops take them, or with a dtype as their references do, without a kernel of ours:
+        the weight dense in that dtype, or the 8 bits that are multiplied."""
+        weight = self.kept
+        if plain is not None:
+            weight = self.in_8_bits() if self.case.products else [self.dense.to(plain)]
+        frozen = fk.FrozenWeight(weight, self.bias, self.case.products)
+        return frozen, fk.LoRAUpdate(lora_a, lora_b, self.parts)
 
-    def plain(self, dtype: torch.dtype) -> list[Tensor]:
-        """The weight as the references take it, without a kernel of ours: dense in `dtype`, or the
-        codes that are multiplied."""
-        return list(self.codes()) if self.case.products else [self.dense.to(dtype)]
-
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """8-bit codes [N, K] and scale fp32 [N]; of NF4 they are made anew."""
+    def in_8_bits(self) -> list[Tensor]:
+        """int8 or e4m3 [N, K] and scale fp32 [N]; of NF4 they are made anew."""
         if self.nf4 is None:
-            return tuple(self.kept)
-        rows = nf4_codes_reference(self.nf4, self.case.products)
-        return rows.codes, rows.scale
+            return self.kept
+        rows = nf4_to_8bit_reference(self.nf4, self.case.products)
+        return [rows.values, rows.scale]
 
     def products(self) -> dict[str, Product | Exception]:
         """Of everyone but us, by name."""
@@ -84,14 +86,14 @@ class Linear:
         if self.nf4 is None:
             return {EAGER: lambda x: F.linear(x, self.dense, self.bias)}
         return {
-            EAGER: lambda x: F.linear(x, nf4_decode_reference(self.nf4, x.dtype), self.bias),
+            EAGER: lambda x: F.linear(x, nf4_dequantize_reference(self.nf4, x.dtype), self.bias),
             GEMM_4BIT: library(self._gemm_4bit),
             DEQUANTIZE_4BIT: library(self._dequantize_4bit),
         }
 
     def _eager_8bit(self, x: Tensor) -> Tensor:
         xs = x.split(self.widths, -1)
-        return product_8bit(xs, *self.codes(), self.case.products, self.split) + self.bias
+        return product_8bit(xs, *self.in_8_bits(), self.case.products, self.split) + self.bias
 
     def _gemm_4bit(self) -> Product:
         """As bitsandbytes' Linear4bit calls it, from which it picks its own kernel."""
@@ -151,17 +153,16 @@ def quant_state(nf4: fk.NF4Tensor, dtype: torch.dtype):
 
 
 def lora_linear(case: Case, settings: Settings) -> Problem:
-    D, how = settings.spec.hidden_size, {"products": case.products}
+    D = settings.spec.hidden_size
     layer = Linear(case, settings, [D])
     draw = layer.draw
 
     def ours(x, gate, residual, lora_a, lora_b):
-        given = layer.arguments(layer.kept, lora_a, lora_b)
-        return fk.lora_linear(x, *given, gate, residual, **how)
+        return fk.lora_linear(x, *layer.arguments(lora_a, lora_b), gate, residual)
 
     def reference(x, gate, residual, lora_a, lora_b):
-        given = layer.arguments(layer.plain(x.dtype), lora_a, lora_b)
-        return fk.lora_linear_reference(x, *given, gate, residual, **how)
+        linear = layer.arguments(lora_a, lora_b, x.dtype)
+        return fk.lora_linear_reference(x, *linear, gate, residual)
 
     def by(product: Product) -> Function:
         def run(x, gate, residual, lora_a, lora_b):
@@ -180,17 +181,16 @@ def lora_linear(case: Case, settings: Settings) -> Problem:
 
 def norm_modulate_lora_linear(case: Case, settings: Settings) -> Problem:
     D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
-    how = {"products": case.products, "split": 3 * D}
     layer = Linear(case, settings, [D], 3 * D)
     draw = layer.draw
 
     def ours(h, shift, scale, lora_a, lora_b):
-        given = layer.arguments(layer.kept, lora_a, lora_b)
-        return fk.norm_modulate_lora_linear(h, shift, scale, *given, **how)
+        linear = layer.arguments(lora_a, lora_b)
+        return fk.norm_modulate_lora_linear(h, shift, scale, *linear, 3 * D)
 
     def reference(h, shift, scale, lora_a, lora_b):
-        given = layer.arguments(layer.plain(h.dtype), lora_a, lora_b)
-        return fk.norm_modulate_lora_linear_reference(h, shift, scale, *given, **how)
+        linear = layer.arguments(lora_a, lora_b, h.dtype)
+        return fk.norm_modulate_lora_linear_reference(h, shift, scale, *linear, 3 * D)
 
     def by(product: Product) -> Function:
         def run(h, shift, scale, lora_a, lora_b):
@@ -208,17 +208,15 @@ def norm_modulate_lora_linear(case: Case, settings: Settings) -> Problem:
 
 def gelu_lora_linear(case: Case, settings: Settings) -> Problem:
     D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
-    how = {"products": case.products}
     layer = Linear(case, settings, [D, F_])
     draw = layer.draw
 
     def ours(u, head, gate, residual, lora_a, lora_b):
-        given = layer.arguments(layer.kept, lora_a, lora_b)
-        return fk.gelu_lora_linear(u, *given, head, gate, residual, **how)
+        return fk.gelu_lora_linear(u, *layer.arguments(lora_a, lora_b), head, gate, residual)
 
     def reference(u, head, gate, residual, lora_a, lora_b):
-        given = layer.arguments(layer.plain(u.dtype), lora_a, lora_b)
-        return gelu_lora_linear_reference(u, *given, head, gate, residual, **how)
+        linear = layer.arguments(lora_a, lora_b, u.dtype)
+        return gelu_lora_linear_reference(u, *linear, head, gate, residual)
 
     def by(product: Product) -> Function:
         def run(u, head, gate, residual, lora_a, lora_b):

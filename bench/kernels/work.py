@@ -6,10 +6,10 @@ A library is imported where its candidate is built: a missing one becomes that c
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.ops.norm_modulate_triton import EPS
+from fluxfast_kernels.ops.norm_modulate import EPS
 from fluxfast_kernels.ops.qk_norm_rope import EPSILON
-from fluxfast_kernels.quant.nf4 import nf4_decode_reference
-from fluxfast_kernels.quant.rows import Rows, encode_reference
+from fluxfast_kernels.quant.nf4 import nf4_dequantize_reference
+from fluxfast_kernels.quant.rows import QuantizedRows, quantize_reference
 from torch import Tensor
 
 from bench.kernels import linears as kernel_linears
@@ -179,19 +179,19 @@ def _flow_loss(case: Case, settings: Settings) -> Problem:
 
 
 def _quantize_rows(case: Case, settings: Settings) -> Problem:
-    """Judged by the values that the codes stand for."""
+    """Judged by the values that the 8 bits stand for."""
     draw, kind = Draws(case, settings), case.products
 
-    def eager(x: Tensor) -> Rows:
+    def eager(x: Tensor) -> QuantizedRows:
         v = x.float()
-        return encode_reference(v, v.abs().amax(-1), kind)
+        return quantize_reference(v, v.abs().amax(-1), kind)
 
     return Problem(
         {"x": draw.tokens("x", settings.spec.hidden_size)},
         {OURS: lambda x: fk.quantize_rows(x, kind)[0], EAGER: eager},
         eager,
         [],
-        outputs=lambda rows: [rows.codes.float() * rows.scale[..., None]],
+        outputs=lambda rows: [rows.dequantize()],
     )
 
 
@@ -217,7 +217,7 @@ def _hadamard_rotate(case: Case, settings: Settings) -> Problem:
     )
 
 
-def _nf4_decode(case: Case, settings: Settings) -> Problem:
+def _nf4_dequantize(case: Case, settings: Settings) -> Problem:
     """Into memory that it has had before, as a training step does."""
     shape, dtype = (settings.spec.mlp_hidden, settings.spec.hidden_size), settings.compute
     weight = fk.nf4_quantize(Draws(case, settings)("weight", *shape, std=shape[1] ** -0.5))
@@ -225,11 +225,11 @@ def _nf4_decode(case: Case, settings: Settings) -> Problem:
 
     def reference(absmax: Tensor) -> Tensor:
         kind = dtype if absmax.dtype == torch.float32 else absmax.dtype
-        return nf4_decode_reference(fk.NF4Tensor(weight.packed, absmax, shape), kind)
+        return nf4_dequantize_reference(fk.NF4Tensor(weight.packed, absmax, shape), kind)
 
     candidates = {
-        OURS: lambda absmax: fk.nf4_decode(weight, dtype, out),
-        EAGER: lambda absmax: nf4_decode_reference(weight, dtype),
+        OURS: lambda absmax: fk.nf4_dequantize(weight, dtype, out),
+        EAGER: lambda absmax: nf4_dequantize_reference(weight, dtype),
         DEQUANTIZE_4BIT: library(_dequantize_4bit, weight, dtype),
     }
     return Problem({"absmax": weight.absmax}, candidates, reference, [], shared=("absmax",))
@@ -254,5 +254,5 @@ _BUILDERS = {
     "flow_loss": _flow_loss,
     "quantize_rows": _quantize_rows,
     "hadamard_rotate": _hadamard_rotate,
-    "nf4_decode": _nf4_decode,
+    "nf4_dequantize": _nf4_dequantize,
 }

@@ -17,13 +17,13 @@ BANDWIDTH = CARD.bandwidth
 PEAK, INT8_PEAK = (1e12 * round(CARD.peaks[kind] / 1e12) for kind in ("bf16", "int8"))
 T, D, F, R = 4608, 3072, 12288, 16
 E = 2  # bytes of a bf16 value
-IN_INT8 = 'lora_linear(products="int8")'
+IN_INT8 = 'lora_linear(matmul="int8")'
 # file, op, formula, shapes, what is saved per token
 TEXTS = f"""
-quant/nf4 | nf4_decode | CODE[nibble] · absmax | [N, K] = [12288, 3072] | nothing
+quant/nf4 | nf4_dequantize | CODE[nibble] · absmax | [N, K] = [12288, 3072] | nothing
 ops/lora_linear | lora_linear | x Wᵀ + b + s (x Aᵀ) Bᵀ; residual + gate · that | \
 x [B, T, 3072] to [B, T, 3072] | x
-ops/lora_linear | {IN_INT8} | the same, x and W in codes of 8 bits | \
+ops/lora_linear | {IN_INT8} | the same, x and W in 8 bits | \
 x [B, T, 3072] to [B, T, 3072] | x
 quant/rows | quantize_rows | round(v · 127 / amax); v = gate · x · channel | x [B, T, 3072] | \
 nothing
@@ -53,7 +53,7 @@ def linear(n: int, k: int, parts: int = 1, extra: float = 0.0) -> tuple[float, f
 ATTENTION = attention_op(1, T, D, E)
 # bytes moved and FLOP of the forward launch
 COSTS = {
-    "nf4_decode": ((NF4 + E) * F * D, F * D),
+    "nf4_dequantize": ((NF4 + E) * F * D, F * D),
     "lora_linear": linear(D, D, extra=2 * E * T * D),
     IN_INT8: linear(D, D, extra=2 * E * T * D + 2 * T * D),
     "quantize_rows": ((E + 1) * T * D, 4.0 * T * D),
@@ -86,16 +86,16 @@ def step_ways() -> list[tuple[str, int, int, float]]:
     """(how the linears multiply, bytes an input value, bytes a gradient value, bytes that both move
     in one step of FLUX.1-dev at 1024 px).
 
-    Per input value: its maker writes it in bf16, the update reads it; codes are one byte. Per
+    Per input value: its maker writes it in bf16, the update reads it; quantized it is one byte. Per
     gradient value: the update reads it twice (A's and B's gradients). As a pass of its own,
-    quantizing reads the bf16 again; fused, the maker or the update writes the codes on its way.
+    quantizing reads the bf16 again; fused, the maker or the update writes the 8 bits on its way.
     """
     inputs = 19 * (3 * D + F) + 38 * (D + D + F)  # K of every linear, per token
     gradients = 19 * (5 * D + F) + 38 * (4 * D + F)  # N
     ways = [
         ("bf16 products", 2 + 2 + 2, 2 + 2 + 2),
         ("8-bit products, quantized in a pass of its own", 2 + 2 + 1 + 1 + 2, 2 + 2 + 2 + 1 + 1),
-        ("8-bit products, codes from the maker or the update", 2 + 1 + 1 + 2, 2 + 2 + 1 + 1),
+        ("8-bit products, quantized by the maker or the update", 2 + 1 + 1 + 2, 2 + 2 + 1 + 1),
     ]
     return [(name, x, dy, T * (x * inputs + dy * gradients)) for name, x, dy in ways]
 

@@ -127,7 +127,7 @@ technique("LoRA's up-projection inside the accumulator", "rounding", "one roundi
     "nothing: the same bytes as bitsandbytes",
     readme=True,
 )
-def nf4_decode(results: Path) -> str:
+def nf4_dequantize(results: Path) -> str:
     timed = [row for row in rows.read(results / quantize.ROWS.name) if row["what"] == "decode"]
     ours = [row for row in timed if row["name"] == quantize.OURS and row["ratio"]]
     if not ours:

@@ -13,6 +13,7 @@ from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.gemm import dense as gemm
 from fluxfast_kernels.gemm import eight_bit as gemm_8bit
 from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.ops import attention, qk_norm_rope
 from fluxfast_kernels.ops.attention import QKV, attention_backward, attention_forward
 from fluxfast_kernels.quant import frozen, nf4
@@ -103,10 +104,23 @@ class Tensors:
     def empty(self, widths: list[int], dtype: torch.dtype = HALF) -> list[Tensor]:
         return [torch.empty(1, self.M, width, dtype=dtype, device=self.device) for width in widths]
 
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """The weight's codes [N, K] and scales [N]."""
-        codes, scale = frozen.weight_codes(self.weight, self.K, self.dtype)
-        return codes.clone(), scale.clone()
+    @property
+    def frozen_weight(self) -> frozen.FrozenWeight:
+        matmul = "" if self.dtype == "half" else self.dtype
+        return frozen.FrozenWeight(self.weight, self.bias, matmul)
+
+    @property
+    def update(self) -> LoRAUpdate:
+        return LoRAUpdate(self.lora_a, self.lora_b, self.parts)
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.gate, self.residual, self.outputs[0] if len(self.outputs) == 2 else 0)
+
+    def in_8_bits(self) -> frozen.QuantizedWeight:
+        """The weight [N, K] and its scales [N]."""
+        weight = frozen.weight_in_8bit(self.weight, self.K, self.dtype)
+        return weight._replace(values=weight.values.clone())
 
     def updated(self, y: Tensor) -> list[Tensor]:
         """y [M, N] fp32 of the product alone -> the outputs of the forward op."""
@@ -126,38 +140,30 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
 
 
 def _product(t: Tensors) -> Call:
-    ys, split = t.empty(t.outputs), t.outputs[0] if len(t.outputs) == 2 else 0
-    after = (t.bias, t.down, t.lora_b, t.parts, 1.0)
-    gated = {"split": split, "gate": t.gate, "residual": t.residual, "out": ys}
+    ys = t.empty(t.outputs)
+    after = (t.down, t.update, t.epilogue, ys)
     if t.dtype == "half":
         return Call(
-            lambda tile: gemm.lora_gemm(t.xs, t.weight, *after, **gated, tile=tile),
+            lambda tile: gemm.lora_gemm(t.xs, t.frozen_weight, *after, tile),
             ys,
             lambda: t.updated(
-                _side_by_side(t.xs) @ frozen.dense_weight(t.weight, t.K, torch.float32).T
+                _side_by_side(t.xs) @ frozen.dequantize(t.weight, t.K, torch.float32).T
             ),
         )
     rows = [rows_8bit.quantize_rows(x, t.dtype)[0] for x in t.xs]
-    codes, scale = t.codes()
-    weight, inverse = codes, None
+    dense = weight = t.in_8_bits()
     if len(t.weight) > 1:
-        weight = frozen.as_nf4(t.weight, t.N, t.K)
-        inverse = frozen.nf4_scales(t.weight, t.N, t.K, t.dtype)[1]
+        weight = frozen.nf4_with_scales(t.weight, t.N, t.K, t.dtype)
 
     def reference() -> list[Tensor]:
-        y, first = 0, 0
-        for row in (row.flat() for row in rows):
-            columns = codes[:, first : first + row.codes.shape[1]]
-            part = rows_8bit.multiply_codes(row.codes, columns.T)
-            y, first = y + part * scale * row.scale[:, None], first + row.codes.shape[1]
+        y = 0
+        for row, columns in zip(rows, dense.values.split(t.inputs, 1), strict=True):
+            part = rows_8bit.multiply_8bit(row.flat().values, columns.T)
+            y = y + part * dense.scale * row.flat().scale[:, None]
         return t.updated(y)
 
     return Call(
-        lambda tile: gemm_8bit.gemm_8bit(
-            rows, weight, scale, *after, HALF, **gated, inverse=inverse, tile=tile
-        ),
-        ys,
-        reference,
+        lambda tile: gemm_8bit.gemm_8bit(rows, weight, HALF, t.bias, *after, tile), ys, reference
     )
 
 
@@ -167,42 +173,31 @@ def _dx(t: Tensors, op: str) -> Call:
     if t.dtype == "half":
 
         def reference() -> list[Tensor]:
-            dx = _side_by_side(t.dys) @ frozen.dense_weight(t.weight, t.K, torch.float32)
+            dx = _side_by_side(t.dys) @ frozen.dequantize(t.weight, t.K, torch.float32)
             return list((dx + update)[None].split(t.inputs, -1))
 
-        return Call(
-            lambda tile: gemm.lora_gemm_dx(
-                t.dys, t.weight, t.down, t.lora_a, t.inputs, out=dxs, tile=tile
-            ),
-            dxs,
-            reference,
-        )
-    codes, scale = t.codes()
-    pieces = zip(t.dys, scale.split(t.outputs), strict=True)
+        given = (t.dys, t.frozen_weight, t.down, t.lora_a, t.inputs, dxs)
+        return Call(lambda tile: gemm.lora_gemm_dx(*given, tile), dxs, reference)
+    dense = weight = t.in_8_bits()
+    pieces = zip(t.dys, dense.scale.split(t.outputs), strict=True)
     rows = [rows_8bit.quantize_rows(dy, t.dtype, part.contiguous())[0] for dy, part in pieces]
-    weight, inverse, transposed = codes, None, False
     if len(t.weight) > 1:
-        weight = frozen.as_nf4(t.weight, t.N, t.K)
-        inverse = frozen.nf4_scales(t.weight, t.N, t.K, t.dtype)[1]
+        weight = frozen.nf4_with_scales(t.weight, t.N, t.K, t.dtype)
     else:
         question = (dispatch.arch_of(t.device), PRODUCT_DTYPE[t.dtype], "dense", t.M, t.K, t.N)
-        transposed = dispatch.choose(op, *question).kind == "decode"
-        weight = codes.T.contiguous() if transposed else codes
+        if not dispatch.choose(op, *question).fused:
+            weight = dense._replace(values=dense.values.T.contiguous(), transposed=True)
 
     def reference_8bit() -> list[Tensor]:
         dx = update.clone()
-        for row, part in zip(rows, codes.split(t.outputs), strict=True):
+        for row, part in zip(rows, dense.values.split(t.outputs), strict=True):
             row = row.flat()
-            dx += rows_8bit.multiply_codes(row.codes, part) * row.scale[:, None]
+            dx += rows_8bit.multiply_8bit(row.values, part) * row.scale[:, None]
         return list(dx[None].split(t.inputs, -1))
 
-    given = {"transposed": transposed, "inverse": inverse, "out": dxs}
+    given = (rows, weight, t.down, t.lora_a, t.inputs, HALF)
     return Call(
-        lambda tile: gemm_8bit.gemm_8bit_dx(
-            rows, weight, t.down, t.lora_a, t.inputs, HALF, **given, tile=tile
-        ),
-        dxs,
-        reference_8bit,
+        lambda tile: gemm_8bit.gemm_8bit_dx(*given, out=dxs, tile=tile), dxs, reference_8bit
     )
 
 
@@ -219,8 +214,8 @@ def _skinny(t: Tensors, what: str, with_rows: bool) -> Call:
 
     def run(tile) -> None:
         if what == "d_down":
-            given = (t.parts, 1.0, t.indices, out, tile, rows, channel if with_rows else None)
-            gemm_grads.lora_d_down(inputs, t.lora_b, *given)
+            given = (out, tile, rows, channel if with_rows else None)
+            gemm_grads.lora_d_down(inputs, t.update, *given)
         else:
             gemm_grads.lora_down(inputs, t.lora_a, out, tile, rows)
 
@@ -235,18 +230,14 @@ def _skinny(t: Tensors, what: str, with_rows: bool) -> Call:
             found = [x @ t.lora_a.to(HALF).float().T]
             channels = [None] * len(inputs)
         for (y, _), part in zip(filled, channels, strict=False):
-            found.append(_decoded(rows_8bit.quantize_rows_reference(y, "int8", part)))
+            found.append(rows_8bit.quantize_rows_reference(y, "int8", part).dequantize())
         return found
 
     def results() -> list[Tensor]:
-        return [out, *(_decoded(row) for _, row in filled)]
+        return [out, *(row.dequantize() for _, row in filled)]
 
-    written = [out, *(tensor for _, row in filled for tensor in (row.codes, row.scale))]
+    written = [out, *(tensor for _, row in filled for tensor in (row.values, row.scale))]
     return Call(run, written, reference, results)
-
-
-def _decoded(row: rows_8bit.Rows) -> Tensor:
-    return row.codes.float() * row.scale[..., None]
 
 
 def _grads(t: Tensors, what: str) -> Call:
@@ -264,7 +255,7 @@ def _grads(t: Tensors, what: str) -> Call:
         return [torch.cat([dy[:, a:b].T @ part for a, b, part in ranges])]
 
     return Call(
-        lambda tile: gemm_grads.lora_db(t.dys, t.down, t.parts, 1.0, t.rank, out, tile),
+        lambda tile: gemm_grads.lora_db(t.dys, t.down, t.update, out, tile),
         [out],
         reference,
     )

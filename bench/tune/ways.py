@@ -53,13 +53,10 @@ def shipping(arch: int, own: dict[str, list[dict]]) -> Iterator[None]:
 
 def op_of(t: Tensors, what: str) -> Callable[[], list[Tensor]]:
     """The op over a linear's tensors: forward, or dx with the gradients of the update."""
-    products = "" if t.dtype == "half" else t.dtype
-    update = (t.lora_a, t.lora_b, t.parts, 1.0)
+    linear = t.frozen_weight, t.update
     if what == "product":
-        split = t.outputs[0] if len(t.outputs) == 2 else 0
-        given = (t.xs, t.weight, t.bias, *update, split, t.gate, t.residual, products)
-        return lambda: linear_forward(*given)
-    return lambda: linear_backward(t.dys, t.xs, t.weight, *update, True, None, products)[0]
+        return lambda: linear_forward(t.xs, *linear, t.epilogue)
+    return lambda: linear_backward(t.dys, t.xs, *linear, True)[0]
 
 
 class HandOverJob(Job):

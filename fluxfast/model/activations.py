@@ -50,7 +50,7 @@ class Int8Store:
     def put(self, flat: Tensor) -> tuple:
         group = group_size(flat.numel())
         rows, _ = fk.quantize_rows(flat.view(1, -1, group), "int8")
-        return rows.codes, rows.scale[..., None], flat.dtype
+        return rows.values, rows.scale[..., None], flat.dtype
 
     def get(self, handle: tuple) -> Tensor:
         quantized, scale, dtype = handle

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import fluxfast_kernels as fk
 import torch
-from fluxfast_kernels.quant.frozen import dense_weight, rotate_weight, storage_of
+from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant.frozen import rotate_weight, storage_of
 from fluxfast_kernels.quant.nf4 import BLOCK, NF4Tensor
-from fluxfast_kernels.quant.rows import Rows
+from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor, nn
 
-Weight = Tensor | NF4Tensor | Rows
+Weight = Tensor | NF4Tensor | QuantizedRows
 
 # the buffers of a quantized weight, in the order in which the ops take them
 _QUANTIZED = ("codes", "row_scale", "packed", "absmax", "nested_absmax", "offset")
@@ -41,7 +42,7 @@ class FrozenLinear(nn.Module):
         in another is dequantized and quantized anew. nested: quantize NF4's absmax too. Returns
         False where nf4 had to stay bf16 (K % 64 != 0).
         """
-        shape = tuple(weight.codes.shape if isinstance(weight, Rows) else weight.shape)
+        shape = tuple(weight.values.shape if isinstance(weight, QuantizedRows) else weight.shape)
         assert shape == (self.out_features, self.in_features), shape
         if storage not in ("fp32", "bf16", "nf4", "int8", "fp8"):
             raise ValueError(f"storage must be fp32, bf16, nf4, int8 or fp8, got {storage!r}")
@@ -80,12 +81,12 @@ class FrozenLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A copy of the weight [N, K] in `dtype`, rotated back if it is kept rotated."""
-        weight = dense_weight(self.weight_tensors(), self.in_features, dtype).clone()
+        weight = frozen.dequantize(self.weight_tensors(), self.in_features, dtype).clone()
         return rotate_weight(weight, self.rotation).to(dtype)  # its own inverse
 
-    def matmul_options(self) -> dict:
-        """How the product with the weight is formed: keyword arguments of every fused linear."""
-        return {"products": self.matmul, "rotation": self.rotation}
+    def frozen_weight(self) -> fk.FrozenWeight:
+        """The weight, its bias and how it is multiplied, as every fused linear takes them."""
+        return fk.FrozenWeight(self.weight_tensors(), self.bias, self.matmul, self.rotation)
 
     def extra_repr(self) -> str:
         matmul = f", {self.matmul} products" if self.matmul else ""
@@ -104,14 +105,14 @@ def to_device(weight: Weight, device: str | torch.device) -> Weight:
 def dequantize(weight: Weight) -> Tensor:
     """A quantized weight as fp32 [N, K]; a tensor as it is."""
     if isinstance(weight, NF4Tensor):
-        return fk.nf4_decode(weight)
-    return weight.codes.float() * weight.scale[:, None] if isinstance(weight, Rows) else weight
+        return fk.nf4_dequantize(weight)
+    return weight.dequantize() if isinstance(weight, QuantizedRows) else weight
 
 
 def _quantized_tensors(weight: Weight, storage: str) -> dict[str, Tensor]:
     """The buffers of a weight that is quantized in `storage` already; else empty."""
     if isinstance(weight, NF4Tensor):
         return weight.tensors() if storage == "nf4" else {}
-    if isinstance(weight, Rows) and storage_of([weight.codes, weight.scale]) == storage:
-        return {"codes": weight.codes, "row_scale": weight.scale}
+    if isinstance(weight, QuantizedRows) and weight.kind == storage:
+        return {"codes": weight.values, "row_scale": weight.scale}
     return {}

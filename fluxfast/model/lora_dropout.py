@@ -7,11 +7,11 @@ generates it again.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
 from fluxfast_kernels.dispatch.backend import last_stride_1
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
-from fluxfast_kernels.gemm.linear_dense import lora_slices
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -61,23 +61,20 @@ class DroppedLinear(torch.autograd.Function):
         parts: list[int],
         scale: float,
         layer: FrozenLinear,
-        frozen_update: tuple,
+        frozen_update: fk.LoRAUpdate | None,
         dropout: LoRADropout,
     ) -> Tensor:
-        """parts, scale, and frozen_update's (A, B, parts, scale): as `fk.lora_linear` takes
-        them.
-        """
+        """a, b, parts, scale: the trained update's, as `fk.LoRAUpdate` has them."""
         indices = tuple(dropout.clock.indices)
         # as they are now: backward may run when the clock and the strength are others
         ctx.layer, ctx.parts, ctx.scale, ctx.frozen_update = layer, parts, scale, frozen_update
         ctx.dropout, ctx.indices = dropout, indices
         ctx.save_for_backward(x, a, b)
-        options = layer.matmul_options()
-        (y,) = linear_forward([x], layer.weight_tensors(), layer.bias, *frozen_update, **options)
+        (y,) = linear_forward([x], layer.frozen_weight(), frozen_update)
         down = F.linear(x * dropout.mask(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
-        for y_rows, b_rows, a_rows in lora_slices(parts, b.shape[1]):
+        for y_rows, b_rows, a_rows in fk.LoRAUpdate(a, b, parts, scale).slices():
             update = down_2d[:, slice(*a_rows)], up[slice(*b_rows)].T
             y_2d[:, slice(*y_rows)].addmm_(*update)
         return y
@@ -88,8 +85,7 @@ class DroppedLinear(torch.autograd.Function):
         layer, dy = ctx.layer, last_stride_1(dy)
         x, a, b = ctx.saved_tensors
         mask = ctx.dropout.mask(x, ctx.indices)
-        masked = [x * mask]
-        dx_lora, da, db = linear_backward([dy], masked, [], a, b, ctx.parts, ctx.scale, True)
-        frozen = (layer.weight_tensors(), *ctx.frozen_update, True)
-        dxs, _, _ = linear_backward([dy], [x], *frozen, **layer.matmul_options())
+        masked, trained = [x * mask], fk.LoRAUpdate(a, b, ctx.parts, ctx.scale)
+        dx_lora, da, db = linear_backward([dy], masked, None, trained, True)
+        dxs, _, _ = linear_backward([dy], [x], layer.frozen_weight(), ctx.frozen_update, True)
         return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None, None, None, None

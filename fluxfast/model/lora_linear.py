@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import fluxfast_kernels as fk
 import torch
 import torch.nn.functional as F
-from fluxfast_kernels.gemm.linear_dense import lora_slices
 from torch import Tensor, nn
 
 from fluxfast.model.frozen_linear import FrozenLinear
@@ -40,13 +39,14 @@ class LowRankUpdate(nn.Module):
         self.strength = 1.0  # times scale; 0 switches it off
         self.dropout: LoRADropout | None = None
 
-    def arguments(self) -> tuple[Tensor, Tensor, list[int], float]:
-        """A, B, parts and scale, as every fused linear takes them."""
-        return self.lora_A, self.lora_B, _flat(self.parts), self.scale * self.strength
+    def as_argument(self) -> fk.LoRAUpdate:
+        """As every fused linear takes it."""
+        scale = self.scale * self.strength
+        return fk.LoRAUpdate(self.lora_A, self.lora_B, _flat(self.parts), scale)
 
     def slices(self) -> Iterator[tuple[slice, ...]]:
         """Yields (rows of y, rows of B, rows of A), one per part and range."""
-        for ranges in lora_slices(_flat(self.parts), self.lora_B.shape[1]):
+        for ranges in self.as_argument().slices():
             yield tuple(slice(*pair) for pair in ranges)
 
     def spread(self, parts: Parts) -> tuple[Tensor, Tensor]:
@@ -111,15 +111,14 @@ class LoRALinear(FrozenLinear):
         """x [..., K] in the compute dtype. Returns y [..., N]."""
         if self.drops():
             frozen = _stacked([update for update in self._active() if not update.trainable])
-            return DroppedLinear.apply(x, *self.lora.arguments(), self, frozen, self.lora.dropout)
-        return fk.lora_linear(x, *self._arguments(), **self.matmul_options())
+            return DroppedLinear.apply(x, *self.lora.as_argument(), self, frozen, self.lora.dropout)
+        return fk.lora_linear(x, self.frozen_weight(), self._update())
 
     def gated_linear(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
         """residual + gate · y. x [B, T, K]; gate [B, 1, N]; residual [B, T, N]."""
         if self._runs_by_itself() or _needs_gradient(gate):
             return fk.gate_residual(residual, gate, self(x))
-        options = {"gate": gate, "residual": residual, **self.matmul_options()}
-        return fk.lora_linear(x, *self._arguments(), **options)
+        return fk.lora_linear(x, self.frozen_weight(), self._update(), gate, residual)
 
     def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0):
         """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
@@ -129,8 +128,8 @@ class LoRALinear(FrozenLinear):
         if self._runs_by_itself():
             y = self(fk.norm_modulate(h, shift, scale))
             return y.tensor_split([split], dim=-1) if split else y
-        options = {"split": split, **self.matmul_options()}
-        return fk.norm_modulate_lora_linear(h, shift, scale, *self._arguments(), **options)
+        weight, update = self.frozen_weight(), self._update()
+        return fk.norm_modulate_lora_linear(h, shift, scale, weight, update, split)
 
     def gelu_linear(
         self,
@@ -149,17 +148,16 @@ class LoRALinear(FrozenLinear):
             x = F.gelu(u, approximate="tanh")
             x = x if head is None else torch.cat([head, x], dim=-1)
             return fk.gate_residual(residual, gate, self(x))
-        options = {"head": head, "saved_bits": saved_bits, **self.matmul_options()}
+        options = {"head": head, "saved_bits": saved_bits}
         fused = {} if _needs_gradient(gate) else {"gate": gate, "residual": residual}
-        y = fk.gelu_lora_linear(u, *self._arguments(), **options, **fused)
+        y = fk.gelu_lora_linear(u, self.frozen_weight(), self._update(), **options, **fused)
         return y if fused else fk.gate_residual(residual, gate, y)
 
     def _active(self) -> list[LowRankUpdate]:
         return [update for update in self.updates if update.strength != 0]
 
-    def _arguments(self) -> tuple:
-        """weight, bias, A, B, parts, scale: what every fused linear takes."""
-        return self.weight_tensors(), self.bias, *_stacked(self._active())
+    def _update(self) -> fk.LoRAUpdate | None:
+        return _stacked(self._active())
 
     def _runs_by_itself(self) -> bool:
         """Whether nothing may be fused with the product: see the file's head."""
@@ -170,13 +168,14 @@ class LoRALinear(FrozenLinear):
         return super().extra_repr() + rank
 
 
-def _stacked(updates: Sequence[LowRankUpdate]) -> tuple:
-    """A, B, parts, scale of all updates in one: their ranks side by side."""
+def _stacked(updates: Sequence[LowRankUpdate]) -> fk.LoRAUpdate | None:
+    """All updates in one: their ranks side by side."""
     if len(updates) < 2:
-        return updates[0].arguments() if updates else (None, None, [], 1.0)
+        return updates[0].as_argument() if updates else None
     parts = max((update.parts for update in updates), key=len)  # those of all others among them
     a, b = zip(*(update.spread(parts) for update in updates), strict=True)
-    return torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1), _flat(parts), 1.0
+    a, b = torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1)
+    return fk.LoRAUpdate(a, b, _flat(parts), 1.0)
 
 
 def _flat(parts: Parts) -> list[int]:

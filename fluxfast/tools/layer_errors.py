@@ -109,14 +109,14 @@ def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
     layer = FrozenLinear(K, N)
     layer.matmul, layer.rotation = way.matmul, way.rotation
     layer.set_weight(weight, way.storage, nested)
-    update, options = (None, None, [], 1.0), layer.matmul_options()
+    frozen = layer.frozen_weight()
     xs = x[None].to(dtype).split(input_widths(name, spec), -1)
-    (y,) = linear_forward(xs, layer.weight_tensors(), None, *update, **options)
+    (y,) = linear_forward(xs, frozen)
     if dy is None:
         return y[0], None
     qkv = 3 * spec.hidden_size
     dys = dy[None].to(dtype).split((qkv, N - qkv) if name.endswith("linear1") else (N,), -1)
-    dxs, _, _ = linear_backward(dys, xs, layer.weight_tensors(), *update, True, **options)
+    dxs, _, _ = linear_backward(dys, xs, frozen, None, True)
     return y[0], torch.cat(dxs, -1)[0]
 
 

@@ -4,6 +4,7 @@ Every op has a plain-torch `*_reference` beside it in its file. Importing needs 
 and no compiler.
 """
 
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.integrations.diffusers import patch_diffusers, unpatch_diffusers
 from fluxfast_kernels.ops.attention import attention, attention_reference
 from fluxfast_kernels.ops.flow_loss import (
@@ -26,14 +27,17 @@ from fluxfast_kernels.ops.qk_norm_rope import (
     qk_norm_rope_attention_reference,
     qk_norm_rope_reference,
 )
-from fluxfast_kernels.quant.frozen import quantize_8bit
+from fluxfast_kernels.quant.frozen import FrozenWeight, quantize_8bit
 from fluxfast_kernels.quant.hadamard import hadamard_reference, hadamard_rotate
-from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_decode, nf4_quantize
-from fluxfast_kernels.quant.rows import quantize_rows, quantize_rows_reference
+from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_dequantize, nf4_quantize
+from fluxfast_kernels.quant.rows import QuantizedRows, quantize_rows, quantize_rows_reference
 
 __version__ = "0.2.0"
 __all__ = [
+    "FrozenWeight",
+    "LoRAUpdate",
     "NF4Tensor",
+    "QuantizedRows",
     "attention",
     "attention_reference",
     "flow_loss",
@@ -49,7 +53,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_reference",
     "nf4_absmax",
-    "nf4_decode",
+    "nf4_dequantize",
     "nf4_quantize",
     "norm_modulate",
     "norm_modulate_lora_linear",

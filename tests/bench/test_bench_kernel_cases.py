@@ -51,7 +51,9 @@ def test_what_costs_a_step_most_comes_first():
     assert ops[0] == "norm_modulate_lora_linear" and ops[-1] == "hadamard_rotate"
     places = [ops.index(op) for op in ("qk_norm_rope_attention", "lora_linear", "flow_loss")]
     assert places == sorted(places)
-    assert found.index(Case("nf4_decode", "nf4")) < found.index(Case("flow_mix", "", "", 1024, 1))
+    assert found.index(Case("nf4_dequantize", "nf4")) < found.index(
+        Case("flow_mix", "", "", 1024, 1)
+    )
 
 
 def test_cards_without_fp8_are_not_asked_for_it(monkeypatch):
@@ -65,7 +67,7 @@ def test_bytes_and_flop_are_the_catalogs():
     for op, products in {
         "attention": "",
         "norm_modulate": "",
-        "nf4_decode": "",
+        "nf4_dequantize": "",
         "quantize_rows": "int8",
         "hadamard_rotate": "",
         "flow_mix": "",
@@ -214,7 +216,12 @@ def test_wrong_gradients_are_refused_and_the_forward_is_timed(monkeypatch, case,
 
     def call(*arguments, **named):
         bound = inspect.signature(real).bind(*arguments, **named)
-        bound.arguments[trained] = _Scaled.apply(bound.arguments[trained])
+        given = bound.arguments
+        if trained in fk.LoRAUpdate._fields:
+            scaled = {trained: _Scaled.apply(getattr(given["update"], trained))}
+            given["update"] = given["update"]._replace(**scaled)
+        else:
+            given[trained] = _Scaled.apply(given[trained])
         return real(*bound.args, **bound.kwargs)
 
     monkeypatch.setattr(fk, case.op, call)

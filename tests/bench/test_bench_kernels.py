@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    ops = ["lora_linear", "attention", "nf4_decode", "quantize_rows", "flow_mix"]
+    ops = ["lora_linear", "attention", "nf4_dequantize", "quantize_rows", "flow_mix"]
     arguments = ["--device", "cpu", "--tiny", "--compute", "fp32", "--rounds", "2"]
     assert kernels.main([*arguments, "--ops", *ops, "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -74,8 +74,8 @@ def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
         assert ("lora_linear", "float32", "float32", EAGER, direction) in seen
         assert ("lora_linear", "int8", "int8", EAGER, direction) in seen
         assert ("attention", None, "float32", "sdpa", direction) in seen
-    assert ("nf4_decode", "nf4", "float32", "bitsandbytes-dequantize", FORWARD) in seen
-    assert not any(op in ("nf4_decode", "flow_mix") and d == BOTH for op, *_, d in seen)
+    assert ("nf4_dequantize", "nf4", "float32", "bitsandbytes-dequantize", FORWARD) in seen
+    assert not any(op in ("nf4_dequantize", "flow_mix") and d == BOTH for op, *_, d in seen)
     linear = next(r for r in rows if r["op"] == "lora_linear" and r["direction"] == BOTH)
     assert (linear["tokens"], linear["text_tokens"], linear["pixels"]) == (16, 8, 64)
     said = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_a_missing_library_is_a_skipped_row_that_names_it(monkeypatch):
     for case, name, library in (
         (case_of("lora_linear", "nf4"), "bitsandbytes-gemm", "bitsandbytes"),
         (case_of("lora_linear", "nf4"), "bitsandbytes-dequantize", "bitsandbytes"),
-        (Case("nf4_decode", "nf4"), "bitsandbytes-dequantize", "bitsandbytes"),
+        (Case("nf4_dequantize", "nf4"), "bitsandbytes-dequantize", "bitsandbytes"),
         (case_of("norm_modulate"), "liger", "liger_kernel"),
     ):
         found = measured(case, settings)

@@ -42,7 +42,9 @@ def test_what_is_too_slow():
 
 @pytest.mark.parametrize("isa", ["avx512", None])
 def test_wrong_bytes_are_never_timed(monkeypatch, isa):
-    monkeypatch.setattr(quantize.fk, "nf4_decode", lambda weight, dtype, out=None: weight.absmax)
+    monkeypatch.setattr(
+        quantize.fk, "nf4_dequantize", lambda weight, dtype, out=None: weight.absmax
+    )
     rows = quantize.run((64, 128), 1, 0)
     decode = [r for r in rows if r["what"] == "decode"]
     assert {r["status"] for r in decode} == {"gate failed"}

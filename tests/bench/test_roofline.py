@@ -228,7 +228,13 @@ def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, whe
         {"pixels": 768},
         {"batch": 4},
         {"hidden": 128},
-        {"op": "nf4_decode", "pixels": None, "batch": None, "tokens": None, "products": "bfloat16"},
+        {
+            "op": "nf4_dequantize",
+            "pixels": None,
+            "batch": None,
+            "tokens": None,
+            "products": "bfloat16",
+        },
     ],
 )
 def test_rows_of_something_else_count_for_nothing(plain, other):

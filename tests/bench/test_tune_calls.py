@@ -70,14 +70,15 @@ def test_a_launch_takes_the_tile_and_gives_what_it_must(asked, launchers, monkey
     assert wrong(build(asked, TINY, RANK, "cpu"), asked.kernel, monkeypatch) is None
 
 
-def test_codes_are_transposed_where_dispatch_hands_over(launchers, monkeypatch):
+def test_a_weight_is_transposed_where_dispatch_hands_over(launchers, monkeypatch):
     asked, seen = problem("gemm_8bit_dx.dense.int8", PROJ, "dx"), []
     launch = build.__globals__["gemm_8bit"].gemm_8bit_dx
-    monkeypatch.setattr(
-        build.__globals__["gemm_8bit"],
-        "gemm_8bit_dx",
-        lambda *given, **named: (seen.append(named["transposed"]), launch(*given, **named)),
-    )
+
+    def seen_launch(rows, weight, *rest, **named):
+        seen.append(weight.transposed)
+        return launch(rows, weight, *rest, **named)
+
+    monkeypatch.setattr(build.__globals__["gemm_8bit"], "gemm_8bit_dx", seen_launch)
     for kind in ("fused", "decode"):
         with answering("gemm_8bit_dx", "dense", kind):
             call = build(asked, TINY, RANK, "cpu")
@@ -102,17 +103,17 @@ def test_wrong_results_are_refused(run, said):
     assert found is None if said is None else said in found
 
 
+# ---------------------------------------------------------------- problems
+
+
 def test_the_problems_of_a_step():
     found = problems(DEV, card("RTX 4090"), 89, [(1024, 1)], 16)
     assert [p.share for p in found] == sorted((p.share for p in found), reverse=True)
     assert {p.kernel for p in found} <= set(KERNELS)
     first = found[0]
     assert (str(first.kernel), first.M, first.N, first.K) == (
-        "lora_gemm.dense.half",
-        4608,
-        21504,
-        3072,
-    )
+        "lora_gemm.dense.half", 4608, 21504, 3072,
+    )  # fmt: skip
     by_kernel = {str(p.kernel): {q.M for q in found if q.kernel == p.kernel} for p in found}
     assert by_kernel["gemm_8bit.dense.int8"] == {512, 4096, 4608}
     assert by_kernel["lora_gemm.nf4.half"] == {16}  # modulation, formed ahead; more is decoded
@@ -161,12 +162,10 @@ def test_dispatch_is_asked_what_the_problems_say(launchers, monkeypatch):
         t = Tensors(linear, rows, "nf4", products or "half", TINY, RANK, "cpu")
         made = [rows_8bit.quantize_rows(x, products)[0] for x in t.xs] if products else [None]
         if linear in (PROJ, LINEAR2):
-            made[0] = None  # nobody wrote codes of the attention's output
-        split, gate = t.outputs[0] if linear == LINEAR1 else 0, t.gate if products else None
-        update = (t.lora_a, t.lora_b, t.parts, 1.0)
-        after = (split, t.gate, t.residual, products, 0, made)
-        linear_forward(t.xs, t.weight, t.bias, *update, *after)
-        linear_backward(t.dys, t.xs, t.weight, *update, True, gate, products)
+            made[0] = None  # nobody quantized the attention's output
+        gate = t.gate if products else None
+        linear_forward(t.xs, t.frozen_weight, t.update, t.epilogue, made)
+        linear_backward(t.dys, t.xs, t.frozen_weight, t.update, True, gate)
     told = {(p.kernel, p.M, p.N, p.K): p for p in found if p.kernel.dtype != "fp8"}
     assert asked <= set(told), asked - set(told)
     assert {key for key, p in told.items() if p.linear in linears} <= asked

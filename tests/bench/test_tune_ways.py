@@ -33,9 +33,9 @@ def test_both_ways_are_taken_at_every_m(launchers, tmp_path, monkeypatch):
     pair = HandOver(Kernel("gemm_8bit_dx", "dense", "int8"), 64, 64, PROJ, "dx", 0.5)
     seen = []
 
-    def launch(*given, **named):
-        seen.append(named["transposed"])
-        return gemm_8bit_dx(*given, **named)
+    def launch(rows, weight, *given, **named):
+        seen.append(weight.transposed)
+        return gemm_8bit_dx(rows, weight, *given, **named)
 
     monkeypatch.setattr("fluxfast_kernels.gemm.linear_8bit.gemm_8bit_dx", launch)
     one = HandOverJob(pair, target(1), lambda: EMPTY, rows=(16, 32))

@@ -24,9 +24,9 @@ from checkpoints import (
     write,
     write_gguf,
 )
-from fluxfast_kernels import nf4_decode
+from fluxfast_kernels import nf4_dequantize
 from fluxfast_kernels.quant.nf4 import NF4Tensor
-from fluxfast_kernels.quant.rows import Rows
+from fluxfast_kernels.quant.rows import QuantizedRows
 from safetensors.torch import load_file
 from small import SMALL
 
@@ -286,7 +286,7 @@ def test_parts_whose_groups_do_not_fill_up(tmp_path):
         joined = base.read_stored("single_blocks.0.linear1.weight")
     assert all(part.nested_absmax is not None for part in parts)
     assert joined.nested_absmax is None and joined.absmax.dtype == torch.float32
-    assert torch.equal(nf4_decode(joined), torch.cat([nf4_decode(part) for part in parts]))
+    assert torch.equal(nf4_dequantize(joined), torch.cat([nf4_dequantize(part) for part in parts]))
 
 
 def test_layers_that_were_left_dense(tmp_path, tensors):
@@ -420,8 +420,8 @@ def test_stored_and_dense_reading_agree(tmp_path, tensors, form):
         for name in tensors:
             stored, dense = base.read_stored(name), base.read(name)
             assert isinstance(dense, torch.Tensor) and dense.shape == tensors[name].shape
-            if form == "fp8" and isinstance(stored, Rows):
-                assert torch.equal(stored.codes.float() * stored.scale[:, None], dense)
+            if form == "fp8" and isinstance(stored, QuantizedRows):
+                assert torch.equal(stored.dequantize(), dense)
 
 
 # ---------------------------------------------------------------- numbers that are none

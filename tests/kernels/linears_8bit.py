@@ -1,9 +1,10 @@
-"""Drawn cases of the three fused linears in products of 8-bit codes, and what they must equal."""
+"""Random cases of the three fused linears in 8-bit products, and what they must equal."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fluxfast_kernels import FrozenWeight, LoRAUpdate
 from fluxfast_kernels.ops import gelu
 from fluxfast_kernels.ops import norm_modulate as norm
 from fluxfast_kernels.ops.lora_linear import lora_linear, lora_linear_reference
@@ -86,25 +87,28 @@ class Drawn:
     def call(self, leaves):
         """The op -> its outputs."""
         case, get = self.case, leaves.get
-        update = (get("lora_a"), get("lora_b"), list(case.parts), 0.5)
+        linear = self.frozen(self.bias), self.update(leaves)
         gated = {"gate": self.gate, "residual": get("residual")}
-        how = {"products": case.kind, "rotation": case.rotation}
         if case.op == "norm":
             first = (leaves["h"], leaves["shift"], leaves["scale"])
-            ys = norm.norm_modulate_lora_linear(
-                *first, self.weight, self.bias, *update, split=case.split, **how
-            )
+            ys = norm.norm_modulate_lora_linear(*first, *linear, split=case.split)
             return ys if case.split else (ys,)
         if case.op == "gelu":
-            how |= {"head": get("head"), "saved_bits": case.saved_bits}
-            call, first = gelu.gelu_lora_linear, leaves["u"]
-        else:
-            call, first = lora_linear, leaves["x"]
-        return (call(first, self.weight, self.bias, *update, **gated, **how),)
+            gated |= {"head": get("head"), "saved_bits": case.saved_bits}
+            return (gelu.gelu_lora_linear(leaves["u"], *linear, **gated),)
+        return (lora_linear(leaves["x"], *linear, **gated),)
+
+    def frozen(self, bias):
+        return FrozenWeight(self.weight, bias, self.case.kind, self.case.rotation)
+
+    def update(self, leaves):
+        if not self.case.parts:
+            return None
+        return LoRAUpdate(leaves["lora_a"], leaves["lora_b"], list(self.case.parts), 0.5)
 
     def reference(self, leaves):
         """The same by `lora_linear_reference` of `input_of`'s value, with norm's or gelu's
-        gradient: a value that another rounding of it moved over a tie would be another code."""
+        gradient: another rounding of it may move over a tie, to another 8-bit value."""
         case, get = self.case, leaves.get
         xs = [leaves.get("x")]
         if case.op == "norm":
@@ -115,9 +119,8 @@ class Drawn:
             xs = [leaves["head"], x] if case.head else [x]
         dtype = xs[0].dtype
         bias, gate = (None if t is None else t.to(dtype) for t in (self.bias, self.gate))
-        given = (bias, get("lora_a"), get("lora_b"), list(case.parts), 0.5, gate, get("residual"))
-        how = {"products": case.kind, "rotation": case.rotation, "split": case.split}
-        y = lora_linear_reference(xs, self.weight, *given, **how)
+        linear = self.frozen(bias), self.update(leaves)
+        y = lora_linear_reference(xs, *linear, gate, get("residual"), case.split)
         return y.tensor_split([case.split] if case.split else [], -1)
 
     def gradients(self, function, dtype=None, **changed):

@@ -9,7 +9,8 @@ from math import prod
 
 import pytest
 import torch
-from fluxfast_kernels.quant.rows import DTYPE, TOP, Rows, encode_reference
+from fluxfast_kernels import FrozenWeight, LoRAUpdate
+from fluxfast_kernels.quant.rows import DTYPE, TOP, QuantizedRows, quantize_reference
 from torch import Tensor
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -42,15 +43,27 @@ GUARD, UNSET = 80, 99
 
 
 def guarded(shape, kind, device):
-    """-> Rows to fill, and a check that nothing beyond their end was written."""
+    """Rows to fill, and a check that nothing beyond their end was written."""
     count, rows = prod(shape), prod(shape[:-1])
-    codes = torch.full((count + GUARD,), UNSET, dtype=torch.int8, device=device)
+    memory = torch.full((count + GUARD,), UNSET, dtype=torch.int8, device=device)
     scale = torch.full((rows + GUARD,), torch.nan, device=device)
 
     def check():
-        assert (codes[count:] == UNSET).all() and scale[rows:].isnan().all()
+        assert (memory[count:] == UNSET).all() and scale[rows:].isnan().all()
 
-    return Rows(codes[:count].view(DTYPE[kind]).view(shape), scale[:rows].view(shape[:-1])), check
+    values = memory[:count].view(DTYPE[kind]).view(shape)
+    return QuantizedRows(values, scale[:rows].view(shape[:-1])), check
+
+
+def linear_arguments(given: dict) -> dict:
+    """The frozen weight and the update among an op's arguments, as it takes them, from weight,
+    bias, matmul, rotation, lora_a, lora_b, parts and scale; the rest as it is."""
+    rest = dict(given)
+    how = {name: rest.pop(name) for name in ("bias", "matmul", "rotation") if name in rest}
+    lora = {name: rest.pop(name, None) for name in LoRAUpdate._fields}
+    present = lora["lora_a"] is not None or lora["lora_b"] is not None
+    update = LoRAUpdate(**lora) if present else None
+    return rest | {"weight": FrozenWeight(rest["weight"], **how), "update": update}
 
 
 def skip_without_fp8(kind: str, device: str) -> None:
@@ -64,26 +77,26 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def assert_rows(name: str, found: Rows, v: Tensor, kind: str) -> None:
+def assert_rows(name: str, found: QuantizedRows, v: Tensor, kind: str) -> None:
     """`found` are the rows of v (fp32 [..., K], after gate, channel and rotation): on a CPU bit for
     bit.
 
-    On a GPU a producer may form v again for its codes, one unit in the last place (2^-23) from what
-    it stored, its largest too; v · (top / amax) rounds twice more. So the scaled value is known to
-    4 · 2^-23 < 1e-6 of itself, and a code may be its neighbor where the value lies that near to
+    On a GPU a producer may form v again for its values, one unit in the last place (2^-23) from
+    what it stored, its largest too; v · (top / amax) rounds twice more. So the scaled value is
+    known to 4 · 2^-23 < 1e-6 of itself, and a result may be its neighbor where it lies that near to
     the middle of both: within 1e-5, for good measure. Where a channel's factor goes into a
     rotation's first sums these may be fused, which is off by 2^-24 of the largest: of `top`.
     """
-    expected = encode_reference(v, v.abs().amax(-1), kind)
-    finite = expected.scale.isfinite()  # elsewhere the codes are unspecified
+    expected = quantize_reference(v, v.abs().amax(-1), kind)
+    finite = expected.scale.isfinite()  # elsewhere the values are unspecified
     assert torch.equal(found.scale.isfinite(), finite), name
-    if found.codes.device.type == "cpu":
+    if found.values.device.type == "cpu":
         assert torch.equal(found.scale[finite], expected.scale[finite]), f"{name}: scale"
-        differ = (bits(found.codes) != bits(expected.codes))[finite]
-        assert not differ.any(), f"{name}: {int(differ.sum())} of {differ.numel()} codes"
+        differ = (bits(found.values) != bits(expected.values))[finite]
+        assert not differ.any(), f"{name}: {int(differ.sum())} of {differ.numel()} values"
         return
     torch.testing.assert_close(found.scale, expected.scale, rtol=2.0**-21, atol=0, equal_nan=True)
     scaled = (v.double() / expected.scale.double()[..., None])[finite]
-    codes, wanted = found.codes.double()[finite], expected.codes.double()[finite]
-    aside = ((codes + wanted) / 2 - scaled).abs() > 1e-5 * scaled.abs() + TOP[kind] * 2**-24
-    assert not (aside & (codes != wanted)).any(), f"{name}: codes differ away from a tie"
+    values, wanted = found.values.double()[finite], expected.values.double()[finite]
+    aside = ((values + wanted) / 2 - scaled).abs() > 1e-5 * scaled.abs() + TOP[kind] * 2**-24
+    assert not (aside & (values != wanted)).any(), f"{name}: values differ away from a tie"

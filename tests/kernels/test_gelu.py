@@ -1,12 +1,13 @@
-"""GELU-tanh: the element-wise kernels, the 8-bit codes, and the op with its linear behind it."""
+"""GELU-tanh: the element-wise kernels, u in 8 bits, and the op with its linear behind it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fluxfast_kernels.dispatch import backend
 from fluxfast_kernels.ops import gelu
-from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_decode, nf4_quantize
-from numerics import assert_as_exact, poisoned, relative_error
+from fluxfast_kernels.ops.lora_linear import flatten
+from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
+from numerics import assert_as_exact, linear_arguments, poisoned, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, T, WIDTH = 2, 5, 1100  # two blocks, the second one partly filled
@@ -29,8 +30,8 @@ def gelu_gradient(u, dx):
     return torch.autograd.grad(F.gelu(u, approximate="tanh"), u, dx)[0]
 
 
-def decode(codes, row_scale):
-    return gelu._decode(codes, row_scale)
+def gelu_linear(given, saved_bits=16):
+    return gelu.gelu_lora_linear(**linear_arguments(given), saved_bits=saved_bits)
 
 
 # ---------------------------------------------------------------- the kernels
@@ -71,35 +72,35 @@ def test_quantize(device, dtype):
     u = strided(B, T, 2100, device=device, dtype=dtype, shift=-1).clone()  # two blocks of 2048
     u[0, 0], u[0, 1], u[0, 2, ::2] = 0.75, -9, -30  # constant, all below the range, half of it
     wide = poisoned(B, T, 2100 + 8, dtype=dtype, device=device)
-    x, codes, row_scale, _ = gelu.gelu_rows(u, 8, out=wide[..., 8:])
+    x, u8, row_scale, _ = gelu.gelu_rows(u, 8, out=wide[..., 8:])
     truth = F.gelu(u.double(), approximate="tanh")
     assert_as_exact("gelu", x, F.gelu(u, approximate="tanh"), truth)
-    assert codes.dtype == torch.int8 and row_scale.shape == (B, T, 2)
-    found, clipped = decode(codes, row_scale), u.float().clamp(min=gelu.LOWEST)
+    assert u8.dtype == torch.int8 and row_scale.shape == (B, T, 2)
+    found, clipped = gelu._dequantize(u8, row_scale), u.float().clamp(min=gelu.LOWEST)
     half_step = row_scale[..., :1] / 2
     assert ((found - clipped).abs() <= half_step * 1.001 + 1e-6).all()
     assert torch.equal(found[0, 0], torch.full_like(found[0, 0], 0.75))
 
-    expected_codes, expected_scale = gelu.gelu_quantize_reference(u)
+    expected, expected_scale = gelu.gelu_quantize_reference(u)
     torch.testing.assert_close(row_scale, expected_scale, rtol=1e-6, atol=1e-7)
-    away = (codes.int() - expected_codes.int()).abs()  # a tie may fall to either side
+    away = (u8.int() - expected.int()).abs()  # a tie may fall to either side
     assert away.max() <= 1 and (away > 0).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_on_codes(device, dtype):
-    """What is rebuilt from the codes is as exact as eager on the decoded u."""
+def test_kernels_on_8_bits(device, dtype):
+    """What is recomputed from 8 bits is as exact as eager on the dequantized u."""
     u = draw(B, T, WIDTH, device=device, dtype=dtype, shift=-1)
     dx = strided(B, T, WIDTH, device=device, dtype=dtype, seed=1)
-    _, codes, row_scale, _ = gelu.gelu_rows(u, 8)
-    decoded = decode(codes, row_scale)
-    x = gelu.gelu_forward(codes, row_scale, dtype=dtype)
+    _, u8, row_scale, _ = gelu.gelu_rows(u, 8)
+    u = gelu._dequantize(u8, row_scale)
+    x = gelu.gelu_forward(u8, row_scale, dtype=dtype)
     assert x.dtype == dtype
-    wide = decoded.double()
-    eager = F.gelu(decoded.to(dtype), approximate="tanh")
+    wide = u.double()
+    eager = F.gelu(u.to(dtype), approximate="tanh")
     assert_as_exact("gelu", x, eager, F.gelu(wide, approximate="tanh"))
-    du = gelu.gelu_backward(codes, row_scale, dx, poisoned(B, T, WIDTH, dtype=dtype, device=device))
-    eager = gelu_gradient(decoded.to(dtype), dx)
+    du = gelu.gelu_backward(u8, row_scale, dx, poisoned(B, T, WIDTH, dtype=dtype, device=device))
+    eager = gelu_gradient(u.to(dtype), dx)
     assert_as_exact("du", du, eager, gelu_gradient(wide, dx.double()))
 
 
@@ -113,16 +114,16 @@ def test_kernels_on_codes(device, dtype):
         (-1.0, 1.0, 20.0, 0.0311, 0.0143),
     ],
 )
-def test_error_of_the_codes_is_as_documented(shift, scale, outlier, slope_error, gelu_error):
+def test_error_of_8_bits_is_as_documented(shift, scale, outlier, slope_error, gelu_error):
     """The docstring's table, within a tenth, on fewer rows. (Wide rows: the reference.)"""
     u = draw(1, 8, 12288, dtype=torch.bfloat16, shift=shift, scale=scale)
     if outlier:
         u[..., ::1024] = outlier
-    decoded = decode(*gelu.gelu_quantize_reference(u)).double()
-    ones, u = torch.ones_like(decoded), u.double()
-    slopes = relative_error(gelu_gradient(decoded, ones), gelu_gradient(u, ones))
+    rounded = gelu._dequantize(*gelu.gelu_quantize_reference(u)).double()
+    ones, u = torch.ones_like(rounded), u.double()
+    slopes = relative_error(gelu_gradient(rounded, ones), gelu_gradient(u, ones))
     assert slopes == pytest.approx(slope_error, rel=0.1)
-    x, truth = (F.gelu(v, approximate="tanh") for v in (decoded, u))
+    x, truth = (F.gelu(v, approximate="tanh") for v in (rounded, u))
     assert relative_error(x, truth) == pytest.approx(gelu_error, rel=0.1)
 
 
@@ -130,7 +131,7 @@ def test_error_of_the_codes_is_as_documented(shift, scale, outlier, slope_error,
 
 
 def inputs(device, dtype, head=64, gated=True, nf4=False, rank=4, width=128, N=96):
-    """Arguments of `gelu_lora_linear` by name."""
+    """Arguments of `gelu_lora_linear` by name, weight and update apart."""
     K = head + width
     options = {"device": device, "dtype": dtype}
     W = draw(N, K, device=device, seed=2, scale=K**-0.5)
@@ -146,7 +147,7 @@ def inputs(device, dtype, head=64, gated=True, nf4=False, rank=4, width=128, N=9
         "lora_a": draw(2 * rank, K, device=device, seed=5, scale=K**-0.5) if rank else None,
         "lora_b": draw(82, rank, device=device, seed=6) if rank else None,
         "parts": PARTS if rank else [],
-        "lora_scale": 0.5,
+        "scale": 0.5,
         "head": strided(B, T, head, seed=7, **options) if head else None,
         "gate": draw(B, 1, N, seed=8, **options) if gated else None,
         "residual": strided(B, T, N, seed=9, **options) if gated else None,
@@ -167,14 +168,14 @@ def plain(made, dtype):
     if len(weight) > 1:
         K = x.shape[2]
         shape = (2 * weight[0].numel() // K, K)
-        weight = [nf4_decode(NF4Tensor(weight[0], weight[1], shape, *weight[2:])).clone()]
+        weight = [nf4_dequantize(NF4Tensor(weight[0], weight[1], shape, *weight[2:])).clone()]
     y = F.linear(x, weight[0].to(dtype), cast["bias"])
     if "lora_a" in cast:
         a, b = cast["lora_a"], cast["lora_b"]
         rank = b.shape[1]
         first = F.pad(x @ a[rank:].T @ b[:32].T, (8, y.shape[2] - 40))
         second = F.pad(x @ a[:rank].T @ b[32:].T, (40, y.shape[2] - 90))
-        y = y + made["lora_scale"] * (first + second)
+        y = y + made["scale"] * (first + second)
     return cast["residual"] + cast["gate"] * y if "gate" in cast else y
 
 
@@ -189,7 +190,7 @@ def with_gradients(function, made, seed=10):
 
 def check_op(made, saved_bits=16):
     dtype = made["u"].dtype
-    found = with_gradients(lambda m: gelu.gelu_lora_linear(**m, saved_bits=saved_bits), made)
+    found = with_gradients(lambda m: gelu_linear(m, saved_bits), made)
     eager = with_gradients(lambda m: plain(m, dtype), made)
     as_double = {
         k: v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
@@ -226,26 +227,26 @@ def test_reference_of_the_op(dtype):
     made = inputs("cpu", dtype)
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
     with torch.no_grad():
-        found = gelu.gelu_lora_linear_reference(**made)
+        found = gelu.gelu_lora_linear_reference(**linear_arguments(made))
         assert_as_exact("y", found, plain(made, dtype), plain(wide, torch.float64))
 
 
 @pytest.mark.parametrize("launch", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_saving_8_bits(device, dtype, launch):
-    """y is that of 16 bits; the gradients are those of the decoded u, and near those of u."""
+    """y is that of 16 bits; the gradients are those of the dequantized u, and near those of u."""
     made = inputs(device, dtype)
     with backend.cpu_launches(launch):
-        found = with_gradients(lambda m: gelu.gelu_lora_linear(**m, saved_bits=8), made)
-        exact = with_gradients(lambda m: gelu.gelu_lora_linear(**m), made)
-        _, codes, row_scale, _ = gelu.gelu_rows(made["u"].detach(), 8)
+        found = with_gradients(lambda m: gelu_linear(m, 8), made)
+        exact = with_gradients(gelu_linear, made)
+        _, u8, row_scale, _ = gelu.gelu_rows(made["u"].detach(), 8)
     assert torch.equal(found["y"], exact["y"])
-    decoded = decode(codes, row_scale).requires_grad_()
-    at_decoded = made | {"u": decoded}
-    eager = with_gradients(lambda m: plain(m, dtype), made | {"u": decoded.to(dtype)})
+    rounded = gelu._dequantize(u8, row_scale).requires_grad_()
+    at_rounded = made | {"u": rounded}
+    eager = with_gradients(lambda m: plain(m, dtype), made | {"u": rounded.to(dtype)})
     wide = {
         k: v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
-        for k, v in at_decoded.items()
+        for k, v in at_rounded.items()
     }
     dy = draw(*found["y"].shape, seed=10, device=device, dtype=dtype).double()
     names = ("u", "head", "lora_a", "lora_b")
@@ -258,24 +259,24 @@ def test_op_saving_8_bits(device, dtype, launch):
 
 
 def test_what_is_saved(device):
-    """u or its codes, head, gate, A, B: neither gelu(u) nor y nor residual."""
+    """u in 16 or 8 bits, head, gate, A, B: neither gelu(u) nor y nor residual."""
     for bits, a_row_of_u in ((16, 2 * 128), (8, 128 + 8)):
         made, saved = inputs(device, torch.bfloat16), {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
         ):
-            gelu.gelu_lora_linear(**made, saved_bits=bits)
+            gelu_linear(made, bits)
         per_token = sum(t.nbytes for t in saved.values() if t.shape[:2] == (B, T)) // (B * T)
         assert per_token == a_row_of_u + 2 * 64
         rest = {t.data_ptr() for t in saved.values() if t.shape[:2] != (B, T)}
         assert rest == {made[name].data_ptr() for name in ("gate", "lora_a", "lora_b")}
     with torch.no_grad():
-        gelu.gelu_lora_linear(**made, saved_bits=8)
+        gelu_linear(made, 8)
 
 
 def test_two_runs_agree_in_every_bit(device):
     made = inputs(device, torch.float16)
-    runs = [with_gradients(lambda m: gelu.gelu_lora_linear(**m), made) for _ in range(2)]
+    runs = [with_gradients(gelu_linear, made) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -283,7 +284,7 @@ def test_only_needed_gradients(device):
     made = inputs(device, torch.float32)
     for name in ("u", "head", "residual"):
         made[name] = made[name].detach()
-    gelu.gelu_lora_linear(**made).sum().backward()  # an expanded gradient, and no dx
+    gelu_linear(made).sum().backward()  # an expanded gradient, and no dx
     truth = inputs(device, torch.float32)
     plain(truth, torch.float32).sum().backward()
     for name in ("lora_a", "lora_b"):
@@ -296,7 +297,7 @@ def test_one_gradient_alone(device, name):
     for made in (found, truth):
         for other in {"u", "head", "residual"} - {name}:
             made[other] = made[other].detach()
-    _, found = with_gradients(lambda m: gelu.gelu_lora_linear(**m), found).values()
+    _, found = with_gradients(gelu_linear, found).values()
     _, truth = with_gradients(lambda m: plain(m, torch.float32), truth).values()
     torch.testing.assert_close(found, truth)
 
@@ -306,22 +307,18 @@ def test_opcheck(device, saved_bits):
     with backend.cpu_launches(False):
         for options in ({}, {"head": 0, "gated": False}, {"rank": 0}):
             made = inputs(device, torch.float32, **options)
-            torch.library.opcheck(
-                torch.ops.fluxfast.gelu_lora_linear.default, (*made.values(), saved_bits, "", 0)
-            )
+            given = linear_arguments(made)
+            flat = flatten(given["weight"], given["update"])
+            last = [made[name] for name in ("head", "gate", "residual")]
+            forward = torch.ops.fluxfast.gelu_lora_linear.default
+            torch.library.opcheck(forward, (made["u"], *flat, *last, saved_bits))
             u, row_scale = made["u"].detach(), None
             if saved_bits == 8:
                 _, u, row_scale, _ = gelu.gelu_rows(u, 8)
-            shared = [made[k] for k in ("weight", "lora_a", "lora_b", "parts", "lora_scale")]
-            rest = made["head"], made["gate"], True, "", 0
-            d_out = draw(B, T, 96, device=device)
-            torch.library.opcheck(
-                torch.ops.fluxfast.gelu_lora_linear_backward.default,
-                tuple(
-                    v.detach() if isinstance(v, torch.Tensor) else v
-                    for v in (d_out, u, row_scale, *shared, *rest)
-                ),
-            )
+            given = (draw(B, T, 96, device=device), u, row_scale, *flat, *last[:2], True)
+            given = [v.detach() if isinstance(v, torch.Tensor) else v for v in given]
+            backward = torch.ops.fluxfast.gelu_lora_linear_backward.default
+            torch.library.opcheck(backward, tuple(given))
 
 
 def test_gradcheck():
@@ -338,9 +335,9 @@ def test_gradcheck():
 def test_compiles_without_a_graph_break(device):
     made = inputs(device, torch.float32)
     for bits in (16, 8):
-        compiled = torch.compile(gelu.gelu_lora_linear, fullgraph=True, backend="aot_eager")
-        found = with_gradients(lambda m, f=compiled, n=bits: f(**m, saved_bits=n), made)
-        eager = with_gradients(lambda m, n=bits: gelu.gelu_lora_linear(**m, saved_bits=n), made)
+        compiled = torch.compile(gelu_linear, fullgraph=True, backend="aot_eager")
+        found = with_gradients(lambda m, f=compiled, n=bits: f(m, n), made)
+        eager = with_gradients(lambda m, n=bits: gelu_linear(m, n), made)
         assert all(torch.equal(found[name], eager[name]) for name in found)
 
 
@@ -366,4 +363,4 @@ def test_compiles_without_a_graph_break(device):
 def test_refuses(name, change):
     made = inputs("cpu", torch.float32)
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        gelu.gelu_lora_linear(**(made | {name: change(made)}))
+        gelu.gelu_lora_linear(**linear_arguments(made | {name: change(made)}))

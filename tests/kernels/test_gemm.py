@@ -7,8 +7,10 @@ import torch
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.backend import DTYPES
 from fluxfast_kernels.gemm.dense import lora_gemm, lora_gemm_dx
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.grads import lora_d_down, lora_da, lora_db, lora_down
-from fluxfast_kernels.quant.nf4 import nf4_decode, nf4_quantize
+from fluxfast_kernels.quant.frozen import FrozenWeight
+from fluxfast_kernels.quant.nf4 import nf4_dequantize, nf4_quantize
 from numerics import assert_as_exact, poisoned
 
 
@@ -68,8 +70,12 @@ class Linear:
     scale: float = 0.75
 
     @property
-    def indices(self) -> int:
-        return max(self.parts[2::3]) + 1
+    def update(self) -> LoRAUpdate | None:
+        return self.a if self.a is None else LoRAUpdate(self.a, self.b, self.parts, self.scale)
+
+    @property
+    def frozen(self) -> FrozenWeight:
+        return FrozenWeight(self.weight, self.bias)
 
 
 def cut(tensor, at):
@@ -95,10 +101,10 @@ def draw(case: Case, dtype: torch.dtype, device: str) -> Linear:
         counts = [half.nested_absmax.numel() for half in halves]
         offsets = zip(halves, counts, strict=True)
         weight.append(torch.cat([half.offset.expand(count) for half, count in offsets]))
-        dense = torch.cat([nf4_decode(half) for half in halves])
+        dense = torch.cat([nf4_dequantize(half) for half in halves])
     else:
         stored = nf4_quantize(w, nested=case.storage == "nested")
-        weight, dense = list(stored.tensors().values()), nf4_decode(stored)
+        weight, dense = list(stored.tensors().values()), nf4_dequantize(stored)
     parts = list(case.parts or (0, N, 0))
     rows = sum(end - start for start, end in zip(parts[::3], parts[1::3], strict=True))
     index = max(parts[2::3]) + 1
@@ -165,10 +171,8 @@ def forward(linear, tile=None):
         down = lora_down(linear.xs, linear.a, poisoned(case.B * case.T, linear.a.shape[0], **like))
     widths = [case.split, case.N - case.split] if case.split else [case.N]
     out = [poisoned(case.B, case.T, width, **like) for width in widths]
-    lora_gemm(
-        linear.xs, linear.weight, linear.bias, down, linear.b, linear.parts, linear.scale,
-        case.split, linear.gate, linear.residual, out, tile,
-    )  # fmt: skip
+    epilogue = Epilogue(linear.gate, linear.residual, case.split)
+    lora_gemm(linear.xs, linear.frozen, down, linear.update, epilogue, out, tile)
     return torch.cat(out, -1)
 
 
@@ -178,16 +182,16 @@ def backward(linear, tile=None):
     widths = [x.shape[-1] for x in linear.xs]
     dxs = [poisoned(case.B, case.T, width, **like) for width in widths]
     if linear.a is None:
-        lora_gemm_dx(linear.dys, linear.weight, None, None, widths, dxs, tile)
+        lora_gemm_dx(linear.dys, linear.frozen, None, None, widths, dxs, tile)
         return {"dx": torch.cat(dxs, -1)}
     down = lora_down(linear.xs, linear.a)
     d_down = poisoned(*down.shape, **like)
-    lora_d_down(linear.dys, linear.b, linear.parts, linear.scale, linear.indices, d_down)
-    lora_gemm_dx(linear.dys, linear.weight, d_down, linear.a, widths, dxs, tile)
+    lora_d_down(linear.dys, linear.update, d_down)
+    lora_gemm_dx(linear.dys, linear.frozen, d_down, linear.a, widths, dxs, tile)
     like["dtype"] = torch.float32
     da, db = poisoned(*linear.a.shape, **like), poisoned(*linear.b.shape, **like)
     lora_da(linear.xs, d_down, da)
-    lora_db(linear.dys, down, linear.parts, linear.scale, case.rank, db)
+    lora_db(linear.dys, down, linear.update, db)
     return {"dx": torch.cat(dxs, -1), "da": da, "db": db, "down": down, "d_down": d_down}
 
 
@@ -214,14 +218,14 @@ def test_backward(device, name, dtype):
 
 
 @pytest.mark.parametrize("case", STORED, ids=lambda case: case.storage)
-def test_the_weight_is_decoded_bit_for_bit(device, case):
-    """Times the unit matrix, both ways, in fp32: the decoded weight and nothing else."""
+def test_the_weight_is_dequantized_bit_for_bit(device, case):
+    """Times the unit matrix, both ways, in fp32: the dequantized weight and nothing else."""
     linear = draw(case, torch.float32, device)
     unit = torch.eye(case.K, device=device)[None]
-    (y,) = lora_gemm([unit], linear.weight, None, None, None, [], 1.0)
+    (y,) = lora_gemm([unit], FrozenWeight(linear.weight))
     assert torch.equal(y[0].T, linear.dense)
     unit = torch.eye(case.N, device=device)[None]
-    (dx,) = lora_gemm_dx([unit], linear.weight, None, None, [case.K])
+    (dx,) = lora_gemm_dx([unit], linear.frozen, None, None, [case.K])
     assert torch.equal(dx[0], linear.dense)
 
 
@@ -238,7 +242,7 @@ def test_every_shipped_tile(device, storage):
 def test_sums_over_cut_rows(device):
     """More rows than one program takes: ranges of M, added in order."""
     linear = draw(Case(K=64, N=64, B=2, T=300, rank=4), torch.bfloat16, device)
-    d_down = lora_d_down(linear.dys, linear.b, linear.parts, linear.scale, 1)
+    d_down = lora_d_down(linear.dys, linear.update)
     once = dispatch.Tile(64, 16, 64, 1, 4, 2)
     cut = dispatch.Tile(16, 16, 64, 256, 4, 2)
     whole, pieces = (lora_da(linear.xs, d_down, tile=tile) for tile in (once, cut))
@@ -251,7 +255,8 @@ def test_sums_over_cut_rows(device):
 
 def test_an_index_no_part_names_gets_zeros(device):
     linear = draw(Case(), torch.float32, device)
-    found = lora_d_down(linear.dys, linear.b, linear.parts, linear.scale, 3)
+    three = linear.update._replace(lora_a=linear.a.repeat(3, 1))
+    found = lora_d_down(linear.dys, three)
     assert not found[:, 16:].any() and found[:, :16].any()
 
 
@@ -259,9 +264,9 @@ def test_no_rows(device):
     linear = draw(Case(), torch.float32, device)
     xs, dys = [linear.xs[0][:, :0]], [linear.dys[0][:, :0]]
     down = lora_down(xs, linear.a)
-    (y,) = lora_gemm(xs, linear.weight, None, down, linear.b, linear.parts, 1.0)
+    (y,) = lora_gemm(xs, linear.frozen, down, linear.update)
     assert y.shape == (2, 0, 144)
-    assert not lora_da(xs, down).any() and not lora_db(dys, down, linear.parts, 1.0, 16).any()
+    assert not lora_da(xs, down).any() and not lora_db(dys, down, linear.update).any()
 
 
 def test_two_runs_are_equal(device):
@@ -278,8 +283,13 @@ def test_refusals(device):
     stored = draw(CASES["nf4"], torch.float32, device)
     nf4, x192 = stored.weight, stored.xs[0]
 
-    def y(xs=None, weight=None, bias=bias, down=down, b=b, parts=parts, **more):
-        return lora_gemm(xs or [x], weight or [w], bias, down, b, parts, 1.0, **more)
+    def y(xs=None, weight=None, bias=bias, down=down, b=b, parts=parts, out=None, **after):
+        update = None if b is None else LoRAUpdate(a, b, parts)
+        frozen = FrozenWeight(weight or [w], bias)
+        return lora_gemm(xs or [x], frozen, down, update, Epilogue(**after), out)
+
+    def dx(weight=None, down=down, a=a, widths=(96,)):
+        return lora_gemm_dx(linear.dys, FrozenWeight(weight or [w]), down, a, list(widths))
 
     refused = {
         "xs": [
@@ -296,7 +306,7 @@ def test_refusals(device):
             lambda: y(weight=[w.mT.contiguous().mT]),
             lambda: y(xs=[x192], weight=[nf4[0], nf4[1][1:]]),
             lambda: y(xs=[x192], weight=[nf4[0], nf4[1].byte()]),
-            lambda: lora_gemm_dx(linear.dys, nf4, None, None, [96]),
+            lambda: dx(weight=nf4, down=None, a=None),
         ],
         "bias": [lambda: y(bias=bias[1:])],
         "down": [lambda: y(down=None), lambda: y(down=down[:, :8]), lambda: y(down=down[1:])],
@@ -308,10 +318,10 @@ def test_refusals(device):
         "out": [lambda: y(out=[x]), lambda: y(out=[linear.dys[0].half()])],
         "lora_a": [lambda: lora_down([x], a[:, 1:]), lambda: lora_down([x[..., 1:]], a)],
         "d_down": [
-            lambda: lora_gemm_dx(linear.dys, [w], down[:, 1:], a, [96]),
+            lambda: dx(down=down[:, 1:]),
             lambda: lora_da([x], down[1:]),
         ],
-        "widths": [lambda: lora_gemm_dx(linear.dys, [w], down, a, [32, 32, 32])],
+        "widths": [lambda: dx(widths=(32, 32, 32))],
     }
     for name, calls in refused.items():
         for call in calls:

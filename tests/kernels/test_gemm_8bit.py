@@ -1,4 +1,4 @@
-"""The product of 8-bit codes against exact sums: int64 or fp64 of the given codes and scales."""
+"""The 8-bit product against exact sums: int64 or fp64 of the given values and scales."""
 
 from dataclasses import dataclass, replace
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.gemm.eight_bit import MOST, gemm_8bit, gemm_8bit_dx
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant.frozen import QuantizedWeight
 from fluxfast_kernels.quant.nf4 import nf4_quantize
-from fluxfast_kernels.quant.rows import DTYPE, Rows
+from fluxfast_kernels.quant.rows import DTYPE, QuantizedRows
 from numerics import bits, skip_without_fp8
 
 KINDS = ("int8", "fp8")
@@ -58,7 +60,7 @@ DRAWN = [(name, "int8", torch.float32) for name in CASES] + [
 
 
 class Linear:
-    """A drawn case: codes, scales, and fp64 copies of all that goes in."""
+    """A random case: values, scales, and what they are multiplied with."""
 
     def __init__(self, case: Case, kind: str, dtype: torch.dtype, device: str):
         self.case, self.kind, self.dtype, self.device = case, kind, dtype, device
@@ -68,16 +70,14 @@ class Linear:
         self.outputs = [case.split, N - case.split] if case.split else [N]
         self.rows = [self.draw_rows(width) for width in self.inputs]
         self.d_rows = [self.draw_rows(width) for width in self.outputs]
-        self.inverse = None
         if case.nf4:
             stored = nf4_quantize(self.normal(N, K).cpu())
             parts = [part.to(device) for part in stored.tensors().values()]
-            self.weight = frozen.as_nf4(parts, N, K)
-            self.w_scale, self.inverse = frozen.nf4_scales(parts, N, K, kind)
-            self.codes = frozen.nf4_codes_reference(self.weight, kind).codes
+            self.weight = frozen.nf4_with_scales(parts, N, K, kind)
+            self.values = frozen.nf4_to_8bit_reference(self.weight.values, kind).values
         else:
-            self.weight = self.codes = self.draw_codes(N, K)
-            self.w_scale = self.positive(N)
+            self.values = self.draw_values(N, K)
+            self.weight = QuantizedWeight(self.values, self.positive(N))
         self.parts = list(case.parts or (0, N, 0))
         parts = list(zip(self.parts[::3], self.parts[1::3], self.parts[2::3], strict=True))
         indices, fed = 1 + max(self.parts[2::3]), sum(end - start for start, end, _ in parts)
@@ -98,36 +98,40 @@ class Linear:
             self.slices.append((slice(start, end), slice(row, row + end - start), columns))
             row += end - start
 
+    @property
+    def update(self):
+        return self.b if self.b is None else LoRAUpdate(self.a, self.b, self.parts, self.scale)
+
     def normal(self, *shape):
         return torch.randn(*shape, generator=self.generator).to(self.device)
 
     def positive(self, *shape):
         return (torch.rand(*shape, generator=self.generator) * 0.02 + 1e-3).to(self.device)
 
-    def draw_codes(self, *shape):
+    def draw_values(self, *shape):
         if self.kind == "int8":
-            codes = torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8)
+            values = torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8)
         else:
-            codes = torch.randn(*shape, generator=self.generator).mul(100).to(DTYPE["fp8"])
-        return codes.to(self.device)
+            values = torch.randn(*shape, generator=self.generator).mul(100).to(DTYPE["fp8"])
+        return values.to(self.device)
 
     def draw_rows(self, width):
         shape = (self.case.B, self.case.T)
-        return Rows(self.draw_codes(*shape, width), self.positive(*shape))
+        return QuantizedRows(self.draw_values(*shape, width), self.positive(*shape))
 
 
-def sums(rows: list[Rows], weights, widths: list[int]):
-    """Σ scale · codes · weight in fp64, the same of magnitudes, and Σ |scaled sum| per input."""
+def sums(rows: list[QuantizedRows], weights, widths: list[int]):
+    """Σ scale · value · weight in fp64, the same of magnitudes, and Σ |scaled sum| per input."""
     total = exact = ends = 0
     for row, weight in zip(rows, weights.split(widths), strict=True):
-        part = row.codes.double() @ weight * row.scale.double()[..., None]
+        part = row.values.double() @ weight * row.scale.double()[..., None]
         total, ends = total + part, ends + part.abs()
-        exact = exact + row.codes.double().abs() @ weight.abs() * row.scale.double()[..., None]
+        exact = exact + row.values.double().abs() @ weight.abs() * row.scale.double()[..., None]
     return total, exact, ends
 
 
 def sum_error(kind: str, width: int, device: str, magnitudes, ends):
-    """By how much a sum of codes may be off. int8: not at all, its conversion to fp32 rounds. e4m3:
+    """By how much a sum may be off. int8: not at all, its conversion to fp32 rounds. e4m3:
     every one of `width` fp32 additions rounds; tensor cores (sm_89, sm_90) keep 13 bits behind the
     leading one and cut the rest off, once in 32 products."""
     if kind == "int8":
@@ -148,8 +152,8 @@ def bound(linear: Linear, truth, sum_off, magnitude):
 
 def forward_truth(linear: Linear):
     """-> y fp64, and how far from it a result may be."""
-    w = linear.w_scale.double()
-    y, magnitudes, ends = sums(linear.rows, linear.codes.double().T, linear.inputs)
+    w = linear.weight.scale.double()
+    y, magnitudes, ends = sums(linear.rows, linear.values.double().T, linear.inputs)
     off = sum_error(linear.kind, linear.case.K, linear.device, magnitudes, ends) * w
     y, ends = y * w, ends * w
     magnitude = ends.clone()
@@ -169,7 +173,7 @@ def forward_truth(linear: Linear):
 
 
 def dx_truth(linear: Linear, d_down):
-    dx, magnitudes, ends = sums(linear.d_rows, linear.codes.double(), linear.outputs)
+    dx, magnitudes, ends = sums(linear.d_rows, linear.values.double(), linear.outputs)
     off = sum_error(linear.kind, linear.case.N, linear.device, magnitudes, ends)
     magnitude = ends.clone()
     if d_down is not None:
@@ -196,31 +200,29 @@ def poisoned_outputs(linear: Linear, widths, dtype=None):
     return outs, check
 
 
-def forward(linear: Linear, tile=None, weight=None, inverse=None):
+def forward(linear: Linear, tile=None, weight=None):
     outs, check = poisoned_outputs(linear, linear.outputs)
-    made = gemm_8bit(
-        linear.rows, linear.weight if weight is None else weight, linear.w_scale, linear.bias,
-        linear.down, linear.b, linear.parts, linear.scale, linear.dtype, linear.case.split,
-        linear.gate, linear.residual, linear.inverse if weight is None else inverse, outs, tile,
-    )  # fmt: skip
+    epilogue = Epilogue(linear.gate, linear.residual, linear.case.split)
+    after = (linear.bias, linear.down, linear.update, epilogue, outs, tile)
+    made = gemm_8bit(linear.rows, weight or linear.weight, linear.dtype, *after)
     assert all(y.data_ptr() == out.data_ptr() for y, out in zip(made, outs, strict=True))
     y = torch.cat(outs, -1)
     check()
     return y
 
 
-def towards_x(linear: Linear, tile=None, way="as kept", dtype=None):
-    """dx by one of three: the weight as it is kept (NF4 too), its codes, its codes transposed."""
+def in_8_bits(linear: Linear):
+    return QuantizedWeight(linear.values, linear.weight.scale)
+
+
+def towards_x(linear: Linear, tile=None, way="as stored", dtype=None):
+    """dx by one of three: the weight as it is stored (NF4 too), in 8 bits, in 8 bits transposed."""
     outs, check = poisoned_outputs(linear, linear.inputs, dtype)
-    weight, given = linear.weight, {"inverse": linear.inverse}
-    if way == "codes":
-        weight, given = linear.codes, {}
+    weight = linear.weight if way == "as stored" else in_8_bits(linear)
     if way == "transposed":
-        weight, given = linear.codes.T.contiguous(), {"transposed": True}
-    gemm_8bit_dx(
-        linear.d_rows, weight, d_down(linear), linear.a, linear.inputs, dtype or linear.dtype,
-        linear.dtype, out=outs, tile=tile, **given,
-    )  # fmt: skip
+        weight = weight._replace(values=linear.values.T.contiguous(), transposed=True)
+    update = (d_down(linear), linear.a, linear.inputs)
+    gemm_8bit_dx(linear.d_rows, weight, *update, dtype or linear.dtype, linear.dtype, outs, tile)
     dx = torch.cat(outs, -1)
     check()
     return dx
@@ -241,17 +243,17 @@ def test_both_products_are_the_exact_sums_rounded(device, name, kind, dtype):
     linear = Linear(CASES[name], kind, dtype, device)
     assert_within(forward(linear), *forward_truth(linear))
     truth = dx_truth(linear, d_down(linear))
-    found = {way: towards_x(linear, way=way) for way in ("as kept", "codes", "transposed")}
+    found = {way: towards_x(linear, way=way) for way in ("as stored", "8 bits", "transposed")}
     for dx in found.values():
         assert_within(dx, *truth)
     if kind == "int8":  # the sums of e4m3 may run in another order
-        assert torch.equal(bits(found["codes"]), bits(found["transposed"]))
-        assert torch.equal(bits(found["codes"]), bits(found["as kept"]))
+        assert torch.equal(bits(found["8 bits"]), bits(found["transposed"]))
+        assert torch.equal(bits(found["8 bits"]), bits(found["as stored"]))
     if linear.case.nf4:
-        decoded = forward(linear, weight=linear.codes)
+        converted = forward(linear, weight=in_8_bits(linear))
         if kind == "int8":
-            assert torch.equal(bits(decoded), bits(forward(linear)))
-        assert_within(decoded, *forward_truth(linear))
+            assert torch.equal(bits(converted), bits(forward(linear)))
+        assert_within(converted, *forward_truth(linear))
 
 
 def test_dx_may_stay_in_fp32_over_a_16_bit_update(device):
@@ -263,7 +265,7 @@ def test_dx_may_stay_in_fp32_over_a_16_bit_update(device):
     assert float((found - truth).norm() / truth.norm()) < 1e-6
 
 
-def test_15360_columns_of_the_largest_codes(device):
+def test_15360_columns_of_the_largest_values(device):
     """247 741 440: far above 2^24, below 2^31. The sum is exact, its conversion rounds once."""
     assert MOST * 127**2 < 2**31 <= (MOST + 1) * 127**2
     left = torch.full((4, 15360), 127, dtype=torch.int8)
@@ -272,27 +274,23 @@ def test_15360_columns_of_the_largest_codes(device):
     left, right = left.to(device), left[:3].clone().to(device)
     exact = (left.double() @ right.double().T).float()
     assert exact.abs().max() == 247741440
-    rows, tile = (
-        [Rows(left[None], torch.ones(1, 4, device=device))],
-        dispatch.Tile(16, 16, 512, 1, 4, 2),
-    )
-    given = (torch.ones(3, device=device), None, None, None, [], 1.0, torch.float32)
-    (y,) = gemm_8bit(rows, right, *given, tile=tile)
+    rows = [QuantizedRows(left[None], torch.ones(1, 4, device=device))]
+    tile, ones = dispatch.Tile(16, 16, 512, 1, 4, 2), torch.ones(3, device=device)
+    (y,) = gemm_8bit(rows, QuantizedWeight(right, ones), torch.float32, tile=tile)
     assert torch.equal(y[0], exact)
-    for weight, transposed in ((right.T.contiguous(), False), (right, True)):
-        (dx,) = gemm_8bit_dx(
-            rows, weight, None, None, [3], torch.float32, transposed=transposed, tile=tile
-        )
+    for values, transposed in ((right.T.contiguous(), False), (right, True)):
+        weight = QuantizedWeight(values, ones, transposed=transposed)
+        (dx,) = gemm_8bit_dx(rows, weight, None, None, [3], torch.float32, tile=tile)
         assert torch.equal(dx[0], exact)
 
 
 def test_small_sums_are_whole_numbers(device):
     """Scales of 1 and sums below 2^24: fp32 has no rounding to hide behind, in any tile."""
-    linear = Linear(Case(K=130, N=70, T=34, cut=65, split=33, lora=False, bias=False), "int8",
-                    torch.float32, device)  # fmt: skip
+    case = Case(K=130, N=70, T=34, cut=65, split=33, lora=False, bias=False)
+    linear = Linear(case, "int8", torch.float32, device)
     for row in (*linear.rows, *linear.d_rows):
         row.scale.fill_(1.0)
-    linear.w_scale.fill_(1.0)
+    linear.weight.scale.fill_(1.0)
     y, dx = forward_truth(linear)[0].float(), dx_truth(linear, None)[0].float()
     for tile in dispatch.shipped("gemm_8bit", "dense", "int8"):
         assert torch.equal(forward(linear, tile), y), tile
@@ -318,18 +316,18 @@ def test_every_shipped_tile(device, kind, storage):
         assert_within(towards_x(alone, tile), *dx)
 
 
-def test_codes_that_are_nan_stay_in_their_row_and_column(device):
-    """e4m3 has NaN, as a row's codes are where its scale is. What follows a row's end must be kept
+def test_values_that_are_nan_stay_in_their_row_and_column(device):
+    """e4m3 has NaN, as a row's values are where its scale is. What follows a row's end must be kept
     out of both operands: 0 · NaN is NaN."""
     skip_without_fp8("fp8", device)
     linear = Linear(CASES["odd everywhere"], "fp8", torch.float32, device)
     y, dx = forward(linear), towards_x(linear)
     for row in (*linear.rows, *linear.d_rows):
-        row.codes[1, 1] = torch.nan
+        row.values[1, 1] = torch.nan
     dx[1, 1] = torch.nan
-    for way in ("as kept", "transposed"):
+    for way in ("as stored", "transposed"):
         torch.testing.assert_close(towards_x(linear, way=way), dx, equal_nan=True)
-    linear.codes[7] = torch.nan
+    linear.values[7] = torch.nan
     y[1, 1] = y[..., 7] = torch.nan
     torch.testing.assert_close(forward(linear), y, equal_nan=True)
 
@@ -349,40 +347,42 @@ def test_refusals(device):
     linear = Linear(Case(gate=True, T=5), "int8", torch.float32, device)
     square = Case(nf4=True, K=192, N=192, T=5, lora=False)
     nf4 = Linear(square, "int8", torch.float32, device)
-    (row,), w, w_scale, bias = linear.rows, linear.codes, linear.w_scale, linear.bias
+    (row,), w, scale, bias = linear.rows, linear.values, linear.weight.scale, linear.bias
     (d_row,), a, down = linear.d_rows, linear.a, linear.down
-    fp8 = Rows(row.codes.float().to(DTYPE["fp8"]), row.scale)
+    fp8 = QuantizedRows(row.values.float().to(DTYPE["fp8"]), row.scale)
     long = torch.zeros(1, 1, MOST + 1, dtype=torch.int8, device=device)
-    long = Rows(long, long[..., 0].float())
+    long = QuantizedRows(long, long[..., 0].float())
 
-    def y(rows=(row,), weight=w, w_scale=w_scale, bias=bias, down=down, b=linear.b,
-          parts=linear.parts, gate=linear.gate, residual=linear.residual, **more):  # fmt: skip
-        given = (list(rows), weight, w_scale, bias, down, b, parts, 1.0, torch.float32)
-        return gemm_8bit(*given, gate=gate, residual=residual, **more)
+    def y(rows=(row,), weight=w, scale=scale, bias=bias, down=down, b=linear.b, out=None, **more):
+        update = None if b is None else LoRAUpdate(a, b, more.pop("parts", linear.parts))
+        weight = QuantizedWeight(weight, scale, more.pop("inverse", None))
+        gated = {"gate": linear.gate, "residual": linear.residual} | more
+        given = (weight, torch.float32, bias, down, update, Epilogue(**gated), out)
+        return gemm_8bit(list(rows), *given)
 
     def dx(rows=(d_row,), weight=w, down=down, a=a, widths=(96,), **more):
-        return gemm_8bit_dx(list(rows), weight, down, a, list(widths), torch.float32, **more)
+        weight = QuantizedWeight(weight, scale, **more)
+        return gemm_8bit_dx(list(rows), weight, down, a, list(widths), torch.float32)
 
-    cut = Rows(nf4.rows[0].codes[..., :100].contiguous(), nf4.rows[0].scale)
-    rest = Rows(nf4.rows[0].codes[..., 100:].contiguous(), nf4.rows[0].scale)
+    cut = QuantizedRows(nf4.rows[0].values[..., :100].contiguous(), nf4.rows[0].scale)
+    rest = QuantizedRows(nf4.rows[0].values[..., 100:].contiguous(), nf4.rows[0].scale)
+    plain = {"gate": None, "residual": None}
+    transposed_nf4 = {"transposed": True, "inverse": nf4.weight.inverse}
     refused = {
         "rows": [
             lambda: y(rows=(row, row, row)),
             lambda: y(rows=(row, row)),
-            lambda: y(rows=(Rows(row.codes.int(), row.scale),)),
-            lambda: y(rows=(Rows(row.codes[0], row.scale[0]),)),
-            lambda: y(rows=(Rows(row.codes.mT.contiguous().mT, row.scale),)),
-            lambda: y(rows=(Rows(row.codes[..., :95], row.scale),)),
+            lambda: y(rows=(QuantizedRows(row.values.int(), row.scale),)),
+            lambda: y(rows=(QuantizedRows(row.values[0], row.scale[0]),)),
+            lambda: y(rows=(QuantizedRows(row.values.mT.contiguous().mT, row.scale),)),
+            lambda: y(rows=(QuantizedRows(row.values[..., :95], row.scale),)),
             lambda: y(rows=(row, fp8)),
-            lambda: y(rows=(Rows(row.codes, row.scale.double()),)),
-            lambda: y(rows=(Rows(row.codes, row.scale[:, 1:]),)),
-            lambda: y(rows=(Rows(row.codes, row.scale.mT.contiguous().mT),)),
-            lambda: y(rows=(long,), weight=long.codes[0], w_scale=long.scale[0], bias=None,
-                      down=None, b=None, gate=None, residual=None),
-            lambda: dx(rows=(long,), weight=long.codes[0].T.contiguous(), down=None, a=None,
-                       widths=(1,)),
-            lambda: y(rows=(cut, rest), weight=nf4.weight, w_scale=nf4.w_scale,
-                      inverse=nf4.inverse, gate=None, residual=None),
+            lambda: y(rows=(QuantizedRows(row.values, row.scale.double()),)),
+            lambda: y(rows=(QuantizedRows(row.values, row.scale[:, 1:]),)),
+            lambda: y(rows=(QuantizedRows(row.values, row.scale.mT.contiguous().mT),)),
+            lambda: y((long,), long.values[0], long.scale[0], None, None, None, **plain),
+            lambda: dx((long,), long.values[0].T.contiguous(), None, None, (1,)),
+            lambda: y((cut, rest), *nf4.weight[:2], inverse=nf4.weight.inverse, **plain),
         ],
         "weight": [
             lambda: y(rows=(fp8,)),
@@ -391,12 +391,12 @@ def test_refusals(device):
             lambda: dx(weight=w[1:]),
             lambda: dx(weight=w, transposed=True),
         ],
-        "w_scale": [
-            lambda: y(w_scale=w_scale[1:]),
-            lambda: y(w_scale=w_scale.half()),
-            lambda: y(w_scale=w_scale.repeat(2)[::2]),
+        "weight (scale)": [
+            lambda: y(scale=scale[1:]),
+            lambda: y(scale=scale.half()),
+            lambda: y(scale=scale.repeat(2)[::2]),
         ],
-        "inverse": [lambda: y(rows=nf4.rows, weight=nf4.weight, w_scale=nf4.w_scale)],
+        "inverse": [lambda: y(nf4.rows, *nf4.weight[:2])],
         "bias": [lambda: y(bias=bias[1:])],
         "down": [lambda: y(down=None), lambda: y(down=down[:, 1:]), lambda: y(down=down[1:])],
         "lora_b": [lambda: y(b=linear.b[1:])],
@@ -409,10 +409,9 @@ def test_refusals(device):
         "d_down": [lambda: dx(down=None), lambda: dx(down=down[1:])],
         "lora_a": [lambda: dx(a=a[:, 1:]), lambda: dx(a=a.T.contiguous().T)],
         "transposed": [
-            lambda: dx(nf4.d_rows, nf4.weight, None, None, (192,), transposed=True,
-                       inverse=nf4.inverse)
+            lambda: dx(nf4.d_rows, nf4.weight.values, None, None, (192,), **transposed_nf4)
         ],
-    }  # fmt: skip
+    }
     for name, calls in refused.items():
         for index, call in enumerate(calls):
             with pytest.raises(ValueError) as raised:

@@ -1,5 +1,5 @@
-"""The three fused linears in products of 8-bit codes: results and every gradient against fp64, by
-the launchers and in plain torch."""
+"""The three fused linears in 8-bit products: results and every gradient against fp64, by the
+launchers and in plain torch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fluxfast_kernels.ops.gelu import (
     gelu_lora_linear_reference,
     gelu_rows,
 )
-from fluxfast_kernels.ops.lora_linear import _lora_linear, _lora_linear_backward
+from fluxfast_kernels.ops.lora_linear import _lora_linear, _lora_linear_backward, flatten
 from linears_8bit import Case, Drawn, norm
 from numerics import assert_as_exact, bits, relative_error, skip_without_fp8
 
@@ -44,7 +44,7 @@ CASES = [
 
 
 def check_against_truth(drawn: Drawn, found: dict) -> None:
-    """At most twice the error of the same reference run in the dtype, whose sums of codes are fp64
+    """At most twice the error of the same reference run in the dtype, whose sums are fp64
     and whose roundings are more (each of bias, update, gate and residual rounds).
 
     In fp32 with a rotation four times: dx is rotated back in fp32, which rounds once a stage, seven
@@ -73,8 +73,8 @@ def test_as_exact_as_eager(path, device, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
-    """NF4 in the product's own tiles or through the scratch, the weight as kept or transposed: the
-    same integers, so the same bits; e4m3's sums alone may run in another order."""
+    """NF4 in the product's own tiles or through the scratch, the weight as stored or transposed:
+    the same integers, so the same bits; e4m3's sums alone may run in another order."""
     skip_without_fp8(case.kind, device)
     drawn = Drawn(case, device)
     kept = drawn.gradients(drawn.call)
@@ -84,7 +84,7 @@ def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
         asked.append(op)
         return op == "gemm_8bit" and storage == "dense"
 
-    monkeypatch.setattr(linear_8bit, "_choose", choose)
+    monkeypatch.setattr(linear_8bit, "_as_stored", choose)
     scratched = drawn.gradients(drawn.call)
     assert {"gemm_8bit", "gemm_8bit_dx" + "_pair" * bool(case.split)} <= set(asked)
     if case.kind == "fp8":
@@ -95,17 +95,15 @@ def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_gelus_own_reference(path, device, kind):
-    """It forms gelu(u) itself: in bf16 nearly every code is that of the kernel's."""
+    """It forms gelu(u) itself: in bf16 nearly every 8-bit value is the kernel's."""
     skip_without_fp8(kind, device)
     drawn = Drawn(Case("gelu", kind, kind, dtype=BF16, head=64, gate=True), device)
-    case = drawn.case
 
     def reference(leaves):
         dtype = leaves["u"].dtype
-        given = (drawn.bias.to(dtype), leaves["lora_a"], leaves["lora_b"], list(case.parts), 0.5)
+        linear = drawn.frozen(drawn.bias.to(dtype)), drawn.update(leaves)
         gated = (leaves["head"], drawn.gate.to(dtype), leaves["residual"])
-        how = {"products": kind}
-        return (gelu_lora_linear_reference(leaves["u"], drawn.weight, *given, *gated, **how),)
+        return (gelu_lora_linear_reference(leaves["u"], *linear, *gated),)
 
     found = drawn.gradients(drawn.call)
     with backend.cpu_launches(False):
@@ -114,8 +112,8 @@ def test_gelus_own_reference(path, device, kind):
         assert_as_exact(name, value.to(BF16), eager[name], truth[name])
 
 
-def test_8_bit_codes_of_u_beside_8_bit_products(path, device):
-    """The result is that of u; the gradients are those of the decoded u."""
+def test_u_saved_in_8_bits_beside_8_bit_products(path, device):
+    """The result is that of u; the gradients are those of the dequantized u."""
     options = {"storage": "int8", "dtype": BF16, "head": 64, "gate": True}
     drawn = Drawn(Case("gelu", **options, saved_bits=8), device)
     exact = Drawn(Case("gelu", **options), device)
@@ -169,28 +167,26 @@ def test_opcheck(op):
     with backend.cpu_launches(False):
         drawn = Drawn(OPS[op], "cpu")
         leaves = {n: v.detach().requires_grad_() for n, v in drawn.leaves.items()}
-        update = (leaves["lora_a"], leaves["lora_b"], list(drawn.case.parts), 0.5)
-        how, weight = ("int8", drawn.case.rotation), drawn.weight
-        plain = [v.detach() if isinstance(v, torch.Tensor) else v for v in update]
+        linear = flatten(drawn.frozen(drawn.bias), drawn.update(leaves))
+        plain = flatten(drawn.frozen(None), drawn.update(drawn.leaves))
         if op == "linear":
             gated = (drawn.gate, leaves["residual"])
-            forward = _lora_linear, (leaves["x"], weight, drawn.bias, *update, *gated, *how)
-            given = (drawn.dys[0], leaves["x"].detach(), weight, *plain, drawn.gate, True, *how)
+            forward = _lora_linear, (leaves["x"], *linear, *gated)
+            given = (drawn.dys[0], leaves["x"].detach(), *plain, drawn.gate, True)
             backward = _lora_linear_backward, given
         elif op == "norm":
             first = (leaves["h"], leaves["shift"], leaves["scale"])
-            given = (*first, weight, drawn.bias, *update, drawn.case.split, *how)
-            forward = norm._norm_modulate_lora_linear, given
+            forward = norm._norm_modulate_lora_linear, (*first, *linear, drawn.case.split)
             first = [v.detach() for v in first]
             _, mean, rstd, _ = norm.norm_modulate_forward(*first)
-            given = (drawn.dys, *first, mean, rstd, weight, *plain, True, True, *how)
+            given = (drawn.dys, *first, mean, rstd, *plain, True, True)
             backward = norm._norm_modulate_lora_linear_backward, given
         else:
-            first, head = (leaves["u"], weight, drawn.bias), leaves["head"]
+            u, head = leaves["u"], leaves["head"]
             gated = (head, drawn.gate, leaves["residual"], 8)
-            forward = _gelu_lora_linear, (*first, *update, *gated, *how)
-            _, codes, row_scale, _ = gelu_rows(leaves["u"].detach(), 8)
-            given = (codes, row_scale, weight, *plain, head.detach(), drawn.gate, True, *how)
+            forward = _gelu_lora_linear, (u, *linear, *gated)
+            _, u8, row_scale, _ = gelu_rows(u.detach(), 8)
+            given = (u8, row_scale, *plain, head.detach(), drawn.gate, True)
             backward = _gelu_lora_linear_backward, (drawn.dys[0], *given)
         for operator, arguments in (forward, backward):
             torch.library.opcheck(operator, arguments)
@@ -240,13 +236,12 @@ def test_torchs_fp8_product_takes_its_place(monkeypatch, device, case, calls):
     drawn, seen = Drawn(case, device), []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **b: seen.append(0) or scaled_mm(*a, **b))
     monkeypatch.setattr(dispatch, "arch_of", lambda device: 90)
-    monkeypatch.setattr(linear_8bit, "_choose", lambda op, arch, kind, storage, *_: (
-        op == "gemm_8bit" and (kind == "int8")
-    ))  # fmt: skip
+    by_torch = lambda op, arch, kind, *_: op == "gemm_8bit" and kind == "int8"  # noqa: E731
+    monkeypatch.setattr(linear_8bit, "_as_stored", by_torch)
     leaves = {n: v.detach().requires_grad_() for n, v in drawn.leaves.items()}
     ys = drawn.call(leaves)
     forward = len(seen)
     found = torch.autograd.grad(ys, list(leaves.values()), drawn.dys)
     assert (forward, len(seen) - forward) == calls
-    check_against_truth(drawn, {f"y{i}": y.detach() for i, y in enumerate(ys)}
-                        | dict(zip(leaves, found, strict=True)))  # fmt: skip
+    outputs = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+    check_against_truth(drawn, outputs | dict(zip(leaves, found, strict=True)))

@@ -3,6 +3,7 @@ what is refused."""
 
 import pytest
 import torch
+from fluxfast_kernels import FrozenWeight, LoRAUpdate
 from fluxfast_kernels.dispatch import backend, dispatch
 from fluxfast_kernels.gemm.linear import linear_backward
 from fluxfast_kernels.ops.gelu import gelu_lora_linear
@@ -85,10 +86,10 @@ def test_nan_or_infinity_in_a_gradient_fills_its_tokens_dx_and_no_other(path, de
 def test_a_weights_row_that_is_not_finite_fills_its_column(path, device, kind):
     skip_without_fp8(kind, device)
     x, W = normal(2, T, K).to(device), normal(20, K, seed=1).to(device)
-    clean = lora_linear(x, [W], products=kind)
+    clean = lora_linear(x, FrozenWeight([W], matmul=kind))
     W[5, 9], W[19, 0] = torch.nan, torch.inf
     for weight in ([W], list(frozen.quantize_8bit(W, kind))):
-        y = lora_linear(x, weight, products=kind)
+        y = lora_linear(x, FrozenWeight(weight, matmul=kind))
         assert y[..., [5, 19]].isnan().all()
         y[..., [5, 19]] = clean[..., [5, 19]]
         assert torch.equal(y, clean)
@@ -130,23 +131,23 @@ def test_a_row_times_a_power_of_two_gives_its_result_times_that(path, device, ki
     weight = [part.to(device) for part in frozen.quantize_8bit(normal(N, K, std=K**-0.5), kind)]
     factor = torch.tensor([2.0**126, 2.0**100, 2.0**-60, 2.0**-90], device=device)[:, None]
     for rotation in (0, 32):
-        how = {"products": kind, "rotation": rotation}
-        plain, scaled = (lora_linear(v, weight, **how) for v in (x, x * factor))
+        frozen_weight = FrozenWeight(weight, None, kind, rotation)
+        plain, scaled = (lora_linear(v, frozen_weight) for v in (x, x * factor))
         assert scaled.isfinite().all() and torch.equal(scaled, plain * factor)
         factor[0] = 2.0**120
     factor[3] = 2.0**-76
-    given = ([x], weight, None, None, [], 1.0, True, None, kind)
+    given = ([x], FrozenWeight(weight, matmul=kind), None, True)
     plain, scaled = (linear_backward([v], *given)[0][0] for v in (dy, dy * factor))
     assert scaled.isfinite().all() and torch.equal(scaled, plain * factor)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_denormal_rows_vanish(path, device, kind):
-    """Below 1e-32 every code is 0 or nearly: the result is the bias, never NaN."""
+    """Below 1e-32 every value is 0 or nearly: the result is the bias, never NaN."""
     skip_without_fp8(kind, device)
     weight = [part.to(device) for part in frozen.quantize_8bit(normal(N, K), kind)]
     x, bias = normal(1, 4, K, seed=1).to(device), normal(N, seed=2).to(device)
-    y = lora_linear(x * 1e-40, weight, bias, products=kind)
+    y = lora_linear(x * 1e-40, FrozenWeight(weight, bias, kind))
     assert torch.equal(y, bias.expand_as(y))
 
 
@@ -156,13 +157,14 @@ def test_denormal_rows_vanish(path, device, kind):
 @pytest.mark.parametrize(("inner", "outer"), [(1, 5), (5, 1), (67, 33)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_widths(path, device, kind, inner, outer):
-    """Both products, the update and the weight's codes; K = 1 is where torch's own product of
+    """Both products, the update and the weight in 8 bits; K = 1 is where torch's own product of
     int8 reads beyond its operand."""
     skip_without_fp8(kind, device)
     x, W = normal(2, 3, inner).to(device), normal(outer, inner, seed=1).to(device)
     a, b = normal(2, inner, seed=2).to(device), normal(outer, 2, seed=3).to(device)
     x, a, b = (leaf.requires_grad_() for leaf in (x, a, b))
-    y = lora_linear(x, [W], None, a, b, [0, outer, 0], products=kind)
+    update = LoRAUpdate(a, b, [0, outer, 0])
+    y = lora_linear(x, FrozenWeight([W], matmul=kind), update)
     dy = normal(2, 3, outer, seed=4).to(device)
     found = [y, *torch.autograd.grad(y, (x, a, b), dy)]
     y = x.double() @ (W.double() + b.double() @ a.double()).T
@@ -176,8 +178,8 @@ def test_no_rows(path, device):
     a, b = (normal(*s).to(device).requires_grad_() for s in ((4, K), (N, 4)))
     weight = [part.to(device) for part in frozen.quantize_8bit(normal(N, K), "int8")]
     for rotation in (0, 32):
-        how = {"products": "int8", "rotation": rotation}
-        y = lora_linear(x, weight, None, a, b, [0, N, 0], **how)
+        update = LoRAUpdate(a, b, [0, N, 0])
+        y = lora_linear(x, FrozenWeight(weight, None, "int8", rotation), update)
         assert y.shape == (2, 0, N)
         dx, da, db = torch.autograd.grad(y.sum(), (x, a, b))
         assert dx.shape == x.shape and not da.any() and not db.any()
@@ -191,9 +193,8 @@ def test_a_matrix_of_tokens_with_a_gate(path, device):
     found, expected = [], []
     for leaf, into in ((x, found), (x[None], expected)):
         leaf = leaf.clone().requires_grad_()
-        gated = {"gate": gate.view(leaf.shape[:-2] + (1, N)),
-                 "residual": residual.view(leaf.shape[:-1] + (N,))}  # fmt: skip
-        y = lora_linear(leaf, weight, products="int8", **gated)
+        gated = gate.view(leaf.shape[:-2] + (1, N)), residual.view(leaf.shape[:-1] + (N,))
+        y = lora_linear(leaf, FrozenWeight(weight, matmul="int8"), None, *gated)
         into += [y.detach(), torch.autograd.grad(y, leaf, y.detach())[0]]
     assert all(torch.equal(a, b[0]) for a, b in zip(found, expected, strict=True))
 
@@ -216,7 +217,7 @@ def test_the_updates_gradients_without_dx(path, device, op):
 
 
 def test_one_output_that_is_not_used(path, device):
-    """Its gradient is zeros: a scale of 1e-30 / 127 and codes of 0."""
+    """Its gradient is zeros: a scale of 1e-30 / 127 and values of 0."""
     drawn = Drawn(Case("norm", "int8", "int8", split=80), device)
     drawn.dys[1] = torch.zeros_like(drawn.dys[1])
     expected = drawn.gradients(drawn.call)
@@ -232,7 +233,7 @@ def test_one_output_that_is_not_used(path, device):
 @pytest.mark.parametrize("outliers", [False, True])
 def test_a_rotation_takes_the_outliers_error_away(outliers):
     """int8 against fp64 over 3072 columns, as FLUX has; with 8 channels 40 times as large or none.
-    In plain torch: the launchers give the same codes."""
+    In plain torch: the launchers give the same values."""
     x, W = normal(128, 3072), normal(256, 3072, seed=1)
     if outliers:
         x[:, torch.randperm(3072, generator=torch.Generator().manual_seed(2))[:8]] *= 40
@@ -240,7 +241,7 @@ def test_a_rotation_takes_the_outliers_error_away(outliers):
     with backend.cpu_launches(False):
         for rotation in (0, 256):
             weight = list(frozen.quantize_8bit(W, "int8", rotation))
-            y = lora_linear(x, weight, products="int8", rotation=rotation)
+            y = lora_linear(x, FrozenWeight(weight, None, "int8", rotation))
             error[rotation] = relative_error(y, truth)
     said = f"outliers: {outliers}; {error[0]:.2%} without, {error[256]:.2%} with rotation 256"
     if outliers:
@@ -254,67 +255,69 @@ def test_a_rotation_takes_the_outliers_error_away(outliers):
 
 def test_refusals(path):
     x, W = normal(2, 3, 96), normal(40, 96, seed=1)
-    codes, scale = frozen.quantize_8bit(W, "int8")
+    values, scale = frozen.quantize_8bit(W, "int8")
 
-    def y(weight=(W,), products="int8", x=x, **more):
-        return lora_linear(x, list(weight), products=products, **more)
+    def y(weight=(W,), matmul="int8", rotation=0, bias=None):
+        return lora_linear(x, FrozenWeight(list(weight), bias, matmul, rotation))
 
-    ones = torch.ones(2, 1, 96)
-    refused = {
-        "products": [
-            lambda: y(products="int4"), lambda: y(products="INT8"),
-            lambda: y(frozen.quantize_8bit(W, "fp8")), lambda: y((codes, scale), "fp8"),
-            lambda: gelu_lora_linear(x, [W], products="fp4"),
-            lambda: norm.norm_modulate_lora_linear(x, ones, ones, [W], products="bf16"),
-        ],
-        "rotation": [
-            lambda: y(products="", rotation=32), lambda: y(rotation=48), lambda: y(rotation=64),
-            lambda: y(rotation=-2), lambda: y(rotation=1), lambda: y(rotation=512),
-            lambda: gelu_lora_linear(x[..., 16:], [W], head=x[..., :16], products="int8",
-                                     rotation=32),
-            lambda: norm.norm_modulate_lora_linear(x, ones, ones, [W], products="int8",
-                                                   rotation=64),
-        ],
-        r"weight \(codes\)": [lambda: y((codes.T.contiguous().T, scale))],
-        r"weight \(scale\)": [
-            lambda: y((codes, scale[1:])), lambda: y((codes, scale.double())),
-            lambda: y((codes, scale[:, None])), lambda: y((codes, scale.repeat(2)[::2])),
-            lambda: y((codes, scale, scale, scale)),
-        ],
-        "weight": [
-            lambda: y((codes,)), lambda: y((codes,), ""), lambda: y((W.int(),)),
-            lambda: y((codes[:, :64], scale)), lambda: y((codes[0], scale)), lambda: y((W,) * 3),
-        ],
-        "bias": [lambda: y(bias=W[0]), lambda: y((codes, scale), bias=scale[1:])],
-    }  # fmt: skip
-    for name, calls in refused.items():
-        for call in calls:
-            with pytest.raises(ValueError, match=f"^{name} must be"):
-                call()
+    def gelu(matmul, rotation=0):
+        weight = FrozenWeight([W], None, matmul, rotation)
+        return gelu_lora_linear(x[..., 16:], weight, head=x[..., :16])
+
+    def norm_modulate(matmul, rotation=0):
+        ones = torch.ones(2, 1, 96)
+        weight = FrozenWeight([W], None, matmul, rotation)
+        return norm.norm_modulate_lora_linear(x, ones, ones, weight)
+
+    for matmul in ("int4", "INT8"):
+        check_refused("matmul", y, matmul=matmul)
+    check_refused("matmul", y, frozen.quantize_8bit(W, "fp8"))
+    check_refused("matmul", y, (values, scale), "fp8")
+    check_refused("matmul", gelu, "fp4")
+    check_refused("matmul", norm_modulate, "bf16")
+    check_refused("rotation", y, matmul="", rotation=32)
+    for rotation in (48, 64, -2, 1, 512):
+        check_refused("rotation", y, rotation=rotation)
+    check_refused("rotation", gelu, "int8", 32)
+    check_refused("rotation", norm_modulate, "int8", 64)
+    check_refused(r"weight \(quantized\)", y, (values.T.contiguous().T, scale))
+    for wrong in (scale[1:], scale.double(), scale[:, None], scale.repeat(2)[::2]):
+        check_refused(r"weight \(scale\)", y, (values, wrong))
+    check_refused(r"weight \(scale\)", y, (values, scale, scale, scale))
+    for wrong in ((values,), (W.int(),), (values[:, :64], scale), (values[0], scale), (W,) * 3):
+        check_refused("weight", y, wrong)
+    check_refused("weight", y, (values,), "")
+    check_refused("bias", y, bias=W[0])
+    check_refused("bias", y, (values, scale), bias=scale[1:])
+
+
+def check_refused(name, call, *arguments, **named):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        call(*arguments, **named)
 
 
 def test_a_launch_refuses_a_dense_weight_of_other_strides(device):
     """Which its kernel would read as if they were not there."""
     W = normal(40, 96).to(device).T.contiguous().T
     with pytest.raises(ValueError, match="^weight must be of last stride 1"):
-        lora_linear(normal(2, 3, 96).to(device), [W], products="int8")
+        lora_linear(normal(2, 3, 96).to(device), FrozenWeight([W], matmul="int8"))
 
 
 def test_fp8_is_refused_before_sm_89(monkeypatch):
     x, W = normal(2, 3, 96), normal(40, 96, seed=1)
-    ones = torch.ones(2, 1, 96)
+    ones, fp8 = torch.ones(2, 1, 96), FrozenWeight([W], matmul="fp8")
     for arch, can in ((75, False), (80, False), (86, False), (89, True), (90, True), (120, True)):
         monkeypatch.setattr(dispatch, "arch_of", lambda device, arch=arch: arch)
         with backend.cpu_launches(False):
             calls = [
-                lambda: lora_linear(x, [W], products="fp8"),
-                lambda: gelu_lora_linear(x, [W], products="fp8"),
-                lambda: norm.norm_modulate_lora_linear(x, ones, ones, [W], products="fp8"),
+                lambda: lora_linear(x, fp8),
+                lambda: gelu_lora_linear(x, fp8),
+                lambda: norm.norm_modulate_lora_linear(x, ones, ones, fp8),
             ]
             for call in calls:
                 if can:
                     assert call().isfinite().all()
                 else:
-                    with pytest.raises(ValueError, match=f"^products must be .* sm_{arch}"):
+                    with pytest.raises(ValueError, match=f"^matmul must be .* sm_{arch}"):
                         call()
-            assert lora_linear(x, [W], products="int8").isfinite().all()
+            assert lora_linear(x, FrozenWeight([W], matmul="int8")).isfinite().all()

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from fluxfast_kernels import FrozenWeight, LoRAUpdate
 from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.gemm.epilogue import Epilogue
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
-from fluxfast_kernels.ops.lora_linear import _lora_linear, lora_linear, lora_linear_reference
-from fluxfast_kernels.quant.nf4 import nf4_decode, nf4_quantize
-from numerics import assert_as_exact
+from fluxfast_kernels.ops.lora_linear import (
+    _lora_linear,
+    flatten,
+    lora_linear,
+    lora_linear_reference,
+)
+from fluxfast_kernels.quant.nf4 import nf4_dequantize, nf4_quantize
+from numerics import assert_as_exact, linear_arguments
 
 B, T, K, N, R = 2, 21, 128, 192, 4
 PARTS = [0, 64, 0, 96, 192, 1]  # rows 64 to 96 have no update
@@ -45,7 +52,7 @@ def in_dtype(given: dict, dtype: torch.dtype) -> dict:
         from fluxfast_kernels.quant.nf4 import NF4Tensor
 
         packed, absmax, *nested = weight
-        weight = [nf4_decode(NF4Tensor(packed, absmax, (N, K), *nested), given["x"].dtype)]
+        weight = [nf4_dequantize(NF4Tensor(packed, absmax, (N, K), *nested), given["x"].dtype)]
     changed = {
         name: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v
         for name, v in given.items()
@@ -57,7 +64,7 @@ def gradients(function, given: dict, wanted: tuple[str, ...], dout: torch.Tensor
     given = dict(given)
     for name in wanted:
         given[name] = given[name].detach().clone().requires_grad_()
-    y = function(**given)
+    y = function(**linear_arguments(given))
     found = torch.autograd.grad(y, [given[name] for name in wanted], dout.to(y.dtype))
     return {"y": y.detach()} | dict(zip(wanted, found, strict=True))
 
@@ -95,23 +102,23 @@ def test_one_stream_of_a_joint_tensor(path, device):
     given = arguments(torch.float32, device) | {"gate": None, "residual": None}
     joint = torch.full((B, 2 * T, K), float("nan"), device=device)
     joint[:, T:] = given["x"]
+    given = linear_arguments(given)
     y = lora_linear(**given)
     assert torch.equal(lora_linear(**given | {"x": joint[:, T:]}), y)
 
 
 def test_inputs_side_by_side_and_split_outputs(path, device):
-    given = arguments(torch.float32, device)
-    x, weight, bias = given["x"], given["weight"], given["bias"]
-    rest = (given["lora_a"], given["lora_b"], PARTS, 0.5)
+    given = linear_arguments(arguments(torch.float32, device))
+    x, linear = given["x"], (given["weight"], given["update"])
     halves = [x[..., :64].contiguous(), x[..., 64:]]
-    (y,) = linear_forward([x], weight, bias, *rest)
-    low, high = linear_forward(halves, weight, bias, *rest, split=80)
+    (y,) = linear_forward([x], *linear)
+    low, high = linear_forward(halves, *linear, Epilogue(split=80))
     assert low.is_contiguous() and high.is_contiguous()
     torch.testing.assert_close(torch.cat([low, high], -1), y, rtol=1e-5, atol=1e-5)
     dy = normal(B, T, N, seed=7).to(device)
-    dxs, da, db = linear_backward([dy], [x], weight, *rest, True)
+    dxs, da, db = linear_backward([dy], [x], *linear, True)
     pieces = [dy[..., :80].contiguous(), dy[..., 80:].contiguous()]
-    dxs2, da2, db2 = linear_backward(pieces, halves, weight, *rest, True)
+    dxs2, da2, db2 = linear_backward(pieces, halves, *linear, True)
     for found, expected in ((torch.cat(dxs2, -1), dxs[0]), (da2, da), (db2, db)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -119,7 +126,7 @@ def test_inputs_side_by_side_and_split_outputs(path, device):
 def test_without_an_update(path, device):
     given = arguments(torch.float32, device)
     x = given["x"].clone().requires_grad_()
-    y = lora_linear(x, given["weight"], given["bias"])
+    y = lora_linear(x, FrozenWeight(given["weight"], given["bias"]))
     expected = torch.nn.functional.linear(x, given["weight"][0], given["bias"])
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -142,8 +149,9 @@ def test_gradcheck():
         leaves = [*wanted, given["lora_a"].clone(), given["lora_b"].clone()]
 
         def run(x, residual, a, b):
-            given_ = (given["weight"], given["bias"], a, b, PARTS, 0.5, given["gate"], residual)
-            return _lora_linear(x, *given_, "", 0)
+            weight = FrozenWeight(given["weight"], given["bias"])
+            flat = flatten(weight, LoRAUpdate(a, b, PARTS, 0.5))
+            return _lora_linear(x, *flat, given["gate"], residual)
 
         inputs = [leaf.requires_grad_() for leaf in leaves]
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
@@ -151,10 +159,10 @@ def test_gradcheck():
 
 def test_opcheck(device):
     given = arguments(torch.float32, device, "nf4")
-    x, a, b = (given[n].clone().requires_grad_() for n in ("x", "lora_a", "lora_b"))
-    update = (given["bias"], a, b, PARTS, 0.5, given["gate"], given["residual"])
-    inputs = (x, given["weight"], *update, "", 0)
-    torch.library.opcheck(_lora_linear, inputs)
+    given |= {n: given[n].clone().requires_grad_() for n in ("x", "lora_a", "lora_b")}
+    given = linear_arguments(given)
+    flat = flatten(given["weight"], given["update"])
+    torch.library.opcheck(_lora_linear, (given["x"], *flat, given["gate"], given["residual"]))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2, 3])
@@ -165,7 +173,7 @@ def test_nf4_statistics_that_were_cast_are_refused(part):
     with pytest.raises(
         ValueError, match=r"^weight \((packed|absmax|nested_absmax|offset)\) must be"
     ):
-        lora_linear(**given)
+        lora_linear(**linear_arguments(given))
 
 
 def test_autocast_leaves_the_dtype_alone(path, device):
@@ -180,7 +188,7 @@ def test_autocast_leaves_the_dtype_alone(path, device):
 
 
 def test_compiles_whole(device):
-    given = arguments(torch.float32, device, "nf4")
+    given = linear_arguments(arguments(torch.float32, device, "nf4"))
     with backend.cpu_launches(False):
         compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(**given), lora_linear(**given))
@@ -215,4 +223,4 @@ def test_compiles_whole(device):
 )
 def test_wrong_arguments_are_named(change, names):
     with pytest.raises(ValueError, match=f"^{names} must be"):
-        lora_linear(**arguments(torch.float32, "cpu") | change)
+        lora_linear(**linear_arguments(arguments(torch.float32, "cpu") | change))

@@ -15,8 +15,8 @@ from fluxfast_kernels.quant.nf4 import (
     _quantize_blocks,
     dynamic_map,
     nf4_absmax,
-    nf4_decode,
-    nf4_decode_reference,
+    nf4_dequantize,
+    nf4_dequantize_reference,
     nf4_quantize,
 )
 
@@ -63,8 +63,8 @@ def test_every_instruction_set_gives_the_same_bytes(dtype, shape, kind, threads)
             for quantized in (plain, nested):
                 out = torch.full(shape, torch.nan, dtype=dtype)
                 arguments = (quantized.absmax, quantized.nested_absmax, quantized.offset, table)
-                native.nf4_decode(quantized.packed, *arguments, out, isa)
-                expected = nf4_decode_reference(quantized, dtype)
+                native.nf4_dequantize(quantized.packed, *arguments, out, isa)
+                expected = nf4_dequantize_reference(quantized, dtype)
                 assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), isa
     finally:
         torch.set_num_threads(before)
@@ -78,7 +78,7 @@ def test_a_nan_stays_one():
         packed, absmax = native.nf4_quantize(W, isa)
         assert absmax[1].isnan() and absmax[[0, 2, 3]].isfinite().all(), isa
         out = torch.zeros(4, 64)
-        native.nf4_decode(packed, absmax, None, None, None, out, isa)
+        native.nf4_dequantize(packed, absmax, None, None, None, out, isa)
         assert out[1].isnan().all() and out[0].isfinite().all(), isa
 
 
@@ -97,7 +97,7 @@ def test_the_default_dtype_does_not_matter(default):
     dynamic_map.cache_clear()
     try:
         found = nf4_quantize(W, nested=True)
-        assert torch.equal(nf4_decode(found), nf4_decode(expected))
+        assert torch.equal(nf4_dequantize(found), nf4_dequantize(expected))
     finally:
         torch.set_default_dtype(torch.float32)
         dynamic_map.cache_clear()
@@ -113,13 +113,13 @@ def test_a_transposed_weight_is_quantized_like_its_copy():
 def test_without_the_library_the_bytes_are_the_same(monkeypatch):
     W = weights((130, 320), "mixed")
     with_it = nf4_quantize(W, nested=True)
-    dense = nf4_decode(with_it, torch.bfloat16)
+    dense = nf4_dequantize(with_it, torch.bfloat16)
     monkeypatch.setattr(native, "_library", lambda: None)
     assert native.isa() is None
     without = nf4_quantize(W, nested=True)
     for name, tensor in with_it.tensors().items():
         assert torch.equal(tensor, without.tensors()[name]), name
-    assert torch.equal(nf4_decode(without, torch.bfloat16), dense)
+    assert torch.equal(nf4_dequantize(without, torch.bfloat16), dense)
     assert torch.equal(nf4_absmax(without), nf4_absmax(with_it))
 
 

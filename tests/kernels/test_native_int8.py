@@ -134,7 +134,7 @@ def nf4(shape: tuple[int, int], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_nf4_is_the_decoded_rows(shape, kind):
     packed, absmax = nf4(shape, kind)
     dense = torch.empty(shape)
-    native.nf4_decode(packed, absmax, None, None, None, dense, "portable")
+    native.nf4_dequantize(packed, absmax, None, None, None, dense, "portable")
     expected = encode(dense, absmax.view(shape[0], -1).abs().amax(1))
     assert expected[1].isnan().sum() == (2 if kind == "not finite" else 0)
     for isa in isas():

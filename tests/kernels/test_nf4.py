@@ -3,8 +3,8 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from fluxfast_kernels import NF4Tensor, nf4_decode, nf4_quantize
-from fluxfast_kernels.quant.nf4 import dynamic_map, nf4_decode_reference
+from fluxfast_kernels import NF4Tensor, nf4_dequantize, nf4_quantize
+from fluxfast_kernels.quant.nf4 import dynamic_map, nf4_dequantize_reference
 
 SHAPES = [(64, 64), (96, 192), (3, 64), (130, 320), (257, 128)]
 
@@ -57,7 +57,7 @@ def test_bytes_equal(kind, nested, dtype):
         for out in (torch.float32, torch.bfloat16, torch.float16):
             state.dtype = out
             theirs = bnb.dequantize_4bit(packed, state)
-            assert torch.equal(nf4_decode(ours, out), theirs.view(shape)) or (
+            assert torch.equal(nf4_dequantize(ours, out), theirs.view(shape)) or (
                 not theirs.isfinite().all()
             ), (kind, shape, out)
 
@@ -82,13 +82,13 @@ def test_refuses(bad):
 def test_decode_into_given_memory(dtype):
     quantized = nf4_quantize(weights("random", (96, 192)))
     out = torch.full((96 * 192 + 5,), torch.nan, dtype=dtype)
-    assert torch.equal(nf4_decode(quantized, dtype, out), nf4_decode(quantized, dtype))
+    assert torch.equal(nf4_dequantize(quantized, dtype, out), nf4_dequantize(quantized, dtype))
     assert out[-5:].isnan().all()
     for bad in (out[:100], out.double(), torch.empty(96, 400, dtype=dtype)[:, ::2]):
         with pytest.raises(ValueError, match="^out must be"):
-            nf4_decode(quantized, dtype, bad)
+            nf4_dequantize(quantized, dtype, bad)
     with pytest.raises(ValueError, match="^dtype must be"):
-        nf4_decode(quantized, torch.int8)
+        nf4_dequantize(quantized, torch.int8)
 
 
 def test_nested_matrices_stack_with_an_offset_per_block():
@@ -101,6 +101,6 @@ def test_nested_matrices_stack_with_an_offset_per_block():
         torch.cat([part.nested_absmax for part in parts]),
         torch.cat([part.offset.expand(len(part.nested_absmax)) for part in parts]),
     )
-    expected = torch.cat([nf4_decode(part) for part in parts])
-    assert torch.equal(nf4_decode(both), expected)
-    assert torch.equal(nf4_decode_reference(both), expected)
+    expected = torch.cat([nf4_dequantize(part) for part in parts])
+    assert torch.equal(nf4_dequantize(both), expected)
+    assert torch.equal(nf4_dequantize_reference(both), expected)

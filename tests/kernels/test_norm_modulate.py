@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fluxfast_kernels import FrozenWeight, LoRAUpdate
 from fluxfast_kernels.dispatch import backend
 from fluxfast_kernels.ops import norm_modulate as ops
-from fluxfast_kernels.ops import norm_modulate_triton as kernels
+from fluxfast_kernels.ops.lora_linear import flatten
 from fluxfast_kernels.quant.nf4 import nf4_quantize
 from numerics import assert_as_exact, poisoned
 
@@ -25,7 +26,7 @@ def inputs(shape, dtype, device, seed=0):
 
 
 def linear_inputs(K, dtype, device, storage="dense", update=True):
-    """-> (weight, bias, lora_a, lora_b), A and B in fp32."""
+    """The frozen weight and the update, A and B in fp32."""
     draw = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=draw).div(K**0.5).to(dtype)
     if storage == "dense":
@@ -34,10 +35,10 @@ def linear_inputs(K, dtype, device, storage="dense", update=True):
         weight = [part.to(device) for part in nf4_quantize(weight, nested=True).tensors().values()]
     bias = torch.randn(N, generator=draw).to(dtype).to(device)
     if not update:
-        return weight, bias, None, None
+        return FrozenWeight(weight, bias), None
     lora_a = torch.randn(2 * RANK, K, generator=draw).div(K**0.5).to(device)
     lora_b = torch.randn(144, RANK, generator=draw).to(device)
-    return weight, bias, lora_a, lora_b
+    return FrozenWeight(weight, bias), LoRAUpdate(lora_a, lora_b, PARTS, 0.7)
 
 
 def gradients(function, leaves, dys):
@@ -63,16 +64,15 @@ def compare(shape, dtype, device):
 
 def compare_with_linear(dtype, device, storage="dense", update=True, split=0):
     *leaves, _ = inputs((2, 5, 128), dtype, device)
-    weight, bias, *low_rank = linear_inputs(128, dtype, device, storage, update)
-    leaves += low_rank if update else []
-    low_rank = [None, None]
+    weight, low_rank = linear_inputs(128, dtype, device, storage, update)
+    leaves += low_rank[:2] if update else []
     dy = inputs((2, 5, N), dtype, device, seed=2)[3]
     dys = list(dy.tensor_split([split], dim=-1)) if split else [dy]
 
     def call(op):
-        def function(h, shift, scale, lora_a=None, lora_b=None):
-            parts = PARTS if update else []
-            return op(h, shift, scale, weight, bias, lora_a, lora_b, parts, 0.7, split=split)
+        def function(h, shift, scale, *lora):
+            update = LoRAUpdate(*lora, PARTS, 0.7) if lora else None
+            return op(h, shift, scale, weight, update, split)
 
         return function
 
@@ -125,25 +125,25 @@ def test_launchers_write_everything(shape, device):
     x, again, dh = (poisoned(*shape, dtype=h.dtype, device=device) for _ in range(3))
     mean, rstd = (poisoned(*shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     sums = [poisoned(*shift.shape, dtype=h.dtype, device=device) for _ in range(4)]
-    kernels.launch_norm_modulate(h, shift, scale, x, mean, rstd, rebuild=False)
-    kernels.launch_norm_modulate(h, shift, scale, again, mean, rstd, rebuild=True)
-    saved = (h, scale, mean, rstd)
-    kernels.launch_norm_modulate_backward(dx, *saved, dh, (sums[0], sums[1]))
+    ops.launch_norm_modulate(h, shift, scale, x, mean, rstd, recompute=False)
+    ops.launch_norm_modulate(h, shift, scale, again, mean, rstd, recompute=True)
+    saved = (h, scale, (mean, rstd))
+    ops.launch_norm_modulate_backward(dx, *saved, dh, (sums[0], sums[1]))
     for written in (x, mean, rstd, again, dh, *sums[:2]):
         assert torch.isfinite(written).all()
     assert torch.equal(x, again)
-    kernels.launch_norm_modulate_backward(dx, *saved, None, (sums[2], sums[3]))
+    ops.launch_norm_modulate_backward(dx, *saved, None, (sums[2], sums[3]))
     assert torch.equal(sums[0], sums[2]) and torch.equal(sums[1], sums[3])
-    kernels.launch_norm_modulate_backward(dx, *saved, dx, None)  # over dx itself
+    ops.launch_norm_modulate_backward(dx, *saved, dx, None)  # over dx itself
     assert torch.equal(dx, dh)
 
 
 @pytest.mark.parametrize("launch", [True, False])
 def test_each_gradient_alone(launch, device):
-    """Only what is asked for is formed, and x is never kept."""
+    """Only what is asked for is formed, and x is never saved."""
     h, shift, scale, _ = inputs((2, 5, 128), torch.float32, device)
-    weight, bias, *low_rank = linear_inputs(128, torch.float32, device)
-    everything = [h, shift, scale, *low_rank]
+    weight, low_rank = linear_inputs(128, torch.float32, device)
+    everything = [h, shift, scale, *low_rank[:2]]
     dy = inputs((2, 5, N), torch.float32, device, seed=2)[3]
 
     def run(needs):
@@ -154,8 +154,8 @@ def test_each_gradient_alone(launch, device):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: saved.append(x.shape) or x, lambda x: x
         ):
-            a, b = leaves[3:]
-            y = ops.norm_modulate_lora_linear(*leaves[:3], weight, bias, a, b, PARTS, 0.7)
+            update = LoRAUpdate(*leaves[3:], PARTS, 0.7)
+            y = ops.norm_modulate_lora_linear(*leaves[:3], weight, update)
         y.backward(dy)
         assert sum(shape == h.shape for shape in saved) == 1
         return [leaf.grad for leaf in leaves]
@@ -171,7 +171,7 @@ def test_each_gradient_alone(launch, device):
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_unused(used, device):
     h, shift, scale, _ = inputs((2, 5, 128), torch.float32, device)
-    arguments = (*linear_inputs(128, torch.float32, device), PARTS, 0.7)
+    arguments = linear_inputs(128, torch.float32, device)
 
     def gradient(op, dtype=torch.float32):
         leaf = h.detach().to(dtype).requires_grad_()
@@ -208,34 +208,34 @@ def test_opcheck(device):
 @pytest.mark.parametrize("update", [True, False])
 def test_opcheck_with_linear(update, device):
     h, shift, scale, _ = inputs((2, 5, 128), torch.float32, device)
-    weight, bias, *low_rank = linear_inputs(128, torch.float32, device, update=update)
-    parts = PARTS if update else []
+    weight, low_rank = linear_inputs(128, torch.float32, device, update=update)
     leaves = [x.detach().requires_grad_() for x in (h, shift, scale)]
-    trained = [None if x is None else x.detach().requires_grad_() for x in low_rank]
+    trained = None
+    if update:
+        a, b, *rest = low_rank
+        trained = LoRAUpdate(a.clone().requires_grad_(), b.clone().requires_grad_(), *rest)
     for split in (0, 64):
-        arguments = (*leaves, weight, bias, *trained, parts, 0.7, split, "", 0)
+        arguments = (*leaves, *flatten(weight, trained), split)
         torch.library.opcheck(ops._norm_modulate_lora_linear, arguments)
     _, mean, rstd, _ = ops.norm_modulate_forward(h, shift, scale)
     dy = inputs((2, 5, N), torch.float32, device)[3]
-    arguments = ([dy], h, shift, scale, mean, rstd, weight, *low_rank, parts, 0.7)
+    arguments = ([dy], h, shift, scale, mean, rstd, *flatten(weight, low_rank))
     for needs in ((True, True), (False, False)) if update else ((True, False),):
-        given = (*arguments, *needs, "", 0)
-        torch.library.opcheck(ops._norm_modulate_lora_linear_backward, given)
+        torch.library.opcheck(ops._norm_modulate_lora_linear_backward, (*arguments, *needs))
 
 
 def test_compiles_as_one_graph(device):
     *leaves, dx = inputs((2, 5, 128), torch.float32, device)
-    weight, bias, *low_rank = linear_inputs(128, torch.float32, device)
+    weight, low_rank = linear_inputs(128, torch.float32, device)
 
     def both(h, shift, scale, lora_a, lora_b):
-        y = ops.norm_modulate_lora_linear(
-            h, shift, scale, weight, bias, lora_a, lora_b, PARTS, 0.7, split=64
-        )
+        update = LoRAUpdate(lora_a, lora_b, PARTS, 0.7)
+        y = ops.norm_modulate_lora_linear(h, shift, scale, weight, update, split=64)
         return ops.norm_modulate(h, shift, scale), *y
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     dys = [dx, dx[..., :64], torch.cat([dx, dx], dim=-1)[..., : N - 64]]
-    found, plain = (gradients(f, [*leaves, *low_rank], dys) for f in (compiled, both))
+    found, plain = (gradients(f, [*leaves, *low_rank[:2]], dys) for f in (compiled, both))
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
@@ -268,11 +268,11 @@ def test_refuses(name, wrong):
 
 def test_linear_refuses():
     leaves = inputs((2, 5, 128), torch.float32, "cpu")[:3]
-    weight, bias, lora_a, lora_b = linear_inputs(128, torch.float32, "cpu")
+    weight, update = linear_inputs(128, torch.float32, "cpu")
     call = ops.norm_modulate_lora_linear
     with pytest.raises(ValueError, match="^weight must be"):
-        call(*leaves, [weight[0][:, :64]], bias)
+        call(*leaves, weight._replace(tensors=[weight.tensors[0][:, :64]]))
     with pytest.raises(ValueError, match="^lora_b must be"):
-        call(*leaves, weight, bias, lora_a, lora_b[1:], PARTS)
+        call(*leaves, weight, update._replace(lora_b=update.lora_b[1:]))
     with pytest.raises(ValueError, match="^split must be"):
-        call(*leaves, weight, bias, split=N)
+        call(*leaves, weight, split=N)

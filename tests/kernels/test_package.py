@@ -22,7 +22,7 @@ for name in ("fluxfast numpy safetensors bitsandbytes diffusers transformers pef
 import torch
 import fluxfast_kernels as fk
 assert fk.__file__.startswith(sys.argv[1]), fk.__file__
-weight = list(fk.nf4_quantize(torch.randn(128, 128)).tensors().values())
+weight = fk.FrozenWeight(list(fk.nf4_quantize(torch.randn(128, 128)).tensors().values()))
 x = torch.randn(1, 8, 128, requires_grad=True)
 shift = torch.zeros(1, 1, 128)
 y = fk.norm_modulate_lora_linear(x, shift, shift, weight)

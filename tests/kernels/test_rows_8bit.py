@@ -4,14 +4,15 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch.backend import DTYPES
 from fluxfast_kernels.gemm import grads as gemm_grads
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.ops import gelu, norm_modulate
 from fluxfast_kernels.quant import frozen
 from fluxfast_kernels.quant import rows as rows_8bit
 from fluxfast_kernels.quant.hadamard import hadamard_reference
 from fluxfast_kernels.quant.rows import (
     TOP,
-    encode_reference,
-    multiply_codes,
+    multiply_8bit,
+    quantize_reference,
     quantize_rows,
     quantize_rows_reference,
 )
@@ -100,24 +101,24 @@ def by_norm_modulate(x, kind, rotation):
     shift, scale = draw(2, len(x), 1, x.shape[-1], seed=3, device=x.device, dtype=x.dtype)
     out, mean, rstd, rows = norm_modulate.norm_modulate_forward(x, shift, scale, kind, rotation)
     assert torch.equal(
-        bits(out), bits(norm_modulate.norm_modulate_rebuild(x, shift, scale, mean, rstd))
+        bits(out), bits(norm_modulate.norm_modulate_recompute(x, shift, scale, mean, rstd))
     )
     return [(rows, out)]
 
 
 def by_gelu(x, kind, rotation):
     wide = torch.full((*x.shape[:2], x.shape[2] + 9), torch.nan, dtype=x.dtype, device=x.device)
-    out, codes, _, rows = gelu.gelu_rows(x, 16, kind, rotation, wide[..., 7:-2])
-    assert codes.numel() == 0 and wide[..., :7].isnan().all() and wide[..., -2:].isnan().all()
+    out, u8, _, rows = gelu.gelu_rows(x, 16, kind, rotation, wide[..., 7:-2])
+    assert u8.numel() == 0 and wide[..., :7].isnan().all() and wide[..., -2:].isnan().all()
     return [(rows, out)]
 
 
-def by_gelu_with_codes_of_u(x, kind, rotation):
-    out, codes, row_scale, rows = gelu.gelu_rows(x, 8, kind, rotation)
-    plain, plain_codes, plain_scale, _ = gelu.gelu_rows(x, 8)
+def by_gelu_that_saves_8_bits(x, kind, rotation):
+    out, u8, row_scale, rows = gelu.gelu_rows(x, 8, kind, rotation)
+    plain, plain_u8, plain_scale, _ = gelu.gelu_rows(x, 8)
     assert_same(out, plain)
     assert_same(row_scale, plain_scale)
-    assert (codes.int() - plain_codes).abs().max() <= (0 if x.device.type == "cpu" else 1)
+    assert (u8.int() - plain_u8).abs().max() <= (0 if x.device.type == "cpu" else 1)
     return [(rows, out)]
 
 
@@ -136,7 +137,7 @@ def by_down(x, kind, rotation):
             assert_same(down, plain)
         for check in checks:
             check()
-        assert all((bits(rows[i].codes) == UNSET).all() for i in range(len(xs)) if i not in wanted)
+        assert all((bits(rows[i].values) == UNSET).all() for i in range(len(xs)) if i not in wanted)
         made += [(rows[i], xs[i]) for i in wanted]
     return made
 
@@ -149,8 +150,9 @@ def by_d_down(x, kind, rotation):
     b, parts = draw(N - 1, 20, seed=6, device=x.device), [0, 29, 2, 30, N, 0]
     rows, checks = zip(*(guarded(v.shape, kind, x.device) for v in (first, x)), strict=True)
     given = {"rows": list(rows), "channel": channel}
-    d_down = gemm_grads.lora_d_down([first, x], b, parts, 0.5, 3, **given)
-    plain = gemm_grads.lora_d_down([first, x], b, parts, 0.5, 3)
+    update = LoRAUpdate(x.new_empty(3 * 20, 1), b, parts, 0.5)
+    d_down = gemm_grads.lora_d_down([first, x], update, **given)
+    plain = gemm_grads.lora_d_down([first, x], update)
     assert_same(d_down, plain)
     for check in checks:
         check()
@@ -159,7 +161,7 @@ def by_d_down(x, kind, rotation):
 
 PRODUCERS = [
     by_quantize, by_quantize_of_a_channel, by_gate, by_norm_modulate, by_gelu,
-    by_gelu_with_codes_of_u, by_down, by_d_down,
+    by_gelu_that_saves_8_bits, by_down, by_d_down,
 ]  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer,
             seen += not other[1].any()
             assert rows.scale[~other].isnan().all()
             assert torch.equal(rows.scale[other], expected.scale[other])
-            assert torch.equal(bits(rows.codes)[other], bits(expected.codes)[other])
+            assert torch.equal(bits(rows.values)[other], bits(expected.values)[other])
         assert seen
 
 
@@ -199,7 +201,7 @@ def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer,
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "codes"),
+    ("kind", "values", "rounded"),
     [
         ("int8", [127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], [127, 0, 2, 2, 0, -2, -126]),
         # neighbors: 1 and 1.125, 1.125 and 1.25, 416 and 448, and below 2^-6 steps of 2^-9
@@ -210,25 +212,25 @@ def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer,
         ),
     ],
 )
-def test_ties_go_to_the_even_code(path, device, kind, values, codes):
+def test_ties_go_to_the_even_value(path, device, kind, values, rounded):
     skip_without_fp8(kind, device)
     x = torch.tensor(values, device=device)[None, None]
-    for row in (quantize_rows(x, kind)[0], encode_reference(x, x.abs().amax(-1), kind)):
-        assert row.codes.float()[0, 0].tolist() == codes and row.scale.item() == 1.0
+    for row in (quantize_rows(x, kind)[0], quantize_reference(x, x.abs().amax(-1), kind)):
+        assert row.values.float()[0, 0].tolist() == rounded and row.scale.item() == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_times_scale_are_within_half_a_step(path, device, kind):
-    """In fp64: scale · top is the largest magnitude, whose code is ±top; the rest is rounded."""
+def test_values_times_scale_are_within_half_a_step(path, device, kind):
+    """In fp64: scale · top is the largest magnitude, which becomes ±top; the rest is rounded."""
     skip_without_fp8(kind, device)
     x = draw(2, 9, 300, device=device) * 10.0 ** torch.arange(-20, 25, 5, device=device)[:, None]
     rows, _ = quantize_rows(x, kind)
     top, scale = TOP[kind], rows.scale.double()[..., None]
-    codes, truth = rows.codes.double(), x.double()
+    values, truth = rows.values.double(), x.double()
     amax = truth.abs().amax(-1, keepdim=True)
     assert ((scale * top / amax - 1).abs() <= 2**-23).all()
-    assert torch.equal(codes.abs().amax(-1), torch.full((2, 9), top, device=device).double())
-    away = (codes * scale - truth).abs()
+    assert torch.equal(values.abs().amax(-1), torch.full((2, 9), top, device=device).double())
+    away = (values * scale - truth).abs()
     if kind == "int8":
         assert (away <= scale * (0.5 + 1e-4)).all()  # 127 · 2^-22 of a step, by fp32's roundings
     else:  # three bits behind the leading one; below 2^-6 steps of 2^-9
@@ -237,7 +239,7 @@ def test_codes_times_scale_are_within_half_a_step(path, device, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_very_small_and_very_large_rows(path, device, kind):
-    """At least 1e-30 counts as the largest: below, codes shrink; at 2e-30 they do not."""
+    """At least 1e-30 counts as the largest: below, values shrink; at 2e-30 they do not."""
     skip_without_fp8(kind, device)
     sizes = torch.tensor([0.0, 1e-40, 1e-32, 0.5e-30, 2e-30, 1e-29, 3e38], device=device)
     x = sizes[None, :, None] * torch.tensor([1.0, -1.0, 0.0], device=device)
@@ -245,11 +247,11 @@ def test_very_small_and_very_large_rows(path, device, kind):
     top = TOP[kind]
     floor = sizes.double().clamp(min=1e-30)
     torch.testing.assert_close(rows.scale[0].double(), floor / top, rtol=2**-22, atol=0)
-    largest = rows.codes.float()[0].abs().amax(-1).tolist()
+    largest = rows.values.float()[0].abs().amax(-1).tolist()
     half = round(top / 2) if kind == "int8" else 224.0
     assert largest[:2] == [0.0, 0.0] and largest[3:] == [half, top, top, top]
     assert largest[2] == (1.0 if kind == "int8" else 4.5)  # of 1.27 and 4.48
-    assert (rows.codes.float()[0, :, 2] == 0).all()
+    assert (rows.values.float()[0, :, 2] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,29 +263,29 @@ def test_cpp_and_torch_agree_in_every_bit(dtype):
             assert_rows("int8", quantize_rows_reference(x, "int8", given), v, "int8")
 
 
-# ---------------------------------------------------------------- products of codes on a CPU
+# ---------------------------------------------------------------- 8-bit products on a CPU
 
 
 @pytest.mark.parametrize("by_int_mm", [True, False])
-def test_products_of_int8_codes_are_exact(monkeypatch, by_int_mm):
+def test_int8_products_are_exact(monkeypatch, by_int_mm):
     """Against int64; with 15 360 columns of 127 the sum is above 2^24 and rounded once."""
     if not by_int_mm:
         monkeypatch.setattr(rows_8bit, "_int_mm_is_exact", lambda: False)
     generator = torch.Generator().manual_seed(0)
 
-    def codes(*shape):
+    def whole(*shape):
         return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
 
     for M, K, N in [(1, 1, 1), (5, 1, 3), (2, 3, 1), (3, 17, 5), (33, 65, 17), (7, 2049, 9)]:
-        left, wide = codes(M, K), codes(N, K + 7)
-        for right in (codes(N, K).T, codes(K, N), wide[:, 5 : K + 5].T):
+        left, wide = whole(M, K), whole(N, K + 7)
+        for right in (whole(N, K).T, whole(K, N), wide[:, 5 : K + 5].T):
             exact = left.long() @ right.long()
-            assert torch.equal(multiply_codes(left, right), exact.float()), (M, K, N)
+            assert torch.equal(multiply_8bit(left, right), exact.float()), (M, K, N)
     for signs in ((1, 1), (1, -1), (-1, -1)):
         left, right = (torch.full((2, 15360), 127 * s, dtype=torch.int8) for s in signs)
         right[1, :5] = 3
         exact = left.long() @ right.T.long()
-        assert torch.equal(multiply_codes(left, right.T), exact.float())
+        assert torch.equal(multiply_8bit(left, right.T), exact.float())
 
 
 # ---------------------------------------------------------------- refusals
@@ -326,4 +328,4 @@ def test_refusals(path):
 
 def test_no_rows(path, device):
     rows, dy = quantize_rows(draw(2, 0, 8, device=device), "int8")
-    assert rows.codes.shape == dy.shape == (2, 0, 8) and rows.scale.shape == (2, 0)
+    assert rows.values.shape == dy.shape == (2, 0, 8) and rows.scale.shape == (2, 0)

@@ -251,7 +251,7 @@ def layers(storages: list[str], nested: bool = False, device="cpu") -> list[LoRA
 
 
 def product(x, frozen, layer):
-    return fk.lora_linear(x, frozen, layer.bias, None, None, [], 1.0)
+    return fk.lora_linear(x, fk.FrozenWeight(frozen, layer.bias))
 
 
 MIXED = ["nf4", "fp32", "int8", "bf16", "fp8", "nf4", "int8"]

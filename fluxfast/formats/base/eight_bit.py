@@ -11,7 +11,7 @@ Source: ComfyUI `comfy/ops.py` (scaled_fp8_ops) and `comfy/model_detection.py`.
 """
 
 import torch
-from fluxfast_kernels.quant.rows import Rows
+from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
@@ -56,17 +56,16 @@ def check_8bit(files: Files, key: str, prefix: str) -> None:
         )
 
 
-def read_8bit(files: Files, key: str) -> Rows | Tensor:
+def read_8bit(files: Files, key: str) -> QuantizedRows | Tensor:
     """Quantized values and one fp32 scale a row; fp32 [N, K] for float8_e5m2. On the CPU."""
-    codes, scale = files.read(key), scale_key(files, key)
-    rows = codes.shape[0]
+    values, scale = files.read(key), scale_key(files, key)
+    rows = values.shape[0]
     if scale is None:
         scales = torch.ones(rows)
     else:
         scales = files.read(scale).float().flatten().expand(rows).contiguous()
-    return (
-        codes.float() * scales[:, None] if codes.dtype == torch.float8_e5m2 else Rows(codes, scales)
-    )
+    rows = QuantizedRows(values, scales)
+    return rows.dequantize() if values.dtype == torch.float8_e5m2 else rows
 
 
 def quantized_is_finite(quantized: Tensor) -> bool:
@@ -79,9 +78,10 @@ def quantized_is_finite(quantized: Tensor) -> bool:
     return not any((piece & 127).amax() == 127 for piece in pieces)
 
 
-def join_rows(parts: list[Rows]) -> Rows:
+def join_rows(parts: list[QuantizedRows]) -> QuantizedRows:
     """Stack the rows of several matrices of one kind, byte for byte."""
     if len(parts) == 1:
         return parts[0]
-    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)
-    return Rows(codes, torch.cat([part.scale for part in parts]))
+    values = torch.cat([part.values.view(torch.uint8) for part in parts])
+    values = values.view(parts[0].values.dtype)
+    return QuantizedRows(values, torch.cat([part.scale for part in parts]))

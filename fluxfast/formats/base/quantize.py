@@ -34,7 +34,7 @@ from fluxfast_kernels.quant.nf4 import (
     nf4_absmax,
     nf4_quantize,
 )
-from fluxfast_kernels.quant.rows import Rows
+from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor
 
 from fluxfast import __version__
@@ -193,7 +193,7 @@ def _tensors(
         yield from _nf4_tensors(name, weight)
     else:
         rows = _rows(weight, storage)
-        yield name, rows.codes
+        yield name, rows.values
         yield f"{module}.scale_weight", rows.scale[:, None]
 
 
@@ -212,13 +212,14 @@ def _nf4_tensors(name: str, weight: NF4Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.nested_quant_map", dynamic_map(cpu)
 
 
-def _rows(weight: Tensor | NF4Tensor | Rows, kind: str) -> Rows:
+def _rows(weight: Tensor | NF4Tensor | QuantizedRows, kind: str) -> QuantizedRows:
     """In 8 bits; a dense matrix some rows at a time, as the fp32 copies would be large."""
-    if isinstance(weight, Rows) and (weight.codes.dtype == torch.int8) == (kind == "int8"):
+    if isinstance(weight, QuantizedRows) and weight.kind == kind:
         return weight
     pieces = [quantize_8bit(rows, kind) for rows in dequantize(weight).split(_ROWS)]
-    codes = torch.cat([codes.view(torch.uint8) for codes, _ in pieces])
-    return Rows(codes.view(pieces[0][0].dtype), torch.cat([scale for _, scale in pieces]))
+    values = torch.cat([values.view(torch.uint8) for values, _ in pieces])
+    scale = torch.cat([scale for _, scale in pieces])
+    return QuantizedRows(values.view(pieces[0][0].dtype), scale)
 
 
 # ---------------------------------------------------------------- writing

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from fluxfast_kernels.quant.nf4 import NF4Tensor
-from fluxfast_kernels.quant.rows import Rows
+from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
@@ -74,7 +74,7 @@ class BaseCheckpoint:
         """
         return dequantize(self.read_stored(name))
 
-    def read_stored(self, name: str) -> Tensor | NF4Tensor | Rows:
+    def read_stored(self, name: str) -> Tensor | NF4Tensor | QuantizedRows:
         """As `read`, but a matrix that the file has in NF4 of bitsandbytes, fp8 (e4m3) or int8 with
         a scale a row stays quantized.
 
@@ -86,7 +86,7 @@ class BaseCheckpoint:
             parts = [dequantize(part) for part in parts]
         if isinstance(parts[0], NF4Tensor):
             return base_bnb.join_nf4(parts)
-        if isinstance(parts[0], Rows):
+        if isinstance(parts[0], QuantizedRows):
             return base_8bit.join_rows(parts)
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if swapped and self.naming.split:
@@ -104,7 +104,7 @@ class BaseCheckpoint:
         keys = self.keys(name)
         return self.is_nf4(name) and len(keys) == 1 and self._states[keys[0]].is_nested_nf4
 
-    def _read_part(self, key: str) -> Tensor | NF4Tensor | Rows:
+    def _read_part(self, key: str) -> Tensor | NF4Tensor | QuantizedRows:
         entry, state = self.files.entries[key], self._states.get(key)
         if state:
             part = base_bnb.read_bnb(self.files, key, state)
@@ -175,13 +175,13 @@ class BaseCheckpoint:
         self.close()
 
 
-def _kind(part: Tensor | NF4Tensor | Rows) -> object:
-    return part.codes.dtype if isinstance(part, Rows) else type(part)
+def _kind(part: Tensor | NF4Tensor | QuantizedRows) -> object:
+    return part.values.dtype if isinstance(part, QuantizedRows) else type(part)
 
 
-def _is_finite(part: Tensor | NF4Tensor | Rows) -> bool:
-    if isinstance(part, Rows):
-        return all_finite(part.scale) and base_8bit.quantized_is_finite(part.codes)
+def _is_finite(part: Tensor | NF4Tensor | QuantizedRows) -> bool:
+    if isinstance(part, QuantizedRows):
+        return all_finite(part.scale) and base_8bit.quantized_is_finite(part.values)
     if isinstance(part, NF4Tensor):
         return all(all_finite(t) for t in part.tensors().values() if t.is_floating_point())
     return all_finite(part)

@@ -1,4 +1,4 @@
-"""Where an op runs, and the checks of its arguments.
+"""Where an op runs, how it refuses wrong arguments, and the scratch memory that ops share.
 
 On a CUDA tensor an op launches its Triton kernels. On a CPU tensor it runs its plain-torch
 reference, unless Triton's interpreter is on (TRITON_INTERPRET=1 when this package is imported):

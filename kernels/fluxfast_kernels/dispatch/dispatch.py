@@ -24,10 +24,8 @@ from importlib.resources import files
 
 import torch
 
-OPS = (
-    "lora_gemm", "lora_gemm_dx", "gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair", "lora_skinny",
-    "lora_skinny_8bit", "lora_grads",
-)  # fmt: skip
+_PRODUCTS = ("lora_gemm", "lora_gemm_dx", "gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair")
+OPS = (*_PRODUCTS, "lora_skinny", "lora_skinny_8bit", "lora_grads")
 STORAGES = ("dense", "nf4")
 ARCHITECTURES = (80, 86, 89, 90, 120)  # the cards that configurations are shipped for
 _KINDS = {torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -49,6 +47,11 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """A launch's own."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,6 +61,10 @@ class Choice:
     tile: Tile
     kind_source: str
     tile_source: str
+
+    @property
+    def fused(self) -> bool:
+        return self.kind == "fused"
 
 
 def _tile(row: dict) -> Tile:

@@ -1,42 +1,46 @@
 """What the launchers of `dense.py` and `grads.py` refuse: ValueError, naming the argument."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import check, check_dtype
+from fluxfast_kernels.dispatch.backend import Matrix, check, check_dtype
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate, Part, Update
 from fluxfast_kernels.quant.nf4 import NF4Tensor, check_nf4
 
 
 def check_side_by_side(name: str, tensors: list[Tensor]) -> tuple[int, int, list[int]]:
-    """-> (B, T, widths) of one or two [B, T, width] tensors of one dtype on one device."""
+    """B, T and the widths of one or two [B, T, width] tensors of one dtype on one device."""
     check(len(tensors) in (1, 2), name, "one or two tensors", len(tensors))
     first = tensors[0]
     for tensor in tensors:
         check_dtype(name, tensor)
         check(tensor.ndim == 3, name, "[B, T, width]", tuple(tensor.shape))
-        check(
-            tensor.stride(2) == 1 or tensor.shape[2] == 1, name, "of last stride 1", tensor.stride()
-        )
+        fits = tensor.stride(2) == 1 or tensor.shape[2] == 1
+        check(fits, name, "of last stride 1", tensor.stride())
         check(tensor.shape[2] > 0, name, "of a width above 0", tuple(tensor.shape))
         same = tensor.shape[:2] == first.shape[:2] and tensor.dtype == first.dtype
-        check(same and tensor.device == first.device, name, "alike in B, T, dtype and device",
-              [(tuple(t.shape), t.dtype) for t in tensors])  # fmt: skip
+        got = [(tuple(t.shape), t.dtype) for t in tensors]
+        fits = same and tensor.device == first.device
+        check(fits, name, "alike in B, T, dtype and device", got)
     return first.shape[0], first.shape[1], [tensor.shape[2] for tensor in tensors]
 
 
-def check_parts(parts: list[int], N: int, lora_b: Tensor) -> tuple[tuple[int, int, int, int], ...]:
-    """Flat (start, end, index of A) triples -> (start, end, index, first row of lora_b) each."""
+def check_parts(parts: Sequence[int], N: int, lora_b: Tensor) -> tuple[Part, ...]:
+    """The parts that flat (start, end, index of A) triples stand for."""
     check(len(parts) % 3 == 0 and len(parts) > 0, "parts", "(start, end, index) triples", parts)
     found, row = [], 0
     for start, end, index in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         check(0 <= start < end <= N and index >= 0, "parts", f"row ranges within 0..{N}", parts)
-        found.append((start, end, index, row))
+        found.append(Part(start, end, index, row))
         row += end - start
     check(lora_b.ndim == 2 and lora_b.shape[0] == row, "lora_b", f"[{row}, R]", tuple(lora_b.shape))
     return tuple(found)
 
 
-def check_weight(weight: list[Tensor], N: int, K: int) -> str:
-    """-> "dense" or "nf4"; raises ValueError unless `weight` is one of the documented forms."""
+def check_weight(weight: Sequence[Tensor], N: int, K: int) -> str:
+    """ "dense" or "nf4". Raises ValueError unless `weight` is one of the documented forms."""
     check(len(weight) in (1, 2, 4), "weight", "1 (dense), 2 or 4 (NF4) tensors", len(weight))
     check(N * K < 2**31, "weight", "of fewer than 2^31 values", (N, K))
     if len(weight) == 1:
@@ -50,42 +54,77 @@ def check_weight(weight: list[Tensor], N: int, K: int) -> str:
 
 
 def outputs(
-    name: str, out: list[Tensor] | None, B: int, T: int, widths: list[int], like: Tensor
+    out: list[Tensor] | None, like: Tensor, widths: list[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """`out` checked, or fresh contiguous [B, T, width] tensors of `like`'s dtype and device."""
+    """`out` checked, or fresh contiguous [B, T, width] tensors. like: [B, T, any width]."""
     if out is None:
-        return [like.new_empty(B, T, width) for width in widths]
-    check_side_by_side(name, out)
-    shapes = [(B, T, width) for width in widths]
-    check([tuple(t.shape) for t in out] == shapes, name, str(shapes), [tuple(t.shape) for t in out])
-    check(out[0].dtype == like.dtype, name, str(like.dtype), out[0].dtype)
+        return [like.new_empty(*like.shape[:2], width, dtype=dtype) for width in widths]
+    check_side_by_side("out", out)
+    shapes = [(*like.shape[:2], width) for width in widths]
+    got = [tuple(tensor.shape) for tensor in out]
+    check(got == shapes, "out", str(shapes), got)
+    check(out[0].dtype == dtype, "out", str(dtype), out[0].dtype)
     return out
 
 
-def check_reach(tensor: Tensor | None, T: int, rows: int) -> None:
+def check_devices(device: torch.device, arguments: Sequence) -> None:
+    """Raise ValueError unless all tensors among a kernel's arguments, tuples too, lie on it."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            check(argument.device == device, "every tensor", f"on {device}", argument.device)
+        elif isinstance(argument, tuple):
+            check_devices(device, argument)
+
+
+def check_reach(matrices: Sequence[Matrix | None], T: int, rows: int) -> None:
     """`rows` neighboring rows lie within 2^31 elements: kernels count so within a tile."""
-    if tensor is not None:
-        reach = (rows // T + 1) * tensor.stride(0) * (tensor.shape[0] > 1)
-        reach += min(rows, T) * tensor.stride(1) + tensor.shape[2]
-        check(reach < 2**31, "every [B, T, width] tensor", f"of nearer rows ({rows} a tile)",
-              tensor.stride())  # fmt: skip
+    for x, batch_stride, token_stride in filter(None, matrices):
+        reach = (rows // T + 1) * batch_stride * (x.shape[0] > 1)
+        reach += min(rows, T) * token_stride + x.shape[2]
+        nearer = f"of nearer rows ({rows} a tile)"
+        check(reach < 2**31, "every [B, T, width] tensor", nearer, x.stride())
 
 
-def check_gated(
-    bias: Tensor | None, gate: Tensor | None, residual: Tensor | None, B: int, T: int, N: int
-) -> None:
-    """Raise ValueError unless what follows a product of N columns has its shape."""
-    check(bias is None or bias.shape == (N,) and bias.stride(0) == 1, "bias", f"[{N}]",
-          None if bias is None else tuple(bias.shape))  # fmt: skip
+def check_gated(bias: Tensor | None, epilogue: Epilogue, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless what follows a product of [B, T, N] has its shape."""
+    (B, _, N), (gate, residual, split) = shape, epilogue
+    check(0 <= split < N, "split", f"within 0..{N}", split)
+    if bias is not None:
+        check(bias.shape == (N,) and bias.stride(0) == 1, "bias", f"[{N}]", tuple(bias.shape))
     if gate is not None:
         check(gate.shape in ((B, 1, N), (B, N)), "gate", f"[{B}, 1, {N}]", tuple(gate.shape))
         check(gate.stride(-1) == 1, "gate", "of last stride 1", gate.stride())
     if residual is not None:
-        check(residual.shape == (B, T, N), "residual", f"[{B}, {T}, {N}]", tuple(residual.shape))
+        check(residual.shape == shape, "residual", f"{list(shape)}", tuple(residual.shape))
         check(residual.stride(2) == 1, "residual", "of last stride 1", residual.stride())
 
 
-def check_down(down: Tensor, M: int, columns: int, name: str = "down") -> None:
-    """Raise ValueError unless `down` is [M, at least `columns`] of last stride 1."""
+def update_of(
+    down: Tensor | None, update: LoRAUpdate | None, M: int, N: int
+) -> tuple[Update | None, tuple[Part, ...]]:
+    """The update of y as a kernel takes it: down [M, P·R] and B. Raises ValueError."""
+    check((down is None) == (update is None), "down", "given with an update", down is not None)
+    if down is None or update is None:
+        return None, ()
+    lora_b, parts = update.lora_b, check_parts(update.parts, N, update.lora_b)
+    _check_down("down", down, M, update.rank * (max(part.index for part in parts) + 1))
+    check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
+    return Update(down, down.stride(0), lora_b, *lora_b.stride(), float(update.scale)), parts
+
+
+def dx_update_of(
+    d_down: Tensor | None, lora_a: Tensor | None, M: int, K: int
+) -> tuple[Update | None, int]:
+    """The update of dx as a kernel takes it, and its rank: d_down [M, P·R] and A [P·R, K]."""
+    check((d_down is None) == (lora_a is None), "d_down", "given with lora_a", d_down is not None)
+    if d_down is None or lora_a is None:
+        return None, 0
+    fits = lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous()
+    check(fits, "lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
+    _check_down("d_down", d_down, M, lora_a.shape[0])
+    return Update(d_down, d_down.stride(0), lora_a, 1, K, 1.0), lora_a.shape[0]
+
+
+def _check_down(name: str, down: Tensor, M: int, columns: int) -> None:
     fits = down.ndim == 2 and down.shape[0] == M and down.shape[1] >= columns
     check(fits and down.stride(1) == 1, name, f"[{M}, {columns}]", tuple(down.shape))

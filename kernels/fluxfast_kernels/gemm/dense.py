@@ -5,95 +5,135 @@
 
 M = B·T rows. X, Y, dY, dX and residual are [B, T, width] with the last stride 1 and any other
 strides; X and dY may be two tensors side by side, Y and dX may go to two tensors. W is dense
-[N, K] or NF4, decoded tile by tile into registers (fp32 product, rounded once to the compute dtype,
-as `nf4_decode` does). `down` = X·Aᵀ and `d_down` = s·Σ dY_part·B_part come in as [M, P·R], from
-`grads.py`. Both formulas are one kernel: towards x the weight tile is not transposed and A
-takes the place of Up.
+[N, K] or NF4, dequantized tile by tile into registers (fp32 product, rounded once to the compute
+dtype, as `nf4_dequantize` does). `down` = X·Aᵀ and `d_down` = s·Σ dY_part·B_part come in as [M,
+P·R], from `grads.py`. Both formulas are one kernel: towards x the weight tile is not transposed and
+A takes the place of Up.
 
 Products are of the compute dtype (x's: bf16, fp16 or fp32), sums fp32; s·Up is formed in fp32
 and rounded once. Nothing is saved here: the ops above say what they save.
 
 Bytes moved, at least: X, Y and W once (NF4: 0.5 + 4/64 byte a weight, nested 0.5 + 1/64), down and
-Up; FLOP: 2·M·N·(K + R). Decoding costs a shared-memory look-up (`tl.gather`) and about four other
-instructions a weight and tile of rows; a tree of 15 selects cost 35, and look-ups by pointer became
-4-byte asynchronous copies (counted in sm_89 code, Triton 3.7.1).
+Up; FLOP: 2·M·N·(K + R). Dequantizing costs a shared-memory look-up (`tl.gather`) and about four
+other instructions a weight and tile of rows; a tree of 15 selects cost 35, and look-ups by pointer
+became 4-byte asynchronous copies (counted in sm_89 code, Triton 3.7.1).
 
 Refused (ValueError): a last stride other than 1, NF4 with K not a multiple of 64 or with an x whose
 width is not, tensors of another shape, dtype or device.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, matrix, tl, triton
 from fluxfast_kernels.gemm.checks import (
-    check_down,
+    check_devices,
     check_gated,
-    check_parts,
     check_reach,
     check_side_by_side,
     check_weight,
+    dx_update_of,
     outputs,
+    update_of,
 )
-from fluxfast_kernels.gemm.epilogue import finish, rank_block, rows_at, tile_at
+from fluxfast_kernels.gemm.epilogue import (
+    NOTHING,
+    After,
+    Epilogue,
+    LoRAUpdate,
+    Part,
+    after_of,
+    finish,
+    outputs_of,
+    rows_at,
+    spec_of,
+    tile_at,
+)
+from fluxfast_kernels.quant.frozen import FrozenWeight
 from fluxfast_kernels.quant.nf4 import BLOCK, code_table, dynamic_map
 
 
+class Weight(NamedTuple):
+    """A frozen weight as a kernel takes it, each None where there is none.
+
+    ptr: rows of values, `row_stride` apart, or NF4's bytes of a row of `row_stride` weights; code
+    and absmax_map: NF4's tables, fp32 [16] and [256]. Of 8-bit products: scale [N] of the rows and,
+    with NF4, the inverse [N] that quantizes them.
+    """
+
+    ptr: Tensor
+    row_stride: int
+    absmax_ptr: Tensor | None = None
+    nested_ptr: Tensor | None = None
+    offset_ptr: Tensor | None = None
+    code: Tensor | None = None
+    absmax_map: Tensor | None = None
+    scale_ptr: Tensor | None = None
+    inverse_ptr: Tensor | None = None
+
+
 @triton.jit
-def weight_tile(
-    w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, OFFSETS: tl.constexpr,
-):  # fmt: skip
+def with_tables(w):
+    """w with its tables as tensors, which `tl.gather` reads from shared memory."""
+    code, absmax_map = w.code, w.absmax_map
+    if code is not None:
+        code = tl.load(code + tl.arange(0, 16))
+    if absmax_map is not None:
+        absmax_map = tl.load(absmax_map + tl.arange(0, 256))
+    nf4 = w.absmax_ptr, w.nested_ptr, w.offset_ptr, code, absmax_map
+    return Weight(w.ptr, w.row_stride, *nf4, w.scale_ptr, w.inverse_ptr)
+
+
+@triton.jit
+def weight_tile(w, rows, first, n_rows, n_columns, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """W[rows, first:first + COLUMNS]; NF4 in fp32, dense as it is stored."""
-    if absmax is None:
+    if w.absmax_ptr is None:
         columns = first + tl.arange(0, COLUMNS)[None, :]
-        at = w + rows[:, None] * w_row + columns
-        if MASKED:
+        at = w.ptr + rows[:, None] * w.row_stride + columns
+        if SPEC.masked:
             tile = tl.load(at, (rows < n_rows)[:, None] & (columns < n_columns), other=0.0)
         else:
             tile = tl.load(at)
     else:
-        tile = nf4_tile(
-            w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
-            COLUMNS, MASKED, OFFSETS,
-        )  # fmt: skip
+        tile = nf4_tile(w, rows, first, n_rows, n_columns, COLUMNS, SPEC)
     return tile
 
 
 @triton.jit
-def nf4_tile(
-    w, absmax, nested, offset, code, table, w_row, rows, first, n_rows, n_columns,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, OFFSETS: tl.constexpr,
-):  # fmt: skip
+def nf4_tile(w, rows, first, n_rows, n_columns, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """The same of NF4, fp32."""
     count: tl.constexpr = rows.shape[0]
     groups: tl.constexpr = (COLUMNS + 63) // 64
     line = rows[:, None]  # 32 bits: the launcher refuses 2^31 weights and more
     half = first // 2 + tl.arange(0, COLUMNS // 2)[None, :]
     group = first // 64 + tl.arange(0, groups)[None, :]
-    group_at = line * (w_row // 64) + group
+    group_at = line * (w.row_stride // 64) + group
     inside = (rows < n_rows)[:, None]
     group_inside = inside & (group * 64 < n_columns)
-    if MASKED:
-        byte = tl.load(w + line * (w_row // 2) + half, inside & (half * 2 < n_columns), other=0)
-        scale = tl.load(absmax + group_at, group_inside, other=0)
+    byte_at = w.ptr + line * (w.row_stride // 2) + half
+    if SPEC.masked:
+        byte = tl.load(byte_at, inside & (half * 2 < n_columns), other=0)
+        scale = tl.load(w.absmax_ptr + group_at, group_inside, other=0)
     else:
-        byte = tl.load(w + line * (w_row // 2) + half)
-        scale = tl.load(absmax + group_at)
-    if nested is not None:
+        byte = tl.load(byte_at)
+        scale = tl.load(w.absmax_ptr + group_at)
+    if w.nested_ptr is not None:
         outer = group_at // 256
-        shift_at = outer if OFFSETS else outer * 0
-        if MASKED:
-            factor = tl.load(nested + outer, group_inside, other=0.0)
-            shift = tl.load(offset + shift_at, group_inside, other=0.0)
+        shift_at = outer if SPEC.offsets else outer * 0
+        if SPEC.masked:
+            factor = tl.load(w.nested_ptr + outer, group_inside, other=0.0)
+            shift = tl.load(w.offset_ptr + shift_at, group_inside, other=0.0)
         else:
-            factor = tl.load(nested + outer)
-            shift = tl.load(offset + shift_at)
-        steps = tl.gather(table, tl.reshape(scale.to(tl.int32), (count * groups,)), 0)
+            factor = tl.load(w.nested_ptr + outer)
+            shift = tl.load(w.offset_ptr + shift_at)
+        steps = tl.gather(w.absmax_map, tl.reshape(scale.to(tl.int32), (count * groups,)), 0)
         scale = tl.reshape(steps, (count, groups)) * factor + shift
     byte = byte.to(tl.int32)
     nibble = tl.reshape(tl.interleave(byte >> 4, byte & 15), (count * COLUMNS,))
-    values = tl.reshape(tl.gather(code, nibble, 0), (count, COLUMNS))
+    values = tl.reshape(tl.gather(w.code, nibble, 0), (count, COLUMNS))
     if groups == 1:
         values *= scale
     else:
@@ -103,167 +143,114 @@ def nf4_tile(
 
 
 @triton.jit
-def _product(
-    total, x, x_rows, count, before, w, absmax, nested, offset, code, table, w_row, n_first, N, K,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MASKED: tl.constexpr, OFFSETS: tl.constexpr,
-):  # fmt: skip
+def _product(total, x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.constexpr):
     """total + X·op(W) over one input, whose `count` columns follow `before` others."""
+    BLOCK_N: tl.constexpr = SPEC.tile.block_n
+    BLOCK_K: tl.constexpr = SPEC.tile.block_k
     for i in range(0, tl.cdiv(count, BLOCK_K)):
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        if MASKED:
-            x_tile = tl.load(x + x_rows[:, None] + k[None, :], (k < count)[None, :], other=0.0)
+        if SPEC.masked:
+            x = tl.load(x_ptr + x_rows[:, None] + k[None, :], (k < count)[None, :], other=0.0)
         else:
-            x_tile = tl.load(x + x_rows[:, None] + k[None, :])
-        if TRANSPOSED:
+            x = tl.load(x_ptr + x_rows[:, None] + k[None, :])
+        if SPEC.transposed:
             n = tl.minimum(n_first + tl.arange(0, BLOCK_N), N - 1)
-            w_tile = weight_tile(
-                w, absmax, nested, offset, code, table, w_row, n, before + i * BLOCK_K,
-                N, before + count, BLOCK_K, MASKED, OFFSETS,
-            )  # fmt: skip
-            w_tile = tl.trans(w_tile.to(x_tile.dtype))
+            tile = weight_tile(w, n, before + i * BLOCK_K, N, before + count, BLOCK_K, SPEC)
+            tile = tl.trans(tile.to(x.dtype))
         else:
-            w_tile = weight_tile(
-                w, absmax, nested, offset, code, table, w_row, before + k, n_first,
-                before + count, N, BLOCK_N, MASKED, OFFSETS,
-            ).to(x_tile.dtype)  # fmt: skip
-        total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
+            tile = weight_tile(w, before + k, n_first, before + count, N, BLOCK_N, SPEC)
+            tile = tile.to(x.dtype)
+        total = tl.dot(x, tile, total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def _gemm_kernel(
-    x0, x1, w, absmax, nested, offset, code, table, bias, down, up, gate, residual, y0, y1,
-    M, N, T, K0, K1, split, scale,
-    x0_b, x0_t, x1_b, x1_t, w_row, down_row, up_n, up_r, gate_b, residual_b, residual_t,
-    y0_b, y0_t, y1_b, y1_t,
-    TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, OFFSETS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART_COUNT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    m_first, n_first = tile_at(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-
+def _gemm_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
+    BLOCK_M: tl.constexpr = SPEC.tile.block_m
+    BLOCK_N: tl.constexpr = SPEC.tile.block_n
+    m_first, n_first = tile_at(M, N, SPEC.tile)
     # rows past the end repeat the last one: they are never stored
     m = tl.minimum(m_first + tl.arange(0, BLOCK_M), M - 1)
-    # the two look-up tables, kept as tensors (`tl.gather` reads them from shared memory)
-    if code is not None:
-        code = tl.load(code + tl.arange(0, 16))
-    if table is not None:
-        table = tl.load(table + tl.arange(0, 256))
+    w = with_tables(w)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x0_first, rows = rows_at(x0, m_first, m, T, x0_b, x0_t)
-    total = _product(
-        total, x0_first, rows, K0, 0, w, absmax, nested, offset, code, table, w_row,
-        n_first, N, K0 + K1, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, OFFSETS,
-    )  # fmt: skip
+    first, rows = rows_at(x0, m_first, m, T)
+    total = _product(total, first, rows, K0, 0, w, n_first, N, SPEC)
     if x1 is not None:
-        x1_first, rows = rows_at(x1, m_first, m, T, x1_b, x1_t)
-        total = _product(
-            total, x1_first, rows, K1, K0, w, absmax, nested, offset, code, table, w_row,
-            n_first, N, K0 + K1, BLOCK_N, BLOCK_K, TRANSPOSED, MASKED, OFFSETS,
-        )  # fmt: skip
-
-    finish(
-        total, bias, down, up, gate, residual, y0, y1, m, m_first, n_first, M, N, T, split, scale,
-        down_row, up_n, up_r, gate_b, residual_b, residual_t, y0_b, y0_t, y1_b, y1_t,
-        x0.dtype.element_ty, RANK, BLOCK_R, PARTS, PART_COUNT, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        first, rows = rows_at(x1, m_first, m, T)
+        total = _product(total, first, rows, K1, K0, w, n_first, N, SPEC)
+    finish(total, after, out, m, m_first, n_first, M, N, T, x0.ptr.dtype.element_ty, SPEC)
 
 
 def _launch(
-    op, xs, weight, ys, N, K, tile, transposed, bias=None, down=None, up=None, up_strides=(0, 0),
-    parts=(), scale=1.0, gate=None, residual=None,
-):  # fmt: skip
-    """Both formulas. N and K are the output's and the contraction's width here."""
-    B, T, widths = check_side_by_side("xs", xs)
-    M, device = B * T, xs[0].device
-    dense = len(weight) == 1
-    for tensor in [*weight, *ys, bias, down, up, gate, residual]:
-        check(tensor is None or tensor.device == device, "every tensor", f"on {device}",
-              None if tensor is None else tensor.device)  # fmt: skip
+    op: str,
+    xs: list[Tensor],
+    weight: Sequence[Tensor],
+    ys: list[Tensor],
+    after: After,
+    rank: int,
+    parts: tuple[Part, ...],
+    tile: dispatch.Tile | None,
+) -> list[Tensor]:
+    """Both formulas: Y = X·Wᵀ, or with op "lora_gemm_dx" X·W. Overwrites and returns ys."""
+    (B, T), device = xs[0].shape[:2], xs[0].device
+    widths, transposed = [x.shape[2] for x in xs], op == "lora_gemm"
+    M, N, K = B * T, sum(y.shape[2] for y in ys), sum(widths)
+    w = _weight(weight, K if transposed else N)
+    (x0, x1), out = [*map(matrix, xs), None][:2], outputs_of(ys)
+    check_devices(device, (w, after, out))
     if M == 0:
         return ys
     if tile is None:
-        arch, storage = dispatch.arch_of(device), "dense" if dense else "nf4"
+        arch, storage = dispatch.arch_of(device), "dense" if len(weight) == 1 else "nf4"
         tile = dispatch.choose(op, arch, xs[0].dtype, storage, M, N, K).tile
-    for tensor in [*xs, *ys, residual]:
-        check_reach(tensor, T, tile.block_m)
-    x0, x1 = xs if len(xs) == 2 else (xs[0], None)
-    y0, y1 = ys if len(ys) == 2 else (ys[0], None)
-    packed, absmax, nested, offset = [*weight, None, None, None][:4]
-    rank = 0 if down is None else up.shape[1 if transposed else 0]
-    if len(parts) == 1 and parts[0] == (0, N, 0, 0):
-        parts = ()  # all columns, one A: no branch
-    masked = any(width % tile.block_k for width in widths)
-    masked |= not transposed and N % tile.block_n != 0
-    strides = [
-        *(x0.stride()[:2]), *(x1.stride()[:2] if x1 is not None else (0, 0)),
-        weight[0].stride(0) if dense else (K if transposed else N),
-        0 if down is None else down.stride(0), *up_strides,
-        0 if gate is None else gate.stride(0),
-        *(residual.stride()[:2] if residual is not None else (0, 0)),
-        *y0.stride()[:2], *(y1.stride()[:2] if y1 is not None else (0, 0)),
-    ]  # fmt: skip
+    check_reach([x0, x1, out.first, out.second, after.residual], T, tile.block_m)
+    spec = spec_of(tile, widths, N, rank, parts, transposed)
+    spec = spec._replace(offsets=w.offset_ptr is not None and w.offset_ptr.numel() > 1)
     grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
-    _gemm_kernel[grid](
-        x0, x1, packed, absmax, nested, offset,
-        None if dense else code_table(device), None if nested is None else dynamic_map(device),
-        bias, down, up, gate, residual, y0, y1,
-        M, N, T, widths[0], widths[1] if x1 is not None else 0, y0.shape[2], float(scale), *strides,
-        TRANSPOSED=transposed, MASKED=masked, OFFSETS=offset is not None and offset.numel() > 1,
-        RANK=rank, BLOCK_R=rank_block(rank), PARTS=sum(parts, ()), PART_COUNT=len(parts),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    K0, K1 = [*widths, 0][:2]
+    _gemm_kernel[grid](x0, x1, w, after, out, M, N, T, K0, K1, SPEC=spec, **tile.options)
     return ys
+
+
+def _weight(tensors: Sequence[Tensor], columns: int) -> Weight:
+    first, absmax, nested, offset = [*tensors, None, None, None][:4]
+    if absmax is None:
+        return Weight(first, first.stride(0))
+    table = None if nested is None else dynamic_map(first.device)
+    return Weight(first, columns, absmax, nested, offset, code_table(first.device), table)
 
 
 def lora_gemm(
     xs: list[Tensor],
-    weight: list[Tensor],
-    bias: Tensor | None,
-    down: Tensor | None,
-    lora_b: Tensor | None,
-    parts: list[int],
-    scale: float,
-    split: int = 0,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
+    weight: FrozenWeight,
+    down: Tensor | None = None,
+    update: LoRAUpdate | None = None,
+    epilogue: Epilogue = NOTHING,
     out: list[Tensor] | None = None,
     tile: dispatch.Tile | None = None,
 ) -> list[Tensor]:
     """X·Wᵀ + b + s·down·Upᵀ, or residual + gate·that. One launch.
 
-    xs: one or two [B, T, K_i]; weight: [dense [N, K]] or the NF4 lists; bias: [N] or None;
-    down: [B·T, P·R] (x's dtype or fp32, last stride 1) and lora_b: [N', R] contiguous, or both
-    None; parts: flat (start, end, index of A) triples; split: 0, or the width of the first of
-    two outputs; gate: [B, 1, N] or [B, N]; residual: [B, T, N]; out: what to write
-    into; tile: a configuration other than dispatch's. -> [y [B, T, N]] or [y0 [B, T, split], y1].
+    xs: one or two [B, T, K_i]; weight: dense or NF4 [N, K], its bias [N] or None; down: [B·T, P·R]
+    (x's dtype or fp32, last stride 1), with an update, whose lora_b is contiguous; epilogue: its
+    gate may be [B, N]; out: tensors to overwrite; tile: in place of dispatch's. Returns [y [B, T,
+    N]] or, with a split, [y0 [B, T, split], y1].
     """
     B, T, widths = check_side_by_side("xs", xs)
-    K = sum(widths)
-    N = weight[0].shape[0] if len(weight) == 1 else 2 * weight[0].numel() // K
-    if check_weight(weight, N, K) == "nf4":
+    K, (tensors, bias, *_) = sum(widths), weight
+    N = tensors[0].shape[0] if len(tensors) == 1 else 2 * tensors[0].numel() // K
+    if check_weight(tensors, N, K) == "nf4":
         check(all(w % BLOCK == 0 for w in widths), "xs", f"{BLOCK} columns times a whole", widths)
-    check(0 <= split < N, "split", f"within 0..{N}", split)
-    ys = outputs("out", out, B, T, [split, N - split] if split else [N], xs[0])
-    check_gated(bias, gate, residual, B, T, N)
-    check((down is None) == (lora_b is None), "down", "given with lora_b", down is not None)
-    triples, up_strides = (), (0, 0)
-    if down is not None:
-        triples = check_parts(parts, N, lora_b)
-        check_down(down, B * T, lora_b.shape[1] * (max(t[2] for t in triples) + 1))
-        check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
-        up_strides = lora_b.stride()
-    return _launch(
-        "lora_gemm", xs, weight, ys, N, K, tile, True, bias, down, lora_b, up_strides, triples,
-        scale, gate, residual,
-    )  # fmt: skip
+    check_gated(bias, epilogue, (B, T, N))
+    ys = outputs(out, xs[0], epilogue.widths(N), xs[0].dtype)
+    added, parts = update_of(down, update, B * T, N)
+    after = after_of(added, bias, epilogue)
+    return _launch("lora_gemm", xs, tensors, ys, after, update.rank if update else 0, parts, tile)
 
 
 def lora_gemm_dx(
     dys: list[Tensor],
-    weight: list[Tensor],
+    weight: FrozenWeight,
     d_down: Tensor | None,
     lora_a: Tensor | None,
     widths: list[int],
@@ -274,20 +261,12 @@ def lora_gemm_dx(
 
     dys: one or two [B, T, N_i], sum N; weight: as `lora_gemm`'s; d_down: [B·T, P·R] (dy's dtype or
     fp32, scale included) and lora_a: [P·R, K] contiguous, or both None; widths: columns of each
-    result, sum K. -> one [B, T, width] per width, in dy's dtype.
+    result, sum K. Returns one [B, T, width] per width, in dy's dtype.
     """
     B, T, dy_widths = check_side_by_side("dys", dys)
     N, K = sum(dy_widths), sum(widths)
     check(len(widths) in (1, 2) and min(widths) > 0, "widths", "one or two widths", widths)
-    check_weight(weight, N, K)
-    dxs = outputs("out", out, B, T, list(widths), dys[0])
-    check((d_down is None) == (lora_a is None), "d_down", "given with lora_a", d_down is not None)
-    up, up_strides = None, (0, 0)
-    if d_down is not None:
-        check(lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous(), "lora_a",
-              f"contiguous [P·R, {K}]", tuple(lora_a.shape))  # fmt: skip
-        check_down(d_down, B * T, lora_a.shape[0], "d_down")
-        up, up_strides = lora_a, (1, K)
-    return _launch(
-        "lora_gemm_dx", dys, weight, dxs, K, N, tile, False, None, d_down, up, up_strides
-    )
+    check_weight(weight.tensors, N, K)
+    dxs = outputs(out, dys[0], list(widths), dys[0].dtype)
+    added, rank = dx_update_of(d_down, lora_a, B * T, K)
+    return _launch("lora_gemm_dx", dys, weight.tensors, dxs, After(added), rank, (), tile)

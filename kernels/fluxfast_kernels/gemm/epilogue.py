@@ -1,105 +1,248 @@
-"""What `dense.py` and `eight_bit.py` share: where a tile lies, and what follows the product.
+"""What follows a frozen product in the same kernel: the LoRA update, bias, gate and residual.
 
     Y = total + s·down·Upᵀ + bias;   residual + gate·Y where these are given
 
-with total fp32 in registers; the rank-R product runs in the compute dtype into the same sum. One
-rounding to the output's dtype at the end. Layouts: `dense.py`.
+`dense.py` and `eight_bit.py` share it. total is fp32 in registers; the rank-R product runs in the
+compute dtype into the same sum. One rounding to the output's dtype at the end.
+
+Here are also the NamedTuples that the ops hand down: `LoRAUpdate` and `Epilogue` on the host,
+`Update`, `After`, `Outputs` and the compile-time `Spec` as kernels take them.
 """
 
-from fluxfast_kernels.dispatch.backend import tl, triton
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxfast_kernels.dispatch.backend import Matrix, matrix, tl, triton
+from fluxfast_kernels.dispatch.dispatch import Tile
+
+# ---------------------------------------------------------------- on the host
 
 
-def rank_block(rank: int) -> int:
-    """Columns of the rank that one product takes: 16 (the least `tl.dot` takes) or 32."""
-    return 16 if rank <= 16 else 32
+Range = tuple[int, int]
+
+
+class LoRAUpdate(NamedTuple):
+    """A low-rank update of some rows of a layer: y[..., start:end] += scale · (x A_indexᵀ) B_partᵀ.
+
+    lora_a: fp32 [P·R, K], P matrices A stacked; lora_b: fp32 [N', R], the parts' rows one after the
+    other; parts: flat (start, end, index of A) triples, ascending.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    parts: Sequence[int]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_b.shape[1]
+
+    def slices(self) -> Iterator[tuple[Range, Range, Range]]:
+        """Per part: its (first, end) rows of y, of B, and of A."""
+        row = 0
+        starts, ends, indices = (self.parts[i::3] for i in range(3))
+        for start, end, index in zip(starts, ends, indices, strict=True):
+            a_rows = (index * self.rank, (index + 1) * self.rank)
+            yield (start, end), (row, row + end - start), a_rows
+            row += end - start
+
+
+class Epilogue(NamedTuple):
+    """gate [B, 1, N] and residual [B, T, N], both or neither: the result is residual + gate · y.
+    split: columns of the first of two outputs, 0 for one output."""
+
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    split: int = 0
+
+    def widths(self, N: int) -> list[int]:
+        """Columns of each output of a layer with N of them."""
+        return [self.split, N - self.split] if self.split else [N]
+
+
+NOTHING = Epilogue()
+
+
+class Part(NamedTuple):
+    """Rows start to end of y are updated by A number `index` and B's rows from `row` on."""
+
+    start: int
+    end: int
+    index: int
+    row: int
+
+
+# ---------------------------------------------------------------- as kernels take them
+
+
+class Update(NamedTuple):
+    """down [M, P·R] of last stride 1 and, with the strides of output column and rank, Up."""
+
+    down_ptr: Tensor
+    down_stride: int
+    up_ptr: Tensor
+    column_stride: int
+    rank_stride: int
+    scale: float
+
+
+class After(NamedTuple):
+    """What is added to a product, each None where there is none. gate_stride: a batch's."""
+
+    update: Update | None
+    bias_ptr: Tensor | None = None
+    gate_ptr: Tensor | None = None
+    gate_stride: int | None = None
+    residual: Matrix | None = None
+
+
+def after_of(update: Update | None, bias: Tensor | None, epilogue: Epilogue) -> After:
+    """epilogue.split is the outputs' concern."""
+    gate = epilogue.gate
+    gate_stride = None if gate is None else gate.stride(0)
+    return After(update, bias, gate, gate_stride, matrix(epilogue.residual))
+
+
+class Outputs(NamedTuple):
+    """One output, or two of which the first has `split` columns."""
+
+    first: Matrix
+    second: Matrix | None
+    split: int
+
+
+def outputs_of(ys: list[Tensor]) -> Outputs:
+    """ys: one or two [B, T, width]."""
+    return Outputs(matrix(ys[0]), matrix(ys[1]) if len(ys) == 2 else None, ys[0].shape[2])
+
+
+class Spec(NamedTuple):
+    """What a product's kernel is compiled for.
+
+    rank: R; parts: empty where one A feeds all columns; transposed: the weight's tile is transposed
+    on its way, as it is towards y; masked: some width is no multiple of the tile's; offsets: a
+    nested NF4 weight has an offset per nested block. Of 8-bit products: top, the largest quantized
+    value; sum, the dtype of sums; update_dtype, that of the update's product.
+    """
+
+    tile: Tile
+    rank: int
+    parts: tuple[Part, ...]
+    transposed: bool
+    masked: bool
+    offsets: bool = False
+    top: float = 0.0
+    sum: object = None
+    update_dtype: object = None
+
+
+def spec_of(
+    tile: Tile,
+    widths: list[int],
+    N: int,
+    rank: int,
+    parts: tuple[Part, ...],
+    transposed: bool,
+) -> Spec:
+    """widths: of the inputs side by side; N: output columns."""
+    masked = any(width % tile.block_k for width in widths)
+    masked |= not transposed and N % tile.block_n != 0
+    if parts == (Part(0, N, 0, 0),):
+        parts = ()  # all columns, one A: no branch
+    return Spec(tile, rank, parts, transposed, masked)
+
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def tile_at(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """-> first row and first column of this program's tile. GROUP_M rows of tiles share their
-    columns of W in L2."""
+def tile_at(M, N, TILE: tl.constexpr):
+    """First row and first column of this program's tile. group_m rows of tiles share their columns
+    of W in L2."""
     program = tl.program_id(0)
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_tile = program // in_group * GROUP_M
-    group_rows = tl.minimum(m_tiles - first_tile, GROUP_M)
-    m_first = (first_tile + program % in_group % group_rows) * BLOCK_M
-    return m_first, program % in_group // group_rows * BLOCK_N
+    m_tiles = tl.cdiv(M, TILE.block_m)
+    in_group = TILE.group_m * tl.cdiv(N, TILE.block_n)
+    first_tile = program // in_group * TILE.group_m
+    group_rows = tl.minimum(m_tiles - first_tile, TILE.group_m)
+    m_first = (first_tile + program % in_group % group_rows) * TILE.block_m
+    return m_first, program % in_group // group_rows * TILE.block_n
 
 
 @triton.jit
-def rows_at(x, m_first, m, T, stride_b, stride_t):
-    """-> (address of row m_first, 32-bit distances of the rows m from it); row m is token m % T of
-    batch m // T. (64 bits a row in the main loop cost the registers that 4 warps do not have.)"""
+def rows_at(x, m_first, m, T):
+    """Address of row m_first of a `Matrix`, and the 32-bit distances of the rows m from it; row m
+    is token m % T of batch m // T. (64 bits a row in the main loop cost the registers that 4 warps
+    do not have.)"""
     batch, token = m_first // T, m_first % T
-    distance = (m // T - batch) * stride_b + (m % T - token) * stride_t
-    return x + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t, distance.to(tl.int32)
+    distance = (m // T - batch) * x.batch_stride + (m % T - token) * x.token_stride
+    first = x.ptr + batch.to(tl.int64) * x.batch_stride + token.to(tl.int64) * x.token_stride
+    return first, distance.to(tl.int32)
 
 
 @triton.jit
-def _rank_product(
-    total, down, up, m, n, n_from, n_to, down_row, down_first, up_n, up_r, up_first, scale, dtype,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _add_update(
+    total, update, m, n, n_from, n_to, down_first, up_first, dtype: tl.constexpr, RANK: tl.constexpr
+):
     """total + down[m, down_first:][RANK]·(scale·up)ᵀ for the columns n_from <= n < n_to."""
+    BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32  # 16 is the least that `tl.dot` takes
     inside = ((n >= n_from) & (n < n_to))[None, :]
-    up_rows = (n - n_from + up_first) * up_n
+    up_rows = (n - n_from + up_first) * update.column_stride
     # a loop, neither unrolled nor pipelined: unrolled, rank 128 spills
     for i in tl.range(0, (RANK + BLOCK_R - 1) // BLOCK_R, num_stages=1):
         r = i * BLOCK_R + tl.arange(0, BLOCK_R)
         real = r < RANK
-        down_at = down + m.to(tl.int64)[:, None] * down_row + (down_first + r)[None, :]
-        down_tile = tl.load(down_at, real[None, :], other=0.0).to(dtype)
-        up_at = up + up_rows[None, :] + (r * up_r)[:, None]
-        up_tile = tl.load(up_at, real[:, None] & inside, other=0.0).to(tl.float32) * scale
-        total = tl.dot(down_tile, up_tile.to(dtype), total, input_precision="ieee")
+        down_rows = update.down_ptr + m.to(tl.int64)[:, None] * update.down_stride
+        down = tl.load(down_rows + (down_first + r)[None, :], real[None, :], other=0.0).to(dtype)
+        up_at = update.up_ptr + up_rows[None, :] + (r * update.rank_stride)[:, None]
+        up = tl.load(up_at, real[:, None] & inside, other=0.0).to(tl.float32) * update.scale
+        total = tl.dot(down, up.to(dtype), total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def finish(
-    total, bias, down, up, gate, residual, y0, y1, m, m_first, n_first, M, N, T, split, scale,
-    down_row, up_n, up_r, gate_b, residual_b, residual_t, y0_b, y0_t, y1_b, y1_t,
-    dtype: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    PART_COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    total, after, out, m, m_first, n_first, M, N, T, dtype: tl.constexpr, SPEC: tl.constexpr
+):
     """Adds the update, bias, gate and residual to `total` and stores it. dtype: of the update's
     product."""
+    BLOCK_N: tl.constexpr = SPEC.tile.block_n
     n = n_first + tl.arange(0, BLOCK_N)
-    if RANK > 0:
-        if PART_COUNT == 0:
-            total = _rank_product(
-                total, down, up, m, n, 0, N, down_row, 0, up_n, up_r, 0, scale, dtype, RANK, BLOCK_R
-            )
-        for i in tl.static_range(PART_COUNT):
-            start, end = PARTS[4 * i], PARTS[4 * i + 1]
+    if after.update is not None:
+        if len(SPEC.parts) == 0:
+            total = _add_update(total, after.update, m, n, 0, N, 0, 0, dtype, SPEC.rank)
+        for i in tl.static_range(len(SPEC.parts)):
+            start, end = SPEC.parts[i].start, SPEC.parts[i].end
             if (n_first < end) & (n_first + BLOCK_N > start):
-                total = _rank_product(
-                    total, down, up, m, n, start, end, down_row, PARTS[4 * i + 2] * RANK,
-                    up_n, up_r, PARTS[4 * i + 3], scale, dtype, RANK, BLOCK_R,
-                )  # fmt: skip
+                index, row = SPEC.parts[i].index, SPEC.parts[i].row
+                total = _add_update(
+                    total, after.update, m, n, start, end, index * SPEC.rank, row, dtype, SPEC.rank
+                )
 
     in_n = n < N
-    if bias is not None:
-        total += tl.load(bias + n, in_n, other=0.0).to(tl.float32)[None, :]
-    inside = (m_first + tl.arange(0, BLOCK_M) < M)[:, None] & in_n[None, :]
-    if gate is not None:
-        gate_first, rows = rows_at(gate, m_first, m, T, gate_b, 0)
-        gate_tile = tl.load(gate_first + rows[:, None] + n[None, :], inside, other=0.0)
-        total *= gate_tile.to(tl.float32)
-    if residual is not None:
-        residual_first, rows = rows_at(residual, m_first, m, T, residual_b, residual_t)
-        residual_tile = tl.load(residual_first + rows[:, None] + n[None, :], inside, other=0.0)
-        total += residual_tile.to(tl.float32)
-    y_tile = total.to(y0.dtype.element_ty)
-    y0_first, rows = rows_at(y0, m_first, m, T, y0_b, y0_t)
-    if y1 is None:
-        tl.store(y0_first + rows[:, None] + n[None, :], y_tile, inside)
+    if after.bias_ptr is not None:
+        total += tl.load(after.bias_ptr + n, in_n, other=0.0).to(tl.float32)[None, :]
+    inside = (m_first + tl.arange(0, SPEC.tile.block_m) < M)[:, None] & in_n[None, :]
+    if after.gate_ptr is not None:
+        first, rows = rows_at(Matrix(after.gate_ptr, after.gate_stride, 0), m_first, m, T)
+        gate = tl.load(first + rows[:, None] + n[None, :], inside, other=0.0)
+        total *= gate.to(tl.float32)
+    if after.residual is not None:
+        first, rows = rows_at(after.residual, m_first, m, T)
+        residual = tl.load(first + rows[:, None] + n[None, :], inside, other=0.0)
+        total += residual.to(tl.float32)
+    y = total.to(out.first.ptr.dtype.element_ty)
+    first, rows = rows_at(out.first, m_first, m, T)
+    if out.second is None:
+        tl.store(first + rows[:, None] + n[None, :], y, inside)
     else:
-        y1_first, y1_rows = rows_at(y1, m_first, m, T, y1_b, y1_t)
-        if n_first < split:
-            at = y0_first + rows[:, None] + n[None, :]
-            tl.store(at, y_tile, inside & (n < split)[None, :])
-        if n_first + BLOCK_N > split:
-            at = y1_first + y1_rows[:, None] + (n - split)[None, :]
-            tl.store(at, y_tile, inside & (n >= split)[None, :])
+        second, second_rows = rows_at(out.second, m_first, m, T)
+        if n_first < out.split:
+            at = first + rows[:, None] + n[None, :]
+            tl.store(at, y, inside & (n < out.split)[None, :])
+        if n_first + BLOCK_N > out.split:
+            at = second + second_rows[:, None] + (n - out.split)[None, :]
+            tl.store(at, y, inside & (n >= out.split)[None, :])

@@ -23,109 +23,149 @@ FLOP: 2·M·K·P·R or 2·M·N'·R each.
 Refused (ValueError): other shapes, dtypes, a last stride other than 1.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, matrix, tl, triton
 from fluxfast_kernels.gemm.checks import check_parts, check_side_by_side
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate, Part
 from fluxfast_kernels.quant.hadamard import rotated
 from fluxfast_kernels.quant.rows import (
-    Rows,
-    encoded,
+    TOP,
+    QuantizedRows,
     magnitude,
+    quantize,
+    rows_pointer,
     scale_and_inverse,
-    top_of,
 )
 
 BLOCK_Q = 128  # columns that are quantized at once; a rotation's block where that is larger
 
 
+class Segment(NamedTuple):
+    """Columns start to end of tensor 0 or 1 belong to A number `index`, and to rows of the skinny
+    operand (or of the gradient) from `row` on."""
+
+    tensor: int
+    start: int
+    end: int
+    index: int
+    row: int
+
+
+class Strided(NamedTuple):
+    """A skinny operand or result: strides of its long dimension and of the rank."""
+
+    ptr: Tensor
+    stride: int
+    rank_stride: int
+
+
+class SkinnySpec(NamedTuple):
+    """slots: 1, or all blocks of ranks where a program makes them all; block_q: see BLOCK_Q."""
+
+    tile: dispatch.Tile
+    rank: int
+    segments: tuple[Segment, ...]
+    slots: int
+    top: float
+    rotation: int
+    block_q: int
+
+
+class GradsSpec(NamedTuple):
+    """segments: of one tensor; a segment's `tensor` is the number of its first tile."""
+
+    tile: dispatch.Tile
+    rank: int
+    segments: tuple[Segment, ...]
+
+
 @triton.jit
 def _skinny_kernel(
-    x0, x1, w, out, codes0, codes1, scale0, scale1, channel, M, T, K0, K1, scale,
-    x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
-    RANK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_COUNT: tl.constexpr,
-    SLOTS: tl.constexpr, TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[m, index·RANK + r] = scale·Σ x[m, c]·w[c, r] over the segments of one index.
+    x0, x1, w, out, rows0, rows1, channel_ptr, M, T, K0, K1, scale, SPEC: tl.constexpr
+):
+    """out[m, index·rank + r] = scale·Σ x[m, c]·w[c, r] over the segments of one index.
 
-    SLOTS 1: a program makes one block of one index's ranks. Else it makes all SLOTS of them, and
-    codes and scales of its rows of x0 and x1, where these are given, in blocks of BLOCK_Q columns.
+    1 slot: a program makes one block of one index's ranks. Else it makes all of them, and the 8-bit
+    rows of x0 and x1, where these are given, in blocks of block_q columns.
     """
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    SLOTS: tl.constexpr = SPEC.slots
+    m = tl.program_id(0) * SPEC.tile.block_m + tl.arange(0, SPEC.tile.block_m)
     row = tl.minimum(m, M - 1)
     batch = (row // T).to(tl.int64)
     token = (row % T).to(tl.int64)
-    if codes0 is not None:
-        at = x0 + (batch * x0_b + token * x0_t)[:, None]
-        _quantize(at, codes0, scale0, channel, m, M, K0, TOP, ROTATION, BLOCK_M, BLOCK_Q)
-    if codes1 is not None:
-        at = x1 + (batch * x1_b + token * x1_t)[:, None]
-        beyond = channel if channel is None else channel + K0
-        _quantize(at, codes1, scale1, beyond, m, M, K1, TOP, ROTATION, BLOCK_M, BLOCK_Q)
+    if rows0 is not None:
+        at = x0.ptr + (batch * x0.batch_stride + token * x0.token_stride)[:, None]
+        _quantize(at, rows0, channel_ptr, m, M, K0, SPEC)
+    if rows1 is not None:
+        at = x1.ptr + (batch * x1.batch_stride + token * x1.token_stride)[:, None]
+        beyond = channel_ptr if channel_ptr is None else channel_ptr + K0
+        _quantize(at, rows1, beyond, m, M, K1, SPEC)
     for slot in tl.static_range(SLOTS):
-        _skinny_block(
-            x0, x1, w, out, M, scale, m, batch, token, slot if SLOTS > 1 else tl.program_id(1),
-            x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
-            RANK, SEGMENTS, SEGMENT_COUNT, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        block = slot if SLOTS > 1 else tl.program_id(1)
+        _skinny_block(x0, x1, w, out, M, scale, m, batch, token, block, SPEC)
 
 
 @triton.jit
-def _quantize(
-    x_at, codes, row_scale, channel, m, M, K,
-    TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
+def _quantize(x_at, rows, channel_ptr, m, M, K, SPEC: tl.constexpr):
     """Rows of `quant/rows.py`; the second sweep reads them from the cache, as the product does."""
+    BLOCK_M: tl.constexpr = SPEC.tile.block_m
+    BLOCK_Q: tl.constexpr = SPEC.block_q
     most = tl.zeros((BLOCK_M, BLOCK_Q), tl.int32)
     for i in range(0, tl.cdiv(K, BLOCK_Q)):
-        v = _row_block(x_at, channel, i * BLOCK_Q, K, ROTATION, BLOCK_Q)
+        v = _row_block(x_at, channel_ptr, i * BLOCK_Q, K, SPEC)
         most = tl.maximum(most, magnitude(v))
-    scale, inverse = scale_and_inverse(tl.max(most, axis=1), TOP)
-    tl.store(row_scale + m, scale, m < M)
-    codes_at = codes + m.to(tl.int64)[:, None] * K
+    scale, inverse = scale_and_inverse(tl.max(most, axis=1), SPEC.top)
+    tl.store(rows.scale_ptr + m, scale, m < M)
+    values_at = rows.ptr + m.to(tl.int64)[:, None] * K
     for i in range(0, tl.cdiv(K, BLOCK_Q)):
-        v = _row_block(x_at, channel, i * BLOCK_Q, K, ROTATION, BLOCK_Q)
-        code = encoded(v * inverse[:, None], TOP, codes.dtype.element_ty)
+        v = _row_block(x_at, channel_ptr, i * BLOCK_Q, K, SPEC)
+        values = quantize(v * inverse[:, None], SPEC.top, rows.ptr.dtype.element_ty)
         c = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        tl.store(codes_at + c[None, :], code, (m < M)[:, None] & (c < K)[None, :])
+        tl.store(values_at + c[None, :], values, (m < M)[:, None] & (c < K)[None, :])
 
 
 @triton.jit
-def _row_block(x_at, channel, first, K, ROTATION: tl.constexpr, BLOCK_Q: tl.constexpr):
-    c = first + tl.arange(0, BLOCK_Q)[None, :]
+def _row_block(x_at, channel_ptr, first, K, SPEC: tl.constexpr):
+    c = first + tl.arange(0, SPEC.block_q)[None, :]
     v = tl.load(x_at + c, c < K, other=0.0).to(tl.float32)
-    if channel is not None:
-        v *= tl.load(channel + c, c < K, other=0.0)
-    if ROTATION:
-        v = rotated(v, ROTATION)
+    if channel_ptr is not None:
+        v *= tl.load(channel_ptr + c, c < K, other=0.0)
+    if SPEC.rotation:
+        v = rotated(v, SPEC.rotation)
     return v
 
 
 @triton.jit
-def _skinny_block(
-    x0, x1, w, out, M, scale, m, batch, token, slot, x0_b, x0_t, x1_b, x1_t, w_c, w_r, out_row,
-    RANK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_COUNT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of `out`: the ranks that `slot` stands for."""
-    rank_blocks: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
+def _skinny_block(x0, x1, w, out, M, scale, m, batch, token, slot, SPEC: tl.constexpr):
+    """block_n columns of `out`: the ranks that `slot` stands for."""
+    BLOCK_M: tl.constexpr = SPEC.tile.block_m
+    BLOCK_N: tl.constexpr = SPEC.tile.block_n
+    BLOCK_K: tl.constexpr = SPEC.tile.block_k
+    rank_blocks: tl.constexpr = (SPEC.rank + BLOCK_N - 1) // BLOCK_N
     index = slot // rank_blocks
     r = slot % rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = (r < RANK)[None, :]
+    real = (r < SPEC.rank)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(SEGMENT_COUNT):
-        if index == SEGMENTS[5 * i + 3]:
-            if SEGMENTS[5 * i] == 0:
-                x_at = x0 + (batch * x0_b + token * x0_t)[:, None] + SEGMENTS[5 * i + 1]
+    for i in tl.static_range(len(SPEC.segments)):
+        if index == SPEC.segments[i].index:
+            start: tl.constexpr = SPEC.segments[i].start
+            count: tl.constexpr = SPEC.segments[i].end - start
+            if SPEC.segments[i].tensor == 0:
+                x_row = x0.ptr + (batch * x0.batch_stride + token * x0.token_stride)[:, None]
             else:
-                x_at = x1 + (batch * x1_b + token * x1_t)[:, None] + SEGMENTS[5 * i + 1]
-            count: tl.constexpr = SEGMENTS[5 * i + 2] - SEGMENTS[5 * i + 1]
+                x_row = x1.ptr + (batch * x1.batch_stride + token * x1.token_stride)[:, None]
+            x_at = x_row + start
             for k in range(0, tl.cdiv(count, BLOCK_K)):
                 c = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                w_at = w + (SEGMENTS[5 * i + 4] + c)[:, None] * w_c + r[None, :] * w_r
+                w_at = w.ptr + (SPEC.segments[i].row + c)[:, None] * w.stride
+                w_at += r[None, :] * w.rank_stride
                 if count % BLOCK_K == 0:
                     x_tile = tl.load(x_at + c[None, :])
                     w_tile = tl.load(w_at, real, other=0.0)
@@ -134,76 +174,91 @@ def _skinny_block(
                     w_tile = tl.load(w_at, real & (c < count)[:, None], other=0.0)
                 w_tile = w_tile.to(x_tile.dtype)
                 total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
-    out_at = out + m.to(tl.int64)[:, None] * out_row + (index * RANK + r)[None, :]
-    total = (total * scale).to(out.dtype.element_ty)
+    out_at = out.ptr + m.to(tl.int64)[:, None] * out.stride + (index * SPEC.rank + r)[None, :]
+    total = (total * scale).to(out.ptr.dtype.element_ty)
     tl.store(out_at, total, (m < M)[:, None] & real)
 
 
 @triton.jit
-def _grads_kernel(
-    x, skinny, out, M, T, scale, x_b, x_t, skinny_row, out_c, out_r, out_split, tiles_a_split,
-    RANK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT_COUNT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[split, c, r] = scale·Σ x[m, c]·skinny[m, index·RANK + r] over the split's rows m.
-
-    A segment here: first tile, first column, last column + 1, index, first row of out."""
+def _grads_kernel(x, skinny, out, split_stride, M, T, scale, split_tiles, SPEC: tl.constexpr):
+    """out[split, c, r] = scale·Σ x[m, c]·skinny[m, index·rank + r] over a split's rows m."""
+    BLOCK_N: tl.constexpr = SPEC.tile.block_n
+    BLOCK_K: tl.constexpr = SPEC.tile.block_k
     tile = tl.program_id(0)
-    first, start, end, index, to = SEGMENTS[0], SEGMENTS[1], SEGMENTS[2], SEGMENTS[3], SEGMENTS[4]
-    for i in tl.static_range(1, SEGMENT_COUNT):
-        here = tile >= SEGMENTS[5 * i]
-        first = tl.where(here, SEGMENTS[5 * i], first)
-        start = tl.where(here, SEGMENTS[5 * i + 1], start)
-        end = tl.where(here, SEGMENTS[5 * i + 2], end)
-        index = tl.where(here, SEGMENTS[5 * i + 3], index)
-        to = tl.where(here, SEGMENTS[5 * i + 4], to)
+    first, start, end = SPEC.segments[0].tensor, SPEC.segments[0].start, SPEC.segments[0].end
+    index, to = SPEC.segments[0].index, SPEC.segments[0].row
+    for i in tl.static_range(1, len(SPEC.segments)):
+        here = tile >= SPEC.segments[i].tensor
+        first = tl.where(here, SPEC.segments[i].tensor, first)
+        start = tl.where(here, SPEC.segments[i].start, start)
+        end = tl.where(here, SPEC.segments[i].end, end)
+        index = tl.where(here, SPEC.segments[i].index, index)
+        to = tl.where(here, SPEC.segments[i].row, to)
     c = start + (tile - first) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = r < RANK
+    real = r < SPEC.rank
     # x is the right operand: as the left one it would be transposed in registers, not by ldmatrix
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    first_tile = tl.program_id(2) * tiles_a_split
-    for i in range(0, tiles_a_split):
-        m = (first_tile + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = (m // T).to(tl.int64) * x_b + (m % T).to(tl.int64) * x_t
+    first_tile = tl.program_id(2) * split_tiles
+    for i in range(0, split_tiles):
+        m = (first_tile + i) * SPEC.tile.block_m + tl.arange(0, SPEC.tile.block_m)
+        row = (m // T).to(tl.int64) * x.batch_stride + (m % T).to(tl.int64) * x.token_stride
         in_m = (m < M)[:, None]
-        x_tile = tl.load(x + row[:, None] + c[None, :], in_m & (c < end)[None, :], other=0.0)
-        at = skinny + m.to(tl.int64)[:, None] * skinny_row + (index * RANK + r)[None, :]
+        x_tile = tl.load(x.ptr + row[:, None] + c[None, :], in_m & (c < end)[None, :], other=0.0)
+        at = skinny.ptr + m.to(tl.int64)[:, None] * skinny.stride
+        at += (index * SPEC.rank + r)[None, :]
         s_tile = tl.load(at, in_m & real[None, :], other=0.0).to(x_tile.dtype)
         total = tl.dot(tl.trans(s_tile), x_tile, total, input_precision="ieee")
-    at = (to + c - start).to(tl.int64)[None, :] * out_c + r.to(tl.int64)[:, None] * out_r
-    out_at = out + tl.program_id(2).to(tl.int64) * out_split + at
+    at = (to + c - start).to(tl.int64)[None, :] * out.stride
+    at += r.to(tl.int64)[:, None] * out.rank_stride
+    out_at = out.ptr + tl.program_id(2).to(tl.int64) * split_stride + at
     tl.store(out_at, total * scale, (c < end)[None, :] & real[:, None])
 
 
-def _segments(parts, widths: list[int]) -> list[tuple[int, int, int, int, int]]:
-    """Parts (start, end, index, row) cut where a tensor ends: (tensor, start, end, index, row),
-    columns counted within the tensor."""
+# ---------------------------------------------------------------- launchers
+
+
+def _segments(parts: Sequence[Part], widths: list[int]) -> list[Segment]:
+    """Parts cut where a tensor ends; columns counted within the tensor."""
     found, before = [], 0
     for tensor, width in enumerate(widths):
         for start, end, index, row in parts:
             low, high = max(start, before), min(end, before + width)
             if low < high:
-                found.append((tensor, low - before, high - before, index, row + low - start))
+                found.append(Segment(tensor, low - before, high - before, index, row + low - start))
         before += width
     return found
 
 
-def _power_of_two(count: int, most: int) -> int:
-    """The least power of two that holds `count`, from 16 (what `tl.dot` takes) to `most`."""
-    return min(max(16, triton.next_power_of_2(count)), most)
+def fitted(tile: dispatch.Tile, rank: int) -> dispatch.Tile:
+    """With the least power of two that holds the rank as block_n, from 16 (what `tl.dot` takes) to
+    the tile's own."""
+    return replace(tile, block_n=min(max(16, triton.next_power_of_2(rank)), tile.block_n))
 
 
-def _tile(op: str, xs: list[Tensor], M: int, N: int, K: int, tile: dispatch.Tile | None):
-    if tile is not None:
-        return tile
-    return dispatch.choose(op, dispatch.arch_of(xs[0].device), xs[0].dtype, "dense", M, N, K).tile
+def _tile_of(
+    op: str, xs: list[Tensor], M: int, rank: int, K: int, tile: dispatch.Tile | None
+) -> dispatch.Tile:
+    if tile is None:
+        arch = dispatch.arch_of(xs[0].device)
+        tile = dispatch.choose(op, arch, xs[0].dtype, "dense", M, rank, K).tile
+    return fitted(tile, rank)
 
 
 def _skinny(
-    xs, w, w_strides, parts, rank, indices, scale, out, tile, rows=None, channel=None, rotation=0
+    xs: list[Tensor],
+    w: Strided,
+    parts: Sequence[Part],
+    rank: int,
+    indices: int,
+    scale: float,
+    out: Tensor | None,
+    tile: dispatch.Tile | None,
+    rows: Sequence[QuantizedRows | None] | None,
+    channel: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
-    """rows: per input the Rows to fill, or None."""
+    """rows: per input those to fill, or None."""
     B, T, widths = check_side_by_side("xs", xs)
     M, device = B * T, xs[0].device
     if out is None:
@@ -211,33 +266,37 @@ def _skinny(
     check_dtype("out", out)
     fits = out.shape == (M, indices * rank) and out.is_contiguous()
     check(fits, "out", f"contiguous [{M}, {indices * rank}]", tuple(out.shape))
-    check(w.device == device and out.device == device, "every tensor", f"on {device}",
-          [w.device, out.device])  # fmt: skip
+    devices = [w.ptr.device, out.device]
+    check(devices == [device] * 2, "every tensor", f"on {device}", devices)
     if M == 0:
         return out
-    rows = [*(rows or [None] * len(xs)), None][:2]
-    given = [row for row in rows if row is not None]
-    tile = _tile("lora_skinny_8bit" if given else "lora_skinny", xs, M, rank, sum(widths), tile)
-    block_n = _power_of_two(rank, tile.block_n)
-    segments = _segments(parts, widths)
-    x1 = xs[1] if len(xs) == 2 else None
-    blocks = indices * triton.cdiv(rank, block_n)
-    slots = blocks if given else 1
+    given = [row for row in rows or () if row is not None]
+    rows0, rows1 = [*map(rows_pointer, rows or ()), None, None][:2]
+    op = "lora_skinny_8bit" if given else "lora_skinny"
+    tile = _tile_of(op, xs, M, rank, sum(widths), tile)
+    blocks = indices * triton.cdiv(rank, tile.block_n)
+    slots, top = (blocks, TOP[given[0].kind]) if given else (1, TOP["int8"])
+    segments = tuple(_segments(parts, widths))
+    spec = SkinnySpec(tile, rank, segments, slots, top, rotation, max(BLOCK_Q, rotation))
+    x0, x1 = [*map(matrix, xs), None][:2]
+    result = Strided(out, out.stride(0), 1)
+    sizes = (M, T, *[*widths, 0][:2])
     _skinny_kernel[(triton.cdiv(M, tile.block_m), blocks // slots)](
-        xs[0], x1, w, out, *(None if row is None else row.codes for row in rows),
-        *(None if row is None else row.scale for row in rows), channel,
-        M, T, widths[0], widths[1] if x1 is not None else 0, float(scale), *xs[0].stride()[:2],
-        *(x1.stride()[:2] if x1 is not None else (0, 0)), *w_strides, out.stride(0),
-        RANK=rank, SEGMENTS=sum(segments, ()), SEGMENT_COUNT=len(segments), SLOTS=slots,
-        TOP=top_of(given[0] if given else None), ROTATION=rotation,
-        BLOCK_Q=max(BLOCK_Q, rotation),
-        BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        x0, x1, w, result, rows0, rows1, channel, *sizes, float(scale), SPEC=spec, **tile.options
+    )
     return out
 
 
-def _grads(xs, skinny, parts, rank, scale, out, strides, tile) -> Tensor:
+def _grads(
+    xs: list[Tensor],
+    skinny: Tensor,
+    parts: Sequence[Part],
+    rank: int,
+    scale: float,
+    out: Tensor,
+    strides: tuple[int, int],
+    tile: dispatch.Tile | None,
+) -> Tensor:
     """`out` [rows, columns] with `strides` (column of x or dy, column of the rank)."""
     B, T, widths = check_side_by_side("xs", xs)
     M = B * T
@@ -245,33 +304,29 @@ def _grads(xs, skinny, parts, rank, scale, out, strides, tile) -> Tensor:
     check(out.is_contiguous(), "out", "contiguous", out.stride())
     check(out.device == xs[0].device, "out", f"on {xs[0].device}", out.device)
     fits = skinny.ndim == 2 and skinny.shape[0] == M and skinny.stride(1) == 1
-    check(
-        fits and skinny.device == out.device, "down or d_down", f"[{M}, P·R]", tuple(skinny.shape)
-    )
+    fits = fits and skinny.device == out.device
+    check(fits, "down or d_down", f"[{M}, P·R]", tuple(skinny.shape))
     if M == 0:
         return out.zero_()
-    tile = _tile("lora_grads", xs, M, rank, sum(widths), tile)
-    block_n = _power_of_two(rank, tile.block_n)
-    rank_blocks, steps = triton.cdiv(rank, block_n), triton.cdiv(M, tile.block_m)
-    columns = sum(triton.cdiv(end - start, tile.block_k) for start, end, _, _ in parts)
+    tile = _tile_of("lora_grads", xs, M, rank, sum(widths), tile)
+    rank_blocks, steps = triton.cdiv(rank, tile.block_n), triton.cdiv(M, tile.block_m)
+    columns = sum(triton.cdiv(part.end - part.start, tile.block_k) for part in parts)
     splits = max(1, min(tile.group_m // (columns * rank_blocks), steps // 4))
-    a_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, a_split)
+    split_tiles = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, split_tiles)
     sums = out[None] if splits == 1 else out.new_empty(splits, *out.shape)
     segments = _segments(parts, widths)
     for tensor, x in enumerate(xs):
         own, tiles = [], 0
-        for of, start, end, index, row in segments:
-            if of == tensor:
-                own.append((tiles, start, end, index, row))
-                tiles += triton.cdiv(end - start, tile.block_k)
+        for segment in segments:
+            if segment.tensor == tensor:
+                own.append(segment._replace(tensor=tiles))
+                tiles += triton.cdiv(segment.end - segment.start, tile.block_k)
         if own:
-            _grads_kernel[(tiles, rank_blocks, splits)](
-                x, skinny, sums, M, T, float(scale), *x.stride()[:2], skinny.stride(0), *strides,
-                out.numel(), a_split, RANK=rank, SEGMENTS=sum(own, ()), SEGMENT_COUNT=len(own),
-                BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+            spec = GradsSpec(tile, rank, tuple(own))
+            operands = (matrix(x), Strided(skinny, skinny.stride(0), 1), Strided(sums, *strides))
+            sizes = (out.numel(), M, T, float(scale), split_tiles)
+            _grads_kernel[tiles, rank_blocks, splits](*operands, *sizes, SPEC=spec, **tile.options)
     return out if splits == 1 else torch.sum(sums, 0, out=out)
 
 
@@ -280,69 +335,70 @@ def lora_down(
     lora_a: Tensor,
     out: Tensor | None = None,
     tile: dispatch.Tile | None = None,
-    rows: list[Rows | None] | None = None,
+    rows: Sequence[QuantizedRows | None] | None = None,
     rotation: int = 0,
 ) -> Tensor:
-    """X·Aᵀ. xs: one or two [B, T, K_i]; lora_a: [P·R, K] contiguous, any compute dtype; out:
-    [B·T, P·R] to write into; rows: per input its 8-bit Rows to fill, rotated, or None.
-    -> [B·T, P·R] in x's dtype (or out's). One launch."""
+    """X·Aᵀ [B·T, P·R] in x's dtype (or out's). One launch.
+
+    xs: one or two [B, T, K_i]; lora_a: [P·R, K] contiguous, any compute dtype; out: [B·T, P·R] to
+    overwrite; rows: per input its 8-bit rows to fill, rotated, or None.
+    """
     K = sum(x.shape[-1] for x in xs)
     fits = lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous()
     check(fits, "lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
-    rank = lora_a.shape[0]
-    given = (out, tile, rows, None, rotation)
-    return _skinny(xs, lora_a, (1, K), [(0, K, 0, 0)], rank, 1, 1.0, *given)
+    rank, w, parts = lora_a.shape[0], Strided(lora_a, 1, K), [Part(0, K, 0, 0)]
+    return _skinny(xs, w, parts, rank, 1, 1.0, out, tile, rows, rotation=rotation)
 
 
 def lora_d_down(
     dys: list[Tensor],
-    lora_b: Tensor,
-    parts: list[int],
-    scale: float,
-    indices: int,
+    update: LoRAUpdate,
     out: Tensor | None = None,
     tile: dispatch.Tile | None = None,
-    rows: list[Rows | None] | None = None,
+    rows: Sequence[QuantizedRows | None] | None = None,
     channel: Tensor | None = None,
 ) -> Tensor:
-    """s·Σ dY_part·B_part, per index of A. dys: one or two [B, T, N_i]; lora_b: [N', R] contiguous;
-    indices: P; out: [B·T, P·R]; rows: per dY the 8-bit Rows of dY·channel (fp32 [N]) to fill, or
-    None. -> [B·T, P·R] in dy's dtype (or out's); zero where no part names an index. One launch."""
-    triples = check_parts(parts, sum(dy.shape[-1] for dy in dys), lora_b)
-    check(max(t[2] for t in triples) < indices, "parts", f"with an index below {indices}", parts)
+    """s·Σ dY_part·B_part [B·T, P·R], per index of A, in dy's dtype (or out's); zero where no part
+    names an index. One launch.
+
+    dys: one or two [B, T, N_i]; out: [B·T, P·R] to overwrite; rows: per dY the 8-bit rows of
+    dY·channel (fp32 [N]) to fill, or None.
+    """
+    lora_b, rank = update.lora_b, update.lora_b.shape[-1]
+    parts = check_parts(update.parts, sum(dy.shape[-1] for dy in dys), lora_b)
+    indices = update.lora_a.shape[0] // rank
+    fits = max(part.index for part in parts) < indices
+    check(fits, "parts", f"with an index below {indices}", update.parts)
     check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
-    rank = lora_b.shape[1]
-    given = (out, tile, rows, channel)
-    return _skinny(dys, lora_b, (rank, 1), triples, rank, indices, scale, *given)
+    w = Strided(lora_b, rank, 1)
+    return _skinny(dys, w, parts, rank, indices, update.scale, out, tile, rows, channel)
 
 
 def lora_da(
     xs: list[Tensor], d_down: Tensor, out: Tensor | None = None, tile: dispatch.Tile | None = None
 ) -> Tensor:
-    """d_downᵀ·X. d_down: [B·T, P·R] with the scale in it. -> fp32 [P·R, K]."""
+    """d_downᵀ·X, fp32 [P·R, K]. d_down: [B·T, P·R] with the scale in it."""
     K, rank = sum(x.shape[-1] for x in xs), d_down.shape[1]
     if out is None:
         out = xs[0].new_empty(rank, K, dtype=torch.float32)
     check(out.shape == (rank, K), "out", f"[{rank}, {K}]", tuple(out.shape))
-    return _grads(xs, d_down, [(0, K, 0, 0)], rank, 1.0, out, (1, K), tile)
+    return _grads(xs, d_down, [Part(0, K, 0, 0)], rank, 1.0, out, (1, K), tile)
 
 
 def lora_db(
     dys: list[Tensor],
     down: Tensor,
-    parts: list[int],
-    scale: float,
-    rank: int,
+    update: LoRAUpdate,
     out: Tensor | None = None,
     tile: dispatch.Tile | None = None,
 ) -> Tensor:
-    """s·dY_partᵀ·down_part, part after part. down: [B·T, P·R]; rank: R. -> fp32 [N', R]."""
-    rows = sum(end - start for start, end in zip(parts[::3], parts[1::3], strict=True))
+    """s·dY_partᵀ·down_part, part after part, fp32 [N', R]. down: [B·T, P·R]."""
+    lora_b, rank = update.lora_b, update.rank
+    parts = check_parts(update.parts, sum(dy.shape[-1] for dy in dys), lora_b)
     if out is None:
-        out = dys[0].new_empty(rows, rank, dtype=torch.float32)
-    triples = check_parts(parts, sum(dy.shape[-1] for dy in dys), out)
-    most = max(t[2] for t in triples)
-    check(out.shape[1] == rank, "out", f"[{rows}, {rank}]", tuple(out.shape))
-    check(down.shape[1] >= rank * (most + 1), "down", f"[{down.shape[0]}, P·{rank}]",
-          tuple(down.shape))  # fmt: skip
-    return _grads(dys, down, triples, rank, scale, out, (rank, 1), tile)
+        out = lora_b.new_empty(lora_b.shape, dtype=torch.float32)
+    check(out.shape == lora_b.shape, "out", f"{list(lora_b.shape)}", tuple(out.shape))
+    most = max(part.index for part in parts)
+    fits = down.shape[1] >= rank * (most + 1)
+    check(fits, "down", f"[{down.shape[0]}, P·{rank}]", tuple(down.shape))
+    return _grads(dys, down, parts, rank, update.scale, out, (rank, 1), tile)

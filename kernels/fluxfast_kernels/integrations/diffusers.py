@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.integrations.diffusers_linears import (
     Declined,
     Joint,
@@ -59,12 +60,12 @@ from fluxfast_kernels.integrations.diffusers_linears import (
 from fluxfast_kernels.ops.gate_residual import gate_residual
 from fluxfast_kernels.ops.gelu import gelu_lora_linear
 from fluxfast_kernels.ops.lora_linear import lora_linear
-from fluxfast_kernels.ops.norm_modulate import norm_modulate_lora_linear
-from fluxfast_kernels.ops.norm_modulate_triton import EPS
+from fluxfast_kernels.ops.norm_modulate import EPS, norm_modulate_lora_linear
 from fluxfast_kernels.ops.qk_norm_rope import EPSILON, qk_norm_rope_attention
+from fluxfast_kernels.quant.frozen import FrozenWeight
 
-ARGUMENTS = ["self", "hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb",
-             "joint_attention_kwargs"]  # fmt: skip
+_INPUTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+ARGUMENTS = ["self", *_INPUTS, "joint_attention_kwargs"]
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class _Shared:
             warnings.warn(f"patch_diffusers: {text}", stacklevel=4)
 
     def rope(self, tables: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """diffusers' cos and sin [T, C], every value twice -> [1, T, 1, C/2]. Made once for all
-        blocks of a forward."""
+        """[1, T, 1, C/2] of diffusers' cos and sin [T, C], which hold every value twice. Made once
+        for all blocks of a forward."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self._rope is not None:
             refs, made = self._rope
@@ -148,7 +149,7 @@ class _Shared:
 class _Run:
     """One block's forward: the linears' arguments, and the dtypes."""
 
-    layers: dict[str, tuple]
+    layers: dict[str, tuple[FrozenWeight, LoRAUpdate | None]]
     norms: list[Tensor]
     heads: int
     rope: tuple[Tensor, Tensor]
@@ -157,13 +158,13 @@ class _Run:
     no_autocast: Callable
 
     def modulation(self, norm: nn.Module, temb: Tensor, h: Tensor) -> list[Tensor]:
-        """-> shift, scale, gate (twice in a double block), [B, 1, D] each."""
+        """shift, scale, gate (twice in a double block), [B, 1, D] each."""
         out = norm.linear(norm.silu(temb)).to(self.dtype)[:, None]
         return out.expand(h.shape[0], -1, -1).split(h.shape[2], dim=-1)
 
-    def of_norm(self, h: Tensor, shift: Tensor, scale: Tensor, layer: str, split: int = 0):
-        arguments = self.layers[layer]
-        return norm_modulate_lora_linear(h.to(self.dtype), shift, scale, *arguments, split=split)
+    def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, layer: str, split: int = 0):
+        weight, update = self.layers[layer]
+        return norm_modulate_lora_linear(h.to(self.dtype), shift, scale, weight, update, split)
 
     def attention(self, qkv: list[Tensor]) -> Tensor:
         return qk_norm_rope_attention(qkv, self.norms, *self.rope, self.heads)
@@ -179,7 +180,7 @@ class _Run:
 
 
 def _prepare(block: nn.Module, h: Tensor, rope: tuple | None, kwargs: dict | None) -> _Run | None:
-    """-> None where the block has to run as diffusers wrote it."""
+    """None where the block has to run as diffusers wrote it."""
     patch: _Patch = block._fluxfast
     try:
         return patch.run(block, h, rope, kwargs)
@@ -218,7 +219,7 @@ class _Patch:
                     dtypes.add(autocast or base.weight.dtype)
                     stream = torch.promote_types(stream, autocast or base.weight.dtype)
             update = stacked([lora_of(x) for x in linears], [x.out_features for x in bases])
-            layers[name] = (*self.joints[name].of(bases), *update)
+            layers[name] = (self.joints[name].of(bases), update)
         decline_if(len(dtypes) > 1, "linears compute in several dtypes")
         dtype = dtypes.pop()
         decline_if(dtype not in DTYPES, f"linears compute in {dtype}")
@@ -230,7 +231,7 @@ class _Patch:
         )
 
     def head_norms(self, block: nn.Module, rope: tuple | None, kwargs: dict | None) -> list[Tensor]:
-        """-> the weights of q's and k's norms. Declines what the ops do not do around linears."""
+        """The weights of q's and k's norms. Declines what the ops do not do around linears."""
         kind, attn = self.kind, block.attn
         decline_if(kwargs, f"joint_attention_kwargs has {', '.join(kwargs or ())}")
         plain_rope = isinstance(rope, tuple) and len(rope) == 2 and rope[0].ndim == 2
@@ -255,15 +256,17 @@ class _Patch:
 
 
 def _double_forward(
-    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None,
+    self,
+    hidden_states,
+    encoder_hidden_states,
+    temb,
+    image_rotary_emb=None,
     joint_attention_kwargs=None,
-):  # fmt: skip
+):
     run = _prepare(self, hidden_states, image_rotary_emb, joint_attention_kwargs)
     if run is None:
-        return type(self).forward(
-            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-            joint_attention_kwargs,
-        )  # fmt: skip
+        given = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        return type(self).forward(self, *given, joint_attention_kwargs)
     img, txt = hidden_states, encoder_hidden_states
     img_mod = run.modulation(self.norm1, temb, img)
     txt_mod = run.modulation(self.norm1_context, temb, txt)
@@ -271,36 +274,38 @@ def _double_forward(
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
 
-        txt_qkv = run.of_norm(txt, txt_shift1, txt_scale1, "txt_qkv")
-        img_qkv = run.of_norm(img, img_shift1, img_scale1, "img_qkv")
+        txt_qkv = run.norm_linear(txt, txt_shift1, txt_scale1, "txt_qkv")
+        img_qkv = run.norm_linear(img, img_shift1, img_scale1, "img_qkv")
         attn = run.attention([txt_qkv, img_qkv])
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
         img = run.add(img, img_gate1, lora_linear, img_attn, "img_proj")
         txt = run.add(txt, txt_gate1, lora_linear, txt_attn, "txt_proj")
 
-        img_u = run.of_norm(img, img_shift2, img_scale2, "img_in")
+        img_u = run.norm_linear(img, img_shift2, img_scale2, "img_in")
         img = run.add(img, img_gate2, gelu_lora_linear, img_u, "img_out")
-        txt_u = run.of_norm(txt, txt_shift2, txt_scale2, "txt_in")
+        txt_u = run.norm_linear(txt, txt_shift2, txt_scale2, "txt_in")
         txt = run.add(txt, txt_gate2, gelu_lora_linear, txt_u, "txt_out")
         return _clipped(txt), img
 
 
 def _single_forward(
-    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None,
+    self,
+    hidden_states,
+    encoder_hidden_states,
+    temb,
+    image_rotary_emb=None,
     joint_attention_kwargs=None,
-):  # fmt: skip
+):
     run = _prepare(self, hidden_states, image_rotary_emb, joint_attention_kwargs)
     if run is None:
-        return type(self).forward(
-            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-            joint_attention_kwargs,
-        )  # fmt: skip
+        given = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        return type(self).forward(self, *given, joint_attention_kwargs)
     text = encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     modulation = run.modulation(self.norm, temb, x)
     with run.no_autocast():
         shift, scale, gate = modulation
-        qkv, u = run.of_norm(x, shift, scale, "linear1", split=3 * x.shape[2])
+        qkv, u = run.norm_linear(x, shift, scale, "linear1", split=3 * x.shape[2])
         attn = run.attention([qkv])
         x = _clipped(run.add(x, gate, gelu_lora_linear, u, "linear2", head=attn))
         return x[:, :text], x[:, text:]

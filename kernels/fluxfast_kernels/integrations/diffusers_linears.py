@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate
+from fluxfast_kernels.quant.frozen import FrozenWeight
 from fluxfast_kernels.quant.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, nf4_absmax
 
 
@@ -28,12 +30,10 @@ def decline_if(condition: object, reason: str) -> None:
 
 
 def hooked(module: nn.Module) -> bool:
-    kept = module.__dict__
-    return "forward" in kept or any(
-        kept[name]
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                     "_backward_pre_hooks")
-    )  # fmt: skip
+    """Whether calling the module does more, or other, than its class's forward."""
+    own = module.__dict__
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or any(own[name] for name in names)
 
 
 def is_4bit(base: nn.Module) -> bool:
@@ -92,8 +92,8 @@ def lora_of(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     name = names[0]
     variant = name in getattr(module, "lora_variant", ()) or module.use_dora.get(name)
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    decline_if(variant or type(a) is not nn.Linear or type(b) is not nn.Linear,
-                "an adapter is a LoRA variant")  # fmt: skip
+    plain = type(a) is nn.Linear and type(b) is nn.Linear
+    decline_if(variant or not plain, "an adapter is a LoRA variant")
     decline_if(a.bias is not None or b.bias is not None, "an adapter has biases")
     decline_if(any(map(hooked, (a, b, dropout))), "an adapter has hooks")
     drops = type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
@@ -101,11 +101,11 @@ def lora_of(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     return a.weight.float(), b.weight.float(), float(module.scaling[name])
 
 
-def stacked(loras: list[tuple | None], rows: list[int]) -> tuple:
-    """lora_a, lora_b, parts, scale of linears that have `rows` outputs each."""
+def stacked(loras: list[tuple | None], rows: list[int]) -> LoRAUpdate | None:
+    """The update of linears that have `rows` outputs each."""
     present = [lora for lora in loras if lora is not None]
     if not present:
-        return None, None, [], 1.0
+        return None
     rank = max(a.shape[0] for a, _, _ in present)
     scales = {scale for _, _, scale in present}
     scale = scales.pop() if len(scales) == 1 else None
@@ -123,7 +123,7 @@ def stacked(loras: list[tuple | None], rows: list[int]) -> tuple:
         many_b.append(b if scale is not None else b * own)
     if len(present) > 1:
         many_a, many_b = [torch.cat(many_a)], [torch.cat(many_b)]
-    return many_a[0], many_b[0], parts, 1.0 if scale is None else scale
+    return LoRAUpdate(many_a[0], many_b[0], parts, 1.0 if scale is None else scale)
 
 
 # ---------------------------------------------------------------- the frozen weights, side by side
@@ -149,9 +149,9 @@ def _give(base: nn.Module, name: str, tensor: Tensor) -> None:
         (state if name == "absmax" else state.state2).absmax = tensor
 
 
-def _arguments(tensors: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-    """weight list and bias as the ops take them."""
-    return [tensor for name, tensor in tensors.items() if name != "bias"], tensors["bias"]
+def _weight(tensors: dict[str, Tensor]) -> FrozenWeight:
+    weight = [tensor for name, tensor in tensors.items() if name != "bias"]
+    return FrozenWeight(weight, tensors["bias"])
 
 
 @dataclass
@@ -161,14 +161,15 @@ class Joint:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     seen: list[Tensor] = field(default_factory=list)  # kept, so that no address is used again
 
-    def of(self, bases: list[nn.Module]) -> tuple[list[Tensor], Tensor]:
+    def of(self, bases: list[nn.Module]) -> FrozenWeight:
+        """The weight of linears side by side, joined where it is not or no longer."""
         if len(bases) == 1:
-            return _arguments(_frozen(bases[0]))
+            return _weight(_frozen(bases[0]))
         if not (torch.compiler.is_compiling() and self.tensors):
             now = [tensor for base in bases for tensor in _frozen(base).values()]
             if [x.data_ptr() for x in now] != [x.data_ptr() for x in self.seen]:
                 self.join(bases)
-        return _arguments(self.tensors)
+        return _weight(self.tensors)
 
     @torch.no_grad()
     def join(self, bases: list[nn.Module]) -> None:
@@ -209,10 +210,9 @@ class Joint:
         for base in bases:
             for name, tensor in _frozen(base).items():
                 joint = self.tensors.get(name)
-                mine = joint is not None and tensor.dtype == joint.dtype and (
-                    tensor.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr()
-                )  # fmt: skip
-                if mine and name != "offset":
+                if joint is None or name == "offset" or tensor.dtype != joint.dtype:
+                    continue
+                if tensor.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr():
                     _give(base, name, tensor.clone())
         self.tensors, self.seen = {}, []
 

@@ -9,20 +9,21 @@
 Layouts: h [B, T, D], shift and scale [B, 1, D], one dtype (fp32, bf16 or fp16). The last stride is
 1, the others are free: shift and scale may be chunks of the modulation's output, h one stream's
 tokens of a joint tensor. mean and rstd are fp32 [B, T]; sums are fp32, the variance is taken
-about the mean. weight, lora_a, lora_b, parts: see `lora_linear.py`.
+about the mean. weight, update: see `lora_linear.py`. A row is held in registers, so its mean and
+its variance about that mean take one read of it; all is fp32 between load and store.
 
 `norm_modulate_lora_linear` writes x to a temporary and multiplies that. A product of M rows and N
 columns reads its x once per column of tiles (N = 9216 in tiles of 128: 72 times); normalizing
 inside it would repeat this file's work as often and take the product from cuBLAS. x is not saved
-but made again in backward: one more read of h and write of x there, for 2·D bytes a token less
-held in bf16.
+but recomputed in backward: one more read of h and write of x there, for 2·D bytes a token less
+saved in bf16.
 
 Saved for backward: h, mean, rstd, scale, and with an update shift, A and B.
 
-Bytes, in elements: x reads B·T·D and writes B·T·D, made again likewise; dh reads h and dx and
+Bytes, in elements: x reads B·T·D and writes B·T·D, recomputed likewise; dh reads h and dx and
 writes B·T·D (in the fused op over dx itself). dshift and dscale are formed only when asked for, in
 that same pass and without atomics: one fp32 partial sum per chunk of tokens, then the sum of the
-chunks, so that two runs agree bit for bit. FLOP: 8 an element; made again 4; backward 10, with
+chunks, so that two runs agree bit for bit. FLOP: 8 an element; recomputed 4; backward 10, with
 dshift and dscale 13. The linear's own are in `lora_linear.py`.
 
 Refused with ValueError: other shapes, mixed dtypes, a last stride other than 1, D above 16 384 (a
@@ -31,39 +32,222 @@ Source: adaptive layer norm (DiT, arXiv 2212.09748), as FLUX's blocks use it.
 """
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, last_stride_1
+from fluxfast_kernels.dispatch.backend import check, last_stride_1, matrix, tl, triton
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
-from fluxfast_kernels.ops.lora_linear import check_products, check_update, lora_linear_reference
-from fluxfast_kernels.ops.norm_modulate_triton import (
-    EPS,
-    launch_norm_modulate,
-    launch_norm_modulate_backward,
+from fluxfast_kernels.ops.lora_linear import (
+    LINEAR,
+    check_matmul,
+    check_update,
+    fake_update_gradients,
+    flatten,
+    linear_gradients,
+    lora_linear_reference,
+    or_empty,
+    save_linear,
+    saved_linear,
+    unflatten,
 )
-from fluxfast_kernels.quant.frozen import weight_shape
-from fluxfast_kernels.quant.rows import Rows, empty_rows
+from fluxfast_kernels.quant.frozen import FrozenWeight, weight_shape
+from fluxfast_kernels.quant.hadamard import rotated
+from fluxfast_kernels.quant.rows import (
+    TOP,
+    QuantizedRows,
+    empty_rows,
+    magnitude,
+    quantize,
+    rows_pointer,
+    scale_and_inverse,
+)
 
+EPS = 1e-6
 MAX_WIDTH = 16384
+STEPS = 8  # tiles a program sums for dshift and dscale: 16 rows at D = 3072
+
+
+class Spec(NamedTuple):
+    """What a kernel is compiled for: a program's tokens and columns (a power of two that holds D).
+
+    recompute: mean and rstd are read, not formed and written. Of 8-bit rows: top, rotation.
+    """
+
+    D: int
+    tokens: int
+    columns: int
+    recompute: bool = False
+    top: float = TOP["int8"]
+    rotation: int = 0
+
+
+# ---------------------------------------------------------------- forward kernel
+
+_EPS = tl.constexpr(EPS)
+
+
+@triton.jit
+def _norm_modulate_kernel(h, shift, scale, x_ptr, mean_ptr, rstd_ptr, rows, T, SPEC: tl.constexpr):
+    """h, shift, scale: `Matrix`; x, contiguous, and where given its 8-bit rows are written."""
+    D: tl.constexpr = SPEC.D
+    t = tl.program_id(0).to(tl.int64) * SPEC.tokens + tl.arange(0, SPEC.tokens)
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, SPEC.columns)[None, :]
+    column, real = d < D, t < T
+    inside = real[:, None] & column
+    h_at = h.ptr + b * h.batch_stride + t[:, None] * h.token_stride + d
+    value = tl.load(h_at, inside, other=0.0).to(tl.float32)
+    added = tl.load(shift.ptr + b * shift.batch_stride + d, column, other=0.0).to(tl.float32)
+    factor = tl.load(scale.ptr + b * scale.batch_stride + d, column, other=0.0).to(tl.float32)
+    if SPEC.recompute:
+        mean = tl.load(mean_ptr + b * T + t, real, other=0.0)
+        rstd = tl.load(rstd_ptr + b * T + t, real, other=0.0)
+    else:
+        mean = tl.sum(value, axis=1) / D
+        centered = tl.where(inside, value - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / D + _EPS)
+        tl.store(mean_ptr + b * T + t, mean, real)
+        tl.store(rstd_ptr + b * T + t, rstd, real)
+    x = (value - mean[:, None]) * rstd[:, None] * (1.0 + factor) + added
+    x = x.to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + (b * T + t[:, None]) * D + d, x, inside)
+    if rows is not None:
+        v = tl.where(inside, x.to(tl.float32), 0.0)
+        if SPEC.rotation:
+            v = rotated(v, SPEC.rotation)
+        row_scale, inverse = scale_and_inverse(tl.max(magnitude(v), axis=1), SPEC.top)
+        tl.store(rows.scale_ptr + b * T + t, row_scale, real)
+        values = quantize(v * inverse[:, None], SPEC.top, rows.ptr.dtype.element_ty)
+        tl.store(rows.ptr + (b * T + t[:, None]) * D + d, values, inside)
+
+
+# ---------------------------------------------------------------- backward kernel
+
+
+@triton.jit
+def _norm_modulate_backward_kernel(
+    dx, h, scale, mean_ptr, rstd_ptr, dh_ptr, sums_ptr, T, SPEC: tl.constexpr, STEPS: tl.constexpr
+):
+    """STEPS tiles, one after the other: dh of each, and their share of dshift and dscale, where dh
+    and sums are given.
+
+    dh may be dx: a tile is read before it is written.
+    """
+    D: tl.constexpr = SPEC.D
+    COLUMNS: tl.constexpr = SPEC.columns
+    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, COLUMNS)
+    column = (d < D)[None, :]
+    if dh_ptr is not None:
+        scale_at = scale.ptr + b * scale.batch_stride + d[None, :]
+        factor = 1.0 + tl.load(scale_at, column, other=0.0).to(tl.float32)
+    if sums_ptr is not None:
+        d_shift = tl.zeros((COLUMNS,), tl.float32)
+        d_scale = tl.zeros((COLUMNS,), tl.float32)
+    for step in range(0, STEPS):
+        t = (chunk.to(tl.int64) * STEPS + step) * SPEC.tokens + tl.arange(0, SPEC.tokens)
+        real = t < T
+        inside = real[:, None] & column
+        dx_at = dx.ptr + b * dx.batch_stride + t[:, None] * dx.token_stride + d[None, :]
+        h_at = h.ptr + b * h.batch_stride + t[:, None] * h.token_stride + d[None, :]
+        gradient = tl.load(dx_at, inside, other=0.0).to(tl.float32)
+        value = tl.load(h_at, inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + b * T + t, real, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + b * T + t, real, other=0.0)[:, None]
+        n = (value - mean) * rstd  # not zero past column D, but dx is, and so is every sum
+        if sums_ptr is not None:
+            d_shift += tl.sum(gradient, axis=0)
+            d_scale += tl.sum(gradient * n, axis=0)
+        if dh_ptr is not None:
+            g = gradient * factor
+            mean_g = (tl.sum(g, axis=1) / D)[:, None]
+            mean_gn = (tl.sum(g * n, axis=1) / D)[:, None]
+            dh = (rstd * (g - mean_g - n * mean_gn)).to(dh_ptr.dtype.element_ty)
+            tl.store(dh_ptr + (b * T + t[:, None]) * D + d[None, :], dh, inside)
+    if sums_ptr is not None:
+        sums_at = sums_ptr + (b * tl.num_programs(0) + chunk) * 2 * D + d
+        tl.store(sums_at, d_shift, d < D)
+        tl.store(sums_at + D, d_scale, d < D)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def tile(D: int, rotation: int = 0) -> tuple[int, int, int]:
+    """(tokens, columns, warps) of a program: whole rows, two at FLUX's 3072, which share their
+    modulation. One where they are rotated: two spill (sm_90, Triton 3.7.1)."""
+    columns = triton.next_power_of_2(D)
+    tokens = max(1, min(16, (4096 if rotation else 8192) // columns))
+    return tokens, columns, max(4, min(16, tokens * columns // 1024))
+
+
+def launch_norm_modulate(
+    h: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    recompute: bool,
+    rows: QuantizedRows | None = None,
+    rotation: int = 0,
+) -> None:
+    """Overwrites x [B, T, D], contiguous, mean and rstd [B, T], unless it recomputes, and x's rows
+    where they are given."""
+    B, T, D = h.shape
+    tokens, columns, num_warps = tile(D, rotation)
+    top = TOP["int8" if rows is None else rows.kind]
+    spec = Spec(D, tokens, columns, recompute, top, rotation)
+    modulation = (matrix(shift), matrix(scale))
+    _norm_modulate_kernel[(triton.cdiv(T, tokens), B)](
+        matrix(h), *modulation, x, mean, rstd, rows_pointer(rows), T, SPEC=spec, num_warps=num_warps
+    )
+
+
+def launch_norm_modulate_backward(
+    dx: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    dh: Tensor | None,
+    d_modulation: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Overwrites dh [B, T, D] (it may be dx, where that is contiguous) and (dshift, dscale), each
+    [B, 1, D], where they are given."""
+    B, T, D = h.shape
+    tokens, columns, num_warps = tile(D)
+    steps = 1 if d_modulation is None else STEPS
+    chunks = triton.cdiv(T, tokens * steps)
+    sums = None
+    if d_modulation is not None:
+        sums = torch.empty(B, chunks, 2, D, dtype=torch.float32, device=h.device)
+    operands = (matrix(dx), matrix(h), matrix(scale), *statistics, dh, sums)
+    spec = Spec(D, tokens, columns)
+    _norm_modulate_backward_kernel[(chunks, B)](
+        *operands, T, SPEC=spec, STEPS=steps, num_warps=num_warps
+    )
+    if d_modulation is not None:
+        for out, total in zip(d_modulation, sums.sum(1).unbind(1), strict=True):
+            out.copy_(total[:, None])
+
 
 # ---------------------------------------------------------------- forward and backward, no autograd
 
 
 def norm_modulate_forward(
-    h: Tensor, shift: Tensor, scale: Tensor, products: str = "", rotation: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Rows | None]:
-    """-> (x [B, T, D] contiguous, mean and rstd fp32 [B, T], x's 8-bit rows where the kernel wrote
-    them for such products)."""
-    B, T, D = h.shape
+    h: Tensor, shift: Tensor, scale: Tensor, matmul: str = "", rotation: int = 0
+) -> tuple[Tensor, Tensor, Tensor, QuantizedRows | None]:
+    """(x [B, T, D] contiguous, mean and rstd fp32 [B, T], x's 8-bit rows where the kernel wrote
+    them for such a matmul)."""
+    B, _, D = h.shape
     if backend.launches(h):
-        x = h.new_empty(B, T, D)
-        mean, rstd = _statistics(h)
-        rows = empty_rows(x, products) if products else None
+        x, (mean, rstd) = h.new_empty(h.shape), _statistics(h)
+        rows = empty_rows(h, matmul) if matmul else None
         launch_norm_modulate(h, shift, scale, x, mean, rstd, False, rows, rotation)
         return x, mean, rstd, rows
     # the modulation as LayerNorm's affine, which may be fp32 beside a bf16 h: one pass per sample,
@@ -78,14 +262,14 @@ def norm_modulate_forward(
     return x, mean[..., 0], rstd[..., 0], None
 
 
-def norm_modulate_rebuild(
+def norm_modulate_recompute(
     h: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> Tensor:
     """x again, from what was saved."""
     if not backend.launches(h):
         return norm_modulate_forward(h, shift, scale)[0]  # forming mean and rstd costs no pass
     x = h.new_empty(h.shape)
-    launch_norm_modulate(h, shift, scale, x, mean, rstd, rebuild=True)
+    launch_norm_modulate(h, shift, scale, x, mean, rstd, recompute=True)
     return x
 
 
@@ -99,7 +283,7 @@ def norm_modulate_backward(
     need_d_modulation: bool,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (dh [B, T, D], dshift, dscale [B, 1, D]), without elements where not needed.
+    """(dh [B, T, D], dshift, dscale [B, 1, D]), without elements where not needed.
 
     in_place: dh may take dx's memory (dx is contiguous then and nobody else's).
     """
@@ -111,7 +295,7 @@ def norm_modulate_backward(
         if need_dh:
             dh = dx if in_place else h.new_empty(B, T, D)
         sums = (dshift, dscale) if need_d_modulation else None
-        launch_norm_modulate_backward(dx, h, scale, mean, rstd, dh if need_dh else None, sums)
+        launch_norm_modulate_backward(dx, h, scale, (mean, rstd), dh if need_dh else None, sums)
         return dh, dshift, dscale
     if need_d_modulation:
         torch.sum(dx, 1, keepdim=True, out=dshift)
@@ -173,7 +357,7 @@ def _fake_gradients(h: Tensor, need_dh: bool, need_d_modulation: bool) -> tuple[
     return h.new_empty(h.shape if need_dh else 0), h.new_empty(shape), h.new_empty(shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     h, _, scale = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -181,7 +365,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(h, scale, mean, rstd)
 
 
-def _differentiate(ctx, dx: Tensor | None, *_):
+def _backward(ctx, dx: Tensor | None, *_):
     needs_h, needs_shift, needs_scale = ctx.needs_input_grad
     if dx is None:
         return None, None, None
@@ -195,11 +379,11 @@ def _differentiate(ctx, dx: Tensor | None, *_):
     )
 
 
-_norm_modulate.register_autograd(_differentiate, setup_context=_keep)
+_norm_modulate.register_autograd(_backward, setup_context=_setup_context)
 
 
 def norm_modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(h) · (1 + scale) + shift -> [B, T, D], contiguous, in h's dtype.
+    """LayerNorm(h) · (1 + scale) + shift [B, T, D], contiguous, in h's dtype.
 
     h [B, T, D], shift and scale [B, 1, D], in one of fp32, bf16 and fp16; any batch and token
     strides. Gradients for all three. Raises ValueError naming the argument.
@@ -223,135 +407,103 @@ def _check(h: Tensor, shift: Tensor, scale: Tensor) -> None:
 
 # ---------------------------------------------------------------- the op: with the linear layer
 
+_SCHEMA = (
+    f"(Tensor h, Tensor shift, Tensor scale, {LINEAR}, SymInt split)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
-@torch.library.custom_op("fluxfast::norm_modulate_lora_linear", mutates_args=())
+
+@torch.library.custom_op("fluxfast::norm_modulate_lora_linear", mutates_args=(), schema=_SCHEMA)
 def _norm_modulate_lora_linear(
-    h: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Sequence[Tensor],
-    bias: Optional[Tensor],  # noqa: UP045  (custom_op reads Optional on Python 3.10)
-    lora_a: Optional[Tensor],  # noqa: UP045
-    lora_b: Optional[Tensor],  # noqa: UP045
-    parts: Sequence[int],
-    lora_scale: float,
-    split: int,
-    products: str,
-    rotation: int,
+    h: Tensor, shift: Tensor, scale: Tensor, *flat
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> (y0, y1 (of no columns without a split), mean, rstd)."""
-    x, mean, rstd, rows = norm_modulate_forward(h, shift, scale, products, rotation)
-    ys = linear_forward(
-        [x], weight, bias, lora_a, lora_b, parts, lora_scale, split=split,
-        products=products, rotation=rotation, rows=[rows],
-    )  # fmt: skip
+    """(y0, y1 (of no columns without a split), mean, rstd)."""
+    weight, update, (split,) = unflatten(flat)
+    x, mean, rstd, rows = norm_modulate_forward(h, shift, scale, weight.matmul, weight.rotation)
+    ys = linear_forward([x], weight, update, Epilogue(split=split), [rows])
     return ys[0], ys[1] if split else h.new_empty(*h.shape[:2], 0), mean, rstd
 
 
 @_norm_modulate_lora_linear.register_fake
-def _(
-    h, shift, scale, weight, bias, lora_a, lora_b, parts, lora_scale, split, products, rotation
-):  # fmt: skip
-    N, _ = weight_shape(weight, h.shape[2])
+def _(h, shift, scale, weight, *flat):
+    N, split = weight_shape(weight, h.shape[2])[0], flat[-1]
     widths = (split, N - split) if split else (N, 0)
     return *(h.new_empty(*h.shape[:2], width) for width in widths), *_statistics(h)
 
 
-@torch.library.custom_op("fluxfast::norm_modulate_lora_linear_backward", mutates_args=())
+_BACKWARD_SCHEMA = (
+    "(Tensor[] dys, Tensor h, Tensor? shift, Tensor scale, Tensor mean, Tensor rstd, "
+    f"{LINEAR}, bool need_dh, bool need_d_modulation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op(
+    "fluxfast::norm_modulate_lora_linear_backward", mutates_args=(), schema=_BACKWARD_SCHEMA
+)
 def _norm_modulate_lora_linear_backward(
     dys: Sequence[Tensor],
     h: Tensor,
-    shift: Optional[Tensor],  # noqa: UP045
+    shift: Tensor | None,
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Sequence[Tensor],
-    lora_a: Optional[Tensor],  # noqa: UP045
-    lora_b: Optional[Tensor],  # noqa: UP045
-    parts: Sequence[int],
-    lora_scale: float,
-    need_dh: bool,
-    need_d_modulation: bool,
-    products: str,
-    rotation: int,
+    *flat,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (dh, dshift, dscale, dA, dB), without elements where not needed or not there.
+    """(dh, dshift, dscale, dA, dB), without elements where not needed or not there.
 
     shift is needed with an update alone: without one, x's shape is all that is asked of it.
     """
-    x = h if lora_a is None else norm_modulate_rebuild(h, shift, scale, mean, rstd)
+    weight, update, (need_dh, need_d_modulation) = unflatten(flat)
+    x = h if update is None else norm_modulate_recompute(h, shift, scale, mean, rstd)
     need_dx = need_dh or need_d_modulation
-    dxs, da, db = linear_backward(
-        [last_stride_1(dy) for dy in dys], [x], weight, lora_a, lora_b, parts, lora_scale, need_dx,
-        None, products, rotation,
-    )  # fmt: skip
+    dys = [last_stride_1(dy) for dy in dys]
+    dxs, da, db = linear_backward(dys, [x], weight, update, need_dx)
     del x
     gradients = [h.new_empty(0) for _ in range(3)]
-    if need_dx:
-        gradients = norm_modulate_backward(
-            dxs[0], h, scale, mean, rstd, need_dh, need_d_modulation, in_place=True
-        )
-    missing = [h.new_empty(0, dtype=torch.float32) for _ in range(2)]
-    return *gradients, *((da, db) if lora_a is not None else missing)
+    if dxs is not None:
+        given = (dxs[0], h, scale, mean, rstd, need_dh, need_d_modulation)
+        gradients = norm_modulate_backward(*given, in_place=True)
+    return *gradients, *(or_empty(each, h, torch.float32) for each in (da, db))
 
 
 @_norm_modulate_lora_linear_backward.register_fake
-def _(
-    dys, h, shift, scale, mean, rstd, weight, lora_a, lora_b, parts, lora_scale, need_dh,
-    need_d_mod, products, rotation,
-):  # fmt: skip
-    updates = (
-        h.new_empty(0 if each is None else each.shape, dtype=torch.float32)
-        for each in (lora_a, lora_b)
-    )
-    return *_fake_gradients(h, need_dh, need_d_mod), *updates
+def _(dys, h, shift, scale, mean, rstd, *flat):
+    return *_fake_gradients(h, *flat[-2:]), *fake_update_gradients(h, flat)
 
 
-def _keep_with_linear(ctx, inputs, output) -> None:
-    h, shift, scale, weight, _, lora_a, lora_b, parts, lora_scale, split, *how = inputs
+def _setup_context_of_linear(ctx, inputs, output) -> None:
+    h, shift, scale, *flat = inputs
     y0, y1, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    shift = shift if lora_a is not None else None
-    ctx.save_for_backward(h, shift, scale, mean, rstd, lora_a, lora_b)
-    ctx.weight, ctx.parts, ctx.lora_scale, ctx.how = weight, parts, lora_scale, how
+    _, update, (split,) = unflatten(flat)
+    save_linear(ctx, flat, h, None if update is None else shift, scale, mean, rstd)
     ctx.widths = (y0.shape[2], y1.shape[2]) if split else (y0.shape[2],)
 
 
-def _differentiate_with_linear(ctx, dy0: Tensor | None, dy1: Tensor | None, *_):
-    h, shift, scale, mean, rstd, lora_a, lora_b = ctx.saved_tensors
-    needs_h, needs_shift, needs_scale, _, _, needs_a, needs_b = ctx.needs_input_grad[:7]
-    frozen = [None] * len(ctx.weight), None
-    rest = (
-        None if ctx.parts else [],
-        None,
-        None,
-        None,
-        None,
-    )  # an empty list has no gradient to be None
+def _backward_of_linear(ctx, dy0: Tensor | None, dy1: Tensor | None, *_):
+    needs_h, needs_shift, needs_scale, *_, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
     if dy0 is None and dy1 is None:
-        return None, None, None, *frozen, None, None, *rest
+        return None, None, None, *linear_gradients(ctx), None
+    flat, (h, *saved) = saved_linear(ctx)
     dys = [
         h.new_zeros(*h.shape[:2], width) if dy is None else dy
         for dy, width in zip((dy0, dy1), ctx.widths, strict=False)
     ]
     dh, dshift, dscale, da, db = _norm_modulate_lora_linear_backward(
-        dys, h, shift, scale, mean, rstd, ctx.weight, lora_a, lora_b, ctx.parts, ctx.lora_scale,
-        needs_h, needs_shift or needs_scale, *ctx.how,
-    )  # fmt: skip
+        dys, h, *saved, *flat, needs_h, needs_shift or needs_scale
+    )
     return (
         dh if needs_h else None,
         dshift if needs_shift else None,
         dscale if needs_scale else None,
-        *frozen,
-        da if needs_a else None,
-        db if needs_b else None,
-        *rest,
+        *linear_gradients(ctx, da if needs_a else None, db if needs_b else None),
+        None,
     )
 
 
 _norm_modulate_lora_linear.register_autograd(
-    _differentiate_with_linear, setup_context=_keep_with_linear
+    _backward_of_linear, setup_context=_setup_context_of_linear
 )
 
 
@@ -359,31 +511,22 @@ def norm_modulate_lora_linear(
     h: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weight: Sequence[Tensor],
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    parts: Sequence[int] = (),
-    lora_scale: float = 1.0,
+    weight: FrozenWeight,
+    update: LoRAUpdate | None = None,
     split: int = 0,
-    products: str = "",
-    rotation: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The linear layer of LayerNorm(h) · (1 + scale) + shift; see the file's head.
 
-    -> y [B, T, N] in h's dtype or, with a split, (y[..., :split], y[..., split:]), each contiguous.
-    Gradients for h, shift, scale, lora_a and lora_b; the weight and the bias are frozen. Raises
-    ValueError naming the argument.
+    Returns y [B, T, N] in h's dtype or, with a split, (y[..., :split], y[..., split:]), each
+    contiguous. Gradients for h, shift, scale, lora_a and lora_b; the weight and the bias are
+    frozen. Raises ValueError naming the argument.
     """
     _check(h, shift, scale)
-    N, K = weight_shape(weight, h.shape[2])
-    check_update(lora_a, lora_b, parts, N, K)
+    N, K = weight_shape(weight.tensors, h.shape[2])
+    check_update(update, N, K)
     check(0 <= split < N, "split", f"in 0..{N - 1}", split)
-    check_products(products, rotation, weight, h, [K])
-    y0, y1, *_ = _norm_modulate_lora_linear(
-        h, shift, scale, list(weight), bias, lora_a, lora_b, list(parts), lora_scale, split,
-        products, rotation,
-    )  # fmt: skip
+    check_matmul(weight, h, [K])
+    y0, y1, *_ = _norm_modulate_lora_linear(h, shift, scale, *flatten(weight, update), split)
     return (y0, y1) if split else y0
 
 
@@ -396,9 +539,14 @@ def norm_modulate_reference(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_modulate_lora_linear_reference(
-    h: Tensor, shift: Tensor, scale: Tensor, *linear, split: int = 0, **more
+    h: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: FrozenWeight,
+    update: LoRAUpdate | None = None,
+    split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same in ordinary torch operations; `linear`, `more`: as `lora_linear_reference`'s."""
+    """The same in ordinary torch operations."""
     x = norm_modulate_reference(h, shift, scale)
-    y = lora_linear_reference(x, *linear, split=split, **more)
+    y = lora_linear_reference(x, weight, update, split=split)
     return tuple(y.tensor_split([split], dim=-1)) if split else y

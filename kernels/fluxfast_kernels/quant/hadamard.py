@@ -26,7 +26,7 @@ BLOCK = 1024  # columns a program
 
 @triton.jit
 def rotated(v, ROTATION: tl.constexpr):
-    """v [rows, columns] fp32, columns a multiple of ROTATION -> v·H."""
+    """v·H of v [rows, columns] fp32, columns a multiple of ROTATION."""
     rows: tl.constexpr = v.shape[0]
     columns: tl.constexpr = v.shape[1]
     for stage in tl.static_range(8):
@@ -39,13 +39,13 @@ def rotated(v, ROTATION: tl.constexpr):
 
 
 @triton.jit
-def _rotate_kernel(X, Y, width, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate_kernel(x_ptr, y_ptr, width, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    x = tl.load(X + row + columns, inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row + columns, inside, other=0.0).to(tl.float32)
     y = tl.reshape(rotated(tl.reshape(x, (1, BLOCK)), ROTATION), (BLOCK,))
-    tl.store(Y + row + columns, y.to(Y.dtype.element_ty), inside)
+    tl.store(y_ptr + row + columns, y.to(y_ptr.dtype.element_ty), inside)
 
 
 def largest_rotation(*widths: int) -> int:

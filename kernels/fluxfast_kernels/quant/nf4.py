@@ -1,4 +1,4 @@
-"""NF4: 4-bit normal-float storage of a frozen weight, byte for byte as bitsandbytes keeps it.
+"""NF4: 4-bit normal-float storage of a frozen weight, byte for byte as bitsandbytes stores it.
 
     value[i]  = CODE[nibble[i]] * absmax[i // 64]
     absmax[j] = MAP[byte[j]] * nested_absmax[j // 256] + offset      where it is itself quantized
@@ -8,8 +8,8 @@ cutting or stacking whole rows of quantized matrices is exact. The first weight 
 the high nibble. Memory: 0.5 byte a weight + 4/64 (fp32 absmax) or 1/64 + 4/16384 (nested).
 
 On a CPU the library of `csrc/` does the work where it was built, else plain PyTorch; on a GPU a
-Triton kernel decodes and PyTorch quantizes. All give the same bytes. Bytes moved by a decode: those
-above, and the size of a value in the result; FLOP: one a weight.
+Triton kernel dequantizes and PyTorch quantizes. All give the same bytes. Bytes moved by
+dequantizing: those above, and the size of a value in the result; FLOP: one a weight.
 
 Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic map: arXiv
 2110.02861.
@@ -30,11 +30,11 @@ NESTED_BLOCK = 256
 
 # quantiles of N(0, 1) scaled to [-1, 1] with an exact zero (QLoRA, appendix E), as fp32 prints them
 CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 @dataclass
@@ -181,42 +181,40 @@ def check_nf4(weight: NF4Tensor) -> None:
         check(fits, f"weight ({name})", needed, (tensor.dtype, tensor.numel()))
 
 
-# ---------------------------------------------------------------- decode: kernel and launcher
+# ---------------------------------------------------------------- dequantize: kernel and launcher
 
 
 @triton.jit
-def _decode_kernel(packed, absmax, code, out, blocks, BLOCKS: tl.constexpr):
+def _dequantize_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, blocks, BLOCKS: tl.constexpr):
     """BLOCKS blocks of 64 weights. The 16 code values are looked up in memory, where they stay in
     the nearest cache."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
-    scale = tl.load(absmax + block, inside, other=0.0)[:, None]
+    scale = tl.load(absmax_ptr + block, inside, other=0.0)[:, None]
     byte_at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    byte = tl.load(packed + byte_at, inside[:, None], other=0).to(tl.int32)
-    high = tl.load(code + (byte >> 4)) * scale
-    low = tl.load(code + (byte & 15)) * scale
+    byte = tl.load(packed_ptr + byte_at, inside[:, None], other=0).to(tl.int32)
+    high = tl.load(code_ptr + (byte >> 4)) * scale
+    low = tl.load(code_ptr + (byte & 15)) * scale
     values = tl.interleave(high, low)
     at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + at, values.to(out.dtype.element_ty), inside[:, None])
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), inside[:, None])
 
 
 BLOCKS, WARPS = 64, 4  # a program: 4096 weights, 32 a thread
 
 
-def launch_decode(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """packed uint8 [n / 2], absmax fp32 [n / 64] -> out [n], all contiguous."""
-    blocks = absmax.numel()
+def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """packed uint8 [n / 2] and absmax fp32 [n / 64] to out [n], all contiguous."""
+    blocks, code = absmax.numel(), code_table(packed.device)
     grid = (triton.cdiv(blocks, BLOCKS),)
-    _decode_kernel[grid](
-        packed, absmax, code_table(packed.device), out, blocks, BLOCKS, num_warps=WARPS
-    )
+    _dequantize_kernel[grid](packed, absmax, code, out, blocks, BLOCKS, num_warps=WARPS)
 
 
-# ---------------------------------------------------------------- decode: the op
+# ---------------------------------------------------------------- dequantize: the op
 
 
-@torch.library.custom_op("fluxfast::nf4_decode", mutates_args=())
-def _nf4_decode(
+@torch.library.custom_op("fluxfast::nf4_dequantize", mutates_args=())
+def _nf4_dequantize(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Optional[Tensor],  # noqa: UP045  (custom_op reads Optional on Python 3.10)
@@ -226,50 +224,50 @@ def _nf4_decode(
     dtype: torch.dtype,
 ) -> Tensor:
     weight = NF4Tensor(packed, absmax, (N, K), nested_absmax, offset)
-    return _decode_into(weight, packed.new_empty(N, K, dtype=dtype))
+    return _dequantize_into(weight, packed.new_empty(N, K, dtype=dtype))
 
 
-@_nf4_decode.register_fake
+@_nf4_dequantize.register_fake
 def _(packed, absmax, nested_absmax, offset, N, K, dtype):
     return packed.new_empty(N, K, dtype=dtype)
 
 
-def nf4_decode(
+def nf4_dequantize(
     weight: NF4Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
-    """-> [N, K] in `dtype` (fp32, bf16, fp16). The product is formed in fp32 and rounded once.
+    """[N, K] in `dtype` (fp32, bf16, fp16). The product is formed in fp32 and rounded once.
 
     out: contiguous [at least N * K] of `dtype` on the weight's device: overwritten, the result is a
     view of it. Fresh memory costs a CPU a page fault every 4 KiB. Without it this is the op
-    `fluxfast::nf4_decode`. Raises ValueError for another dtype and for an out that does not fit.
+    `fluxfast::nf4_dequantize`. Raises ValueError for another dtype or an out that does not fit.
     """
     check_nf4(weight)
     if dtype == torch.float64:  # for references: of the same fp32 values
-        return nf4_decode_reference(weight, torch.float32).double()
+        return nf4_dequantize_reference(weight, torch.float32).double()
     if out is None:
         check_dtype("dtype", torch.empty(0, dtype=dtype))
         parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
-        return _nf4_decode(*parts, *weight.shape, dtype)
+        return _nf4_dequantize(*parts, *weight.shape, dtype)
     count = weight.shape[0] * weight.shape[1]
     fits = out.dtype == dtype and out.numel() >= count and out.is_contiguous()
     check(fits, "out", f"contiguous {dtype} with room for {count} values", tuple(out.shape))
     check_dtype("out", out)
-    return _decode_into(weight, out.view(-1)[:count].view(weight.shape))
+    return _dequantize_into(weight, out.view(-1)[:count].view(weight.shape))
 
 
-def _decode_into(weight: NF4Tensor, out: Tensor) -> Tensor:
+def _dequantize_into(weight: NF4Tensor, out: Tensor) -> Tensor:
     packed, absmax = weight.packed.view(-1), weight.absmax
     if launches(packed):
-        launch_decode(packed, nf4_absmax(weight), out)
+        launch_dequantize(packed, nf4_absmax(weight), out)
     elif packed.device.type == "cpu" and native.isa():
         table = None if weight.nested_absmax is None else dynamic_map(packed.device)
-        native.nf4_decode(packed, absmax, weight.nested_absmax, weight.offset, table, out)
+        native.nf4_dequantize(packed, absmax, weight.nested_absmax, weight.offset, table, out)
     else:
-        out.copy_(nf4_decode_reference(weight, out.dtype))
+        out.copy_(nf4_dequantize_reference(weight, out.dtype))
     return out
 
 
-def nf4_decode_reference(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def nf4_dequantize_reference(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same in ordinary torch operations."""
     values = _pairs(weight.packed.device)[weight.packed.view(-1).int()].view(-1, BLOCK)
     return (values * nf4_absmax(weight)[:, None]).view(weight.shape).to(dtype)

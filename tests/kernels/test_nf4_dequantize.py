@@ -1,13 +1,13 @@
-"""The Triton decode gives the bytes of the plain-PyTorch one."""
+"""Dequantizing by Triton gives the bytes of the plain-PyTorch one."""
 
 import pytest
 import torch
 from fluxfast_kernels.quant.nf4 import (
     NF4Tensor,
-    _nf4_decode,
-    launch_decode,
-    nf4_decode,
-    nf4_decode_reference,
+    _nf4_dequantize,
+    launch_dequantize,
+    nf4_dequantize,
+    nf4_dequantize_reference,
     nf4_quantize,
 )
 
@@ -26,14 +26,14 @@ def quantized(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_same_bytes(device, dtype, shape, nested):
     weight = quantized(shape, nested, device)
-    found, expected = nf4_decode(weight, dtype), nf4_decode_reference(weight, dtype)
+    found, expected = nf4_dequantize(weight, dtype), nf4_dequantize_reference(weight, dtype)
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_writes_every_value_and_no_other(device):
     weight = quantized((65, 64), False, device)
     out = torch.full((65 * 64 + 64,), torch.nan, device=device)
-    launch_decode(weight.packed.view(-1), weight.absmax, out)
+    launch_dequantize(weight.packed.view(-1), weight.absmax, out)
     assert out[: 65 * 64].isfinite().all() and out[65 * 64 :].isnan().all()
 
 
@@ -41,4 +41,4 @@ def test_writes_every_value_and_no_other(device):
 def test_opcheck(device, nested):
     weight = quantized((5, 128), nested, device)
     parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
-    torch.library.opcheck(_nf4_decode, (*parts, 5, 128, torch.bfloat16))
+    torch.library.opcheck(_nf4_dequantize, (*parts, 5, 128, torch.bfloat16))
