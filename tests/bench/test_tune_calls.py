@@ -112,8 +112,11 @@ def test_the_problems_of_a_step():
     assert {p.kernel for p in found} <= set(KERNELS)
     first = found[0]
     assert (str(first.kernel), first.M, first.N, first.K) == (
-        "lora_gemm.dense.half", 4608, 21504, 3072,
-    )  # fmt: skip
+        "lora_gemm.dense.half",
+        4608,
+        21504,
+        3072,
+    )
     by_kernel = {str(p.kernel): {q.M for q in found if q.kernel == p.kernel} for p in found}
     assert by_kernel["gemm_8bit.dense.int8"] == {512, 4096, 4608}
     assert by_kernel["lora_gemm.nf4.half"] == {16}  # modulation, formed ahead; more is decoded

@@ -53,32 +53,59 @@ def refused(raw: dict) -> ConfigError:
 # ---------------------------------------------------------------- the stock files
 
 STOCK = {
-    "name": "my_flux_lora", "output_dir": "output", "device": "cuda:0", "trigger": None,
+    "name": "my_flux_lora",
+    "output_dir": "output",
+    "device": "cuda:0",
+    "trigger": None,
     "model": {
-        "path": "black-forest-labs/FLUX.1-dev", "storage": "auto", "compute": "bf16",
+        "path": "black-forest-labs/FLUX.1-dev",
+        "storage": "auto",
+        "compute": "bf16",
     },
     "lora": {"rank": 16, "alpha": 16, "targets": "all"},
-    "data": [{
-        "folder": "examples/nano/photos", "resolution": [512, 768, 1024], "caption_ext": ".txt",
-        "caption_dropout": 0.05, "keep_tokens": 0,
-    }],
+    "data": [
+        {
+            "folder": "examples/nano/photos",
+            "resolution": [512, 768, 1024],
+            "caption_ext": ".txt",
+            "caption_dropout": 0.05,
+            "keep_tokens": 0,
+        }
+    ],
     "train": {
-        "steps": 2000, "batch_size": 1, "gradient_accumulation": 1,
-        "lr": 1e-4, "optimizer": "adamw8bit",
-        "optimizer_args": {"eps": 1e-6}, "lr_schedule": "constant", "warmup_steps": 0,
-        "max_grad_norm": 1.0, "timesteps": "sigmoid", "timestep_bias": "balanced",
-        "guidance": 1.0, "ema": {"enabled": True, "decay": 0.99},
+        "steps": 2000,
+        "batch_size": 1,
+        "gradient_accumulation": 1,
+        "lr": 1e-4,
+        "optimizer": "adamw8bit",
+        "optimizer_args": {"eps": 1e-6},
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 1.0,
+        "timesteps": "sigmoid",
+        "timestep_bias": "balanced",
+        "guidance": 1.0,
+        "ema": {"enabled": True, "decay": 0.99},
     },
     "save": {"every": 250, "keep": 4, "dtype": "fp16"},
     "sample": {
-        "every": 250, "first": True, "width": 1024, "height": 1024, "steps": 20, "guidance": 4.0,
-        "seed": 42, "walk_seed": True,
+        "every": 250,
+        "first": True,
+        "width": 1024,
+        "height": 1024,
+        "steps": 20,
+        "guidance": 4.0,
+        "seed": 42,
+        "walk_seed": True,
     },
-}  # fmt: skip
+}
 STOCK_NOTES = {
-    "meta", "model.quantize", "train.ema_config.use_ema", "datasets[0].cache_latents_to_disk",
+    "meta",
+    "model.quantize",
+    "train.ema_config.use_ema",
+    "datasets[0].cache_latents_to_disk",
     "train.gradient_checkpointing",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
@@ -288,40 +315,80 @@ def test_every_documented_key():
     assert sorted(keys(notes)) == sorted(EVERY_NOTES.split())
     assert not any("unknown" in note for note in notes)
     config = build_config(native)
-    assert config == build_config({
-        "name": "all", "output_dir": "out", "device": "cpu", "trigger": "ohwx", "log_every": 5,
-        "model": {
-            "path": "m", "storage": "auto", "compute": "bf16", "assistant_lora": "x",
-        },
-        "lora": {
-            "rank": 8, "alpha": 4, "dropout": 0.1, "targets": "all", "include": ["attn"],
-            "exclude": ["norm"], "init_from": "x",
-        },
-        "data": [
-            {
-                "folder": "a", "caption_ext": ".caption", "caption_dropout": 0.5,
-                "shuffle_captions": True, "keep_tokens": 3, "resolution": [768],
-                "num_repeats": 6, "flip": True, "mask": "folder", "mask_folder": "masks",
-                "mask_min": 0.2, "default_caption": "a photograph",
+    assert config == build_config(
+        {
+            "name": "all",
+            "output_dir": "out",
+            "device": "cpu",
+            "trigger": "ohwx",
+            "log_every": 5,
+            "model": {
+                "path": "m",
+                "storage": "auto",
+                "compute": "bf16",
+                "assistant_lora": "x",
             },
-            {
-                "folder": "b", "mask": "alpha", "resolution": [512], "caption_dropout": 0.0,
-                "keep_tokens": 0,
+            "lora": {
+                "rank": 8,
+                "alpha": 4,
+                "dropout": 0.1,
+                "targets": "all",
+                "include": ["attn"],
+                "exclude": ["norm"],
+                "init_from": "x",
             },
-        ],
-        "train": {
-            "steps": 25, "batch_size": 2, "gradient_accumulation": 4, "lr": 1.0,
-            "optimizer": "prodigy",
-            "optimizer_args": {"eps": 1e-6, "weight_decay": 0.01}, "lr_schedule": "cosine",
-            "warmup_steps": 10, "max_grad_norm": 0.5, "timesteps": "sigmoid",
-            "timestep_bias": "style", "guidance": 2.0, "ema": {"enabled": True, "decay": 0.9},
-        },
-        "save": {"every": 2, "keep": 2, "dtype": "bf16"},
-        "sample": {
-            "prompts": ["[trigger] runs"], "every": 13, "first": False, "width": 512,
-            "height": 640, "steps": 10, "guidance": 3, "seed": 7, "walk_seed": True,
-        },
-    })  # fmt: skip
+            "data": [
+                {
+                    "folder": "a",
+                    "caption_ext": ".caption",
+                    "caption_dropout": 0.5,
+                    "shuffle_captions": True,
+                    "keep_tokens": 3,
+                    "resolution": [768],
+                    "num_repeats": 6,
+                    "flip": True,
+                    "mask": "folder",
+                    "mask_folder": "masks",
+                    "mask_min": 0.2,
+                    "default_caption": "a photograph",
+                },
+                {
+                    "folder": "b",
+                    "mask": "alpha",
+                    "resolution": [512],
+                    "caption_dropout": 0.0,
+                    "keep_tokens": 0,
+                },
+            ],
+            "train": {
+                "steps": 25,
+                "batch_size": 2,
+                "gradient_accumulation": 4,
+                "lr": 1.0,
+                "optimizer": "prodigy",
+                "optimizer_args": {"eps": 1e-6, "weight_decay": 0.01},
+                "lr_schedule": "cosine",
+                "warmup_steps": 10,
+                "max_grad_norm": 0.5,
+                "timesteps": "sigmoid",
+                "timestep_bias": "style",
+                "guidance": 2.0,
+                "ema": {"enabled": True, "decay": 0.9},
+            },
+            "save": {"every": 2, "keep": 2, "dtype": "bf16"},
+            "sample": {
+                "prompts": ["[trigger] runs"],
+                "every": 13,
+                "first": False,
+                "width": 512,
+                "height": 640,
+                "steps": 10,
+                "guidance": 3,
+                "seed": 7,
+                "walk_seed": True,
+            },
+        }
+    )
 
 
 def _loader():
@@ -342,9 +409,11 @@ def test_an_ignored_key_is_announced_once_and_its_resting_value_never(key):
 
 def test_no_key_stands_in_two_places_of_the_table():
     groups = [
-        list(compat_table.MAPPED), compat_table.TOGETHER, list(compat_table.REFUSED),
+        list(compat_table.MAPPED),
+        compat_table.TOGETHER,
+        list(compat_table.REFUSED),
         [key for text in compat_table.IGNORED.values() for key in text.split()],
-    ]  # fmt: skip
+    ]
     together = sum(groups, [])
     assert len(together) == len(set(together)) == len(compat_table.KNOWN)
     assert set(compat_table.QUIET) <= set(compat_table.IGNORED_KEYS)
@@ -424,10 +493,14 @@ def test_optimizers(changes, expected, said):
         ("linear", {"start_factor": 1.0, "end_factor": 0.0}, ("linear", 0), []),
         ("linear", {}, ("linear", 0), ["train.lr_scheduler"]),
         ("cosine", {"num_warmup_steps": 9}, ("cosine", 9), []),
-        ("cosine_with_restarts", {"T_mult": 2}, ("cosine", 0),
-         ["train.lr_scheduler_params.T_mult"]),
+        (
+            "cosine_with_restarts",
+            {"T_mult": 2},
+            ("cosine", 0),
+            ["train.lr_scheduler_params.T_mult"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_schedules(kind, params, expected, said):
     config, notes = read(train__lr_scheduler=kind, train__lr_scheduler_params=params)
     assert (config.train.lr_schedule, config.train.warmup_steps) == expected
@@ -515,11 +588,13 @@ def test_conversion_changes_nothing_of_the_file():
         ({"network__liner": 5}, "network.liner: unknown, ignored; did you mean network.linear?"),
         ({"lr": 1}, "lr: unknown, ignored; did you mean train.lr?"),
         ({"train__width": 1}, "train.width: unknown, ignored; did you mean sample.width?"),
-        ({"datasets__capton_ext": "txt"},
-         "datasets[0].capton_ext: unknown, ignored; did you mean datasets.caption_ext?"),
+        (
+            {"datasets__capton_ext": "txt"},
+            "datasets[0].capton_ext: unknown, ignored; did you mean datasets.caption_ext?",
+        ),
         ({"zzz": {"a": 1}}, "zzz: unknown, ignored"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_key_is_announced_with_the_nearest(changes, note):
     assert read(**changes)[1] == [note]
 

@@ -277,8 +277,12 @@ def test_layers_keep_their_order(tmp_path):
     assert list(load_config(file).model.layers.items()) == list(layers.items())
     sets = ["model.layers.img_in=bf16", "model.layers.double_blocks.*.img_mlp.2=rotate"]
     config = load_config(file, sets)
-    expected = {"single_blocks.*": "rotate", "*.linear2": "bf16", "img_in": "bf16",
-                "double_blocks.*.img_mlp.2": "rotate"}  # fmt: skip
+    expected = {
+        "single_blocks.*": "rotate",
+        "*.linear2": "bf16",
+        "img_in": "bf16",
+        "double_blocks.*.img_mlp.2": "rotate",
+    }
     assert list(config.model.layers.items()) == list(expected.items())
     file.write_text(dump_config(config))
     assert list(load_config(file).model.layers.items()) == list(expected.items())

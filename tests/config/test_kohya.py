@@ -30,10 +30,17 @@ resolution = 512
 image_dir = "photos"
 """
 ENTRY = {
-    "folder": "photos", "recursive": False, "resolution": 512, "num_repeats": 1,
-    "caption_ext": ".txt", "caption_dropout": 0.0, "shuffle_captions": False, "keep_tokens": 0,
-    "flip": False, "mask": "none",
-}  # fmt: skip
+    "folder": "photos",
+    "recursive": False,
+    "resolution": 512,
+    "num_repeats": 1,
+    "caption_ext": ".txt",
+    "caption_dropout": 0.0,
+    "shuffle_captions": False,
+    "keep_tokens": 0,
+    "flip": False,
+    "mask": "none",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -181,17 +188,28 @@ def test_every_documented_key():
     read, notes = config(EVERY)
     assert sorted(keys(notes)) == sorted(EVERY_NOTES.split())
     assert all("\n" not in note and note.startswith("d.toml: ") for note in notes)
-    assert read == build_config({
-        "model": {"path": "m"},
-        "data": {
-            "folder": "a", "recursive": False, "resolution": 886, "num_repeats": 10,
-            "caption_ext": ".txt", "default_caption": "sks girl", "caption_prefix": "best,",
-            "caption_suffix": ", from the side", "caption_dropout": 0.5, "shuffle_captions": True,
-            "keep_tokens": 1, "flip": True, "mask": "alpha",
-        },
-        "train": {"batch_size": 4},
-        "validation": {"share": 0.1},
-    })  # fmt: skip
+    assert read == build_config(
+        {
+            "model": {"path": "m"},
+            "data": {
+                "folder": "a",
+                "recursive": False,
+                "resolution": 886,
+                "num_repeats": 10,
+                "caption_ext": ".txt",
+                "default_caption": "sks girl",
+                "caption_prefix": "best,",
+                "caption_suffix": ", from the side",
+                "caption_dropout": 0.5,
+                "shuffle_captions": True,
+                "keep_tokens": 1,
+                "flip": True,
+                "mask": "alpha",
+            },
+            "train": {"batch_size": 4},
+            "validation": {"share": 0.1},
+        }
+    )
     parsed = _parse(Path("d.toml"))
     (dataset,) = parsed["datasets"]
     written = {*parsed["general"], *dataset, *dataset["subsets"][0]} - {"subsets"}
@@ -218,9 +236,12 @@ def test_a_general_key_that_nothing_inherits_is_not_announced():
 
 def test_the_table():
     groups = [
-        kohya_table.MAPPED, kohya_table.OUTSIDE, kohya_table.IGNORED, kohya_table.REFUSED,
+        kohya_table.MAPPED,
+        kohya_table.OUTSIDE,
+        kohya_table.IGNORED,
+        kohya_table.REFUSED,
         kohya_table.SHUFFLING,
-    ]  # fmt: skip
+    ]
     together = [key for group in groups for key in group]
     assert len(set(together)) == len(together) == len(kohya_table.KNOWN) - 2
     assert {*kohya_table.QUIET, *kohya_table.OF_SUBSETS, *kohya_table.OF_DATASETS} <= {
@@ -257,9 +278,7 @@ def test_a_subset_comes_once_and_not_without_repeats():
     twice = plain() + '[[datasets.subsets]]\nimage_dir = "photos"\nnum_repeats = 3\n'
     made, notes = config(twice + '[[datasets.subsets]]\nimage_dir = "b"\nnum_repeats = 0\n')
     assert [entry.num_repeats for entry in made.data] == [1]
-    assert keys(notes) == [
-        "datasets[0].subsets[1].image_dir", "datasets[0].subsets[2].num_repeats"
-    ]  # fmt: skip
+    assert keys(notes) == ["datasets[0].subsets[1].image_dir", "datasets[0].subsets[2].num_repeats"]
     # in data sets of their own both count, as at two resolutions
     both = plain() + '[[datasets]]\nresolution = 768\n[[datasets.subsets]]\nimage_dir = "photos"'
     assert [entry.resolution for entry in config(both)[0].data] == [[512], [768]]
@@ -287,8 +306,9 @@ def test_the_example_says_what_it_does(monkeypatch, log_lines):
     made = build_config({"model": {"path": "m"}, "data": path})
     assert [entry.folder.is_dir() for entry in made.data] == [True, True]
     assert [line.split(": ")[2] for line in log_lines] == [
-        "datasets[0].bucket_reso_steps", "datasets[0].batch_size"
-    ]  # fmt: skip
+        "datasets[0].bucket_reso_steps",
+        "datasets[0].batch_size",
+    ]
 
 
 # ---------------------------------------------------------------- beside the YAML
@@ -375,11 +395,15 @@ def test_what_is_written_reads_back_the_same(folder):
 @pytest.mark.parametrize(
     "text, part",
     [
-        (plain("capton_extension = '.txt'"),
-         "general.capton_extension is unknown, did you mean caption_extension?"),
+        (
+            plain("capton_extension = '.txt'"),
+            "general.capton_extension is unknown, did you mean caption_extension?",
+        ),
         (plain(dataset="max_bucket_resolution = 5"), "did you mean max_bucket_reso?"),
-        (plain(subset="num_repeat = 5"),
-         "datasets[0].subsets[0].num_repeat is unknown, did you mean num_repeats?"),
+        (
+            plain(subset="num_repeat = 5"),
+            "datasets[0].subsets[0].num_repeat is unknown, did you mean num_repeats?",
+        ),
         (plain(subset="image_directory = 'x'"), "did you mean image_dir?"),
         (plain("zzz = 1"), "general.zzz is unknown"),
         (plain('"a\\nb" = 1'), "general.a b is unknown"),
@@ -394,8 +418,10 @@ def test_what_is_written_reads_back_the_same(folder):
         (plain(subset="conditioning_data_dir = 'c'"), "ControlNets are not trained"),
         (plain("enable_wildcard = true"), "general.enable_wildcard is not supported"),
         (plain("secondary_separator = ';;;'"), "general.secondary_separator is not supported"),
-        (plain("shuffle_caption = true", "keep_tokens_separator = '|||'"),
-         "datasets[0].keep_tokens_separator is not supported together with shuffle_caption"),
+        (
+            plain("shuffle_caption = true", "keep_tokens_separator = '|||'"),
+            "datasets[0].keep_tokens_separator is not supported together with shuffle_caption",
+        ),
         (plain("shuffle_caption = true\ncaption_separator = ';'"), "parts end at commas"),
         # values
         (plain("keep_tokens = -1"), "general.keep_tokens takes a whole number of 0 or more"),
@@ -426,7 +452,7 @@ def test_what_is_written_reads_back_the_same(folder):
         ("[[datasets]]\nsubsets = ['x']\n", "datasets[0].subsets[0] takes a table"),
         (plain("num_repeats = 0"), "datasets holds no subset to train on"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused_names_key_and_place(text, part):
     assert part in refused(text).message
 
@@ -468,8 +494,9 @@ def test_a_file_that_cannot_be_read(folder):
             read_kohya_dataset(path)
 
 
-@pytest.mark.parametrize("junk", ["true", "-1", "''", "'x'", "[[]]", "{a = 1}", "1e400", "nan",
-                                  "1979-05-27", "9" * 400])  # fmt: skip
+@pytest.mark.parametrize(
+    "junk", ["true", "-1", "''", "'x'", "[[]]", "{a = 1}", "1e400", "nan", "1979-05-27", "9" * 400]
+)
 def test_whatever_stands_anywhere_is_read_or_refused(junk):
     lines = EVERY.splitlines()
     for index, line in enumerate(lines):
@@ -516,10 +543,14 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
         'caption_prefix = "a photograph,"\nnum_repeats = 2\n'
     )
     raw = {
-        "name": "theirs", "data": "d.toml", "device": "cpu", "lora": {"rank": 2},
+        "name": "theirs",
+        "data": "d.toml",
+        "device": "cpu",
+        "lora": {"rank": 2},
         "model": {"path": str(nano_model), "storage": "fp32", "compute": "fp32"},
-        "train": {"steps": 2}, "log_every": 1,
-    }  # fmt: skip
+        "train": {"steps": 2},
+        "log_every": 1,
+    }
     (folder / "c.yaml").write_text(yaml.safe_dump(raw))
     code, out, err = fluxfast("train", "c.yaml")
     assert (code, out) == (0, "runs/theirs/theirs.safetensors\n"), err

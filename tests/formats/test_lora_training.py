@@ -42,7 +42,7 @@ def loss_and_gradients(model, parameters, x):
     "own",
     [{"targets": "attn+mlp"}, {"share_a": True}, {"include": ["to_k", "proj_mlp", "ff.net"]}],
     ids=["split", "shared", "some"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["split", "shared"])
 def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path):
     """Loss and every gradient, against a base that has the assistant's ΔW in its weights."""
@@ -185,12 +185,14 @@ def same_meaning(one, other, spec):
 def test_several_formats(configure):
     config = configure(
         save__formats=["diffusers", "kohya", "comfyui", "bfl", "kohya"],
-        train__ema={"enabled": True}, train__steps=2,
-    )  # fmt: skip
+        train__ema={"enabled": True},
+        train__steps=2,
+    )
     path = train(config)
     names = {file.name for file in config.run_dir.glob("*.safetensors")}
-    stems = {f"small{ema}{form}" for ema in ("", "_ema")
-             for form in ("", "_kohya", "_comfyui", "_bfl")}  # fmt: skip
+    stems = {
+        f"small{ema}{form}" for ema in ("", "_ema") for form in ("", "_kohya", "_comfyui", "_bfl")
+    }
     assert names == {f"{stem}.safetensors" for stem in stems}
     spec = load_transformer(config.model.path, "fp32", "fp32", "cpu").spec
     for form in ("kohya", "comfyui", "bfl"):
@@ -216,9 +218,27 @@ def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
     total = save_lora(model, tmp_path / "total.safetensors")
 
     def draw(folder, *more):
-        words = ["fluxfast", "sample", "--model", nano_model, "--prompt", "a cat", "--width", 64,
-                 "--height", 64, "--steps", 2, "--storage", "fp32", "--compute", "fp32", "--out",
-                 tmp_path / folder, *more]  # fmt: skip
+        words = [
+            "fluxfast",
+            "sample",
+            "--model",
+            nano_model,
+            "--prompt",
+            "a cat",
+            "--width",
+            64,
+            "--height",
+            64,
+            "--steps",
+            2,
+            "--storage",
+            "fp32",
+            "--compute",
+            "fp32",
+            "--out",
+            tmp_path / folder,
+            *more,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         try:
             cli.main()

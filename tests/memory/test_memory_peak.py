@@ -17,9 +17,15 @@ from fluxfast.objective import image_ids, text_ids
 from fluxfast.optim import flat_gradients
 
 SPEC = FluxSpec(
-    in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=256, num_heads=2, depth=1,
-    depth_single_blocks=1, axes_dim=rope_axes(128),
-)  # fmt: skip
+    in_channels=16,
+    vec_in_dim=20,
+    context_in_dim=24,
+    hidden_size=256,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=1,
+    axes_dim=rope_axes(128),
+)
 SIDE, TEXT = 16, 16
 pytestmark = [
     pytest.mark.slow,

@@ -59,8 +59,9 @@ def planned(config, share=None, **more):
     """A plan whose limit is `share` of the way from the least to everything kept."""
     prepared = prepare(config, CPU)
     loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    at_ease = config.model_copy(update={"memory": config.memory.model_copy(
-        update={"limit_gib": 100.0})})  # fmt: skip
+    at_ease = config.model_copy(
+        update={"memory": config.memory.model_copy(update={"limit_gib": 100.0})}
+    )
     plan = plan_run(at_ease, prepared.model, bucket_shapes(loader), CPU)
     request = replace(plan.request, **more)
     if share is None:
@@ -167,9 +168,12 @@ def test_what_needs_a_plan_says_so(configure):
 def test_ahead_is_in_place_bit_for_bit(configure, batch_size, timesteps):
     """More batches than one filling holds, captions and their dropout drawn ahead."""
     changes = {
-        "train__batch_size": batch_size, "train__timesteps": timesteps,
-        "data__caption_dropout": 0.5, "train__gradient_accumulation": 2, "train__steps": 12,
-    }  # fmt: skip
+        "train__batch_size": batch_size,
+        "train__timesteps": timesteps,
+        "data__caption_dropout": 0.5,
+        "train__gradient_accumulation": 2,
+        "train__steps": 12,
+    }
     steps = 2 if batch_size > 2 else 10
     run, loader = start(configure(memory__modulation="in_place", **changes))
     assert run.modulation_cache is None

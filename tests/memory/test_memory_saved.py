@@ -21,9 +21,15 @@ from fluxfast.objective import image_ids, text_ids
 from fluxfast.optim import build_optimizer, flat_gradients
 
 WIDE = FluxSpec(
-    in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=256, num_heads=2, depth=2,
-    depth_single_blocks=1, axes_dim=rope_axes(128),
-)  # fmt: skip
+    in_channels=16,
+    vec_in_dim=20,
+    context_in_dim=24,
+    hidden_size=256,
+    num_heads=2,
+    depth=2,
+    depth_single_blocks=1,
+    axes_dim=rope_axes(128),
+)
 
 
 def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, include=()):
@@ -108,8 +114,11 @@ def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
     total = kept_bytes(known, forward)
     monkeypatch.undo()
     # the modulation is saved by blocks with hooks and without: it counts once
-    shapes = sum(t.untyped_storage().nbytes() for p, t in inside.items()
-                 if p not in own and not _is_modulation(model, t))  # fmt: skip
+    shapes = sum(
+        t.untyped_storage().nbytes()
+        for p, t in inside.items()
+        if p not in own and not _is_modulation(model, t)
+    )
     return total + shapes + sum(t.nbytes for t in codes)
 
 

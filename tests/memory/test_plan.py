@@ -34,9 +34,15 @@ from fluxfast.tools.plan import plan_rows
 ROOT = Path(__file__).parents[2]
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
 SMALL = FluxSpec(
-    in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=256, num_heads=2, depth=2,
-    depth_single_blocks=2, axes_dim=rope_axes(128),
-)  # fmt: skip
+    in_channels=16,
+    vec_in_dim=20,
+    context_in_dim=24,
+    hidden_size=256,
+    num_heads=2,
+    depth=2,
+    depth_single_blocks=2,
+    axes_dim=rope_axes(128),
+)
 
 
 def request(sides=(1024,), targets="attn+mlp", batch=1, compute="int8", **more) -> Request:
@@ -239,8 +245,9 @@ def test_a_notch_cheaper_goes_on_until_nothing_is_left():
     while (plan := cheaper(plan, "1024")) is not None:
         bucket = plan.buckets["1024"]
         assert bucket.bytes <= before.bytes and bucket.seconds > before.seconds
-        changed = [b for a, b in zip(before.choice.policies, bucket.choice.policies, strict=True)
-                   if a != b]  # fmt: skip
+        changed = [
+            b for a, b in zip(before.choice.policies, bucket.choice.policies, strict=True) if a != b
+        ]
         assert changed and set(changed) <= {"recompute_mlp", "checkpoint"}
         before, seen = bucket, seen + 1
     assert set(before.choice.policies) == {"checkpoint"} and seen > 10
@@ -275,8 +282,9 @@ def test_graphs_keep_their_pool_through_the_optimizers_step():
     state = saved_bytes.trained(plan.request.step, "adamw", ema=False)["optimizer"]
     assert plan.buckets["512"].graphed
     assert plan.phases["optimizer step"] == plan.peak + state
-    eager = make_plan(request((512,), optimizer_state="host", graphs=False), card("4090"),
-                      usable(24))  # fmt: skip
+    eager = make_plan(
+        request((512,), optimizer_state="host", graphs=False), card("4090"), usable(24)
+    )
     assert eager.phases["optimizer step"] < eager.peak
 
 
@@ -316,8 +324,9 @@ def test_rows_say_what_is_planned():
     assert row.plan.buckets["540 px"].shape.image_tokens == 284 * 4  # as wide a bucket as there is
     (row,) = plan_rows(
         defaults(model__path="black-forest-labs/FLUX.1-schnell", data__0__resolution=[512]),
-        None, "4090",
-    )  # fmt: skip
+        None,
+        "4090",
+    )
     assert row.plan.request.step.spec.guidance_embed is False
     assert row.plan.buckets["512 px"].shape.text_tokens == 256
     (row,) = plan_rows(defaults(memory__limit_gib=8, data__0__resolution=[512]), 24, None)
@@ -341,8 +350,11 @@ def test_breakdown_adds_up():
     plan = rows[-1].plan
     entries = (line for line in lines if line.startswith("  "))
     figures = {line[10:]: float(line[:10]) for line in entries}
-    static = sum(v for k, v in figures.items() if k.split(":")[0] in
-                 ("weights", "LoRA", "gradients", "optimizer", "scratch", "other"))  # fmt: skip
+    static = sum(
+        v
+        for k, v in figures.items()
+        if k.split(":")[0] in ("weights", "LoRA", "gradients", "optimizer", "scratch", "other")
+    )
     total = static + figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
     assert total == pytest.approx(needed(plan), abs=0.06)
     assert figures["training"] == pytest.approx(plan.peak / GIB, abs=0.01)
@@ -353,8 +365,10 @@ def test_command_line():
     def call(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "fluxfast", "plan", *arguments],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     done = call(str(STOCK), "--gpu", "4090", "--set", "data.0.resolution=[512]")
     assert done.returncode == 0 and "512 px" in done.stdout and "mixed" not in done.stdout

@@ -124,14 +124,24 @@ def test_offload_is_told_what_happens_in_order():
     model, x = flux(), inputs(1, 8, 5)
     model.policies = ["offload", "keep", "offload"]
     gradients(model, x)
-    events = [event for i, event in enumerate(model.offload.events)
-              if i == 0 or event != model.offload.events[i - 1]]  # fmt: skip
+    events = [
+        event
+        for i, event in enumerate(model.offload.events)
+        if i == 0 or event != model.offload.events[i - 1]
+    ]
     # the first block's inputs need no gradient: nobody can say when it is done, nobody asks
     assert events == [
-        ("begin",), ("put", 0), ("forward done", 0), ("forward done", 1),
-        ("put", 2), ("forward done", 2), ("all done",),
-        ("get", 2), ("backward done", 2), ("get", 0),
-    ]  # fmt: skip
+        ("begin",),
+        ("put", 0),
+        ("forward done", 0),
+        ("forward done", 1),
+        ("put", 2),
+        ("forward done", 2),
+        ("all done",),
+        ("get", 2),
+        ("backward done", 2),
+        ("get", 0),
+    ]
 
 
 def test_offload_without_an_engine_is_refused():

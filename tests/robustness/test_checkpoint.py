@@ -27,8 +27,17 @@ from fluxfast.run.checkpoint import (
     verify,
 )
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-          torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def state(step: int) -> dict:
@@ -71,14 +80,21 @@ def test_every_value_comes_back_to_the_last_bit(tmp_path):
     tensors = {str(dtype): values.to(dtype)[:24].view(2, 3, 4) for dtype in DTYPES}
     whole = {
         "step": 7,
-        "floats": [*values.tolist(), 5e-324, 1.7976931348623157e308, -0.0, math.inf, -math.inf,
-                   math.nan],
+        "floats": [
+            *values.tolist(),
+            5e-324,
+            1.7976931348623157e308,
+            -0.0,
+            math.inf,
+            -math.inf,
+            math.nan,
+        ],
         "others": [None, True, False, 0, -(2**70), "a string, ünïcode\n"],
         "groups": [{"betas": (0.9, 0.999), "params": [0, 1], "growth_rate": math.inf}],
         "state": {0: {"step": torch.tensor(3.0), "empty": torch.zeros(0, 4)}, 10: (), 2: {}},
         "odd": {"$tensor": "a", "a/b": torch.ones(1)},
         "tensors": tensors | {"columns": values[:20].view(4, 5).t()},
-    }  # fmt: skip
+    }
     folder = save_checkpoint(tmp_path, whole, write_lora, 1)
     assert same(read_state(folder), {"format": 1, **whole})
     named = read_state(folder, tensors=False)

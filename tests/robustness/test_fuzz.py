@@ -57,11 +57,47 @@ values = st.recursive(
     max_leaves=12,
 )
 yaml_words = st.sampled_from(
-    ["a", "b: ", "- ", "&x ", "*x ", "<<: ", "{", "}", "[", "]", "? ", ": ", "!!int ", "!!set ",
-     "!!bool ", "!!float ", "!!timestamp ", "|\n ", ">\n ", "\n", "\n  ", "'", '"', "#", "---",
-     "...", "%YAML 1.1", "1e9", "0x", "1:2:3", "2024-01-01", "\\ud800", "\t", "é", "\ufeff", "@",
-     "~", "="]
-)  # fmt: skip
+    [
+        "a",
+        "b: ",
+        "- ",
+        "&x ",
+        "*x ",
+        "<<: ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "? ",
+        ": ",
+        "!!int ",
+        "!!set ",
+        "!!bool ",
+        "!!float ",
+        "!!timestamp ",
+        "|\n ",
+        ">\n ",
+        "\n",
+        "\n  ",
+        "'",
+        '"',
+        "#",
+        "---",
+        "...",
+        "%YAML 1.1",
+        "1e9",
+        "0x",
+        "1:2:3",
+        "2024-01-01",
+        "\\ud800",
+        "\t",
+        "é",
+        "\ufeff",
+        "@",
+        "~",
+        "=",
+    ]
+)
 
 
 yaml_texts = st.lists(yaml_words, max_size=30).map("".join)
@@ -154,8 +190,10 @@ def test_any_override(key, value):
 
 
 @quickly
-@given(sidecar=st.binary(max_size=60) | st.text(max_size=30), encoding=st.sampled_from(
-    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]))  # fmt: skip
+@given(
+    sidecar=st.binary(max_size=60) | st.text(max_size=30),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]),
+)
 def test_any_sidecar(tmp_path, sidecar, encoding):
     data = sidecar if isinstance(sidecar, bytes) else sidecar.encode(encoding)
     (tmp_path / "a.txt").write_bytes(data)
@@ -229,12 +267,20 @@ FORMS = st.fixed_dictionaries(
     },
 )
 HEADERS = st.dictionaries(
-    st.sampled_from(["mean", "std", "t5", "__metadata__", "",
-                     "lora_unet_double_blocks_0_img_attn_qkv.alpha",
-                     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]),
+    st.sampled_from(
+        [
+            "mean",
+            "std",
+            "t5",
+            "__metadata__",
+            "",
+            "lora_unet_double_blocks_0_img_attn_qkv.alpha",
+            "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        ]
+    ),
     FORMS | st.none() | st.integers() | st.lists(st.integers(), max_size=2),
     max_size=4,
-)  # fmt: skip
+)
 FILES = st.binary(max_size=120) | st.tuples(
     HEADERS, st.binary(max_size=12), st.none() | st.integers(0, 2**63)
 )
@@ -276,19 +322,26 @@ def test_any_lora_file(tmp_path, content):
 @pytest.mark.parametrize(
     "dtype, shape, size",
     [
-        ("F32", [], 4), ("F4", [8, 1], 4), ("F6_E2M3", [4, 1], 3), ("F8_E8M0", [4, 1], 4),
-        ("U64", [4, 1], 32), ("C64", [4, 1], 32), ("BOOL", [4, 1], 4),
+        ("F32", [], 4),
+        ("F4", [8, 1], 4),
+        ("F6_E2M3", [4, 1], 3),
+        ("F8_E8M0", [4, 1], 4),
+        ("U64", [4, 1], 32),
+        ("C64", [4, 1], 32),
+        ("BOOL", [4, 1], 4),
     ],
-)  # fmt: skip
+)
 def test_lora_factors_of_odd_kinds(tmp_path, dtype, shape, size):
     """A sound file: its library reads it, or says that torch has no such numbers."""
     name = "transformer.single_transformer_blocks.0.attn.to_q."
     header = {
         f"{name}{part}": {
-            "dtype": dtype, "shape": shape, "data_offsets": [i * size, (i + 1) * size]
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [i * size, (i + 1) * size],
         }
         for i, part in enumerate(("lora_A.weight", "lora_B.weight", "alpha"))
-    }  # fmt: skip
+    }
     file = write_header(tmp_path / "a.safetensors", header, b"\1" * 3 * size)
     with pytest.raises(ConfigError) as raised:
         read_lora(file)

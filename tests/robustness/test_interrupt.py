@@ -291,9 +291,12 @@ with {0}(Path(sys.argv[1])):
 def holder(folder: Path, how: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD.format(how), str(folder)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert process.stdout.readline() == "held\n"
     return process
 

@@ -242,16 +242,25 @@ def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_pa
     """In two folders and two processes, which order their sets differently; apart from dates, times
     and memory, which are not the run's own."""
     raw = {
-        "name": "same", "trigger": "ohwx", "seed": 7, "device": "cpu", "log_every": 1,
+        "name": "same",
+        "trigger": "ohwx",
+        "seed": 7,
+        "device": "cpu",
+        "log_every": 1,
         "model": {"path": "model", "storage": "nf4", "compute": "fp32"},
         "lora": {"rank": 2, "dropout": 0.2, "targets": "attn"},
-        "data": {"folder": "photos", "resolution": 64, "flip": True, "caption_dropout": 0.5,
-                 "shuffle_captions": True},
+        "data": {
+            "folder": "photos",
+            "resolution": 64,
+            "flip": True,
+            "caption_dropout": 0.5,
+            "shuffle_captions": True,
+        },
         "train": {"steps": 3, "batch_size": 2, "ema": {"enabled": True}},
         "save": {"every": 2, "formats": ["diffusers", "kohya"]},
         "sample": {"prompts": ["[trigger] b"], "width": 64, "height": 64, "steps": 1, "every": 0},
         "validation": {"share": 0.25, "timesteps": 1},
-    }  # fmt: skip
+    }
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "photos").symlink_to(photos)
@@ -261,9 +270,11 @@ def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_pa
     same = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "-m", "fluxfast", "train", "c.yaml"],
-        cwd=tmp_path / "a", stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path / "a",
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, **same, "PYTHONHASHSEED": "1"},
-    )  # fmt: skip
+    )
     monkeypatch.chdir(tmp_path / "b")
     train(load_config("c.yaml"))
     assert process.communicate()[1] and process.returncode == 0

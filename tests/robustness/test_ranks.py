@@ -81,8 +81,11 @@ def start(config: Config, *options: str) -> subprocess.Popen:
     with open(config.output_dir / "log.txt", "a") as log:
         return subprocess.Popen(
             [*command, "--standalone", "-m", "fluxfast", "train", str(file)],
-            env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def said(config: Config) -> str:
@@ -279,9 +282,11 @@ def test_ranks_tell_each_other(tmp_path):
         port = free.getsockname()[1]
     common = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    }
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", PAIR],
@@ -290,7 +295,7 @@ def test_ranks_tell_each_other(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(2)
     ]
     ends = [process.communicate(timeout=STOPPED_BY) for process in pair]

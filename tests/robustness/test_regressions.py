@@ -97,9 +97,12 @@ def test_two_processes_do_not_train_in_one_folder(configure):
     config = configure()
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(config.run_dir)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         for restart in (False, True):
@@ -169,8 +172,18 @@ def test_one_bad_step_ends_no_run_that_logs_every_step(tmp_path):
 
 def test_foreign_lines_among_the_metrics_end_no_run(tmp_path):
     """As a crash of the system leaves them: zeros, halves, what another program wrote."""
-    lines = ['{"step": 1, "loss": 1}', "{}", "[1]", "\0" * 40 + "}", '{"step": "x"}', "[" * 9999,
-             '{"step": 1e999}', '{"step": 2, "loss": 1}', '{"step": 3}', '{"st']  # fmt: skip
+    lines = [
+        '{"step": 1, "loss": 1}',
+        "{}",
+        "[1]",
+        "\0" * 40 + "}",
+        '{"step": "x"}',
+        "[" * 9999,
+        '{"step": 1e999}',
+        '{"step": 2, "loss": 1}',
+        '{"step": 3}',
+        '{"st',
+    ]
     content = "\n".join(lines).encode() + b"\xff}\n"
     (tmp_path / "metrics.jsonl").write_bytes(content)
     RunLog(tmp_path, 2, 4, 1, torch.device("cpu"))

@@ -299,8 +299,10 @@ def test_every_setting_is_in_one_class():
 
 def test_every_class_does_what_it_says(some_config):
     now = settings(some_config)
-    keys = {"data.1.folder" if key == "data.folder" else key.replace("data.", "data.0.")
-            for key in REFUSED | APPLIED | START}  # fmt: skip
+    keys = {
+        "data.1.folder" if key == "data.folder" else key.replace("data.", "data.0.")
+        for key in REFUSED | APPLIED | START
+    }
     assert keys <= now.keys()
     for key in keys:
         before = settings(some_config) | {key: other(now[key])}

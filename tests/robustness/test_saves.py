@@ -74,10 +74,13 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     ema.updates, ema.shadow = OnDevice(torch.tensor(3.0)), list(map(OnDevice, values(2)))
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
     run = SimpleNamespace(
-        parameters=list(map(OnDevice, values(2))), ema=ema, loader=SimpleNamespace(fingerprint="f"),
-        memory=SimpleNamespace(stepping=nullcontext), ranks=SINGLE_PROCESS,
+        parameters=list(map(OnDevice, values(2))),
+        ema=ema,
+        loader=SimpleNamespace(fingerprint="f"),
+        memory=SimpleNamespace(stepping=nullcontext),
+        ranks=SINGLE_PROCESS,
         optimizer=SimpleNamespace(state_dict=lambda: moments),
-    )  # fmt: skip
+    )
     saves.save(run, 5, {})
     state = read_state(saves.newest[1])
     assert len(OnDevice.held) == 6 and max(OnDevice.held) <= 1

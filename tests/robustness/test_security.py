@@ -183,7 +183,8 @@ GROWING = {
     "lists in lists": ("[" * 100_000, "levels deep"),
     "mappings in mappings": ("".join(f"{' ' * i}a:\n" for i in range(60)), "levels deep"),
     "depth by aliases": (
-        "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 70)), "levels deep",
+        "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 70)),
+        "levels deep",
     ),
     "a large file": ("# " + "x" * LARGEST + "\n", f"is larger than {LARGEST} bytes"),
     "a long number": ("a: " + "9" * 5000, "a number of more than"),
@@ -192,7 +193,7 @@ GROWING = {
     "python's own tags": ("a: !!python/object/apply:os.system [id]\n", "only plain ones are read"),
     "bytes": ("a: !!binary /w==\n", "only plain ones are read"),
     "a set": ("a: !!set {b: null}\n", "only plain ones are read"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GROWING)
@@ -222,8 +223,9 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read(tmp_path):
     )
     entries = load_config(file).data
     assert [(str(e.folder), e.resolution, e.flip) for e in entries] == [
-        ("a", [512], True), ("b", [512], True)
-    ]  # fmt: skip
+        ("a", [512], True),
+        ("b", [512], True),
+    ]
     deep = "[" * DEEPEST + "]" * DEEPEST
     assert str(parse_yaml(deep)) == deep
     with pytest.raises(ValueError, match="levels deep"):
@@ -273,11 +275,26 @@ def test_an_endless_file_is_not_read_to_its_end():
 
 @pytest.mark.parametrize(
     "key",
-    ["train.steps", "train.batch_size", "train.gradient_accumulation", "train.lr", "log_every",
-     "train.guidance", "lora.rank", "lora.alpha", "data.num_repeats", "data.resolution",
-     "data.shuffle_variants", "sample.width", "sample.steps", "sample.guidance", "save.keep",
-     "validation.timesteps", "model.max_sequence_length"],
-)  # fmt: skip
+    [
+        "train.steps",
+        "train.batch_size",
+        "train.gradient_accumulation",
+        "train.lr",
+        "log_every",
+        "train.guidance",
+        "lora.rank",
+        "lora.alpha",
+        "data.num_repeats",
+        "data.resolution",
+        "data.shuffle_variants",
+        "sample.width",
+        "sample.steps",
+        "sample.guidance",
+        "save.keep",
+        "validation.timesteps",
+        "model.max_sequence_length",
+    ],
+)
 @pytest.mark.parametrize("number", ["1000000000001", "1e300", "9" * 300])
 def test_numbers_that_nobody_means_are_refused(key, number):
     """They would end in a full memory, or never."""
@@ -296,16 +313,40 @@ def test_what_is_shown_of_a_mistake_is_short():
 
 # ---------------------------------------------------------------- nothing is written elsewhere
 
-NAMES = ["../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", "a\n", "-a", ".a", "a\0", "~/x", "C:x",
-         " ", "n" * 151, "é" * 76]  # fmt: skip
+NAMES = [
+    "../x",
+    "/tmp/x",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "a\\b",
+    "a\n",
+    "-a",
+    ".a",
+    "a\0",
+    "~/x",
+    "C:x",
+    " ",
+    "n" * 151,
+    "é" * 76,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_no_plain_one_is_refused(name):
     with pytest.raises(ConfigError):
         build_config(minimal(name=name))
-    job = {"process": [{"type": "sd_trainer", "model": {"name_or_path": "m", "is_flux": True},
-                        "network": {"linear": 4}, "datasets": [{"folder_path": "a"}]}]}  # fmt: skip
+    job = {
+        "process": [
+            {
+                "type": "sd_trainer",
+                "model": {"name_or_path": "m", "is_flux": True},
+                "network": {"linear": 4},
+                "datasets": [{"folder_path": "a"}],
+            }
+        ]
+    }
     from fluxfast.config.ai_toolkit import convert_ai_toolkit
 
     try:
@@ -326,12 +367,21 @@ def test_a_hostile_run_writes_into_its_own_folders_alone(configure, photos, tmp_
     (data / "metadata.jsonl").write_text(json.dumps(row))
     monkeypatch.chdir(home)
     config = configure(
-        name="run", output_dir="runs", cache_dir="cache", trigger=f"{away}/x",
+        name="run",
+        output_dir="runs",
+        cache_dir="cache",
+        trigger=f"{away}/x",
         data={"folder": "photos", "resolution": 64, "caption_ext": ".txt", "caption_prefix": away},
-        sample={"prompts": [f"{away}/p.png", f"{tmp_path}/away/q"], "width": 64, "height": 64,
-                "steps": 1, "every": 0},
-        train__steps=1, lora__include=["img_attn"],
-    )  # fmt: skip
+        sample={
+            "prompts": [f"{away}/p.png", f"{tmp_path}/away/q"],
+            "width": 64,
+            "height": 64,
+            "steps": 1,
+            "every": 0,
+        },
+        train__steps=1,
+        lora__include=["img_attn"],
+    )
     before = files(tmp_path)
     train(config)
     new = files(tmp_path) - before
@@ -368,14 +418,20 @@ def test_a_cache_folder_with_links_out_of_it_is_refused(configure, tmp_path, nam
 def test_files_that_are_links_are_replaced_and_not_written_through(configure, tmp_path):
     """The rest of a run's folder is written whole and put in place."""
     config = configure(
-        name="run", cache_dir=str(tmp_path / "own"), train__steps=2, save__every=1,
+        name="run",
+        cache_dir=str(tmp_path / "own"),
+        train__steps=2,
+        save__every=1,
         sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1, "every": 0},
-    )  # fmt: skip
+    )
     train(config)
     mine, replaced = tmp_path / "mine", []
     mine.write_text("mine")
-    for path in [*config.run_dir.glob("*.*"), *config.run_dir.glob("samples/*"),
-                 *config.cache_path.rglob("*.*")]:  # fmt: skip
+    for path in [
+        *config.run_dir.glob("*.*"),
+        *config.run_dir.glob("samples/*"),
+        *config.cache_path.rglob("*.*"),
+    ]:
         if path.is_file() and path.name != "metrics.jsonl":
             path.unlink()
             path.symlink_to(mine)
@@ -425,8 +481,10 @@ def test_a_token_in_settings_of_others_is_not_repeated_either(tmp_path, fluxfast
     job = {"process": [{"type": "sd_trainer", "train": {"lr": TOKEN}}], "name": "x"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"job": "extension", "config": job}))
     (tmp_path / "d.toml").write_text(f'[general]\nresolution = "{TOKEN}"\n')
-    for load in (lambda: load_config(tmp_path / "c.yaml"),
-                 lambda: build_config(minimal(data=str(tmp_path / "d.toml")))):  # fmt: skip
+    for load in (
+        lambda: load_config(tmp_path / "c.yaml"),
+        lambda: build_config(minimal(data=str(tmp_path / "d.toml"))),
+    ):
         with pytest.raises(ConfigError, match="holds an access token") as raised:
             load()
         assert TOKEN not in str(raised.value)
@@ -446,9 +504,21 @@ def test_the_token_of_the_environment_is_refused_whatever_its_form(monkeypatch, 
     assert build_config(minimal(trigger="x")).trigger == "x"
 
 
-SECRETS = ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "my_password", "APIKEY",
-           "OPENAI_KEY", "GITHUB_PAT", "MYSQL_PWD", "PGPASSFILE", "DATABASE_URL", "SENTRY_DSN",
-           "NPM_AUTH", "SSH_KEYS"]  # fmt: skip
+SECRETS = [
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+    "my_password",
+    "APIKEY",
+    "OPENAI_KEY",
+    "GITHUB_PAT",
+    "MYSQL_PWD",
+    "PGPASSFILE",
+    "DATABASE_URL",
+    "SENTRY_DSN",
+    "NPM_AUTH",
+    "SSH_KEYS",
+]
 
 
 @pytest.mark.parametrize("variable", SECRETS)
@@ -458,9 +528,13 @@ def test_secrets_of_the_environment_are_not_put_into_settings(monkeypatch, varia
 
     monkeypatch.setenv(variable, "s3cret-value")
     monkeypatch.setenv("PICTURES", "photos")
-    process = {"type": "sd_trainer", "trigger_word": f"${{{variable}}}",
-               "model": {"name_or_path": "m", "is_flux": True}, "network": {"linear": 4},
-               "datasets": [{"folder_path": "${PICTURES}"}]}  # fmt: skip
+    process = {
+        "type": "sd_trainer",
+        "trigger_word": f"${{{variable}}}",
+        "model": {"name_or_path": "m", "is_flux": True},
+        "network": {"linear": 4},
+        "datasets": [{"folder_path": "${PICTURES}"}],
+    }
     raw = {"job": "extension", "config": {"name": "x", "process": [process]}}
     with pytest.raises(ConfigError, match="may hold a secret") as raised:
         convert_ai_toolkit(raw)
@@ -476,9 +550,11 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
     monkeypatch.chdir(tmp_path)
     screen = io.StringIO()
     config = configure(
-        train__steps=1, save__every=1, validation__share=0.5,
+        train__steps=1,
+        save__every=1,
+        validation__share=0.5,
         sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1},
-    )  # fmt: skip
+    )
     with log_to_terminal(Console(file=screen, width=300)):
         train(config)
         LOG.warning("note: could not reach the Hub with %s", TOKEN)
@@ -486,8 +562,13 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 10
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
-    for arguments in (["doctor"], ["train", f"{TOKEN}.yaml"], ["train", "x", "--set", TOKEN],
-                      ["inspect", TOKEN], ["train", photos, "--model", TOKEN]):  # fmt: skip
+    for arguments in (
+        ["doctor"],
+        ["train", f"{TOKEN}.yaml"],
+        ["train", "x", "--set", TOKEN],
+        ["inspect", TOKEN],
+        ["train", photos, "--model", TOKEN],
+    ):
         code, out, err = fluxfast(*arguments)
         assert TOKEN not in out + err and (code or arguments == ["doctor"])
 
@@ -559,16 +640,26 @@ def test_tensorboard_gets_numbers_under_fixed_names_and_no_text(configure):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = configure(
-        trigger=f"ohwx {EVIL}", train__steps=2,
+        trigger=f"ohwx {EVIL}",
+        train__steps=2,
         sample={"prompts": [EVIL], "width": 64, "height": 64, "steps": 1},
-    )  # fmt: skip
+    )
     train(config)
     folder = config.run_dir / "tensorboard"
     board = EventAccumulator(str(folder))
     board.Reload()
     tags = board.Tags()
-    scalars = {"loss", "loss_smooth", "grad_norm", "lr", "it_per_s", "s_per_it", "epoch",
-               "peak_memory_gib", "skipped_steps"}  # fmt: skip
+    scalars = {
+        "loss",
+        "loss_smooth",
+        "grad_norm",
+        "lr",
+        "it_per_s",
+        "s_per_it",
+        "epoch",
+        "peak_memory_gib",
+        "skipped_steps",
+    }
     assert {tag.removeprefix("train/") for tag in tags.pop("scalars")} <= scalars
     assert not any(tags.values())
     assert not any(b"script" in path.read_bytes() for path in folder.iterdir())

@@ -35,9 +35,18 @@ BARE = {"torch", "triton", *SOURCES, *sys.stdlib_module_names}
 
 # slow or absent: imported inside the functions that need them, never at the top
 LATE = {
-    "transformers", "diffusers", "bitsandbytes", "huggingface_hub", "prodigyopt", "schedulefree",
-    "tensorboard", "matplotlib", "peft", "accelerate", "gguf",
-}  # fmt: skip
+    "transformers",
+    "diffusers",
+    "bitsandbytes",
+    "huggingface_hub",
+    "prodigyopt",
+    "schedulefree",
+    "tensorboard",
+    "matplotlib",
+    "peft",
+    "accelerate",
+    "gguf",
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -225,12 +234,17 @@ def test_nothing_reads_or_writes_a_pickle():
     for path in paths:
         assert not _unpickling(ast.parse(path.read_text(encoding="utf-8"))), path
     for source in (
-        "import pickle", "from pickle import loads", "import torch\ntorch.load('x')",
-        "from torch import load", "torch.serialization.save(1, 'x')", "import joblib.memory",
-        "def f():\n  import torch as t\n  t.load(0)", "np.load('x', allow_pickle=True)",
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "torch.serialization.save(1, 'x')",
+        "import joblib.memory",
+        "def f():\n  import torch as t\n  t.load(0)",
+        "np.load('x', allow_pickle=True)",
         "torch.distributed.all_gather_object([], 1)",
         "from torch.distributed import broadcast_object_list",
-    ):  # fmt: skip
+    ):
         assert _unpickling(ast.parse(source)), source
     assert not _unpickling(ast.parse("from safetensors.torch import load, save\nimage.save('x')"))
 

@@ -62,9 +62,12 @@ def process(*arguments, cwd: Path, code: str | None = None, **env) -> Result:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [*command, *map(str, arguments)],
-        cwd=cwd, env={**kept, "PYTHONPATH": path, **env}, capture_output=True, text=True,
+        cwd=cwd,
+        env={**kept, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -109,10 +112,13 @@ def test_help_is_light(tmp_path, arguments):
     loaded = set(result.err.split("LOADED", 1)[1].split())
     # typer brings pydantic itself; the configuration's models are what costs time
     assert {name for name in loaded if name.startswith("fluxfast")} == {
-        "fluxfast", "fluxfast.cli", "fluxfast.errors", "fluxfast.util",
+        "fluxfast",
+        "fluxfast.cli",
+        "fluxfast.errors",
+        "fluxfast.util",
         "fluxfast.util.redact",
-            "fluxfast.util.terminal",
-    }  # fmt: skip
+        "fluxfast.util.terminal",
+    }
     assert "typer" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "transformers", "diffusers", "yaml", "PIL"})
     assert not list(tmp_path.iterdir())
@@ -241,10 +247,19 @@ def test_a_picture_in_an_unknown_precision(fluxfast, option, word, part):
 )
 def test_layers_that_the_model_has_not(fluxfast, photos, nano_model, layers, part):
     result = fluxfast(
-        "train", "photos", "--model", nano_model, "--set", "data.resolution=64",
-        "--set", "model.compute=fp32", "--set", f"model.layers={json.dumps(layers)}",
-        "--set", "device=cpu",
-    )  # fmt: skip
+        "train",
+        "photos",
+        "--model",
+        nano_model,
+        "--set",
+        "data.resolution=64",
+        "--set",
+        "model.compute=fp32",
+        "--set",
+        f"model.layers={json.dumps(layers)}",
+        "--set",
+        "device=cpu",
+    )
     assert result.code == 2 and result.error.startswith("error: model.layers: ")
     assert part in result.err and "encoding" not in result.err
 
@@ -306,8 +321,9 @@ def test_a_broken_image(fluxfast, photos, nano_model):
     assert result.code == 0 and "1 samples" in result.err
     lines = [line for line in result.err.splitlines() if "skipped" in line]
     assert [line[:30] for line in lines] == [
-        "skipped: photos/0.png is not a", "1 of 2 pictures skipped; stric"
-    ]  # fmt: skip
+        "skipped: photos/0.png is not a",
+        "1 of 2 pictures skipped; stric",
+    ]
 
 
 def test_a_truncated_image(fluxfast, photos, nano_model):
@@ -377,10 +393,22 @@ def resolved(monkeypatch, fluxfast, *arguments):
 
 def test_options_and_overrides(monkeypatch, fluxfast, photos):
     given, restart = resolved(
-        monkeypatch, fluxfast, "photos", "--model", "org/flux", "--trigger", 'öhwx "dog": 😀',
-        "--name", "007", "--encoders", "parts", "--set", "train.steps=7",
-        "--set", "model.path=last",
-    )  # fmt: skip
+        monkeypatch,
+        fluxfast,
+        "photos",
+        "--model",
+        "org/flux",
+        "--trigger",
+        'öhwx "dog": 😀',
+        "--name",
+        "007",
+        "--encoders",
+        "parts",
+        "--set",
+        "train.steps=7",
+        "--set",
+        "model.path=last",
+    )
     assert given.trigger == 'öhwx "dog": 😀' and given.name == "007"
     assert given.model.path == "last" and given.model.encoders == "parts"
     assert given.train.steps == 7 and not restart
@@ -395,9 +423,14 @@ def test_options_win_over_the_file(monkeypatch, fluxfast, tmp_path):
 
 @pytest.mark.parametrize(
     "folder, name",
-    [("photos (1)", "photos _1_"), ("käse", "käse"), (".hidden", "hidden"), ("---", "lora"),
-     ("a&b", "a_b")],
-)  # fmt: skip
+    [
+        ("photos (1)", "photos _1_"),
+        ("käse", "käse"),
+        (".hidden", "hidden"),
+        ("---", "lora"),
+        ("a&b", "a_b"),
+    ],
+)
 def test_a_folder_of_any_name_gives_a_run_name(monkeypatch, fluxfast, tmp_path, folder, name):
     (tmp_path / folder).mkdir()
     target = tmp_path / folder
@@ -468,10 +501,25 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 
 def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
     arguments = (
-        "train", "photos", "--model", nano_model, "--trigger", "ohwx",
-        "--set", "train.steps=2", "--set", "data.resolution=64", "--set", "log_every=1",
-        "--set", "model.storage=fp32", "--set", "model.compute=fp32", "--set", "lora.rank=2",
-    )  # fmt: skip
+        "train",
+        "photos",
+        "--model",
+        nano_model,
+        "--trigger",
+        "ohwx",
+        "--set",
+        "train.steps=2",
+        "--set",
+        "data.resolution=64",
+        "--set",
+        "log_every=1",
+        "--set",
+        "model.storage=fp32",
+        "--set",
+        "model.compute=fp32",
+        "--set",
+        "lora.rank=2",
+    )
     run = tmp_path / "runs" / "photos"
     first = fluxfast(*arguments)
     assert (first.code, first.out) == (0, "runs/photos/photos.safetensors\n"), first.err
@@ -512,9 +560,19 @@ def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
 
 def test_a_changed_setting_is_refused_on_resume(fluxfast, photos, nano_model):
     arguments = (
-        "train", "photos", "--model", nano_model, "--set", "train.steps=1",
-        "--set", "data.resolution=64", "--set", "lora.rank=2", "--set", "lora.targets=attn",
-    )  # fmt: skip
+        "train",
+        "photos",
+        "--model",
+        nano_model,
+        "--set",
+        "train.steps=1",
+        "--set",
+        "data.resolution=64",
+        "--set",
+        "lora.rank=2",
+        "--set",
+        "lora.targets=attn",
+    )
     assert fluxfast(*arguments).code == 0
     result = fluxfast(*arguments, "--set", "lora.rank=4")
     assert result.code == 2

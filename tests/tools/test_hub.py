@@ -197,9 +197,21 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    ["/no/such/model", "no-slash", "a/b/c", "./model", "../model", "a b/c", "~nobody-here/x", "~/x",
-     "org/name.git", "org/a--b", "https://huggingface.co/org/name", "x\0y"],
-)  # fmt: skip
+    [
+        "/no/such/model",
+        "no-slash",
+        "a/b/c",
+        "./model",
+        "../model",
+        "a b/c",
+        "~nobody-here/x",
+        "~/x",
+        "org/name.git",
+        "org/a--b",
+        "https://huggingface.co/org/name",
+        "x\0y",
+    ],
+)
 def test_what_is_neither_path_nor_hub_id(path, monkeypatch):
     monkeypatch.setenv("HOME", "/no/such/home")
     error = refused(path)

@@ -32,9 +32,16 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
 
 
 def descend(
-    train: TrainConfig, steps: int, start: int = 0, state=None, values=None, poisoned=None,
-    ema=None, at_end=True, take=step_unless,
-):  # fmt: skip
+    train: TrainConfig,
+    steps: int,
+    start: int = 0,
+    state=None,
+    values=None,
+    poisoned=None,
+    ema=None,
+    at_end=True,
+    take=step_unless,
+):
     """Minimize the square of every parameter. -> (parameters, optimizer).
 
     poisoned: a step at which one gradient is infinite. at_end: leave schedule-free at the point to

@@ -182,12 +182,21 @@ def test_flip_shuffle_masks_and_dropout_train_from_the_cache(configure, photos, 
         (folder / f"{i}.txt").write_text("[trigger], red, square, flat, bright")
     config = configure(
         data=[
-            {"folder": str(folder), "resolution": [64], "mask": "alpha", "flip": True,
-             "shuffle_captions": True, "caption_dropout": 0.5, "num_repeats": 2},
+            {
+                "folder": str(folder),
+                "resolution": [64],
+                "mask": "alpha",
+                "flip": True,
+                "shuffle_captions": True,
+                "caption_dropout": 0.5,
+                "num_repeats": 2,
+            },
             {"folder": str(photos), "resolution": [64, 96]},
         ],
-        train__steps=3, train__gradient_accumulation=2, memory__policy="checkpoint",
-    )  # fmt: skip
+        train__steps=3,
+        train__gradient_accumulation=2,
+        memory__policy="checkpoint",
+    )
     train(config)
     assert metrics(config)[-1]["step"] == 3
 

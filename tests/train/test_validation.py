@@ -124,8 +124,16 @@ def test_measurement_is_fixed_and_paired(configure):
 
 
 def test_run_measures_keeps_the_best_and_resumes(configure):
-    config = configure(sample={"prompts": ["[trigger] one", "two"], "every": 2, "width": 64,
-                               "height": 64, "steps": 2, "walk_seed": True})  # fmt: skip
+    config = configure(
+        sample={
+            "prompts": ["[trigger] one", "two"],
+            "every": 2,
+            "width": 64,
+            "height": 64,
+            "steps": 2,
+            "walk_seed": True,
+        }
+    )
     train(config)
     run = config.run_dir
     rows = read_validations(run / "validation.jsonl")
@@ -156,8 +164,9 @@ def test_run_measures_keeps_the_best_and_resumes(configure):
 
 def test_watching_changes_nothing(configure):
     """A run with validation and previews trains the same weights as one without the previews."""
-    watched = configure(name="w", sample={"prompts": ["x"], "every": 1, "width": 64, "height": 64,
-                                          "steps": 1})  # fmt: skip
+    watched = configure(
+        name="w", sample={"prompts": ["x"], "every": 1, "width": 64, "height": 64, "steps": 1}
+    )
     blind = configure(name="b")
     a, b = (load_file(train(config)) for config in (watched, blind))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
