@@ -234,10 +234,10 @@ def test_nf4(nf4, width, fused):
     truth = run(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     patch_diffusers(model)
-    weight = model.single_transformer_blocks[0]._fluxfast.joints["linear1"].of(
-        module.attrgetter("attn.to_q.base_layer", "attn.to_k.base_layer", "attn.to_v.base_layer",
-                          "proj_mlp.base_layer")(model.single_transformer_blocks[0])
-    )[0]  # fmt: skip
+    block = model.single_transformer_blocks[0]
+    joined = block._fluxfast.joined["linear1"]
+    paths = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    weight = joined.weight([block.get_submodule(path).base_layer for path in paths]).tensors
     assert len(weight) == (4 if nf4 == "nested" and width == 64 else 2)
     assert_close(run(model), truth)
     assert fused == ONCE

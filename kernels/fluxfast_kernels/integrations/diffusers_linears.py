@@ -1,12 +1,12 @@
-"""The linears that `diffusers.py` finds in diffusers' blocks, as the fused ops take them.
+"""The linears in diffusers' blocks, as the fused ops take them.
 
-`base_of` and `lora_of` read one linear (`nn.Linear` or bitsandbytes' `Linear4bit`, bare or in
+`frozen_base` and `read_lora` read one linear (`nn.Linear` or bitsandbytes' `Linear4bit`, bare or in
 peft's LoRA layer) and raise `Declined`, with a reason, where the ops do not compute what it does.
-`Joint` lays the frozen tensors of several linears side by side in one tensor per kind, of which
-each linear's own become views; `stacked` does so with their LoRA, differentiably.
+`JoinedWeight` moves the frozen tensors of several linears into one tensor per kind, of which each
+linear's own become views; `stack_loras` concatenates their LoRA, differentiably.
 """
 
-from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.quant.frozen import FrozenWeight
 from fluxfast_kernels.quant.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, nf4_absmax
+
+Foreign = Any  # a module of diffusers, peft or bitsandbytes, of which nothing is imported
 
 
 class Declined(Exception):
@@ -26,7 +28,7 @@ def decline_if(condition: object, reason: str) -> None:
         raise Declined(reason)
 
 
-# ---------------------------------------------------------------- one linear: what it is, its LoRA
+# ---------------------------------------------------------------- one linear and its LoRA
 
 
 def hooked(module: nn.Module) -> bool:
@@ -36,57 +38,70 @@ def hooked(module: nn.Module) -> bool:
     return "forward" in own or any(own[name] for name in names)
 
 
-def is_4bit(base: nn.Module) -> bool:
-    kind = type(base)
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
-
-
-def is_lora(module: nn.Module) -> bool:
+def _is(module: Foreign, package: str, *names: str) -> bool:
     kind = type(module)
-    return kind.__name__ in ("Linear", "Linear4bit") and kind.__module__.startswith("peft.")
+    return kind.__name__ in names and kind.__module__.startswith(f"{package}.")
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def is_4bit(base: Foreign) -> bool:
+    return _is(base, "bitsandbytes", "Linear4bit")
+
+
+def is_lora(module: Foreign) -> bool:
+    return _is(module, "peft", "Linear", "Linear4bit")
+
+
+def base_of(module: Foreign) -> Foreign:
+    return module.base_layer if is_lora(module) else module
+
+
+def frozen_base(module: Foreign) -> Foreign:
     """The frozen linear, checked."""
-    base = module.base_layer if is_lora(module) else module
+    base = base_of(module)
     decline_if(hooked(module) or hooked(base), "a linear has hooks")
-    decline_if(
-        type(base) is not nn.Linear and not is_4bit(base), f"a linear is a {type(base).__name__}"
-    )
+    known = type(base) is nn.Linear or is_4bit(base)
+    decline_if(not known, f"a linear is a {type(base).__name__}")
     weight, bias = base.weight, base.bias
     decline_if(bias is None, "a linear has no bias")
     decline_if(weight.device.type == "meta", "weights are on the meta device")
-    decline_if(
-        torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad),
-        "base weights require gradients",
-    )
-    if not is_4bit(base):
+    trains = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    decline_if(trains, "base weights require gradients")
+    if is_4bit(base):
+        _check_nf4(base)
+    else:
         decline_if(type(weight) is not nn.Parameter, f"weights are {type(weight).__name__}")
-        return base
-    state = getattr(weight, "quant_state", None)
+    return base
+
+
+def _check_nf4(base: Foreign) -> None:
+    state: Foreign = getattr(base.weight, "quant_state", None)
     decline_if(state is None, "weights are not quantized yet")
     # which rounds absmax to bf16 and transposes it; bitsandbytes 0.50 cannot take that back
     packed = getattr(state, "packing_format_for_cpu", False)
     decline_if(packed, "bitsandbytes has packed 4-bit weights for its own CPU kernels")
-    nested = state.state2
-    plain = state.quant_type == "nf4" and state.blocksize == BLOCK
-    plain &= tuple(state.shape) == (base.out_features, base.in_features)
-    plain &= base.in_features % BLOCK == 0 and base.weight.dtype == torch.uint8
-    plain &= tuple(state.absmax.shape) == (base.out_features * base.in_features // BLOCK,)
-    plain &= nested is None or nested.blocksize == NESTED_BLOCK
-    decline_if(not plain, "4-bit weights are not NF4 in blocks of 64 along the rows")
-    return base
+    N, K, nested = base.out_features, base.in_features, state.state2
+    fits = state.quant_type == "nf4" and state.blocksize == BLOCK and tuple(state.shape) == (N, K)
+    fits &= K % BLOCK == 0 and base.weight.dtype == torch.uint8
+    fits &= tuple(state.absmax.shape) == (N * K // BLOCK,)
+    fits &= nested is None or nested.blocksize == NESTED_BLOCK
+    decline_if(not fits, "4-bit weights are not NF4 in blocks of 64 along the rows")
 
 
-def lora_of(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """A [r, K], B [N, r] and their scale, or None where the layer is its base alone."""
+class LoRA(NamedTuple):
+    """fp32 A [r, K] and B [N, r] of one linear."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def read_lora(module: Foreign) -> LoRA | None:
+    """None where the layer is its base alone."""
     if not is_lora(module):
         return None
     decline_if(module.merged, "adapters are merged")
-    if module.disable_adapters:
-        return None
     names = [name for name in module.active_adapters if name in module.lora_A]
-    if not names:
+    if module.disable_adapters or not names:
         return None
     decline_if(len(names) > 1, "several adapters are active at once")
     name = names[0]
@@ -98,49 +113,48 @@ def lora_of(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     decline_if(any(map(hooked, (a, b, dropout))), "an adapter has hooks")
     drops = type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
     decline_if(type(dropout) is not nn.Identity and drops, "an adapter drops out in training")
-    return a.weight.float(), b.weight.float(), float(module.scaling[name])
+    return LoRA(a.weight.float(), b.weight.float(), float(module.scaling[name]))
 
 
-def stacked(loras: list[tuple | None], rows: list[int]) -> LoRAUpdate | None:
-    """The update of linears that have `rows` outputs each."""
+def stack_loras(loras: list[LoRA | None], rows: list[int]) -> LoRAUpdate | None:
+    """The update of linears side by side that have `rows` outputs each. Ranks that differ are
+    padded with zeros; scales that differ are multiplied into B."""
     present = [lora for lora in loras if lora is not None]
     if not present:
         return None
-    rank = max(a.shape[0] for a, _, _ in present)
-    scales = {scale for _, _, scale in present}
-    scale = scales.pop() if len(scales) == 1 else None
+    rank = max(lora.a.shape[0] for lora in present)
+    shared = len({lora.scale for lora in present}) == 1
     many_a, many_b, parts, end = [], [], [], 0
     for lora, count in zip(loras, rows, strict=True):
         start, end = end, end + count
         if lora is None:
             continue
-        a, b, own = lora
-        if a.shape[0] < rank:
-            missing = rank - a.shape[0]
+        a, b = lora.a, lora.b
+        if missing := rank - a.shape[0]:
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         parts += [start, end, len(many_a)]
         many_a.append(a)
-        many_b.append(b if scale is not None else b * own)
+        many_b.append(b if shared else b * lora.scale)
     if len(present) > 1:
         many_a, many_b = [torch.cat(many_a)], [torch.cat(many_b)]
-    return LoRAUpdate(many_a[0], many_b[0], parts, 1.0 if scale is None else scale)
+    return LoRAUpdate(many_a[0], many_b[0], parts, present[0].scale if shared else 1.0)
 
 
 # ---------------------------------------------------------------- the frozen weights, side by side
 
 
-def _frozen(base: nn.Module) -> dict[str, Tensor]:
+def _frozen(base: Foreign) -> dict[str, Tensor]:
     """A linear's frozen tensors by name; weight is packed where it is NF4."""
-    found = {"weight": base.weight.data, "bias": base.bias.data}
+    tensors = {"weight": base.weight.data, "bias": base.bias.data}
     if is_4bit(base):
         state = base.weight.quant_state
-        found["absmax"] = state.absmax
+        tensors["absmax"] = state.absmax
         if state.state2 is not None:
-            found |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
-    return found
+            tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+    return tensors
 
 
-def _give(base: nn.Module, name: str, tensor: Tensor) -> None:
+def _set_frozen(base: Foreign, name: str, tensor: Tensor) -> None:
     """Make `tensor` the linear's memory for what `_frozen` calls `name`."""
     if name in ("weight", "bias"):
         getattr(base, name).data = tensor
@@ -154,15 +168,15 @@ def _weight(tensors: dict[str, Tensor]) -> FrozenWeight:
     return FrozenWeight(weight, tensors["bias"])
 
 
-@dataclass
-class Joint:
+class JoinedWeight:
     """The frozen tensors of linears that make one product."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    seen: list[Tensor] = field(default_factory=list)  # kept, so that no address is used again
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+        self.seen: list[Tensor] = []  # referenced, so that no address is used again
 
-    def of(self, bases: list[nn.Module]) -> FrozenWeight:
-        """The weight of linears side by side, joined where it is not or no longer."""
+    def weight(self, bases: list[Foreign]) -> FrozenWeight:
+        """Of the linears side by side, joined first where they are not or no longer."""
         if len(bases) == 1:
             return _weight(_frozen(bases[0]))
         if not (torch.compiler.is_compiling() and self.tensors):
@@ -172,7 +186,7 @@ class Joint:
         return _weight(self.tensors)
 
     @torch.no_grad()
-    def join(self, bases: list[nn.Module]) -> None:
+    def join(self, bases: list[Foreign]) -> None:
         """Move the linears' tensors side by side, and make the linears' own views of them."""
         self.tensors, self.seen = {}, []
         parts = [_frozen(base) for base in bases]
@@ -196,16 +210,16 @@ class Joint:
                     self._move(bases, name, pieces)
         self.seen = [tensor for base in bases for tensor in _frozen(base).values()]
 
-    def _move(self, bases: list[nn.Module], name: str, pieces: list[Tensor]) -> None:
+    def _move(self, bases: list[Foreign], name: str, pieces: list[Tensor]) -> None:
         total, first = sum(len(piece) for piece in pieces), pieces[0]
         joint = torch.empty((total, *first.shape[1:]), dtype=first.dtype, device=first.device)
         self.tensors[name] = joint
         lengths = [len(piece) for piece in pieces]
         for base, piece, view in zip(bases, pieces, joint.split(lengths), strict=True):
             view.copy_(piece)
-            _give(base, name, view)
+            _set_frozen(base, name, view)
 
-    def part(self, bases: list[nn.Module]) -> None:
+    def separate(self, bases: list[Foreign]) -> None:
         """Give every linear memory of its own again where it has the joint one."""
         for base in bases:
             for name, tensor in _frozen(base).items():
@@ -213,7 +227,7 @@ class Joint:
                 if joint is None or name == "offset" or tensor.dtype != joint.dtype:
                     continue
                 if tensor.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr():
-                    _give(base, name, tensor.clone())
+                    _set_frozen(base, name, tensor.clone())
         self.tensors, self.seen = {}, []
 
 
