@@ -1,5 +1,10 @@
 """fluxfast: FLUX.1 LoRA training on one GPU. Importing it loads nothing heavy."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fluxfast.formats.base.load import load_transformer
+
 __version__ = "0.2.0"
 __all__ = ["load_transformer"]
 

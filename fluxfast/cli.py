@@ -7,7 +7,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -169,7 +169,7 @@ def sample(
     if not model.strip():
         raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
     parts = ModelConfig(path=model, encoders=encoders)
-    update = {"storage": storage, "compute": compute}
+    update: dict[str, Any] = {"storage": storage, "compute": compute}
     if layers is not None:
         update["layers"] = ModelConfig(path=model, layers=read_layers(layers)).layers
     parts = parts.model_copy(update=update)
@@ -302,7 +302,7 @@ def plan(
     if target is not None:
         config = configuration(target, set_, None, None, None, None)
     else:
-        raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
+        raw: dict = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
         raw["data"]["resolution"] = [512, 768, 1024]
         config = build_config(raw, set_)
     rows = plan_rows(config, vram, gpu)

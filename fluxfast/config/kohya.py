@@ -8,9 +8,10 @@ configuration.
 """
 
 import difflib
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fluxfast.config.ai_toolkit_keys import OFF
 from fluxfast.config.kohya_keys import (
@@ -85,7 +86,7 @@ class KohyaFiles:
                 node[name] = next(iter(values.values()))
 
 
-def is_toml(entry: Any) -> bool:
+def is_toml(entry: Any) -> TypeGuard[str]:
     return isinstance(entry, str) and entry.lower().endswith(".toml")
 
 
@@ -111,9 +112,9 @@ def read_kohya_dataset(path: str | Path) -> tuple[list[dict], dict[str, dict[str
 
 
 def _parse(path: Path) -> dict:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     content = read_limited(path, "the data set")
     # the reader takes the square of a dotted name's length: hours for one of a megabyte
@@ -209,7 +210,7 @@ class _File:
 
     def _entry(self, given: Given, where: str) -> dict:
         """One subset with all that it inherits, as an entry of `data`."""
-        entry = {"recursive": False}
+        entry: dict[str, Any] = {"recursive": False}
         for key, (native, read, default) in MAPPED.items():
             if (value := self._value(given, key, read, default)) is not None or key in given:
                 entry[native] = value

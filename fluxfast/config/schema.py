@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,93 +53,100 @@ class ModelConfig(Section):
         min_length=1, description="diffusers folder, one .safetensors or GGUF file, or a Hub id"
     )
     encoders: str | None = Field(
-        None,
+        default=None,
         description="diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the "
         "tokenizers, an all-in-one file, or a folder with CLIP-L, T5 and VAE files; needed when "
         "`path` is a file of the transformer alone",
     )
     storage: Literal["auto", "fp32", "bf16", "nf4", "int8", "fp8"] = Field(
-        "auto",
+        default="auto",
         description="how the frozen base is kept; auto: as a prequantized file has it, else fp32 "
         "on a CPU; nf4 on a GPU, from 40 GiB the 8 bits of compute",
     )
     double_quant: bool = Field(
-        False,
+        default=False,
         description="nf4 only: quantize the block scales as well; a file in NF4 keeps its own",
     )
     compute: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
-        "auto",
+        default="auto",
         description="int8, fp8: the blocks' linears multiply 8-bit codes, all else is bf16 or "
         "fp32; auto: on a GPU by its generation, on a CPU bf16 where it multiplies that, else fp32",
     )
     layers: dict[str, Literal["8bit", "rotate", "bf16"]] = Field(
-        {},
+        default={},
         description="name or glob (quoted where it starts with *) -> 8bit, rotate (8 bits, behind "
         "a Hadamard rotation) or bf16 (dense); the last match wins; or the path of what "
         "`fluxfast check` wrote",
     )
     assistant_lora: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="a LoRA file or Hub id that acts, frozen, in training only: what schnell needs",
     )
     max_sequence_length: Few | None = Field(
-        None,
+        default=None,
         description="T5 tokens; default 512 for dev, 256 for schnell, at most the tokenizer's own",
     )
 
 
 class LoraConfig(Section):
-    rank: Few = Field(16, description="of each LoRA update")
+    rank: Few = Field(default=16, description="of each LoRA update")
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        None, description="scale = alpha / rank; default alpha = rank"
+        default=None, description="scale = alpha / rank; default alpha = rank"
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="of the LoRA's input, in training"
+        default=0.0, description="of the LoRA's input, in training"
     )
     targets: Literal["attn", "attn+mlp", "all"] = Field(
-        "attn+mlp", description="`all` adds the modulation linears of every block"
+        default="attn+mlp", description="`all` adds the modulation linears of every block"
     )
     include: list[str] = Field(
-        [],
+        default=[],
         description="keep only these of the targets: substrings or globs of BFL or diffusers names",
     )
-    exclude: list[str] = Field([], description="drop these; wins over include")
-    share_a: bool = Field(False, description="one A for q, k, v (and mlp), as kohya has it")
+    exclude: list[str] = Field(default=[], description="drop these; wins over include")
+    share_a: bool = Field(default=False, description="one A for q, k, v (and mlp), as kohya has it")
     init_from: Path | None = Field(
-        None, description="a LoRA file of any format, of the same rank, to start from"
+        default=None, description="a LoRA file of any format, of the same rank, to start from"
     )
 
 
 class DataConfig(Section):
     folder: Path = Field(description="folder of jpg, png, webp")
-    recursive: bool = Field(True, description="the folders below it are searched as well")
+    recursive: bool = Field(default=True, description="the folders below it are searched as well")
     resolution: list[Pixels] = Field(
-        [1024], description="one or several; each image appears once per entry"
+        default=[1024], description="one or several; each image appears once per entry"
     )
-    num_repeats: Few = Field(1, description="how often each image counts in an epoch")
-    caption_ext: str = Field(".txt", description="sidecar captions; metadata.jsonl is read as well")
-    default_caption: str | None = Field(None, description="for images that have no caption")
+    num_repeats: Few = Field(default=1, description="how often each image counts in an epoch")
+    caption_ext: str = Field(
+        default=".txt", description="sidecar captions; metadata.jsonl is read as well"
+    )
+    default_caption: str | None = Field(default=None, description="for images that have no caption")
     caption_prefix: str | None = Field(
-        None, description="put in front of each caption with a space, before any shuffling"
+        default=None, description="put in front of each caption with a space, before any shuffling"
     )
-    caption_suffix: str | None = Field(None, description="put behind each caption likewise")
+    caption_suffix: str | None = Field(default=None, description="put behind each caption likewise")
     caption_dropout: Share = Field(
-        0.05, description="share of samples trained with the empty prompt"
+        default=0.05, description="share of samples trained with the empty prompt"
     )
-    shuffle_captions: bool = Field(False, description="shuffle the comma-separated parts")
+    shuffle_captions: bool = Field(default=False, description="shuffle the comma-separated parts")
     keep_tokens: Annotated[int, Field(ge=0)] = Field(
-        1, description="parts at the front that the shuffle leaves in place"
+        default=1, description="parts at the front that the shuffle leaves in place"
     )
-    shuffle_variants: Few = Field(4, description="how many shuffled captions are cached per image")
-    flip: bool = Field(False, description="train the mirrored image half of the time")
+    shuffle_variants: Few = Field(
+        default=4, description="how many shuffled captions are cached per image"
+    )
+    flip: bool = Field(default=False, description="train the mirrored image half of the time")
     mask: Literal["none", "alpha", "folder"] = Field(
-        "none", description="weights the loss per place"
+        default="none", description="weights the loss per place"
     )
-    mask_folder: Path | None = Field(None, description="masks with the images' relative names")
-    mask_min: Share = Field(0.0, description="loss weight where the mask is black")
+    mask_folder: Path | None = Field(
+        default=None, description="masks with the images' relative names"
+    )
+    mask_min: Share = Field(default=0.0, description="loss weight where the mask is black")
     strict: bool = Field(
-        False, description="a picture or caption that cannot be used is an error, not skipped"
+        default=False,
+        description="a picture or caption that cannot be used is an error, not skipped",
     )
 
     @field_validator("resolution", mode="before")
@@ -169,45 +177,53 @@ class DataConfig(Section):
 
 
 class EmaConfig(Section):
-    enabled: bool = Field(False, description="save an EMA of the weights as NAME_ema.safetensors")
-    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.99, description="per step")
+    enabled: bool = Field(
+        default=False, description="save an EMA of the weights as NAME_ema.safetensors"
+    )
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=0.99, description="per step")
 
 
 class TrainConfig(Section):
-    steps: Positive = Field(2000, description="optimizer steps")
+    steps: Positive = Field(default=2000, description="optimizer steps")
     batch_size: Few = 1
-    gradient_accumulation: Few = Field(1, description="batches whose gradients are added per step")
+    gradient_accumulation: Few = Field(
+        default=1, description="batches whose gradients are added per step"
+    )
     lr: Annotated[float, Field(gt=0, le=1e4)] | None = Field(
-        None, description="default 1e-4; 1.0 for prodigy"
+        default=None, description="default 1e-4; 1.0 for prodigy"
     )
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = "adamw"
-    optimizer_args: dict[str, Any] = Field({}, description="passed to the optimizer as they are")
+    optimizer_args: dict[str, Any] = Field(
+        default={}, description="passed to the optimizer as they are"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="over which the learning rate rises linearly"
+        default=0, description="over which the learning rate rises linearly"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="null: no clipping"
+        default=1.0, description="null: no clipping"
     )
     timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear"] = Field(
-        "sigmoid", description="linear: uniform with a bell-shaped loss weight"
+        default="sigmoid", description="linear: uniform with a bell-shaped loss weight"
     )
     timestep_bias: Literal["balanced", "content", "style"] = Field(
-        "balanced", description="content: more noise, layout; style: less noise, detail"
+        default="balanced", description="content: more noise, layout; style: less noise, detail"
     )
-    guidance: Guidance = Field(1.0, description="fed to dev's guidance embedding while training")
+    guidance: Guidance = Field(
+        default=1.0, description="fed to dev's guidance embedding while training"
+    )
     max_bad_steps: Positive = Field(
-        10, description="steps in a row without a finite loss and gradient that end a run"
+        default=10, description="steps in a row without a finite loss and gradient that end a run"
     )
     ema: EmaConfig = EmaConfig()
 
 
 class SaveConfig(Section):
-    every: Annotated[int, Field(ge=0)] = Field(250, description="steps; 0: at the end only")
-    keep: Positive = Field(4, description="newest checkpoints that stay")
-    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of the LoRA file")
+    every: Annotated[int, Field(ge=0)] = Field(default=250, description="steps; 0: at the end only")
+    keep: Positive = Field(default=4, description="newest checkpoints that stay")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field(default="fp16", description="of the LoRA file")
     formats: list[Literal["diffusers", "kohya", "comfyui", "xlabs", "bfl"]] = Field(
-        ["diffusers"],
+        default=["diffusers"],
         min_length=1,
         description="the first is NAME.safetensors, others NAME_FORMAT.safetensors beside it",
     )
@@ -215,27 +231,32 @@ class SaveConfig(Section):
 
 class SampleConfig(Section):
     prompts: list[str] = Field(
-        [], description="previews drawn while training; [trigger] is replaced"
+        default=[], description="previews drawn while training; [trigger] is replaced"
     )
     every: Annotated[int, Field(ge=0)] = Field(
-        250, description="steps between previews; 0: before the first step and at the end only"
+        default=250,
+        description="steps between previews; 0: before the first step and at the end only",
     )
-    first: bool = Field(True, description="also before the first step")
-    width: Pixels = Field(1024, description="pixels")
-    height: Pixels = Field(1024, description="pixels")
-    steps: Few = Field(20, description="of the sampler")
-    guidance: Guidance = Field(4.0, description="fed to dev's guidance embedding")
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="of the noise")
-    walk_seed: bool = Field(False, description="each prompt its own seed: seed, seed + 1, …")
+    first: bool = Field(default=True, description="also before the first step")
+    width: Pixels = Field(default=1024, description="pixels")
+    height: Pixels = Field(default=1024, description="pixels")
+    steps: Few = Field(default=20, description="of the sampler")
+    guidance: Guidance = Field(default=4.0, description="fed to dev's guidance embedding")
+    seed: Annotated[int, Field(ge=0)] = Field(default=42, description="of the noise")
+    walk_seed: bool = Field(
+        default=False, description="each prompt its own seed: seed, seed + 1, …"
+    )
 
 
 class ValidationConfig(Section):
     share: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
-        0.0, description="share of the pictures held out of training; 0: none"
+        default=0.0, description="share of the pictures held out of training; 0: none"
     )
-    folder: Path | None = Field(None, description="a folder of held-out pictures instead")
-    every: Positive = Field(100, description="steps between measurements; also before the first")
-    timesteps: Few = Field(4, description="fixed timesteps that each picture is judged at")
+    folder: Path | None = Field(default=None, description="a folder of held-out pictures instead")
+    every: Positive = Field(
+        default=100, description="steps between measurements; also before the first"
+    )
+    timesteps: Few = Field(default=4, description="fixed timesteps that each picture is judged at")
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -246,26 +267,28 @@ class ValidationConfig(Section):
 
 class MemoryConfig(Section):
     limit_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the card that a run may fill; default: what is free at its start"
+        default=None,
+        description="of the card that a run may fill; default: what is free at its start",
     )
     policy: Literal[
         "auto", "keep", "gelu_int8", "int8", "recompute_mlp", "offload", "checkpoint"
     ] = Field(
-        "auto",
+        default="auto",
         description="what every block does with its activations; auto: the fastest mix that fits. "
         "keep them, gelu_int8: the MLP's in 8 bits, int8: all of them, recompute_mlp: compute the "
         "MLP's again in backward, offload: to the host, checkpoint: compute the block again",
     )
     saved_8bit: Literal["none", "u", "all"] = Field(
-        "u", description="which activations auto may keep in 8 bits: those of the MLP's GELU, all"
+        default="u",
+        description="which activations auto may keep in 8 bits: those of the MLP's GELU, all",
     )
     modulation: Literal["auto", "in_place", "ahead", "host"] = Field(
-        "auto",
+        default="auto",
         description="frozen modulation is formed ahead for coming samples; host: with its weights "
         "in host memory",
     )
     optimizer_state: Literal["auto", "device", "host"] = "auto"
-    graphs: bool = Field(True, description="CUDA graphs, one per picture size")
+    graphs: bool = Field(default=True, description="CUDA graphs, one per picture size")
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -278,20 +301,22 @@ class MemoryConfig(Section):
 
 class Config(Section):
     name: str = Field(
-        "lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
+        default="lora", pattern=r"^[\w][\w .+-]*$", description="run folder and LoRA file name"
     )
-    output_dir: Path = Field(Path("runs"), description="folder of the run folders")
-    cache_dir: Path | None = Field(None, description="default: OUTPUT_DIR/cache")
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="of every random number of a run")
+    output_dir: Path = Field(default=Path("runs"), description="folder of the run folders")
+    cache_dir: Path | None = Field(default=None, description="default: OUTPUT_DIR/cache")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=42, description="of every random number of a run"
+    )
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
     )
     trigger: str | None = Field(
-        None,
+        default=None,
         max_length=1000,
         description="replaces [trigger] in captions and is put in front of captions without it",
     )
-    log_every: Positive = Field(10, description="steps between metric lines")
+    log_every: Positive = Field(default=10, description="steps between metric lines")
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: Annotated[list[DataConfig], Field(min_length=1)] = Field(
@@ -302,7 +327,7 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
     memory: MemoryConfig = Field(
-        MemoryConfig(), description="auto, or a mapping of what is decided otherwise"
+        default=MemoryConfig(), description="auto, or a mapping of what is decided otherwise"
     )
 
     @field_validator("name")
@@ -350,7 +375,7 @@ class Config(Section):
 
 def load_config(
     path: Path | str,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), validate.
 
@@ -375,7 +400,7 @@ def load_config(
 
 def build_config(
     raw: dict,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
     source: str = "the settings",
 ) -> Config:
     """Validate a mapping with `a.b=c` overrides on top. Raises ConfigError.
@@ -419,7 +444,7 @@ _SHOWN = 80  # characters of a key or a value
 _MOST = 20  # mistakes
 
 
-def describe(errors: list[dict], config: type[BaseModel]) -> str:
+def describe(errors: list[Any], config: type[BaseModel]) -> str:
     """pydantic's errors in one line. config: the whole configuration's class, whose keys are
     known.
     """

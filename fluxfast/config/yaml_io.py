@@ -8,7 +8,7 @@ own size is refused before it is built.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -49,9 +49,9 @@ class _Loader(yaml.SafeLoader):
         Raises ValueError for what is beyond the limits, or of a kind that is not read.
         """
         if node in known:
-            if known[node] is None:
+            if (measured := known[node]) is None:
                 raise ValueError("it has an alias inside what the alias stands for")
-            return known[node]
+            return measured
         known[node] = None
         if node.tag not in _TAGS:
             raise ValueError(f"it has a value of the kind {node.tag}: only plain ones are read")
@@ -220,12 +220,12 @@ def apply_override(raw: dict, override: str) -> None:
         elif isinstance(node, dict):
             if not isinstance(node.get(part), dict | list):
                 node[part] = {}
-            node = node[part]
+            node = node[cast(str, part)]
         else:
-            node = node[part]
+            node = node[cast(int, part)]
 
 
-def _put(node: dict | list, part: str | int, value: str, key: str) -> None:
+def _put(node: Any, part: str | int, value: str, key: str) -> None:
     try:
         parsed = parse_yaml(value)
     except ValueError:
