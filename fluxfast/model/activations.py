@@ -42,6 +42,7 @@ class Store(Protocol):
 
     def get(self, handle: Any) -> Tensor:
         """Returns that tensor again, valid until the block's backward is over."""
+        ...
 
 
 class Int8Store:
@@ -110,6 +111,7 @@ class Recompute:
             pairs = zip(_as_tuple(outputs), self.storages, strict=True)
             self.values = [value if storage() is not None else None for value, storage in pairs]
         value, self.values[index] = self.values[index], None
+        assert value is not None
         return _flat(value)
 
 
@@ -210,7 +212,7 @@ class BlockRunner:
         self.dtype = streams[0].dtype
         lengths = [stream.shape[1] for stream in streams]
         self.tokens = (*lengths, sum(lengths))
-        self.offload = offload if self.grad and "offload" in policies else None
+        self.offload: Any = offload if self.grad and "offload" in policies else None
         if self.grad and "offload" in policies and offload is None:
             raise ValueError("a block's policy is offload, and the model has no offload engine")
         if self.offload:
@@ -222,7 +224,7 @@ class BlockRunner:
         self.index += 1
         if policy == "checkpoint":
             # there is no generator's state to keep: every random number has its own counter
-            options = {"use_reentrant": False, "preserve_rng_state": False}
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             outputs = checkpoint(block, *streams, *inputs, **options)
         else:
             store = Int8Store() if policy == "int8" else None

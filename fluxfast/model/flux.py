@@ -6,7 +6,7 @@ width, F mlp width. The base is frozen (buffers); the only parameters are the li
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import fluxfast_kernels as fk
 import torch
@@ -19,8 +19,10 @@ from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.modulation import MODULATION_ROWS, padded, timestep_embedding
 from fluxfast.model.spec import FluxSpec
 
+Rope = tuple[Tensor, Tensor]
 
-def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
+
+def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Rope:
     """cos and sin of positions ids [B, T, 3], each fp32 [B, T, 1, C/2], three axes side by side."""
     angles = []
     for axis, width in enumerate(axes_dim):
@@ -32,6 +34,8 @@ def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
 
 class RMSNorm(nn.Module):
     """The scale of a norm that the attention op applies."""
+
+    scale: Tensor
 
     def __init__(self):
         super().__init__()
@@ -77,6 +81,13 @@ class SelfAttention(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Text and image keep their own weights and meet in one attention."""
 
+    img_mod: Modulation
+    txt_mod: Modulation
+    img_attn: SelfAttention
+    txt_attn: SelfAttention
+    img_mlp: Any  # nn.Sequential of LoRALinear, GELU, LoRALinear
+    txt_mlp: Any
+
     def __init__(self, spec: FluxSpec):
         super().__init__()
         hidden, mlp = spec.hidden_size, spec.mlp_hidden
@@ -88,7 +99,7 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", nn.Sequential(*layers))
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope, saved=KEEP
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope: Rope, saved=KEEP
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
@@ -126,7 +137,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm()
         self.linear2 = LoRALinear(hidden + mlp, hidden)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope, saved=KEEP) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, saved=KEEP) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
         norm_linear = partial(self.linear1.norm_linear, split=self.split)
         qkv, u = saved.recompute_mlp(norm_linear, x, shift, scale)
@@ -139,7 +150,7 @@ class LastLayer(nn.Module):
         super().__init__()
         self.linear = LoRALinear(spec.hidden_size, spec.in_channels)
         layers = [nn.SiLU(), LoRALinear(spec.hidden_size, 2 * spec.hidden_size)]
-        self.adaLN_modulation = nn.Sequential(*layers)
+        self.adaLN_modulation: Any = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=-1)
@@ -148,6 +159,9 @@ class LastLayer(nn.Module):
 
 class Flux(nn.Module):
     """Packed latents and prompt embeddings in, velocity out. compute_dtype: of the activations."""
+
+    double_blocks: Any  # nn.ModuleList of DoubleStreamBlock
+    single_blocks: Any  # nn.ModuleList of SingleStreamBlock
 
     def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -228,9 +242,14 @@ class Flux(nn.Module):
         dtype = self.compute_dtype
         vec = self.time_in(timestep_embedding(t).to(dtype)) + self.vector_in(y.to(dtype))
         if self.guidance_in is not None:
+            assert guidance is not None
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = F.silu(vec)
         return torch.cat([layer(vec) for layer in self.modulation_linears()], dim=-1)
+
+    def linear(self, name: str) -> LoRALinear:
+        """The linear of that BFL name."""
+        return cast(LoRALinear, self.get_submodule(name))
 
     def modulation_linears(self) -> list[LoRALinear]:
         """In the order of the modulation's columns."""

@@ -25,6 +25,9 @@ _QUANTIZED = ("codes", "row_scale", "packed", "absmax", "nested_absmax", "offset
 class FrozenLinear(nn.Module):
     """A frozen [N, K] weight with a bias; `set_weight` fills it."""
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -58,6 +61,7 @@ class FrozenLinear(nn.Module):
             setattr(self, name, tensors.get(name))
         if tensors:
             return True
+        assert isinstance(weight, Tensor)
         # a copy: a slice of a file's memory map would keep the whole file's pages alive
         self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
         return storage != "nf4"

@@ -1,6 +1,7 @@
 """Fills a Flux: from a checkpoint's tensors or with random ones."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,11 +44,12 @@ def _set_tensor(
     where a matrix that was to be nf4 stayed bf16.
     """
     module_name, _, kind = name.rpartition(".")
-    module = model.get_submodule(module_name)
+    module = cast(Any, model.get_submodule(module_name))
     if kind == "weight":
         precision = precisions[module_name]
         module.matmul, module.rotation = precision.matmul, precision.rotation
         return module.set_weight(tensor, precision.storage, nested)
+    assert isinstance(tensor, Tensor)
     setattr(module, kind, tensor.to(model.compute_dtype, copy=True))
     return True
 

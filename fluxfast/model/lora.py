@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def _matches(pattern: str, target: Target) -> bool:
 
 
 def select_targets(
-    spec, targets: str = "attn+mlp", include: list[str] = (), exclude: list[str] = ()
+    spec, targets: str = "attn+mlp", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Target]:
     """The parts to train, in model order.
 
@@ -87,8 +88,8 @@ def inject_lora(
     alpha: float | None = None,
     targets: str = "attn+mlp",
     *,
-    include: list[str] = (),
-    exclude: list[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     share_a: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
@@ -107,7 +108,7 @@ def inject_lora(
     parameters = []
     model.dropout_clock.seed = seed
     for module, rows in by_module.items():
-        layer = model.get_submodule(module)
+        layer = model.linear(module)
         parts = [rows] if share_a else [[row] for row in rows]
         update = fresh_update(layer, rank, alpha, parts, seed=seed, stream=module)
         update.dropout = LoRADropout(dropout, module, model.dropout_clock) if dropout else None
@@ -136,14 +137,14 @@ def lora_layers(model: Flux) -> dict[str, LoRALinear]:
     return {
         name: layer
         for name in [*block_linears(model.spec), *outer_linears(model.spec)]
-        if (layer := model.get_submodule(name)).lora is not None
+        if (layer := model.linear(name)).lora is not None
     }
 
 
 def set_assisted(model: Flux, assisted: bool) -> None:
     """Whether frozen updates act: in training they do, in previews and validation not."""
     for name in [*block_linears(model.spec), *outer_linears(model.spec)]:
-        for update in model.get_submodule(name).updates:
+        for update in model.linear(name).updates:
             if not update.trainable:
                 update.strength = float(assisted)
 
@@ -151,4 +152,4 @@ def set_assisted(model: Flux, assisted: bool) -> None:
 def set_lora_strength(model: Flux, strength: float) -> None:
     """Scale every trainable update: 0 gives the base model back, 1 the trained LoRA."""
     for layer in lora_layers(model).values():
-        layer.lora.strength = strength
+        layer.trained.strength = strength

@@ -88,4 +88,5 @@ class DroppedLinear(torch.autograd.Function):
         masked, trained = [x * mask], fk.LoRAUpdate(a, b, ctx.parts, ctx.scale)
         dx_lora, da, db = linear_backward([dy], masked, None, trained, True)
         dxs, _, _ = linear_backward([dy], [x], layer.frozen_weight(), ctx.frozen_update, True)
+        assert dxs is not None and dx_lora is not None
         return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None, None, None, None

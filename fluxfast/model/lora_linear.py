@@ -14,6 +14,7 @@ input or output: a hook on the module, and LoRA dropout.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import fluxfast_kernels as fk
 import torch
@@ -68,6 +69,8 @@ class LowRankUpdate(nn.Module):
 class LoRALinear(FrozenLinear):
     """A frozen linear and its updates: at most one that is trainable, in front, and frozen ones."""
 
+    updates: Any  # nn.ModuleList of LowRankUpdate
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.updates = nn.ModuleList()
@@ -92,6 +95,12 @@ class LoRALinear(FrozenLinear):
         return first if first is not None and first.trainable else None
 
     @property
+    def trained(self) -> LowRankUpdate:
+        """`lora` of a layer that has one."""
+        assert self.lora is not None
+        return self.lora
+
+    @property
     def lora_A(self) -> nn.Parameter | None:
         return None if self.lora is None else self.lora.lora_A
 
@@ -105,13 +114,14 @@ class LoRALinear(FrozenLinear):
 
     def drops(self) -> bool:
         """Whether LoRA dropout takes part: no path of it is fused."""
-        return self.training and self.trains() and self.lora.dropout is not None
+        return self.training and self.trains() and self.trained.dropout is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] in the compute dtype. Returns y [..., N]."""
         if self.drops():
             frozen = _stacked([update for update in self._active() if not update.trainable])
-            return DroppedLinear.apply(x, *self.lora.as_argument(), self, frozen, self.lora.dropout)
+            lora = self.trained
+            return DroppedLinear.apply(x, *lora.as_argument(), self, frozen, lora.dropout)
         return fk.lora_linear(x, self.frozen_weight(), self._update())
 
     def gated_linear(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class LoRALinear(FrozenLinear):
             return fk.gate_residual(residual, gate, self(x))
         return fk.lora_linear(x, self.frozen_weight(), self._update(), gate, residual)
 
-    def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0):
+    def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0) -> Any:
         """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
 
         Returns y [B, T, N], or with a split the tensors of y's columns before and after it.
@@ -164,7 +174,7 @@ class LoRALinear(FrozenLinear):
         return any(getattr(self, hooks) for hooks in _HOOKS) or self.drops()
 
     def extra_repr(self) -> str:
-        rank = f", rank={self.lora_B.shape[1]}" if self.lora is not None else ""
+        rank = f", rank={self.trained.lora_B.shape[1]}" if self.lora is not None else ""
         return super().extra_repr() + rank
 
 
