@@ -131,4 +131,4 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's values in order, as bytes; of its own memory where it lies so on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

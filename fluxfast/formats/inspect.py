@@ -57,7 +57,7 @@ def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, 
             ("model", f"{other}: not a FLUX.1 transformer"),
             ("dtypes", _dtypes(files)),
         ]
-    spec = folder_spec(path, folder) if has_config else file_spec(path, files, naming)
+    spec = folder_spec(path, folder) if folder and has_config else file_spec(path, files, naming)
     return [
         ("format", f"{_container(files)}, {_layout(files, naming)}"),
         ("model", f"{model_name(spec)}: {_sizes(spec)}"),

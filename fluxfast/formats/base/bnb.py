@@ -15,6 +15,7 @@ Source: bitsandbytes 0.50 `functional.QuantState.as_dict` and `dequantize_4bit`.
 import json
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from fluxfast_kernels.quant.nf4 import (
@@ -131,6 +132,7 @@ def read_bnb(files: Files, key: str, state: State) -> NF4Tensor | Tensor:
     absmax = files.read(f"{key}.absmax").flatten()
     if state.is_nested_nf4:
         nested = files.read(f"{key}.nested_absmax").flatten()
+        assert state.nested is not None
         offset = torch.tensor(state.nested[1], dtype=torch.float32)
         return NF4Tensor(packed[:, None], absmax, state.shape, nested, offset)
     if state.nested:
@@ -161,8 +163,9 @@ def join_nf4(parts: list[NF4Tensor]) -> NF4Tensor:
     if not nested or any(part.absmax.numel() % NESTED_BLOCK for part in parts[:-1]):
         return NF4Tensor(packed, torch.cat([nf4_absmax(part) for part in parts]), shape)
     absmax = torch.cat([part.absmax for part in parts])
-    groups = torch.cat([part.nested_absmax for part in parts])
-    offsets = [part.offset.expand(part.nested_absmax.numel()) for part in parts]
+    pairs = [(cast(Tensor, part.nested_absmax), cast(Tensor, part.offset)) for part in parts]
+    groups = torch.cat([scales for scales, _ in pairs])
+    offsets = [offset.expand(scales.numel()) for scales, offset in pairs]
     return NF4Tensor(packed, absmax, shape, groups, torch.cat(offsets))
 
 
@@ -173,6 +176,6 @@ def state_json(weight: NF4Tensor) -> bytes:
         state |= {
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",
-            "nested_offset": weight.offset.item(),
+            "nested_offset": cast(Tensor, weight.offset).item(),
         }
     return json.dumps(state).encode()

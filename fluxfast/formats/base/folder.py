@@ -56,7 +56,7 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
             num_heads=heads,
             depth=size("num_layers"),
             depth_single_blocks=size("num_single_layers"),
-            axes_dim=tuple(axes),
+            axes_dim=(axes[0], axes[1], axes[2]),
             guidance_embed=guidance,
             text_length=min(length, tokenizer_length(path / "tokenizer_2") or length),
         )
@@ -123,7 +123,8 @@ def weight_files(folder: Path) -> list[Path]:
 def tokenizer_length(folder: Path) -> int | None:
     """The longest prompt that a tokenizer's folder says it takes, where it does."""
     config = folder / "tokenizer_config.json"
-    limit = _read_json(config).get("model_max_length") if config.is_file() else None
+    content = _read_json(config) if config.is_file() else {}
+    limit = content.get("model_max_length", 0)
     # transformers writes 1e30 for "no limit"
     return int(limit) if type(limit) in (int, float) and 1 <= limit < 1e9 else None
 

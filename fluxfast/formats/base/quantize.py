@@ -171,7 +171,7 @@ def _vector_dtype(base: BaseCheckpoint, name: str) -> torch.dtype:
     """Of a bias or norm: the source's where all its parts agree on a float of 16 or 32 bits."""
     kinds = {base.files.entries[key].dtype for key in base.keys(name)}
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if len(kinds) == 1 and (dtype := known.get(*kinds)):
+    if len(kinds) == 1 and (dtype := known.get(next(iter(kinds)))):
         return dtype
     return torch.bfloat16 if all(kind.startswith("F8") for kind in kinds) else torch.float32
 

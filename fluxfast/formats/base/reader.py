@@ -9,6 +9,7 @@ What a file is, is told by its content (`base_detect.py`), a folder by its confi
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from fluxfast_kernels.quant.nf4 import NF4Tensor
@@ -80,7 +81,7 @@ class BaseCheckpoint:
 
         Raises ConfigError for NaN and infinity. What `quantize` wrote is not looked through again.
         """
-        parts = [self._read_part(key) for key in self.keys(name)]
+        parts: list[Any] = [self._read_part(key) for key in self.keys(name)]
         swapped = name.rpartition(".")[0] == SWAPPED
         if swapped or len({_kind(part) for part in parts}) > 1:
             parts = [dequantize(part) for part in parts]
@@ -101,8 +102,9 @@ class BaseCheckpoint:
 
     def is_nested_nf4(self, name: str) -> bool:
         """Whether it does so with nested scales and one offset for all."""
-        keys = self.keys(name)
-        return self.is_nf4(name) and len(keys) == 1 and self._states[keys[0]].is_nested_nf4
+        states = [self._states[key] for key in self.keys(name)]
+        nested = len(states) == 1 and all(state and state.is_nested_nf4 for state in states)
+        return self.is_nf4(name) and nested
 
     def _read_part(self, key: str) -> Tensor | NF4Tensor | QuantizedRows:
         entry, state = self.files.entries[key], self._states.get(key)

@@ -45,10 +45,10 @@ def extract_lora(
     """
     lora = LoraWeights(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
     for module, layer in lora_layers(model).items():
-        a, b = (tensors or {}).get(module, (layer.lora_A, layer.lora_B))
+        a, b = (tensors or {}).get(module, (layer.trained.lora_A, layer.trained.lora_B))
         a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
-        for_a, for_b = split_scale(layer.lora.scale)
-        slices = layer.lora.slices()
+        for_a, for_b = split_scale(layer.trained.scale)
+        slices = layer.trained.slices()
         pieces = lora.pieces[module] = []
         for parts in _parts(model, module, layer):
             own = list(itertools.islice(slices, len(parts)))
@@ -111,7 +111,7 @@ def load_lora(
         layer.remove_lora()
     parameters = []
     for module, pieces in lora.pieces.items():
-        layer = model.get_submodule(module)
+        layer = model.linear(module)
         update = _update(group(pieces, lora.heights(module)), _rows(model, module), True)
         layer.add_update(update)
         update.strength = strengths[0] if alone else 1.0
@@ -128,7 +128,7 @@ def init_lora(model: Flux, path: Path | str) -> None:
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
     layers = lora_layers(model)
-    rank = max(layer.lora_B.shape[1] for layer in layers.values())
+    rank = max(layer.trained.lora_B.shape[1] for layer in layers.values())
     if lora.rank() != rank:
         raise ConfigError(
             f"lora.init_from: {path} has rank {lora.rank()}, lora.rank is {rank}",
@@ -160,10 +160,10 @@ def init_lora(model: Flux, path: Path | str) -> None:
                         "lora.share_a there is one",
                         hint="--set lora.share_a=false",
                     )
-                b = piece.b / layer.lora.scale
+                b = piece.b / layer.trained.scale
                 with torch.no_grad():
-                    layer.lora_A[index * rank : index * rank + piece.rank] = piece.a
-                    layer.lora_B[start : start + len(b), : piece.rank] = b
+                    layer.trained.lora_A[index * rank : index * rank + piece.rank] = piece.a
+                    layer.trained.lora_B[start : start + len(b), : piece.rank] = b
             start += sum(heights[part] for part in parts)
 
 
@@ -176,7 +176,7 @@ def load_assistant(model: Flux, path: Path | str) -> None:
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
     for module, pieces in lora.pieces.items():
-        layer, heights = model.get_submodule(module), lora.heights(module)
+        layer, heights = model.linear(module), lora.heights(module)
         trained = _parts(model, module, layer) if layer.lora is not None else []
         pieces = split(pieces, heights)
         free = {piece.parts for piece in pieces} - {(p,) for parts in trained for p in parts}
@@ -203,13 +203,13 @@ def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
     """Of each part of a linear."""
     if "_blocks." in module:
         return part_rows(module, model.spec)
-    return [(0, model.get_submodule(module).out_features)]
+    return [(0, model.linear(module).out_features)]
 
 
 def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]:
     """Per A of the layer: the parts that it feeds."""
     rows = _rows(model, module)
-    return [tuple(rows.index(tuple(pair)) for pair in ranges) for ranges in layer.lora.parts]
+    return [tuple(rows.index((a, b)) for a, b in ranges) for ranges in layer.trained.parts]
 
 
 def _update(pieces: list[Piece], rows: list[tuple[int, int]], trainable: bool) -> LowRankUpdate:
@@ -239,7 +239,7 @@ def _check_fits(model: Flux, lora: LoraWeights, name: str) -> None:
         )
     for module, pieces in lora.pieces.items():
         try:
-            layer = model.get_submodule(module)
+            layer = model.linear(module)
         except AttributeError:
             raise ConfigError(
                 f"{name} has {module}, which this model (with {spec.depth} double and "

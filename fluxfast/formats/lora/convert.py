@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load
@@ -25,7 +26,7 @@ def convert(
     format: str,
     target: Path,
     *,
-    strengths: list[float] = (),
+    strengths: Sequence[float] = (),
     scale: float = 1.0,
     dtype: str = "fp32",
     drop: bool = False,
@@ -62,7 +63,7 @@ def convert(
 
 
 def read_all(
-    sources: list[Path], strengths: list[float] = (), *, drop: bool = False
+    sources: Sequence[Path | str], strengths: Sequence[float] = (), *, drop: bool = False
 ) -> list[LoraWeights]:
     """Each file times its strength; no strengths: 1, one strength: that for all."""
     if len(strengths) not in (0, 1, len(sources)):

@@ -46,7 +46,7 @@ _Place = tuple[str, tuple[int, ...], str]  # module, parts, style
 # ---------------------------------------------------------------- suffixes
 
 _FACTOR = r"(?:\.[\w-]+)?(?:\.weight)?"  # peft puts the adapter's name between
-_ROLES = {
+_ROLE_PATTERNS = {
     r"\.lora_(?:B|up)(?:\.[\w-]+)?\.bias|\.diff_b": "bias",
     r"\.lora_A" + _FACTOR: "down",
     r"\.lora_B" + _FACTOR: "up",
@@ -58,7 +58,7 @@ _ROLES = {
     r"\.reshape_weight": "shape",  # ComfyUI's note that img_in grows
     r"\.scale(?:\.set_weight)?|\.weight": "norm",
 }
-_ROLES = [(re.compile(f"(.*?)(?:{pattern})"), role) for pattern, role in _ROLES.items()]
+_ROLES = [(re.compile(f"(.*?)(?:{pattern})"), role) for pattern, role in _ROLE_PATTERNS.items()]
 
 # what is no plain pair of factors, by the end of a key
 _FOREIGN = {
@@ -136,8 +136,9 @@ _OUTER = {
 
 
 def _in_block(name: str, table: dict) -> _Place | None:
-    match = _BLOCK.fullmatch(name)
-    place = table.get(match.group(1, 3)) if match else None
+    if (match := _BLOCK.fullmatch(name)) is None:
+        return None
+    place = table.get(match.group(1, 3))
     return place and (f"{_BFL_GROUP[match[1]]}.{int(match[2])}.{place[0]}", *place[1:])
 
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,7 +201,7 @@ def _plain_name(pattern: str) -> str:
     return name
 
 
-def _finite(value: object) -> float:
+def _finite(value: Any) -> float:
     if not math.isfinite(number := float(value)):
         raise ValueError(f"alpha is {value!r}")
     return number
@@ -357,8 +358,8 @@ def _widths(shapes: list[tuple[str, tuple[int, ...], int, int]]) -> tuple[int, i
     """The (hidden, mlp) that most factors agree on. shapes: (module, parts, rows, columns)."""
     hidden, mlp = Counter(), Counter()
     blocks = [
-        (module.split(".", 2)[2], *shape)
-        for module, *shape in shapes
+        (module.split(".", 2)[2], parts, rows, columns)
+        for module, parts, rows, columns in shapes
         if module.startswith(("double_blocks.", "single_blocks."))
     ]
     for tail, _, rows, columns in blocks:
