@@ -9,6 +9,7 @@ are copied are uint8, 1-D, contiguous and of equal length.
 import mmap
 import weakref
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,10 +90,10 @@ class CpuCopies:
 
     alloc_device = alloc_host
 
-    def event(self) -> None:
+    def event(self) -> Any:
         return None
 
-    def record_compute(self, event: None) -> None:
+    def record_compute(self, event: Any) -> None:
         pass
 
     compute_wait = record_compute
@@ -124,7 +125,7 @@ def pinned(nbytes: int) -> Tensor:
         raise FluxfastError(f"{problem}: {error}", hint=hint) from None
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     address = memory.data_ptr()
-    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.numel(), 0))
+    code = int(cast(Any, torch.cuda.cudart()).cudaHostRegister(address, memory.numel(), 0))
     if code:
         raise FluxfastError(f"{problem}: CUDA error {code}", hint=hint)
     # the storage keeps `pages` alive: unregistered after the last view is gone, before the unmap
@@ -134,4 +135,4 @@ def pinned(nbytes: int) -> Tensor:
 
 
 def _unregister(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+    cast(Any, torch.cuda.cudart()).cudaHostUnregister(address)

@@ -8,7 +8,7 @@ used one after the other through two buffers on the device.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class OptimizerOnHost:
                 next(pieces)[:n] if host is None else host
                 for n, host in zip(sizes, hosts, strict=True)
             ]
-        return hosts
+        return cast(list[Tensor], hosts)
 
 
 class WeightsOnHost:

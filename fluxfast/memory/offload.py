@@ -207,6 +207,7 @@ class Offload:
         store = self._stores.get(index)
         if store is not None and store.sources and index not in self._pending:
             self._copies.record_compute(self._computed)
+            assert self._bucket is not None and self._arena is not None
             start = self._bucket.starts[index]
             for number, (flat, offset) in enumerate(store.sources, 1):
                 source = flat.detach().view(torch.uint8)
@@ -299,6 +300,7 @@ class Offload:
         """Fetch the next block into a staging buffer that compute is done with."""
         if not self._queue:
             return
+        assert self._bucket is not None and self._arena is not None
         index = self._queue.popleft()
         end, start = self._stores[index].end, self._bucket.starts[index]
         source, target = self._arena[start : start + end], self._staging[buffer][:end]

@@ -122,7 +122,7 @@ class Chooser:
                 for policy in more
             },
             {
-                policy: tuple(self._seconds(side) for side in sides)
+                policy: (self._seconds(sides[0]), self._seconds(sides[1]))
                 for policy, sides in more.items()
             },
         )

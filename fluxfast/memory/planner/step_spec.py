@@ -1,6 +1,6 @@
 """What is trained, how, and on what shapes: what the cost of a step is a function of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -43,8 +43,8 @@ def lora_of(
     spec: FluxSpec,
     rank: int,
     targets: str = "attn+mlp",
-    include: list[str] = (),
-    exclude: list[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     share_a: bool = False,
 ) -> Lora:
     """The LoRA that `inject_lora` makes of the same arguments; raises what it raises."""

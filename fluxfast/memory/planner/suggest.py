@@ -91,6 +91,7 @@ def _misfit(request: Request, card: Card, limit: int, host: int | None) -> str:
         )
     may = f"{_gib(limit)} may be used on the {card.name}"
     plan = best_plan(request, card, BOUNDLESS, None)
+    assert plan is not None  # without a limit one fits
     for phase in ("encoding captions", "encoding pictures", "loading"):
         if plan.phases.get(phase, 0) > limit:
             return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {may}"
