@@ -305,6 +305,7 @@ def _load_pixels(job: _LatentJob, factor: int) -> tuple[torch.Tensor, torch.Tens
     if job.mask == "alpha":
         mask = alpha
     elif job.mask == "folder":
+        assert job.image.mask is not None and job.image.mask_hash is not None
         mask = images.load_mask(job.image.mask)
         _check_unchanged(job.image.mask, job.image.mask_hash)
         stretch = (mask.width * image.height) / (mask.height * image.width)

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from fluxfast import rng
 from fluxfast.errors import FluxfastError
@@ -96,7 +97,7 @@ def fill_missing(
             f"{len(missing)} of {len(captions)} images have no caption: {names}",
             hint="put a .txt beside each, or set `data.default_caption` or `trigger`",
         )
-    return {path: fallback if text is None else text for path, text in captions.items()}
+    return {path: cast(str, fallback) if text is None else text for path, text in captions.items()}
 
 
 def wrap_caption(caption: str, prefix: str | None = None, suffix: str | None = None) -> str:
@@ -270,7 +271,7 @@ def decode(data: bytes) -> tuple[str, bool]:
         return data.decode(encoding), False
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
-            kind = re.match(r"utf-\d+", encoding)[0].upper()
+            kind = re.findall(r"utf-\d+", encoding)[0].upper()
             raise ValueError(f"is damaged {kind} text (byte {error.start})") from None
         if _is_western(data):
             return data.decode("cp1252"), True

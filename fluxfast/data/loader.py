@@ -70,7 +70,7 @@ class Loader:
         samples = self.dataset.samples
         firsts = {size: samples[members[0]] for size, members in self._buckets.items()}
         shapes = {size: self._latents(first, 0)["mean"].shape for size, first in firsts.items()}
-        return {size: tuple(shape[-2:]) for size, shape in shapes.items()}
+        return {size: (shape[-2], shape[-1]) for size, shape in shapes.items()}
 
     @cached_property
     def text_length(self) -> int:
@@ -182,8 +182,9 @@ class Loader:
         return order
 
     def _latents(self, sample: Sample, index: int) -> dict[str, Tensor]:
-        mirror = sample.flipped is not None and rng.integer(self.seed, "flip", index, 2) == 1
-        return read_tensors(sample.flipped if mirror else sample.latents, LATENTS)
+        if sample.flipped is not None and rng.integer(self.seed, "flip", index, 2) == 1:
+            return read_tensors(sample.flipped, LATENTS)
+        return read_tensors(sample.latents, LATENTS)
 
     def _text(self, sample: Sample, index: int) -> dict[str, Tensor]:
         if rng.uniform(self.seed, "caption_dropout", index).item() < sample.caption_dropout:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -72,7 +72,7 @@ def prepare(
     check_no_links(config.cache_path, "latents", "text")
     bars = progress_bars(transient=True)
     with bars, one_of_several(config.cache_path, "latents", "text"):
-        tasks: dict[str, int] = {}
+        tasks: dict[str, Any] = {}  # the bars' ids
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -194,7 +194,7 @@ def _encoders_root(model: ModelConfig, base: Path) -> Path:
 def _text_length(model: ModelConfig, spec: FluxSpec, root: Path) -> int:
     """T5 tokens: as asked, else the model's own length, never more than its tokenizer takes."""
     asked = model.max_sequence_length
-    limit = tokenizer_length(component(root, "tokenizer_2"))
+    limit = tokenizer_length(cast(Path, component(root, "tokenizer_2")))
     if asked and limit and asked > limit:
         raise ConfigError(
             f"model.max_sequence_length is {asked}, the model's T5 tokenizer takes at most {limit}"

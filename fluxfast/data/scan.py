@@ -156,6 +156,7 @@ def _real(path: Path) -> Path:
 
 
 def _find_mask(data: DataConfig, image: Path) -> Path:
+    assert data.mask_folder is not None  # Config requires it
     stem = data.mask_folder / image.relative_to(data.folder)
     for extension in images.EXTENSIONS:
         for spelling in (extension, extension.upper()):

@@ -134,4 +134,4 @@ def _header(head: bytes) -> tuple[int, dict[str, str], set[str]]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.view(torch.uint8).numpy())
+    return zlib.crc32(tensor.view(torch.uint8).numpy().data)

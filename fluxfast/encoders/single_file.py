@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -257,4 +258,4 @@ def _vae(tensors: dict[str, Tensor], dtype: torch.dtype):
         raise _Incomplete(" ".join(str(error).split())) from None
     if missing:
         raise _Incomplete(", ".join(missing[:3]))
-    return model.to(dtype)
+    return cast(Any, model).to(dtype)  # its stub takes the dtype for self

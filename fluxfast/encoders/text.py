@@ -3,6 +3,7 @@
 import gc
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class TextEncoders:
     def __init__(
         self, root: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ):
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore
 
         self.device = torch.device(device)
         root = Path(root)
@@ -33,14 +34,14 @@ class TextEncoders:
         options = {"dtype": dtype, "attn_implementation": None}
         with quiet("transformers"):
             self._clip_tokenizer = _load_tokenizer(
-                CLIPTokenizer, component(root, "tokenizer"), "vocab.json"
+                CLIPTokenizer, cast(Path, component(root, "tokenizer")), "vocab.json"
             )
             self._t5_tokenizer = _load_tokenizer(
-                T5TokenizerFast, component(root, "tokenizer_2"), "spiece.model"
+                T5TokenizerFast, cast(Path, component(root, "tokenizer_2")), "spiece.model"
             )
             clip, t5 = component(root, "text_encoder"), component(root, "text_encoder_2")
-            self._clip = load_model(CLIPTextModel, clip, dtype, options).to(self.device)
-            self._t5 = load_model(T5EncoderModel, t5, dtype, options).to(self.device)
+            self._clip: Any = load_model(CLIPTextModel, clip, dtype, options).to(self.device)
+            self._t5: Any = load_model(T5EncoderModel, t5, dtype, options).to(self.device)
         self._announced: set[str] = set()
 
     @torch.no_grad()

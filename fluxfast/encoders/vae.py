@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Vae:
         self.device, self.dtype = torch.device(device), dtype
         with quiet("diffusers"):
             vae = load_model(AutoencoderKL, component(root, "vae"), dtype, {"torch_dtype": dtype})
-            self._vae = vae.to(self.device)
+            self._vae: Any = vae.to(self.device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
