@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ def init_distributed() -> Iterator[Ranks]:
     try:
         if not made:
             _init_process_group(backend)
-        group = distributed.new_group(timeout=_TIMEOUT, backend=backend)
+        group = cast(Any, distributed.new_group(timeout=_TIMEOUT, backend=backend))
     except (RuntimeError, ValueError) as error:
         raise FluxfastError(
             f"the {size} processes of this run do not find each other: "

@@ -47,7 +47,9 @@ def schedule(steps: int, tokens: int, shifted: bool = True) -> list[float]:
     return t.tolist()
 
 
-def noise_for(seed: int, channels: int, height: int, width: int, device="cpu") -> Tensor:
+def noise_for(
+    seed: int, channels: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """The starting noise of a seed, fp32 [1, C, h, w]; h, w in latent rows and columns."""
     return rng.normal(seed, "sample", 0, (channels, height, width), device)
 

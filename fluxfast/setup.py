@@ -83,14 +83,15 @@ def build(
     trained = sum(p.numel() for p in parameters)
     log.info(
         f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
-        f"{trained / 1e6:.2f} M parameters; {model.img_in.weight.device}, {_precision(model)}"
+        f"{trained / 1e6:.2f} M parameters; {model.img_in.stored_tensors()[0].device}, "
+        f"{_precision(model)}"
     )
     return assemble(config, model, parameters, loader, device, plan, ranks)
 
 
 def _precision(model: Flux) -> str:
     """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
-    layers = {name: model.get_submodule(name) for name in linears(model.spec)}
+    layers = {name: model.linear(name) for name in linears(model.spec)}
     blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
     coded = [layer for layer in blocks if layer.matmul]
     stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -168,7 +168,7 @@ def _fill(folder: Path, state: dict[str, Any], write_files: Callable[[Path], Non
     sums = {path.name: _measure(path) for path in sorted(folder.iterdir())}
     (folder / TENSORS).parent.mkdir()
     with _flushed(folder / TENSORS) as file:
-        write(file, tensors, {"format": "pt"})
+        write(cast(BinaryIO, file), tensors, {"format": "pt"})
         sums[TENSORS] = file.sums
     with _flushed(folder / REST) as file:
         file.write(json.dumps(rest, allow_nan=False).encode())

@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -45,7 +46,7 @@ class Watch:
         self._rows = [Validation(**row) for row in measured]
         if writes and (measured or self.file.is_file()):
             write_validations(self.file, self._rows)
-        self.validator = None
+        self.validator: Any = None  # a Validator, where there are held-out pictures
         if prepared.held_out:
             self.validator = Validator(
                 prepared.held_out,
@@ -90,7 +91,7 @@ class Watch:
         with warn_on_disk_error():
             write_validations(self.file, self._rows)
             plot_validation(self._rows, self.config.run_dir / "validation.png")
-        top = best(self._rows)
+        top = cast(Validation, best(self._rows))
         log.info(_line(row, top))
         return row if top is row else None
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -97,7 +98,7 @@ class RunLog:
             self._drop_lines_after(first)
         self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
         self._unwritten: list[str] = state["unwritten"]
-        self._board = _board(run_dir, first) if writes else None
+        self._board: Any = _board(run_dir, first) if writes else None
         # rich cuts every column alike where they do not fit, the step count too: so they must fit
         line = TextColumn("{task.fields[line]}", markup=False)
         bar = (TextColumn("{task.description}"), BarColumn())

@@ -8,6 +8,7 @@ import io
 import math
 import re
 from pathlib import Path
+from typing import Any, TypeGuard, cast
 
 from fluxfast.run.validation import Validation, best
 from fluxfast.util.files import write_atomic
@@ -32,7 +33,7 @@ _STYLE = {
 }
 
 
-def drawable(value) -> bool:
+def drawable(value) -> TypeGuard[float]:
     """Whether it is a number that a chart has a place for: not NaN, nor beyond 1e30."""
     return isinstance(value, int | float) and abs(value) <= 1e30
 
@@ -74,7 +75,7 @@ def _render(draw, rows: list, size: tuple[float, float], kind: str) -> bytes:
     # a salt of its own keeps the ids of two charts on one page apart, and the same from run to run
     with style.context(["default", {**_STYLE, "svg.hashsalt": draw.__name__}]):
         figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches
+        cast(Any, figure.get_layout_engine()).set(w_pad=0.08, h_pad=0.08)  # inches
         draw(figure, rows)
         buffer = io.BytesIO()
         if kind == "png":

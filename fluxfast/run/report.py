@@ -11,7 +11,7 @@ import re
 import statistics
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -128,7 +128,7 @@ def _validation(path: Path) -> dict | str:
     rows = [row for row in measured if _whole(row)]
     if not rows:
         return "No validation was recorded. Set validation.share to hold pictures out of training."
-    top, last = best(rows), rows[-1]
+    top, last = cast(Validation, best(rows)), rows[-1]
     kind, verdict = _verdict(top)
     lines = [f"Best step: {top.step}. {_difference(top)}"]
     if last.step != top.step:

@@ -3,7 +3,7 @@
 A key names its whole value: `model.layers` and `train.optimizer_args` are mappings.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from fluxfast.config.schema import OLD_POLICIES, Config
 from fluxfast.errors import ConfigError
@@ -69,7 +69,7 @@ def settings(config: Config | dict[str, Any]) -> dict[str, Any]:
             for name, item in value.items():
                 collect(item, f"{key}.{name}" if key else name)
         elif key == "memory.policy":
-            found[key] = OLD_POLICIES.get(value, value)
+            found[key] = OLD_POLICIES.get(cast(str, value), value)
         else:
             found[key] = value
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def _check(setting: Setting, dataset: Dataset, limit: float, count: int) -> list
                 for tensor in tensors
             )
             how = (plain[name], limit, dtype, config.model.double_quant)
-            layer = measure(name, model.spec, weight, x, dy, *how)
+            layer = measure(name, model.spec, cast(Tensor, weight), cast(Tensor, x), dy, *how)
             layers.append(replace(layer, cosine=cosines.get(name)))
             advance()
     conditions = (
@@ -148,7 +149,7 @@ def _run_model(
     # with hooks the model keeps more than with fused ops, so it always computes blocks twice
     model.policies = ["checkpoint"] * len(model.policies)
     model.train()
-    layers = {name: model.get_submodule(name) for name in names}
+    layers = {name: model.linear(name) for name in names}
     capture = _Capture(config.seed, max(1, ROWS // count))
     run = (setting, model, loader, count, capture)
     with _progress("running batches", 2 * count) as advance:
@@ -178,9 +179,9 @@ def _set_lora(setting: Setting, model: Flux, parameters: list[nn.Parameter]) -> 
         log.warning(f"note: a fresh LoRA is measured: {error.message}")
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
-            stream, shape = f"check/{name}.lora_B", tuple(layer.lora_B.shape)
+            stream, shape = f"check/{name}.lora_B", tuple(layer.trained.lora_B.shape)
             drawn = rng.normal(config.seed, stream, 0, shape, setting.device)[0]
-            layer.lora_B.copy_(FRESH_B * drawn)
+            layer.trained.lora_B.copy_(FRESH_B * drawn)
     return 0
 
 
@@ -199,7 +200,7 @@ def _gradients(
         _loss(setting, model, loader.batch(index)).backward()
         advance()
     return {
-        name: torch.cat([p.grad.flatten() for p in (layer.lora_A, layer.lora_B)]).cpu()
+        name: torch.cat([cast(Tensor, p.grad).flatten() for p in layer.trained.parameters()]).cpu()
         for name, layer in lora_layers(model).items()
     }
 
@@ -278,7 +279,7 @@ def _write(setting: Setting, layers: list[Measured], conditions: str) -> None:
     beyond = [
         layer.name
         for layer in layers
-        if layer.choice == "rotate" and layer.rotated.worst > layer.bound
+        if layer.choice == "rotate" and layer.rotated and layer.rotated.worst > layer.bound
     ]
     if beyond:
         log.warning(

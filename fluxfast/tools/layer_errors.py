@@ -13,6 +13,7 @@ or takes a fifth at least off the larger one; else it is kept dense in bf16.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
@@ -85,7 +86,7 @@ def measure(
     plain: as the layer would be kept and multiplied unrotated; dtype: of the activations; nested:
     of an NF4 storage.
     """
-    truth = x @ weight.T, None if dy is None else dy @ weight
+    truth = x @ weight.T, cast(Any, None if dy is None else dy @ weight)
 
     def errors(way: Precision) -> Errors:
         y, dx = _products(name, spec, weight, x, dy, way, dtype, nested)
@@ -117,7 +118,7 @@ def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
     qkv = 3 * spec.hidden_size
     dys = dy[None].to(dtype).split((qkv, N - qkv) if name.endswith("linear1") else (N,), -1)
     dxs, _, _ = linear_backward(dys, xs, frozen, None, True)
-    return y[0], torch.cat(dxs, -1)[0]
+    return y[0], torch.cat(cast(list[Tensor], dxs), -1)[0]
 
 
 def _relative(got: Tensor, true: Tensor) -> float:

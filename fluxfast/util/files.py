@@ -183,6 +183,7 @@ def one_of_several(folder: Path, *below: str) -> Iterator[None]:
             handle = _lock(folder, alone=False, wait=2.0)
         else:
             if handle is not None:
+                assert fcntl is not None  # or there were no handle
                 drop_partials(folder, *(folder / name for name in below))
                 fcntl.flock(handle, fcntl.LOCK_SH)
     with _held(folder, handle):
