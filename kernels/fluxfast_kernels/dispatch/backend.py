@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ class Matrix(NamedTuple):
     token_stride: int
 
 
-def matrix(x: Tensor | None) -> Matrix | None:
-    """A kernel's argument for x [B, T, width] or [B, T]; None for None."""
+def matrix(x: Tensor | None) -> Any:
+    """A kernel's argument for x [B, T, width] or [B, T], a Matrix; None for None."""
     return None if x is None else Matrix(x, *x.stride()[:2])
 
 

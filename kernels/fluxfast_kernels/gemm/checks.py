@@ -85,7 +85,7 @@ def check_reach(matrices: Sequence[Matrix | None], T: int, rows: int) -> None:
         check(reach < 2**31, "every [B, T, width] tensor", nearer, x.stride())
 
 
-def check_gated(bias: Tensor | None, epilogue: Epilogue, shape: tuple[int, int, int]) -> None:
+def check_gated(bias: Tensor | None, epilogue: Epilogue, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless what follows a product of [B, T, N] has its shape."""
     (B, _, N), (gate, residual, split) = shape, epilogue
     check(0 <= split < N, "split", f"within 0..{N}", split)
@@ -109,7 +109,8 @@ def update_of(
     lora_b, parts = update.lora_b, check_parts(update.parts, N, update.lora_b)
     _check_down("down", down, M, update.rank * (max(part.index for part in parts) + 1))
     check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
-    return Update(down, down.stride(0), lora_b, *lora_b.stride(), float(update.scale)), parts
+    row, column = lora_b.stride()
+    return Update(down, down.stride(0), lora_b, row, column, float(update.scale)), parts
 
 
 def dx_update_of(

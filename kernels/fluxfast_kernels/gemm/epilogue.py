@@ -188,7 +188,8 @@ def _add_update(
     total, update, m, n, n_from, n_to, down_first, up_first, dtype: tl.constexpr, RANK: tl.constexpr
 ):
     """total + down[m, down_first:][RANK]·(scale·up)ᵀ for the columns n_from <= n < n_to."""
-    BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32  # 16 is the least that `tl.dot` takes
+    # 16 is the least that `tl.dot` takes
+    BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32  # pyright: ignore
     inside = ((n >= n_from) & (n < n_to))[None, :]
     up_rows = (n - n_from + up_first) * update.column_stride
     # a loop, neither unrolled nor pipelined: unrolled, rank 128 spills

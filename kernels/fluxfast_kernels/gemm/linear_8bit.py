@@ -13,6 +13,7 @@ Saved for backward: as without, x or what it is recomputed from; it is quantized
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +73,7 @@ def forward(
         part = multiply_8bit(row.values, w.values[:, low:high].T)
         part.mul_(w.scale).mul_(row.scale[:, None])  # in this order 1e38 does not overflow
         y = part if y is None else y.add_(part)
+    assert y is not None
     if weight.bias is not None:
         y.add_(weight.bias)
     if update is not None:
@@ -81,7 +83,7 @@ def forward(
             y[:, start:end].addmm_(down[:, a_start:a_end], up[b_start:b_end].T)
     y = y.view(*shape, N)
     if epilogue.residual is not None:
-        y = torch.addcmul(epilogue.residual.float(), epilogue.gate.float(), y)
+        y = torch.addcmul(epilogue.residual.float(), cast(Tensor, epilogue.gate).float(), y)
     # an op's results share no memory
     return [piece.to(dtype).contiguous() for piece in y.split(epilogue.widths(N), -1)]
 
@@ -109,10 +111,11 @@ def backward(
         row = quantize_rows_reference(dy, kind, w.scale[low:high].contiguous())
         part = multiply_8bit(row.values, w.values[low:high]).mul_(row.scale[:, None])
         dx = part if dx is None else dx.add_(part)
+    assert dx is not None
     if weight.rotation:
         dx = hadamard_reference(dx, weight.rotation)
     if update is not None:
-        dx.addmm_(d_down.float(), update.lora_a.to(dtype).float())
+        dx.addmm_(cast(Tensor, d_down).float(), update.lora_a.to(dtype).float())
     return _cut(dx.to(dtype), shapes), da, db
 
 
@@ -146,7 +149,7 @@ def _launched_forward(
         for x, row in zip(xs, fresh, strict=True):
             if row is not None:
                 launch_quantize(x, row, rotation=rotation)
-    rows = [row or made for row, made in zip(rows, fresh, strict=True)]
+    ready = [cast(QuantizedRows, row or made) for row, made in zip(rows, fresh, strict=True)]
     M, arch = xs[0].shape[0] * xs[0].shape[1], dispatch.arch_of(xs[0].device)
     if storage_of(tensors) == "nf4" and _as_stored("gemm_8bit", arch, kind, "nf4", M, N, K):
         w = nf4_with_scales(tensors, N, K, kind)
@@ -158,10 +161,10 @@ def _launched_forward(
 
             def multiply(low: int, high: int) -> Tensor:
                 b = None if bias is None else bias[low:high]
-                return _scaled_mm(rows, w.values[low:high], w.scale[low:high], b, dtype)
+                return _scaled_mm(ready, w.values[low:high], w.scale[low:high], b, dtype)
 
             return with_update(multiply, shape, N, down, update, epilogue)
-    ys = gemm_8bit(rows, w, dtype, bias, down, update, batched_residual(epilogue))
+    ys = gemm_8bit(ready, w, dtype, bias, down, update, batched_residual(epilogue))
     return [y.view(*shape, y.shape[-1]) for y in ys]
 
 
@@ -199,7 +202,7 @@ def _launched_backward(
         dx = _scaled_mm(rows, w.values, ones, None, dtype)
         dx = hadamard_rotate(dx, rotation, out=dx) if rotation else dx
         if lora_a is not None:
-            dx.addmm_(d_down.to(dtype), lora_a.to(dtype))
+            dx.addmm_(cast(Tensor, d_down).to(dtype), lora_a.to(dtype))
         return _cut(dx, shapes), da, db
     # a rotated layer's dx is rotated back, its update with it, before it is rounded
     rounded = torch.float32 if rotation else dtype
@@ -276,7 +279,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx = 0
+        dx = cast(Any, 0)
         pieces = (dy.split(ctx.outputs, -1), ctx.values.double().split(ctx.outputs))
         for piece, values, channel in zip(*pieces, ctx.scale.split(ctx.outputs), strict=True):
             row = quantize_rows_reference(piece, ctx.kind, channel)

@@ -5,6 +5,7 @@ helpers and its gradients of A and B. Layouts: `ops/lora_linear.py`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def with_update(
         ys.append(y.view(*shape, width))
         low = high
     if epilogue.residual is not None:
-        torch.addcmul(epilogue.residual, epilogue.gate, ys[0], out=ys[0])
+        torch.addcmul(epilogue.residual, cast(Tensor, epilogue.gate), ys[0], out=ys[0])
     return ys
 
 
@@ -104,7 +105,7 @@ def backward(
         blocks = W.split([dy.shape[-1] for dy in dys])
         pairs = list(zip([flat_rows(dy) for dy in dys], blocks, strict=True))
     if update is not None:
-        pairs.append((d_down, update.lora_a.to(dtype)))
+        pairs.append((cast(Tensor, d_down), update.lora_a.to(dtype)))
     dxs, low = [], 0
     for shape, width in zip(shapes, widths, strict=True):
         (left, right), *more = pairs

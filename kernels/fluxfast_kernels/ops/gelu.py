@@ -306,8 +306,8 @@ def _gelu_lora_linear_backward(
     del x, xs
     du = None if dxs is None else gelu_backward(u, row_scale, dxs[-1], dxs[-1])
     d_head = None if dxs is None or head is None else dxs[0]
-    lora = (or_empty(each, d_out, torch.float32) for each in (da, db))
-    return or_empty(du, d_out), or_empty(d_head, d_out), *lora
+    da, db = (or_empty(each, d_out, torch.float32) for each in (da, db))
+    return or_empty(du, d_out), or_empty(d_head, d_out), da, db
 
 
 @_gelu_lora_linear_backward.register_fake

@@ -27,6 +27,7 @@ Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def save_linear(ctx, flat: Sequence, *tensors: Tensor | None) -> None:
     ctx.weight, ctx.lora = weight._replace(bias=None), None if update is None else update[2:]
 
 
-def saved_linear(ctx) -> tuple[tuple, list[Tensor | None]]:
+def saved_linear(ctx) -> tuple[tuple, list[Any]]:
     """LINEAR's arguments and the other tensors that `save_linear` saved."""
     *tensors, a, b = ctx.saved_tensors
     update = None if ctx.lora is None else LoRAUpdate(a, b, *ctx.lora)
@@ -99,7 +100,7 @@ def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = No
     return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def fake_update_gradients(like: Tensor, flat: Sequence) -> tuple[Tensor, Tensor]:
+def fake_update_gradients(like: Tensor, flat: Sequence) -> tuple[Tensor, ...]:
     """Unset dA and dB in fp32, as a backward op returns them."""
     _, update, _ = unflatten(flat)
     shapes = (0, 0) if update is None else (update.lora_a.shape, update.lora_b.shape)
@@ -223,6 +224,7 @@ def check_gate(gate: Tensor | None, residual: Tensor | None, x: Tensor, N: int) 
         return
     check(gate is not None, "gate", "given with residual", None)
     check(residual is not None, "residual", "given with gate", None)
+    assert gate is not None and residual is not None
     check(residual.shape == (*x.shape[:-1], N), "residual", f"[B, T, {N}]", tuple(residual.shape))
     fits = gate.shape == ((x.shape[0], 1, N) if x.ndim == 3 else gate.shape[:-1] + (N,))
     check(fits, "gate", f"[B, 1, {N}]", tuple(gate.shape))
@@ -265,4 +267,4 @@ def lora_linear_reference(
             pieces += [y[..., at:start], y[..., start:end] + added]
             at = end
         y = torch.cat([*pieces, y[..., at:]], dim=-1)
-    return y if residual is None else residual + gate * y
+    return y if residual is None else residual + cast(Tensor, gate) * y

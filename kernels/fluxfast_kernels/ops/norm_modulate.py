@@ -32,7 +32,7 @@ Source: adaptive layer norm (DiT, arXiv 2212.09748), as FLUX's blocks use it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +231,7 @@ def launch_norm_modulate_backward(
     _norm_modulate_backward_kernel[(chunks, B)](
         *operands, T, SPEC=spec, STEPS=steps, num_warps=num_warps
     )
-    if d_modulation is not None:
+    if d_modulation is not None and sums is not None:
         for out, total in zip(d_modulation, sums.sum(1).unbind(1), strict=True):
             out.copy_(total[:, None])
 
@@ -328,7 +328,7 @@ def _(h, shift, scale):
     return h.new_empty(h.shape), *_statistics(h)
 
 
-def _statistics(h: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(h: Tensor) -> tuple[Tensor, ...]:
     return tuple(h.new_empty(h.shape[:2], dtype=torch.float32) for _ in range(2))
 
 
@@ -448,13 +448,13 @@ def _norm_modulate_lora_linear_backward(
     mean: Tensor,
     rstd: Tensor,
     *flat,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(dh, dshift, dscale, dA, dB), without elements where not needed or not there.
 
     shift is needed with an update alone: without one, x's shape is all that is asked of it.
     """
     weight, update, (need_dh, need_d_modulation) = unflatten(flat)
-    x = h if update is None else norm_modulate_recompute(h, shift, scale, mean, rstd)
+    x = h if update is None else norm_modulate_recompute(h, cast(Tensor, shift), scale, mean, rstd)
     need_dx = need_dh or need_d_modulation
     dys = [last_stride_1(dy) for dy in dys]
     dxs, da, db = linear_backward(dys, [x], weight, update, need_dx)
@@ -545,7 +545,7 @@ def norm_modulate_lora_linear_reference(
     weight: FrozenWeight,
     update: LoRAUpdate | None = None,
     split: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """The same in ordinary torch operations."""
     x = norm_modulate_reference(h, shift, scale)
     y = lora_linear_reference(x, weight, update, split=split)

@@ -18,7 +18,7 @@ Bytes a weight: NF4 to 8 bits reads 0.5625 and writes 1; transposing 8 bits read
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class QuantizedWeight(NamedTuple):
     transposed) and scale fp32 [N]; or NF4 with the inverse fp32 [N] that its tiles are quantized
     by."""
 
-    values: Tensor | NF4Tensor
+    values: Any  # Tensor, or NF4Tensor where `inverse` is given
     scale: Tensor
     inverse: Tensor | None = None
     transposed: bool = False
@@ -104,7 +104,7 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
         fits &= len(weight) == 2 and scale.is_contiguous()
         got = (scale.dtype, tuple(scale.shape), scale.stride())
         check(fits, "weight (scale)", f"contiguous fp32 [{first.shape[0]}]", got)
-    return tuple(first.shape)
+    return first.shape[0], first.shape[1]
 
 
 def as_nf4(weight: Sequence[Tensor], N: int, K: int) -> NF4Tensor:
@@ -275,9 +275,9 @@ def weight_in_8bit(
 
 def nf4_with_scales(weight: Sequence[Tensor], N: int, K: int, kind: str) -> QuantizedWeight:
     """An NF4 weight with the scales that `weight_in_8bit` gives it, still in NF4."""
-    weight = as_nf4(weight, N, K)
-    amax = nf4_absmax(weight).view(N, -1).abs().amax(1)
-    return QuantizedWeight(weight, *scale_and_inverse_reference(amax, kind))
+    nf4 = as_nf4(weight, N, K)
+    amax = nf4_absmax(nf4).view(N, -1).abs().amax(1)
+    return QuantizedWeight(nf4, *scale_and_inverse_reference(amax, kind))
 
 
 def nf4_to_8bit_reference(weight: NF4Tensor, kind: str, out: Tensor | None = None) -> QuantizedRows:

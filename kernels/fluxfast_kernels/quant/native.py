@@ -64,7 +64,7 @@ def nf4_dequantize(
     assert all(t.is_contiguous() and not t.is_cuda for t in tensors), "contiguous, on the CPU"
     assert packed.numel() == 32 * blocks and out.numel() == 64 * blocks, (packed.shape, out.shape)
     scales = (None, absmax, nested, offset) if is_nested else (absmax, None, None, None)
-    per_block = int(is_nested and offset.numel() > 1)
+    per_block = int(is_nested and offset is not None and offset.numel() > 1)
     arguments = (packed, *scales, per_block, table, blocks, out, TYPES[out.dtype])
     _run("fluxfast_nf4_decode", *arguments, with_isa=with_isa)
 

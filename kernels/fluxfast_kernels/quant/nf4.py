@@ -17,7 +17,7 @@ Source: QLoRA (arXiv 2305.14314), whose 16 code values these are; 8-bit dynamic 
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor
@@ -103,11 +103,12 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
         packed = packed[:, None]
     else:
         packed, absmax = _quantize_blocks(weight)
+    shape = weight.shape[0], weight.shape[1]
     if not nested:
-        return NF4Tensor(packed, absmax, tuple(weight.shape))
+        return NF4Tensor(packed, absmax, shape)
     offset = absmax.mean()
     absmax, nested_absmax = _quantize_dynamic(absmax - offset)
-    return NF4Tensor(packed, absmax, tuple(weight.shape), nested_absmax, offset)
+    return NF4Tensor(packed, absmax, shape, nested_absmax, offset)
 
 
 def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ def nf4_absmax(weight: NF4Tensor) -> Tensor:
         return weight.absmax
     table = dynamic_map(weight.absmax.device)
     scale = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
-    offset = weight.offset
+    offset = cast(Tensor, weight.offset)
     if offset.numel() > 1:
         offset = offset.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
     return table[weight.absmax.int()] * scale + offset
@@ -167,7 +168,7 @@ def check_nf4(weight: NF4Tensor) -> None:
     blocks, nested = N * K // BLOCK, weight.nested_absmax is not None
     check(K % BLOCK == 0, "weight (NF4)", f"[N, K] with K a multiple of {BLOCK}", (N, K))
     groups = -(-blocks // NESTED_BLOCK)
-    wanted = {
+    wanted: dict[str, tuple[Any, torch.dtype, tuple[int, ...]]] = {
         "packed": (weight.packed, torch.uint8, (N * K // 2,)),
         "absmax": (weight.absmax, torch.uint8 if nested else torch.float32, (blocks,)),
     }
