@@ -158,8 +158,10 @@ class LoRALinear(FrozenLinear):
             x = F.gelu(u, approximate="tanh")
             x = x if head is None else torch.cat([head, x], dim=-1)
             return fk.gate_residual(residual, gate, self(x))
-        options = {"head": head, "saved_bits": saved_bits}
-        fused = {} if _needs_gradient(gate) else {"gate": gate, "residual": residual}
+        options: dict[str, Any] = {"head": head, "saved_bits": saved_bits}
+        fused: dict[str, Any] = (
+            {} if _needs_gradient(gate) else {"gate": gate, "residual": residual}
+        )
         y = fk.gelu_lora_linear(u, self.frozen_weight(), self._update(), **options, **fused)
         return y if fused else fk.gate_residual(residual, gate, y)
 
