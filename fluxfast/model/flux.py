@@ -160,9 +160,6 @@ class LastLayer(nn.Module):
 class Flux(nn.Module):
     """Packed latents and prompt embeddings in, velocity out. compute_dtype: of the activations."""
 
-    double_blocks: Any  # nn.ModuleList of DoubleStreamBlock
-    single_blocks: Any  # nn.ModuleList of SingleStreamBlock
-
     def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.spec, self.compute_dtype, hidden = spec, compute_dtype, spec.hidden_size
@@ -175,9 +172,9 @@ class Flux(nn.Module):
         self.time_in = MLPEmbedder(256, hidden)
         self.vector_in = MLPEmbedder(spec.vec_in_dim, hidden)
         self.guidance_in = MLPEmbedder(256, hidden) if spec.guidance_embed else None
-        self.double_blocks = nn.ModuleList(DoubleStreamBlock(spec) for _ in range(spec.depth))
+        self.double_blocks: Any = nn.ModuleList(DoubleStreamBlock(spec) for _ in range(spec.depth))
         singles = range(spec.depth_single_blocks)
-        self.single_blocks = nn.ModuleList(SingleStreamBlock(spec) for _ in singles)
+        self.single_blocks: Any = nn.ModuleList(SingleStreamBlock(spec) for _ in singles)
         self.final_layer = LastLayer(spec)
 
     def forward(

@@ -69,11 +69,9 @@ class LowRankUpdate(nn.Module):
 class LoRALinear(FrozenLinear):
     """A frozen linear and its updates: at most one that is trainable, in front, and frozen ones."""
 
-    updates: Any  # nn.ModuleList of LowRankUpdate
-
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.updates = nn.ModuleList()
+        self.updates: Any = nn.ModuleList()  # of LowRankUpdate
 
     def add_update(self, update: LowRankUpdate) -> None:
         """Add an update; a trainable one goes in front, in place of an earlier one."""
