@@ -148,7 +148,7 @@ def merged(table: Table, measured: Rows) -> Table:
 
 def _tile_of(kernel: Kernel, row: dict) -> dict[str, int]:
     tile = named_tile(kernel, row["tile"])
-    return tile._asdict() if kernel.op in ATTENTION else asdict(tile)
+    return asdict(tile)
 
 
 def _key_of(row: dict) -> tuple:

@@ -71,6 +71,17 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=unit, atol=atol, equal_nan=True)
 
 
+def assert_same_sums(found, expected):
+    """fp32 sums of the same products: some CPUs' BLAS adds them in an order that depends on the
+    block's shape. Errors of 32 units of the largest sum are allowed; other types are exact.
+    """
+    if found.dtype != torch.float32:
+        return assert_same(found, expected)
+    finite = expected[expected.isfinite()].abs()
+    atol = 32 * torch.finfo(torch.float32).eps * (float(finite.max()) if finite.numel() else 0.0)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=atol, equal_nan=True)
+
+
 # ---------------------------------------------------------------- what writes rows
 # (x, kind, rotation) -> [(rows, what they must be the rows of)]
 
@@ -134,7 +145,7 @@ def by_down(x, kind, rotation):
         weight = a if xs[0] is x else a.roll(other.shape[2], 1)
         down = gemm_grads.lora_down(xs, weight, rows=given, rotation=rotation)
         if xs[0] is x:
-            assert_same(down, plain)
+            assert_same_sums(down, plain)
         for check in checks:
             check()
         assert all((bits(rows[i].values) == UNSET).all() for i in range(len(xs)) if i not in wanted)
@@ -153,7 +164,7 @@ def by_d_down(x, kind, rotation):
     update = LoRAUpdate(x.new_empty(3 * 20, 1), b, parts, 0.5)
     d_down = gemm_grads.lora_d_down([first, x], update, **given)
     plain = gemm_grads.lora_d_down([first, x], update)
-    assert_same(d_down, plain)
+    assert_same_sums(d_down, plain)
     for check in checks:
         check()
     return [(rows[0], first.float() * channel[:30]), (rows[1], x.float() * channel[30:])]
