@@ -330,6 +330,7 @@ def copied(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     assert report.main(["--check"]) == 0
     pages, blocks = report.pages(copied), report.blocks(report.RESULTS)
@@ -348,6 +349,7 @@ def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     assert report.pages(copied) == pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changed",
     [("step-cpu", ("median_ms", "p10_ms", "p90_ms")), ("quality", ("best_loss",))],
@@ -363,6 +365,7 @@ def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, nam
     assert report.main([]) == 0 and report.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, capsys):
     assert step_chart.NO_GPU in (copied / "README.md").read_text(encoding="utf-8")
     write(report.RESULTS, "step-cuda.jsonl", row("diffusers-nf4"), row())
@@ -376,6 +379,7 @@ def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, capsys):
     assert "(NVIDIA H100 80GB HBM3)" not in text  # no candidate of a technique is among the rows
 
 
+@pytest.mark.slow
 def test_the_readme_has_four_cards_and_six_techniques(tmp_path):
     found = plan_table.rows()
     cards = lines(plan_table.short(found))

@@ -18,6 +18,7 @@ def counts() -> dict[str, float]:
     return fluxfast_counts("attn+mlp")
 
 
+@pytest.mark.slow
 def test_blocks_keep_no_more_than_they_need(counts):
     for kind, count in counts.items():
         assert count <= LIMITS[kind, "attn+mlp"], kind
@@ -28,6 +29,7 @@ def test_the_document_says_the_counts(counts):
     assert f"{in_kilobytes(counts['single'])} kB in a single one" in MEMORY
 
 
+@pytest.mark.slow
 def test_diffusers_keeps_twice_as_much(counts):
     theirs = diffusers_counts()
     double, single = in_kilobytes(theirs["double"]), in_kilobytes(theirs["single"])

@@ -177,6 +177,7 @@ def test_what_is_no_list_is_refused(tmp_path):
         load(path)
 
 
+@pytest.mark.slow
 def test_two_tiles_are_compiled_for_a_4090(tmp_path):
     """The larger one spills there (as `bench/LOG.md` has it of 4 warps)."""
     path, names = tmp_path / "sm_89.json", ["64x64x32.4w2", "128x128x64.4w3"]

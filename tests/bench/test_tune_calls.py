@@ -65,6 +65,7 @@ def wrong(call: Call, kernel: Kernel, monkeypatch) -> str | None:
         return call.wrong(space(kernel, 89)[0], reference)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("asked", LAUNCHES, ids=lambda p: f"{p.kernel}-{p.linear[15:]}-{p.what}")
 def test_a_launch_takes_the_tile_and_gives_what_it_must(asked, launchers, monkeypatch):
     assert wrong(build(asked, TINY, RANK, "cpu"), asked.kernel, monkeypatch) is None
@@ -148,6 +149,7 @@ def test_hand_overs_follow_their_tiles():
         assert pair.share == min(same)
 
 
+@pytest.mark.slow
 def test_dispatch_is_asked_what_the_problems_say(launchers, monkeypatch):
     """And no more, by four linears, forward and backward, as the model's blocks call them."""
     linears = (QKV, PROJ, LINEAR1, LINEAR2)

@@ -743,6 +743,7 @@ def test_notes_go_to_stderr_and_overrides_use_native_keys(fluxfast, tmp_path, mo
     assert seen[0].train.steps == 7 and seen[0].trigger == "ohwx"
 
 
+@pytest.mark.slow
 def test_a_stock_file_trains(fluxfast, tmp_path, nano_model):
     """The shipped dev file with other paths and sizes, nothing else."""
     text = (EXAMPLES / "flux_dev_24gb.yaml").read_text(encoding="utf-8")

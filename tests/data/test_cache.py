@@ -335,6 +335,7 @@ def test_encoders_are_never_loaded_together(nano_model, tmp_path, folder, monkey
     assert events == ["TextEncoders __init__", "TextEncoders close", "Vae __init__", "Vae close"]
 
 
+@pytest.mark.slow
 def test_a_cached_call_imports_no_encoder_library(nano_model, tmp_path, folder):
     settings = config(tmp_path)
     prepare(nano_model, settings)

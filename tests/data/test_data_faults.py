@@ -530,6 +530,7 @@ def tensors(content: bytes) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
     """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
     the very file of a run that nothing happened to."""

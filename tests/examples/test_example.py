@@ -24,6 +24,7 @@ def run(nano_model, tmp_path_factory):
         return train(config), lines, config.run_dir
 
 
+@pytest.mark.slow
 def test_photographs_train_in_several_buckets(run):
     path, lines, folder = run
     (line,) = [line for line in lines if "buckets" in line]

@@ -171,6 +171,7 @@ def test_outputs_have_a_scale_of_one(pipeline):
         assert 0.2 < tensor.std() < 2
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_another_process(nano_model, tmp_path):
     out = tmp_path / "again"
     _run(SCRIPT, out, "--seed", "0")

@@ -72,6 +72,7 @@ def test_judge_knows_drawings(tools):
         assert right / len(scenes) >= 0.98, question
 
 
+@pytest.mark.slow
 def test_base_model_draws_its_captions(tools, tmp_path):
     draw, classifier = tools
     scenes = [draw.random_scene(555, index) for index in range(10)]
@@ -84,6 +85,7 @@ def test_base_model_draws_its_captions(tools, tmp_path):
         assert right >= least, (question, right)
 
 
+@pytest.mark.slow
 def test_run_leaves_everything(run):
     for name in ("nano.safetensors", "nano_best.safetensors", "samples.png", "validation.png"):
         assert (run / name).stat().st_size > 1000, name
@@ -97,6 +99,7 @@ def test_held_out_loss_falls_by_a_tenth(run):
     assert top.loss <= 0.9 * top.base_loss and top.high < 0
 
 
+@pytest.mark.slow
 def test_concept_is_learnt_and_the_rest_stays(run, tools, tmp_path):
     """Of ten: at least 8 zorbs with the LoRA, at most 1 from the base; 7 others unharmed."""
     draw, classifier = tools

@@ -357,6 +357,7 @@ def wide_lora(ours, share_a: bool, targets: str):
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format, share_a",
     [

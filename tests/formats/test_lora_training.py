@@ -37,6 +37,7 @@ def loss_and_gradients(model, parameters, x):
     return loss.item(), torch.autograd.grad(loss, parameters)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     "own",
@@ -142,6 +143,7 @@ def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
     return save_lora(model, path, format)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
     """It changes what is learned, not what is saved or drawn: the run's own preview before the
     first step is the base model's.
@@ -209,6 +211,7 @@ def test_a_format_that_cannot_hold_the_targets_is_refused_before_training(config
     train(configure(save__formats=["xlabs"], lora__targets="attn", name="b"))
 
 
+@pytest.mark.slow
 def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
     """`--lora A --lora B --strength 1 --strength 0.5` draws what their sum draws."""
     a = nano_lora(nano_model, tmp_path / "a.safetensors", "kohya", share_a=True)
@@ -255,6 +258,7 @@ def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
         draw("none", "--lora", a, "--strength", 1, "--strength", 2)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("policy", ["offload", "recompute_mlp", "checkpoint"])
 def test_no_way_of_keeping_activations_changes_an_assisted_step(
     policy, nano_model, tmp_path, configure

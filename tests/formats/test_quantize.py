@@ -99,6 +99,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.grid(9)
 @pytest.mark.parametrize(
     "form, storage",
     [  # by default each form once, each storage with a third of them
@@ -408,6 +409,7 @@ MEDIUM = FluxSpec(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "storage, mib", [("nf4", 40), pytest.param("int8", 60, marks=pytest.mark.slow)]
 )

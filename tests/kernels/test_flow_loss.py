@@ -87,6 +87,7 @@ def test_flow_mix(device, dtype, std):
     assert all(torch.equal(a, b) for a, b in zip(outputs, public, strict=True))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("weight", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,6 +63,7 @@ def test_nf4_whose_absmax_is_not_finite(path, device, kind):
     assert scale.isnan().tolist() == [False, True, False, True, False]
 
 
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("form", ["dense", "bf16", "int8", "fp8", "nf4", "nested"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_in_8_bits(path, device, kind, form):

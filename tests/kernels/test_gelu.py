@@ -302,6 +302,7 @@ def test_one_gradient_alone(device, name):
     torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_bits", [16, 8])
 def test_opcheck(device, saved_bits):
     with backend.cpu_launches(False):
@@ -332,6 +333,7 @@ def test_gradcheck():
     torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(device):
     made = inputs(device, torch.float32)
     for bits in (16, 8):

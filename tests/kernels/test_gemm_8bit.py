@@ -237,6 +237,7 @@ def assert_within(found, truth, allowed):
     assert over <= 1, f"{float(over):.2f} times what the roundings allow"
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(("name", "kind", "dtype"), DRAWN)
 def test_both_products_are_the_exact_sums_rounded(device, name, kind, dtype):
     skip_without_fp8(kind, device)
@@ -299,6 +300,7 @@ def test_small_sums_are_whole_numbers(device):
         assert torch.equal(towards_x(linear, tile, "transposed"), dx), tile
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("storage", dispatch.STORAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_shipped_tile(device, kind, storage):

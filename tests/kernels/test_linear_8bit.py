@@ -62,6 +62,7 @@ def check_against_truth(drawn: Drawn, found: dict) -> None:
         assert_as_exact(name, value.to(case.dtype), eager[name], truth[name], times)
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(path, device, case):
     skip_without_fp8(case.kind, device)
@@ -71,6 +72,7 @@ def test_as_exact_as_eager(path, device, case):
     check_against_truth(drawn, drawn.gradients(drawn.call))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("case", CASES)
 def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
     """NF4 in the product's own tiles or through the scratch, the weight as stored or transposed:
@@ -131,6 +133,7 @@ OPS = {
 }
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("op", OPS)
 def test_another_run_and_one_under_autocast_give_the_same_bits(path, device, op):
     drawn = Drawn(OPS[op], device)
@@ -161,6 +164,7 @@ def test_compiles_as_one_graph(device):
         assert all(torch.equal(a, b) for a, b in zip(found, run(every), strict=True))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     """Schemas, fake tensors and autograd of the ops and their backward ops, in plain torch."""
@@ -215,6 +219,7 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=
 torch_scaled_mm = torch._scaled_mm
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("case", "calls"),
     [

@@ -35,6 +35,7 @@ INPUTS = [
 ]
 
 
+@pytest.mark.grid(8)
 @pytest.mark.parametrize(("leaf", "case"), INPUTS)
 def test_nan_or_infinity_in_a_token_fills_its_result_and_no_other(path, device, leaf, case):
     skip_without_fp8(case.kind, device)
@@ -60,6 +61,7 @@ GRADIENTS = [
 ]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_nan_or_infinity_in_a_gradient_fills_its_tokens_dx_and_no_other(path, device, case):
     """In columns with an update and without one (50 to 64 and beyond)."""
@@ -98,6 +100,7 @@ def test_a_weights_row_that_is_not_finite_fills_its_column(path, device, kind):
 # ---------------------------------------------------------------- zero, tiny and huge
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_rows_give_exactly_the_bias(path, device, kind):
     skip_without_fp8(kind, device)
@@ -202,6 +205,7 @@ def test_a_matrix_of_tokens_with_a_gate(path, device):
 # ---------------------------------------------------------------- gradients that are not asked for
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("op", ["linear", "norm", "gelu"])
 def test_the_updates_gradients_without_dx(path, device, op):
     """Nothing is quantized then; A and B get the same."""

@@ -38,6 +38,7 @@ def step(model: Flux, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return y.detach(), list(torch.autograd.grad(y.float().square().mean(), parameters))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("targets", ["attn+mlp", "all"])
 @pytest.mark.parametrize(
     ("storage", "compute", "tolerance"),
@@ -54,6 +55,7 @@ def test_launchers_and_references_agree(device, storage, compute, tolerance, tar
         assert relative_error(found.cpu(), expected) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "layers"), [("int8", None), ("nf4", {"single_blocks.*.linear2": "rotate"})]
 )

@@ -86,6 +86,7 @@ def compare_with_linear(dtype, device, storage="dense", update=True, split=0):
     assert all(y.is_contiguous() for y in found[: len(dys)])
 
 
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(shape, dtype, device):
@@ -205,6 +206,7 @@ def test_opcheck(device):
         torch.library.opcheck(ops._norm_modulate_backward, (dx, h, scale, mean, rstd, *needs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", [True, False])
 def test_opcheck_with_linear(update, device):
     h, shift, scale, _ = inputs((2, 5, 128), torch.float32, device)

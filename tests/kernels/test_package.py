@@ -83,6 +83,7 @@ def files_of(package: str, base: Path) -> set[str]:
     return {str(path.relative_to(base)) for path in kept}
 
 
+@pytest.mark.slow
 def test_an_install_holds_every_file(both, alone):
     kernels = files_of("fluxfast_kernels", ROOT / "kernels")
     assert "fluxfast_kernels/py.typed" in kernels
@@ -105,6 +106,7 @@ def test_what_the_distributions_say_of_themselves(both, alone):
     assert set(kernels.requires) <= set(trainer.requires)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [ALONE, WITHOUT_TRITON], ids=["", "no triton"])
 def test_the_kernels_need_torch_and_triton_alone(alone, tmp_path, script):
     """And on a system for which there is no Triton, torch alone."""

@@ -364,6 +364,7 @@ def test_a_stream_wider_than_what_is_computed_in(kind, fused, computed):
     assert_as_exact(found, eager, truth, unit=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nf4", [None, "nested"])
 def test_compiled_whole(nf4):
     model = add_lora(build(nf4=nf4))
@@ -595,6 +596,7 @@ FALLBACKS = {
 }
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("reason", FALLBACKS)
 def test_fallbacks_are_announced_once(reason, fused):
     change, model = FALLBACKS[reason], add_lora(build())

@@ -110,6 +110,7 @@ def launch(arguments, grads):
 # ---------------------------------------------------------------- norm and rotation
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("streams", "dtype", "C", "rope_batch"),
     [(2, dtype, 64, B) for dtype in DTYPES]
@@ -161,6 +162,7 @@ def test_tiny_and_huge_rows(launched):
 # ---------------------------------------------------------------- the op
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("streams", "dtype"), [(2, dtype) for dtype in DTYPES] + [(1, torch.bfloat16)]
 )

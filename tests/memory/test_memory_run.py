@@ -74,6 +74,7 @@ def planned(config, share=None, **more):
 # ---------------------------------------------------------------- plans change no result
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     "more",
     [
@@ -163,6 +164,7 @@ def test_what_needs_a_plan_says_so(configure):
 # ---------------------------------------------------------------- modulation ahead
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("timesteps", ["sigmoid", "flux_shift"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 20])
 def test_ahead_is_in_place_bit_for_bit(configure, batch_size, timesteps):
@@ -216,6 +218,7 @@ def failing(run, monkeypatch, when: set[int], at="backward"):
     monkeypatch.setattr(run.graphs, "_work", gradient_pass)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("at", ["forward", "backward"])
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_after_running_out_are_those_of_an_undisturbed_run(
@@ -261,6 +264,7 @@ def test_as_lean_as_it_gets_ends_the_run(configure, monkeypatch):
     assert set(next(iter(run.memory.policies.values()))) <= {"checkpoint", "keep"}
 
 
+@pytest.mark.slow
 def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
     """Of a run that has no checkpoint yet: in the passes and in a preview, not in the optimizer."""
     gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]

@@ -82,6 +82,7 @@ def test_smaller_cards(gib, gpu, side):
     assert not {"checkpoint", "offload"} & set(plan.buckets[f"{side}"].choice.policies)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("gib", [12, 16, 24, 80])
 def test_limits_are_kept_in_every_phase(gib):
     for targets, batch in (("attn+mlp", 1), ("all", 1), ("attn+mlp", 2)):
@@ -161,6 +162,7 @@ def test_what_does_not_fit_names_what_would():
         make_plan(request(), card("3060 12 GB"), usable(6))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -200,6 +202,7 @@ def test_what_a_refusal_names_does_fit(changes):
         make_plan(request(**again), small, limit)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_a_refusal_names_is_that_of_all_processes(monkeypatch):
     """The planner sees one process's share."""
 
@@ -213,6 +216,7 @@ def test_a_batch_size_that_a_refusal_names_is_that_of_all_processes(monkeypatch)
     assert named() == 2 * share
 
 
+@pytest.mark.slow
 def test_a_refusal_says_what_is_short():
     small, limit = card("3060 12 GB"), usable(12)
     with pytest.raises(ConfigError, match="pinned host memory, of which 1 GiB"):
@@ -319,6 +323,7 @@ def test_table_has_a_row_per_card_and_size():
     assert all("does not fit" in line and "nf4" in line for line in small[1:5])
 
 
+@pytest.mark.slow
 def test_rows_say_what_is_planned():
     (row,) = plan_rows(defaults(data__0__resolution=[540]), None, "4090")
     assert row.plan.buckets["540 px"].shape.image_tokens == 284 * 4  # as wide a bucket as there is
@@ -344,6 +349,7 @@ def test_rows_say_what_is_planned():
         plan_rows(defaults(lora__include=["nothing"]), None, "4090")
 
 
+@pytest.mark.slow
 def test_breakdown_adds_up():
     rows = plan_rows(defaults(), None, "4090")
     lines = breakdown(rows)
@@ -361,6 +367,7 @@ def test_breakdown_adds_up():
     assert breakdown(plan_rows(defaults(), None, None)[:5]) == []
 
 
+@pytest.mark.slow
 def test_command_line():
     def call(*arguments):
         return subprocess.run(

@@ -139,6 +139,7 @@ def test_forward_is_bfl(case, tmp_path):
         assert torch.equal(again(**x), ours(**x))
 
 
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_gradients_are_peft(case, targets, checkpointing, tmp_path):

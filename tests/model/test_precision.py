@@ -315,6 +315,7 @@ def photos(tmp_path_factory) -> Path:
     return noise_pictures(tmp_path_factory.mktemp("photos"), 4)
 
 
+@pytest.mark.slow
 def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure, log_lines):
     """NF4 base, int8 products, one layer rotated, one in bf16: the same bytes twice, and after a
     stop at half way."""

@@ -81,6 +81,7 @@ def gradients(model: Flux, x: dict) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().mean(), parameters)]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -161,6 +162,7 @@ def test_each_storage_goes_to_the_store_once():
     assert len(puts) == len(gets) == 2 * 4 + 1  # per stream h, qkv, h2, u; o once
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_outlives_the_graph(policy):
     """No reference cycle: on a GPU the collector would come too late."""

@@ -95,6 +95,7 @@ def test_sigterm_ends_what_is_no_training_like_ctrl_c():
         pytest.fail("went on")
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_names_the_command(configure, fluxfast, tmp_path, monkeypatch, number):
     config = configure()
@@ -154,6 +155,7 @@ def test_a_stop_that_cannot_be_saved_is_an_error(configure, monkeypatch):
     assert [step for step, _ in checkpoints(config.run_dir)] == [2]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_takes_sigterm(configure, tmp_path):
     config = configure(train__steps=500)
     file = tmp_path / "c.yaml"
@@ -213,6 +215,7 @@ def test_a_final_save_that_fails_is_an_error_and_the_one_before_stays(configure,
     assert train(config).is_file()
 
 
+@pytest.mark.slow
 def test_measurements_and_previews_survive_a_full_disk(configure, monkeypatch, log_lines):
     """The rows are there in the end; pictures that could not be written are said to be missing."""
     looks = {

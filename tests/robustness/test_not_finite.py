@@ -108,6 +108,7 @@ def test_a_loss_that_is_not_finite_skips_a_step_with_sound_gradients(configure):
     assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dtype, side):
@@ -195,6 +196,7 @@ def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkey
         train(configure(train__max_bad_steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer, policy",
     [("double_blocks.0.txt_attn.qkv", "keep"), ("single_blocks.1.linear2", "checkpoint")],
@@ -238,6 +240,7 @@ def test_a_gradient_that_overflows_alone_is_traced_to_backward(configure):
 SAME = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_path, monkeypatch):
     """In two folders and two processes, which order their sets differently; apart from dates, times
     and memory, which are not the run's own."""

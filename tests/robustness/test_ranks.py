@@ -154,6 +154,7 @@ def alone(made, tmp_path_factory) -> Config:
 linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(made, alone, tmp_path):
     config = made(tmp_path, cache_dir=str(tmp_path / "cache"))
     assert ended(start(config), config) == 0, said(config)
@@ -176,6 +177,7 @@ def test_two_processes_take_the_steps_of_one(made, alone, tmp_path):
         assert f"encoding {what}: {own}\n" in log and 0 < own < len(whole)
 
 
+@pytest.mark.slow
 @linux
 def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_path):
     config = made(tmp_path / "two")
@@ -202,6 +204,7 @@ def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_p
     assert_same_but_for_rounding(config, alone)
 
 
+@pytest.mark.slow
 @linux
 def test_asked_to_stop_all_ranks_stop_after_the_same_step(made, alone, tmp_path):
     config = made(tmp_path)
@@ -217,6 +220,7 @@ def test_asked_to_stop_all_ranks_stop_after_the_same_step(made, alone, tmp_path)
     assert_same_but_for_rounding(config, alone)
 
 
+@pytest.mark.slow
 def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
     """Two pictures are broken in the cache, and each rank is given them at some time."""
     cache = shutil.copytree(alone.cache_path, tmp_path / "cache")

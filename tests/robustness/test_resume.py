@@ -147,6 +147,7 @@ def compare(config: Config, stops: list[int], monkeypatch) -> None:
     assert whole["validation"][0]["step"] == 0
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stopped_and_resumed_is_the_same_run(demanding, optimizer, monkeypatch):
     """Six steps in one go, and three, stop, three."""
@@ -202,6 +203,7 @@ def killed_in(name: str, call: int, monkeypatch, config: Config, module=fluxfast
             train(config)
 
 
+@pytest.mark.slow
 def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     """In the middle of a measurement, before the best weights are kept, behind lines and
     measurements of steps that no checkpoint has, and between the last measurement and the end."""

@@ -53,6 +53,7 @@ FOREIGN = [
 ]
 
 
+@pytest.mark.slow
 def test_lines_that_are_none_of_the_logs_are_left_out_and_counted(configure):
     """Nothing of the others, of what comes later, or of the training is another for them."""
     ends = []

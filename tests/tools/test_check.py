@@ -62,6 +62,7 @@ def in_8_bits(configure, kind: str = "int8", storage: str = "fp32", **changes):
 # ---------------------------------------------------------------- one layer
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("storage", ["fp32", "nf4", "own"])
 @pytest.mark.parametrize("kind, expected", [("int8", 0.0125), ("fp8", 0.0375)])
 def test_errors_of_normal_values(kind, expected, storage):
@@ -147,6 +148,7 @@ def test_the_table_has_a_column_of_each():
 # ---------------------------------------------------------------- the model on data
 
 
+@pytest.mark.slow
 def test_check_finds_the_outlier_and_train_takes_its_file(
     configure, outlier_model, tmp_path, fluxfast
 ):
@@ -172,6 +174,7 @@ def test_check_finds_the_outlier_and_train_takes_its_file(
     assert saved["model"]["layers"] == {OUTLIER: "rotate"}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind, storage", [("int8", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
 def test_check_in_other_storages(configure, kind, storage):
     layers, said, written = checked(in_8_bits(configure, kind, storage), batches=1)
@@ -181,6 +184,7 @@ def test_check_in_other_storages(configure, kind, storage):
         assert (layer.own.worst > 0.03) == (storage == "nf4")
 
 
+@pytest.mark.slow
 def test_the_same_twice_and_whatever_the_blocks_do(configure):
     """Every draw is the seed's; recomputing blocks, or not, is no matter of the configuration."""
     first = checked(in_8_bits(configure), batches=1)[0]
@@ -200,6 +204,7 @@ def test_nothing_before_the_first_lora_has_a_dx(configure):
     assert cosines == {f"single_blocks.{i}.linear{j}" for i in (2, 3) for j in (1, 2)}
 
 
+@pytest.mark.slow
 def test_layers_that_the_configuration_names(configure):
     """Asked-for layers are measured as well; what is said of others stays in the file."""
     given = {
@@ -227,6 +232,7 @@ def test_a_limit_that_nothing_keeps(configure):
     assert ("still above the limit" in said) == bool(rotated)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_what_is_measured(configure):
     config = in_8_bits(configure, train__steps=2)
     fresh = checked(config, batches=1)[0]
@@ -256,6 +262,7 @@ def test_what_is_no_number_is_not_measured(configure, outlier_model, tmp_path):
     assert not (config.run_dir / "check.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_the_file_and_moves_nothing_for_a_bad_one(configure):
     config = in_8_bits(configure, train__steps=1)
     checked(config, batches=1)

@@ -116,6 +116,7 @@ def test_make_targets_and_paths_exist():
             assert all((ROOT / path).exists() for path in paths), words
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path, monkeypatch):
     """In its order, shortened and on the nano model, in a folder that holds the examples alone."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -228,6 +229,7 @@ def test_ci_calls_the_readmes_command():
     assert "make test" in text_of(ROOT / ".ci" / "run")
 
 
+@pytest.mark.slow
 def test_tables_hold_what_the_rows_say():
     from bench.report import cli as report
 

@@ -153,6 +153,7 @@ def test_nothing_there_is_a_page_of_notes(tmp_path):
     assert "svg" not in {tag for tag, _ in found.tags}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     "missing",
     ["metrics.jsonl", "validation.jsonl", "config.yaml", "samples.png", "dog.safetensors"],
@@ -173,6 +174,7 @@ def test_broken_parts(run_dir):
     assert "samples.png is not a picture" in text
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("number", [10**400, 1e308, -1e308, 1e31], ids=["int", "high", "low", "31"])
 def test_numbers_beyond_what_a_chart_holds(run_dir, number):
     """Of a file that was made to: they are passed over."""

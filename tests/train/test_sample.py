@@ -56,6 +56,7 @@ def test_schedule_is_the_pipelines(steps, tokens, nano_model):
     assert np.allclose(schedule(steps, tokens, shifted=False), np.linspace(1, 0, steps + 1))
 
 
+@pytest.mark.slow
 def test_picture_is_the_pipelines(nano_model, lora, tmp_path):
     """fp32, same noise, with the LoRA loaded on both sides: at least 40 dB; and the LoRA shows."""
     from diffusers import FluxPipeline
@@ -109,6 +110,7 @@ def test_contact_sheet(tmp_path):
     assert not red[:, sheet.shape[1] - 256 :].any() and not red[sheet.shape[0] // 2 :].any()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("width", "height"), [(100, 64), (64, 8), (0, 64)])
 def test_sizes_off_the_grid_are_refused(nano_model, tmp_path, width, height):
     config = ModelConfig(path=str(nano_model), storage="fp32", compute="fp32")
@@ -141,6 +143,7 @@ def test_nothing_stays_in_memory(nano_model, monkeypatch):
     assert after <= before and model.training
 
 
+@pytest.mark.slow
 def test_command(nano_model, lora, tmp_path):
     command = [sys.executable, "-m", "fluxfast", "sample", "--model", str(nano_model)]
     command += ["--lora", str(lora), "--prompt", "a cat", "--prompt", "a dog", "--walk-seed"]

@@ -123,6 +123,7 @@ def test_accumulation_is_a_larger_batch(configure):
     assert (results[2][1] - results[1][1]).abs().max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_loss_falls_when_a_batch_is_learned(configure):
     run, loader = start(configure(lora__rank=16, train__lr=3e-3))
     batch = loader.batch(0)

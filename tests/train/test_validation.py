@@ -162,6 +162,7 @@ def test_run_measures_keeps_the_best_and_resumes(configure):
     assert Image.open(run / "samples" / files[2]).tobytes() == trained
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(configure):
     """A run with validation and previews trains the same weights as one without the previews."""
     watched = configure(
