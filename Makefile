@@ -39,7 +39,7 @@ install: $(VENV)/installed
 define set_up
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fluxfast needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 endef
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt

@@ -12,6 +12,7 @@ def row(name, what, ratio, reason=None):
     return {"name": name, "what": what, "ratio": ratio, "reason": reason}
 
 
+@pytest.mark.slow
 def test_a_small_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(quantize, "LEAST", {"quantize": 0.0, "decode": 0.0})
     monkeypatch.setattr(quantize, "ROWS", tmp_path / "rows.jsonl")

@@ -302,6 +302,7 @@ def found_of(limit_s: float | None = None, settings: Settings = SETTINGS) -> lis
     return [(cycle, r["fluxfast-nf4"].status, r["fluxfast-nf4"].reason) for cycle, r, _ in found]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_what_it_owed(monkeypatch):
     monkeypatch.setattr(step_run, "_child", reports_once_and_dies)
     died = "its process ended with code 7"

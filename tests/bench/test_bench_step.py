@@ -72,6 +72,7 @@ def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
     assert details["worst_error"] > details["tolerance"] and "differs by" in result.reason
 
 
+@pytest.mark.slow
 def test_a_kernel_that_raises_and_memory_that_ends_are_rows(tmp_path, monkeypatch):
     """One while it is built, one in its gradient pass, one in the second round."""
     right, calls = step_run.build, count()
@@ -173,6 +174,7 @@ def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
     assert result.status == "out of memory" and "memory is full" in result.reason
 
 
+@pytest.mark.slow
 def test_everyone_trains_the_same_in_the_stock_setting(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")

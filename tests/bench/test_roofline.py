@@ -177,6 +177,7 @@ def predicted_ms(plan: Plan, op: str, direction: str) -> float:
     return 1e3 * step_ops.predicted_s(row, direction, plan.card, plan.request.step)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("op", step_ops.TIMED)
 def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
     forward, backward = (predicted_ms(plain, op, way) for way in ("forward", "backward"))
@@ -215,6 +216,7 @@ def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, whe
     )
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     "other",
     [

@@ -65,7 +65,7 @@ def wrong(call: Call, kernel: Kernel, monkeypatch) -> str | None:
         return call.wrong(space(kernel, 89)[0], reference)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("asked", LAUNCHES, ids=lambda p: f"{p.kernel}-{p.linear[15:]}-{p.what}")
 def test_a_launch_takes_the_tile_and_gives_what_it_must(asked, launchers, monkeypatch):
     assert wrong(build(asked, TINY, RANK, "cpu"), asked.kernel, monkeypatch) is None

@@ -397,6 +397,7 @@ def _loader():
     return _Loader
 
 
+@pytest.mark.grid(81)
 @pytest.mark.parametrize("key", sorted(compat_table.IGNORED_KEYS))
 def test_an_ignored_key_is_announced_once_and_its_resting_value_never(key):
     place = key.replace(".", "__")
@@ -682,6 +683,7 @@ def test_every_mistake_is_named_at_once():
         assert part in message
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("junk", [True, -1, "", "x", [[]], {1: 2}, 10**400, float("nan")], ids=str)
 def test_whatever_stands_anywhere_converts_or_is_refused(junk):
     stock = yaml.load((EXAMPLES / "flux_dev_24gb.yaml").read_text(encoding="utf-8"), _loader())

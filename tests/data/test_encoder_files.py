@@ -248,6 +248,7 @@ def test_without_tokenizers_and_offline(folder, tmp_path, monkeypatch):
     assert "put a diffusers model's tokenizer folder there" in error.value.hint
 
 
+@pytest.mark.slow
 def test_a_run_from_one_file(folder, nano_model, tmp_path, fluxfast):
     """Transformer, text encoders and VAE from the same all-in-one file: `train` needs nothing
     else; and a file of the transformer alone says what it lacks."""

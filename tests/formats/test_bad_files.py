@@ -298,6 +298,7 @@ print(anonymous() - before)
 """
 
 
+@pytest.mark.slow
 def test_bombs_take_neither_memory_nor_time(tmp_path):
     for index, (head, length) in enumerate(BOMBS.values()):
         write_header(tmp_path / f"s{index}", head, b"\0" * 16, length)

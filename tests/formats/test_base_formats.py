@@ -154,6 +154,7 @@ def as_nf4_keeps_it(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.bfloat16().float() if outer else value
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     "layout, dtype",
@@ -369,7 +370,7 @@ GGUF_ERROR = {"F16": 1e-4, "BF16": 0.0, "F32": 0.0, "Q8_0": 0.02, "Q5_1": 0.15, 
 GGUF_ERROR |= {"Q4_1": 0.25, "Q4_0": 0.25}
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", [*GGUF_ERROR, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_gguf(tmp_path, tensors, kind):
     """Exactly what gguf itself decodes; for the types that it writes, near the dense model too."""

@@ -37,7 +37,7 @@ def loss_and_gradients(model, parameters, x):
     return loss.item(), torch.autograd.grad(loss, parameters)
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     "own",

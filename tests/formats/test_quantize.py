@@ -99,7 +99,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(
     "form, storage",
     [  # by default each form once, each storage with a third of them

@@ -62,7 +62,7 @@ def launch(q, k, v, do):
 # ---------------------------------------------------------------- the Triton kernels
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("dtype", "C", "tokens"),
     [(dtype, 64, T) for dtype in DTYPES]

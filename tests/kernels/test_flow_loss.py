@@ -87,7 +87,7 @@ def test_flow_mix(device, dtype, std):
     assert all(torch.equal(a, b) for a, b in zip(outputs, public, strict=True))
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("weight", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,6 +128,7 @@ def test_launchers_write_every_element(device, mask):
     assert torch.equal(alone, loss)
 
 
+@pytest.mark.slow
 def test_many_chunks(device):
     """More partial sums than one step of the second stage takes."""
     size = flow_loss.BLOCK * flow_loss.CHUNK * (flow_loss.SUM_BLOCK + 3)

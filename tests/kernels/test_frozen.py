@@ -25,6 +25,7 @@ def stored(N: int, K: int, form: str, device: str) -> list[torch.Tensor]:
     return [part.to(device) for part in nf4_quantize(W, form == "nested").tensors().values()]
 
 
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("form", ["nf4", "nested"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(3, 64), (70, 192), (5, 704)])  # 64 rows a tile, 512 a program
@@ -63,7 +64,7 @@ def test_nf4_whose_absmax_is_not_finite(path, device, kind):
     assert scale.isnan().tolist() == [False, True, False, True, False]
 
 
-@pytest.mark.grid(7)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("form", ["dense", "bf16", "int8", "fp8", "nf4", "nested"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_in_8_bits(path, device, kind, form):

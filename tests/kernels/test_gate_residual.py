@@ -35,7 +35,7 @@ def compare(shape, dtype, device):
         assert_as_exact(name, *three)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(shape, dtype, device):

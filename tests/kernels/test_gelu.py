@@ -231,6 +231,7 @@ def test_reference_of_the_op(dtype):
         assert_as_exact("y", found, plain(made, dtype), plain(wide, torch.float64))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("launch", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_saving_8_bits(device, dtype, launch):

@@ -203,7 +203,7 @@ def check_backward(linear, found):
         assert_as_exact(name, value.to(dtype), eager[name], truth[name])
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_forward(device, name, dtype):
@@ -212,14 +212,14 @@ def test_forward(device, name, dtype):
     assert_as_exact("y", forward(linear), eager, truth)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("name", "dtype"), BACKWARD)
 def test_backward(device, name, dtype):
     linear = draw(CASES[name], dtype, device)
     check_backward(linear, backward(linear))
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STORED, ids=lambda case: case.storage)
 def test_the_weight_is_dequantized_bit_for_bit(device, case):
     """Times the unit matrix, both ways, in fp32: the dequantized weight and nothing else."""

@@ -33,7 +33,7 @@ def test_it_is_the_matrix(rotation):
     assert torch.equal(H, H.T)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_gives_the_references_bits(path, device, dtype):
     """Formed in fp32, rounded once; over the end of a program's 1024 columns, and in place."""

@@ -62,7 +62,7 @@ def check_against_truth(drawn: Drawn, found: dict) -> None:
         assert_as_exact(name, value.to(case.dtype), eager[name], truth[name], times)
 
 
-@pytest.mark.grid(5)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(path, device, case):
     skip_without_fp8(case.kind, device)
@@ -95,6 +95,7 @@ def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
         assert torch.equal(bits(value), bits(kept[name])), name
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_gelus_own_reference(path, device, kind):
     """It forms gelu(u) itself: in bf16 nearly every 8-bit value is the kernel's."""
@@ -133,7 +134,7 @@ OPS = {
 }
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("op", OPS)
 def test_another_run_and_one_under_autocast_give_the_same_bits(path, device, op):
     drawn = Drawn(OPS[op], device)
@@ -219,7 +220,7 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=
 torch_scaled_mm = torch._scaled_mm
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("case", "calls"),
     [

@@ -35,7 +35,7 @@ INPUTS = [
 ]
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(("leaf", "case"), INPUTS)
 def test_nan_or_infinity_in_a_token_fills_its_result_and_no_other(path, device, leaf, case):
     skip_without_fp8(case.kind, device)
@@ -61,7 +61,7 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_nan_or_infinity_in_a_gradient_fills_its_tokens_dx_and_no_other(path, device, case):
     """In columns with an update and without one (50 to 64 and beyond)."""
@@ -84,6 +84,7 @@ def test_nan_or_infinity_in_a_gradient_fills_its_tokens_dx_and_no_other(path, de
             assert torch.equal(dx, clean[name]), name
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weights_row_that_is_not_finite_fills_its_column(path, device, kind):
     skip_without_fp8(kind, device)
@@ -100,7 +101,7 @@ def test_a_weights_row_that_is_not_finite_fills_its_column(path, device, kind):
 # ---------------------------------------------------------------- zero, tiny and huge
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_rows_give_exactly_the_bias(path, device, kind):
     skip_without_fp8(kind, device)
@@ -124,6 +125,7 @@ def test_zero_rows_give_exactly_the_bias(path, device, kind):
                 assert not found[name][1, 1].any(), name
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_times_a_power_of_two_gives_its_result_times_that(path, device, kind):
     """Bit for bit, for values from 2^-90 (a gradient: 2^-76) to 8e37 (rotated: 1e36, since the
@@ -157,6 +159,7 @@ def test_denormal_rows_vanish(path, device, kind):
 # ---------------------------------------------------------------- odd widths, no rows
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(("inner", "outer"), [(1, 5), (5, 1), (67, 33)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_widths(path, device, kind, inner, outer):
@@ -205,7 +208,7 @@ def test_a_matrix_of_tokens_with_a_gate(path, device):
 # ---------------------------------------------------------------- gradients that are not asked for
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("op", ["linear", "norm", "gelu"])
 def test_the_updates_gradients_without_dx(path, device, op):
     """Nothing is quantized then; A and B get the same."""

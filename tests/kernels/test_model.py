@@ -38,7 +38,7 @@ def step(model: Flux, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return y.detach(), list(torch.autograd.grad(y.float().square().mean(), parameters))
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["attn+mlp", "all"])
 @pytest.mark.parametrize(
     ("storage", "compute", "tolerance"),

@@ -160,6 +160,7 @@ def test_an_install_without_a_compiler_goes_on(tmp_path):
     assert "csrc/ was not built" in done.stderr and not library.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
 def test_an_install_with_one_builds_it(tmp_path):
     done, library = build(tmp_path)

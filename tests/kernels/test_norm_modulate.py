@@ -86,7 +86,7 @@ def compare_with_linear(dtype, device, storage="dense", update=True, split=0):
     assert all(y.is_contiguous() for y in found[: len(dys)])
 
 
-@pytest.mark.grid(7)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(shape, dtype, device):
@@ -139,6 +139,7 @@ def test_launchers_write_everything(shape, device):
     assert torch.equal(dx, dh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [True, False])
 def test_each_gradient_alone(launch, device):
     """Only what is asked for is formed, and x is never saved."""

@@ -596,7 +596,7 @@ FALLBACKS = {
 }
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("reason", FALLBACKS)
 def test_fallbacks_are_announced_once(reason, fused):
     change, model = FALLBACKS[reason], add_lora(build())

@@ -213,6 +213,7 @@ def test_saves_qkv_o_and_lse_alone(streams):
     assert o.untyped_storage().data_ptr() in owned
 
 
+@pytest.mark.slow
 def test_opcheck_and_gradcheck():
     qkv, *rest = problem(2, torch.float64, C=8, heads=2, tokens=[3, 4], rope_batch=1)
     qkv = [x.clone().requires_grad_() for x in qkv]

@@ -176,7 +176,7 @@ PRODUCERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_OF)
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_rows_are_the_formulas(device, producer, kind, dtype):
@@ -188,7 +188,7 @@ def test_rows_are_the_formulas(device, producer, kind, dtype):
             assert_rows(f"{producer.__name__} {(B, T, K, rotation)}", rows, v, kind)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_nan_or_infinity_makes_its_rows_scale_nan_and_no_other(device, producer, kind):

@@ -91,6 +91,7 @@ def counted(block, shape: Shape) -> tuple[int, int]:
     return forward, counter.get_total_flops() - forward
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("shape", [Shape(1, 256, 128), Shape(2, 256, 128), Shape(2, 1024, 512)])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_flop_are_those_of_diffusers_blocks(theirs, block, shape):

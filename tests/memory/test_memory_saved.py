@@ -144,7 +144,7 @@ def models():
     return cache(built)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("spec", [SMALL, WIDE, NANO], ids=["small", "wide", "nano"])
@@ -163,7 +163,7 @@ def test_saved_bytes_per_bucket(spec, targets, policy, models, monkeypatch):
                 assert model.offload.bytes == sum(host)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_saved_bytes_per_block(kind, policy, monkeypatch):

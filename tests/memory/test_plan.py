@@ -82,7 +82,7 @@ def test_smaller_cards(gib, gpu, side):
     assert not {"checkpoint", "offload"} & set(plan.buckets[f"{side}"].choice.policies)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("gib", [12, 16, 24, 80])
 def test_limits_are_kept_in_every_phase(gib):
     for targets, batch in (("attn+mlp", 1), ("all", 1), ("attn+mlp", 2)):
@@ -154,6 +154,7 @@ def test_overrides_are_honored():
         make_plan(request(targets="all", modulation="ahead"), card("H100"), usable(80))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_what_would():
     with pytest.raises(ConfigError) as caught:
         make_plan(request(policy="keep"), card("3060 12 GB"), usable(12))
@@ -309,6 +310,7 @@ def defaults(**sets):
     return build_config(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in sets.items()])
 
 
+@pytest.mark.slow
 def test_table_has_a_row_per_card_and_size():
     rows = plan_rows(defaults(), None, None)
     lines = table(rows)

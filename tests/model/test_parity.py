@@ -139,7 +139,7 @@ def test_forward_is_bfl(case, tmp_path):
         assert torch.equal(again(**x), ours(**x))
 
 
-@pytest.mark.grid(7)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_gradients_are_peft(case, targets, checkpointing, tmp_path):
@@ -190,6 +190,7 @@ def parts_of(model, name, layer):
         yield parts[(y_rows.start, y_rows.stop)], b_rows, a_rows
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_bf16_is_as_near_as_diffusers(case, storage):
     """bf16 against fp32 on the same stored weights: at most twice diffusers' own bf16 error."""

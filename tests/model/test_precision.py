@@ -201,6 +201,7 @@ def true():
     return run(random_flux(SMALL, seed=3))
 
 
+@pytest.mark.grid(14)
 @pytest.mark.parametrize("storage, compute", PAIRS)
 def test_every_pair_runs(storage, compute, true):
     kept = random_flux(SMALL, storage, compute, seed=3)

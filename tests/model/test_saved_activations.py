@@ -81,7 +81,7 @@ def gradients(model: Flux, x: dict) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().mean(), parameters)]
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("batch", [1, 2])

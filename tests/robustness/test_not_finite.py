@@ -182,6 +182,7 @@ def test_every_bad_sample_of_a_step_is_named(configure):
     assert not run.gradients.any()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkeypatch):
     """A fault of the machine, or of a captured graph, say."""
     assert diagnose(start(configure()), 1) == []

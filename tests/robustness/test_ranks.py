@@ -320,6 +320,7 @@ def test_one_process_waits_for_nobody():
         assert joined == SINGLE_PROCESS
 
 
+@pytest.mark.slow
 def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, monkeypatch):
     config = made(tmp_path, train__steps=1)
     train(config)

@@ -91,6 +91,7 @@ with sole_user(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 def test_two_processes_do_not_train_in_one_folder(configure):
     """They mixed their metrics and deleted each other's checkpoints."""

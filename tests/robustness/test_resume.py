@@ -252,6 +252,7 @@ def test_a_state_that_does_not_fit_is_said(configure):
         train(configure(train__steps=6))
 
 
+@pytest.mark.slow
 def test_what_was_best_is_known_without_the_series(demanding, monkeypatch):
     """A checkpoint holds the measurements, so that a worse step does not become the best."""
     config = demanding("adamw", 8, validation={"share": 0.2, "every": 2, "timesteps": 1})

@@ -415,6 +415,7 @@ def test_a_cache_folder_with_links_out_of_it_is_refused(configure, tmp_path, nam
     assert [path.name for path in away.iterdir()] == [".mine.partial"]
 
 
+@pytest.mark.slow
 def test_files_that_are_links_are_replaced_and_not_written_through(configure, tmp_path):
     """The rest of a run's folder is written whole and put in place."""
     config = configure(

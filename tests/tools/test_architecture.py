@@ -114,6 +114,7 @@ def test_the_sources_are_found():
     assert {"fluxfast.objective", "fluxfast.model.flux"} <= _ours(_imports(_tree("fluxfast.step")))
 
 
+@pytest.mark.grid(77)
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_import_runs_upwards(module):
     ours = {name for name in _ours(_imports(_tree(module))) if name != "fluxfast"}

@@ -279,6 +279,7 @@ def test_a_restart_keeps_the_file_and_moves_nothing_for_a_bad_one(configure):
     assert sorted(config.run_dir.parent.iterdir()) == runs
 
 
+@pytest.mark.slow
 def test_what_is_captured(configure, monkeypatch):
     """At most ROWS rows of a layer, shared out to the batches; x and dY of the same tokens."""
     seen = {}

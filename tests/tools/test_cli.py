@@ -499,6 +499,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
     arguments = (
         "train",

@@ -197,6 +197,7 @@ def test_losses_that_are_not_numbers(run_dir):
     assert "1.25 s/it" in text and "No validation" in text
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
@@ -224,6 +225,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         plot_validation(ROWS, tmp_path / "file" / "validation.png")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     "rows",
     [ROWS, ROWS[:1], [Validation(5, 0.5, 0.6, -0.1, None, None, 1)], ROWS[:1] * 2],

@@ -118,6 +118,7 @@ def test_sizes_off_the_grid_are_refused(nano_model, tmp_path, width, height):
         generate(config, [Picture("x", 0, width, height, 2, 1.0)], tmp_path, device="cpu")
 
 
+@pytest.mark.slow
 def test_nothing_stays_in_memory(nano_model, monkeypatch):
     """The VAE and every tensor of the sampler are gone after the pictures are made."""
     alive = []
