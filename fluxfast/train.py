@@ -34,7 +34,7 @@ from fluxfast.tools.plan import plan_run
 from fluxfast.util.files import (
     check_no_links,
     drop_partials,
-    sole_user,
+    exclusive_lock,
     warn_on_disk_error,
     write_atomic,
 )
@@ -59,9 +59,9 @@ def train(config: Config, *, restart: bool = False) -> Path:
             if restart and restart_count() == 0 and config.run_dir.exists():
                 resolve_parts(config.model, resolve_device(config.device))  # another can begin
                 check_loras(config, fresh=True)
-                with sole_user(config.run_dir):
+                with exclusive_lock(config.run_dir):
                     move_aside(config.run_dir)
-            held.enter_context(sole_user(config.run_dir))
+            held.enter_context(exclusive_lock(config.run_dir))
         ranks.barrier()
         path = _with_cache_mended(config, ranks)
         ranks.barrier()  # until rank 0 has written everything

@@ -23,7 +23,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.folder import tokenizer_length
 from fluxfast.formats.base.load import ResolvedModel, resolve_model, resolve_precision
 from fluxfast.model.spec import FluxSpec
-from fluxfast.util.files import check_no_links, one_of_several
+from fluxfast.util.files import check_no_links, shared_lock
 from fluxfast.util.hub import ENCODERS, TRANSFORMER, fetch_model
 from fluxfast.util.terminal import progress_bars
 
@@ -71,7 +71,7 @@ def prepare(
     prompts = preview_prompts(config)
     check_no_links(config.cache_path, "latents", "text")
     bars = progress_bars(transient=True)
-    with bars, one_of_several(config.cache_path, "latents", "text"):
+    with bars, shared_lock(config.cache_path, "latents", "text"):
         tasks: dict[str, Any] = {}  # the bars' ids
 
         def progress(what: str, done: int, total: int) -> None:

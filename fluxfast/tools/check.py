@@ -38,7 +38,7 @@ from fluxfast.objective import Batch, noise_batch, sample_losses
 from fluxfast.run.checkpoint import newest_checkpoint, put_weights, read_state
 from fluxfast.run.resume import SHAPING, changes
 from fluxfast.tools.layer_errors import LIMITS, Measured, measure, table
-from fluxfast.util.files import CHECK_FILE, sole_user, write_atomic
+from fluxfast.util.files import CHECK_FILE, exclusive_lock, write_atomic
 from fluxfast.util.terminal import progress_bars, spinner
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def check(config: Config, limit: float | None = None, batches: int = 4) -> list[
             hint="--set model.compute=int8 (or fp8)",
         )
     setting = Setting(config, parts.model, device)
-    with sole_user(config.run_dir):
+    with exclusive_lock(config.run_dir):
         try:
             prepared = prepare(config, device, parts=parts)
             limit = LIMITS[matmul] if limit is None else limit

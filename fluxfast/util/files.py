@@ -148,8 +148,8 @@ def warn_on_disk_error(path: Path | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if need be, removed again if still empty) for this process alone.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Holds `folder` (made if need be, removed again if still empty) for this process alone.
 
     Ends with the process, however that ends. Raises FluxfastError where another holds it; a file
     system or a platform without such locks lets everyone in.
@@ -171,8 +171,8 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_of_several(folder: Path, *below: str) -> Iterator[None]:
-    """Hold `folder` beside others that do the same. The first of them removes what killed processes
+def shared_lock(folder: Path, *below: str) -> Iterator[None]:
+    """Holds `folder` beside others that do the same. The first removes what killed processes
     left in it and in its folders `below`; later ones leave it, as it may be being written.
     """
     handle = None

@@ -23,7 +23,7 @@ from fluxfast.run.interrupt import SIGNALS, handled, interrupt, stop_on_signals
 from fluxfast.run.logger import RunLog
 from fluxfast.run.validation import read_validations
 from fluxfast.train import train
-from fluxfast.util.files import flush_folder, one_of_several, sole_user
+from fluxfast.util.files import exclusive_lock, flush_folder, shared_lock
 
 ROOT = Path(__file__).parents[2]
 
@@ -319,11 +319,11 @@ def test_a_folder_that_was_moved_between_opening_and_locking_is_opened_again(tmp
         flock(handle, how)
 
     monkeypatch.setattr(fluxfast.util.files.fcntl, "flock", late)
-    with sole_user(run):
+    with exclusive_lock(run):
         assert run.is_dir()
-        with pytest.raises(FluxfastError, match="another process"), sole_user(run):
+        with pytest.raises(FluxfastError, match="another process"), exclusive_lock(run):
             pass
-        with sole_user(tmp_path / "run.1"):
+        with exclusive_lock(tmp_path / "run.1"):
             pass
 
 
@@ -335,22 +335,22 @@ def test_leftovers_in_a_shared_folder_go_when_nobody_else_is_there(tmp_path):
     whole = tmp_path / "latents" / "a.safetensors"
     for path in (*left, whole):
         path.write_text("")
-    other = holder(tmp_path, "one_of_several")
+    other = holder(tmp_path, "shared_lock")
     try:
         assert left[1].exists() and not left[0].exists()  # it was told of no folder below
         left[0].write_text("")
-        with one_of_several(tmp_path, "latents"):
+        with shared_lock(tmp_path, "latents"):
             assert all(path.exists() for path in left)
     finally:
         other.kill()
         other.communicate()
-    with one_of_several(tmp_path, "latents"):
+    with shared_lock(tmp_path, "latents"):
         assert not any(path.exists() for path in left) and whole.exists()
-        with one_of_several(tmp_path, "latents"):
+        with shared_lock(tmp_path, "latents"):
             pass
-    other = holder(tmp_path, "sole_user")  # should somebody have such a folder to himself
+    other = holder(tmp_path, "exclusive_lock")  # should somebody have such a folder to himself
     try:
-        with one_of_several(tmp_path, "latents"):
+        with shared_lock(tmp_path, "latents"):
             pass
     finally:
         other.kill()

@@ -20,7 +20,7 @@ from fluxfast.model.lora import fresh_update
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.run.logger import RunLog
 from fluxfast.train import train
-from fluxfast.util.files import sole_user
+from fluxfast.util.files import exclusive_lock
 from fluxfast.util.terminal import log_to_terminal
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +84,8 @@ def test_two_threads_may_use_nf4_layers_at_once():
 HOLD = """
 import sys
 from pathlib import Path
-from fluxfast.util.files import sole_user
-with sole_user(Path(sys.argv[1])):
+from fluxfast.util.files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -118,14 +118,17 @@ def test_two_processes_do_not_train_in_one_folder(configure):
 
 
 def test_a_lock_leaves_no_empty_folder(tmp_path):
-    with sole_user(tmp_path / "a" / "run"):
+    with exclusive_lock(tmp_path / "a" / "run"):
         assert (tmp_path / "a" / "run").is_dir()
     assert not (tmp_path / "a" / "run").exists()
-    with sole_user(tmp_path / "b"):
+    with exclusive_lock(tmp_path / "b"):
         (tmp_path / "b" / "file").write_text("")
     assert (tmp_path / "b" / "file").exists()
     (tmp_path / "plain").write_text("")
-    with pytest.raises(FluxfastError, match="cannot write"), sole_user(tmp_path / "plain" / "run"):
+    with (
+        pytest.raises(FluxfastError, match="cannot write"),
+        exclusive_lock(tmp_path / "plain" / "run"),
+    ):
         pass
 
 
