@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.formats.container import write
-from fluxfast.util.files import flush_folder, partial_of
+from fluxfast.util.files import partial_of
+from fluxfast.util.platform import flush_folder
 
 log = logging.getLogger(__name__)
 

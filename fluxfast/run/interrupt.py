@@ -5,8 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Ctrl-C, `kill`, and the terminal's end, which Windows does not have
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+from fluxfast.util.platform import SIGNALS
 
 
 class Stopped(KeyboardInterrupt):

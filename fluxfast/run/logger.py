@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.util.files import read_rows, warn_on_disk_error, write_atomic
+from fluxfast.util.platform import peak_resident_gib
 from fluxfast.util.terminal import progress_bars, terminal_width
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,7 @@ def peak_memory_gib(device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return peak_resident_gib()
 
 
 class NotFinite(FluxfastError):

@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
+from fluxfast.util.platform import lock_folder, share_lock
 
 log = logging.getLogger(__name__)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
 
@@ -71,19 +67,6 @@ def drop_partials(*folders: Path) -> None:
             else:
                 with contextlib.suppress(OSError):
                     path.unlink()
-
-
-def flush_folder(folder: Path) -> None:
-    """What was put into `folder`, renamed or removed is on the disk when this returns. OSError
-    where the disk refuses. Under Windows, which flushes no folders, nothing is done.
-    """
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
@@ -155,7 +138,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     system or a platform without such locks lets everyone in.
     """
     try:
-        handle = _lock(folder, alone=True)
+        handle = _lock(folder, exclusive=True)
     except BlockingIOError:
         raise FluxfastError(
             f"another process is working in {folder}",
@@ -178,14 +161,13 @@ def shared_lock(folder: Path, *below: str) -> Iterator[None]:
     handle = None
     with contextlib.suppress(OSError):  # held for nothing but to clean up: no reason not to work
         try:
-            handle = _lock(folder, alone=True)
+            handle = _lock(folder, exclusive=True)
         except BlockingIOError:
-            handle = _lock(folder, alone=False, wait=2.0)
+            handle = _lock(folder, exclusive=False, wait=2.0)
         else:
             if handle is not None:
-                assert fcntl is not None  # or there were no handle
                 drop_partials(folder, *(folder / name for name in below))
-                fcntl.flock(handle, fcntl.LOCK_SH)
+                share_lock(handle)
     with _held(folder, handle):
         yield
 
@@ -201,41 +183,20 @@ def _held(folder: Path, handle: int | None) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(folder: Path, *, alone: bool, wait: float = 0.0) -> int | None:
-    """Make `folder` and lock it. -> a handle to keep open; None where there are no such locks.
+def _lock(folder: Path, *, exclusive: bool, wait: float = 0.0) -> int | None:
+    """Creates `folder` and locks it as `lock_folder` does.
 
-    BlockingIOError where others hold it, for `wait` seconds and more; OSError where it cannot be
-    made.
+    Raises BlockingIOError where others hold it for longer than `wait` seconds, OSError where it
+    cannot be created.
     """
     until = time.monotonic() + wait
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
         try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # removed a moment ago
+            return lock_folder(folder, exclusive=exclusive)
+        except FileNotFoundError:  # removed or renamed since
             continue
-        except OSError:  # it may not be listed
-            return None
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            if _is_still(folder, handle):
-                return handle
         except BlockingIOError:
             if time.monotonic() >= until:
-                os.close(handle)
                 raise
             time.sleep(0.05)
-        except OSError:  # NFS without a lock server, say
-            os.close(handle)
-            return None
-        os.close(handle)
-
-
-def _is_still(folder: Path, handle: int) -> bool:
-    """Not so if another process has moved or removed it between the opening and the lock."""
-    try:
-        return os.path.samestat(os.stat(folder), os.fstat(handle))
-    except FileNotFoundError:
-        return False

@@ -16,14 +16,15 @@ import yaml
 
 import fluxfast.run.logger
 import fluxfast.train as train_module
-import fluxfast.util.files
+import fluxfast.util.platform
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.run.checkpoint import checkpoints, newest_checkpoint
 from fluxfast.run.interrupt import SIGNALS, handled, interrupt, stop_on_signals
 from fluxfast.run.logger import RunLog
 from fluxfast.run.validation import read_validations
 from fluxfast.train import train
-from fluxfast.util.files import exclusive_lock, flush_folder, shared_lock
+from fluxfast.util.files import exclusive_lock, shared_lock
+from fluxfast.util.platform import flush_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -311,14 +312,14 @@ needs_flock = pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 def test_a_folder_that_was_moved_between_opening_and_locking_is_opened_again(tmp_path, monkeypatch):
     """`--restart` moves a run aside: whoever had its folder open would lock the wrong one."""
     run, moved = tmp_path / "run", []
-    flock = fluxfast.util.files.fcntl.flock
+    flock = fluxfast.util.platform.fcntl.flock
 
     def late(handle, how):
         if not moved:
             moved.append(run.rename(tmp_path / "run.1"))
         flock(handle, how)
 
-    monkeypatch.setattr(fluxfast.util.files.fcntl, "flock", late)
+    monkeypatch.setattr(fluxfast.util.platform.fcntl, "flock", late)
     with exclusive_lock(run):
         assert run.is_dir()
         with pytest.raises(FluxfastError, match="another process"), exclusive_lock(run):

@@ -3,7 +3,6 @@ plan_on: the same for the device at hand."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -11,6 +10,7 @@ from fluxfast.distributed import local_rank, world_size
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import Card, card, closest
 from fluxfast.memory.planner.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
+from fluxfast.util.platform import available_memory
 
 _STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
 
@@ -69,13 +69,8 @@ def host_memory() -> int:
     """Bytes that this process may pin: half of what is free or can be freed, shared with those that
     train on the machine's other GPUs.
     """
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // 2 // local_rank()[1]
-    except OSError:  # no Linux
-        pass
-    return 16 * GIB
+    available = available_memory()
+    return 16 * GIB if available is None else available // 2 // local_rank()[1]
 
 
 def _gib(size: float) -> str:
