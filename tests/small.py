@@ -10,9 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fluxfast.config.schema import Config, build_config
+from fluxfast.model.lora import lora_layers
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 # hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes
@@ -45,6 +47,28 @@ def noise_pictures(
         if caption:
             (folder / f"{i}.txt").write_text(f"{caption} {i}")
     return folder
+
+
+def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Returns random arguments for Flux.forward: 6 image tokens, 4 text tokens."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, 6, spec.in_channels, generator=g),
+        torch.arange(18.0).view(1, 6, 3),
+        torch.randn(batch, 4, spec.context_in_dim, generator=g),
+        torch.zeros(1, 4, 3),
+        torch.rand(batch, generator=g),
+        torch.randn(batch, spec.vec_in_dim, generator=g),
+        torch.ones(batch),
+    )
+
+
+def randomize(model: torch.nn.Module, seed: int = 1) -> None:
+    """Sets every lora_B to N(0, 0.1), so that the LoRA changes the output."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 0.1)
 
 
 def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -> Config:

@@ -9,10 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_lora import inputs
-from test_lora_formats import (
+from lora_files import (
     KOHYA,
     PROJ,
     PROJ_BFL,
@@ -26,6 +23,9 @@ from test_lora_formats import (
     trained,
     update,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small import inputs
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.lora import convert as lora_convert

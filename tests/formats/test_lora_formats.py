@@ -7,9 +7,23 @@ import random
 
 import pytest
 import torch
+from lora_files import (
+    KOHYA,
+    PROJ,
+    PROJ_BFL,
+    REFUSED,
+    ROUNDING,
+    TEXT,
+    ab,
+    held_by_xlabs,
+    kohya,
+    meaning,
+    same,
+    trained,
+    update,
+)
 from safetensors.torch import save, save_file
-from small import SMALL
-from test_lora import inputs
+from small import SMALL, inputs
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.detect import is_lora
@@ -31,23 +45,6 @@ from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_lora_strength
 from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 
-ROUNDING = 1e-6  # of fp32, relative to the largest entry of a layer's ΔW
-PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
-PROJ_BFL = "double_blocks.0.img_attn.proj"
-KOHYA = "lora_unet_double_blocks_0_img_attn_"
-TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-
-
-def ab(name: str, rows=64, columns=64, rank=2) -> dict:
-    """Factors of ones, as peft calls them."""
-    a, b = torch.ones(rank, columns), torch.ones(rows, rank)
-    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-
-
-def kohya(name: str, a, b, alpha: float | None = None) -> dict:
-    state = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
-    return state if alpha is None else {**state, f"{name}.alpha": torch.tensor(alpha)}
-
 
 def factor(state: dict, role: str, module: str = PROJ_BFL) -> torch.Tensor:
     """The one of that role and linear."""
@@ -56,64 +53,9 @@ def factor(state: dict, role: str, module: str = PROJ_BFL) -> torch.Tensor:
     return state[name]
 
 
-def trained(targets="attn+mlp", share_a=False, rank=3, alpha=5.0, seed=1, **patterns):
-    model = random_flux(SMALL)
-    inject_lora(model, rank, alpha, targets, share_a=share_a, seed=seed, **patterns)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g))
-    return model
-
-
-def update(model) -> dict[str, torch.Tensor]:
-    """BFL name -> ΔW, straight from the layers."""
-    deltas = {}
-    for name, layer in lora_layers(model).items():
-        delta = torch.zeros(layer.out_features, layer.in_features)
-        for y_rows, b_rows, a_rows in layer.lora.slices():
-            delta[y_rows] = layer.lora.scale * (layer.lora_B[b_rows] @ layer.lora_A[a_rows])
-        deltas[name] = delta.detach()
-    return deltas
-
-
-def meaning(lora: LoraWeights, spec=SMALL) -> dict[str, torch.Tensor]:
-    """BFL name -> ΔW of what was read."""
-    deltas = {}
-    for name, pieces in lora.pieces.items():
-        delta = deltas[name] = torch.zeros(linear_shape(name, spec))
-        ranges = part_rows(name, spec) if "_blocks." in name else [(0, delta.shape[0])]
-        for piece in pieces:
-            product, start = piece.b @ piece.a, 0
-            for part in piece.parts:
-                first, last = ranges[part]
-                delta[first:last] += product[start : start + last - first]
-                start += last - first
-    return deltas
-
-
-def same(got: dict, expected: dict) -> None:
-    for name in got.keys() | expected.keys():
-        size = expected[name].abs().max() if name in expected else 0.0
-        if not size:  # padding, or nothing at all
-            assert name not in got or not got[name].any(), name
-            continue
-        assert (got[name] - expected[name]).abs().max() <= ROUNDING * size, name
-
-
 def through(lora: LoraWeights, format: str, drop=False) -> LoraWeights:
     """Written and read back, as bytes of a file would be."""
     return from_tensors(to_state(lora, format, drop=drop), {}, format)
-
-
-def held_by_xlabs(deltas: dict) -> dict:
-    kept = {}
-    for name, delta in deltas.items():
-        if name.endswith(("_attn.qkv", "_attn.proj", "linear1", "linear2")):
-            kept[name] = delta.clone()
-            if name.endswith("linear1"):
-                kept[name][3 * SMALL.hidden_size :] = 0
-    return kept
 
 
 @pytest.mark.parametrize("share_a", [False, True], ids=["split", "shared"])
@@ -714,69 +656,6 @@ def test_a_start_that_does_not_fit_names_the_setting(changes, message, hint, tmp
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-FOUR_BITS = torch.zeros(2, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-DIFFUSERS = "transformer.transformer_blocks.0.attn."
-
-
-def with_a(a: torch.Tensor) -> dict:
-    return {**ab(PROJ), f"{PROJ}.lora_A.weight": a}
-
-
-SINGLE = "diffusion_model.single_blocks.0.linear"
-REFUSED = {
-    "sdxl": (ab("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"), "SDXL"),
-    "sdxl diffusers": (ab("unet.down_blocks.1.attentions.0.proj_in"), "SDXL"),
-    "sdxl text": (ab("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
-    "sd3 kohya": (ab("lora_unet_joint_blocks_0_x_block_attn_qkv"), "Stable Diffusion 3"),
-    "sd3 diffusers": (ab(PROJ, 1536, 1536), "Stable Diffusion 3"),
-    "flux2": (ab("transformer.double_stream_modulation_img.linear"), "FLUX.2"),
-    "flux2 shapes": (ab(f"{SINGLE}1", 9 * 64) | ab(f"{SINGLE}2", 64, 4 * 64), "does not fit"),
-    "hunyuan": (ab(f"{KOHYA}qkv", 3 * 64) | ab(f"{KOHYA[:-5]}mlp_fc1", 4 * 64), "HunyuanVideo"),
-    "chroma": (ab("diffusion_model.distilled_guidance_layer.in_proj"), "Chroma"),
-    "other": (ab("blocks.0.cross_attn.q"), "not a LoRA of FLUX.1"),
-    "not lora": ({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, "not a LoRA of FLUX.1"),
-    "nothing": ({}, "not a LoRA of FLUX.1"),
-    "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "LoKr"),
-    "loha": ({f"{KOHYA}qkv.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
-    "dora": (ab(PROJ) | {f"{PROJ}.dora_scale": torch.ones(64, 1)}, "DoRA"),
-    "dora peft": (ab(PROJ) | {f"{PROJ}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
-    "full": ({f"{PROJ}.diff": torch.ones(64, 64)}, "full weight differences"),
-    "half": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64)}, "no partner"),
-    "widths": (
-        ab(PROJ) | ab(f"{DIFFUSERS}to_q") | ab(f"{DIFFUSERS}to_k", 64, 48),
-        "does not fit",
-    ),
-    "tall": (ab(PROJ) | ab(f"{DIFFUSERS}to_q", 65), "does not fit"),
-    "half a norm_out": (ab("transformer.norm_out.linear", 127), "two halves"),
-    "twice": (ab(PROJ) | ab(f"{KOHYA}proj"), "the same twice"),
-    "two formats": (ab(f"{KOHYA}qkv", 192) | ab(f"{DIFFUSERS}to_q"), "the same twice"),
-    "ranks": (with_a(torch.ones(3, 64)), "do not fit each other"),
-    "no rank": (ab(PROJ, rank=0), "do not fit each other"),
-    "no rows": (ab(PROJ, 0), "do not fit each other"),
-    "no columns": (ab(PROJ, columns=0), "do not fit each other"),
-    "dimensions": (with_a(torch.ones(2)), "two dimensions"),
-    "integers": (with_a(torch.ones(2, 64).int()), "stored as"),
-    "4 bits": (with_a(FOUR_BITS), "stored as"),
-    "nan": (with_a(torch.full((2, 64), torch.nan)), "NaN"),
-    "alpha": (ab(PROJ) | {f"{PROJ}.alpha": torch.ones(2)}, "not one number"),
-    "alpha of 4 bits": (ab(PROJ) | {f"{PROJ}.alpha": FOUR_BITS[0, :1]}, "not one number"),
-    "bias": (
-        ab("transformer.proj_out") | {"transformer.proj_out.lora_B.bias": torch.ones(7)},
-        r"proj_out.lora_B.bias has shape \[7\]",
-    ),
-    "square norm": (
-        ab(PROJ) | {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(3, 3)},
-        "not one dimension",
-    ),
-    "bias of a text encoder": (
-        ab(PROJ) | ab(TEXT) | {f"{TEXT}.lora_B.bias": torch.ones(64)},
-        "no place here for text_encoder.*bias\n",
-    ),
-    "block of many digits": (ab(PROJ.replace("0", "9" * 5000, 1)), "no place here for"),
-    "block of other digits": (ab(PROJ.replace("0", "\u0663", 1)), "no place here for"),
-}
 
 
 def refused(path, message: str) -> None:

@@ -6,14 +6,11 @@ import sys
 
 import pytest
 import torch
+from lora_files import meaning, same, trained, update
 from PIL import Image
+from runs import losses, metrics, planned, start
 from safetensors.torch import load_file
-from small import SMALL, noise_pictures
-from test_lora import inputs, randomize
-from test_lora_formats import meaning, same, trained, update
-from test_memory_run import losses, planned
-from test_memory_run import start as start_planned
-from test_train import metrics, start
+from small import SMALL, inputs, noise_pictures, randomize
 
 from bench.step.gate import kept_bytes
 from fluxfast import cli
@@ -265,6 +262,6 @@ def test_no_way_of_keeping_activations_changes_an_assisted_step(
 ):
     file = nano_lora(nano_model, tmp_path / "assistant.safetensors", targets="all")
     config = configure(model__assistant_lora=str(file))
-    plain = losses(*start_planned(config))
-    assert losses(*start_planned(config, planned(config, policy=policy))) == plain
-    assert losses(*start_planned(configure())) != plain
+    plain = losses(*start(config))
+    assert losses(*start(config, planned(config, policy=policy))) == plain
+    assert losses(*start(configure())) != plain

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import fluxfast_kernels as fk
 import pytest
 import torch
+from offload_model import Ordered
 from simulated_copies import SimulatedCopies, ThreadedCopies
-from test_offload import Ordered
 
 from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.copies import CudaCopies

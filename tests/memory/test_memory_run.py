@@ -2,30 +2,22 @@
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from runs import losses, planned, start
 from safetensors.torch import load_file
 
 import fluxfast.step
 import fluxfast.train
-from fluxfast.data.loader import Loader
-from fluxfast.data.prepare import prepare
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.memory.offload import ArenaOverflow
 from fluxfast.memory.planner.plan import GIB
-from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.modulation import MODULATION_ROWS, ModulationCache
-from fluxfast.setup import bucket_shapes, build
-from fluxfast.step import train_step
-from fluxfast.tools.plan import plan_run
 from fluxfast.train import train
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +29,6 @@ def photos(tmp_path_factory):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {i}")
     return folder
-
-
-def start(config, plan=None):
-    prepared = prepare(config, CPU)
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, CPU, plan), loader
-
-
-def losses(run, loader, steps=4):
-    accumulation = run.config.train.gradient_accumulation
-    found = []
-    for step in range(steps):
-        window = [loader.batch(step * accumulation + i) for i in range(accumulation)]
-        loss, norm, *_ = train_step(run, window, step)
-        found += [loss.item(), norm.item()]
-    return found
-
-
-def planned(config, share=None, **more):
-    """A plan whose limit is `share` of the way from the least to everything kept."""
-    prepared = prepare(config, CPU)
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    at_ease = config.model_copy(
-        update={"memory": config.memory.model_copy(update={"limit_gib": 100.0})}
-    )
-    plan = plan_run(at_ease, prepared.model, bucket_shapes(loader), CPU)
-    request = replace(plan.request, **more)
-    if share is None:
-        return make_plan(request, plan.card, plan.limit)
-    tight = make_plan(replace(request, policy="checkpoint"), plan.card, plan.limit)
-    limit = tight.peak + int(share * (plan.peak - tight.peak))
-    return make_plan(request, plan.card, limit)
 
 
 # ---------------------------------------------------------------- plans change no result

@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
+from offload_model import Counting, Plan
 from simulated_copies import ThreadedCopies
-from test_offload import Counting, Plan
 
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner.timeline import ALIGNMENT, predict, room

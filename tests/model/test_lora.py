@@ -6,35 +6,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import SMALL
+from small import SMALL, inputs, randomize
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora.apply import load_lora, save_lora
 from fluxfast.model.init import random_flux
-from fluxfast.model.lora import fresh_update, inject_lora, lora_layers, select_targets
+from fluxfast.model.lora import fresh_update, inject_lora, select_targets
 from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.spec import DEV, FluxSpec
-
-
-def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple:
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(batch, 6, spec.in_channels, generator=g),
-        torch.arange(18.0).view(1, 6, 3),
-        torch.randn(batch, 4, spec.context_in_dim, generator=g),
-        torch.zeros(1, 4, 3),
-        torch.rand(batch, generator=g),
-        torch.randn(batch, spec.vec_in_dim, generator=g),
-        torch.ones(batch),
-    )
-
-
-def randomize(model, seed=1) -> None:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 0.1)
 
 
 @pytest.mark.parametrize(("targets", "count"), [("attn", 266), ("attn+mlp", 418), ("all", 494)])

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import SMALL, noise_pictures
-from test_lora import inputs, randomize
+from small import SMALL, inputs, noise_pictures, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import choose_precision, multiplies_8_bits

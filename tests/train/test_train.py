@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import metrics, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import noise_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxfast.config.schema import Config, load_config
-from fluxfast.data.loader import Loader
-from fluxfast.data.prepare import prepare
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.base.load import resolve_device
 from fluxfast.run.logger import RunLog
-from fluxfast.setup import build
 from fluxfast.step import train_step
 from fluxfast.train import train
 
@@ -31,19 +28,6 @@ def photos(tmp_path_factory) -> Path:
     for i in range(4):
         (folder / f"{i}.txt").write_text(f"picture {i} of a thing, bright")
     return folder
-
-
-def start(config: Config):
-    """-> (run, loader) as train() makes them."""
-    device = resolve_device(config.device)
-    prepared = prepare(config, device)
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, device), loader
-
-
-def metrics(config: Config) -> list[dict]:
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_run_folder(configure):
