@@ -1,14 +1,13 @@
-"""Copies between host and device beside the compute stream.
+"""Copies between host and device memory on streams beside the compute stream.
 
-The rules of ordering are CUDA's. Copies of one direction run one after the other; a copy starts
-when the events in `after` have happened; waiting for an event means its latest record at the time
-of the call, so that an event can be recorded again as soon as it has been waited for. Tensors that
-are copied are uint8, 1-D, contiguous and of equal length.
+Copies of one direction run one after the other and start when all compute launched before them is
+done. They are given as pairs (source, target) of uint8 tensors, 1-D, contiguous and equally long.
+The event that a call returns happens at their end.
 """
 
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
 
 class CudaCopies:
-    """Two side streams; compute is the caller's current stream. Only `synchronize` waits on the
-    host.
-    """
+    """Two side streams; compute is the caller's current stream. Never waits on the host."""
 
     def __init__(self, device: str | torch.device):
         self.device = torch.device(device)
@@ -34,50 +33,26 @@ class CudaCopies:
         """Returns device memory, uint8 [nbytes], not initialized."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def event(self) -> torch.cuda.Event:
-        """Returns a new event, one that has happened."""
-        return torch.cuda.Event()
+    def copy_out(self, pairs: Pairs) -> torch.cuda.Event:
+        """Copies from the device to the host."""
+        return self._copy(self._out, pairs)
 
-    def record_compute(self, event: torch.cuda.Event) -> None:
-        """The event happens when all compute launched so far is done."""
-        event.record(torch.cuda.current_stream(self.device))
+    def copy_in(self, pairs: Pairs) -> torch.cuda.Event:
+        """Copies from the host to the device."""
+        return self._copy(self._in, pairs)
 
     def compute_wait(self, event: torch.cuda.Event) -> None:
         """Compute launched from now on starts after the event."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def copy_out(
-        self,
-        src: Tensor,
-        dst: Tensor,
-        after: Sequence[torch.cuda.Event] = (),
-        done: torch.cuda.Event | None = None,
-    ) -> None:
-        """Device to host. `done` happens with the end of this copy and all earlier ones out."""
-        self._copy(self._out, src, dst, after, done)
-
-    def copy_in(
-        self,
-        src: Tensor,
-        dst: Tensor,
-        after: Sequence[torch.cuda.Event] = (),
-        done: torch.cuda.Event | None = None,
-    ) -> None:
-        """Host to device. `done` happens with the end of this copy and all earlier ones in."""
-        self._copy(self._in, src, dst, after, done)
-
-    def synchronize(self) -> None:
-        """The caller waits until every copy is over."""
-        self._out.synchronize()
-        self._in.synchronize()
-
-    def _copy(self, stream: torch.cuda.Stream, src: Tensor, dst: Tensor, after, done) -> None:
-        for event in after:
-            stream.wait_event(event)
+    def _copy(self, stream: torch.cuda.Stream, pairs: Pairs) -> torch.cuda.Event:
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            dst.copy_(src, non_blocking=True)
-        if done is not None:
-            done.record(stream)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
 
 
 class CpuCopies:
@@ -90,20 +65,13 @@ class CpuCopies:
 
     alloc_device = alloc_host
 
-    def event(self) -> Any:
-        return None
-
-    def record_compute(self, event: Any) -> None:
-        pass
-
-    compute_wait = record_compute
-
-    def copy_out(self, src: Tensor, dst: Tensor, after=(), done=None) -> None:
-        dst.copy_(src)
+    def copy_out(self, pairs: Pairs) -> Any:
+        for source, target in pairs:
+            target.copy_(source)
 
     copy_in = copy_out
 
-    def synchronize(self) -> None:
+    def compute_wait(self, event: Any) -> None:
         pass
 
 
@@ -111,7 +79,7 @@ Copies = CudaCopies | CpuCopies
 
 
 def pinned(nbytes: int) -> Tensor:
-    """Page-locked host memory, uint8 [nbytes], of exactly this size.
+    """Returns page-locked host memory, uint8 [nbytes], of exactly this size.
 
     torch's own pinned allocator rounds up to a power of two: 9 GB would take 16. A shared mapping,
     so that a fork (data loading workers) does not turn the parent's pages into copies. Raises

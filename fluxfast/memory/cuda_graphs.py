@@ -1,14 +1,15 @@
 """One CUDA graph per bucket shape for a training step's forward and backward.
 
 A step launches thousands of kernels, as long on the host as a fast card computes at 512 px; a graph
-is one launch. Captured is what happens between the drawn batch and the gradients; drawing, clipping
-and the optimizer stay outside. Source: PyTorch's notes on CUDA graphs, whole-network capture.
+is one launch. Captured is what happens between a noised batch and the gradients; random numbers,
+clipping and the optimizer stay outside. Source: PyTorch's notes on CUDA graphs, whole-network
+capture.
 
-A graph repeats kernels on addresses: what Python did between them is not done again. So `work`
+A graph repeats kernels on addresses: what Python did between them is not done again. So `run_pass`
 - reads what changes from step to step from its inputs alone, never from Python: a number, a list of
   sample indices, or a mask drawn from them stays what it was at capture;
 - does not write into its inputs: graphs of the same shapes read the same memory;
-- never waits for the device (`.item()`, a copy to the host) and never copies from the host;
+- never synchronizes with the device (`.item()`, a copy to the host) and never copies from the host;
 - adds into gradients that exist already (`flat_gradients`), since a `.grad` made during capture
   would lie in the graphs' memory;
 - returns a detached loss, keeps no other tensor, and leaves no autograd graph alive.
@@ -37,7 +38,7 @@ ON_CPU = "the device is a CPU"
 def why_not(
     device: torch.device, *, lora_dropout: bool = False, offload: bool = False
 ) -> str | None:
-    """What is known to rule graphs out before anything is tried, or None.
+    """Returns what is known to rule graphs out before anything is tried, or None.
 
     lora_dropout: masks are drawn from sample indices, which the host holds. offload: activations go
     to host memory by a second stream whose copies the host waits for.
@@ -54,27 +55,27 @@ def why_not(
 
 
 class NotCapturable(RuntimeError):
-    """`work` does something that a graph cannot hold, named in the message."""
+    """`run_pass` does something that a graph cannot hold, named in the message."""
 
 
 class Graphs:
-    """Replays `work` per key as a graph; runs it as it is where that is not possible.
+    """Replays `run_pass` per key as a graph; runs it eagerly where that is not possible.
 
-    work(inputs) runs forward and backward on the inputs and returns the loss, a detached scalar;
-    its limits are listed at the top of this file. gradients: the flat buffer that it adds into.
-    reason: why there are no graphs, from `why_not`; logged once, as is one found at capture.
+    run_pass(inputs) runs forward and backward on the inputs and returns the loss, a detached
+    scalar; its limits are listed at the top of this file. gradients: the flat buffer that it adds
+    into. reason: why there are no graphs, from `why_not`; logged once, as is one found at capture.
     recorder: a CudaRecorder by default.
     """
 
     def __init__(
         self,
-        work: Callable[[Inputs], Tensor],
+        run_pass: Callable[[Inputs], Tensor],
         gradients: Tensor,
         reason: str | None = None,
         recorder: "CudaRecorder | None" = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
-        self._work, self._gradients = work, gradients
+        self._run_pass, self._gradients = run_pass, gradients
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
         self._static: dict[tuple, Tensor] = {}
@@ -91,17 +92,16 @@ class Graphs:
         return bool(self._recordings)
 
     def __contains__(self, key: Hashable) -> bool:
-        """Whether this key is replayed."""
         return key in self._recordings
 
     def capture(self, examples: Mapping[Hashable, Inputs]) -> None:
-        """Capture a graph per key, in place of all earlier ones, from the largest example down, so
+        """Captures a graph per key, in place of all earlier ones, from the largest example down, so
         that the pool is as large as the largest needs.
 
-        Only the examples' shapes, dtypes and which of them are None matter later; work runs on them
-        twice each. The gradients come out as they went in. Give all keys at once: warming up needs
-        room for eager activations, and there is none beside a full pool. Raises what `work` raises
-        when it runs eagerly, out of memory included.
+        Only the examples' shapes, dtypes and which of them are None matter later; each is run twice
+        eagerly. The gradients come out as they went in. Give all keys at once: warming up needs
+        room for eager activations, and there is none beside a full pool. Raises what `run_pass`
+        raises when it runs eagerly, out of memory included.
         """
         self.drop()
         recorder = self._recorder
@@ -117,9 +117,10 @@ class Graphs:
             for key in order:
                 recorder.warm_up(self._run(key))
             gc.collect()
-            failure = self._record(recorder, order)
+            for key in order:
+                self._recordings[key] = self._record(recorder, key)
         except NotCapturable as error:
-            failure = _first_line(error)
+            failure = str(error)
         except BaseException:
             self.drop()
             raise
@@ -131,14 +132,14 @@ class Graphs:
             self._run_eagerly(failure)
 
     def __call__(self, key: Hashable, inputs: Inputs) -> Tensor:
-        """Forward and backward on these inputs. Returns the loss, a scalar of its own.
+        """Runs forward and backward on these inputs. Returns the loss, a scalar of its own.
 
         A key that was not captured runs eagerly, in memory beside the graphs'. Inputs on another
         device than the gradients' are copied over where a graph is replayed. Raises ValueError,
         naming the tensor, for inputs that are not like the example's.
         """
         if key not in self._recordings:
-            return self._work(inputs)
+            return self._run_pass(inputs)
         _fill(self._inputs[key], inputs, key)
         recording = self._recordings[key]
         recording.replay()
@@ -146,25 +147,23 @@ class Graphs:
         return recording.output.clone()
 
     def drop(self) -> None:
-        """Forget all graphs and give their memory back."""
+        """Drops all graphs and gives their memory back."""
         for table in (self._recordings, self._inputs, self._static):
             table.clear()
         if self._recorder is not None:
             self._recorder.release()
 
-    def _record(self, recorder: "CudaRecorder", order: list[Hashable]) -> str | None:
-        """Returns why it failed, or None."""
-        for key in order:
-            try:
-                self._recordings[key] = recorder.record(self._run(key))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # any: eagerly it has just worked
-                return _first_line(error)
-        return None
+    def _record(self, recorder: "CudaRecorder", key: Hashable) -> "Recording":
+        try:
+            return recorder.record(self._run(key))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any: eagerly it has just worked
+            lines = str(error).splitlines()
+            raise NotCapturable(lines[0] if lines else type(error).__name__) from None
 
     def _run(self, key: Hashable) -> Callable[[], Tensor]:
-        return lambda: self._work(self._inputs[key])
+        return lambda: self._run_pass(self._inputs[key])
 
     def _run_eagerly(self, reason: str) -> None:
         self.reason = reason
@@ -172,18 +171,16 @@ class Graphs:
             log.warning(f"note: CUDA graphs are off: {reason}")
 
     def _make_static(self, example: Inputs) -> Inputs:
+        """Returns memory with the example's content, shared by inputs that are alike."""
         static: list[Tensor | None] = []
         for name, tensor in zip(example._fields, example, strict=True):
-            if tensor is None:
-                static.append(None)
-                continue
-            kind = name, tuple(tensor.shape), tensor.dtype
-            if kind not in self._static:
-                buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, device=self._gradients.device
-                )
-                self._static[kind] = buffer.copy_(tensor)
-            static.append(self._static[kind])
+            if tensor is not None:
+                kind = name, tuple(tensor.shape), tensor.dtype
+                if kind not in self._static:
+                    options = {"dtype": tensor.dtype, "device": self._gradients.device}
+                    self._static[kind] = torch.empty(tensor.shape, **options).copy_(tensor)
+                tensor = self._static[kind]
+            static.append(tensor)
         return example._make(static)
 
 
@@ -192,10 +189,7 @@ def _nbytes(inputs: Inputs) -> int:
 
 
 def _fill(static: Inputs, inputs: Inputs, key: Hashable) -> None:
-    """Copy the inputs to where the graph of `key` reads them."""
-    if static._fields != inputs._fields:
-        odd = sorted(set(static._fields) ^ set(inputs._fields))
-        raise ValueError(f"the graph of {key} was captured with other inputs: {', '.join(odd)}")
+    """Copies the inputs to where the graph of `key` reads them."""
     for name, target, source in zip(static._fields, static, inputs, strict=True):
         if _kind(source) != _kind(target):
             raise ValueError(
@@ -213,13 +207,8 @@ def _kind(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 class Recording(NamedTuple):
-    """A recorded run. output is good until the next replay of any recording of its recorder."""
+    """A recorded run. output is valid until the next replay of any recording of its recorder."""
 
     replay: Callable[[], None]
     output: Tensor
@@ -236,9 +225,9 @@ class CudaRecorder:
         self._failed: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Runs twice: to compile kernels and fill caches, then with every wait for the device an
-        error, as a wait during capture would invalidate it. Raises NotCapturable for a wait, and
-        what `run` raises.
+        """Runs twice: to compile kernels and fill caches, then with every synchronization with the
+        device an error, as one during capture would invalidate it. Raises NotCapturable for one,
+        and what `run` raises.
         """
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -294,7 +283,7 @@ class CudaRecorder:
         self._pool = None
 
     def _repair_pool(self, graph: "torch.cuda.CUDAGraph", pool: tuple[int, int]) -> None:
-        """Undo what a failed capture leaves behind.
+        """Undoes what a failed capture leaves behind.
 
         torch before 2.13 goes on allocating from the pool (pytorch#180395), and torch up to 2.13
         never gives the pool back (pytorch#190348). The graph itself is held: until the first is

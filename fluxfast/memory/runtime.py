@@ -1,23 +1,23 @@
-"""Carries a plan out while a model trains: each bucket's policies, the offload engine, what lives
-on the host, and the step back to cheaper policies where memory runs out all the same.
+"""Carries a memory plan out while a model trains: each bucket's policies, activation offload, what
+lives on the host, and the retreat to cheaper policies where memory runs out all the same.
 """
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from fluxfast_kernels.dispatch import backend
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.memory.copies import Copies, CpuCopies, CudaCopies
+from fluxfast.memory.copies import CpuCopies, CudaCopies
 from fluxfast.memory.cuda_graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper, cheaper_policies
+from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies, with_policies
 from fluxfast.memory.planner.step_spec import StepSpec
 from fluxfast.model.flux import Flux
 
@@ -34,7 +34,7 @@ class MemoryExhausted(FluxfastError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error; cuBLAS and Triton raise plain RuntimeErrors."""
+    """Returns whether it is torch's own error, or a RuntimeError as cuBLAS and Triton raise."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     words = ("out of memory", "ALLOC_FAILED")
@@ -42,19 +42,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 T = TypeVar("T")
-
-
-class _Bound:
-    """The offload engine as one bucket's forward passes see it."""
-
-    def __init__(self, engine: Offload, key: Hashable):
-        self._engine, self._key = engine, key
-
-    def begin(self) -> None:
-        self._engine.begin(self._key)
-
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
 
 
 class MemoryRuntime:
@@ -77,92 +64,77 @@ class MemoryRuntime:
         self._tried_again: set[str] = set()
         self.graphs: Graphs | None = None
         self._examples: Callable[[], Mapping[Hashable, Inputs]] = dict
-        self._label: str | None = None  # of the pass that is being taken
+        self._label: str | None = None  # of the pass in progress
         self.expected = 0.0  # seconds predicted for the passes since `take_expected`
-        self._copies: Copies | None = None
+        self._copies = CudaCopies(device) if device.type == "cuda" else CpuCopies()
         self._engine: Offload | None = None
         self._weights: WeightsOnHost | None = None
         self._optimizer: OptimizerOnHost | None = None
-        if plan is not None:
-            if plan.modulation == "host":
-                self._weights = WeightsOnHost(model.modulation_linears(), self.copies)
-                for layer in model.modulation_linears():
-                    layer.weight_provider = self._weights.fetch
-            if device.type == "cuda":
-                _reserve_scratch(plan.request.step, model.compute_dtype, device)
-                # past the plan an error, which this run knows how to take, not a driver that spills
-                total = torch.cuda.get_device_properties(device).total_memory
-                share = (plan.limit + MARGIN * total / 2) / total
-                torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-        for label in self.policies:
-            self._prepare(label)
-
-    @property
-    def copies(self) -> Copies:
-        """By streams on a GPU; in place on a CPU."""
-        if self._copies is None:
-            cuda = self.device.type == "cuda"
-            self._copies = CudaCopies(self.device) if cuda else CpuCopies()
-        return self._copies
-
-    @property
-    def offloads(self) -> bool:
-        return any("offload" in policies for policies in self.policies.values())
+        if plan is None:
+            return
+        if plan.modulation == "host":
+            self._weights = WeightsOnHost(model.modulation_linears(), self._copies)
+            for layer in model.modulation_linears():
+                layer.weight_provider = self._weights.fetch
+        if any("offload" in bucket.choice.policies for bucket in plan.buckets.values()):
+            self._engine = model.offload = Offload(self._copies, _offloaded(plan))
+        if device.type == "cuda":
+            _reserve_scratch(plan.request.step, model.compute_dtype, device)
+            # past the plan an error, which this run knows how to handle, not a driver that spills
+            total = torch.cuda.get_device_properties(device).total_memory
+            share = (plan.limit + MARGIN * total / 2) / total
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
     def make_graphs(
         self,
-        work: Callable[[Inputs], Tensor],
+        run_pass: Callable[[Inputs], Tensor],
         gradients: Tensor,
         examples: Callable[[], Mapping[Hashable, Inputs]],
         *,
         lora_dropout: bool,
         wanted: bool,
     ) -> Graphs:
-        """Graphs of `work` (see `Graphs`), none of them captured yet. examples: makes inputs of
-        every shape, by their keys. wanted: the setting `memory.graphs`.
+        """Returns graphs of `run_pass` (see `Graphs`), none of them captured yet. examples: makes
+        inputs of every shape, by their keys. wanted: the setting `memory.graphs`.
         """
-        reason = why_not(self.device, lora_dropout=lora_dropout, offload=self.offloads)
+        reason = why_not(self.device, lora_dropout=lora_dropout, offload=self._engine is not None)
         if reason is None and not wanted:
             reason = "memory.graphs is false"
-        self.graphs, self._examples = Graphs(work, gradients, reason), examples
+        self.graphs, self._examples = Graphs(run_pass, gradients, reason), examples
         return self.graphs
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the optimizer's state on the host between steps, where the plan says so."""
+        """Keeps the optimizer's state on the host between steps, where the plan says so."""
         if self.plan is not None and self.plan.optimizer_state == "host":
-            self._optimizer = OptimizerOnHost(optimizer, self.copies)
+            self._optimizer = OptimizerOnHost(optimizer, self._copies)
 
     def stepping(self) -> AbstractContextManager:
-        """What the optimizer's step, and loading or saving its state, run inside."""
+        """Returns what the optimizer's step, and loading or saving its state, run inside."""
         return nullcontext() if self._optimizer is None else self._optimizer.resident()
 
     def expect(self, label: str) -> None:
-        """A pass of this bucket is being taken."""
+        """Counts a pass of this bucket as begun."""
         self._label = label
         self.expected += 1.0 if self.plan is None else self.plan.buckets[label].seconds
 
     def take_expected(self) -> tuple[float, bool]:
-        """What was predicted since the last call, in seconds (without a plan a count of passes),
-        and whether policies became cheaper since.
+        """Returns the seconds predicted since the last call (without a plan a count of passes), and
+        whether policies became cheaper since.
         """
         expected, self.expected = self.expected, 0.0
         changed, self._changed = self._changed, False
         return expected, changed
 
     def use(self, label: str) -> None:
-        """The next pass is one of this bucket's."""
+        """Sets the model up for a pass of this bucket."""
         self._label = label
-        policies = self.policies[label]
-        self.model.policies = list(policies)
-        offloads = "offload" in policies
-        bound: Any = None
-        if offloads and self._engine is not None:
-            bound = _Bound(self._engine, (label, policies))
-        self.model.offload = bound
+        self.model.policies = list(self.policies[label])
+        if self._engine is not None:
+            self._engine.select(label)
 
     def retry(self, fn: Callable[[], T]) -> T:
         """Returns fn(), which is called again where memory runs out in it: graphs dropped, the
-        bucket in hand under cheaper policies, graphs captured anew where there were any.
+        current bucket under cheaper policies, graphs captured anew where there were any.
 
         Raises MemoryExhausted where no policy is cheaper.
         """
@@ -181,17 +153,16 @@ class MemoryRuntime:
                 self.capture()
 
     def capture(self) -> None:
-        """One graph per example, where there are graphs; with cheaper policies where memory does
-        not do for them.
+        """Captures one graph per example, where there are graphs; under cheaper policies where
+        memory is too small for them.
         """
         graphs = self.graphs
         if graphs is not None and graphs.reason is None:
-            graphs.drop()
             self.retry(lambda: graphs.capture(self._examples()))
 
     @contextmanager
     def without_graphs(self, again: bool) -> Iterator[None]:
-        """Their memory is free inside. again: they are captured anew after."""
+        """The graphs' memory is free inside. again: they are captured anew after."""
         captured = self._drop_graphs()
         yield
         if captured and again:
@@ -205,67 +176,54 @@ class MemoryRuntime:
         return captured
 
     def _make_cheaper(self, label: str, message: str) -> None:
-        """Policies a notch cheaper in memory for the bucket, exact ones alone; where none is, once
-        in a run leave them as they are. Raises MemoryExhausted after that.
+        """Gives the bucket policies a notch cheaper in memory, exact ones alone; where none is,
+        leaves them once in a run. Raises MemoryExhausted after that.
         """
+        if self._engine is not None:
+            self._engine.abandon()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        first = message.splitlines()[0] if message else "out of memory"
         before = self.policies[label]
-        if self.plan is not None:
-            plan = cheaper(self.plan, label)
-            policies = None if plan is None else plan.buckets[label].choice.policies
-            self.plan = plan or self.plan
-        else:
-            policies = cheaper_policies(before)
+        policies = cheaper_policies(before)
         if policies is None:
             if label in self._tried_again:
+                first = message.splitlines()[0] if message else "out of memory"
                 raise MemoryExhausted(f"the GPU's memory is full: {first}", hint=CURE)
             self._tried_again.add(label)
             log.warning(
-                f"note: out of memory at {label}: the step is taken again once, nothing is cheaper"
+                f"note: out of memory at {label}: no policy is cheaper, the step is tried once more"
             )
-            if self._engine is not None:
-                self._engine.abandon()
             return
         self.policies[label] = policies
         self._changed = True
-        if self._engine is not None:
-            self._engine.abandon()
-        self._prepare(label)
-        changed = sum(a != b for a, b in zip(before, policies, strict=True))
-        word = next(b for a, b in zip(before, policies, strict=True) if a != b)
+        if self.plan is not None:
+            self.plan = with_policies(self.plan, label, policies)
+        changed = [new for old, new in zip(before, policies, strict=True) if old != new]
         log.warning(
-            f"note: out of memory at {label}: {changed} more blocks go over to {word} from now on, "
-            "and the step is taken again"
+            f"note: out of memory at {label}: {len(changed)} more blocks use {changed[0]} from now "
+            "on, and the step is tried again"
         )
 
-    def _prepare(self, label: str) -> None:
-        policies = self.policies[label]
-        if "offload" not in policies:
-            return
-        if self.plan is None:
-            raise FluxfastError(
-                "memory.policy: offload needs a plan", hint="set memory.limit_gib on a CPU"
-            )
-        if self._engine is None:
-            self._engine = Offload(self.copies)
-        step, shape = self.plan.request.step, self.plan.buckets[label].shape
-        sizes = {
-            index: saved_bytes.block_saved(step, block, shape, "offload").host
-            for index, (block, policy) in enumerate(
-                zip(saved_bytes.blocks_of(step), policies, strict=True)
-            )
+
+def _offloaded(plan: Plan) -> dict[str, dict[int, int]]:
+    """Returns bucket -> {offloaded block: bytes that it saves}."""
+    step = plan.request.step
+    blocks = saved_bytes.blocks_of(step)
+    return {
+        label: {
+            index: saved_bytes.block_saved(step, blocks[index], bucket.shape, policy).host
+            for index, policy in enumerate(bucket.choice.policies)
             if policy == "offload"
         }
-        self._engine.prepare((label, policies), sizes)
-
-
-def _reserve_scratch(step: StepSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """As large as it will ever be, at once: one that grows leaves its smaller ones behind."""
-    for kind, count in saved_bytes.scratch_counts(step).items():
-        if count:
-            backend.scratch(count, dtype if kind == "dense" else _CODES[kind], device)
+        for label, bucket in plan.buckets.items()
+    }
 
 
 _CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def _reserve_scratch(step: StepSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Allocates it as large as it will ever be: one that grows leaves its smaller ones behind."""
+    for kind, count in saved_bytes.scratch_counts(step).items():
+        if count:
+            backend.scratch(count, dtype if kind == "dense" else _CODES[kind], device)

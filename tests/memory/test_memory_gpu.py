@@ -100,17 +100,20 @@ def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
         assert torch.equal(gradients(made, x), kept)
         made.policies = [policy] * BLOCKS
         if policy == "offload":
-            engine = Offload(CudaCopies("cuda"))
-            shape = Shape(1, SIDE * SIDE // 4, TEXT)
+            step, shape = work("bf16", "attn+mlp"), Shape(1, SIDE * SIDE // 4, TEXT)
             sizes = [
-                saved_bytes.block_saved(work("bf16", "attn+mlp"), block, shape, "offload").host
-                for block in saved_bytes.blocks_of(work("bf16", "attn+mlp"))
+                saved_bytes.block_saved(step, block, shape, "offload").host
+                for block in saved_bytes.blocks_of(step)
             ]
-            engine.prepare("512", dict(enumerate(sizes)))
-            engine.begin = lambda begin=engine.begin: begin("512")
-            made.offload = engine
-        for _ in range(3):
+            made.offload = Offload(CudaCopies("cuda"), {"512": dict(enumerate(sizes))})
+            made.offload.select("512")
+        peaks = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
             assert torch.equal(gradients(made, x), kept)
+            peaks.append(torch.cuda.max_memory_allocated())
+        assert len(set(peaks[1:])) == 1
     finally:
         torch.use_deterministic_algorithms(False)
 

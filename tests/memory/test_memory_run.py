@@ -53,7 +53,7 @@ def test_a_planned_run_is_the_plain_one(configure, more, optimizer):
     assert losses(run, loader) == plain
     assert set(run.model.policies) == {more["policy"]}
     if more["policy"] == "offload":
-        assert run.memory._engine.host_bytes == max(
+        assert run.memory._engine.arena.nbytes == max(
             b.choice.host for b in run.memory.plan.buckets.values()
         )
 
@@ -175,7 +175,7 @@ def failing(run, monkeypatch, when: set[int], at="backward"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return loss
 
-    monkeypatch.setattr(run.graphs, "_work", gradient_pass)
+    monkeypatch.setattr(run.graphs, "_run_pass", gradient_pass)
 
 
 @pytest.mark.grid(1)
@@ -208,8 +208,8 @@ def test_the_optimizer_begun_is_not_begun_again(configure, monkeypatch):
 
     monkeypatch.setattr(fluxfast.step, "step_unless", step)
     passes = []
-    work = run.graphs._work
-    monkeypatch.setattr(run.graphs, "_work", lambda x: passes.append(1) or work(x))
+    work = run.graphs._run_pass
+    monkeypatch.setattr(run.graphs, "_run_pass", lambda x: passes.append(1) or work(x))
     with pytest.raises(torch.OutOfMemoryError, match="in the optimizer"):
         losses(run, loader, 1)
     assert len(passes) == 1
@@ -271,7 +271,7 @@ def test_where_nothing_is_cheaper_a_step_is_tried_once_more(configure, monkeypat
     log_lines.clear()
     failing(run, monkeypatch, {2})
     assert losses(run, loader) == plain
-    assert len(log_lines) == 1 and "nothing is cheaper" in log_lines[0]
+    assert len(log_lines) == 1 and "no policy is cheaper" in log_lines[0]
 
 
 def test_train_goes_on_after_running_out(configure, monkeypatch, log_lines):
@@ -295,10 +295,9 @@ def test_train_goes_on_after_running_out(configure, monkeypatch, log_lines):
 def test_an_arena_too_small_is_no_silent_growth(configure):
     config = configure()
     run, loader = start(config, planned(config, policy="offload"))
-    engine = run.memory._engine
-    for bucket in engine._buckets.values():
-        bucket.block_bytes = {index: 1024 for index in bucket.block_bytes}
-    with pytest.raises(ArenaOverflow, match="were prepared"):
+    for sizes in run.memory._engine._buckets.values():
+        sizes.update(dict.fromkeys(sizes, 1024))
+    with pytest.raises(ArenaOverflow, match="were planned"):
         losses(run, loader, 1)
 
 

@@ -20,9 +20,9 @@ from fluxfast.memory.planner.plan import (
     CONTEXT,
     GIB,
     Request,
-    cheaper,
     cheaper_policies,
     usable,
+    with_policies,
 )
 from fluxfast.memory.planner.report import breakdown, table
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
@@ -247,7 +247,8 @@ def test_pinned_memory_is_limited_too():
 def test_a_notch_cheaper_goes_on_until_nothing_is_left():
     plan = make_plan(request(), card("4090"), usable(24))
     seen, before = 0, plan.buckets["1024"]
-    while (plan := cheaper(plan, "1024")) is not None:
+    while policies := cheaper_policies(before.choice.policies):
+        plan = with_policies(plan, "1024", policies)
         bucket = plan.buckets["1024"]
         assert bucket.bytes <= before.bytes and bucket.seconds > before.seconds
         changed = [

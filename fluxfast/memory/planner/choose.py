@@ -147,7 +147,6 @@ class Chooser:
             [block.backward + block.time[policy][1] for block, policy in pairs],
             [block.saved[policy].host for block, policy in pairs],
             rate,
-            rate,
         )
 
     def fixed(self, policies: Sequence[str]) -> Choice:

@@ -289,16 +289,10 @@ def _phases(request: Request, always: int, training: int) -> dict[str, int]:
 # ---------------------------------------------------------------- a notch cheaper
 
 
-def cheaper(plan: Plan, label: str) -> Plan | None:
-    """Returns the plan with one bucket's policies a notch cheaper in memory, by exact ones alone;
-    None where there is none. Its other buckets stay as they are.
-    """
+def with_policies(plan: Plan, label: str, policies: Sequence[str]) -> Plan:
+    """Returns the plan with other policies for one bucket. Its other buckets stay as they are."""
     bucket = plan.buckets[label]
-    launches = not bucket.graphed
-    chooser = Chooser(plan.request.step, bucket.shape, plan.card, launches)
-    policies = cheaper_policies(bucket.choice.policies)
-    if policies is None:
-        return None
+    chooser = Chooser(plan.request.step, bucket.shape, plan.card, launches=not bucket.graphed)
     choice = chooser.fixed(policies)
     changed = replace(
         bucket,
