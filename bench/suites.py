@@ -21,7 +21,7 @@ FIRST_TESTS = [  # of the kernels that a step runs
     f"tests/kernels/test_{name}.py"
     for name in (
         *("qk_norm_rope", "attention", "nf4_dequantize", "norm_modulate", "gate_residual"),
-        *("flow_loss", "gelu", "lora_linear"),
+        *("flow_loss", "gelu", "fused_linears"),
     )
 ]
 CHECKPOINTED, COMPILED = f"{BASELINE}-checkpoint", "diffusers-dense-compile"
