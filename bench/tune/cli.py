@@ -8,13 +8,13 @@ candidates needs no GPU: it compiles every tile of the search space for a card a
 bench/tiles/ which of them neither spill nor need more than the card has. sweep times those, and the
 ways that dispatch can choose between, on the GPU at hand: rows in bench/results/tune-cuda.jsonl.
 write turns rows into configs/gemm_sm_<arch>.json and attention.json, where the gain is larger than
-the noise. candidates and sweep can be cut short and go on. Kernels only read what is written.
+the noise. candidates and sweep can be stopped and resumed. Kernels only read what is written.
 """
 
 import argparse
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from fluxfast_kernels.dispatch import dispatch
 
 from bench import RESULTS, terminal, timing
 from bench.compile import ARCHITECTURES
-from bench.rows import read
+from bench.rows import Row, read
 from bench.terminal import aligned, say
 from bench.tune import tiles as tune_tiles
 from bench.tune import write as tune_write
@@ -31,7 +31,7 @@ from bench.tune.space import ATTENTION, KERNELS, Kernel
 from bench.tune.sweep import Job, Precompiler, Target, TileJob, sweep
 from bench.tune.ways import BackendJob, HandOverJob
 from fluxfast.errors import FluxfastError
-from fluxfast.memory.planner.cards import Card, card, closest
+from fluxfast.memory.planner.cards import Card, closest
 from fluxfast.memory.planner.cost import shape_of
 from fluxfast.model.spec import DEV
 
@@ -39,51 +39,46 @@ ROWS = RESULTS / "tune-cuda.jsonl"
 MOST_WORKERS = 8  # each holds a CUDA context and a small copy of the problem
 
 
-def wanted(words: list[str]) -> list[Kernel]:
-    """Kernels whose name ("gemm_8bit.dense.int8") begins with one of the words; all without any."""
-    return [k for k in KERNELS if not words or any(str(k).startswith(word) for word in words)]
+def selected(prefixes: list[str]) -> list[Kernel]:
+    """Kernels whose name ("gemm_8bit.dense.int8") has one of the prefixes; all without any."""
+    return [k for k in KERNELS if not prefixes or str(k).startswith(tuple(prefixes))]
 
 
 def candidates(options: argparse.Namespace) -> int:
-    kernels = wanted(options.op)
+    kernels, path = selected(options.op), options.out or tune_tiles.path_of(options.arch)
     limits = options.budget_s, options.workers
-    found = tune_tiles.candidates(options.arch, kernels, options.out, *limits)
+    verdicts = tune_tiles.candidates(options.arch, kernels, path, *limits)
     lines = [["kernel", "may be timed", "of"]]
-    for kernel in kernels:
-        headings = list(found.get(str(kernel), {}).values())
-        lines.append([str(kernel), f"{headings.count(tune_tiles.KEPT)}", f"{len(headings)}"])
+    for kernel in map(str, kernels):
+        headings = list(verdicts.get(kernel, {}).values())
+        lines.append([kernel, f"{headings.count(tune_tiles.KEPT)}", f"{len(headings)}"])
     print(aligned(lines))
     return 0
 
 
-def known_card(device: str) -> Card:
-    """The cost model's card for a device: it only orders the jobs."""
-    try:
-        return card(torch.cuda.get_device_name(device))
-    except FluxfastError:
-        total = torch.cuda.get_device_properties(device).total_memory
-        return closest(torch.cuda.get_device_capability(device), total / 2**30)
-
-
-def jobs(options: argparse.Namespace, arch: int, known: Card, where: dict) -> list[Job]:
-    """Everything that can be measured on a card, tiles before the ways that they make faster."""
-    kernels = wanted(options.op)
+def jobs(
+    options: argparse.Namespace,
+    target: Target,
+    card: Card,
+    verdicts: tune_tiles.Verdicts,
+    device_name: str,
+) -> list[Job]:
+    """Everything that can be measured on a card, tiles before the ways that they make faster. The
+    cost model of the card only orders them."""
+    kernels, arch = selected(options.op), target.arch
     sizes = [(pixels, batch) for pixels in options.pixels for batch in options.batch]
-    asked = [p for p in problems(DEV, known, arch, sizes, options.rank) if p.kernel in kernels]
-    path = tune_tiles.path_of(arch)
-    if not path.is_file():
-        hint = f"python -m bench.tune candidates --arch {arch}"
-        raise FluxfastError(f"{path.name} is not there: no tile is known to compile", hint=hint)
-    verdicts = tune_tiles.load(path)
-    target = Target(DEV, options.rank, "cuda", arch, options.rounds)
-    found: list[Job] = [TileJob(p, tune_tiles.kept(verdicts, p.kernel), target) for p in asked]
+    asked = problems(DEV, card, arch, sizes, options.rank)
+    asked = [problem for problem in asked if problem.kernel in kernels]
+    found: list[Job] = [
+        TileJob(problem, tune_tiles.kept(verdicts, problem.kernel), target) for problem in asked
+    ]
 
-    def measured() -> dict:
-        rows = tune_write.of_one_device(read(options.out), arch, where["device_name"])
+    def measured() -> tune_write.Table:
+        rows = tune_write.of_one_device(read(options.out), arch, device_name)
         return tune_write.merged(dispatch.tables(arch)[0], rows)
 
     found += [HandOverJob(h, target, measured) for h in hand_overs(asked) if h.kernel in kernels]
-    if not options.op or any(kernel.op in ATTENTION for kernel in kernels):
+    if any(kernel.op in ATTENTION for kernel in kernels):
         tokens = {shape_of(p, p, 1, DEV.text_length).tokens for p in options.pixels}
         found += [BackendJob(T, target) for T in sorted(tokens)]
     return found
@@ -102,19 +97,25 @@ def run_sweep(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise FluxfastError("sweep times kernels on an NVIDIA GPU, and there is none here")
     arch = dispatch.arch_of(torch.device("cuda", torch.cuda.current_device()))
-    where = timing.conditions("cuda") | {"arch": arch}
-    everything = jobs(options, arch, known_card("cuda"), where)
-    compiled_by = tune_tiles.triton_of(tune_tiles.path_of(arch))
-    if compiled_by != where["triton"]:
-        versions = f"compiled by Triton {compiled_by}, this is {where['triton']}"
+    path = tune_tiles.path_of(arch)
+    compiled_by, verdicts = tune_tiles.load(path)
+    if not compiled_by:
+        hint = f"python -m bench.tune candidates --arch {arch}"
+        raise FluxfastError(f"{path.name} is not there: no tile is known to compile", hint=hint)
+    conditions: Row = timing.conditions("cuda") | {"arch": arch, "tiles_triton": compiled_by}
+    if compiled_by != conditions["triton"]:
+        versions = f"compiled by Triton {compiled_by}, this is {conditions['triton']}"
         say(f"the tiles were {versions}: some may spill here")
+    properties = torch.cuda.get_device_properties("cuda")
+    known = closest((properties.major, properties.minor), properties.total_memory / 2**30)
     workers = min(options.workers or os.cpu_count() or 1, MOST_WORKERS)
-    where |= {"tiles_triton": compiled_by}
-    limits = {"budget_s": options.budget_s, "alive": alive}
-    if workers == 1:
-        return int(not sweep(everything, options.out, where, **limits))
-    with closing(Precompiler(workers, DEV, options.rank, "cuda")) as ahead:
-        return int(not sweep(everything, options.out, where, precompile=ahead, **limits))
+    target = Target(DEV, options.rank, "cuda", arch, options.rounds, alive=alive)
+    with ExitStack() as stack:
+        if workers > 1:
+            ahead = stack.enter_context(closing(Precompiler(workers, DEV, options.rank, "cuda")))
+            target = target._replace(precompile=ahead)
+        found = jobs(options, target, known, verdicts, conditions["device_name"])
+        return int(not sweep(found, options.out, conditions, options.budget_s))
 
 
 def write(options: argparse.Namespace) -> int:

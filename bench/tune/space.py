@@ -1,7 +1,7 @@
 """The tiles that each kernel could be given, before a compiler or a GPU has seen them.
 
 A `Kernel` is what dispatch's rows choose a tile for; a tile's name is rows x columns x depth, warps
-and stages: "128x128x64.8w3", with "g8" behind where it says group_m. What cannot work is left out
+and stages: "128x128x64.8w3", with "g8" behind where it names group_m. What cannot work is left out
 at once: accumulators that do not fit a thread's registers, operands in flight that do not fit the
 card's shared memory.
 """
@@ -42,25 +42,25 @@ KERNELS = (
 )
 
 _WARPS, _STAGES = (4, 8), (2, 3, 4)
-# block_m, block_n, block_k, warps, stages of each family
-_DENSE = ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES)
-_CODES = ((64, 128, 256), (64, 128, 256), (64, 128), _WARPS, _STAGES)
-_NF4 = ((16, 32, 64, 128), (64, 128), (64,), _WARPS, _STAGES)  # few rows: more come decoded
-_OTHER = {
+# block_m, block_n, block_k, warps, stages: of an op, else of a product's storage, else of its dtype
+_SIDES = {
     "lora_skinny": ((16, 32, 64, 128), (128,), (64, 128), _WARPS, _STAGES),
     "lora_skinny_8bit": ((16, 32, 64), (128,), (64, 128), _WARPS, (2, 3)),
     "lora_grads": ((32, 64, 128), (128,), (64, 128, 256), _WARPS, _STAGES),
     "qk_norm_rope": ((4, 8, 16, 32), (1,), (1,), (2, 4, 8), (1,)),
     **dict.fromkeys(ATTENTION_KERNELS, ((64, 128), (32, 64, 128), (1,), _WARPS, _STAGES)),
+    "nf4": ((16, 32, 64, 128), (64, 128), (64,), _WARPS, _STAGES),  # more rows come dequantized
+    "half": ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES),
+    **dict.fromkeys(("int8", "fp8"), ((64, 128, 256), (64, 128, 256), (64, 128), _WARPS, _STAGES)),
 }
 # what else is worth a try once a tile is known to be good
-GROUPS = {"lora_skinny": (1,), "lora_skinny_8bit": (1,), "lora_grads": (256, 128, 512)}
+_GROUPS = {"lora_skinny": (1,), "lora_skinny_8bit": (1,), "lora_grads": (256, 128, 512)}
 _PRODUCT_GROUPS = (8, 4, 16)
 
 
 def groups(kernel: Kernel) -> tuple[int, ...]:
     """Values of group_m to try, the one to begin with first; none for attention's kernels."""
-    return () if kernel.op in ATTENTION else GROUPS.get(kernel.op, _PRODUCT_GROUPS)
+    return () if kernel.op in ATTENTION else _GROUPS.get(kernel.op, _PRODUCT_GROUPS)
 
 
 def tile_name(tile: dispatch.Tile | AttentionTile, with_group: bool = True) -> str:
@@ -71,10 +71,10 @@ def tile_name(tile: dispatch.Tile | AttentionTile, with_group: bool = True) -> s
 
 def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | AttentionTile:
     """The inverse of `tile_name`; without a group, the kernel's first. Raises ValueError."""
-    found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:g(\d+))?", name)
-    if not found or (found[3] is None) != (kernel.op in ATTENTION):
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:g(\d+))?", name)
+    if not match or (match[3] is None) != (kernel.op in ATTENTION):
         raise ValueError(f"{kernel}: {name!r} is no name of a tile, as 128x128x64.8w3g8 is")
-    m, n, k, warps, stages, group = (part and int(part) for part in found.groups())
+    m, n, k, warps, stages, group = (part and int(part) for part in match.groups())
     if kernel.op in ATTENTION:
         return AttentionTile(m, n, warps, stages)
     return dispatch.Tile(m, n, k, group or groups(kernel)[0], warps, stages)
@@ -82,29 +82,23 @@ def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | AttentionTile:
 
 def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | AttentionTile]:
     """Every tile worth compiling for a card, with the kernel's first group_m."""
+    names = (kernel.op, kernel.storage, kernel.dtype)
+    sides = next(_SIDES[name] for name in names if name in _SIDES)
     return [
         named_tile(kernel, f"{m}x{n}{'' if kernel.op in ATTENTION else f'x{k}'}.{warps}w{stages}")
-        for m, n, k, warps, stages in product(*_sides(kernel))
+        for m, n, k, warps, stages in product(*sides)
         if _fits(kernel, arch, m, n, k, warps, stages)
     ]
-
-
-def _sides(kernel: Kernel) -> tuple[tuple[int, ...], ...]:
-    if kernel.op in _OTHER:
-        return _OTHER[kernel.op]
-    if kernel.storage == "nf4":
-        return _NF4
-    return _DENSE if kernel.dtype == "half" else _CODES
 
 
 def _fits(kernel: Kernel, arch: int, m: int, n: int, k: int, warps: int, stages: int) -> bool:
     from bench.offline import SHARED_LIMIT
 
+    least, most = ACCUMULATORS
     if kernel.op in ATTENTION:
-        return kernel.op == "qk_norm_rope" or m * C / (32 * warps) <= ACCUMULATORS[1]
-    sums = {"lora_grads": n * k}.get(kernel.op, m * n) / (32 * warps)
-    # operands of the steps that are loaded ahead; NF4 is decoded in registers on its way
+        return kernel.op == "qk_norm_rope" or m * C / (32 * warps) <= most
+    sums = (n * k if kernel.op == "lora_grads" else m * n) / (32 * warps)
+    # operands of the steps that are loaded ahead; NF4 is dequantized in registers on its way
     width = 2 if kernel.dtype == "half" else 1
     ahead = (stages - 1) * width * k * (m if kernel.storage == "nf4" else m + n)
-    least, most = ACCUMULATORS
     return least <= sums <= most and ahead <= SHARED_LIMIT[arch]

@@ -1,9 +1,9 @@
 """Times tiles and ways against those that are shipped, the largest share of a step first.
 
-A job is one question to dispatch. Its tiles are gated once, timed in a few rounds each, and the
-best of them again beside the shipped one, interleaved; on a GPU each launch is one CUDA graph, as
-in a training step, so that launching from Python is not what is timed. Rows are appended job by
-job: a run that is cut short resumes where it stopped, and a tile that failed is not tried again.
+A job is one question to dispatch. Its tiles are gated, timed in a few rounds each, and the best of
+them again beside the shipped one, interleaved; on a GPU each launch is one CUDA graph, as in a
+training step, so that launching from Python is not what is timed. Rows are appended job by job: a
+run that is cut short resumes where it stopped, and a tile that failed is not tried again.
 """
 
 import multiprocessing
@@ -20,31 +20,32 @@ from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.attention import choose_tile, first_row
 
 from bench import timing
-from bench.rows import cut_unfinished, read
+from bench.rows import Row, cut_unfinished, read
 from bench.terminal import say
 from bench.timing import Result
-from bench.tune.calls import Call, build
-from bench.tune.problems import PRODUCT_DTYPE, Problem
-from bench.tune.space import ATTENTION, Kernel, groups, named_tile, tile_name
+from bench.tune.calls import build
+from bench.tune.problems import MATMUL_DTYPE, Problem
+from bench.tune.space import ATTENTION, groups, named_tile, tile_name
 from fluxfast.model.spec import FluxSpec
 
 SCREEN_ROUNDS, WARMUP = 3, 2
 FINALISTS, REGROUPED = 5, 2  # tiles that are timed again; of these, tried with other groups
 COMPILED_ROWS = 256  # a kernel's code does not depend on M
 STOPPED = "the GPU stopped working in this process"
-Timed = list[tuple[Result, dict[str, object]]]  # results, each with further fields of its row
-Precompile = Callable[[Problem, list[str]], None]
-Alive = Callable[[], bool]
+Timed = list[tuple[Result, Row]]  # results, each with further fields of its row
 
 
 class Target(NamedTuple):
-    """What the jobs of a sweep have in common."""
+    """What all jobs of a sweep share. precompile(problem, tile names): compiles them ahead. alive:
+    whether this process can still use the GPU."""
 
     spec: FluxSpec
     rank: int
     device: str
     arch: int
     rounds: int
+    precompile: Callable[[Problem, list[str]], None] = lambda problem, names: None
+    alive: Callable[[], bool] = lambda: True
 
 
 def replayed(work: Callable[[], object], device: str) -> Callable[[], object]:
@@ -67,95 +68,95 @@ def replayed(work: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 class Job:
-    """share: of a step's time. default: the name of what is shipped. trying: what was launched
-    last, to blame where it stops the GPU. A job has `identity`, the fields of a row that tell it
-    from others, and `time`, which leaves out what has `failed` before.
+    """One question to dispatch, whose `time(failed)` times every answer but those that `failed`.
+
+    identity: the fields of its rows that no other job has. share: of a step's time. default: the
+    name of what is shipped. trying: what was launched last, to blame where it stops the GPU.
     """
 
-    def __init__(self, share: float, default: str, target: Target):
-        self.share, self.default, self.trying, self.target = share, default, default, target
+    def __init__(self, identity: Row, share: float, default: str, target: Target):
+        self.identity, self.share, self.default, self.target = identity, share, default, target
+        self.trying = default
 
-    def gated(self, name: str, alive: Alive, check: Callable[[], str | None]) -> str | None:
-        if not alive():
-            return STOPPED
-        self.trying = name
-        return check()
+    def compare(
+        self, works: dict, error: Callable[[str], str | None], rounds: int, baseline: str
+    ) -> dict[str, Result]:
+        """Times the works, as CUDA graphs, in which `error(name)` finds nothing wrong."""
 
-    def compare(self, works: dict, rounds: int, gate: Callable, baseline: str) -> dict[str, Result]:
-        """works: replayed as CUDA graphs."""
+        def gate(name: str) -> str | None:
+            if not self.target.alive():
+                return STOPPED
+            self.trying = name
+            return error(name)
+
         device = self.target.device
         works = {name: replayed(work, device) for name, work in works.items()}
         return timing.compare(works, rounds, WARMUP, gate, baseline, device)
 
 
-def shipped_tile(problem: Problem, arch: int):
-    """The tile that dispatch gives the problem now, and the source of that."""
-    kernel = problem.kernel
-    if kernel.op in ATTENTION:
-        row = first_row("tiles", kernel=kernel.op, arch=arch, dtype="half", c=problem.K)
-        return choose_tile(kernel.op, arch, PRODUCT_DTYPE["half"], problem.K), row["source"]
-    question = (PRODUCT_DTYPE[kernel.dtype], kernel.storage, problem.M, problem.N, problem.K)
-    choice = dispatch.choose(kernel.op, arch, *question)
-    return choice.tile, choice.tile_source
-
-
 class TileJob(Job):
     """A problem's tiles. candidates: those that compile without a spill."""
 
-    build: Callable[..., Call] = staticmethod(build)
+    build = staticmethod(build)
 
     def __init__(self, problem: Problem, candidates: list, target: Target):
         self.problem, self.candidates = problem, candidates
-        self.shipped, self.source = shipped_tile(problem, target.arch)
-        super().__init__(problem.share, tile_name(self.shipped), target)
+        kernel, M, N, K = problem.kernel, problem.M, problem.N, problem.K
+        if kernel.op in ATTENTION:
+            self.shipped = choose_tile(kernel.op, target.arch, MATMUL_DTYPE["half"], K)
+            row = first_row("tiles", kernel=kernel.op, arch=target.arch, dtype="half", c=K)
+            self.source = row["source"]
+        else:
+            question = (MATMUL_DTYPE[kernel.dtype], kernel.storage, M, N, K)
+            choice = dispatch.choose(kernel.op, target.arch, *question)
+            self.shipped, self.source = choice.tile, choice.tile_source
+        identity = {"kind": "tile", **kernel._asdict(), "m": M, "n": N, "k": K}
+        super().__init__(identity, problem.share, tile_name(self.shipped), target)
 
-    @property
-    def identity(self) -> dict[str, object]:
-        p = self.problem
-        return {"kind": "tile", **p.kernel._asdict(), "m": p.M, "n": p.N, "k": p.K}
-
-    def time(self, failed: set[str], precompile: Precompile, alive: Alive) -> Timed:
+    def time(self, failed: set[str]) -> Timed:
         """The shipped tile, the best ones beside it, and every one that fails."""
+        problem, target = self.problem, self.target
         tiles = {tile_name(tile): tile for tile in (self.shipped, *self.candidates)}
         tiles = {name: tile for name, tile in tiles.items() if name not in failed}
-        precompile(self.problem, list(tiles))
-        call = self.build(self.problem, self.target.spec, self.target.rank, self.target.device)
-        reference, passed = call.reference(), set()
+        target.precompile(problem, list(tiles))
+        call = self.build(problem, target.spec, target.rank, target.device)
+        reference = call.reference()
 
-        def gate(name: str) -> str | None:
-            if name in passed:
-                return None
-            passed.add(name)
-            return self.gated(name, alive, lambda: call.wrong(tiles[name], reference))
+        def error(name: str) -> str | None:
+            return call.error(tiles[name], reference)
 
         def compare(names: Iterable[str], rounds: int) -> dict[str, Result]:
             works = {name: partial(call.run, tiles[name]) for name in names}
-            return self.compare(works, rounds, gate, self.default)
+            return self.compare(works, error, rounds, self.default)
 
         screen = compare(tiles, SCREEN_ROUNDS)
         ran = {name: r.median_ms for name, r in screen.items() if r.median_ms is not None}
         best = sorted(ran, key=ran.get)[:FINALISTS]
-        others = _regrouped(self.problem.kernel, [tiles[name] for name in best[:REGROUPED]])
-        precompile(self.problem, list(others))
+        # the same tiles with every other group_m
+        regrouped = [
+            replace(tiles[name], group_m=group)
+            for name in best[:REGROUPED]
+            for group in groups(problem.kernel)
+        ]
+        others = {tile_name(tile): tile for tile in regrouped if tile_name(tile) not in best}
+        target.precompile(problem, list(others))
         tiles |= others
         finals = dict.fromkeys([self.default] * (self.default in ran) + best + list(others))
         results = {name: r for name, r in screen.items() if name not in ran}
-        results |= compare(finals, self.target.rounds)
+        results |= compare(finals, target.rounds)
+        fields = {
+            "source": self.source,
+            "linear": problem.linear,
+            "what": problem.pass_name,
+            "share": round(problem.share, 5),
+        }
         screened = {name: round(ms, 5) for name, ms in ran.items()}
-        return [(r, self._fields(name, screened)) for name, r in results.items()]
-
-    def _fields(self, name: str, screened: dict[str, float]) -> dict[str, object]:
-        """screened_ms: of all that ran, once a problem."""
-        p, shipped = self.problem, name == self.default
-        asked = {"linear": p.linear, "what": p.what, "share": round(p.share, 5)}
-        fields = {"tile": name, "shipped": shipped, "source": self.source, **asked}
-        return fields | {"screened_ms": screened if shipped else None}
-
-
-def _regrouped(kernel: Kernel, tiles: list) -> dict[str, object]:
-    """The same tiles with every other group_m, by name."""
-    found = [replace(tile, group_m=group) for tile in tiles for group in groups(kernel)]
-    return {tile_name(tile): tile for tile in found if tile not in tiles}
+        timed = []
+        for name, result in results.items():
+            shipped = name == self.default
+            own = {"tile": name, "shipped": shipped, "screened_ms": screened if shipped else None}
+            timed.append((result, fields | own))
+        return timed
 
 
 def _launch_each(
@@ -194,41 +195,35 @@ class Precompiler:
         self._pool.shutdown(cancel_futures=True)
 
 
-def sweep(
-    jobs: Iterable[Job],
-    out: Path,
-    where: dict[str, object],
-    budget_s: float | None = None,
-    precompile: Precompile = lambda problem, names: None,
-    alive: Alive = lambda: True,
-) -> bool:
-    """Run the jobs that `out` has no rows of, and append theirs. where: conditions of every row.
+def sweep(jobs: Iterable[Job], out: Path, conditions: Row, budget_s: float | None = None) -> bool:
+    """Runs the jobs that `out` has no rows of, and appends theirs, with the conditions.
 
-    budget_s: no job begins after so many seconds. alive: a device that a tile has broken ends the
-    sweep, and only that tile's failure is written down. Returns whether the device still works.
+    budget_s: no job begins after so many seconds. A device that a tile has broken ends the sweep,
+    and only that tile's failure is written down. Returns whether the device still works.
     """
     deadline = None if budget_s is None else time.monotonic() + budget_s
     cut_unfinished(out)
-    held = {key: where[key] for key in ("arch", "device_name", "triton")}
+    same = {key: conditions[key] for key in ("arch", "device_name", "triton")}
     for job in sorted(jobs, key=lambda job: -job.share):
-        wanted = job.identity | held
+        wanted = job.identity | same
         before = [row for row in read(out) if wanted.items() <= row.items()]
         if any(row["shipped"] for row in before):
             continue
         if deadline is not None and time.monotonic() >= deadline:
-            say("the budget is spent: run again to go on")
+            say("the budget is spent: run again to continue")
             return True
         try:
-            timed = job.time({row["name"] for row in before}, precompile, alive)
+            timed = job.time({row["name"] for row in before})
         except Exception as error:  # a problem that does not fit is a row too
-            timed = [(Result(job.default), {"tile": job.default, "shipped": True})]
-            if alive():
-                timing.fail(timed[0][0], error)
-        broken = not alive()
+            result = Result(job.default)
+            timing.fail(result, error)
+            timed = [(result, {"tile": job.default, "shipped": True})]
+        broken = not job.target.alive()
         if broken:  # what followed the one that broke it is not to blame
             result = Result(job.trying, "failed", STOPPED)
             timed = [(result, {"tile": job.trying, "shipped": job.trying == job.default})]
-        fields = {"bench": "tune", **job.identity, "warmup": WARMUP, "interleaved": True, **where}
+        fields = {"bench": "tune", **job.identity, "warmup": WARMUP, "interleaved": True}
+        fields |= conditions
         timing.append_rows(out, [timing.row(result, **fields | more) for result, more in timed])
         say(_line(job, timed))
         if broken:

@@ -2,8 +2,8 @@
 
 `bench/tiles/sm_<arch>.json` holds, per kernel, the tiles that may be timed ("kept") and those that
 may not, by what is wrong with them. The list belongs to one version of Triton: with another it is
-begun again. Every tile is written down as soon as it is known, so that a run that is cut short goes
-on where it stopped.
+begun again. Every tile is written down as soon as it is known, so that a run that is cut short
+resumes where it stopped.
 """
 
 import json
@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from multiprocessing import connection
 from pathlib import Path
@@ -40,31 +40,25 @@ def path_of(arch: int) -> Path:
     return FOLDER / f"sm_{arch}.json"
 
 
-def load(path: Path, version: str | None = None) -> Verdicts:
-    """The verdicts of a list; none where it is not there or belongs to another Triton than
-    `version` (None: any will do). Raises ConfigError for a file that is no such list."""
+def load(path: Path) -> tuple[str, Verdicts]:
+    """The version of Triton that a list was compiled with, and its verdicts; both empty where there
+    is no file. Raises ConfigError for a file that is no such list."""
     if not path.is_file():
-        return {}
+        return "", {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         verdicts = {
-            kernel: {tile: heading for heading, tiles in found.items() for tile in tiles}
-            for kernel, found in table["kernels"].items()
+            kernel: {tile: heading for heading, tiles in headings.items() for tile in tiles}
+            for kernel, headings in table["kernels"].items()
         }
-        written_by = table["triton"]
+        return table["triton"], verdicts
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         hint = "delete it and run `bench.tune candidates`"
         raise ConfigError(f"{path} is no list of tiles ({error!r})", hint=hint) from None
-    return verdicts if version in (None, written_by) else {}
 
 
-def triton_of(path: Path) -> str:
-    """The version of Triton that a list was compiled with."""
-    return json.loads(path.read_text(encoding="utf-8"))["triton"]
-
-
-def save(path: Path, arch: int, version: str, verdicts: Verdicts) -> None:
-    """One line a heading, kernels in KERNELS' order; the file is never half written."""
+def save(path: Path, arch: int, triton: str, verdicts: Verdicts) -> None:
+    """Writes one line a heading, kernels in KERNELS' order; the file is never half written."""
     lines = []
     for kernel in map(str, KERNELS):
         by_heading: dict[str, list[str]] = {}
@@ -74,7 +68,7 @@ def save(path: Path, arch: int, version: str, verdicts: Verdicts) -> None:
             headings = sorted(by_heading.items(), key=lambda item: (item[0] != KEPT, item[0]))
             body = ",\n".join(f"      {json.dumps(h)}: {json.dumps(t)}" for h, t in headings)
             lines.append(f'    "{kernel}": {{\n{body}\n    }}')
-    head = f'{{\n  "arch": {arch},\n  "triton": "{version}",\n  "kernels": {{\n'
+    head = f'{{\n  "arch": {arch},\n  "triton": "{triton}",\n  "kernels": {{\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
@@ -83,13 +77,11 @@ def save(path: Path, arch: int, version: str, verdicts: Verdicts) -> None:
 
 def kept(verdicts: Verdicts, kernel: Kernel) -> list:
     """The tiles of a kernel that may be timed."""
-    found = verdicts.get(str(kernel), {})
-    return [named_tile(kernel, name) for name, heading in found.items() if heading == KEPT]
+    tiles = verdicts.get(str(kernel), {}).items()
+    return [named_tile(kernel, name) for name, heading in tiles if heading == KEPT]
 
 
-def heading_of(
-    kernel: Kernel, name: str, arch: int, cost_of: Callable[..., tuple] = cost_of
-) -> str:
+def heading_of(kernel: Kernel, name: str, arch: int) -> str:
     """KEPT, or what is wrong with the first case of a tile that has anything wrong."""
     for case in tile_cases(*kernel, named_tile(kernel, name)):
         wrong = cost_of(case, arch)[1] if case.least_arch <= arch else None
@@ -99,57 +91,58 @@ def heading_of(
 
 
 def candidates(
-    arch: int,
-    kernels: Iterable[Kernel] = KERNELS,
-    path: Path | None = None,
-    budget_s: float | None = None,
-    workers: int | None = None,
-    judge: Callable[[Kernel, str, int], str] = heading_of,
+    arch: int, kernels: Iterable[Kernel], path: Path, budget_s: float | None, workers: int | None
 ) -> Verdicts:
-    """Compile what the list does not have yet, a process a tile and `workers` at a time, and write
-    it. budget_s: none is begun after so many seconds."""
-    path, version = path or path_of(arch), metadata.version("triton")
-    verdicts = load(path, version)
-    wanted = [k for k in kernels if arch >= 89 or k.dtype != "fp8"]
-    tiles = [
-        (kernel, tile_name(t, with_group=False)) for kernel in wanted for t in space(kernel, arch)
+    """Compiles what the list does not have yet, a process a tile and `workers` at a time, and
+    writes it. budget_s: none is begun after so many seconds."""
+    triton = metadata.version("triton")
+    compiled_by, verdicts = load(path)
+    if compiled_by != triton:
+        verdicts = {}
+    left = [
+        (kernel, name)
+        for kernel in kernels
+        if arch >= 89 or kernel.dtype != "fp8"
+        for name in (tile_name(tile, with_group=False) for tile in space(kernel, arch))
+        if name not in verdicts.get(str(kernel), {})
     ]
-    left = [(kernel, name) for kernel, name in tiles if name not in verdicts.get(str(kernel), {})]
     deadline = None if budget_s is None else time.monotonic() + budget_s
-    judged = _judged(left, arch, judge, deadline, workers)
+    judged = _judged(left, arch, deadline, workers or len(os.sched_getaffinity(0)))
     for done, (kernel, name, heading) in enumerate(judged, 1):
         verdicts.setdefault(str(kernel), {})[name] = heading
-        save(path, arch, version, verdicts)
+        save(path, arch, triton, verdicts)
         say(f"{done:5} of {len(left)}  sm_{arch} {kernel} {name}: {heading}")
     return verdicts
 
 
-def _judged(tiles: list, arch: int, judge: Callable, deadline: float | None, workers: int | None):
+def _judged(
+    tiles: list[tuple[Kernel, str]], arch: int, deadline: float | None, workers: int
+) -> Iterator[tuple[Kernel, str, str]]:
     """Yields kernel, tile and heading as each is known. A process a tile: a compiler that dies
     takes no other tile with it."""
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
     fork = multiprocessing.get_context("fork")
     waiting, running = list(reversed(tiles)), {}
-    workers = workers or len(os.sched_getaffinity(0))
     while True:
         while waiting and len(running) < workers:
             if deadline is not None and time.monotonic() >= deadline:
                 break
             kernel, name = waiting.pop()
-            result, give = fork.Pipe(duplex=False)
-            process = fork.Process(target=_judge, args=(give, judge, kernel, name, arch))
+            receiver, sender = fork.Pipe(duplex=False)
+            process = fork.Process(target=_judge, args=(sender, kernel, name, arch))
             process.start()
-            give.close()
-            running[process.sentinel] = (process, result, kernel, name)
+            sender.close()
+            running[process.sentinel] = (process, receiver, kernel, name)
         if not running:
             return
         for sentinel in connection.wait(list(running)):
-            process, result, kernel, name = running.pop(sentinel)
+            process, receiver, kernel, name = running.pop(sentinel)
             process.join()
-            yield kernel, name, result.recv() if result.poll() and not process.exitcode else DIED
+            done = receiver.poll() and not process.exitcode
+            yield kernel, name, receiver.recv() if done else DIED
 
 
-def _judge(give: connection.Connection, judge: Callable, *question) -> None:
+def _judge(sender: connection.Connection, *question) -> None:
     with tempfile.TemporaryDirectory() as folder:  # each is compiled once: nothing to keep
         os.environ["TRITON_CACHE_DIR"] = folder
-        give.send(judge(*question))
+        sender.send(heading_of(*question))

@@ -18,12 +18,14 @@ from fluxfast_kernels.ops.attention import attention_backward, attention_forward
 from fluxfast_kernels.quant import frozen
 from torch import Tensor
 
-from bench.tune.calls import HALF, Heads, Tensors, disagreement, tensors_of
-from bench.tune.problems import HAND_OVER_ROWS, PRODUCT_DTYPE, HandOver
-from bench.tune.sweep import Alive, Job, Precompile, Target, Timed
+from bench.tune.calls import HALF, Heads, LinearTensors, disagreement
+from bench.tune.problems import MATMUL_DTYPE, Problem
+from bench.tune.sweep import Job, Target, Timed
 
 WAYS = ("fused", "decode")
 BACKENDS = ("flash", "cudnn", "triton")
+# M of a hand-over; the last ones are images of 512, 768 and 1024 px
+HAND_OVER_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2816, 4608)
 
 
 @contextmanager
@@ -51,64 +53,63 @@ def shipping(arch: int, own: dict[str, list[dict]]) -> Iterator[None]:
         dispatch.choose.cache_clear()
 
 
-def op_of(t: Tensors, what: str) -> Callable[[], list[Tensor]]:
+def op_of(t: LinearTensors, pass_name: str) -> list[Tensor]:
     """The op over a linear's tensors: forward, or dx with the gradients of the update."""
-    linear = t.frozen_weight, t.update
-    if what == "product":
-        return lambda: linear_forward(t.xs, *linear, t.epilogue)
-    return lambda: linear_backward(t.dys, t.xs, *linear, True)[0]
+    if pass_name == "product":
+        return linear_forward(t.xs, t.weight, t.update, t.epilogue)
+    return linear_backward(t.dys, t.xs, t.weight, t.update, True)[0]
 
 
 class HandOverJob(Job):
-    """Both ways at rising M. measured: the card's rows as they would now be written."""
+    """Both ways at rising M. measured(): the card's rows as they would now be written."""
 
     def __init__(
         self,
-        pair: HandOver,
+        pair: Problem,
         target: Target,
         measured: Callable[[], dict[str, list[dict]]],
         rows: tuple[int, ...] = HAND_OVER_ROWS,
     ):
-        super().__init__(pair.share, WAYS[0], target)
+        identity = {"kind": "hand over", **pair.kernel._asdict(), "n": pair.N, "k": pair.K}
+        super().__init__(identity, pair.share, WAYS[0], target)
         self.pair, self.measured, self.rows = pair, measured, rows
 
-    @property
-    def identity(self) -> dict[str, object]:
-        pair = self.pair
-        return {"kind": "hand over", **pair.kernel._asdict(), "n": pair.N, "k": pair.K}
-
-    def time(self, failed: set[str], precompile: Precompile, alive: Alive) -> Timed:
-        """A row a way and M."""
-        del precompile
+    def time(self, failed: set[str]) -> Timed:
+        """A result for each way and M."""
         with shipping(self.target.arch, self.measured()):
-            return [pair for M in self.rows for pair in self._at(M, failed, alive)]
+            return [pair for M in self.rows for pair in self._at(M, failed)]
 
-    def _at(self, M: int, failed: set[str], alive: Alive) -> Timed:
+    def _at(self, M: int, failed: set[str]) -> Timed:
         (kernel, pair), target = (self.pair.kernel, self.pair), self.target
-        t = tensors_of(pair, M, target.spec, target.rank, target.device)
-        if kernel.storage == "dense" and kernel.dtype != "half":  # stored in 8 bits
-            t.weight = list(frozen.quantize_8bit(t.weight[0], kernel.dtype))
-        run = op_of(t, pair.what)
-        question = (kernel.op, target.arch, PRODUCT_DTYPE[kernel.dtype], kernel.storage)
+        t = LinearTensors(replace(pair, M=M), target.spec, target.rank, target.device)
+        if kernel.storage == "dense" and t.matmul:  # stored in 8 bits
+            tensors = frozen.quantize_8bit(t.weight.tensors[0], t.matmul)
+            t.weight = t.weight._replace(tensors=list(tensors))
+        question = (kernel.op, target.arch, MATMUL_DTYPE[kernel.dtype], kernel.storage)
         choice = dispatch.choose(*question, M, pair.N, pair.K)
 
-        def way(kind: str) -> list[Tensor]:
+        def run(kind: str) -> list[Tensor]:
             with answering(kernel.op, kernel.storage, kind):
-                return run()
+                return op_of(t, pair.pass_name)
 
-        def gate(kind: str) -> str | None:
-            return self.gated(f"{kind} at {M}", alive, lambda: disagreement(way(kind), truth))
-
-        truth = [y.float() for y in way("decode")]
-        works = {k: partial(way, k) for k in WAYS if f"{k} at {M}" not in failed}
-        results = self.compare(works, target.rounds, gate, choice.kind)
-        more = {"m": M, "linear": pair.linear, "what": pair.what, "source": choice.kind_source}
-        timed = []
-        for kind, result in results.items():
-            result.name = f"{kind} at {M}"
-            fields = {"way": kind, "shipped": kind == choice.kind, "tile": None}
-            timed.append((result, more | fields))
-        return timed
+        truth = [y.float() for y in run("decode")]
+        works = {f"{kind} at {M}": partial(run, kind) for kind in WAYS}
+        works = {name: work for name, work in works.items() if name not in failed}
+        shipped = f"{choice.kind} at {M}"
+        results = self.compare(
+            works, lambda name: disagreement(works[name](), truth), target.rounds, shipped
+        )
+        fields = {
+            "m": M,
+            "linear": pair.linear,
+            "what": pair.pass_name,
+            "source": choice.kind_source,
+            "tile": None,
+        }
+        return [
+            (result, fields | {"way": name.split()[0], "shipped": name == shipped})
+            for name, result in results.items()
+        ]
 
 
 class BackendJob(Job):
@@ -117,31 +118,26 @@ class BackendJob(Job):
     def __init__(self, T: int, target: Target):
         self.T, self.C = T, target.spec.head_dim
         default, self.source = choose_backend(target.arch, HALF, self.C, T)
-        super().__init__(1.0, default, target)  # a few comparisons: before all else
+        identity = {"kind": "attention", "dtype": "half", "m": T, "k": self.C}
+        super().__init__(identity, 1.0, default, target)  # a few comparisons: before all else
 
-    @property
-    def identity(self) -> dict[str, object]:
-        return {"kind": "attention", "dtype": "half", "m": self.T, "k": self.C}
-
-    def time(self, failed: set[str], precompile: Precompile, alive: Alive) -> Timed:
-        """A row a backend."""
-        del precompile
+    def time(self, failed: set[str]) -> Timed:
+        """A result for each backend."""
         heads = self.target.spec.num_heads
-        given = Heads(self.T, heads, self.C, self.target.device)
-        truth = sum(given.truth(), [])
+        tensors = Heads(self.T, heads, self.C, self.target.device)
+        truth = tensors.reference()
 
-        def work(backend: str) -> list[Tensor]:
-            o, lse = attention_forward(*given.qkv, backend)
-            return [o, lse, *attention_backward(given.do, *given.qkv, o, lse, backend)]
-
-        def gate(backend: str) -> str | None:
-            return self.gated(backend, alive, lambda: disagreement(work(backend), truth))
+        def run(backend: str) -> list[Tensor]:
+            o, lse = attention_forward(*tensors.qkv, backend)
+            return [o, lse, *attention_backward(tensors.do, *tensors.qkv, o, lse, backend)]
 
         names = [name for name in dict.fromkeys((self.default, *BACKENDS)) if name not in failed]
-        works = {name: partial(work, name) for name in names}
-        results = self.compare(works, self.target.rounds, gate, self.default)
-        more = {"n": heads, "source": self.source, "tile": None}
+        works = {name: partial(run, name) for name in names}
+        results = self.compare(
+            works, lambda name: disagreement(run(name), truth), self.target.rounds, self.default
+        )
+        fields = {"n": heads, "source": self.source, "tile": None}
         return [
-            (r, more | {"way": name, "shipped": name == self.default})
-            for name, r in results.items()
+            (result, fields | {"way": name, "shipped": name == self.default})
+            for name, result in results.items()
         ]

@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import fluxfast_kernels
@@ -26,8 +25,8 @@ CONFIGS = Path(fluxfast_kernels.__file__).parent / "dispatch" / "configs"
 ATTENTION_PATH = CONFIGS / "attention.json"
 LEAST_GAIN = 0.02  # of the shipped time; and more than the spread of either measurement
 MEASURED = "measured: "
-QUESTION = ("kind", "op", "storage", "dtype", "m", "n", "k")
 KEY = ("op", "storage", "dtype", "n", "k")
+ATTENTION_KEY = ("kernel", "arch", "dtype", "c")
 Rows = list[dict[str, object]]
 Table = dict[str, Rows]
 
@@ -56,28 +55,16 @@ def of_one_device(rows: Iterable[dict], arch: int, device: str | None = None) ->
     questions = defaultdict(list)
     for row in rows:
         if device in (None, row["device_name"]):
-            questions[tuple(row.get(key) for key in QUESTION)].append(row)
+            questions[tuple(row.get(key) for key in ("kind", *KEY, "m"))].append(row)
     newest = ((same, max(row["date"] for row in same)) for same in questions.values())
     return [row for same, date in newest for row in same if row["date"] == date]
 
 
+# ---------------------------------------------------------------- the best answer to a question
+
+
 def _spread(row: dict) -> float:
     return (row["p90_ms"] - row["p10_ms"]) / 2 / row["median_ms"]
-
-
-def winner(rows: Rows) -> tuple[dict, dict | None]:
-    """Returns the best row of one question and the shipped one's, which wins unless another is
-    faster by more than LEAST_GAIN and the spread of both; None where it could not run."""
-    ran = [row for row in rows if row["median_ms"] is not None]
-    shipped = next((row for row in ran if row["shipped"]), None)
-    if not ran:
-        return next(row for row in rows if row["shipped"]), None
-    best = min(ran, key=lambda row: row["median_ms"])
-    if shipped is None:
-        return best, None
-    gain = 1 - best["median_ms"] / shipped["median_ms"]
-    sure = gain > max(LEAST_GAIN, _spread(best), _spread(shipped))
-    return (best if sure else shipped), shipped
 
 
 def source(best: dict, shipped: dict | None) -> str:
@@ -90,81 +77,60 @@ def source(best: dict, shipped: dict | None) -> str:
     )
 
 
+def winner(rows: Rows) -> tuple[dict, str] | None:
+    """The best row of one question and its `source`. The shipped one wins unless another is faster
+    by more than LEAST_GAIN and the spread of both; None where what is merely assumed wins."""
+    ran = [row for row in rows if row["median_ms"] is not None]
+    if not ran:
+        return None
+    best = min(ran, key=lambda row: row["median_ms"])
+    shipped = next((row for row in ran if row["shipped"]), None)
+    if shipped is not None:
+        gain = 1 - best["median_ms"] / shipped["median_ms"]
+        if gain <= max(LEAST_GAIN, _spread(best), _spread(shipped)):
+            return (shipped, shipped["source"]) if _is_measured(shipped) else None
+    return best, source(best, shipped)
+
+
+def _is_measured(row: dict) -> bool:
+    return row["source"].startswith(MEASURED)
+
+
+def _questions(measured: Rows, kind: str, names: tuple[str, ...]) -> dict[tuple, dict[int, Rows]]:
+    """The rows of each finished question of a kind, by the values of `names` and ascending M."""
+    found: dict[tuple, dict[int, Rows]] = defaultdict(dict)
+    for row in sorted((row for row in measured if row["kind"] == kind), key=lambda row: row["m"]):
+        found[tuple(row[name] for name in names)].setdefault(row["m"], []).append(row)
+    finished = {
+        key: {M: rows for M, rows in by_m.items() if any(row["shipped"] for row in rows)}
+        for key, by_m in found.items()
+    }
+    return {key: by_m for key, by_m in finished.items() if by_m}
+
+
 def ranges(Ms: list[int]) -> list[tuple[int, int]]:
-    """Of ascending Ms the (m_min, m_max) that each stands for."""
+    """The (m_min, m_max) that each of some ascending Ms stands for."""
     cuts = [math.isqrt(a * b) for a, b in zip(Ms, Ms[1:], strict=False)]
     lows = [Ms[0] // 2, *(cut + 1 for cut in cuts)]
     return list(zip(lows, [*cuts, 2 * Ms[-1]], strict=True))
 
 
-def _by_key(measured: Rows, kind: str, names: tuple[str, ...]) -> dict[tuple, dict[int, Rows]]:
-    """The rows of each finished question of a kind, by key and M."""
-    found: dict[tuple, dict[int, Rows]] = defaultdict(dict)
-    asked = sorted((row for row in measured if row["kind"] == kind), key=lambda row: row["m"])
-    for row in asked:
-        found[tuple(row[name] for name in names)].setdefault(row["m"], []).append(row)
-    for key, by_m in list(found.items()):
-        found[key] = {M: rows for M, rows in by_m.items() if any(row["shipped"] for row in rows)}
-    return {key: by_m for key, by_m in found.items() if by_m}
-
-
 def _ranged(
-    by_m: dict[int, Rows], named: dict, limits: tuple[str, str], ship: Callable[[dict], dict]
+    by_m: dict[int, Rows], filters: dict, limits: tuple[str, str], fields_of: Callable[[dict], dict]
 ) -> Rows:
-    """A row per winner that is not merely assumed; one that is already measured and still wins
-    stays. ship: the fields of a row that a winner sets."""
+    """A row for each winner and its range of M; neighbors with the same fields are one row."""
     new: Rows = []
     for rows, (low, high) in zip(by_m.values(), ranges(list(by_m)), strict=True):
-        best, shipped = winner(rows)
-        basis = best["source"] if best["shipped"] else source(best, shipped)
-        if best["median_ms"] is None or not basis.startswith(MEASURED):
+        won = winner(rows)
+        if won is None:
             continue
-        shipping = ship(best)
-        if new and new[-1][limits[1]] == low - 1 and shipping.items() <= new[-1].items():
+        fields = fields_of(won[0])
+        if new and new[-1][limits[1]] == low - 1 and fields.items() <= new[-1].items():
             new[-1][limits[1]] = high
         else:
-            row = named | dict(zip(limits, (low, high), strict=True)) | shipping
-            new.append(row | {"source": basis})
+            row = filters | dict(zip(limits, (low, high), strict=True)) | fields
+            new.append(row | {"source": won[1]})
     return new
-
-
-def merged(table: Table, measured: Rows) -> Table:
-    """A card's table with what was measured: those rows first, then all others as they were."""
-    tiles, thresholds = {}, {}
-    for key, by_m in _by_key(measured, "tile", KEY).items():
-        if key[0] in ATTENTION:
-            continue
-        kernel, named = Kernel(*key[:3]), dict(zip(KEY, key, strict=True))
-        ship = partial(_tile_of, kernel)
-        tiles[key] = _ranged(by_m, named, ("m_min", "m_max"), ship)
-    for key, by_m in _by_key(measured, "hand over", KEY).items():
-        row = _threshold(by_m)
-        thresholds[key] = [dict(zip(KEY, key, strict=True)) | row] if row else []
-    return {
-        "thresholds": _replaced(table["thresholds"], thresholds, _key_of, measured),
-        "tiles": _replaced(table["tiles"], tiles, _key_of, measured),
-    }
-
-
-def _tile_of(kernel: Kernel, row: dict) -> dict[str, int]:
-    tile = named_tile(kernel, row["tile"])
-    return asdict(tile)
-
-
-def _key_of(row: dict) -> tuple:
-    return tuple(row.get(name) for name in KEY)
-
-
-def _replaced(
-    rows: Rows, new: dict[tuple, Rows], key_of: Callable[[dict], tuple], measured: Rows
-) -> Rows:
-    """new: replaces the measured rows of a key, unless another device was measured for it."""
-    device = measured[0]["device_name"] if measured else ""
-    ours = [row for row in rows if row["source"].startswith(MEASURED)]
-    theirs = {key_of(row) for row in ours if f", {device}, " not in row["source"]}
-    new = {key: made for key, made in new.items() if key not in theirs}
-    others = [row for row in rows if row not in ours or key_of(row) not in new]
-    return [row for key in sorted(new, key=str) for row in new[key]] + others
 
 
 def _threshold(by_m: dict[int, Rows]) -> dict | None:
@@ -184,44 +150,81 @@ def _threshold(by_m: dict[int, Rows]) -> dict | None:
 
     shipped = {M: next(row for row in pair.values() if row["shipped"]) for M, pair in ways.items()}
     last = max((M for M in Ms if shipped[M]["way"] == "fused"), default=0)
-    before, basis = None if last == Ms[-1] else last, shipped[Ms[0]]["source"]
+    before = None if last == Ms[-1] else last
     most = min([before, 0, *Ms[:-1], None], key=cost)
     pairs = [(picked(most, M), shipped[M]) for M in Ms if picked(most, M) is not shipped[M]]
     gain = sum(math.log(old["median_ms"] / now["median_ms"]) for now, old in pairs)
     if gain > sum(max(LEAST_GAIN, _spread(now), _spread(old)) for now, old in pairs):
         best = max(pairs, key=lambda pair: pair[1]["median_ms"] / pair[0]["median_ms"])
         return {"fused_up_to_m": most, "source": source(*best)}
-    return {"fused_up_to_m": before, "source": basis} if basis.startswith(MEASURED) else None
+    first = shipped[Ms[0]]
+    return {"fused_up_to_m": before, "source": first["source"]} if _is_measured(first) else None
+
+
+# ---------------------------------------------------------------- tables with the winners
+
+
+def merged(table: Table, measured: Rows) -> Table:
+    """A card's table with what was measured: those rows first, then all others as they were."""
+    tiles, thresholds = {}, {}
+    for key, by_m in _questions(measured, "tile", KEY).items():
+        kernel = Kernel(*key[:3])
+        if kernel.op not in ATTENTION:
+            filters = dict(zip(KEY, key, strict=True))
+            tiles[key] = _ranged(by_m, filters, ("m_min", "m_max"), _tile_fields)
+    for key, by_m in _questions(measured, "hand over", KEY).items():
+        row = _threshold(by_m)
+        thresholds[key] = [dict(zip(KEY, key, strict=True)) | row] if row else []
+    return {
+        "thresholds": _replaced(table["thresholds"], thresholds, KEY, measured),
+        "tiles": _replaced(table["tiles"], tiles, KEY, measured),
+    }
 
 
 def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
     """`attention.json` with what was measured on a card, for that card alone."""
     backends, tiles = {}, {}
-    for (dtype, C), by_t in _by_key(measured, "attention", ("dtype", "k")).items():
-        named = {"arch": [arch], "dtype": [dtype], "c": [C]}
-        rows = _ranged(by_t, named, ("t_min", "t_max"), lambda row: {"backend": row["way"]})
-        backends[_attention_key(named)] = rows
-    for (op, dtype, C), by_t in _by_key(measured, "tile", ("op", "dtype", "k")).items():
+    for (dtype, C), by_t in _questions(measured, "attention", ("dtype", "k")).items():
+        filters = {"arch": [arch], "dtype": [dtype], "c": [C]}
+        rows = _ranged(by_t, filters, ("t_min", "t_max"), lambda row: {"backend": row["way"]})
+        backends[_key(filters, ATTENTION_KEY)] = rows
+    for (op, dtype, C), by_t in _questions(measured, "tile", ("op", "dtype", "k")).items():
         if op in ATTENTION:  # its tiles are for any T: the longest counts most
-            named = {"kernel": [op], "arch": [arch], "dtype": [dtype], "c": [C]}
-            longest = {max(by_t): by_t[max(by_t)]}
-            ship = partial(_tile_of, Kernel(op, "dense", dtype))
-            rows = _ranged(longest, {}, ("t_min", "t_max"), ship)
-            rows = [named | {k: v for k, v in row.items() if k[:2] != "t_"} for row in rows]
-            tiles[_attention_key(named)] = rows
+            filters = {"kernel": [op], "arch": [arch], "dtype": [dtype], "c": [C]}
+            won = winner(by_t[max(by_t)])
+            rows = [filters | _tile_fields(won[0]) | {"source": won[1]}] if won else []
+            tiles[_key(filters, ATTENTION_KEY)] = rows
     return {
-        "backends": _replaced(table["backends"], backends, _attention_key, measured),
-        "tiles": _replaced(table["tiles"], tiles, _attention_key, measured),
+        "backends": _replaced(table["backends"], backends, ATTENTION_KEY, measured),
+        "tiles": _replaced(table["tiles"], tiles, ATTENTION_KEY, measured),
     }
 
 
-def _attention_key(row: dict) -> tuple:
-    return tuple(json.dumps(row.get(name)) for name in ("kernel", "arch", "dtype", "c"))
+def _tile_fields(row: dict) -> dict[str, int]:
+    return asdict(named_tile(Kernel(row["op"], row["storage"], row["dtype"]), row["tile"]))
+
+
+def _key(row: dict, names: tuple[str, ...]) -> tuple:
+    values = (row.get(name) for name in names)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+def _replaced(rows: Rows, new: dict[tuple, Rows], names: tuple[str, ...], measured: Rows) -> Rows:
+    """new: replaces the measured rows of a key, unless another device was measured for it."""
+    device = measured[0]["device_name"] if measured else ""
+    ours = [row for row in rows if _is_measured(row)]
+    theirs = {_key(row, names) for row in ours if f", {device}, " not in row["source"]}
+    new = {key: made for key, made in new.items() if key not in theirs}
+    others = [row for row in rows if row not in ours or _key(row, names) not in new]
+    return [row for key in sorted(new, key=str) for row in new[key]] + others
+
+
+# ---------------------------------------------------------------- files
 
 
 def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:
-    """The text of every file that the rows of a sweep change. Raises ConfigError as
-    `of_one_device`, and for a card that no file is shipped for."""
+    """The text of every file that the rows of a sweep change. Raises ConfigError as `of_one_device`
+    does, and for a card that no file is shipped for."""
     found: dict[Path, str] = {}
     attention = json.loads(ATTENTION_PATH.read_text(encoding="utf-8"))
     for arch in sorted({row["arch"] for row in rows if row.get("bench") == "tune"}):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from fluxfast_kernels.dispatch import attention as attention_rows
 from fluxfast_kernels.dispatch import dispatch
 
@@ -17,7 +18,7 @@ from bench.offline import SHARED_LIMIT
 from bench.tune import cli as tune
 from bench.tune import tiles as tune_tiles
 from bench.tune.space import ATTENTION, KERNELS, Kernel, groups, named_tile, space, tile_name
-from bench.tune.tiles import DIED, KEPT, candidates, heading_of, kept, load
+from bench.tune.tiles import DIED, KEPT, heading_of, kept, load
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ NAMES = ["64x64x32.4w2", "64x64x32.4w3", "64x64x32.4w4"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_the_space_of_every_kernel(kernel):
+def test_space_of_every_kernel(kernel):
     tiles = space(kernel, 89)
     assert 8 <= len(tiles) == len(set(tiles)) <= 90
     assert len(space(kernel, 90)) >= len(tiles)  # it has more shared memory
@@ -46,11 +47,9 @@ def test_the_space_of_every_kernel(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_what_ships_is_compiled_as_its_kernel_is(kernel):
-    """The cases of a tile are those that `bench/compile.py` has for a row that ships it."""
+def test_cases_of_a_shipped_tile_are_those_of_bench_compile(kernel):
     if kernel.op in ATTENTION:
-        half = tune.torch.bfloat16
-        (shipped, *_) = attention_rows.shipped_to(kernel.op, half, 128)
+        (shipped, *_) = attention_rows.shipped_to(kernel.op, torch.bfloat16, 128)
     else:
         (shipped, *_) = dispatch.shipped_to(*kernel)
     shipped_cases = {case.name for case in compile_cases.cases()}
@@ -59,7 +58,7 @@ def test_what_ships_is_compiled_as_its_kernel_is(kernel):
 
 
 @pytest.mark.parametrize("name", ["128x128.4w3", "128x128x64", "128x128x64.4w3g", "x"])
-def test_other_names_are_refused(name):
+def test_other_tile_names_are_refused(name):
     with pytest.raises(ValueError, match="no name of a tile"):
         named_tile(DENSE, name)
 
@@ -78,7 +77,7 @@ FINE = {"registers": 200, "stack": 0, "shared": SHARED_LIMIT[89], "sass": {"HMMA
         (None, "does not compile"),
     ],
 )
-def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, heading):
+def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, heading, monkeypatch):
     last = list(compile_cases.tile_cases(*DENSE, named_tile(DENSE, NAMES[0])))[-1].name
 
     def cost_of(case, arch):
@@ -88,89 +87,86 @@ def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, hea
             return {}, "failed: no such layout"
         return FINE | change, bench_compile.verdict(case, FINE | change, arch)
 
-    assert heading_of(DENSE, NAMES[0], 89, cost_of) == heading
+    monkeypatch.setattr(tune_tiles, "cost_of", cost_of)
+    assert heading_of(DENSE, NAMES[0], 89) == heading
 
 
-def test_cases_that_a_card_does_not_have_are_left_out():
+@pytest.mark.parametrize(("arch", "has_fp8"), [(80, False), (89, True)])
+def test_cases_that_a_card_does_not_have_are_left_out(arch, has_fp8, monkeypatch):
     kernel, seen = Kernel("lora_skinny_8bit", "dense", "half"), []
 
     def cost_of(case, arch):
         seen.append(case.name)
         return FINE, None
 
-    name = tile_name(space(kernel, 80)[0])
-    assert heading_of(kernel, name, 80, cost_of) == KEPT
-    assert seen and not any("fp8" in name for name in seen)
-    heading_of(kernel, name, 89, cost_of)
-    assert any("fp8" in name for name in seen)
+    monkeypatch.setattr(tune_tiles, "cost_of", cost_of)
+    assert heading_of(kernel, tile_name(space(kernel, 80)[0]), arch) == KEPT
+    assert seen and any("fp8" in name for name in seen) == has_fp8
 
 
-def judged(kernel, name, arch):
+def verdict(kernel, name, arch):
     return {NAMES[0]: KEPT, NAMES[1]: "spills"}.get(name, "does not compile")
 
 
-def dies(kernel, name, arch):
-    if name == NAMES[1]:
-        os._exit(139)
-    return KEPT
-
-
 @pytest.fixture
-def few(monkeypatch):
-    """Three tiles for each kernel."""
+def candidates(tmp_path, monkeypatch):
+    """Lists of three tiles for each kernel, as `judge` has them."""
     tiles = [named_tile(DENSE, name) for name in NAMES]
     monkeypatch.setattr(tune_tiles, "space", lambda kernel, arch: tiles)
 
+    def run(kernels=(DENSE,), judge=verdict, arch=89, budget_s=None, workers=1):
+        monkeypatch.setattr(tune_tiles, "heading_of", judge)
+        path = tmp_path / f"sm_{arch}.json"
+        return tune_tiles.candidates(arch, kernels, path, budget_s, workers)
 
-def test_the_list_holds_every_tile_under_what_is_said_of_it(few, tmp_path):
-    path = tmp_path / "sm_89.json"
-    other = Kernel("gemm_8bit", "dense", "int8")
-    found = candidates(89, [other, DENSE], path, workers=2, judge=judged)
-    assert found == load(path) and load(path, "another") == {}
+    return run
+
+
+def test_the_list_holds_every_tile_under_its_verdict(candidates, tmp_path):
+    path, other = tmp_path / "sm_89.json", Kernel("gemm_8bit", "dense", "int8")
+    found = candidates([other, DENSE], workers=2)
+    table = json.loads(path.read_text())
+    assert (table["triton"], found) == load(path)
     assert kept(found, DENSE) == [named_tile(DENSE, NAMES[0])]
-    text = path.read_text()
-    assert f'"{KEPT}": ["{NAMES[0]}"]' in text and f'"spills": ["{NAMES[1]}"]' in text
-    table = json.loads(text)
+    assert f'"{KEPT}": ["{NAMES[0]}"]' in path.read_text()
+    assert table["kernels"][str(DENSE)]["spills"] == [NAMES[1]] and table["arch"] == 89
     assert list(table["kernels"]) == [str(DENSE), str(other)]  # whatever came first
-    assert table["arch"] == 89 and table["triton"] == tune_tiles.triton_of(path)
 
 
-def test_a_list_goes_on_where_it_stopped(few, tmp_path):
+def test_a_list_is_resumed_but_not_that_of_another_triton(candidates, tmp_path):
     path = tmp_path / "sm_89.json"
-    assert candidates(89, [DENSE], path, budget_s=0.0, judge=judged) == {}
-    candidates(89, [DENSE], path, workers=1, judge=judged)
+    assert candidates(budget_s=0.0) == {}
+    candidates()
     table = json.loads(path.read_text())
     del table["kernels"][str(DENSE)]["spills"]
     path.write_text(json.dumps(table))
-    again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
+    again = candidates(judge=lambda *_: "asked")
     assert again[str(DENSE)] == {NAMES[0]: KEPT, NAMES[1]: "asked", NAMES[2]: "does not compile"}
     path.write_text(path.read_text().replace(table["triton"], "3.0.0"))
-    again = candidates(89, [DENSE], path, workers=1, judge=lambda *_: "asked")
-    assert set(again[str(DENSE)].values()) == {"asked"}
+    assert set(candidates(judge=lambda *_: "asked")[str(DENSE)].values()) == {"asked"}
 
 
-def test_a_compiler_that_dies_refuses_its_tile_alone(few, tmp_path):
-    found = candidates(89, [DENSE], tmp_path / "list.json", workers=3, judge=dies)
+def test_a_compiler_that_dies_refuses_its_tile_alone(candidates):
+    def dies(kernel, name, arch):
+        if name == NAMES[1]:
+            os._exit(139)
+        return KEPT
+
+    found = candidates(judge=dies, workers=3)
     assert found[str(DENSE)] == {NAMES[0]: KEPT, NAMES[1]: DIED, NAMES[2]: KEPT}
 
 
-def test_the_budget_ends_it(few, tmp_path):
-    def slow(kernel, name, arch):
-        time.sleep(0.4)
-        return KEPT
-
-    found = candidates(89, [DENSE], tmp_path / "x.json", budget_s=0.2, workers=1, judge=slow)
+def test_no_tile_is_begun_beyond_the_budget(candidates):
+    found = candidates(judge=lambda *_: (time.sleep(0.4), KEPT)[1], budget_s=0.2)
     assert list(found[str(DENSE)]) == NAMES[:1]
 
 
-def test_fp8_is_left_out_before_sm_89(few, tmp_path):
+def test_fp8_is_left_out_before_sm_89(candidates):
     kernels = [Kernel("gemm_8bit", "dense", kind) for kind in ("int8", "fp8")]
-    for arch, count in ((80, 1), (89, 2)):
-        path = tmp_path / f"{arch}.json"
-        assert len(candidates(arch, kernels, path, workers=1, judge=judged)) == count
+    assert [len(candidates(kernels, arch=arch)) for arch in (80, 89)] == [1, 2]
 
 
-def test_what_is_no_list_is_refused(tmp_path):
+def test_a_file_that_is_no_list_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text("[]")
     with pytest.raises(ConfigError, match=r"no list of tiles[\s\S]*hint"):
@@ -190,26 +186,11 @@ def test_two_tiles_are_compiled_for_a_4090(tmp_path):
     # a process that interprets cannot compile
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert load(path)[str(DENSE)] == {names[0]: KEPT, names[1]: "spills"}
+    assert load(path)[1][str(DENSE)] == {names[0]: KEPT, names[1]: "spills"}
     assert done.stdout.splitlines()[1].split() == [str(DENSE), "1", "2"]
 
 
-SHIPPED_LISTS = sorted(tune_tiles.FOLDER.glob("sm_*.json"))
-
-
-@pytest.mark.parametrize("path", SHIPPED_LISTS, ids=lambda path: path.name)
-def test_the_lists_that_are_kept_are_of_this_space(path, tmp_path):
-    arch, verdicts = int(path.stem[3:]), load(path)
-    tune_tiles.save(tmp_path / path.name, arch, tune_tiles.triton_of(path), verdicts)
-    assert (tmp_path / path.name).read_text() == path.read_text()
-    for kernel in KERNELS:
-        names = {tile_name(tile, with_group=False) for tile in space(kernel, arch)}
-        found = verdicts.get(str(kernel))
-        assert found is None or set(found) == names, kernel
-        assert found is None or KEPT in found.values(), kernel
-
-
-def test_kernels_are_named_by_the_words_they_begin_with():
-    assert tune.wanted([]) == list(KERNELS)
-    assert tune.wanted(["lora_gemm.dense"]) == [DENSE]
-    assert {k.op for k in tune.wanted(["gemm_8bit_dx"])} == {"gemm_8bit_dx", "gemm_8bit_dx_pair"}
+def test_kernels_are_selected_by_the_prefix_of_their_name():
+    assert tune.selected([]) == list(KERNELS)
+    assert tune.selected(["lora_gemm.dense"]) == [DENSE]
+    assert {k.op for k in tune.selected(["gemm_8bit_dx"])} == {"gemm_8bit_dx", "gemm_8bit_dx_pair"}

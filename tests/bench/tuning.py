@@ -1,11 +1,13 @@
-"""What the tests of `bench/tune*.py` share: a tiny model, conditions of a row, a clock."""
+"""What the tests of `bench/tune` share: a tiny model, conditions of a row, a clock."""
 
 from dataclasses import replace
 
 import pytest
+from fluxfast_kernels.dispatch import backend
 
 from bench import timing
 from bench.tune import sweep as tune_sweep
+from bench.tune.sweep import Target
 from fluxfast.model.spec import DEV, rope_axes
 
 TINY = replace(
@@ -20,7 +22,7 @@ TINY = replace(
 RANK, M = 4, 48
 QKV, PROJ = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj"
 LINEAR1, LINEAR2 = "single_blocks.0.linear1", "single_blocks.0.linear2"
-WHERE = {
+CONDITIONS = {
     "arch": 89,
     "device_name": "a card",
     "triton": "3.7.1",
@@ -31,13 +33,14 @@ WHERE = {
 NOW = [0.0]  # seconds; a test's work moves it on
 
 
-def yes() -> bool:
-    """The GPU still works."""
-    return True
+def target(rounds: int, **more) -> Target:
+    return Target(TINY, RANK, "cpu", 89, rounds, **more)
 
 
-def nothing(problem, names) -> None:
-    """Compiles nothing ahead."""
+@pytest.fixture
+def launchers():
+    with backend.cpu_launches(True):
+        yield
 
 
 @pytest.fixture
