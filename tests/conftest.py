@@ -77,6 +77,17 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Nano tensors are too small to share: a second thread waits longer than it works."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def fluxfast(monkeypatch, capfd):
     """Runs the command line in this process. -> (exit code, stdout, stderr)"""

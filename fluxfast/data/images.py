@@ -1,11 +1,9 @@
-"""Images in: find them, decode any kind to RGB, fit them to a bucket.
+"""Decodes images of any kind to RGB and fits them to a bucket.
 
 Embedded color profiles are not applied: pixels are taken as sRGB.
 """
 
-import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,7 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-# by content, whatever the name says; of Pillow's other readers one runs Ghostscript on what it gets
+# recognized by content, whatever the name; one of Pillow's other readers runs Ghostscript
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
 
 _STRIP = 64  # rows
@@ -33,57 +30,11 @@ _UPRIGHT = {
 }
 
 
-def find_images(
-    folder: Path,
-    recursive: bool = True,
-    on_error: Callable[[FluxfastError], None] | None = None,
-) -> list[Path]:
-    """Every jpg, jpeg, png and webp below `folder` (any case), sorted by relative path.
-
-    recursive: in the folders below it too, else in `folder` alone. Dot files and dot folders are
-    skipped; links to folders are followed, each real folder once. on_error: gets the error of a
-    folder below that cannot be read, which is raised without it.
-    Raises FluxfastError if the folder is missing, unreadable or holds no image.
-    """
-    folder = Path(folder)
-    try:
-        is_folder = folder.is_dir()
-    except OSError as error:  # it lies in one that may not be entered
-        raise FluxfastError(f"cannot read the folder {folder}: {error.strerror}") from None
-    if not is_folder:
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise FluxfastError(f"the image folder {folder} {problem}", hint="check `data.folder`")
-
-    def unreadable(error: OSError) -> None:
-        problem = FluxfastError(f"cannot read the folder {error.filename}: {error.strerror}")
-        if on_error is None or Path(error.filename) == folder:
-            raise problem
-        on_error(problem)
-
-    paths, visited = [], set()
-    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                paths.append(Path(parent, name))
-    if not paths:
-        raise FluxfastError(
-            f"no images in {folder}", hint="`data.folder` takes jpg, jpeg, png and webp files"
-        )
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
-
-
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels as the image is seen, EXIF orientation applied.
+    """Returns (width, height) in pixels with EXIF orientation applied. Raises as `load_image` does.
 
-    Reads the header only, save for a PNG, whose EXIF block may follow the pixels, and for a TIFF,
+    Reads only the header, except for a PNG, whose EXIF block may follow the pixels, and for a TIFF,
     which Pillow turns upright itself.
-    Raises FluxfastError naming the file if it is no image or larger than Pillow's limit.
     """
     with _open(path) as image:
         if image.format == "TIFF":
@@ -93,11 +44,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def load_image(path: Path) -> tuple[Image.Image, Image.Image | None]:
-    """Decode to (RGB image, alpha as an L image or None), upright, alpha composited on white.
+    """Returns (RGB image, alpha as an L image or None), upright, with alpha composited on white.
 
-    Of an animation, the first frame. 16-bit, 32-bit and float gray are scaled to 8 bits by their
-    full range.
-    Raises FluxfastError naming the file if it is missing, truncated, no image or larger than
+    Takes the first frame of an animation. 16-bit, 32-bit and float gray are scaled to 8 bits by
+    their full range.
+    Raises FluxfastError naming the file if it is missing, truncated, not an image or larger than
     Pillow's limit.
     """
     image = _decode(path)
@@ -107,13 +58,16 @@ def load_image(path: Path) -> tuple[Image.Image, Image.Image | None]:
 
 
 def load_mask(path: Path) -> Image.Image:
-    """Decode a mask to one L image, upright; where it is transparent it counts as black."""
+    """Returns a mask as an L image, upright; transparent parts are black."""
     image = _decode(path)
     return (image if image.mode == "RGB" else _composite(image, "black")).convert("L")
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Lanczos resize to cover `size` = (W, H), center crop -> fp32 [3, H, W] in -1..1."""
+    """Resizes (Lanczos) to cover `size` = (W, H) and crops to the center.
+
+    Returns fp32 [3, H, W] in -1..1.
+    """
     box = _center_box(image.size, size)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
     tensor = torch.tensor(pixels).permute(2, 0, 1).to(torch.float32)
@@ -121,9 +75,10 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
-    """The same crop for a mask, area-averaged -> fp32 [H / factor, W / factor] in 0..1.
+    """Crops a mask as `fit_image` does and averages it over areas.
 
-    mask: L image of the image's aspect, any resolution. `factor`: pixels per latent along a side.
+    mask: L image of the image's aspect, any resolution. factor: pixels per latent along a side.
+    Returns fp32 [H / factor, W / factor] in 0..1.
     """
     box = _center_box(mask.size, size)
     values = mask.convert("F").resize(size, Image.Resampling.BILINEAR, box=box)
@@ -134,7 +89,7 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
 def _center_box(
     source: tuple[int, int], size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The largest centered part of `source` that has the aspect of `size`, in source pixels."""
+    """Returns the largest centered part of `source` with the aspect of `size`, in its pixels."""
     (width, height), (new_width, new_height) = source, size
     scale = max(new_width / width, new_height / height)
     left = max(0.0, (width - new_width / scale) / 2)
@@ -148,7 +103,10 @@ def _open(path: Path) -> Image.Image:
             # Pillow warns at half of what it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
-        _check_tiles(image)
+        # a TIFF may decode a tile of any size for an image that is small
+        width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (322, 323))
+        if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"a tile is {width}x{height} pixels")
         return image
     except Image.DecompressionBombError as error:
         raise FluxfastError(
@@ -157,18 +115,10 @@ def _open(path: Path) -> Image.Image:
     except Exception as error:  # plugins raise what they like while they read a header
         if isinstance(error, OSError) and error.errno is not None:
             raise FluxfastError(f"cannot read the image {path}: {error.strerror}") from None
-        unknown = isinstance(error, UnidentifiedImageError)  # whose words are these already
-        reason = "" if unknown else f": {_words(error)}"
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {_words(error)}"
         raise FluxfastError(
             f"{path} is not an image that can be read{reason}", hint="replace or remove it"
         ) from None
-
-
-def _check_tiles(image: Image.Image) -> None:
-    """A TIFF may decode a tile of any size for a picture that is small."""
-    width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (322, 323))
-    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"a tile is {width}x{height} pixels")
 
 
 def _words(error: Exception) -> str:
@@ -176,7 +126,7 @@ def _words(error: Exception) -> str:
 
 
 def _decode(path: Path) -> Image.Image:
-    """RGB, or RGBA where the file carries transparency of any kind."""
+    """Returns an RGB image, or RGBA if the file carries transparency of any kind."""
     with _open(path) as image:
         try:
             image.load()
@@ -207,9 +157,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _scale_gray(image: Image.Image) -> Image.Image:
-    """Gray deeper than 8 bits, scaled by its range (`convert` clips all above 255 to white)."""
+    """Scales gray of more than 8 bits by its range (`convert` clips values above 255 to white)."""
     values = np.asarray(image)
-    # a strip at a time: in doubles the largest picture that is read would take gigabytes
+    # a strip at a time: in doubles the largest image that is read would take gigabytes
     strips = [slice(row, row + _STRIP) for row in range(0, len(values), _STRIP)]
 
     def doubles(rows: slice) -> np.ndarray:

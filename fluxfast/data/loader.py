@@ -1,18 +1,18 @@
-"""Batches from the cache: what step s trains on is a pure function of (data set, seed, s)."""
+"""Reads batches from the cache: a step's batch is a pure function of (data set, seed, step)."""
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from fluxfast import rng
 from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
-from fluxfast.errors import FluxfastError
 from fluxfast.objective import Batch
 
 PREFETCH = 2  # batches read ahead
@@ -20,14 +20,13 @@ TEXT_CACHE = 32  # embeddings kept in memory; T5-XXL's take 4 MiB each in bf16
 
 
 class Loader:
-    """Reads batches of one size each; every sample comes at least once per epoch.
+    """Reads batches of one image size each; every sample comes at least once per epoch.
 
-    batch_size: of all processes together; places: those in each batch that this one takes (None:
+    batch_size: of all processes together; places: this process's positions in each batch (None:
     all). pin: `iterate` puts batches into page-locked memory, which a GPU copies from while it
     computes.
 
-    Raises FluxfastError for an empty data set, and while reading for a cache file that is gone or
-    corrupt.
+    Raises CacheDamaged while reading, for a cache file that is missing or corrupt.
     """
 
     def __init__(
@@ -39,10 +38,6 @@ class Loader:
         pin: bool = False,
         places: range | None = None,
     ):
-        if not dataset.samples:
-            raise FluxfastError("the data set is empty")
-        if batch_size < 1:
-            raise FluxfastError(f"the batch size must be at least 1, got {batch_size}")
         self.dataset, self.batch_size, self.seed, self.pin = dataset, batch_size, seed, pin
         self.places = range(batch_size) if places is None else places
         self._buckets: dict[tuple[int, int], list[int]] = {}
@@ -57,7 +52,7 @@ class Loader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of every sample in its order: equal for data sets that make the same batches."""
+        """The hash of every sample in order: equal for data sets that make the same batches."""
         digest = hashlib.sha256()
         for sample in self.dataset.samples:
             files = [sample.latents, sample.flipped, *sample.texts]
@@ -67,10 +62,11 @@ class Loader:
     @cached_property
     def latent_sizes(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(w, h) in pixels of every bucket -> (rows, columns) of its latents."""
-        samples = self.dataset.samples
-        firsts = {size: samples[members[0]] for size, members in self._buckets.items()}
-        shapes = {size: self._latents(first, 0)["mean"].shape for size, first in firsts.items()}
-        return {size: (shape[-2], shape[-1]) for size, shape in shapes.items()}
+        sizes = {}
+        for size, members in self._buckets.items():
+            rows, columns = self._latents(self.dataset.samples[members[0]], 0)["mean"].shape[-2:]
+            sizes[size] = rows, columns
+        return sizes
 
     @cached_property
     def text_length(self) -> int:
@@ -78,13 +74,12 @@ class Loader:
         return self._read_text(self.dataset.samples[0].texts[0])["t5"].shape[0]
 
     def peek(self, step: int) -> tuple[list[int], int, Tensor]:
-        """Of the batch of step `step`: its global sample indices, the image tokens of a sample, and
+        """Returns the global sample indices of a step's batch, the image tokens of a sample, and
         the pooled CLIP states [B, P]. Reads no latents.
         """
         samples, indices = self._members(step)
         rows, columns = self.latent_sizes[samples[0].size]
-        pairs = zip(samples, indices, strict=True)
-        pooled = [self._text(*pair)["pooled"] for pair in pairs]
+        pooled = [self._text(*pair)["pooled"] for pair in zip(samples, indices, strict=True)]
         return indices, (rows // 2) * (columns // 2), torch.stack(pooled)
 
     def _members(self, step: int) -> tuple[list[Sample], list[int]]:
@@ -94,10 +89,11 @@ class Loader:
         return samples, [step * self.batch_size + position for position in self.places]
 
     def batch(self, step: int) -> Batch:
-        """The batch of step `step` >= 0 (steps here are batches: one per accumulation step)."""
+        """Returns the batch of step `step` >= 0, one per accumulation step."""
         samples, indices = self._members(step)
-        latents = [self._latents(*pair) for pair in zip(samples, indices, strict=True)]
-        texts = [self._text(*pair) for pair in zip(samples, indices, strict=True)]
+        pairs = list(zip(samples, indices, strict=True))
+        latents = [self._latents(*pair) for pair in pairs]
+        texts = [self._text(*pair) for pair in pairs]
         return Batch(
             mean=torch.stack([tensors["mean"] for tensors in latents]),
             std=torch.stack([tensors["std"] for tensors in latents]),
@@ -109,13 +105,12 @@ class Loader:
         )
 
     def examples(self) -> Iterator[Batch]:
-        """The first batch of every size in the first epoch, where some have masks with and without
-        one.
+        """Yields the first batch of every size in the first epoch, with and without masks where
+        there are both.
         """
         seen = set()
         for step in range(self.batches_per_epoch):
-            samples, _ = self._members(step)
-            size = samples[0].size
+            size = self._members(step)[0][0].size
             if (size, True) in seen or ((size, False) in seen and not self._has_masks):
                 continue
             batch = self.batch(step)
@@ -125,48 +120,31 @@ class Loader:
 
     @cached_property
     def _has_masks(self) -> bool:
-        return any("mask" in self._latents(s, 0) for s in self.dataset.samples)
+        return any("mask" in self._latents(sample, 0) for sample in self.dataset.samples)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of steps start to stop - 1 in order, read ahead by one background thread.
+        """Yields the batches of steps start to stop - 1, read ahead by a background thread.
 
-        An error in the thread is raised here. The thread ends with the iterator (exhausted, closed
-        or dropped).
+        Errors in the thread are raised here. The thread ends with the iterator.
         """
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCH)
-        stopped = threading.Event()
+        with ThreadPoolExecutor(1, "fluxfast-loader") as thread:
+            steps = iter(range(start, stop))
+            pending = deque(thread.submit(self._read, step) for step in islice(steps, PREFETCH))
+            while pending:
+                batch = pending.popleft().result()
+                pending.extend(thread.submit(self._read, step) for step in islice(steps, 1))
+                yield batch
 
-        def put(item: Batch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read_ahead() -> None:
-            try:
-                for step in range(start, stop):
-                    if stopped.is_set():
-                        return
-                    batch = self.batch(step)
-                    put(_pinned(batch) if self.pin else batch)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="fluxfast-loader", daemon=True)
-        thread.start()
-        try:
-            for _ in range(start, stop):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+    def _read(self, step: int) -> Batch:
+        batch = self.batch(step)
+        if not self.pin:
+            return batch
+        fields = vars(batch).items()
+        pinned = {name: value.pin_memory() for name, value in fields if isinstance(value, Tensor)}
+        return replace(batch, **pinned)
 
     def _epoch_order(self, epoch: int) -> list[list[int]]:
-        """Sample numbers of every batch of an epoch, in order."""
+        """Returns the sample numbers of every batch of an epoch, in order."""
         known, order = self._epoch
         if known == epoch:
             return order
@@ -191,13 +169,6 @@ class Loader:
             return self._read_text(self.dataset.empty_text)
         variant = rng.integer(self.seed, "caption", index, len(sample.texts))
         return self._read_text(sample.texts[variant])
-
-
-def _pinned(batch: Batch) -> Batch:
-    tensors = {
-        name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)
-    }
-    return replace(batch, **tensors)
 
 
 def _stack_masks(latents: list[dict[str, Tensor]]) -> Tensor | None:

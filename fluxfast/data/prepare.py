@@ -1,11 +1,10 @@
-"""From a configuration to a cached data set: resolves the model's parts and runs the cache step
-with a bar.
+"""Prepares a run: resolves the model's parts and runs the cache step with progress bars.
 
-Needs neither transformers nor diffusers when everything is cached.
+Needs neither transformers nor diffusers if everything is cached.
 """
 
 import logging
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,7 +14,7 @@ import torch
 from fluxfast import rng
 from fluxfast.config.schema import Config, ModelConfig
 from fluxfast.data.cache import Encoding, encode_prompts, prepare_dataset
-from fluxfast.data.captions import clean_trigger
+from fluxfast.data.captions import PLACEHOLDER, clean_trigger
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component, has_component
@@ -33,7 +32,7 @@ _BARS = {"hash": "reading images", "text": "encoding captions", "latents": "enco
 
 
 class Parts(NamedTuple):
-    """A model's parts. root: what holds the VAE and the text encoders; text_length: T5 tokens per
+    """A model's parts. root: holds the VAE and the text encoders; text_length: T5 tokens per
     prompt.
     """
 
@@ -46,8 +45,8 @@ class Parts(NamedTuple):
 class Prepared:
     """Everything that training reads from disk.
 
-    held_out: what validation measures on (empty without); model: the transformer; root: what holds
-    the VAE and the text encoders; prompts: preview prompt (trigger put in) -> its embeddings' file.
+    held_out: the samples that validation measures on; model: the transformer; root: holds the VAE
+    and the text encoders; prompts: preview prompt with its trigger -> the file of its embeddings.
     """
 
     dataset: Dataset
@@ -62,7 +61,7 @@ def prepare(
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
-    parts: the model's, where they are resolved already. Raises FluxfastError for a missing or unfit
+    parts: the model's, if they are resolved already. Raises FluxfastError for a missing or unfit
     model, data that cannot be used, or a full disk; ConfigError for a precision that cannot be.
     """
     with ranks.main_process_first():  # one fetches what is on the Hub
@@ -74,21 +73,28 @@ def prepare(
     with bars, shared_lock(config.cache_path, "latents", "text"):
         tasks: dict[str, Any] = {}  # the bars' ids
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(_BARS.get(what, what), total=total)
+        def progress(kind: str, done: int, total: int) -> None:
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(_BARS[kind], total=total)
                 if bars.disable:
-                    log.info(f"{_BARS.get(what, what)}: {total}")
-            bars.update(tasks[what], completed=done, total=total)
+                    log.info(f"{_BARS[kind]}: {total}")
+            bars.update(tasks[kind], completed=done, total=total)
 
-        def prepared(settings: Config, prompts: list[str]) -> Dataset:
-            return prepare_dataset(settings, encoding, progress, extra_prompts=prompts, ranks=ranks)
-
-        dataset, held_out = _hold_out(config, prepared(config, prompts), prepared)
+        dataset = prepare_dataset(config, encoding, progress, extra_prompts=prompts, ranks=ranks)
+        held_out: list[Sample] = []
+        if config.validation.share:
+            dataset, held_out = hold_out(dataset, config.validation.share, config.seed)
+        elif config.validation.folder is not None:
+            # with the first data entry's captions and resolutions, each image once
+            folder = {"folder": config.validation.folder, "recursive": True}
+            data = config.data[0].model_copy(update=folder | {"num_repeats": 1, "flip": False})
+            only = config.model_copy(update={"data": [data]})
+            held_out = prepare_dataset(only, encoding, progress, ranks=ranks).samples
         files = encode_prompts(prompts, config.cache_path, encoding)
+    buckets = sorted(Counter(sample.size for sample in dataset.samples).items())
     log.info(
-        f"{len(dataset.samples)} samples in {len(dataset.buckets)} buckets: "
-        + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.buckets.items()),
+        f"{len(dataset.samples)} samples in {len(buckets)} buckets: "
+        + ", ".join(f"{w}x{h} ({count})" for (w, h), count in buckets),
     )
     if held_out:
         pictures = len({sample.name for sample in held_out})
@@ -96,30 +102,12 @@ def prepare(
     return Prepared(dataset, held_out, model, root, files)
 
 
-def _hold_out(
-    config: Config, dataset: Dataset, prepared: Callable[[Config, list[str]], Dataset]
-) -> tuple[Dataset, list[Sample]]:
-    """-> (the training set, held-out samples), by share or from a folder of their own."""
-    validation = config.validation
-    if validation.share:
-        return hold_out(dataset, validation.share, config.seed)
-    if validation.folder is None:
-        return dataset, []
-    # the first data entry's way with captions, at its resolutions, each picture once
-    data = config.data[0].model_copy(
-        update={"folder": validation.folder, "recursive": True, "num_repeats": 1, "flip": False}
-    )
-    only = config.model_copy(update={"data": [data]})
-    return dataset, prepared(only, []).samples
-
-
 def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[Sample]]:
-    """Take `share` of the pictures (at least one) out of the training set, at every resolution and
-    repeat.
+    """Takes `share` of the images (at least one) out of the training set, at every resolution and
+    repeat. Which ones depends on their names and the seed alone.
 
-    -> (what is left, the held-out samples, one per picture and resolution). Which pictures depends
-    on their content's keys and the seed alone. Raises ConfigError where nothing would be left to
-    train on.
+    Returns the remaining data set and the held-out samples, one per image and resolution. Raises
+    ConfigError if nothing would be left to train on.
     """
     names = sorted({sample.name for sample in dataset.samples})
     count = max(1, round(share * len(names)))
@@ -129,37 +117,34 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[S
         )
     held = {names[i] for i in rng.permutation(seed, "validation", 0, len(names))[:count]}
     samples = [sample for sample in dataset.samples if sample.name not in held]
-    buckets = {}
-    for sample in samples:
-        buckets[sample.size] = buckets.get(sample.size, 0) + 1
-    out = {s.latents: s for s in dataset.samples if s.name in held}
-    return Dataset(samples, dataset.empty_text, dict(sorted(buckets.items()))), list(out.values())
+    held_out = {sample.latents: sample for sample in dataset.samples if sample.name in held}
+    return Dataset(samples, dataset.empty_text), list(held_out.values())
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
-    """What the text encoders and the VAE run in."""
+    """Returns the dtype of the text encoders and the VAE."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def preview_prompts(config: Config) -> list[str]:
-    """The preview prompts with [trigger] replaced. Raises FluxfastError where there is no
-    trigger.
-    """
+    """Returns the preview prompts with [trigger] replaced. Raises ConfigError without a trigger."""
     trigger = clean_trigger(config.trigger)
     prompts = []
     for prompt in config.sample.prompts:
-        if "[trigger]" in prompt and trigger is None:
+        if PLACEHOLDER in prompt and trigger is None:
             raise ConfigError(
                 f"sample.prompts: {prompt!r} has [trigger], but no trigger is set",
                 hint='set trigger: "ohwx dog"',
             )
-        prompts.append(prompt.replace("[trigger]", trigger or ""))
+        prompts.append(prompt.replace(PLACEHOLDER, trigger or ""))
     return prompts
 
 
 def resolve_parts(config: ModelConfig, device: torch.device) -> Parts:
-    """Raises FluxfastError for a model that is missing, incomplete or unfit, ConfigError where it
-    cannot be stored and multiplied as asked.
+    """Finds the model's parts on disk or the Hub and decides its precision.
+
+    Raises FluxfastError for a model that is missing, incomplete or unfit, ConfigError if it cannot
+    be stored and multiplied as configured.
     """
     resolve_precision(config.storage, config.compute, device)  # fails before a download
     wanted = TRANSFORMER if config.encoders else (*TRANSFORMER, *ENCODERS)
@@ -170,7 +155,7 @@ def resolve_parts(config: ModelConfig, device: torch.device) -> Parts:
 
 
 def _encoders_root(model: ModelConfig, base: Path) -> Path:
-    """What holds the VAE, the text encoders and the tokenizers."""
+    """Returns the folder or file that holds the VAE, the text encoders and the tokenizers."""
     if model.encoders:
         root = fetch_model(model.encoders, ENCODERS)
     else:
@@ -192,11 +177,11 @@ def _encoders_root(model: ModelConfig, base: Path) -> Path:
 
 
 def _text_length(model: ModelConfig, spec: FluxSpec, root: Path) -> int:
-    """T5 tokens: as asked, else the model's own length, never more than its tokenizer takes."""
-    asked = model.max_sequence_length
+    """Returns the T5 tokens: as configured, or the model's own if its tokenizer takes so many."""
+    length = model.max_sequence_length
     limit = tokenizer_length(cast(Path, component(root, "tokenizer_2")))
-    if asked and limit and asked > limit:
+    if length and limit and length > limit:
         raise ConfigError(
-            f"model.max_sequence_length is {asked}, the model's T5 tokenizer takes at most {limit}"
+            f"model.max_sequence_length is {length}, the model's T5 tokenizer takes at most {limit}"
         )
-    return asked or min(spec.text_length, limit or spec.text_length)
+    return length or min(spec.text_length, limit or spec.text_length)

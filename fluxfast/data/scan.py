@@ -1,5 +1,5 @@
-"""The scan: which images there are, their content hashes, sizes, buckets and masks; and what of a
-data set cannot be used.
+"""The scan: finds images and masks, hashes them, assigns buckets, and reports files that cannot be
+used.
 """
 
 import hashlib
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxfast.config.schema import DataConfig
-from fluxfast.data import images
 from fluxfast.data.buckets import bucket_size
+from fluxfast.data.images import image_size
 from fluxfast.data.store import SPACE_HINT
 from fluxfast.errors import FluxfastError
 from fluxfast.util.files import open_regular, write_atomic
 
 log = logging.getLogger(__name__)
 
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 2**31  # bytes: 179 megapixels of four 16-bit numbers, uncompressed, take 1.4 GB
-_LISTED = 5  # of an error that names several
+_LISTED = 5  # files that an error names
+
+Progress = Callable[[str, int, int], None]  # kind ("hash", "text", "latents"), done, total
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,19 @@ class ScannedImage:
 
 
 class SkipReport:
-    """Why files are left out: logged at once, a line a file, and counted at the end; or, where the
-    data is to be used strictly, gathered to end the run. pictures: the images left out.
+    """Files that cannot be used: each is logged at once and counted at the end or, with `strict`,
+    collected into one error. images: those that are left out.
     """
 
     def __init__(self):
-        self.pictures: set[Path] = set()
+        self.images: set[Path] = set()
         self._messages: set[str] = set()
         self._refused: list[FluxfastError] = []
 
     def add(self, error: FluxfastError, strict: bool, image: Path | None = None) -> None:
-        """error: names the file and the reason. image: what is not trained on for it, if it is one
-        image. A file that spoils several is logged once.
-        """
+        """error: names the file and the reason; logged once. image: left out because of it."""
         if image is not None:
-            self.pictures.add(image)
+            self.images.add(image)
         if error.message in self._messages:
             return
         self._messages.add(error.message)
@@ -64,22 +65,22 @@ class SkipReport:
             log.warning(f"skipped: {error.message}")
 
     def check(self) -> None:
-        """Raises FluxfastError for what was refused so far, all of it at once."""
-        refused = self._refused
-        if len(refused) == 1:
-            raise refused[0]
-        if refused:
-            more = "; …" if len(refused) > _LISTED else ""
-            listed = "; ".join(error.message for error in refused[:_LISTED]) + more
+        """Raises FluxfastError if strict data has files that cannot be used."""
+        if len(self._refused) == 1:
+            raise self._refused[0]
+        if self._refused:
+            messages = [error.message for error in self._refused]
+            more = "; …" if len(messages) > _LISTED else ""
             raise FluxfastError(
-                f"{len(refused)} files cannot be used: {listed}", hint=refused[0].hint
+                f"{len(messages)} files cannot be used: {'; '.join(messages[:_LISTED])}{more}",
+                hint=self._refused[0].hint,
             )
 
     def conclude(self, total: int) -> None:
-        """Log how many of `total` pictures are left out, if anything was."""
+        """Log how many of `total` images are left out, if any file was skipped."""
         if self._messages:
             log.warning(
-                f"{len(self.pictures)} of {total} pictures skipped; strict: true beside "
+                f"{len(self.images)} of {total} pictures skipped; strict: true beside "
                 "data.folder makes that an error"
             )
 
@@ -88,77 +89,93 @@ def scan_folders(
     folders: list[DataConfig],
     index_path: Path,
     report: SkipReport,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda kind, done, total: None,
 ) -> list[list[ScannedImage]]:
-    """The images of each data folder, in the order of their names.
+    """Returns the images of each data folder, sorted by name.
 
-    index_path: a JSON file that keeps the size of every content hash; a lost one is built again.
-    report: gets what cannot be read, is too small, or lacks its mask.
-    Raises FluxfastError for a missing folder, and for what is refused there.
+    index_path: a JSON file of image sizes by content hash, rebuilt if missing or damaged. report:
+    collects images that cannot be read, are too small, or lack their mask.
+    Raises FluxfastError for a missing folder, and for what `report` refuses.
     """
-    found = [_find(data, report) for data in folders]
-    total = sum(map(len, found))
-    index = _SizeIndex(index_path)
-    scanned: list[list[ScannedImage]] = []
-    done = 0
-    for data, paths in zip(folders, found, strict=True):
-        scanned.append([])
-        for path in paths:
+    paths = [_find_images(data, report) for data in folders]
+    total, done = sum(map(len, paths)), 0
+    sizes = _read_sizes(index_path)
+    known = len(sizes)
+    scanned = []
+    for data, own in zip(folders, paths, strict=True):
+        images = []
+        for path in own:
             try:
-                scanned[-1].append(_scan(data, path, index))
+                images.append(_scan(data, path, sizes))
             except FluxfastError as error:
                 report.add(error, data.strict, path)
             done += 1
             progress("hash", done, total)
-    index.save()
+        scanned.append(images)
+    if len(sizes) > known:
+        text = json.dumps(sizes)
+        write_atomic(index_path, f"{_checksum(text)}\n{text}".encode(), hint=SPACE_HINT)
     report.check()
     return scanned
 
 
-def _scan(data: DataConfig, path: Path, index: "_SizeIndex") -> ScannedImage:
+def _scan(data: DataConfig, path: Path, sizes: dict[str, tuple[int, int]]) -> ScannedImage:
     content = content_hash(path)
-    width, height = index.size(path, content)
+    if content not in sizes:
+        sizes[content] = image_size(path)
     try:
-        buckets = tuple(bucket_size(width, height, resolution) for resolution in data.resolution)
+        buckets = tuple(bucket_size(*sizes[content], resolution) for resolution in data.resolution)
     except FluxfastError as error:
         raise FluxfastError(f"the image {path}: {error.message}", hint=error.hint) from None
     mask = _find_mask(data, path) if data.mask == "folder" else None
-    return ScannedImage(
-        path=path,
-        name=path.relative_to(data.folder).as_posix(),
-        hash=content,
-        buckets=buckets,
-        mask=mask,
-        mask_hash=content_hash(mask) if mask else None,
-    )
+    name = path.relative_to(data.folder).as_posix()
+    return ScannedImage(path, name, content, buckets, mask, content_hash(mask) if mask else None)
 
 
-def _find(data: DataConfig, report: SkipReport) -> list[Path]:
-    """Images of a data folder; a mask folder that lies inside it is left out."""
-    paths = images.find_images(
-        data.folder, data.recursive, lambda error: report.add(error, data.strict)
-    )
-    if data.mask_folder is None:
-        return paths
-    folder, masks = _real(data.folder), _real(data.mask_folder)
-    if masks != folder and masks.is_relative_to(folder):
-        paths = [path for path in paths if not _real(path).is_relative_to(masks)]
-        if not paths:
-            raise FluxfastError(
-                f"no images in {data.folder} beside the masks in {data.mask_folder}"
-            )
-    return paths
+def _find_images(data: DataConfig, report: SkipReport) -> list[Path]:
+    """Returns the folder's images, sorted by relative path, without those in its mask folder.
 
+    Skips dot files and dot folders, and follows links to folders, each real folder once.
+    Raises FluxfastError if the folder is missing, unreadable or holds no image.
+    """
+    root = data.folder
 
-def _real(path: Path) -> Path:
-    """Links followed; one that leads round in a circle is left as it is (`resolve` would raise)."""
-    return Path(os.path.realpath(path))
+    def unreadable(error: OSError) -> None:
+        message = f"cannot read the folder {error.filename}: {error.strerror}"
+        if Path(error.filename) == root:
+            raise FluxfastError(message, hint="check `data.folder`")
+        report.add(FluxfastError(message), data.strict)
+
+    paths, visited = [], set()
+    for parent, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if data.recursive and name[0] != ".")
+        for name in files:
+            if name[0] != "." and Path(name).suffix.lower() in EXTENSIONS:
+                paths.append(Path(parent, name))
+    excluded = ""
+    if data.mask_folder is not None:
+        # realpath, unlike `resolve`, takes circular links
+        masks = Path(os.path.realpath(data.mask_folder))
+        if Path(os.path.realpath(root)) in masks.parents:
+            paths = [path for path in paths if masks not in Path(os.path.realpath(path)).parents]
+            excluded = f" other than the masks in {data.mask_folder}"
+    if not paths:
+        raise FluxfastError(
+            f"no images in {root}{excluded}",
+            hint="`data.folder` takes jpg, jpeg, png and webp files",
+        )
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _find_mask(data: DataConfig, image: Path) -> Path:
     assert data.mask_folder is not None  # Config requires it
     stem = data.mask_folder / image.relative_to(data.folder)
-    for extension in images.EXTENSIONS:
+    for extension in EXTENSIONS:
         for spelling in (extension, extension.upper()):
             if os.path.lexists(mask := stem.with_suffix(spelling)):
                 return mask
@@ -168,31 +185,18 @@ def _find_mask(data: DataConfig, image: Path) -> Path:
     )
 
 
-class _SizeIndex:
-    """Width and height by content hash: a PNG must be decoded whole to learn its orientation.
+def _read_sizes(path: Path) -> dict[str, tuple[int, int]]:
+    """Returns (width, height) by content hash: a PNG must be decoded whole to know its orientation.
 
     The file's first line is the checksum of its second.
     """
-
-    def __init__(self, path: Path):
-        self.path, self.changed, self.sizes = path, False, {}
-        try:
-            checksum, _, text = path.read_text(encoding="ascii").partition("\n")
-            if checksum == _checksum(text):
-                self.sizes = {key: (w, h) for key, (w, h) in json.loads(text).items()}
-        except (OSError, ValueError):  # absent or damaged: measured again
-            pass
-
-    def size(self, path: Path, content: str) -> tuple[int, int]:
-        if content not in self.sizes:
-            self.sizes[content] = images.image_size(path)
-            self.changed = True
-        return self.sizes[content]
-
-    def save(self) -> None:
-        if self.changed:
-            text = json.dumps(self.sizes)
-            write_atomic(self.path, f"{_checksum(text)}\n{text}".encode(), hint=SPACE_HINT)
+    try:
+        checksum, _, text = path.read_text(encoding="ascii").partition("\n")
+        if checksum == _checksum(text):
+            return {key: (width, height) for key, (width, height) in json.loads(text).items()}
+    except (OSError, ValueError):  # missing or damaged: measured again
+        pass
+    return {}
 
 
 def _checksum(text: str) -> str:
@@ -200,8 +204,8 @@ def _checksum(text: str) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of an image file. Raises FluxfastError where it cannot be read, and for one larger
-    than any picture that is decoded.
+    """Returns the sha256 of an image file. Raises FluxfastError if it cannot be read, or is larger
+    than any image that is decoded.
     """
     digest = hashlib.sha256()
     try:

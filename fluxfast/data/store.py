@@ -6,18 +6,16 @@ The trainer reads through this file alone, so it imports no image library and no
 import contextlib
 import io
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.formats.container import write
+from fluxfast.formats.container import tensor_bytes, write
 from fluxfast.util.files import write_atomic
 
 SPACE_HINT = "set `cache_dir` to a folder with enough space that you may write to"
@@ -26,18 +24,18 @@ TEXT = ("t5", "pooled")
 
 
 class CacheDamaged(FluxfastError):
-    """A cache file is gone or damaged; it is not there any more, so that it is encoded anew."""
+    """A cache file is missing, or was damaged and has been deleted: it has to be encoded again."""
 
     def __init__(self, path: Path, message: str):
-        super().__init__(message, hint="`fluxfast cache` encodes it anew")
+        super().__init__(message, hint="`fluxfast cache` encodes it again")
         self.path = path
 
 
 @dataclass
 class Sample:
-    """One image at one resolution, as often as it is repeated.
+    """One image at one resolution; a data set lists it once per repeat.
 
-    latents: mean and std [C, h, w] fp32, perhaps mask [h, w] fp32; flipped: the same, mirrored.
+    latents: mean and std [C, h, w] fp32, optionally mask [h, w] fp32; flipped: the same, mirrored.
     texts: one file per caption variant: t5 [L, D], pooled [P]. size: (width, height) in pixels.
     """
 
@@ -52,31 +50,28 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """Every sample, repeats and resolutions expanded. buckets: (width, height) -> samples in it."""
+    """Every sample, with repeats and resolutions expanded, and the file of the empty prompt."""
 
     samples: list[Sample]
     empty_text: Path
-    buckets: dict[tuple[int, int], int]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file whole or not at all, with a checksum of each tensor.
+    """Write one safetensors file atomically, with a checksum of each tensor as its metadata.
 
     Raises FluxfastError naming the folder if it cannot be written to (full, read-only, no
     permission).
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums = {name: str(_checksum(tensor)) for name, tensor in tensors.items()}
     content = io.BytesIO()
-    write(content, tensors, sums)
+    write(content, tensors, {name: _checksum(tensor) for name, tensor in tensors.items()})
     write_atomic(path, content.getvalue(), hint=SPACE_HINT)
 
 
 def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read a file of `write_tensors`, on the CPU, checksums verified.
+    """Read a file of `write_tensors` to the CPU and verify its checksums.
 
-    Raises CacheDamaged naming the file if it is gone, truncated, corrupt or lacks a `required`
-    tensor; such a file is deleted, since the cache step looks at headers alone.
+    Raises CacheDamaged naming the file if it is missing, truncated, corrupt or lacks a `required`
+    tensor. Such a file is deleted, since the cache step reads only headers.
     """
     try:
         data = path.read_bytes()
@@ -85,53 +80,38 @@ def read_tensors(path: Path, required: tuple[str, ...]) -> dict[str, Tensor]:
         raise CacheDamaged(path, reason) from None
     try:
         return _verified(data, required)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-        said = " ".join(str(error).split())
-        reason = f"the cache file {path} was corrupt and has been deleted: {said}"
+        problem = " ".join(str(error).split())
+        reason = f"the cache file {path} was corrupt and has been deleted: {problem}"
         raise CacheDamaged(path, reason) from None
 
 
 def _verified(data: bytes, required: tuple[str, ...]) -> dict[str, Tensor]:
-    tensors, sums = parse(data), _header(data[: 8 + int.from_bytes(data[:8], "little")])[1]
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    checksums = header.get("__metadata__", {})
     for name in required:
         if name not in tensors:
             raise ValueError(f"it lacks {name!r}")
     for name, tensor in tensors.items():
-        if sums.get(name) != str(_checksum(tensor)):
+        if checksums.get(name) != _checksum(tensor):
             raise ValueError(f"the checksum of {name!r} does not match")
     return tensors
 
 
 def is_complete(path: Path, required: tuple[str, ...]) -> bool:
-    """True if the file's header is sound, names the `required` tensors and fits the file's size.
-
-    Reads the header alone, no tensor.
+    """Returns whether the file's header is sound, names the `required` tensors and their checksums,
+    and fits the file's size. Reads no tensor.
     """
     try:
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            size = os.fstat(file.fileno()).st_size
-            if len(prefix) < 8 or length > size - 8:
-                return False
-            end, sums, names = _header(prefix + file.read(length))
-    except (OSError, ValueError, RecursionError):
+        with safe_open(path, "numpy") as file:
+            names, checksums = set(file.keys()), set(file.metadata() or {})
+    except (OSError, SafetensorError):
         return False
-    return size == 8 + length + end and set(required) <= names == set(sums)
+    return set(required) <= names == checksums
 
 
-def _header(head: bytes) -> tuple[int, dict[str, str], set[str]]:
-    """Length and JSON header -> (bytes of tensor data, checksums, tensor names), or ValueError."""
-    header = json.loads(head[8:])
-    try:
-        sums = dict(header.pop("__metadata__", {}))
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        return end, sums, set(header)
-    except (AttributeError, IndexError, KeyError, TypeError, OverflowError):
-        raise ValueError("not a header of safetensors") from None
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.view(torch.uint8).numpy().data)
+def _checksum(tensor: Tensor) -> str:
+    return str(zlib.crc32(tensor_bytes(tensor)))

@@ -1,12 +1,13 @@
-"""Where each component of a model lies (VAE, two text encoders, two tokenizers), and its loading.
+"""Finds and loads a model's components: the VAE, two text encoders, two tokenizers.
 
-A root is a diffusers folder; or a single file, or a folder of single files, whose parts are found
-by content (`single_file.py`). Single files hold no tokenizers: those lie beside them in folders
-`tokenizer` and `tokenizer_2`, or come from the Hub.
+A root is a diffusers folder; or a single file, or a folder of single files, whose parts are
+recognized by content (`single_file.py`). Single files hold no tokenizers: those lie beside them in
+folders `tokenizer` and `tokenizer_2`, or come from the Hub.
 """
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from fluxfast.encoders.single_file import NAMES, Part, find_part, fingerprint_pa
 from fluxfast.errors import FluxfastError
 from fluxfast.util.hub import fetch_tokenizer
 
-# repositories that FLUX.1's own tokenizers came from, open to all
+# the open repositories of FLUX.1's tokenizers
 _TOKENIZERS = {
     "tokenizer": "openai/clip-vit-large-patch14",
     "tokenizer_2": "google/t5-v1_1-xxl",
@@ -26,54 +27,59 @@ _TOKENIZERS = {
 
 
 def component(root: Path, name: str) -> Path | Part:
-    """The folder of the component `name`, or its part in a single file.
+    """Returns the folder of the component `name`, or its part of a single file.
 
-    Raises FluxfastError where there is none, ConfigError where there are several.
+    Raises FluxfastError if there is none, ConfigError if there are several.
     """
-    root = Path(root)
-    folder = root / name
-    if _is_component(folder):
-        return folder
-    if name in _TOKENIZERS and root.exists() and not _is_diffusers(root):
-        beside = root.parent / name if root.is_file() else folder
-        return beside if beside.is_dir() else fetch_tokenizer(_TOKENIZERS[name], name, beside)
-    part = None if name in _TOKENIZERS else find_part(root, name)
-    if part is None:
-        problem = f"{root} holds no {NAMES[name]}" if root.is_file() else f"{folder} is missing"
+    source = _find(root, name)
+    if source is None:
+        problem = (
+            f"{root} holds no {NAMES[name]}" if root.is_file() else f"{root / name} is missing"
+        )
         raise FluxfastError(
             f"the model component {problem}",
             hint="`model.encoders` takes a diffusers folder or a Hub id, an all-in-one file, or a "
             "folder with CLIP-L, T5 and VAE as .safetensors files",
         )
-    return part
+    if name in _TOKENIZERS and isinstance(source, Path) and not source.is_dir():
+        return fetch_tokenizer(_TOKENIZERS[name], name, source)
+    return source
 
 
 def has_component(root: Path, name: str) -> bool:
-    """Whether `component` has somewhere to take it from; single files may have their tokenizers
-    from the Hub. Raises ConfigError where several files have it.
-    """
-    if _is_component(root / name):
-        return True
-    return not _is_diffusers(root) if name in _TOKENIZERS else find_part(root, name) is not None
+    """Returns whether `component` finds it, without a download. Raises as that does."""
+    return _find(root, name) is not None
+
+
+def _find(root: Path, name: str) -> Path | Part | None:
+    """Returns where a component lies, for the tokenizer of a single file where it would lie."""
+    folder = root / name
+    if _is_component(folder):
+        return folder
+    if name not in _TOKENIZERS:
+        return find_part(root, name)
+    is_diffusers = (root / "model_index.json").is_file() or _is_component(root / "text_encoder")
+    if is_diffusers or not root.exists():
+        return None
+    return root.parent / name if root.is_file() else folder
 
 
 def component_fingerprint(root: Path, name: str) -> str:
-    """Fingerprint of a component's content, 64 hex digits. Raises FluxfastError."""
+    """Returns a hash of a component's content, 64 hex digits. Raises FluxfastError."""
     source = component(root, name)
     return fingerprint_part(source) if isinstance(source, Part) else fingerprint(source)
 
 
 def load_model(cls, source: Path | Part, dtype: torch.dtype, options: dict):
-    """The component as a `cls` of transformers or diffusers in `dtype`, frozen, on the CPU.
+    """Returns the component as a `cls` of transformers or diffusers, frozen, on the CPU.
 
-    options: for `from_pretrained`, the dtype under its library's name among them. Raises
-    FluxfastError for a folder that is damaged, lacks weights or has any that are no safetensors of
-    its own.
+    options: for `from_pretrained`, with the dtype under its library's name. Raises FluxfastError
+    for a folder that is damaged, lacks weights or refers to any but safetensors of its own.
     """
     if isinstance(source, Part):
         return load_part(source, dtype)
     _check_names(source)
-    # without use_safetensors a folder of pickles would do
+    # without use_safetensors pickles would be loaded
     model, info = from_pretrained(
         cls, source, output_loading_info=True, use_safetensors=True, **options
     )
@@ -88,7 +94,7 @@ def load_model(cls, source: Path | Part, dtype: torch.dtype, options: dict):
 
 
 def from_pretrained(cls, folder: Path, **options):
-    """What the library makes of a folder, from the disk alone. Raises FluxfastError."""
+    """Loads a folder with its library, offline. Raises FluxfastError."""
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **options)
     # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
@@ -101,7 +107,7 @@ def from_pretrained(cls, folder: Path, **options):
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Silence the notes of "transformers" or "diffusers" on unused weights, and their bars."""
+    """Silences a library's notes on unused weights, and its progress bars."""
     library_log = importlib.import_module(f"{library}.utils.logging")
     level, bars = library_log.get_verbosity(), library_log.is_progress_bar_enabled()
     library_log.set_verbosity_error()
@@ -115,7 +121,7 @@ def quiet(library: str) -> Iterator[None]:
 
 
 def _check_names(folder: Path) -> None:
-    """Raise FluxfastError where a component's settings name weights that are not safetensors of its
+    """Raises FluxfastError if a component's settings name weights that are not safetensors of its
     own folder: its library would open them, pickles too, whatever its options.
     """
     for file in [folder / "config.json", *folder.glob("*.safetensors.index.json")]:
@@ -123,7 +129,8 @@ def _check_names(folder: Path) -> None:
             settings = json.loads(file.read_bytes()) if file.is_file() else {}
             names = [*settings.get("weight_map", {}).values()]
             names.append(settings.get("transformers_weights", ""))
-            foreign = next((name for name in names if name and not _is_own(name)), None)
+            own = re.compile(r"[^/\\:]*\.safetensors")
+            foreign = next((name for name in names if name and not own.fullmatch(name)), None)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise FluxfastError(
                 f"cannot load {file}: {error}", hint="download the folder again"
@@ -136,14 +143,6 @@ def _check_names(folder: Path) -> None:
             )
 
 
-def _is_own(name: str) -> bool:
-    return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:")
-
-
 def _is_component(folder: Path) -> bool:
     # ComfyUI has a folder `vae` too, of files without a configuration
     return folder.is_dir() and any(folder.glob("*.json"))
-
-
-def _is_diffusers(root: Path) -> bool:
-    return (root / "model_index.json").is_file() or _is_component(root / "text_encoder")

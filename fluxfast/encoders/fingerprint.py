@@ -1,7 +1,6 @@
-"""Fingerprints: which weights an encoded file came from, told without loading them."""
+"""Fingerprints: identify the weights that encoded a cache file, without loading them."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from fluxfast.errors import FluxfastError
@@ -16,47 +15,32 @@ HEADER_BYTES = 128 * MIB  # bound on a safetensors header; T5-XXL's takes 0.03 M
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a model component's folder (vae/, text_encoder/, tokenizer/, …), 64 hex digits.
+    """Returns a hash of a component's folder (vae/, text_encoder/, tokenizer/, …), 64 hex digits.
 
-    Configurations and tokenizer files count in full, weight files up to 64 MiB too. Of larger ones
+    Configurations, tokenizer files and weight files up to 64 MiB are hashed in full; of larger ones
     the size, the safetensors header and 16 evenly spaced chunks of 1 MiB: T5-XXL takes milliseconds
-    instead of seconds. A change between the chunks goes unseen. Other files (README, .cache) do not
-    count.
-    Raises FluxfastError if the folder is missing, holds nothing that counts, or cannot be read.
+    instead of seconds, and a change between the chunks is not noticed. Other files (README, .cache)
+    are ignored.
+    Raises FluxfastError if the folder holds no such file, or cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FluxfastError(
-            f"the model component {folder} is missing",
-            hint="`model.encoders` takes a diffusers folder with vae, text_encoder, text_encoder_2 "
-            "and both tokenizers",
-        )
+    files = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix.lower() in WEIGHTS + SETTINGS and not hidden and not path.is_dir():
+            files[name.as_posix()] = path
+    if not files:
+        raise FluxfastError(f"the model component {folder} holds neither weights nor settings")
     digest = hashlib.sha256()
     try:
-        files = _files(folder)
-        for path in files:
-            name = path.relative_to(folder).as_posix()
+        for name, path in sorted(files.items()):
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             _hash_file(path, digest)
     except OSError as error:
         raise FluxfastError(
             f"cannot read {error.filename or folder}: {error.strerror or error}"
         ) from None
-    if not files:
-        raise FluxfastError(f"the model component {folder} holds neither weights nor settings")
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in WEIGHTS + SETTINGS
-        ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _hash_file(path: Path, digest) -> None:

@@ -1,20 +1,20 @@
-"""CLIP-L, T5 and VAE out of single files: an all-in-one checkpoint, or a file for each, as ComfyUI
-and sd-scripts take them.
+"""Reads CLIP-L, T5 and the VAE from single files: an all-in-one checkpoint, or a file for each, as
+ComfyUI and sd-scripts take them.
 
     text_encoders.clip_l.transformer.text_model.…   CLIP-L under transformers' names
     text_encoders.t5xxl.transformer.encoder.…       T5 under transformers' names
     vae.encoder.down.0.…                            the VAE under BFL's names, or diffusers'
 
-or the same names bare or under other prefixes: told by content, never by a file's name. fp8 with a
-scale is dequantized. A model's sizes are read from the tensors' shapes; what no shape tells is
-FLUX.1's own. Source: ComfyUI `comfy/supported_models.py` and `comfy/sd.py`.
+The same names may be bare or under other prefixes: parts are recognized by content, never by a
+file's name. Scaled fp8 is dequantized. A model's sizes are read from the tensors' shapes; the rest
+is FLUX.1's own. Source: ComfyUI `comfy/supported_models.py` and `comfy/sd.py`.
 """
 
 import hashlib
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +24,21 @@ from fluxfast.formats.base import eight_bit as base_8bit
 from fluxfast.formats.opened import Files
 from fluxfast.model.frozen_linear import dequantize
 
-# component of a diffusers folder -> end of a key that tells it; what stands in front is the prefix
+# component of a diffusers folder -> end of the key that identifies it, after the prefix
 _MARKS = {
     "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj.weight",
     "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
     "vae": "decoder.conv_in.weight",
 }
-# the keys of a part begin with one of these behind the prefix
-_OWN = {
+# after the prefix, a part's keys begin with one of these
+_STARTS = {
     "text_encoder": ("text_model.",),
     "text_encoder_2": ("encoder.", "shared."),
     "vae": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
 }
 NAMES = {"text_encoder": "CLIP-L", "text_encoder_2": "T5", "vae": "VAE"}
 _SUBFOLDERS = ("", "clip", "text_encoders", "vae")  # as ComfyUI's models folder is laid out
-_SAMPLE = 16384  # values of a larger tensor that count in a fingerprint, of its start and its end
+_SAMPLE = 16384  # values at each end of a tensor that a fingerprint covers
 
 # of FLUX.1's vae/config.json and text_encoder/config.json
 _VAE_SCALE, _VAE_SHIFT, _VAE_GROUPS = 0.3611, 0.1159, 32
@@ -47,22 +47,22 @@ _CLIP_HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part lies: in `file`, its keys under `prefix`. component: as diffusers calls it."""
+    """A component (by diffusers' name) in `file`, with its keys under `prefix`."""
 
     component: str
     file: Path
     prefix: str
 
     def keys(self, files: Files) -> list[str]:
-        starts = tuple(self.prefix + own for own in _OWN[self.component])
+        starts = tuple(self.prefix + start for start in _STARTS[self.component])
         return sorted(key for key in files.entries if key.startswith(starts))
 
 
 def find_part(root: Path, component: str) -> Part | None:
-    """The part in the file `root`, or in one of the .safetensors files of the folder `root`.
+    """Returns the part in the file `root`, or in one of the .safetensors files of a folder.
 
-    component: text_encoder, text_encoder_2 or vae. Raises ConfigError where a file cannot be read
-    or several have it.
+    component: text_encoder, text_encoder_2 or vae. Raises ConfigError if a file cannot be read or
+    several have the part.
     """
     paths = [root]
     if not root.is_file():
@@ -72,9 +72,9 @@ def find_part(root: Path, component: str) -> Part | None:
     for path in paths:
         with Files([path]) as files:
             prefixes = {key.removesuffix(mark) for key in files.entries if key.endswith(mark)}
-        # a whole CLIP has a vision tower under names of its own, a whole T5 a decoder
-        prefixes = {prefix for prefix in prefixes if not prefix.endswith("vision_")}
-        parts += [Part(component, path, prefix) for prefix in sorted(prefixes)]
+        # a complete CLIP has a vision tower too
+        prefixes = sorted(prefix for prefix in prefixes if not prefix.endswith("vision_"))
+        parts += [Part(component, path, prefix) for prefix in prefixes]
     if len(parts) > 1:
         listed = ", ".join(f"{part.file.name} ({part.prefix or 'bare'})" for part in parts[:3])
         raise ConfigError(
@@ -85,10 +85,8 @@ def find_part(root: Path, component: str) -> Part | None:
 
 
 def read_part(part: Part) -> dict[str, Tensor]:
-    """Its tensors without the prefix, mapped from the file as they are stored; fp8 as bf16, or as
-    fp32 where it has scales.
-
-    Raises ConfigError for tensors of a dtype that no text encoder or VAE is read in.
+    """Returns a part's tensors without the prefix, mapped from the file; fp8 as bf16, or with
+    scales as fp32. Raises ConfigError for tensors of other dtypes.
     """
     tensors = {}
     with Files([part.file]) as files:
@@ -96,7 +94,7 @@ def read_part(part: Part) -> dict[str, Tensor]:
             name = key.removeprefix(part.prefix)
             dtype = files.entries[key].dtype
             if key.rpartition(".")[2] in base_8bit.SIDE or dtype in ("I64", "I32"):
-                continue  # scales go with their matrix; position ids are built in
+                continue  # scales are read with their matrix; position ids are built in
             if dtype.startswith("F8") and base_8bit.scale_key(files, key):
                 base_8bit.check_8bit(files, key, part.prefix)
                 tensors[name] = dequantize(base_8bit.read_8bit(files, key))
@@ -113,8 +111,8 @@ def read_part(part: Part) -> dict[str, Tensor]:
 
 
 def fingerprint_part(part: Part) -> str:
-    """Hash of what the part holds, 64 hex digits: names, dtypes, shapes, and of each tensor the
-    first and last 16384 values. A change between those goes unseen. Raises FluxfastError.
+    """Returns a hash of the part, 64 hex digits: names, dtypes, shapes and both ends of each tensor
+    (a change between those is not noticed). Raises FluxfastError.
     """
     digest = hashlib.sha256(part.component.encode())
     try:
@@ -134,78 +132,69 @@ def fingerprint_part(part: Part) -> str:
 
 
 def load_part(part: Part, dtype: torch.dtype):
-    """The transformers or diffusers module in `dtype`, frozen, on the CPU.
+    """Returns the transformers or diffusers module in `dtype`, frozen, on the CPU.
 
-    Raises ConfigError where the file lacks tensors, or has them in shapes that do not fit.
+    Raises ConfigError if the file lacks tensors, or has them in shapes that do not fit.
     """
-    tensors = read_part(part)
     load = {"text_encoder": _clip, "text_encoder_2": _t5, "vae": _vae}[part.component]
+    tensors = read_part(part)
     try:
-        model = load(tensors, dtype)
-    except _Incomplete as error:
+        model, missing = load(tensors, dtype)
+        problem = ", ".join(missing[:3])
+    except KeyError as error:
+        model, problem = None, f"no {error.args[0]}"
+    except (RuntimeError, ValueError) as error:  # other shapes
+        model, problem = None, " ".join(str(error).split())
+    if model is None or problem:
         raise ConfigError(
-            f"{part.file}: its {NAMES[part.component]} is not complete: {error}",
+            f"{part.file}: its {NAMES[part.component]} is not complete: {problem}",
             hint="download the file again, or give a diffusers folder as model.encoders",
-        ) from None
+        )
     return model.eval().requires_grad_(False)
 
 
-class _Incomplete(Exception):
-    """Tensors are missing or of other shapes; the message names them."""
+def _count(tensors: dict[str, Tensor], pattern: str) -> int:
+    """Returns how many keys there are of `pattern` with 0, 1, 2 and so on in place of {}."""
+    return next(i for i in itertools.count() if pattern.format(i) not in tensors)
 
 
-def _shape(tensors: dict[str, Tensor], key: str) -> torch.Size:
-    if key not in tensors:
-        raise _Incomplete(f"no {key}")
-    return tensors[key].shape
-
-
-def _count(tensors: dict[str, Tensor], name: Callable[[int], str]) -> int:
-    count = 0
-    while name(count) in tensors:
-        count += 1
-    return count
-
-
-def _clip(tensors: dict[str, Tensor], dtype: torch.dtype):
+def _clip(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, list[str]]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    inner = "text_model."
-    vocabulary, hidden = _shape(tensors, f"{inner}embeddings.token_embedding.weight")
+    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
+    vocabulary, hidden = tensors[f"{embeddings}.token_embedding.weight"].shape
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         projection_dim=hidden,
-        intermediate_size=_shape(tensors, f"{inner}encoder.layers.0.mlp.fc1.weight")[0],
+        intermediate_size=tensors[f"{layers}.0.mlp.fc1.weight"].shape[0],
         num_attention_heads=max(1, hidden // _CLIP_HEAD_DIM),
-        num_hidden_layers=_count(
-            tensors, lambda i: f"{inner}encoder.layers.{i}.self_attn.q_proj.weight"
-        ),
-        max_position_embeddings=_shape(tensors, f"{inner}embeddings.position_embedding.weight")[0],
+        num_hidden_layers=_count(tensors, f"{layers}.{{}}.self_attn.q_proj.weight"),
+        max_position_embeddings=tensors[f"{embeddings}.position_embedding.weight"].shape[0],
         eos_token_id=2,  # as in CLIP-L's own file: the pooled token is that of the highest id
         bos_token_id=0,
     )
     return _from_state(CLIPTextModel, config, tensors, dtype)
 
 
-def _t5(tensors: dict[str, Tensor], dtype: torch.dtype):
+def _t5(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, list[str]]:
     from transformers import T5Config, T5EncoderModel
 
-    embedding = tensors.pop("encoder.embed_tokens.weight", None)  # the same tensor once more
+    embedding = tensors.pop("encoder.embed_tokens.weight", None)  # another name of the same tensor
     if embedding is not None:
         tensors.setdefault("shared.weight", embedding)
-    vocabulary, width = _shape(tensors, "shared.weight")
-    first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = _shape(tensors, f"{first}.relative_attention_bias.weight")
+    vocabulary, width = tensors["shared.weight"].shape
+    attention = "encoder.block.{}.layer.0.SelfAttention"
+    bias = tensors[f"{attention.format(0)}.relative_attention_bias.weight"]
     config = T5Config(
         vocab_size=vocabulary,
         d_model=width,
-        d_kv=_shape(tensors, f"{first}.q.weight")[0] // heads,
-        d_ff=_shape(tensors, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        num_layers=_count(tensors, lambda i: f"encoder.block.{i}.layer.0.SelfAttention.q.weight"),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",  # T5 1.1's
+        d_kv=tensors[f"{attention.format(0)}.q.weight"].shape[0] // bias.shape[1],
+        d_ff=tensors["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
+        num_layers=_count(tensors, f"{attention}.q.weight"),
+        num_heads=bias.shape[1],
+        relative_attention_num_buckets=bias.shape[0],
+        feed_forward_proj="gated-gelu",  # of T5 1.1
         is_encoder_decoder=False,
         use_cache=False,
     )
@@ -213,33 +202,28 @@ def _t5(tensors: dict[str, Tensor], dtype: torch.dtype):
 
 
 def _from_state(cls, config, tensors: dict[str, Tensor], dtype: torch.dtype):
-    try:
-        model, info = cls.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    except RuntimeError as error:  # of other shapes
-        raise _Incomplete(str(error).strip().splitlines()[0]) from None
-    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise _Incomplete(", ".join(wrong[:3]))
-    return model
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    return model, sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
 
 
-def _vae(tensors: dict[str, Tensor], dtype: torch.dtype):
+def _vae(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, list[str]]:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     is_ldm = "encoder.down.0.block.0.conv1.weight" in tensors
     block = "encoder.down.{}.block.{}" if is_ldm else "encoder.down_blocks.{}.resnets.{}"
     block += ".conv1.weight"
-    levels = _count(tensors, lambda i: block.format(i, 0))
+    levels = max(1, _count(tensors, block.format("{}", 0)))
     config = {
-        "in_channels": _shape(tensors, "encoder.conv_in.weight")[1],
-        "out_channels": _shape(tensors, "decoder.conv_out.weight")[0],
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": tensors["decoder.conv_out.weight"].shape[0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": [_shape(tensors, block.format(i, 0))[0] for i in range(levels)],
-        "layers_per_block": _count(tensors, lambda i: block.format(0, i)),
-        "latent_channels": _shape(tensors, "decoder.conv_in.weight")[1],
+        "block_out_channels": [tensors[block.format(i, 0)].shape[0] for i in range(levels)],
+        "layers_per_block": _count(tensors, block.format(0, "{}")),
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "norm_num_groups": _VAE_GROUPS,
         "scaling_factor": _VAE_SCALE,
         "shift_factor": _VAE_SHIFT,
@@ -247,15 +231,8 @@ def _vae(tensors: dict[str, Tensor], dtype: torch.dtype):
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         "sample_size": 1024,
     }
-    if not levels:
-        raise _Incomplete(f"no {block.format(0, 0)}")
     if is_ldm:
         tensors = convert_ldm_vae_checkpoint(tensors, config)
-    try:
-        model = AutoencoderKL(**config)
-        missing = model.load_state_dict(tensors, strict=False).missing_keys
-    except (RuntimeError, ValueError) as error:
-        raise _Incomplete(" ".join(str(error).split())) from None
-    if missing:
-        raise _Incomplete(", ".join(missing[:3]))
-    return cast(Any, model).to(dtype)  # its stub takes the dtype for self
+    model: Any = AutoencoderKL(**config)
+    missing = model.load_state_dict(tensors, strict=False).missing_keys
+    return model.to(dtype), missing

@@ -3,7 +3,7 @@
 import gc
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ log = logging.getLogger(__name__)
 class TextEncoders:
     """Both text encoders, loaded from disk only.
 
-    root: a diffusers folder with text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/, or
-    single files (`encoders/components.py`).
-    Raises FluxfastError if one is missing, broken, or lacks weights.
+    root: see `encoders/components.py`. Raises FluxfastError if a component is missing, broken, or
+    lacks weights.
     """
 
     def __init__(
@@ -28,16 +27,12 @@ class TextEncoders:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore
 
         self.device = torch.device(device)
-        root = Path(root)
-        # without attn_implementation config.json may name a repository whose compiled attention is
-        # fetched and run
+        # without attn_implementation config.json may name a repository of code to fetch and run
         options = {"dtype": dtype, "attn_implementation": None}
         with quiet("transformers"):
-            self._clip_tokenizer = _load_tokenizer(
-                CLIPTokenizer, cast(Path, component(root, "tokenizer")), "vocab.json"
-            )
+            self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, root, "tokenizer", "vocab.json")
             self._t5_tokenizer = _load_tokenizer(
-                T5TokenizerFast, cast(Path, component(root, "tokenizer_2")), "spiece.model"
+                T5TokenizerFast, root, "tokenizer_2", "spiece.model"
             )
             clip, t5 = component(root, "text_encoder"), component(root, "text_encoder_2")
             self._clip: Any = load_model(CLIPTextModel, clip, dtype, options).to(self.device)
@@ -48,10 +43,10 @@ class TextEncoders:
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
         """Returns (t5 [B, max_length, D], pooled [B, P]), in the encoders' dtype, on their device.
 
-        As diffusers' FluxPipeline does it: CLIP padded and cut to its 77 tokens, its pooled output;
-        T5 padded and cut to `max_length`, its last hidden state, no attention mask (padding is
-        attended to, in training as in sampling). The first cut prompt of each encoder is announced.
-        Raises FluxfastError if the result is not finite (a danger of fp16).
+        Follows diffusers' FluxPipeline: CLIP's pooled output of 77 tokens, T5's last hidden state
+        of `max_length` tokens, both padded and cut, without an attention mask (padding is attended
+        to). Logs the first prompt that is cut. Raises FluxfastError if the result is not finite (a
+        danger of fp16).
         """
         clip_ids = self._tokenize(
             self._clip_tokenizer, prompts, self._clip_tokenizer.model_max_length, "CLIP"
@@ -67,39 +62,33 @@ class TextEncoders:
         return t5.to(self._t5.dtype), pooled.to(self._clip.dtype)
 
     def close(self) -> None:
-        """Free both encoders, on the GPU too."""
+        """Frees both encoders' memory, on the GPU too."""
         self._clip = self._t5 = None
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _tokenize(self, tokenizer, prompts: list[str], length: int, name: str) -> Tensor:
+        options = {"padding": "max_length", "max_length": length, "truncation": True}
         with quiet("transformers"):
-            ids = tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            ids = tokenizer(prompts, **options, return_tensors="pt").input_ids
             if name not in self._announced:
                 for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids, strict=True):
                     if len(tokens) > length:
                         self._announced.add(name)
+                        start = prompt if len(prompt) <= 60 else prompt[:60] + "…"
                         log.warning(
-                            "%s reads %d tokens and cuts longer prompts; the first, of %d: %r",
-                            name,
-                            length,
-                            len(tokens),
-                            prompt if len(prompt) <= 60 else prompt[:60] + "…",
+                            f"{name} reads {length} tokens and cuts longer prompts; the first, of "
+                            f"{len(tokens)}: {start!r}"
                         )
                         break
         return ids
 
 
-def _load_tokenizer(cls, folder: Path, vocabulary: str):
+def _load_tokenizer(cls, root: Path, name: str, vocabulary: str):
+    folder = component(root, name)
+    assert isinstance(folder, Path)
     tokenizer = from_pretrained(cls, folder)
-    # transformers makes an empty tokenizer of a folder without vocabulary, and says nothing
+    # transformers silently makes an empty tokenizer of a folder without vocabulary
     if not (folder / "tokenizer.json").is_file() and not (folder / vocabulary).is_file():
         raise FluxfastError(
             f"{folder} holds neither tokenizer.json nor {vocabulary}",

@@ -1,4 +1,4 @@
-"""The VAE: images to the normalized latents that the transformer sees, and back."""
+"""The VAE: encodes images to the normalized latents that the transformer sees, and decodes them."""
 
 import gc
 from pathlib import Path
@@ -14,9 +14,9 @@ from fluxfast.errors import FluxfastError
 class Vae:
     """AutoencoderKL, loaded from disk only.
 
-    root: a diffusers folder with vae/, or single files (`encoders/components.py`). Raises
-    FluxfastError if it is missing, broken, or lacks weights. `factor`: pixels per latent along a
-    side (8 for FLUX). `channels`: latent channels (16 for FLUX).
+    root: see `encoders/components.py`. factor: pixels per latent along a side (8 for FLUX);
+    channels: latent channels (16 for FLUX). Raises FluxfastError if it is missing, broken, or lacks
+    weights.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of the latents of images [B, 3, H, W] in -1..1, each fp32
-        [B, C, h, w].
+        """Returns mean and standard deviation of the latents of images [B, 3, H, W] in -1..1, each
+        fp32 [B, C, h, w].
 
-        Both are normalized for the transformer, so that `mean + std * noise` is what it is trained
-        on: mean = (mean - shift) * scale, std = std * scale. H and W are multiples of `factor`.
+        Both are normalized for the transformer, which is trained on `mean + std * noise`:
+        mean = (mean - shift) * scale, std = std * scale. H and W are multiples of `factor`.
         Raises FluxfastError if the result is not finite (fp16 overflows here).
         """
         posterior = self._vae.encode(images.to(self.device, self.dtype)).latent_dist
@@ -55,14 +55,13 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images fp32 [B, 3, H, W] of normalized latents [B, C, h, w], clipped to -1..1."""
+        """Returns images fp32 [B, 3, H, W] in -1..1 of normalized latents [B, C, h, w]."""
         latents = latents.to(self.device, torch.float32) / self._scale + self._shift
         images = self._vae.decode(latents.to(self.dtype), return_dict=False)[0]
         return images.float().clamp(-1.0, 1.0)
 
     def close(self) -> None:
-        """Free it, on the GPU too."""
+        """Frees its memory, on the GPU too."""
         self._vae = None
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()

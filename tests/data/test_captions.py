@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from fluxfast.config.schema import DataConfig
 from fluxfast.data.captions import (
     METADATA,
     apply_trigger,
     caption_variants,
+    clean_trigger,
     fill_missing,
     read_captions,
-    wrap_caption,
 )
 from fluxfast.errors import FluxfastError
 
@@ -28,6 +29,10 @@ def unread(folder: Path, *names: str) -> list[str]:
     found = read_captions(folder, [folder / name for name in names])
     assert not found.texts
     return [error.message for error in found.unread.values()]
+
+
+def variants(caption: str, trigger=None, seed=0, content="h", **data) -> list[str]:
+    return caption_variants(caption, content, DataConfig(folder="x", **data), trigger, seed)
 
 
 def test_sidecars(tmp_path):
@@ -126,37 +131,36 @@ def test_many_lines_of_metadata_that_name_no_image_are_counted(tmp_path):
 
 
 def test_missing_captions():
-    given = {Path("a.png"): "x", Path("b.png"): None, Path("c.png"): ""}
-    assert list(fill_missing(given, "plain", "tok").values()) == ["x", "plain", ""]
-    assert list(fill_missing(given, "", None).values()) == ["x", "", ""]
-    assert list(fill_missing(given, None, " tok ").values()) == ["x", "tok", ""]
-    with pytest.raises(FluxfastError, match=r"1 of 3 images have no caption: b\.png") as raised:
-        fill_missing(given, None, " ")
+    captions = {Path("a.png"): "x", Path("b.png"): None, Path("c.png"): ""}
+    assert list(fill_missing(captions, "plain").values()) == ["x", "plain", ""]
+    assert list(fill_missing(captions, "").values()) == ["x", "", ""]
+    with pytest.raises(FluxfastError, match=r"1 of 3 images have no caption: b\.png\n"):
+        fill_missing(captions, None)
+    with pytest.raises(FluxfastError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, …") as raised:
+        fill_missing({Path(f"{i}.png"): None for i in range(9)}, None)
     assert "default_caption" in raised.value.hint
-    many = {Path(f"{i}.png"): None for i in range(9)}
-    with pytest.raises(FluxfastError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, …"):
-        fill_missing(many, None, None)
 
 
 @pytest.mark.parametrize(
-    ("caption", "expected"),
+    ("caption", "trigger", "expected"),
     [
-        ("[trigger] and [trigger]'s dog", "ohwx and ohwx's dog"),
-        ("a man", "ohwx, a man"),
-        ("photo of ohwx, smiling", "photo of ohwx, smiling"),
-        ("photo of ohwxes", "ohwx, photo of ohwxes"),
-        ("", "ohwx"),
+        ("[trigger] and [trigger]'s dog", "ohwx", "ohwx and ohwx's dog"),
+        ("a man", "ohwx", "ohwx, a man"),
+        ("photo of ohwx, smiling", "ohwx", "photo of ohwx, smiling"),
+        ("photo of ohwxes", "ohwx", "ohwx, photo of ohwxes"),
+        ("", "ohwx", "ohwx"),
+        ("a (x+) dog", "(x+)", "a (x+) dog"),
+        ("小猫坐着", "猫", "小猫坐着"),
+        ("as it is", None, "as it is"),
     ],
 )
-def test_trigger(caption, expected):
-    assert apply_trigger(caption, "ohwx") == expected
-    assert caption_variants(caption, "hash", trigger="ohwx") == [expected]
+def test_trigger(caption, trigger, expected):
+    assert apply_trigger(caption, trigger) == expected
+    assert variants(caption, trigger) == [expected]
 
 
-def test_trigger_with_regex_characters_and_without_spaces():
-    assert apply_trigger("a (x+) dog", "(x+)") == "a (x+) dog"
-    assert apply_trigger("小猫坐着", "猫") == "小猫坐着"
-    assert apply_trigger("as it is", "  ") == "as it is"
+def test_placeholder_without_a_trigger():
+    assert clean_trigger("  ") is clean_trigger(None) is None and clean_trigger(" tok ") == "tok"
     with pytest.raises(FluxfastError, match="no trigger is set") as raised:
         apply_trigger("a [trigger]", None)
     assert "trigger:" in raised.value.hint
@@ -164,29 +168,32 @@ def test_trigger_with_regex_characters_and_without_spaces():
 
 def test_shuffle_keeps_the_front_and_every_part():
     caption = "tok,  a,b , c,, d, e"
-    texts = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=6, seed=3)
+    options = {"shuffle_captions": True, "keep_tokens": 2}
+    texts = variants(caption, seed=3, shuffle_variants=6, **options)
     assert 2 < len(texts) <= 6 and len(set(texts)) == len(texts)
     for text in texts:
         parts = text.split(", ")
         assert parts[:2] == ["tok", "a"] and sorted(parts[2:]) == ["b", "c", "d", "e"]
-    again = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=6, seed=3)
-    fewer = caption_variants(caption, "h", shuffle=True, keep_tokens=2, variants=1, seed=3)
-    assert again == texts and fewer == texts[:1]
-    for other in [{"seed": 4}, {"content_hash": "i"}]:
-        settings = {"content_hash": "h", "seed": 3} | other
-        assert texts != caption_variants(
-            caption, shuffle=True, keep_tokens=2, variants=6, **settings
-        )
+    assert variants(caption, seed=3, shuffle_variants=6, **options) == texts
+    assert variants(caption, seed=3, shuffle_variants=1, **options) == texts[:1]
+    assert variants(caption, seed=4, shuffle_variants=6, **options) != texts
+    assert variants(caption, seed=3, content="i", shuffle_variants=6, **options) != texts
 
 
-def test_shuffle_of_little():
-    assert caption_variants("", "h", shuffle=True, variants=4) == [""]
-    assert caption_variants("one", "h", shuffle=True, variants=4) == ["one"]
-    assert caption_variants("a, b", "h", shuffle=True, keep_tokens=9, variants=4) == ["a, b"]
-    texts = caption_variants("a, b", "h", shuffle=True, keep_tokens=0, variants=50)
-    assert sorted(texts) == ["a, b", "b, a"]
-    texts = caption_variants("b, c", "h", trigger="tok", shuffle=True, keep_tokens=1, variants=9)
-    assert all(text.startswith("tok, ") for text in texts)
+@pytest.mark.parametrize(
+    ("caption", "keep", "expected"),
+    [
+        ("", 1, [""]),
+        ("one", 1, ["one"]),
+        ("a, b", 9, ["a, b"]),
+        ("a, b", 0, ["a, b", "b, a"]),
+    ],
+)
+def test_shuffle_of_few_parts(caption, keep, expected):
+    options = {"shuffle_captions": True, "keep_tokens": keep, "shuffle_variants": 50}
+    assert sorted(variants(caption, **options)) == expected
+    if keep:
+        assert all(text.startswith("tok") for text in variants(caption, "tok", **options))
 
 
 @pytest.mark.parametrize(
@@ -200,4 +207,4 @@ def test_shuffle_of_little():
     ],
 )
 def test_prefix_and_suffix(caption, prefix, suffix, expected):
-    assert wrap_caption(caption, prefix, suffix) == expected
+    assert variants(caption, caption_prefix=prefix, caption_suffix=suffix) == [expected]

@@ -1,6 +1,5 @@
 """Images: every mode and accident that folders of real files hold."""
 
-import os
 import struct
 import tracemalloc
 import zlib
@@ -10,12 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfast.data.images import find_images, fit_image, fit_mask, image_size, load_image, load_mask
+from fluxfast.data.images import fit_image, fit_mask, image_size, load_image, load_mask
 from fluxfast.errors import FluxfastError
 
-
-def pixel(path, xy=(0, 0)):
-    return load_image(path)[0].getpixel(xy)
+WHITE = (255, 255, 255)
 
 
 def saved(folder, image, name="a.png", **options):
@@ -23,37 +20,17 @@ def saved(folder, image, name="a.png", **options):
     return folder / name
 
 
-def test_find_images(tmp_path):
-    names = ["b.PNG", "a.jpg", "x/c.JpEg", "x/y/d.webp"]
-    others = [".hidden.png", "._a.jpg", ".git/e.png", "x/.thumbs/f.png", "notes.txt", "g.gif"]
-    for name in names + others:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "folder.png").mkdir()
-    os.symlink(tmp_path, tmp_path / "x" / "loop")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
-    assert found == sorted(names)
-    assert [path.name for path in find_images(tmp_path, recursive=False)] == ["a.jpg", "b.PNG"]
+def row(mode: str, *pixels) -> Image.Image:
+    image = Image.new(mode, (len(pixels), 1))
+    if mode == "P":
+        image.putpalette([0, 128, 0, 200, 0, 0])
+    for x, pixel in enumerate(pixels):
+        image.putpixel((x, 0), pixel)
+    return image
 
 
-def test_find_images_in_a_linked_folder(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a.png").write_bytes(b"x")
-    (tmp_path / "data").mkdir()
-    os.symlink(tmp_path / "real", tmp_path / "data" / "link")
-    assert find_images(tmp_path / "data") == [tmp_path / "data" / "link" / "a.png"]
-
-
-def test_no_folder_and_no_images(tmp_path):
-    with pytest.raises(FluxfastError, match="does not exist") as raised:
-        find_images(tmp_path / "none")
-    assert raised.value.hint
-    with pytest.raises(FluxfastError, match="no images in") as raised:
-        find_images(tmp_path)
-    assert raised.value.hint
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FluxfastError, match="not a folder"):
-        find_images(tmp_path / "file")
+def pixels(image: Image.Image | None) -> list | None:
+    return image and [image.getpixel((x, 0)) for x in range(image.width)]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -78,56 +55,41 @@ def test_exif_orientation(tmp_path, orientation, name):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_mangled_exif_is_ignored(tmp_path):
-    path = saved(tmp_path, Image.new("RGB", (40, 32), "red"), "a.jpg", exif=b"Exif\0\0II*\0garbage")
-    assert image_size(path) == (40, 32)
-    assert load_image(path)[0].size == (40, 32)
-    exif = Image.Exif()
-    exif[0x0112] = 99
-    assert load_image(saved(tmp_path, Image.new("RGB", (40, 32)), exif=exif))[0].size == (40, 32)
+    unknown = Image.Exif()
+    unknown[0x0112] = 99
+    for exif in (b"Exif\0\0II*\0garbage", unknown):
+        path = saved(tmp_path, Image.new("RGB", (40, 32), "red"), "a.jpg", exif=exif)
+        assert image_size(path) == load_image(path)[0].size == (40, 32)
 
 
-def test_alpha_lies_on_white(tmp_path):
-    image = Image.new("RGBA", (4, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (255, 0, 0, 0))
-    image.putpixel((2, 0), (0, 0, 0, 128))
-    rgb, alpha = load_image(saved(tmp_path, image))
-    assert rgb.mode == "RGB" and alpha.mode == "L"
-    assert [rgb.getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (255,) * 3, (127,) * 3]
-    assert [alpha.getpixel((x, 0)) for x in range(3)] == [255, 0, 128]
+@pytest.mark.parametrize(
+    ("image", "transparency", "colors", "alpha"),
+    [
+        (
+            row("RGBA", (255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)),
+            None,
+            [(255, 0, 0), WHITE, (127, 127, 127)],
+            [255, 0, 128],
+        ),
+        (row("LA", (10, 255), (10, 0)), None, [(10, 10, 10), WHITE], [255, 0]),
+        (row("P", 0, 1), None, [(0, 128, 0), (200, 0, 0)], None),
+        (row("P", 0, 1), 1, [(0, 128, 0), WHITE], [255, 0]),
+        (row("P", 0, 1), b"\xff\0", [(0, 128, 0), WHITE], [255, 0]),
+        (row("RGB", (1, 2, 3), (1, 2, 4)), (1, 2, 3), [WHITE, (1, 2, 4)], [0, 255]),
+        (row("L", 7, 8), 7, [WHITE, (8, 8, 8)], [0, 255]),
+        (row("L", 77), None, [(77, 77, 77)], None),
+        (row("1", 0, 1), None, [(0, 0, 0), WHITE], None),
+    ],
+)
+def test_modes_and_transparency(tmp_path, image, transparency, colors, alpha):
+    options = {} if transparency is None else {"transparency": transparency}
+    rgb, mask = load_image(saved(tmp_path, image, **options))
+    assert rgb.mode == "RGB" and pixels(rgb) == colors and pixels(mask) == alpha
 
 
-def test_gray_with_alpha(tmp_path):
-    image = Image.new("LA", (2, 1), (10, 255))
-    image.putpixel((1, 0), (10, 0))
-    rgb, alpha = load_image(saved(tmp_path, image))
-    assert rgb.getpixel((0, 0)) == (10,) * 3 and rgb.getpixel((1, 0)) == (255,) * 3
-    assert alpha.getpixel((1, 0)) == 0
-
-
-def test_palette_with_and_without_transparency(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([0, 128, 0, 200, 0, 0])
-    image.putpixel((1, 0), 1)
-    rgb, alpha = load_image(saved(tmp_path, image, "plain.png"))
-    assert rgb.getpixel((1, 0)) == (200, 0, 0) and alpha is None
-    for transparency in (1, b"\xff\x00"):
-        rgb, alpha = load_image(saved(tmp_path, image, "clear.png", transparency=transparency))
-        assert rgb.getpixel((0, 0)) == (0, 128, 0) and rgb.getpixel((1, 0)) == (255,) * 3
-        assert (alpha.getpixel((0, 0)), alpha.getpixel((1, 0))) == (255, 0)
-
-
-def test_color_keys(tmp_path):
-    path = saved(tmp_path, Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))
-    assert pixel(path) == (255,) * 3
-    path = saved(tmp_path, Image.new("L", (2, 2), 7), transparency=7)
-    assert pixel(path) == (255,) * 3
-
-
-def test_gray_one_bit_and_cmyk(tmp_path):
-    assert pixel(saved(tmp_path, Image.new("L", (2, 2), 77))) == (77,) * 3
-    assert pixel(saved(tmp_path, Image.new("1", (2, 2), 1))) == (255,) * 3
-    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red = pixel(saved(tmp_path, cmyk, "a.jpg", quality=95), (8, 8))
+def test_cmyk(tmp_path):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = load_image(saved(tmp_path, image, "a.jpg", quality=95))[0].getpixel((8, 8))
     assert red[0] > 240 and red[1] < 15 and red[2] < 15
 
 
@@ -149,8 +111,7 @@ def test_deep_gray_is_scaled_not_clipped(tmp_path, values, expected):
     kind = "PNG" if values.dtype == np.uint16 else "TIFF"
     path = saved(tmp_path, Image.fromarray(values), format=kind)
     image, alpha = load_image(path)
-    assert [image.getpixel((x, 0)) for x in range(3)] == [(gray,) * 3 for gray in expected]
-    assert alpha is None
+    assert pixels(image) == [(gray,) * 3 for gray in expected] and alpha is None
 
 
 def png(width, height, bit_depth, color_type, data):
@@ -166,9 +127,9 @@ def png(width, height, bit_depth, color_type, data):
 
 def test_16_bit_color(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 32896, 0)))
-    assert pixel(tmp_path / "a.png") == (255, 128, 0)
+    assert pixels(load_image(tmp_path / "a.png")[0]) == [(255, 128, 0)]
     (tmp_path / "b.png").write_bytes(png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 9, 9, 9, 0)))
-    assert pixel(tmp_path / "b.png") == (255,) * 3
+    assert pixels(load_image(tmp_path / "b.png")[0]) == [WHITE]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
@@ -176,7 +137,10 @@ def test_broken_files_are_named(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     path = saved(tmp_path, Image.fromarray(noise), name)
     whole = path.read_bytes()
-    for data in [whole[: len(whole) // 2], whole[:20], b"", b"not an image", b"\0" * 500]:
+    broken = [whole[: len(whole) // 2], whole[:20], b"", b"not an image", b"\0" * 500]
+    if name == "a.png":
+        broken.append(whole[:200] + b"\xff" * 40 + whole[240:])
+    for data in broken:
         path.write_bytes(data)
         with pytest.raises(FluxfastError, match=name) as raised:
             load_image(path)
@@ -184,22 +148,6 @@ def test_broken_files_are_named(tmp_path, name):
     path.unlink()
     with pytest.raises(FluxfastError, match=name):
         image_size(path)
-
-
-def test_broken_png_data(tmp_path):
-    path = saved(tmp_path, Image.effect_noise((64, 64), 50))
-    data = bytearray(path.read_bytes())
-    data[200:240] = b"\xff" * 40
-    path.write_bytes(data)
-    with pytest.raises(FluxfastError, match=r"a\.png"):
-        load_image(path)
-
-
-def test_decompression_bomb(tmp_path):
-    (tmp_path / "a.png").write_bytes(png(50_000, 50_000, 8, 2, b""))
-    for read in (load_image, image_size):
-        with pytest.raises(FluxfastError, match=r"a\.png is too large"):
-            read(tmp_path / "a.png")
 
 
 def test_a_small_tiff_of_a_huge_tile_is_refused(tmp_path):
@@ -250,12 +198,10 @@ def test_a_picture_that_cannot_be_read_says_why_where_it_is_known(tmp_path):
     assert no.value.message == f"{tmp_path / 'b.png'} is not an image that can be read"
 
 
-def test_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    path = saved(
-        tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True
-    )
-    assert pixel(path) == (255, 0, 0)
+def test_first_frame_of_an_animation(tmp_path):
+    first, second = row("RGB", (255, 0, 0)), row("RGB", (0, 0, 255))
+    options = {"save_all": True, "append_images": [second], "lossless": True}
+    assert pixels(load_image(saved(tmp_path, first, "a.webp", **options))[0]) == [(255, 0, 0)]
 
 
 def test_fit_image_covers_and_crops_the_center():
@@ -287,7 +233,5 @@ def test_mask_is_cropped_like_its_image():
 
 
 def test_transparent_parts_of_a_mask_are_black(tmp_path):
-    image = Image.new("RGBA", (2, 1), (255, 255, 255, 255))
-    image.putpixel((1, 0), (255, 255, 255, 0))
-    mask = load_mask(saved(tmp_path, image))
-    assert mask.mode == "L" and (mask.getpixel((0, 0)), mask.getpixel((1, 0))) == (255, 0)
+    mask = load_mask(saved(tmp_path, row("RGBA", (255, 255, 255, 255), (255, 255, 255, 0))))
+    assert mask.mode == "L" and pixels(mask) == [255, 0]

@@ -44,7 +44,7 @@ def dataset(tmp_path) -> Dataset:
                 caption_dropout=0.3,
             )
         )
-    return Dataset(samples, text(tmp_path / "empty", -1.0), dict(Counter(SIZES)))
+    return Dataset(samples, text(tmp_path / "empty", -1.0))
 
 
 def same(one, other) -> bool:
@@ -116,7 +116,7 @@ def test_order_differs_by_epoch_and_seed_and_mixes_buckets(dataset):
 
 def test_draws_have_their_shares(dataset):
     samples = [replace(dataset.samples[1], name=f"{i}.png") for i in range(8)]
-    loader = Loader(Dataset(samples, dataset.empty_text, {}), 8, seed=0)
+    loader = Loader(Dataset(samples, dataset.empty_text), 8, seed=0)
     batches = [loader.batch(step) for step in range(60)]
     means = torch.cat([batch.mean[:, 0, 0, 0] for batch in batches])
     texts = torch.cat([batch.pooled[:, 0] for batch in batches])
@@ -131,12 +131,12 @@ def test_draws_have_their_shares(dataset):
 def test_no_dropout_and_full_dropout(dataset):
     for share, empty in [(0.0, 0), (1.0, 24)]:
         samples = [replace(sample, caption_dropout=share) for sample in dataset.samples]
-        loader = Loader(Dataset(samples, dataset.empty_text, {}), 1, seed=0)
+        loader = Loader(Dataset(samples, dataset.empty_text), 1, seed=0)
         assert sum(loader.batch(i).pooled[0, 0] == -1 for i in range(24)) == empty
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "fluxfast-loader"]
+    return [thread for thread in threading.enumerate() if "fluxfast-loader" in thread.name]
 
 
 def test_iterate_equals_batch(dataset):
@@ -182,10 +182,3 @@ def test_corrupt_files_are_named(dataset):
     with pytest.raises(FluxfastError, match="empty was corrupt") as raised:
         Loader(replace(dataset, samples=samples), 1, seed=0).batch(0)
     assert "fluxfast cache" in raised.value.hint
-
-
-def test_what_a_loader_refuses(dataset):
-    with pytest.raises(FluxfastError, match="empty"):
-        Loader(Dataset([], dataset.empty_text, {}), 1, seed=0)
-    with pytest.raises(FluxfastError, match="got 0"):
-        Loader(dataset, 0, seed=0)

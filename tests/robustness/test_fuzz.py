@@ -11,7 +11,14 @@ from checkpoints import write_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxfast.config.schema import Config, all_keys, build_config, dump_config, load_config
+from fluxfast.config.schema import (
+    Config,
+    DataConfig,
+    all_keys,
+    build_config,
+    dump_config,
+    load_config,
+)
 from fluxfast.config.yaml_io import parse_yaml
 from fluxfast.data.captions import METADATA, caption_variants, read_captions
 from fluxfast.data.store import CacheDamaged, is_complete, read_tensors
@@ -210,7 +217,8 @@ def usable(text: str) -> None:
     assert text == text.strip() and all(
         c.isprintable() or not c.isascii() or c in "\t\n\r" for c in text
     )
-    for prompt in caption_variants(text, "hash", trigger="ohwx", shuffle=True, variants=2):
+    data = DataConfig(folder=".", shuffle_captions=True)
+    for prompt in caption_variants(text, "hash", data, "ohwx", seed=0):
         json.dumps(prompt).encode()
         prompt.encode()
 
