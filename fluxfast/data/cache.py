@@ -40,6 +40,9 @@ class Encoding(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+_Prompted = tuple[ScannedImage, list[str]]  # an image and its prompts
+
+
 @dataclass(frozen=True)
 class _LatentJob:
     """One latents file: an image in one bucket, perhaps mirrored."""
@@ -72,32 +75,15 @@ def prepare_dataset(
     with ranks.main_process_first():  # the others then find every size in the index
         scanned = scan_folders(config.data, config.cache_path / "sizes.json", report, progress)
     total = len({image.path for entry in scanned for image in entry} | report.images)
-    plans = [
-        _read_prompts(config, data, entry, report)
-        for data, entry in zip(config.data, scanned, strict=True)
-    ]
+    pairs = zip(config.data, scanned, strict=True)
+    plans = [_read_prompts(config, data, entry, report) for data, entry in pairs]
     report.check()
     _require_some(plans, total)
     prompts = [text for plan in plans for _, variants in plan for text in variants]
     prompts = ["", *prompts, *extra_prompts]
     texts = encode_prompts(prompts, config.cache_path, encoding, progress, ranks=ranks)
 
-    base = {"vae": component_fingerprint(encoding.root, "vae"), "dtype": str(encoding.dtype)}
-    planned: list[tuple[Sample, list[_LatentJob]]] = []
-    for data, plan in zip(config.data, plans, strict=True):
-        for i in range(len(data.resolution)):
-            for image, variants in plan:
-                jobs = _latent_jobs(config.cache_path, data, image, image.buckets[i], base)
-                sample = Sample(
-                    name=image.name,
-                    size=image.buckets[i],
-                    latents=jobs[0].target,
-                    flipped=jobs[1].target if data.flip else None,
-                    texts=[texts[text] for text in variants],
-                    caption=variants[0],
-                    caption_dropout=data.caption_dropout,
-                )
-                planned.append((sample, jobs))
+    planned = _plan_samples(config, encoding, plans, texts)
     unusable = _encode_images(
         [job for _, jobs in planned for job in jobs], encoding, progress, ranks
     )
@@ -154,7 +140,7 @@ def encode_prompts(
 
 def _read_prompts(
     config: Config, data: DataConfig, scanned: list[ScannedImage], report: SkipReport
-) -> list[tuple[ScannedImage, list[str]]]:
+) -> list[_Prompted]:
     """Returns the images whose captions can be used, in order, with their prompts."""
     read = captions.read_captions(data.folder, [image.path for image in scanned], data.caption_ext)
     for error in read.stray:
@@ -191,17 +177,33 @@ def _require_some(usable: Sequence, total: int) -> None:
         )
 
 
-def _latent_jobs(
-    cache_path: Path, data: DataConfig, image: ScannedImage, bucket: tuple[int, int], base: dict
-) -> list[_LatentJob]:
-    """Returns the files of one image in one bucket: upright, then mirrored if `data.flip`."""
-    mask = [data.mask, image.mask_hash, data.mask_min if data.mask != "none" else 0.0]
-    jobs = []
-    for flip in (False, True) if data.flip else (False,):
-        parts = {"image": image.hash, "bucket": bucket, "flip": flip, "alpha": "white"}
-        target = _file(cache_path, "latents", **parts, mask=mask, **base)
-        jobs.append(_LatentJob(target, data, image, bucket, flip))
-    return jobs
+def _plan_samples(
+    config: Config, encoding: Encoding, plans: list[list[_Prompted]], texts: dict[str, Path]
+) -> list[tuple[Sample, list[_LatentJob]]]:
+    """Returns each sample once, with its latents' jobs: upright, then mirrored if `data.flip`."""
+    base = {"vae": component_fingerprint(encoding.root, "vae"), "dtype": str(encoding.dtype)}
+    planned = []
+    for data, plan in zip(config.data, plans, strict=True):
+        least = data.mask_min if data.mask != "none" else 0.0
+        for i in range(len(data.resolution)):
+            for image, variants in plan:
+                bucket, mask = image.buckets[i], [data.mask, image.mask_hash, least]
+                jobs = []
+                for flip in (False, True) if data.flip else (False,):
+                    parts = {"image": image.hash, "bucket": bucket, "flip": flip, "alpha": "white"}
+                    target = _file(config.cache_path, "latents", **parts, mask=mask, **base)
+                    jobs.append(_LatentJob(target, data, image, bucket, flip))
+                sample = Sample(
+                    name=image.name,
+                    size=bucket,
+                    latents=jobs[0].target,
+                    flipped=jobs[1].target if data.flip else None,
+                    texts=[texts[text] for text in variants],
+                    caption=variants[0],
+                    caption_dropout=data.caption_dropout,
+                )
+                planned.append((sample, jobs))
+    return planned
 
 
 def _encode_images(
