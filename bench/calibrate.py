@@ -19,7 +19,7 @@ from statistics import median
 
 from bench import RESULTS, terminal
 from bench.rows import read
-from bench.step.candidates import WORDS
+from bench.step.settings import DTYPE_NAMES
 from bench.step.table import comparable
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import MEASURED, card
@@ -48,43 +48,38 @@ def usable(row: dict) -> bool:
     )
 
 
-def work_of(row: dict) -> tuple[StepSpec, Shape]:
-    """The model, LoRA and pictures that a row of `bench.step` was timed on."""
-    blocks = {"depth": row["double_blocks"], "depth_single_blocks": row["single_blocks"]}
-    spec = replace(DEV, **blocks)
-    storage, products, activations = (
-        WORDS.get(row[key], row[key]) for key in ("storage", "products", "compute")
+def step_of(row: dict) -> tuple[StepSpec, Shape]:
+    """Returns the step and the images that a row of `bench.step` was timed on."""
+    spec = replace(DEV, depth=row["double_blocks"], depth_single_blocks=row["single_blocks"])
+    storage, matmul, activations = (
+        DTYPE_NAMES.get(row[key], row[key]) for key in ("storage", "products", "compute")
     )
     lora = lora_of(spec, row["rank"], row["lora_targets"])
     shape = Shape(row["batch"], row["image_tokens"], row["text_tokens"])
-    return StepSpec(spec, storage, products, activations, lora), shape
-
-
-def factor(row: dict) -> float:
-    """Measured over predicted time of a row's step. Raises ConfigError for an unknown card."""
-    work, shape = work_of(row)
-    ops = step_ops(work, shape) + optimizer_ops(work, "adamw", guard=False)
-    shipped = replace(card(row["device_name"]), factors={})
-    return row["median_ms"] / 1e3 / total_seconds(ops, shipped, launches=True)
+    return StepSpec(spec, storage, matmul, activations, lora), shape
 
 
 def calibrate(rows: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
     """Returns {card: {compute kind: {factor, source}}}, and device names that are not in the
     table."""
-    found, unknown = defaultdict(list), {}
+    groups, unknown = defaultdict(list), {}
     for row in filter(usable, rows):
         try:
-            known = card(row["device_name"]).name
+            shipped = replace(card(row["device_name"]), factors={})
         except ConfigError:
             unknown[row["device_name"]] = None
             continue
-        found[known, work_of(row)[0].matmul].append(row)
+        step, shape = step_of(row)
+        ops = step_ops(step, shape) + optimizer_ops(step, "adamw", guard=False)
+        predicted = total_seconds(ops, shipped, launches=True)
+        groups[shipped.name, step.matmul].append((row, row["median_ms"] / 1e3 / predicted))
     table: dict[str, dict[str, dict]] = defaultdict(dict)
-    for (known, compute), group in sorted(found.items()):
-        commits = ", ".join(dict.fromkeys((row["commit"] or "unknown")[:7] for row in group))
-        table[known][compute] = {
-            "factor": round(median(factor(row) for row in group), 3),
-            "source": f"measured: commit {commits}, {group[0]['device_name']}, {len(group)} rows",
+    for (name, compute), group in sorted(groups.items()):
+        commits = ", ".join(dict.fromkeys((row["commit"] or "unknown")[:7] for row, _ in group))
+        device = group[0][0]["device_name"]
+        table[name][compute] = {
+            "factor": round(median(factor for _, factor in group), 3),
+            "source": f"measured: commit {commits}, {device}, {len(group)} rows",
         }
     return dict(table), list(unknown)
 
@@ -104,9 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not table:
         print(f"{options.rows}: no rows of fluxfast on a known GPU; nothing written")
         return 0
-    for known, kinds in table.items():
+    for name, kinds in table.items():
         for compute, row in kinds.items():
-            print(f"{known}, {compute}: {row['factor']:.3f} of the prediction ({row['source']})")
+            print(f"{name}, {compute}: {row['factor']:.3f} of the prediction ({row['source']})")
     if not options.dry_run:
         options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -2,14 +2,15 @@
 
     python -m bench.saved [--out FILE]
 
-Full-width blocks (hidden 3072, bf16 products, LoRA rank 16) run at two lengths; the difference in
-saved bytes over the difference in tokens is exact, and the same on every machine. Exits with 1 if
+Full-width blocks (hidden 3072, bf16, LoRA rank 16) run at two lengths; the difference in saved
+bytes over the difference in tokens is exact, and the same on every machine. Exits with 1 if
 fluxfast keeps more than LIMITS. --out appends rows.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,78 +18,99 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.step.gate import kept_bytes
-from fluxfast.model.spec import DEV, FluxSpec
+from bench.step.peers import BaseWeights, build_diffusers, build_fluxfast
+from bench.step.settings import Kind
+from fluxfast.model.flux import rope_tables
+from fluxfast.model.spec import DEV
 
 SPEC = replace(DEV, depth=1, depth_single_blocks=1, in_channels=16)
 RANK = 16
 LIMITS = {("double", "attn+mlp"): 62_500, ("single", "attn+mlp"): 56_500}
 LENGTHS = (32, 64)  # text and image tokens, each
+COUNTED = (("fluxfast", "attn+mlp"), ("fluxfast", "all"), ("diffusers + peft", "attn+mlp"))
+
+
+class SavedBytes:
+    """Counts storages, each once, those of `known` tensors left out."""
+
+    def __init__(self, known: list[Tensor]):
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._storages = []  # alive until the sum is taken: no address can come back
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._storages.append(storage)
+        return tensor.detach()
+
+    def hooks(self) -> AbstractContextManager:
+        """Returns a context in which every tensor that autograd saves is added."""
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages)
+
+
+def kept_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
+    """Returns what autograd keeps of `forward`: exact, and the same on every machine. What a
+    checkpointed block rebuilds does not count."""
+    saved = SavedBytes(known)
+    with saved.hooks():
+        forward()
+    return saved.total()
 
 
 def per_token(module: nn.Module, tables: dict[int, tuple], run: Callable[[int], object]) -> float:
-    """Bytes per token of both streams. run(n): the block over n text and n image tokens. The
-    module's own tensors and the RoPE tables, which all blocks share, do not count."""
+    """Returns bytes per token of both streams. run(n): the block over n text and n image tokens.
+    The module's own tensors and the RoPE tables, which all blocks share, do not count."""
     own = [*module.parameters(), *module.buffers()]
     short, long = (kept_bytes([*own, *tables[n]], lambda n=n: run(n)) for n in LENGTHS)
     return (long - short) / (2 * (LENGTHS[1] - LENGTHS[0]))
 
 
-def _inputs(spec: FluxSpec, n: int, text: int = 2) -> list[Tensor]:
-    shape = (1, n, spec.hidden_size)
-    return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(text)]
+def _model(library: str, targets: str) -> nn.Module:
+    """In bf16 with all weights zero: bytes do not depend on values."""
+    weights = BaseWeights(SPEC, "cpu", lambda name, shape, device: torch.zeros(shape))
+    build = build_diffusers if library == "diffusers" else build_fluxfast
+    return build(weights, Kind(library, "dense"), torch.bfloat16, RANK, targets).model
 
 
-def fluxfast_counts(targets: str = "attn+mlp", spec: FluxSpec = SPEC) -> dict[str, float]:
-    """Bytes per token of a "double" and a "single" block."""
-    from fluxfast.model.flux import Flux, rope_tables
-    from fluxfast.model.init import fill
-    from fluxfast.model.lora import inject_lora
-    from fluxfast.model.names import linear_shape
-    from fluxfast.model.precision import layer_precisions
+def _stream(n: int) -> Tensor:
+    shape = (1, n, SPEC.hidden_size)
+    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
 
-    def zeros(name: str) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            return torch.ones(spec.head_dim)
-        shape = linear_shape(module, spec)
-        return torch.zeros(shape if kind == "weight" else shape[:1], dtype=torch.bfloat16)
 
-    model = Flux(spec, torch.bfloat16)
-    fill(model, zeros, layer_precisions(spec, "bf16", "bf16"))
-    inject_lora(model, RANK, targets=targets)
-    model.train()
+def fluxfast_counts(targets: str) -> dict[str, float]:
+    """Returns bytes per token of a "double" and a "single" block."""
+    model = _model("fluxfast", targets)
     double_mod, single_mod = (
-        torch.zeros(1, 1, count * spec.hidden_size, dtype=torch.bfloat16) for count in (6, 3)
+        torch.zeros(1, 1, count * SPEC.hidden_size, dtype=torch.bfloat16) for count in (6, 3)
     )
     for modulation in (double_mod, single_mod):
         modulation.requires_grad_(targets == "all")
-
-    tables = {n: rope_tables(torch.zeros(1, 2 * n, 3), spec.axes_dim, spec.theta) for n in LENGTHS}
+    tables = {n: rope_tables(torch.zeros(1, 2 * n, 3), SPEC.axes_dim, SPEC.theta) for n in LENGTHS}
     double, single = model.double_blocks[0], model.single_blocks[0]
+    return {
+        "double": per_token(
+            double,
+            tables,
+            lambda n: double(_stream(n), _stream(n), double_mod, double_mod, tables[n]),
+        ),
+        "single": per_token(
+            single, tables, lambda n: single(_stream(2 * n), single_mod, tables[n])
+        ),
+    }
 
-    def run_double(n: int) -> object:
-        return double(*_inputs(spec, n), double_mod, double_mod, tables[n])
 
-    def run_single(n: int) -> object:
-        return single(*_inputs(spec, 2 * n, 1), single_mod, tables[n])
-
-    counts = per_token(double, tables, run_double), per_token(single, tables, run_single)
-    return dict(zip(("double", "single"), counts, strict=True))
-
-
-def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
-    """The same of diffusers + peft under autocast, as it is used (LoRA on attention and MLP)."""
-    from bench.step.peers import BaseWeights, build_diffusers
-
-    weights = BaseWeights(spec, 0, "cpu")
-    model = build_diffusers(weights, "dense", torch.bfloat16, RANK).model
-    temb = torch.zeros(1, spec.hidden_size, dtype=torch.bfloat16)
+def diffusers_counts() -> dict[str, float]:
+    """Returns the same of diffusers + peft under autocast, as it is used (attention and MLP)."""
+    model = _model("diffusers", "attn+mlp")
+    temb = torch.zeros(1, SPEC.hidden_size, dtype=torch.bfloat16)
     ropes = {n: model.pos_embed(torch.zeros(2 * n, 3)) for n in LENGTHS}
 
-    def call(block, n: int):
-        img, txt = _inputs(spec, n)
-        streams = {"hidden_states": img, "encoder_hidden_states": txt}
+    def call(block: nn.Module, n: int):
+        streams = {"hidden_states": _stream(n), "encoder_hidden_states": _stream(n)}
         with torch.autocast("cpu", torch.bfloat16):
             return block(**streams, temb=temb, image_rotary_emb=ropes[n])
 
@@ -100,22 +122,17 @@ def diffusers_counts(spec: FluxSpec = SPEC) -> dict[str, float]:
 
 
 def rows() -> list[dict[str, object]]:
-    """One each; "skipped" where a library is missing."""
-    counts = {
-        ("fluxfast", "attn+mlp"): fluxfast_counts,
-        ("fluxfast", "all"): lambda: fluxfast_counts("all"),
-        ("diffusers + peft", "attn+mlp"): diffusers_counts,
-    }
-    found, shared = [], timing.conditions("cpu")
-    for (who, targets), count in counts.items():
-        result, each = timing.Result(who), {}
+    """Returns a row for each of COUNTED; "skipped" where a library is missing."""
+    found, conditions = [], timing.conditions("cpu")
+    for name, targets in COUNTED:
+        result, counts = timing.Result(name), {}
         try:
-            each = count()
+            counts = fluxfast_counts(targets) if name == "fluxfast" else diffusers_counts()
         except ImportError as error:
             timing.fail(result, error)
-        settings = {"bench": "saved", "lora_targets": targets, "rank": RANK}
-        settings |= {"double_bytes": each.get("double"), "single_bytes": each.get("single")}
-        found.append(timing.row(result, **settings, **shared))
+        fields = {"bench": "saved", "lora_targets": targets, "rank": RANK}
+        fields |= {f"{kind}_bytes": counts.get(kind) for kind in ("double", "single")}
+        found.append(timing.row(result, **fields, **conditions))
     return found
 
 
@@ -126,13 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'bytes saved per token':24} {'targets':10} {'double block':>13} {'single block':>13}")
     over, found = False, rows()
     for row in found:
-        who, targets = row["name"], row["lora_targets"]
+        name, targets = row["name"], row["lora_targets"]
         double, single = row["double_bytes"], row["single_bytes"]
         if double is None:
-            print(f"{who:24} {targets:10} {row['status']}: {row['reason']}")
+            print(f"{name:24} {targets:10} {row['status']}: {row['reason']}")
             continue
-        print(f"{who:24} {targets:10} {double:13.0f} {single:13.0f}")
-        if who == "fluxfast":
+        print(f"{name:24} {targets:10} {double:13.0f} {single:13.0f}")
+        if name == "fluxfast":
             for pixels in (512, 768, 1024):
                 tokens = DEV.text_length + (pixels // 16) ** 2
                 total = DEV.depth * double + DEV.depth_single_blocks * single

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from bench import ROOT, timing
 from bench.rows import Row, RowFile, peers
-from bench.step.candidates import BASELINE
 from bench.step.run import measure_apart
-from bench.step.settings import Cycle, Settings
+from bench.step.settings import BASELINE, Cycle, Settings
 from bench.step.table import row_settings, rows
 from bench.terminal import say
 

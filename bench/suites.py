@@ -8,8 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from bench.step.candidates import BASELINE, DEFAULTS
-from bench.step.settings import CPU_SPEC, STOCK_TARGETS, TINY_SPEC, Cycle, Settings
+from bench.step.settings import (
+    BASELINE,
+    CPU_SPEC,
+    DEFAULTS,
+    STOCK_TARGETS,
+    TINY_SPEC,
+    Cycle,
+    Settings,
+)
 from bench.suite_items import CommandItem, Item, StepItem
 from fluxfast.model.precision import multiplies_bf16
 from fluxfast.model.spec import DEV

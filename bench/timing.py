@@ -3,7 +3,7 @@
 `compare` gates each candidate for correctness, throws the warm-up away, then runs the candidates
 in turn, round after round, so that whatever else the machine does falls on all of them. One that
 cannot run becomes a `Result` with its reason; it never ends the comparison. A GPU is timed by its
-own events, a CPU by the clock. `append_rows` writes one JSON object a line.
+own events, a CPU by the clock.
 """
 
 import contextlib
@@ -34,13 +34,12 @@ HEAD_START_CYCLES = 2_000_000  # the GPU spins for about 1 ms while the host que
 
 @dataclass
 class Result:
-    """What became of one candidate.
+    """The outcome of one candidate.
 
     status: "ok", "skipped" (a library is missing), "gate failed" (wrong results, so not timed),
-    "out of memory", "out of time" (of a suite's budget) or "failed"; `reason` says why for all but
-    "ok". ratio: its median over the baseline's median, below 1 is faster; None where either is
-    missing. peak_memory_kind says what `peak_memory_bytes` counts (see `peak_memory`); both None if
-    not known.
+    "out of memory", "out of time" (of a suite's budget) or "failed"; reason: of all but "ok".
+    ratio: its median over the baseline's, below 1 is faster; None where either is missing.
+    peak_memory_kind: what `peak_memory_bytes` counts (see `peak_memory`); both None if not known.
     """
 
     name: str
@@ -57,6 +56,16 @@ class Result:
     def __str__(self) -> str:
         return f"{self.name}: {self.status}: {self.reason or f'{self.median_ms:.1f} ms'}"
 
+    def divide(self, steps: int) -> None:
+        """Makes the times of a call that takes so many steps those of one step."""
+        self.times_ms = [time / steps for time in self.times_ms]
+        self.summarize()
+
+    def summarize(self) -> None:
+        if self.times_ms:
+            quantiles = np.quantile(self.times_ms, (0.1, 0.5, 0.9)).tolist()
+            self.p10_ms, self.median_ms, self.p90_ms = quantiles
+
 
 def compare(
     candidates: dict[str, Callable[[], object] | Exception],
@@ -68,48 +77,58 @@ def compare(
     progress: Callable[[str], None] | None = None,
     cold: bool = False,
 ) -> dict[str, Result]:
-    """Time every candidate `rounds` times, interleaved -> results in the candidates' order.
+    """Times every candidate `rounds` times, interleaved. Returns results in the candidates' order.
 
-    candidates: name -> a call that does the work once, or the error that stopped it from being
-    built. gate: called with a name before anything is timed; returns None, or what is wrong.
-    Raising counts as wrong. Each round runs all candidates once, and each round starts one further
-    along, so that none always follows the same neighbor. The warm-up rounds run in the same
-    order; the last one measures peak memory. cold: see `elapsed_ms`.
+    candidates: name -> a call that does the work once, or the error that kept it from being built.
+    gate: called with a name before anything is timed; returns None, or what is wrong; raising
+    counts as wrong. Each round runs all candidates once and starts one further along, so that none
+    always follows the same neighbor. The warm-up rounds run in the same order; the last one
+    measures peak memory. cold: see `elapsed_ms`.
     """
     results = {name: Result(name) for name in candidates}
-    running = []
     for name, work in candidates.items():
         if isinstance(work, Exception):
             fail(results[name], work)
-        elif _passes(results[name], gate):
-            running.append(name)
+        elif gate:
+            _check(results[name], gate)
     for r in range(-warmup, rounds):
+        running = [name for name, result in results.items() if result.status == "ok"]
         start = r % len(running) if running else 0
         for name in running[start:] + running[:start]:
             _run_once(results[name], candidates[name], r, device, cold)
             if progress:
                 progress(f"{name}: round {r + 1} of {rounds}" if r >= 0 else f"{name}: warm-up")
-        running = [name for name in running if results[name].status == "ok"]
-    for name in running:
-        result = results[name]
-        if result.times_ms:
-            quantiles = np.quantile(result.times_ms, (0.1, 0.5, 0.9)).tolist()
-            result.p10_ms, result.median_ms, result.p90_ms = quantiles
+    for result in results.values():
+        if result.status == "ok":
+            result.summarize()
     add_ratios(results, baseline)
     return results
 
 
 def add_ratios(results: dict[str, Result], baseline: str | None) -> None:
-    """Fill in `ratio` of every result that has a median, if the baseline has one."""
+    """Sets the `ratio` of every result that has a median, if the baseline has one."""
     base = results[baseline].median_ms if baseline in results else None
     for result in results.values():
         result.ratio = result.median_ms / base if base and result.median_ms else None
 
 
+def attempt(make: Callable, *arguments):
+    """Returns what `make` returns, or the exception that it raised, which `compare` takes in place
+    of a candidate."""
+    try:
+        return make(*arguments)
+    except Exception as error:
+        error.__traceback__ = None  # its frames hold what was built so far
+        free_memory()
+        return error
+
+
 def fail(result: Result, error: Exception) -> None:
-    """Record an error as the result, let go of what its traceback holds. ImportError: skipped."""
+    """Records an error as the result and frees what its traceback holds. ImportError: skipped."""
     result.status = "skipped" if isinstance(error, ImportError) else "failed"
-    if is_out_of_memory(error):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "not enough memory" in str(error)  # the CPU allocator raises a plain RuntimeError
+    ):
         result.status = "out of memory"
     lines = str(error).strip().splitlines()
     result.reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -119,34 +138,25 @@ def fail(result: Result, error: Exception) -> None:
 
 
 def free_memory() -> None:
-    """Hand back what nobody holds any more, on a GPU too."""
     gc.collect()
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # a device that is lost has nothing to give back
             torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "not enough memory" in str(error)  # the CPU allocator raises a plain RuntimeError
-    )
-
-
-def _passes(result: Result, gate: Callable[[str], str | None] | None) -> bool:
+def _check(result: Result, gate: Callable[[str], str | None]) -> None:
     try:
-        wrong = gate(result.name) if gate else None
+        result.reason = gate(result.name)
+        if result.reason is not None:
+            result.status = "gate failed"
     except Exception as error:
         fail(result, error)
         if result.status == "failed":
             result.status = "gate failed"
-        return False
-    if wrong is not None:
-        result.status, result.reason = "gate failed", wrong
-    return wrong is None
 
 
 def _run_once(result: Result, work: Callable[[], object], r: int, device: str, cold: bool) -> None:
-    """Round r of one candidate: r < 0 is warm-up, and -1 measures memory instead of time."""
+    """Runs round r of a candidate: r < 0 is warm-up, and -1 measures memory instead of time."""
     try:
         if r == -1:
             result.peak_memory_bytes, result.peak_memory_kind = peak_memory(work, device)
@@ -159,11 +169,11 @@ def _run_once(result: Result, work: Callable[[], object], r: int, device: str, c
 
 
 def elapsed_ms(work: Callable[[], object], device: str, cold: bool = False) -> float:
-    """Run `work` once -> ms, on a GPU between two events of its own.
+    """Runs `work` once. Returns ms, on a GPU between two events of its own.
 
-    cold, for what is shorter than its launches or fits the L2 (kernels): the L2 holds none of the
+    cold, for kernels, which are shorter than their launches or fit the L2: the L2 holds none of the
     inputs, and the launches are queued before the first one starts, as in a captured graph. Without
-    it what the GPU waits for the host counts too. On a CPU it changes nothing.
+    it, time that the GPU waits for the host counts too. On a CPU it changes nothing.
     """
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
@@ -187,7 +197,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(work: Callable[[], object], device: str) -> tuple[int | None, str | None]:
-    """Run `work` once -> (bytes, what they count).
+    """Runs `work` once. Returns bytes, and what they count.
 
     "cuda max allocated": torch's high-water mark on the device, weights included. "peak rss over
     start": how far the process grew while it ran (Linux); weights that were there before do not
@@ -207,7 +217,8 @@ def peak_memory(work: Callable[[], object], device: str) -> tuple[int | None, st
 
 
 def _reset_peak_rss() -> int | None:
-    """Hand free pages back, reset the high-water mark -> resident bytes now; None if it cannot."""
+    """Returns free pages to the system and resets the high-water mark. Returns resident bytes, None
+    where that is not possible."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -218,30 +229,37 @@ def _reset_peak_rss() -> int | None:
 
 
 def _status_bytes(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith(key + ":")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    size = _proc_value("/proc/self/status", key)
+    return int(size.split()[0]) * 1024 if size else None
+
+
+def _proc_value(path: str, key: str) -> str | None:
+    """Returns the first value of "key: value" in a file of /proc; None where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return None
 
 
 def conditions(device: str) -> dict[str, object]:
-    """What a number depends on in this machine and checkout. None: not known, or not there."""
+    """Returns the facts of this machine and checkout that a number depends on. None: unknown, or
+    not there."""
     cuda = torch.device(device).type == "cuda"
-    commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changes = _run("git", "-C", str(ROOT), "status", "--porcelain")
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cpu = _proc_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": None if commit is None or changes is None else bool(changes),
         "device": "cuda" if cuda else "cpu",
-        "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_model(),
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else None,
+        "device_name": torch.cuda.get_device_name(device) if cuda else cpu,
+        "driver": _output(*driver) if cuda else None,
         "cuda": torch.version.cuda,
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu,
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -250,21 +268,22 @@ def conditions(device: str) -> dict[str, object]:
     }
 
 
-def row(result: Result, **conditions_and_settings: object) -> dict[str, object]:
-    """One JSON object: the result, how many rounds it rests on, and its conditions."""
-    fields = asdict(result)
-    times = fields.pop("times_ms")
-    return fields | {"rounds": len(times)} | conditions_and_settings
+def row(result: Result, **fields: object) -> dict[str, object]:
+    """Returns one JSON object: the result, its number of rounds, and the fields: conditions and
+    settings."""
+    values = asdict(result)
+    times = values.pop("times_ms")
+    return values | {"rounds": len(times)} | fields
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows to a .jsonl file, one a line, making its folder if need be."""
+    """Appends rows to a .jsonl file, one a line, and creates its folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)
 
 
-def _run(*command: str) -> str | None:
+def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -277,12 +296,3 @@ def _version(library: str) -> str | None:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -25,10 +25,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import terminal, timing
-from bench.step.candidates import BASELINE, CANDIDATES, DEFAULTS
 from bench.step.run import measure, measure_apart
 from bench.step.settings import (
+    BASELINE,
+    CANDIDATES,
     CPU_SPEC,
+    DEFAULTS,
     SETTINGS,
     STOCK_TARGETS,
     TINY_SPEC,
@@ -36,7 +38,7 @@ from bench.step.settings import (
     Settings,
     image_tokens,
 )
-from bench.step.table import over_limits, refused, rows, table, verdicts
+from bench.step.table import over_limits, rows, table, verdicts
 from bench.terminal import say
 from fluxfast.model.lora import PRESETS
 from fluxfast.model.spec import DEV
@@ -74,12 +76,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     cuda, stock = options.device == "cuda", options.setting == "stock"
-    default = (DEV, [512, 768, 1024], [1] if stock else [1, 4], 512)
-    if not cuda:
-        default = (CPU_SPEC, [256], [1], 128)
     if options.tiny:
-        default = (TINY_SPEC, [64], [1], 8)
-    spec, pixels, batches, text = default
+        spec, pixels, batches, text = TINY_SPEC, [64], [1], 8
+    elif cuda:
+        spec, pixels, batches, text = DEV, [512, 768, 1024], [1] if stock else [1, 4], 512
+    else:
+        spec, pixels, batches, text = CPU_SPEC, [256], [1], 128
     pixels, batches = options.pixels or pixels, options.batch or batches
     cycles = [Cycle((side,), batch) for batch in batches for side in pixels]
     if stock and len(pixels) > 1:
@@ -104,44 +106,45 @@ def main(arguments: list[str] | None = None) -> int:
     settings = settings_of(options)
     chosen = options.candidates or DEFAULTS[options.device]
     names = [name for name in CANDIDATES if name in chosen]  # references come first
-    shared = timing.conditions(options.device)
-    wrong: list[str] = []
+    conditions = timing.conditions(options.device)
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for cap in options.cap or [None]:
             capped = replace(settings, cap_gib=cap)
-            found = _run(capped, names, Path(folder), shared, options.out)
-            for cycle, (results, details) in found.items():
-                print(f"\n{shared['device_name']}: {_title(capped, cycle)}")
+            measured = _run(capped, names, Path(folder), conditions, options.out)
+            for cycle, (results, details) in measured.items():
+                print(f"\n{conditions['device_name']}: {_title(capped, cycle)}")
                 print(table(results, details))
                 print("\n".join(verdicts(results)))
-                wrong += [f"wrong: {line}" for line in refused(results)]
+                refused = [r for r in results.values() if r.status == "gate failed"]
+                failures += [f"wrong: {result.name}: {result.reason}" for result in refused]
                 if settings.device == "cpu" and settings.setting == "plain" and not options.tiny:
-                    wrong += [f"too slow: {line}" for line in over_limits(results)]
-    for line in wrong:
+                    failures += [f"too slow: {line}" for line in over_limits(results)]
+    for line in failures:
         print(line)
-    return int(bool(wrong))
+    return int(bool(failures))
 
 
 def _run(
-    settings: Settings, names: list[str], references: Path, shared: dict, out: Path | None
+    settings: Settings, names: list[str], references: Path, conditions: dict, out: Path | None
 ) -> dict[Cycle, tuple[dict, dict]]:
-    """-> cycle -> results and details by name."""
-    found: dict[Cycle, tuple[dict, dict]] = {cycle: ({}, {}) for cycle in settings.cycles}
+    """Measures every cycle and appends rows as they come. Returns results and details by name."""
+    measured: dict[Cycle, tuple[dict, dict]] = {cycle: ({}, {}) for cycle in settings.cycles}
 
     def report(cycle: Cycle, results: dict, details: dict) -> None:
-        every, seen = found[cycle]
-        every |= results
-        seen |= details
-        timing.add_ratios(every, BASELINE)
+        all_results, all_details = measured[cycle]
+        all_results |= results
+        all_details |= details
+        timing.add_ratios(all_results, BASELINE)
         for result in results.values():
             say(f"{cycle}: {result}")
         if out is not None:
-            timing.append_rows(out, rows(settings, cycle, results, details, shared))
+            timing.append_rows(out, rows(settings, cycle, results, details, conditions))
 
     for group in [[name] for name in names] if settings.apart else [names]:
         run = measure_apart if settings.apart else measure
         run(settings, group, references, report)
-    return found
+    return measured
 
 
 def _title(settings: Settings, cycle: Cycle) -> str:

@@ -1,104 +1,130 @@
-"""Does a candidate take the same step? Loss and LoRA gradients against a reference; bytes saved."""
+"""Does a candidate take the same step? Loss and LoRA gradients against those of a reference.
+
+The reference is the first candidate of the same storage, targets and batch shape that passed. It
+leaves its gradients in a file, since candidates may run in processes of their own.
+"""
 
 import math
-from collections.abc import Callable
+import os
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bench.errors import relative_errors
 from bench.step.peers import Batch, Candidate
+from bench.step.settings import CANDIDATES, Settings
 from fluxfast.model.spec import FluxSpec
 
-
-def loss_of(candidate: Candidate, batch: Batch) -> Tensor:
-    return torch.nn.functional.mse_loss(candidate.predict(batch).float(), batch.target)
-
-
-def saved_bytes(candidate: Candidate, batch: Batch) -> int:
-    """Bytes that autograd keeps between forward and backward: exact, and the same on every machine.
-
-    Each storage counts once; weights and inputs do not count, nor does what a checkpointed block
-    rebuilds.
-    """
-    known = [*candidate.model.parameters(), *candidate.model.buffers(), *vars(batch).values()]
-    return kept_bytes(known, lambda: loss_of(candidate, batch))
+# 8-bit storage is made of the dense weights, so its results are held to theirs
+REFERENCE_STORAGE = {"int8": "dense", "fp8": "dense"}
+# relative error of one 8-bit matmul on normal values: two operands of 1.2 or 2.6 % each
+MATMUL_ERROR = {"": 0.0, "int8": 0.018, "fp8": 0.038}
+_AUTHOR = "candidate"  # a key beside the tensors' names, which have dots but for "loss"
 
 
-def kept_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
-    """What autograd keeps of `forward`, each storage once, those of `known` tensors left out."""
-    seen = {t.untyped_storage().data_ptr() for t in known}
-    kept = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            kept.append(storage)  # alive until the sum is taken: its address cannot come back
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept)
-
-
-# what one 8-bit product errs by, relative, on normal values: two operands of 1.2 or 2.6 % each
-PRODUCT_ERROR = {"": 0.0, "int8": 0.018, "fp8": 0.038}
-
-
-def tolerance(spec: FluxSpec, compute: torch.dtype, products: str = "") -> float:
-    """Largest relative difference that rounding explains.
+def tolerance(spec: FluxSpec, compute: torch.dtype, matmul: str = "") -> float:
+    """Returns the largest relative difference that rounding explains.
 
     About 30 roundings of a value per block, forward and backward; errors add in quadrature,
     doubled for two sides that each make them. bf16 products sum in fp32, so their sums are exact
     beside bf16's 2^-9; in fp32 a sum of K terms itself errs by sqrt(K) roundings of 2^-24, K = 15
-    360 being the longest. 8-bit products add their own.
+    360 being the longest. 8-bit matmuls add their own.
     """
     blocks = spec.depth + spec.depth_single_blocks
     roundings = 30 * blocks
-    # four products on a value's way through a block, and as many on its gradient's way back
-    coded = 2 * PRODUCT_ERROR[products] * (8 * blocks) ** 0.5
+    # four matmuls on a value's way through a block, and as many on its gradient's way back
+    quantized = 2 * MATMUL_ERROR[matmul] * (8 * blocks) ** 0.5
     if compute == torch.bfloat16:
-        return math.hypot(2 * 2**-9 * roundings**0.5, coded)
+        return math.hypot(2 * 2**-9 * roundings**0.5, quantized)
     summed = 2 * 2**-24 * (roundings * (spec.hidden_size + spec.mlp_hidden)) ** 0.5
-    return math.hypot(summed, coded)
+    return math.hypot(summed, quantized)
 
 
-def evidence(candidate: Candidate, loss: Tensor) -> dict[str, Tensor]:
-    """A loss and the LoRA gradients that its backward has left in both kinds' first and last
-    blocks, fp32 on the CPU."""
-    found = {"loss": loss.detach().to("cpu", torch.float32, copy=True)}
+def check(
+    name: str, stepper, settings: Settings, batches: list[Batch], references: Path
+) -> tuple[str | None, dict[str, object]]:
+    """Returns what is wrong or None, and what was compared, of the batch that differs most.
+
+    references: the folder of reference files; a candidate without one leaves its own.
+    """
+    kind, candidate = CANDIDATES[name], stepper.candidate
+    storage = REFERENCE_STORAGE.get(kind.storage, kind.storage)
+    allowed = tolerance(settings.spec, settings.compute, kind.matmul)
+    worst: dict[str, object] = {}
+    for batch in batches:
+        candidate.reset_adapters()
+        gradients = loss_and_gradients(candidate, stepper.backward(batch))
+        stepper.clear()
+        count, tokens = batch.img.shape[:2]
+        path = references / f"{storage}-{settings.targets}-{tokens}-{count}.npz"
+        author, reference = read_reference(path)
+        if author == name:
+            author, reference = None, None
+        wrong, compared = compare(gradients, reference, allowed)
+        compared["reference"] = author
+        if wrong is not None:
+            return wrong, compared
+        if author is None and not kind.matmul:
+            write_reference(path, name, gradients)
+        if not worst or compared.get("worst_error", 0.0) > worst.get("worst_error", 0.0):
+            worst = compared
+    return None, worst
+
+
+def loss_and_gradients(candidate: Candidate, loss: Tensor) -> dict[str, Tensor]:
+    """Returns the loss and the LoRA gradients of the first and last block of both kinds, fp32 on
+    the CPU, by name."""
+    result = {"loss": loss.detach().to("cpu", torch.float32, copy=True)}
     blocks = {"transformer_blocks": [], "single_transformer_blocks": []}
     for module in candidate.adapters:
         kind, index, _ = module.split(".", 2)
         blocks[kind].append(int(index))
-    ends = {f"{kind}.{i}." for kind, seen in blocks.items() if seen for i in (min(seen), max(seen))}
+    ends = {(kind, i) for kind, seen in blocks.items() if seen for i in (min(seen), max(seen))}
     for module, pair in candidate.adapters.items():
-        if any(module.startswith(end) for end in ends):
+        kind, index, _ = module.split(".", 2)
+        if (kind, int(index)) in ends:
             for side, adapter in zip("AB", pair, strict=True):
                 # a copy on a CPU too: the gradients may be cleared in place
-                copied = adapter.grad.detach().to("cpu", torch.float32, copy=True)
-                found[f"{module}.lora_{side}"] = copied
-    return found
+                gradient = adapter.parameter.grad[adapter.rows].detach()
+                result[f"{module}.lora_{side}"] = gradient.to("cpu", torch.float32, copy=True)
+    return result
 
 
-def disagreement(
-    found: dict[str, Tensor], reference: dict[str, Tensor] | None, allowed: float
+def compare(
+    results: dict[str, Tensor], reference: dict[str, Tensor] | None, allowed: float
 ) -> tuple[str | None, dict[str, object]]:
-    """-> (what is wrong or None, what was compared). No reference: finite and non-zero will do."""
-    compared: dict[str, object] = {"loss": float(found["loss"]), "tolerance": allowed}
-    for name, value in found.items():
+    """Returns what is wrong or None, and what was compared. Without a reference, results must be
+    finite and not zero."""
+    compared: dict[str, object] = {"loss": float(results["loss"]), "tolerance": allowed}
+    for name, value in results.items():
         if not torch.isfinite(value).all() or not value.any():
             return f"{name} is zero or not finite", compared
     if reference is None:
         return None, compared
-    if missing := found.keys() ^ reference.keys():
+    if missing := results.keys() ^ reference.keys():
         return f"LoRA modules differ from the reference: {sorted(missing)[:3]}", compared
-    errors = {}
-    for name, value in reference.items():
-        if found[name].shape != value.shape:
-            return f"{name} is {list(found[name].shape)}, expected {list(value.shape)}", compared
-        errors[name] = float((found[name] - value).norm() / value.norm())
+    errors = {name: relative_errors(results[name], reference[name])[0] for name in reference}
     worst = max(errors, key=errors.get)
     compared |= {"loss_error": errors["loss"], "worst_error": errors[worst], "worst": worst}
     wrong = f"{worst} differs by {errors[worst]:.2e} of its norm, allowed {allowed:.2e}"
     return wrong if errors[worst] > allowed else None, compared
+
+
+def write_reference(path: Path, author: str, results: dict[str, Tensor]) -> None:
+    """Whole or not at all: the process may be killed at any moment."""
+    part = path.with_suffix(".part")
+    arrays = {name: tensor.numpy() for name, tensor in results.items()}
+    with part.open("wb") as file:
+        np.savez(file, **{_AUTHOR: np.array(author)}, **arrays)
+    os.replace(part, path)
+
+
+def read_reference(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
+    """Returns the candidate that wrote the file and its results, or None of both without one."""
+    if not path.exists():
+        return None, None
+    with np.load(path) as file:
+        results = {name: torch.from_numpy(file[name]) for name in file.files if name != _AUTHOR}
+        return str(file[_AUTHOR]), results

@@ -1,18 +1,20 @@
-"""Those who take the step: diffusers + peft + bitsandbytes, and fluxfast, over the same weights.
+"""The models that take the step: diffusers + peft + bitsandbytes, and fluxfast, over the same
+weights and inputs.
 
-Weights are a pure function of (seed, Black Forest Labs' parameter name), drawn on the device one
-tensor at a time: every candidate holds the same FLUX, though none shares memory with another, and
-a full-size one is quantized layer by layer. diffusers and its libraries are imported when a peer
-is built, not before.
+Weights are a pure function of (seed, Black Forest Labs' parameter name), generated on the device
+one tensor at a time: every candidate has the same FLUX without sharing memory, and a full-size one
+is quantized layer by layer. diffusers and its libraries are imported when such a model is built.
 """
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.step.settings import SEED, SETTINGS, Kind, Settings, image_tokens
 from fluxfast.model.names import (
     SWAPPED,
     diffusers_parts,
@@ -21,6 +23,7 @@ from fluxfast.model.names import (
     tensor_sources,
 )
 from fluxfast.model.spec import FluxSpec
+from fluxfast.objective import image_ids, text_ids
 
 LORA_MODULES = (  # attention and MLP of both block kinds; no modulation, nothing outside the blocks
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
@@ -35,8 +38,7 @@ LORA_TARGETS = {  # fluxfast's presets as peft's patterns
 }
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One step's inputs under BFL's names, and the velocity to predict.
 
     img, target [B, T, 64]; txt [B, L, 4096]; img_ids [B, T, 3]; txt_ids [B, L, 3]; y [B, 768];
@@ -53,28 +55,18 @@ class Batch:
     target: Tensor
 
 
-@dataclass
-class Adapter:
+class Adapter(NamedTuple):
     """One of a LoRA's two matrices: some rows of a trained parameter."""
 
     parameter: nn.Parameter
     rows: slice
 
-    def fill(self, values: Tensor) -> None:
-        with torch.no_grad():
-            self.parameter[self.rows].copy_(values)
 
-    @property
-    def grad(self) -> Tensor:
-        return self.parameter.grad[self.rows]
-
-
-@dataclass
-class Candidate:
-    """Something that takes a training step.
+class Candidate(NamedTuple):
+    """A model with a LoRA, ready to train.
 
     predict: Batch -> velocity [B, T, 64]. adapters: diffusers module name -> its A [r, K] and B
-    [N, r]. model: whose parameters and buffers do not count as saved activations.
+    [N, r].
     """
 
     model: nn.Module
@@ -82,60 +74,130 @@ class Candidate:
     adapters: dict[str, tuple[Adapter, Adapter]]
 
     def parameters(self) -> list[nn.Parameter]:
-        both = [a.parameter for pair in self.adapters.values() for a in pair]
+        both = [adapter.parameter for pair in self.adapters.values() for adapter in pair]
         return list({id(p): p for p in both}.values())
 
+    def loss(self, batch: Batch) -> Tensor:
+        return F.mse_loss(self.predict(batch).float(), batch.target)
 
-@dataclass
-class BaseWeights:
-    """Random base weights by BFL name; every value is exact in bf16, as a checkpoint's would be."""
-
-    spec: FluxSpec
-    seed: int
-    device: str
-
-    def __call__(self, name: str) -> Tensor:
-        """-> fp32. Matrices keep their input's variance, biases are small, scales near one."""
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            values = 1 + 0.1 * normal(self.seed, name, (self.spec.head_dim,), self.device)
-        elif kind == "bias":
-            shape = linear_shape(module, self.spec)[:1]
-            values = 0.02 * normal(self.seed, name, shape, self.device)
-        else:
-            shape = linear_shape(module, self.spec)
-            values = normal(self.seed, name, shape, self.device).mul_(shape[1] ** -0.5)
-        return values.to(torch.bfloat16).float()
+    def reset_adapters(self) -> None:
+        """Gives the LoRA the values that all candidates share; none is zero, so no gradient is."""
+        for module, (a, b) in self.adapters.items():
+            for side, adapter, std in (("A", a, a.parameter.shape[1] ** -0.5), ("B", b, 0.02)):
+                values = adapter.parameter.detach()[adapter.rows]
+                values.copy_(std * normal(f"{module}.{side}", values.shape, values.device))
 
 
-def normal(seed: int, name: str, shape: tuple[int, ...], device: str) -> Tensor:
-    """fp32 standard normal, a function of seed and name (on one kind of device)."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+def normal(name: str, shape: tuple[int, ...], device: str) -> Tensor:
+    """fp32 standard normal, a function of SEED and the name (on one kind of device)."""
+    digest = hashlib.blake2b(f"{SEED}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
     return torch.randn(shape, generator=generator, device=device)
 
 
+class BaseWeights(NamedTuple):
+    """Random base weights by BFL name; every value is exact in bf16, as a checkpoint's would be."""
+
+    spec: FluxSpec
+    device: str
+    normal: Callable[[str, tuple[int, ...], str], Tensor] = normal
+
+    def __call__(self, name: str) -> Tensor:
+        """Returns fp32. Matrices keep their input's variance, biases are small, scales near 1."""
+        module, _, kind = name.rpartition(".")
+        if kind == "scale":
+            values = 1 + 0.1 * self.normal(name, (self.spec.head_dim,), self.device)
+        elif kind == "bias":
+            values = 0.02 * self.normal(name, linear_shape(module, self.spec)[:1], self.device)
+        else:
+            N, K = linear_shape(module, self.spec)
+            values = self.normal(name, (N, K), self.device).mul_(K**-0.5)
+        return values.to(torch.bfloat16).float()
+
+
+def make_batch(settings: Settings, pixels: int, batch: int) -> Batch:
+    """Random latents and prompts; x_t = (1 - t) latent + t noise, whose velocity is the target.
+
+    Times are powers of two and the guidance is 1, exact in bf16: diffusers rounds 1000·t to the
+    compute dtype, fluxfast does not, and the gate must not see that.
+    """
+    spec, device, compute = settings.spec, settings.device, settings.compute
+    T, L, side = image_tokens(pixels), settings.text_tokens, pixels // 8
+    latent, noise = (normal(name, (batch, T, 64), device) for name in ("latent", "noise"))
+    t = 0.5 ** torch.arange(1, batch + 1, device=device)
+    mixed = (1 - t[:, None, None]) * latent + t[:, None, None] * noise
+    return Batch(
+        img=mixed.to(compute),
+        img_ids=image_ids(side, side, device).expand(batch, T, 3),
+        txt=normal("txt", (batch, L, spec.context_in_dim), device).to(compute),
+        txt_ids=text_ids(L, device).expand(batch, L, 3),
+        timesteps=t,
+        y=normal("y", (batch, spec.vec_in_dim), device).to(compute),
+        guidance=torch.ones(batch, device=device),
+        target=noise - latent,
+    )
+
+
+def build_model(kind: Kind, settings: Settings) -> Candidate:
+    """Raises ImportError for a missing library before any weight is made."""
+    if SETTINGS[settings.setting].optimizer == "adamw8bit":
+        import bitsandbytes  # noqa: F401
+    build = build_diffusers if kind.library == "diffusers" else build_fluxfast
+    weights = BaseWeights(settings.spec, settings.device)
+    return build(weights, kind, settings.compute, settings.rank, settings.targets)
+
+
 def build_diffusers(
-    weights: BaseWeights,
-    storage: str,
-    compute: torch.dtype,
-    rank: int,
-    targets: str = "attn+mlp",
-    checkpointing: bool = False,
-    compiled: bool = False,
+    weights: BaseWeights, kind: Kind, compute: torch.dtype, rank: int, targets: str
 ) -> Candidate:
     """diffusers' FLUX with peft's LoRA in fp32 over frozen weights. targets: of LORA_TARGETS.
 
-    storage: "nf4" puts the blocks' linear layers in bitsandbytes' NF4 (fp32 absmax, one per 64
-    weights) and the rest in `compute`; "dense" puts all in `compute`. bf16 runs under autocast, as
-    the diffusers training scripts do. Raises ImportError, naming the library, where one is
-    missing.
+    bf16 runs under autocast, as in the diffusers training scripts. Raises ImportError, naming the
+    library, where one is missing.
     """
-    import diffusers
+    import diffusers  # noqa: F401  (what is missing is named before any weight is made)
     import peft
 
-    if storage == "nf4":
-        import bitsandbytes  # noqa: F401  (named here if it is missing, before any weight is made)
+    if kind.storage == "nf4":
+        import bitsandbytes  # noqa: F401
+    model = _diffusers_model(weights, kind.storage, compute)
+    pattern = LORA_TARGETS[targets]
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
+    adapters = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
+            for parameter in pair:
+                parameter.data = parameter.data.float()
+            adapters[name] = tuple(Adapter(p, slice(None)) for p in pair)
+    model.train()
+    if kind.checkpointing:
+        model.enable_gradient_checkpointing()
+    if kind.compiled:
+        model.compile_repeated_blocks()
+    device_type = torch.device(weights.device).type
+
+    def predict(batch: Batch) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16, enabled=compute == torch.bfloat16):
+            return model(
+                hidden_states=batch.img,
+                encoder_hidden_states=batch.txt,
+                pooled_projections=batch.y,
+                timestep=batch.timesteps,
+                img_ids=batch.img_ids[0],
+                txt_ids=batch.txt_ids[0],
+                guidance=batch.guidance if weights.spec.guidance_embed else None,
+                return_dict=False,
+            )[0]
+
+    return Candidate(model, predict, adapters)
+
+
+def _diffusers_model(weights: BaseWeights, storage: str, compute: torch.dtype) -> nn.Module:
+    """storage: "nf4" puts the blocks' linears in bitsandbytes' NF4 (fp32 absmax, one per 64
+    weights) and the rest in `compute`; "dense" puts all in `compute`."""
+    import diffusers
+
     spec = weights.spec
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(
@@ -156,44 +218,16 @@ def build_diffusers(
             values = values.roll(spec.hidden_size, 0)
         inside = "_blocks." in name and kind != "scale"
         rows = [end - start for start, end in part_rows(module, spec)] if inside else [len(values)]
+        nf4 = inside and kind == "weight" and storage == "nf4"
         for part, value in zip(parts, values.split(rows), strict=True):
-            _fill(model, part, value, compute, nf4=inside and kind == "weight" and storage == "nf4")
+            _fill(model, part, value, compute, nf4)
     model.requires_grad_(False)
-    model.is_loaded_in_4bit = storage == "nf4"  # what peft asks to pick its Linear4bit
-    pattern = LORA_TARGETS[targets]
-    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
-    adapters = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
-            for parameter in pair:
-                parameter.data = parameter.data.float()
-            adapters[name] = tuple(Adapter(p, slice(None)) for p in pair)
-    model.train()
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    if compiled:
-        model.compile_repeated_blocks()
-    device_type = torch.device(weights.device).type
-
-    def predict(batch: Batch) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=compute == torch.bfloat16):
-            return model(
-                hidden_states=batch.img,
-                encoder_hidden_states=batch.txt,
-                pooled_projections=batch.y,
-                timestep=batch.timesteps,
-                img_ids=batch.img_ids[0],
-                txt_ids=batch.txt_ids[0],
-                guidance=batch.guidance if spec.guidance_embed else None,
-                return_dict=False,
-            )[0]
-
-    return Candidate(model, predict, adapters)
+    model.is_loaded_in_4bit = storage == "nf4"  # peft reads it to pick its Linear4bit
+    return model
 
 
 def _fill(model: nn.Module, name: str, value: Tensor, compute: torch.dtype, nf4: bool) -> None:
-    """Give a meta-device model one tensor, swapping in a bitsandbytes Linear4bit where asked."""
+    """Gives a meta-device model one tensor; nf4 replaces the layer by a bitsandbytes Linear4bit."""
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     if nf4:
@@ -211,15 +245,9 @@ def _fill(model: nn.Module, name: str, value: Tensor, compute: torch.dtype, nf4:
 
 
 def build_fluxfast(
-    weights: BaseWeights,
-    storage: str,
-    compute: torch.dtype,
-    rank: int,
-    targets: str = "attn+mlp",
-    products: str = "",
+    weights: BaseWeights, kind: Kind, compute: torch.dtype, rank: int, targets: str
 ) -> Candidate:
-    """fluxfast's FLUX. storage: "nf4", "dense" (all in `compute`), or another that `Flux` knows;
-    products: "int8" or "fp8" where the blocks multiply so."""
+    """fluxfast's FLUX with its LoRA in fp32 over frozen weights."""
     from fluxfast.model.flux import Flux
     from fluxfast.model.init import fill
     from fluxfast.model.lora import inject_lora, lora_layers
@@ -227,31 +255,19 @@ def build_fluxfast(
 
     model = Flux(weights.spec, compute)
     dense = "bf16" if compute == torch.bfloat16 else "fp32"
-    kept = dense if storage == "dense" else storage
-    fill(
-        model,
-        weights,
-        layer_precisions(weights.spec, kept, products or dense),
-        device=weights.device,
-    )
+    storage = dense if kind.storage == "dense" else kind.storage
+    precisions = layer_precisions(weights.spec, storage, kind.matmul or dense)
+    fill(model, weights, precisions, device=weights.device)
     inject_lora(model, rank=rank, alpha=rank, targets=targets)
     model.to(weights.device).train()
     adapters = {}
-    for bfl, layer in lora_layers(model).items():
-        for part, (_, b_rows, a_rows) in zip(
-            diffusers_parts(bfl), layer.lora.slices(), strict=True
-        ):
+    for name, layer in lora_layers(model).items():
+        parts = zip(diffusers_parts(name), layer.lora.slices(), strict=True)
+        for part, (_, b_rows, a_rows) in parts:
             adapters[part] = Adapter(layer.lora_A, a_rows), Adapter(layer.lora_B, b_rows)
 
     def predict(batch: Batch) -> Tensor:
-        return model(
-            batch.img,
-            batch.img_ids,
-            batch.txt,
-            batch.txt_ids,
-            batch.timesteps,
-            batch.y,
-            batch.guidance if weights.spec.guidance_embed else None,
-        )
+        guidance = batch.guidance if weights.spec.guidance_embed else None
+        return model(*batch[:-2], guidance)
 
     return Candidate(model, predict, adapters)

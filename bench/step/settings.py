@@ -1,10 +1,11 @@
-"""What a run of bench.step asks of every candidate alike: model, LoRA, optimizer, pictures."""
+"""What a run of `bench.step` measures: candidates by name, and what all of them share."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from bench.step.peers import Batch, normal
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of
 from fluxfast.model.spec import DEV, FluxSpec, rope_axes
 
 CPU_SPEC = replace(DEV, depth=1, depth_single_blocks=2)
@@ -19,26 +20,60 @@ TINY_SPEC = replace(
 SEED = 0
 LEARNING_RATE = 1e-4
 EMA_DECAY = 0.99
+DTYPE_NAMES = {"bfloat16": "bf16", "float32": "fp32"}  # torch's names -> fluxfast's
 
 
-@dataclass(frozen=True)
-class Setting:
-    """optimizer: "adamw" (torch's fused one) or "adamw8bit" (bitsandbytes'). max_grad_norm: None is
-    no clipping; the trainer clips at 1.0 in any setting, since that is what it does."""
+class Setting(NamedTuple):
+    """optimizer: "adamw" (torch's fused one) or "adamw8bit" (bitsandbytes'). max_grad_norm: None
+    does not clip; the trainer clips at 1.0 in any setting."""
 
     optimizer: str
     ema: bool
     max_grad_norm: float | None
 
 
-# stock: ai-toolkit's file for 24 GB, whose LoRA takes the modulation in as well
+# stock: ai-toolkit's file for 24 GB, whose LoRA includes the modulation
 SETTINGS = {"plain": Setting("adamw", False, None), "stock": Setting("adamw8bit", True, 1.0)}
 STOCK_TARGETS = "all"
 
 
+class Kind(NamedTuple):
+    """library: "diffusers", "fluxfast", or "trainer" (fluxfast's step as `fluxfast train` runs it).
+    storage: of the base weights, "dense" is the compute dtype. matmul: "" is the compute dtype, or
+    "int8", "fp8"."""
+
+    library: str
+    storage: str
+    matmul: str = ""
+    checkpointing: bool = False
+    compiled: bool = False
+
+
+MODES = {  # of fluxfast: storage, matmul
+    "nf4": ("nf4", ""),
+    "dense": ("dense", ""),
+    "nf4-int8": ("nf4", "int8"),
+    "nf4-fp8": ("nf4", "fp8"),
+    "int8-int8": ("int8", "int8"),
+    "fp8-fp8": ("fp8", "fp8"),
+}
+BASELINE = "diffusers-nf4"
+CANDIDATES = {  # in the order in which they run: references come first
+    BASELINE: Kind("diffusers", "nf4"),
+    "diffusers-nf4-checkpoint": Kind("diffusers", "nf4", checkpointing=True),
+    "diffusers-dense-compile": Kind("diffusers", "dense", compiled=True),
+    **{f"fluxfast-{name}": Kind("fluxfast", *mode) for name, mode in MODES.items()},
+    **{f"fluxfast-{name}-trainer": Kind("trainer", *mode) for name, mode in MODES.items()},
+}
+DEFAULTS = {
+    "cpu": ["diffusers-nf4", "diffusers-nf4-checkpoint", "fluxfast-nf4", "fluxfast-nf4-int8"],
+    "cuda": list(CANDIDATES),
+}
+
+
 @dataclass(frozen=True)
 class Cycle:
-    """Steps that are timed together: one at each of these sizes. pixels: sides."""
+    """Steps that are timed together, one at each of these image sides."""
 
     pixels: tuple[int, ...]
     batch: int
@@ -56,8 +91,8 @@ class Cycle:
 class Settings:
     """What every candidate of a run has in common.
 
-    cycles: one after the other. apart: a process per candidate. setting: of SETTINGS. targets: a
-    preset of `inject_lora`. cap_gib: of the GPU's memory that torch may allocate; None is all.
+    apart: a process per candidate. setting: a key of SETTINGS. targets: a preset of `inject_lora`.
+    cap_gib: the GPU memory that torch may allocate; None is all.
     """
 
     spec: FluxSpec
@@ -75,7 +110,7 @@ class Settings:
 
     @property
     def dtype(self) -> str:
-        """The compute dtype as a row says it: bfloat16 or float32."""
+        """The compute dtype as rows name it: bfloat16 or float32."""
         return str(self.compute).removeprefix("torch.")
 
 
@@ -83,27 +118,9 @@ def image_tokens(pixels: int) -> int:
     return (pixels // 16) ** 2
 
 
-def make_batch(settings: Settings, pixels: int, batch: int) -> Batch:
-    """Random latents and prompts; x_t = (1 - t) latent + t noise, whose velocity is the target.
-
-    Times are powers of two and the guidance is 1, exact in bf16: diffusers rounds 1000·t to the
-    compute dtype, fluxfast does not have to, and the gate should not see that.
-    """
-    spec, device, compute = settings.spec, settings.device, settings.compute
-    T, L, side = image_tokens(pixels), settings.text_tokens, pixels // 16
-    latent, noise = (normal(SEED, n, (batch, T, 64), device) for n in ("latent", "noise"))
-    t = 0.5 ** torch.arange(1, batch + 1, device=device)
-    ids = torch.zeros(side, side, 3, device=device)
-    ids[..., 1] = torch.arange(side, device=device)[:, None]
-    ids[..., 2] = torch.arange(side, device=device)[None, :]
-    mixed = (1 - t[:, None, None]) * latent + t[:, None, None] * noise
-    return Batch(
-        img=mixed.to(compute),
-        img_ids=ids.view(1, T, 3).expand(batch, T, 3),
-        txt=normal(SEED, "txt", (batch, L, spec.context_in_dim), device).to(compute),
-        txt_ids=torch.zeros(batch, L, 3, device=device),
-        timesteps=t,
-        y=normal(SEED, "y", (batch, spec.vec_in_dim), device).to(compute),
-        guidance=torch.ones(batch, device=device),
-        target=noise - latent,
-    )
+def step_spec(kind: Kind, settings: Settings) -> StepSpec:
+    """Returns a candidate's step as the cost model and the memory planner take it."""
+    dtype = DTYPE_NAMES[settings.dtype]
+    storage = dtype if kind.storage == "dense" else kind.storage
+    lora = lora_of(settings.spec, settings.rank, settings.targets)
+    return StepSpec(settings.spec, storage, kind.matmul or dtype, dtype, lora)

@@ -1,28 +1,44 @@
-"""What bench.step writes of its results: rows, the ratios to the peers, and what is too slow."""
+"""What `bench.step` reports: rows, a table, ratios to the peers, and what is over a limit."""
 
-from dataclasses import replace
+import re
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
 
 from bench import timing
-from bench.step.candidates import BASELINE, CANDIDATES
-from bench.step.figures import figures
-from bench.step.settings import SETTINGS, Cycle, Settings, image_tokens
+from bench.step.settings import (
+    BASELINE,
+    CANDIDATES,
+    SETTINGS,
+    Cycle,
+    Settings,
+    image_tokens,
+    step_spec,
+)
 from bench.terminal import aligned
+from fluxfast.errors import ConfigError
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.cost import model_flop
+from fluxfast.memory.planner.step_spec import Shape
 
 # what the CPU step may take of a peer's median; past it the exit code is 1
 LIMITS = {BASELINE: 0.65, f"{BASELINE}-checkpoint": 0.40}
-GATE_FIELDS = (
+DETAILS = (  # fields that a candidate which did not run has as None
     *("loss", "tolerance", "loss_error", "worst_error", "worst", "reference", "saved_bytes"),
+    # launches, kernels: on a GPU. The rest: of the trainer's candidates
+    *("launches", "kernels", "policies", "modulation", "graphs", "planned_gib", "notes"),
 )
-# launches, kernels: on a GPU. The rest: of the trainer's candidates
-RUN_FIELDS = ("launches", "kernels", "policies", "modulation", "graphs", "planned_gib", "notes")
 OPTIMIZERS = {"adamw": "torch AdamW, fused", "adamw8bit": "bitsandbytes AdamW8bit"}
+# the host's calls that start something on the device, by CUDA's runtime and driver names
+_LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel\w*|GraphLaunch\w*)")
 
 
 def row_settings(settings: Settings, name: str, cycle: Cycle) -> dict[str, object]:
-    """What a row says about the work that was timed. Of a cycle of several sizes `mix` names them,
-    times are per step, and `pixels` and `image_tokens` are None."""
+    """Returns a row's fields about the step that was timed. Of a cycle of several sizes `mix` names
+    them, times are per step, and `pixels` and `image_tokens` are None."""
     kind, setting, spec = CANDIDATES[name], SETTINGS[settings.setting], settings.spec
-    trainer = kind.who == "trainer"
+    trainer = kind.library == "trainer"
     pixels = None if cycle.mixed else cycle.pixels[0]
     return {
         "bench": "step",
@@ -30,7 +46,7 @@ def row_settings(settings: Settings, name: str, cycle: Cycle) -> dict[str, objec
         "step": "trainer" if trainer else "model",
         "storage": kind.storage if kind.storage != "dense" else settings.dtype,
         "compute": settings.dtype,
-        "products": kind.products or settings.dtype,
+        "products": kind.matmul or settings.dtype,
         "hidden": spec.hidden_size,
         "double_blocks": spec.depth,
         "single_blocks": spec.depth_single_blocks,
@@ -48,7 +64,7 @@ def row_settings(settings: Settings, name: str, cycle: Cycle) -> dict[str, objec
         "memory_cap_gib": settings.cap_gib,
         "checkpointing": kind.checkpointing,
         "compiled": kind.compiled,
-        "autocast": kind.who == "diffusers" and settings.dtype == "bfloat16",
+        "autocast": kind.library == "diffusers" and settings.dtype == "bfloat16",
         "warmup": settings.warmup,
         "interleaved": not settings.apart,
     }
@@ -61,18 +77,75 @@ def rows(
     details: dict[str, dict[str, object]],
     conditions: dict[str, object],
 ) -> list[dict[str, object]]:
-    """One a result. details: by name, what GATE_FIELDS and RUN_FIELDS say of it."""
-    made = []
-    for name, result in results.items():
-        seen = dict.fromkeys((*GATE_FIELDS, *RUN_FIELDS)) | details[name]
-        more = figures(settings, name, cycle, result.median_ms, str(conditions["device_name"]))
-        work = row_settings(settings, name, cycle)
-        made.append(timing.row(result, **conditions, **work, **more, **seen))
-    return made
+    """Returns a row for each result. details: by name, as far as known of DETAILS."""
+    return [
+        timing.row(
+            result,
+            **conditions,
+            **row_settings(settings, name, cycle),
+            **rates(settings, name, cycle, result.median_ms, str(conditions["device_name"])),
+            **dict.fromkeys(DETAILS) | details[name],
+        )
+        for name, result in results.items()
+    ]
+
+
+def rates(
+    settings: Settings, name: str, cycle: Cycle, median_ms: float | None, device_name: str
+) -> dict[str, float | None]:
+    """Returns images_per_s; tflop, of the model in one step (the mean over a cycle's), nothing
+    recomputed; tflop_per_s; mfu, its share of the card's dense peak for the candidate's matmul.
+    None where there is no time, or no card of that name in the table.
+    """
+    spec = step_spec(CANDIDATES[name], settings)
+    shapes = [Shape(cycle.batch, image_tokens(side), settings.text_tokens) for side in cycle.pixels]
+    tflop = sum(model_flop(spec, shape) for shape in shapes) / len(shapes) / 1e12
+    if median_ms is None:
+        return {"images_per_s": None, "tflop_per_s": None, "mfu": None, "tflop": tflop}
+    per_s = tflop * 1e3 / median_ms
+    try:
+        peak = card(device_name).peaks[spec.matmul] if settings.device != "cpu" else 0
+    except ConfigError:
+        peak = 0
+    return {
+        "images_per_s": cycle.batch * 1e3 / median_ms,
+        "tflop_per_s": per_s,
+        "mfu": per_s * 1e12 / peak if peak else None,
+        "tflop": tflop,
+    }
+
+
+def launches(work: Callable[[], object], steps: int, device: str) -> dict[str, int | None]:
+    """Runs `work`, of so many steps, once under the profiler. Returns per step launches: calls of
+    the host that start something on the GPU, a CUDA graph being one; and kernels: what ran there.
+    Both None on a CPU.
+    """
+    if device == "cpu":
+        return {"launches": None, "kernels": None}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return {name: round(n / steps) for name, n in count_launches(profiler.events()).items()}
+
+
+def count_launches(events) -> dict[str, int]:
+    """events: of the profiler, the host's and the GPU's."""
+    calls = [e for e in events if e.device_type == DeviceType.CPU and _LAUNCH.fullmatch(e.name)]
+    kernels = [
+        e
+        for e in events
+        if e.device_type == DeviceType.CUDA
+        and not e.is_user_annotation
+        and not e.name.startswith(("Memcpy", "Memset"))
+    ]
+    return {"launches": len(calls), "kernels": len(kernels)}
 
 
 def table(results: dict[str, timing.Result], details: dict[str, dict[str, object]]) -> str:
-    """A line a candidate: times, ratio to the baseline, peak and saved memory, the gate's error."""
+    """Returns a line per candidate: times, ratio to the baseline, peak and saved memory, the gate's
+    error."""
     lines = [["candidate", "median ms", "p10-p90", "ratio", "peak MiB", "saved MiB", "gate"]]
     for name, r in results.items():
         if r.median_ms is None:
@@ -95,7 +168,7 @@ def table(results: dict[str, timing.Result], details: dict[str, dict[str, object
 
 def comparable(row: dict[str, object]) -> bool:
     """Whether a row belongs beside those of the plain setting: one size, LoRA on attention and MLP,
-    no cap on memory, the bare step. Rows from before these were told apart are."""
+    no cap on memory, the bare step. Old rows, which lack these fields, do."""
     return (
         row.get("setting", "plain") == "plain"
         and row.get("step", "model") == "model"
@@ -106,16 +179,8 @@ def comparable(row: dict[str, object]) -> bool:
     )
 
 
-def per_step(result: timing.Result, steps: int) -> timing.Result:
-    """The times of a cycle of so many steps as those of one."""
-    if result.median_ms is None:
-        return result
-    times = {name: getattr(result, name) / steps for name in ("median_ms", "p10_ms", "p90_ms")}
-    return replace(result, times_ms=[t / steps for t in result.times_ms], **times)
-
-
 def verdicts(results: dict[str, timing.Result]) -> list[str]:
-    """For each fluxfast candidate that ran: its median over the peer's, both ways."""
+    """Returns a line per fluxfast candidate that ran: its median over both peers'."""
 
     def over(peer: str, median: float) -> str:
         base = results[peer].median_ms if peer in results else None
@@ -130,21 +195,16 @@ def verdicts(results: dict[str, timing.Result]) -> list[str]:
     ]
 
 
-def refused(results: dict[str, timing.Result]) -> list[str]:
-    """Those whose results are wrong, in words."""
-    return [f"{n}: {r.reason}" for n, r in results.items() if r.status == "gate failed"]
-
-
 def over_limits(results: dict[str, timing.Result]) -> list[str]:
-    """What keeps `fluxfast-nf4` from LIMITS, per peer that ran; empty where nothing does."""
+    """Returns a line per peer of which `fluxfast-nf4` takes more than LIMITS allow."""
     ours = results.get("fluxfast-nf4")
     if ours is None or not any(peer in results for peer in LIMITS):
         return []
     if ours.median_ms is None:
         return [f"fluxfast-nf4 {ours.status}: {ours.reason}"]
-    said = []
+    messages = []
     for peer, most in LIMITS.items():
         theirs = results[peer].median_ms if peer in results else None
         if theirs and ours.median_ms > most * theirs:
-            said.append(f"{ours.median_ms / theirs:.2f} of {peer}, at most {most} wanted")
-    return said
+            messages.append(f"{ours.median_ms / theirs:.2f} of {peer}, at most {most} wanted")
+    return messages

@@ -14,8 +14,7 @@ import torch
 from bench import run, suite_items, timing
 from bench.rows import RowFile, compare, identity, read
 from bench.step import run as step_run
-from bench.step.candidates import BASELINE, DEFAULTS
-from bench.step.settings import TINY_SPEC, Cycle, Settings
+from bench.step.settings import BASELINE, DEFAULTS, TINY_SPEC, Cycle, Settings
 from bench.suite_items import CommandItem, StepItem, run_python
 from bench.suite_table import table, wrong
 from bench.suites import CHECKPOINTED, SIDES, TRAINERS, cpu_suite, gpu_suite

@@ -1,8 +1,11 @@
-"""Who takes the step in the bench: the trainer's own, the stock setting, what a gate refuses, and
-the figures that follow from a time."""
+"""The bench of a training step: both kinds of step, what the gate refuses, and the rows."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import fluxfast_kernels as fk
@@ -14,28 +17,41 @@ from bench import RESULTS, timing
 from bench.rows import read
 from bench.step import cli as step
 from bench.step import run as step_run
-from bench.step import trainer as step_trainer
-from bench.step.candidates import (
+from bench.step import steps, table
+from bench.step.gate import compare, tolerance
+from bench.step.peers import make_batch
+from bench.step.settings import (
     BASELINE,
     CANDIDATES,
-    ModelStep,
-    build_model,
-    reset_adapters,
-    work_of,
+    DEFAULTS,
+    EMA_DECAY,
+    TINY_SPEC,
+    Cycle,
+    Settings,
+    step_spec,
 )
-from bench.step.figures import count_launches, figures
-from bench.step.settings import EMA_DECAY, TINY_SPEC, Cycle, Settings, make_batch
-from bench.step.table import comparable, per_step, row_settings
-from bench.step.trainer import RandomLoader, TrainerStep, limit_memory, trainer_config
+from bench.step.steps import ModelStep, RandomLoader, TrainerStep, limit_memory, trainer_config
+from bench.step.table import comparable, count_launches, over_limits, rates, row_settings
 from fluxfast.config.schema import build_config
 from fluxfast.memory.planner.cost import Shape, model_flop
 from fluxfast.model.names import block_linears, linear_shape
 from fluxfast.model.spec import DEV
 
+ROOT = Path(__file__).resolve().parents[2]
 CYCLE = Cycle((64,), 1)
 MIX = Cycle((64, 96), 1)
 PLAIN = Settings(TINY_SPEC, "cpu", torch.float32, [CYCLE], 8, 4, rounds=1, warmup=1, apart=False)
 STOCK = replace(PLAIN, setting="stock", targets="all", cycles=[CYCLE, MIX])
+ROW_FIELDS = {
+    *("name", "status", "reason", "median_ms", "p10_ms", "p90_ms", "ratio", "rounds", "warmup"),
+    *("peak_memory_bytes", "peak_memory_kind", "date", "commit", "dirty", "device", "device_name"),
+    *("driver", "cuda", "cpu_model", "cpu_count", "threads", "python", "torch", *timing.LIBRARIES),
+    *("bench", "storage", "compute", "hidden", "double_blocks", "single_blocks", "pixels"),
+    *("image_tokens", "text_tokens", "batch", "rank", "lora_targets", "lora_dtype", "optimizer"),
+    *("checkpointing", "compiled", "autocast", "interleaved", *table.DETAILS),
+    *("setting", "step", "mix", "ema", "max_grad_norm", "memory_cap_gib"),
+    *("images_per_s", "tflop", "tflop_per_s", "mfu"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,40 +88,6 @@ def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
     assert details["worst_error"] > details["tolerance"] and "differs by" in result.reason
 
 
-@pytest.mark.slow
-def test_a_kernel_that_raises_and_memory_that_ends_are_rows(tmp_path, monkeypatch):
-    """One while it is built, one in its gradient pass, one in the second round."""
-    right, calls = step_run.build, count()
-
-    def breaks():
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    def raises(batch):
-        raise RuntimeError("CUDA error: misaligned address")
-
-    def build(name: str, settings: Settings):
-        if name == "fluxfast-nf4-int8":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        stepper = right(name, settings)
-        if name == "fluxfast-nf4-fp8":
-            stepper.backward = raises
-        if name == "fluxfast-nf4":
-            stepper.step = breaks
-        return stepper
-
-    monkeypatch.setattr(step_run, "build", build)
-    names = ["fluxfast-nf4", "fluxfast-nf4-int8", "fluxfast-nf4-fp8", "fluxfast-int8-int8"]
-    found = measured(replace(PLAIN, rounds=3, warmup=0), names, tmp_path)
-    assert {name: found[CYCLE, name][0].status for name in names} == {
-        "fluxfast-nf4": "out of memory",
-        "fluxfast-nf4-int8": "out of memory",
-        "fluxfast-nf4-fp8": "gate failed",
-        "fluxfast-int8-int8": "ok",
-    }
-    assert "misaligned" in found[CYCLE, "fluxfast-nf4-fp8"][0].reason
-
-
 def test_the_trainers_settings_are_its_defaults():
     """Every key that a step reads is one of the configuration's, with its value."""
     whole = build_config({"model": {"path": "x"}, "data": {"folder": "."}})
@@ -139,7 +121,7 @@ def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
     def gradients(cap: float | None) -> tuple[torch.Tensor, dict]:
         stepper = TrainerStep(kind, replace(PLAIN, cap_gib=cap))
         stepper.begin(CYCLE, [batch])
-        reset_adapters(stepper.candidate)
+        stepper.candidate.reset_adapters()
         stepper.backward(batch)
         return stepper.run.gradients.clone(), stepper.details()
 
@@ -149,29 +131,34 @@ def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
     roomy = gradients(1.0)[1]
     assert roomy["policies"] == details["policies"]
     least = roomy["planned_gib"] - 0.0002
-    planned, lean = gradients(least / (1 - step_trainer.MARGIN))
+    planned, lean = gradients(least / (1 - steps.MARGIN))
     assert lean["planned_gib"] < roomy["planned_gib"] and lean["policies"] != details["policies"]
     error = (planned - kept).norm() / kept.norm()  # u is kept in 8 bits
     assert 0 < error < 0.05
 
 
-def test_what_does_not_fit_is_out_of_memory(tmp_path):
-    name = "fluxfast-nf4-trainer"
-    found = measured(replace(PLAIN, cap_gib=0.01), [name], tmp_path)
-    result, details = found[CYCLE, name]
-    assert result.status == "out of memory" and "does not fit" in result.reason
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_memory_that_ends_for_good_is_out_of_memory(tmp_path, monkeypatch):
-    """The trainer goes over to cheaper policies first, as it does in a run."""
-
+@pytest.mark.parametrize(
+    ("patched", "settings", "status", "reason"),
+    [
+        ("bench.step.run.build", PLAIN, "out of memory", "CUDA out of memory"),
+        ("bench.step.steps.TrainerStep.backward", PLAIN, "out of memory", "CUDA out of memory"),
+        # the trainer changes to cheaper policies first, as it does in a run
+        ("fluxfast.step.sample_losses", PLAIN, "out of memory", "memory is full"),
+        (None, replace(PLAIN, cap_gib=0.01), "out of memory", "does not fit"),
+    ],
+)
+def test_what_fails_is_a_row(tmp_path, monkeypatch, patched, settings, status, reason):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise OUT_OF_MEMORY
 
+    if patched:
+        monkeypatch.setattr(patched, full)
     name = "fluxfast-nf4-trainer"
-    monkeypatch.setattr("fluxfast.step.sample_losses", full)
-    result, _ = measured(PLAIN, [name], tmp_path)[CYCLE, name]
-    assert result.status == "out of memory" and "memory is full" in result.reason
+    result, _ = measured(settings, [name], tmp_path)[CYCLE, name]
+    assert result.status == status and reason in result.reason
 
 
 @pytest.mark.slow
@@ -195,9 +182,8 @@ def test_everyone_trains_the_same_in_the_stock_setting(tmp_path):
 
 def test_the_bare_step_clips_and_averages(monkeypatch):
     """A gradient of any size moves the weights by its direction; the average follows by 1 %."""
-    candidate = build_model(CANDIDATES["fluxfast-dense"], PLAIN)
-    stepper = ModelStep(candidate, PLAIN)
-    stepper.setting = replace(stepper.setting, ema=True, max_grad_norm=0.5)
+    stepper = ModelStep(CANDIDATES["fluxfast-dense"], PLAIN)
+    stepper.setting = stepper.setting._replace(ema=True, max_grad_norm=0.5)
     norms = []
     take = stepper.optimizer.step
 
@@ -207,13 +193,13 @@ def test_the_bare_step_clips_and_averages(monkeypatch):
         take()
 
     monkeypatch.setattr(stepper.optimizer, "step", watched)
-    reset_adapters(candidate)
+    stepper.candidate.reset_adapters()
     before = [p.detach().clone() for p in stepper.parameters]
-    stepper.average = [p.clone() for p in before]
+    stepper.ema = [p.clone() for p in before]
     stepper.begin(CYCLE, [make_batch(PLAIN, 64, 1)])
     stepper.step()
     assert norms == [pytest.approx(0.5, rel=1e-4)]
-    for now, was, average in zip(stepper.parameters, before, stepper.average, strict=True):
+    for now, was, average in zip(stepper.parameters, before, stepper.ema, strict=True):
         wanted = was + (1 - EMA_DECAY) * (now.detach() - was)
         assert torch.allclose(average, wanted, rtol=1e-6, atol=1e-9)
         assert not torch.equal(now, was)
@@ -221,41 +207,125 @@ def test_the_bare_step_clips_and_averages(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_mix_is_timed_as_a_cycle_and_said_per_step(tmp_path, monkeypatch):
+def test_a_mix_is_timed_as_a_cycle_and_reported_per_step(tmp_path, monkeypatch):
     name = "fluxfast-dense"
     monkeypatch.setattr(timing.time, "perf_counter", count(0, 0.6).__next__)  # 600 ms a call
-    settings = replace(PLAIN, cycles=[CYCLE, MIX], rounds=2)
-    found = measured(settings, [name], tmp_path)
-    assert found[CYCLE, name][0].median_ms == pytest.approx(600)
-    mixed = found[MIX, name][0]
+    results = measured(replace(PLAIN, cycles=[CYCLE, MIX], rounds=2), [name], tmp_path)
+    assert results[CYCLE, name][0].median_ms == pytest.approx(600)
+    mixed = results[MIX, name][0]
     assert mixed.times_ms == pytest.approx([300, 300]) and mixed.p90_ms == pytest.approx(300)
-    assert found[CYCLE, name][1]["saved_bytes"] > 0 and found[MIX, name][1]["saved_bytes"] is None
-    failed = timing.Result(name, "failed", "why")
-    assert per_step(failed, 3) is failed
+    assert results[CYCLE, name][1]["saved_bytes"] > 0
+    assert results[MIX, name][1]["saved_bytes"] is None
 
 
 def test_settings_of_the_command_line():
-    options = step.parse(
-        ["--device", "cpu", "--tiny", "--setting", "stock", "--pixels", "64", "96"]
+    options = ["--device", "cpu", "--tiny"]
+    stock = [*options, "--setting", "stock", "--pixels", "64", "96"]
+    settings = step.settings_of(step.parse(stock))
+    assert settings.targets == "all" and settings.cycles == [CYCLE, Cycle((96,), 1), MIX]
+    assert step.settings_of(step.parse(options)).targets == "attn+mlp"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--setting", "stock", "--targets", "attn+mlp"],
+        ["--cap", "12"],
+        ["--pixels", "100"],
+        ["--candidates", "unknown"],
+    ],
+)
+def test_a_bad_call_ends_with_2(bad):
+    with pytest.raises(SystemExit) as error:
+        step.parse(["--device", "cpu", *bad])
+    assert error.value.code == 2
+
+
+def test_the_gate_names_what_differs():
+    reference = {"loss": torch.tensor(2.0), "a.lora_A": torch.ones(4, 4)}
+    assert compare(reference, reference, 1e-6)[0] is None
+    off = reference | {"a.lora_A": torch.full((4, 4), 1.01)}
+    wrong, compared = compare(off, reference, 1e-3)
+    assert "a.lora_A" in wrong and compared["worst_error"] == pytest.approx(0.01)
+    assert "zero" in compare(reference | {"a.lora_A": torch.zeros(4, 4)}, None, 1)[0]
+    assert "modules differ" in compare({"loss": reference["loss"]}, reference, 1)[0]
+
+
+@pytest.mark.slow
+def test_all_candidates_take_the_same_step(tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "rows.jsonl"
+    shape = ["--pixels", "64", "--batch", "2", "--rounds", "1", "--warmup", "1"]
+    common = ["--device", "cpu", "--tiny", "--compute", "fp32", "--out", str(out)]
+    assert step.main([*common, *shape]) == 0
+    rows = {row["name"]: row for row in read(out)}
+    assert list(rows) == DEFAULTS["cpu"]
+    peer = rows[BASELINE]
+    for name, row in rows.items():
+        assert row["status"] == "ok", (name, row["reason"])
+        assert row.keys() >= ROW_FIELDS, ROW_FIELDS - row.keys()
+        matmul = CANDIDATES[name].matmul
+        allowed = tolerance(TINY_SPEC, torch.float32, matmul)
+        assert row["loss"] == pytest.approx(peer["loss"], rel=allowed)
+        assert row["products"] == (matmul or "float32") and row["tolerance"] == allowed
+        assert row["median_ms"] > 0 and row["rounds"] == 1 and row["saved_bytes"] > 0
+        assert row["storage"] == "nf4" and row["compute"] == "float32"
+        if name != BASELINE:
+            assert row["worst_error"] <= row["tolerance"]
+    assert rows["diffusers-nf4-checkpoint"]["saved_bytes"] < peer["saved_bytes"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert "fluxfast / diffusers+peft+bnb = " in last[0]
+    assert "fluxfast-nf4-int8 / diffusers+peft+bnb = " in last[1]
+
+
+@pytest.mark.slow
+def test_peers_are_skipped_by_name_where_their_libraries_are_missing(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "for name in ('diffusers', 'peft', 'bitsandbytes', 'transformers', 'pydantic', 'typer',\n"
+        "             'safetensors', 'yaml', 'rich', 'PIL', 'gguf', 'huggingface_hub'):\n"
+        "    sys.modules[name] = None\n"
     )
-    settings = step.settings_of(options)
-    assert settings.targets == "all" and settings.cycles == [*map(_single, (64, 96)), MIX]
-    assert step.settings_of(step.parse(["--device", "cpu", "--tiny"])).targets == "attn+mlp"
-    for bad in (["--setting", "stock", "--targets", "attn+mlp"], ["--cap", "12"]):
-        with pytest.raises(SystemExit) as error:
-            step.parse(["--device", "cpu", *bad])
-        assert error.value.code == 2
+    out = tmp_path / "rows.jsonl"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    # --apart: each candidate in its own process, as on a GPU
+    arguments = ["--device", "cpu", "--tiny", "--apart", "--rounds", "1", "--out", str(out)]
+    arguments += ["--candidates", "diffusers-nf4", "fluxfast-nf4", "fluxfast-nf4-trainer"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.step", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read(out)}
+    assert rows["diffusers-nf4"]["status"] == "skipped"
+    assert "diffusers" in rows["diffusers-nf4"]["reason"]
+    for name in ("fluxfast-nf4", "fluxfast-nf4-trainer"):
+        assert rows[name]["status"] == "ok", rows[name]["reason"]
+    # where there is no peer to compare with, they are compared with each other
+    assert rows["fluxfast-nf4"]["reference"] is None
+    assert rows["fluxfast-nf4-trainer"]["reference"] == "fluxfast-nf4"
+    assert not rows["fluxfast-nf4"]["interleaved"]
+    assert all(row.keys() >= ROW_FIELDS for row in rows.values())
+    assert "fluxfast / diffusers+peft+bnb = - (no checkpointing)" in done.stdout
 
 
-def _single(side: int) -> Cycle:
-    return Cycle((side,), 1)
+@pytest.mark.parametrize(("ours", "wrong"), [(600.0, 0), (641.0, 1), (651.0, 2), (None, 1)])
+def test_a_slow_cpu_step_is_reported(ours, wrong):
+    medians = {BASELINE: 1000.0, f"{BASELINE}-checkpoint": 1600.0, "fluxfast-nf4": ours}
+    results = {name: timing.Result(name, median_ms=ms) for name, ms in medians.items()}
+    assert len(over_limits(results)) == wrong
+    assert over_limits({"fluxfast-nf4": results["fluxfast-nf4"]}) == []
 
 
 def test_model_flop_is_what_a_step_cannot_do_without():
     """By hand: 4·M·N·K a frozen linear (forward, towards x), the LoRA's two factors and their four
     products, attention's 2 and 4."""
     settings = replace(PLAIN, spec=replace(DEV, depth=1, depth_single_blocks=1), rank=16)
-    work = work_of(CANDIDATES["fluxfast-nf4"], settings)
+    work = step_spec(CANDIDATES["fluxfast-nf4"], settings)
     images, texts, D = 1024, 512, 3072
     T = images + texts
     shape = Shape(1, images, texts)
@@ -274,17 +344,17 @@ def test_model_flop_is_what_a_step_cannot_do_without():
 def test_figures_of_a_time():
     settings = replace(PLAIN, spec=DEV, device="cuda", compute=torch.bfloat16, text_tokens=512)
     cycle = Cycle((512, 1024), 2)
-    found = figures(settings, "fluxfast-nf4-int8", cycle, 500.0, "NVIDIA H100 80GB HBM3")
-    work = work_of(CANDIDATES["fluxfast-nf4-int8"], settings)
+    found = rates(settings, "fluxfast-nf4-int8", cycle, 500.0, "NVIDIA H100 80GB HBM3")
+    work = step_spec(CANDIDATES["fluxfast-nf4-int8"], settings)
     mean = sum(model_flop(work, Shape(2, n, 512)) for n in (1024, 4096)) / 2e12
     assert found["tflop"] == pytest.approx(mean) and found["images_per_s"] == pytest.approx(4)
     assert found["tflop_per_s"] == pytest.approx(2 * mean)
     assert found["mfu"] == pytest.approx(2 * mean / 1979, rel=0.01)  # its int8 peak
-    assert figures(settings, "fluxfast-nf4", cycle, 500.0, "Unknown")["mfu"] is None
-    none = figures(settings, "fluxfast-nf4", cycle, None, "Unknown")
+    assert rates(settings, "fluxfast-nf4", cycle, 500.0, "Unknown")["mfu"] is None
+    none = rates(settings, "fluxfast-nf4", cycle, None, "Unknown")
     assert none["tflop"] > 0 and none["images_per_s"] is none["mfu"] is None
     cpu = replace(settings, device="cpu")
-    assert figures(cpu, "fluxfast-nf4", cycle, 500.0, "NVIDIA H100 80GB HBM3")["mfu"] is None
+    assert rates(cpu, "fluxfast-nf4", cycle, 500.0, "NVIDIA H100 80GB HBM3")["mfu"] is None
 
 
 def test_launches_are_the_hosts_calls_and_kernels_what_ran():

@@ -10,7 +10,6 @@ import pytest
 from bench import roofline
 from bench.report import arithmetic
 from bench.report.plan_table import configuration
-from bench.step import ops as step_ops
 from fluxfast.memory.planner.cards import Efficiency, card
 from fluxfast.memory.planner.cost import Op, total_bytes, total_flop, total_seconds
 from fluxfast.memory.planner.plan import Plan, usable
@@ -19,6 +18,8 @@ from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 from fluxfast.tools.plan import plan_rows
+
+LABEL = "512 px"
 
 
 def planned(setting: str, gpu: str, *overrides: str) -> Plan:
@@ -42,7 +43,7 @@ def total(lines, key: str = "seconds") -> float:
 def test_ops_add_up_to_what_the_plan_predicts(plain, stock):
     for plan in (plain, stock):
         for label in plan.buckets:
-            lines = step_ops.lines_of(plan, label)
+            lines = roofline.lines_of(plan, label)
             assert total(lines) == pytest.approx(plan.seconds(label), rel=1e-9)
             assert {line.source for line in lines} == {"assumed"}
             assert not any(line.bound == "copies" for line in lines)
@@ -58,13 +59,13 @@ def test_a_factor_of_whole_steps_leaves_the_ops_as_they_are(plain):
     plan = make_plan(*given)
     label = "512 px"
     assert plan.seconds(label) > 1.25 * plain.seconds(label)
-    assert step_ops.lines_of(plan, label) == step_ops.lines_of(plain, label)
+    assert roofline.lines_of(plan, label) == roofline.lines_of(plain, label)
 
 
 @pytest.mark.parametrize("policy", ["recompute_mlp", "checkpoint", "int8", "offload"])
 def test_what_a_policy_costs_is_in_the_step(policy):
     plan = planned("plain", "h100", f"memory.policy={policy}", "data.0.resolution=768")
-    lines = step_ops.lines_of(plan, "768 px")
+    lines = roofline.lines_of(plan, "768 px")
     assert total(lines) == pytest.approx(plan.seconds("768 px"), rel=1e-9)
     if policy == "offload":
         assert [line.group for line in lines if line.bound == "copies"]
@@ -79,24 +80,24 @@ def test_what_a_policy_costs_is_in_the_step(policy):
         assert total(forward, "bytes") - total(backward, "bytes") == pytest.approx(u)
     else:
         blocks = [
-            one for one in lines if one.direction == "forward" and one.group in step_ops.TIMED
+            one for one in lines if one.direction == "forward" and one.group in roofline.TIMED
         ]
         again = total(backward, "flop") / total(blocks, "flop")
         assert not forward and (again == 1 if policy == "checkpoint" else 0.3 < again < 0.7)
 
 
 def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):
-    ops = [one for one in step_ops.step_of(plain, "512 px") if one.group == "modulation"]
+    ops = [one for one in roofline.step_of(plain, "512 px") if one.group == "modulation"]
     assert {one.times for one in ops} == {1 / MODULATION_ROWS}
     batch = planned("plain", "h100", "train.batch_size=4", "data.0.resolution=512")
-    ops = [one for one in step_ops.step_of(batch, "512 px") if one.group == "modulation"]
+    ops = [one for one in roofline.step_of(batch, "512 px") if one.group == "modulation"]
     assert {one.times for one in ops} == {4 / MODULATION_ROWS}
 
 
 def test_every_launch_of_a_block_has_its_op(stock):
-    counted = step_ops.step_of(stock, "512 px")
+    counted = roofline.step_of(stock, "512 px")
     groups = {one.group for one in counted}
-    wanted = {"autograd", "outside the blocks", "modulation", "optimizer", *step_ops.TIMED}
+    wanted = {"autograd", "outside the blocks", "modulation", "optimizer", *roofline.TIMED}
     assert groups == wanted
     parts = {one.part for one in counted if one.group == "gelu_lora_linear"}
     assert parts == {"product", "update", "weight", "element-wise"}
@@ -110,8 +111,8 @@ def test_every_launch_of_a_block_has_its_op(stock):
 
 
 def test_lines_hold_their_ops(plain):
-    counted = step_ops.step_of(plain, "512 px")
-    lines = step_ops.lines_of(plain, "512 px")
+    counted = roofline.step_of(plain, "512 px")
+    lines = roofline.lines_of(plain, "512 px")
     key = ("norm_modulate_lora_linear", "backward", "update")
     (line,) = [line for line in lines if (line.group, line.direction, line.part) == key]
     ops = [one.op for one in counted if (one.group, one.direction, one.part) == key]
@@ -125,7 +126,7 @@ def test_lines_hold_their_ops(plain):
 def test_weights_are_decoded_or_transposed():
     """An 8-bit base that is multiplied so is only transposed, towards x."""
     plan = planned("plain", "h100", "model.storage=int8", "model.compute=int8")
-    counted = [one for one in step_ops.step_of(plan, "1024 px") if one.group in step_ops.TIMED]
+    counted = [one for one in roofline.step_of(plan, "1024 px") if one.group in roofline.TIMED]
     ready = [one for one in counted if one.part == "weight"]
     assert {one.op.name.partition(" ")[2] for one in ready} == {"transpose"}
     assert {one.direction for one in ready} == {"backward"}
@@ -136,13 +137,13 @@ def test_of_mixed_ops_the_longer_half_names_the_bound(plain):
     product = Op("x product", "bf16", 1e-3 * 165.2e12 * 0.909, 0.0)
     for milliseconds, bound in ((0.9, "compute"), (1.1, "memory")):
         element = Op("x product", "element", 0.0, milliseconds * 1e-3 * 1008e9 * 0.91)
-        counted = [step_ops.Counted("x", "forward", op) for op in (product, element)]
-        line = step_ops._line("x", "forward", "product", counted, plain.card, None)
+        counted = [roofline.Counted("x", "forward", op) for op in (product, element)]
+        line = roofline._line("x", "forward", "product", counted, plain.card, None)
         assert line.bound == bound and line.seconds == pytest.approx(1e-3 * (1 + milliseconds))
 
 
 def test_the_bound_is_what_takes_longer(plain):
-    bounds = {(line.group, line.part): line.bound for line in step_ops.lines_of(plain, "1024 px")}
+    bounds = {(line.group, line.part): line.bound for line in roofline.lines_of(plain, "1024 px")}
     assert bounds["qk_norm_rope_attention", "attention"] == "compute"
     assert bounds["gelu_lora_linear", "product"] == "compute"
     assert bounds["gelu_lora_linear", "element-wise"] == "memory"
@@ -174,11 +175,11 @@ def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:
 
 def predicted_ms(plan: Plan, op: str, direction: str) -> float:
     row = kernel_row(op, "forward", 0.0)
-    return 1e3 * step_ops.predicted_s(row, direction, plan.card, plan.request.step)
+    return 1e3 * roofline.predicted_s(row, direction, plan.card, plan.request.step)
 
 
 @pytest.mark.grid(2)
-@pytest.mark.parametrize("op", step_ops.TIMED)
+@pytest.mark.parametrize("op", roofline.TIMED)
 def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
     forward, backward = (predicted_ms(plain, op, way) for way in ("forward", "backward"))
     rows = [
@@ -186,14 +187,14 @@ def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
         kernel_row(op, "forward", 2.0 * forward),
         kernel_row(op, "forward+backward", 2.0 * forward + 1.5 * backward),
     ]
-    before, after = (step_ops.lines_of(plain, "512 px", given) for given in ([], rows))
+    before, after = (roofline.lines_of(plain, "512 px", given) for given in ([], rows))
     for old, new in zip(before, after, strict=True):
         times = {"forward": 2.0, "backward": 1.5}[old.direction] if old.group == op else 1.0
         assert new.seconds == pytest.approx(times * old.seconds), old
         assert new.source == ("measured" if old.group == op else "assumed")
         assert new.peak_s == old.peak_s
     # of other picture sizes nothing is known
-    assert step_ops.lines_of(plain, "768 px", rows) == step_ops.lines_of(plain, "768 px")
+    assert roofline.lines_of(plain, "768 px", rows) == roofline.lines_of(plain, "768 px")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, whe
     """What is predicted of a row is what the step has of it in one block."""
     own = [
         one.op
-        for one in step_ops.step_of(plain, "512 px")
+        for one in roofline.step_of(plain, "512 px")
         if one.group == op and one.op.name.startswith(where)
     ]
     assert 1e3 * total_seconds(own, plain.card) == pytest.approx(
@@ -241,17 +242,17 @@ def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, whe
 )
 def test_rows_of_something_else_count_for_nothing(plain, other):
     rows = [kernel_row("lora_linear", "forward", 1e3) | other]
-    assert step_ops.lines_of(plain, "512 px", rows) == step_ops.lines_of(plain, "512 px")
+    assert roofline.lines_of(plain, "512 px", rows) == roofline.lines_of(plain, "512 px")
 
 
 def test_attention_has_no_weight_whose_storage_counts(plain):
-    rows = [kernel_row(step_ops.ATTENTION, "forward", 5.0, storage=None, products="bfloat16")]
+    rows = [kernel_row(roofline.ATTENTION, "forward", 5.0, storage=None, products="bfloat16")]
     sources = {
         (line.group, line.direction): line.source
-        for line in step_ops.lines_of(plain, "512 px", rows)
+        for line in roofline.lines_of(plain, "512 px", rows)
     }
-    assert sources[step_ops.ATTENTION, "forward"] == "measured"
-    assert sources[step_ops.ATTENTION, "backward"] == "assumed"  # forward alone was timed
+    assert sources[roofline.ATTENTION, "forward"] == "measured"
+    assert sources[roofline.ATTENTION, "backward"] == "assumed"  # forward alone was timed
 
 
 def test_shares_that_are_measured_are_said_to_be(plain):
@@ -259,7 +260,7 @@ def test_shares_that_are_measured_are_said_to_be(plain):
     plan = replace(plain, card=replace(plain.card, efficiency=measured))
     sources = {
         line.part: line.source
-        for line in step_ops.lines_of(plan, "512 px")
+        for line in roofline.lines_of(plan, "512 px")
         if line.group == "lora_linear"
     }
     assert sources["product"] == "measured" and sources["update"] == "assumed"
@@ -326,7 +327,7 @@ def test_rows_count_in_the_projection(capsys, tmp_path):
 def test_whole_measured_steps_are_what_is_projected(plain):
     factor = Efficiency(1.3, "measured: commit abc, a card, 9 rows")
     plan = replace(plain, card=replace(plain.card, factors={"int8": factor}))
-    lines = {label: step_ops.lines_of(plain, label) for label in plain.buckets}
+    lines = {label: roofline.lines_of(plain, label) for label in plain.buckets}
     found = roofline.project(plan, lines)
     seconds = [plan.seconds(label) for label in plan.buckets]
     assert found.seconds == pytest.approx(sum(seconds) / 3)
@@ -383,8 +384,8 @@ def test_no_card_is_a_bad_call():
 
 def test_sums_are_of_the_lines():
     lines = [
-        step_ops.Line("a", "forward", "product", 3, 2e9, 4e9, "compute", 0.001, 0.002, "assumed"),
-        step_ops.Line("b", "backward", "update", 4, 5e9, 6e9, "memory", 0.003, 0.005, "measured"),
+        roofline.Line("a", "forward", "product", 3, 2e9, 4e9, "compute", 0.001, 0.002, "assumed"),
+        roofline.Line("b", "backward", "update", 4, 5e9, 6e9, "memory", 0.003, 0.005, "measured"),
     ]
     head, first, second, last = roofline.table(lines).splitlines()
     assert first.split() == [
@@ -394,14 +395,14 @@ def test_sums_are_of_the_lines():
 
 
 def test_an_op_of_no_block_is_told_from_one():
-    assert step_ops.fused_op("double_blocks.1", Op("attention forward", "bf16", 0, 0)) == (
-        step_ops.ATTENTION
+    assert roofline.fused_op("double_blocks.1", Op("attention forward", "bf16", 0, 0)) == (
+        roofline.ATTENTION
     )
     for name, op in (
         ("double_blocks.1.txt_mlp.2 dx", "gelu_lora_linear"),
         ("double_blocks.1.img_attn.qkv norm", "norm_modulate_lora_linear"),
         ("double_blocks.1.img_attn.qkv gradients added", "autograd"),
         ("double_blocks.1 gradients joined", "autograd"),
-        ("double_blocks.1 qk norm", step_ops.ATTENTION),
+        ("double_blocks.1 qk norm", roofline.ATTENTION),
     ):
-        assert step_ops.fused_op("double_blocks.1", Op(name, "element", 0, 0)) == op
+        assert roofline.fused_op("double_blocks.1", Op(name, "element", 0, 0)) == op

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.saved import LIMITS, diffusers_counts, fluxfast_counts
+from bench.saved import LIMITS, diffusers_counts, fluxfast_counts, kept_bytes
 
 MEMORY = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
 
@@ -18,13 +19,19 @@ def counts() -> dict[str, float]:
     return fluxfast_counts("attn+mlp")
 
 
+def test_storages_count_once_and_weights_and_inputs_not():
+    x, model = torch.randn(8, 64), torch.nn.Linear(64, 64)
+    # saves relu's output, for relu and for square
+    assert kept_bytes([x, *model.parameters()], lambda: torch.relu(model(x)).square()) == x.nbytes
+
+
 @pytest.mark.slow
 def test_blocks_keep_no_more_than_they_need(counts):
     for kind, count in counts.items():
         assert count <= LIMITS[kind, "attn+mlp"], kind
 
 
-def test_the_document_says_the_counts(counts):
+def test_the_document_states_the_counts(counts):
     assert f"{in_kilobytes(counts['double'])} kB per token in a double block" in MEMORY
     assert f"{in_kilobytes(counts['single'])} kB in a single one" in MEMORY
 

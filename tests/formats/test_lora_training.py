@@ -12,7 +12,7 @@ from runs import losses, metrics, planned, start
 from safetensors.torch import load_file
 from small import SMALL, inputs, noise_pictures, randomize
 
-from bench.step.gate import kept_bytes
+from bench.saved import kept_bytes
 from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import load_transformer

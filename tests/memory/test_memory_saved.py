@@ -8,7 +8,7 @@ import torch
 from small import SMALL
 
 import fluxfast.model.activations as activations
-from bench.step.gate import kept_bytes
+from bench.saved import kept_bytes
 from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cost import Shape, StepSpec, lora_of

@@ -1,8 +1,9 @@
-"""fluxfast's step as `fluxfast train` takes it: planned memory, modulation ahead, CUDA graphs,
-clipping and guard; over random weights and random encoded pictures instead of files.
+"""The steps that are timed: the bare step over any model, and the step of `fluxfast train`.
 
-What the trainer reads of its configuration stands here under the same names, since the
-configuration itself needs libraries that a bare GPU machine does not have.
+The bare step is forward, backward and optimizer, the same code for fluxfast and its peers. The
+trainer's has planned memory, modulation ahead, CUDA graphs, clipping and guard, over random encoded
+images instead of files. What it reads of its configuration stands here under the same names, since
+the configuration itself needs libraries that a bare GPU machine does not have.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.step.candidates import Kind, build_model, work_of
-from bench.step.peers import Batch, normal
+from bench.saved import kept_bytes
+from bench.step.peers import Batch, build_model, normal
 from bench.step.settings import (
     EMA_DECAY,
     LEARNING_RATE,
     SEED,
     SETTINGS,
     Cycle,
+    Kind,
     Settings,
+    step_spec,
 )
 from fluxfast.memory.planner.plan import GIB, MARGIN, Plan, Request
 from fluxfast.memory.planner.suggest import DoesNotFit, plan_on
@@ -37,12 +40,72 @@ from fluxfast.objective import Inputs, image_ids, text_ids
 from fluxfast.setup import assemble, bucket_shapes
 from fluxfast.step import graph_key, train_step
 
-ENDLESS = 10**6  # steps that a run is said to have
+ENDLESS = 10**6  # steps of the run that the trainer is told of
+
+
+class ModelStep:
+    """Forward, backward and the setting's optimizer over a model with a LoRA."""
+
+    def __init__(self, kind: Kind, settings: Settings):
+        self.candidate = build_model(kind, settings)
+        self.setting = SETTINGS[settings.setting]
+        self.parameters = self.candidate.parameters()
+        if self.setting.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
+        else:
+            from bitsandbytes.optim import AdamW8bit
+
+            self.optimizer = AdamW8bit(self.parameters, lr=LEARNING_RATE)
+        self.ema = [p.detach().clone() for p in self.parameters] if self.setting.ema else []
+        self.batches: list[Batch] = []
+
+    def begin(self, cycle: Cycle, batches: list[Batch]) -> None:
+        """batches: one of each of the cycle's sizes."""
+        self.batches = batches
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Forward and backward alone. Returns the loss, detached; the gradients are in the
+        adapters."""
+        loss = self.candidate.loss(batch)
+        loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        """Drops the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Takes all steps of the cycle."""
+        for batch in self.batches:
+            self.backward(batch)
+            if self.setting.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.setting.max_grad_norm)
+            self.optimizer.step()
+            self.clear()
+            if self.ema:
+                now = [p.detach() for p in self.parameters]
+                torch._foreach_lerp_(self.ema, now, 1 - EMA_DECAY)
+
+    def peak_memory(self) -> tuple[int, str] | None:
+        """Returns None: the step's own high-water mark is its peak."""
+
+    def details(self) -> dict[str, object]:
+        """Returns the bytes that autograd keeps of one step; None of a cycle of several sizes."""
+        if len(self.batches) > 1:
+            return {"saved_bytes": None}
+        (batch,), model = self.batches, self.candidate.model
+        known = [*model.parameters(), *model.buffers(), *batch]
+        return {"saved_bytes": kept_bytes(known, lambda: self.candidate.loss(batch))}
+
+    def end(self) -> None:
+        """Frees what the cycle took."""
+        self.clear()
+        self.batches = []
 
 
 def trainer_config(settings: Settings, batch: int) -> SimpleNamespace:
-    """The part of `fluxfast.config.schema.Config` that a step reads, with its defaults but for the
-    setting's."""
+    """Returns the part of `fluxfast.config.schema.Config` that a step reads, with its defaults but
+    for the setting's."""
     setting = SETTINGS[settings.setting]
     train = SimpleNamespace(
         steps=ENDLESS,
@@ -67,30 +130,14 @@ def trainer_config(settings: Settings, batch: int) -> SimpleNamespace:
 
 
 class RandomLoader:
-    """What a step asks of `fluxfast.data.loader.Loader`: one random batch of each size in turn, on
-    the host, in pinned memory where a GPU copies from it."""
+    """Stands in for `fluxfast.data.loader.Loader`: one random batch of each size in turn, on the
+    host, in pinned memory where a GPU copies from it."""
 
     def __init__(self, settings: Settings, cycle: Cycle):
         self.batch_size, self.text_length = cycle.batch, settings.text_tokens
         self.places = range(cycle.batch)
         self.latent_sizes = {(side, side): (side // 8, side // 8) for side in cycle.pixels}
-        self._batches = [self._drawn(settings, side, cycle.batch) for side in cycle.pixels]
-
-    def _drawn(self, settings: Settings, side: int, batch: int) -> EncodedBatch:
-        spec, pin = settings.spec, settings.device != "cpu"
-        latents = (batch, spec.in_channels // 4, side // 8, side // 8)
-        mean, std, t5, pooled = (
-            normal(SEED, name, shape, "cpu")
-            for name, shape in (
-                ("mean", latents),
-                ("std", latents),
-                ("t5", (batch, self.text_length, spec.context_in_dim)),
-                ("pooled", (batch, spec.vec_in_dim)),
-            )
-        )
-        made = [mean, 0.01 * std.abs(), t5.to(settings.compute), pooled.to(settings.compute)]
-        mean, std, t5, pooled = (tensor.pin_memory() for tensor in made) if pin else made
-        return EncodedBatch(mean, std, None, t5, pooled, list(range(batch)))
+        self._batches = [_encoded(settings, side, cycle.batch) for side in cycle.pixels]
 
     def batch(self, step: int) -> EncodedBatch:
         first = step * self.batch_size
@@ -106,27 +153,43 @@ class RandomLoader:
         return batch.indices, (rows // 2) * (columns // 2), batch.pooled
 
 
+def _encoded(settings: Settings, side: int, batch: int) -> EncodedBatch:
+    spec, compute = settings.spec, settings.compute
+    latents = (batch, spec.in_channels // 4, side // 8, side // 8)
+    text = (batch, settings.text_tokens, spec.context_in_dim)
+    tensors = [
+        normal("mean", latents, "cpu"),
+        0.01 * normal("std", latents, "cpu").abs(),
+        normal("t5", text, "cpu").to(compute),
+        normal("pooled", (batch, spec.vec_in_dim), "cpu").to(compute),
+    ]
+    if settings.device != "cpu":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    mean, std, t5, pooled = tensors
+    return EncodedBatch(mean, std, None, t5, pooled, list(range(batch)))
+
+
 class TrainerStep:
-    """A cycle's steps by `fluxfast.step.train_step`, with a plan of the cycle's own."""
+    """A cycle's steps by `fluxfast.step.train_step`, with a plan of the cycle's own; the methods
+    are those of `ModelStep`."""
 
     def __init__(self, kind: Kind, settings: Settings):
         self.kind, self.settings = kind, settings
         self.device = torch.device(settings.device)
         if self.device.type == "cuda":  # by its number, as tensors name it
             self.device = torch.device("cuda", torch.cuda.current_device())
-        # before the weights are there: a plan counts them itself
+        # before the weights exist: a plan counts them itself
         self._plans = {cycle: self._plan(cycle) for cycle in settings.cycles}
         self.candidate = build_model(kind, settings)
-        self.parameters = self.candidate.parameters()
         self.run = None
         self._notes: list[str] = []
 
     def _plan(self, cycle: Cycle) -> Plan | DoesNotFit | None:
-        """The plan; None on a CPU without a cap; the error where nothing fits."""
+        """Returns the plan; None on a CPU without a cap; the error where nothing fits."""
         settings = self.settings
         setting, cap = SETTINGS[settings.setting], settings.cap_gib
         request = Request(
-            work_of(self.kind, settings),
+            step_spec(self.kind, settings),
             bucket_shapes(RandomLoader(settings, cycle)),
             optimizer=setting.optimizer,
             ema=setting.ema,
@@ -141,7 +204,7 @@ class TrainerStep:
             return error
 
     def begin(self, cycle: Cycle, batches: list[Batch]) -> None:
-        """Plan, capture, and take a first step. Raises MemoryError where no plan fits."""
+        """Captures and takes a first step. Raises MemoryError where no plan fits."""
         plan = self._plans[cycle]
         if isinstance(plan, DoesNotFit):
             raise MemoryError(plan.message)
@@ -149,15 +212,14 @@ class TrainerStep:
         self._loader = RandomLoader(self.settings, cycle)
         self._notes.clear()
         config = trainer_config(self.settings, cycle.batch)
-        model = self.candidate.model
+        model, parameters = self.candidate.model, self.candidate.parameters()
         with _warnings_into(self._notes):
-            self.run = assemble(config, model, self.parameters, self._loader, self.device, plan)
+            self.run = assemble(config, model, parameters, self._loader, self.device, plan)
         limit_memory(self.settings)  # assembling has set the plan's own limit
-        self._within_memory(self.run.memory.capture)
-        self.step()
+        self._capture()
 
     def backward(self, batch: Batch) -> Tensor:
-        """The trainer's gradient pass, as a graph where there is one, on a given batch."""
+        """The trainer's gradient pass, as a graph where there is one."""
         run, t = self.run, batch.timesteps
         side = 2 * round(batch.img.shape[1] ** 0.5)
         modulation = None
@@ -195,22 +257,20 @@ class TrainerStep:
         except MemoryExhausted as error:
             raise MemoryError(error.message) from None
 
-    def saved_bytes(self) -> None:
-        """Not counted: a graph keeps what it keeps, and policies hook it themselves."""
+    def _capture(self) -> None:
+        self._within_memory(self.run.memory.capture)
+        self.step()
 
     def peak_memory(self) -> tuple[int, str] | None:
         """A graph's replay allocates nothing: what counts is the pass that captures it, beside the
         optimizer's state, as after every validation of a run. None where there are no graphs."""
         if not self.run.graphs.captured:
             return None
-        return timing.peak_memory(self._again, self.settings.device)
-
-    def _again(self) -> None:
-        self._within_memory(self.run.memory.capture)
-        self.step()
+        return timing.peak_memory(self._capture, self.settings.device)
 
     def details(self) -> dict[str, object]:
-        """How memory was planned, and what became of the plan."""
+        """Returns how memory was planned, and what became of the plan. Saved bytes are not counted:
+        a graph keeps its own, and policies have hooks of theirs."""
         run, plan = self.run, self._plans[self._cycle]
         policies = {label: dict(Counter(words)) for label, words in run.memory.policies.items()}
         in_place = run.modulation_cache is None
@@ -229,17 +289,16 @@ class TrainerStep:
         run.graphs.drop()
         plan = self._plans[self._cycle]
         if plan is not None and plan.modulation == "host":
-            # the weights have left the device and lie in this run's buffers: they are made anew
+            # the weights have left the device for this run's buffers: build them again
             del run
             self.candidate = None
             gc.collect()
             self.candidate = build_model(self.kind, self.settings)
-            self.parameters = self.candidate.parameters()
 
 
 @contextmanager
 def _warnings_into(notes: list[str]) -> Iterator[None]:
-    """What the trainer warns of inside: why there are no graphs, which policies became cheaper."""
+    """Collects the trainer's warnings: why there are no graphs, which policies became cheaper."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: notes.append(record.getMessage().removeprefix("note: "))
     logger = logging.getLogger("fluxfast")
@@ -251,7 +310,7 @@ def _warnings_into(notes: list[str]) -> Iterator[None]:
 
 
 def limit_memory(settings: Settings) -> None:
-    """Let torch's allocator have `cap_gib` of the GPU, where there is a cap."""
+    """Limits torch's allocator to `cap_gib` of the GPU, where there is a cap."""
     if settings.cap_gib is None or settings.device == "cpu":
         return
     device = torch.cuda.current_device()
