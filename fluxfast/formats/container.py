@@ -1,6 +1,7 @@
-"""Files of tensors: what a .safetensors or GGUF file holds, by name, before anything is read; and
-.safetensors files out, one tensor at a time, the same bytes for the same tensors and metadata (the
-library's own writer wants every tensor on the CPU at once, and orders metadata by chance).
+"""Reads and writes .safetensors files one tensor at a time.
+
+The same tensors and metadata give the same bytes; the library's own writer orders metadata by
+chance, and wants every tensor on the CPU at once.
 """
 
 import json
@@ -35,7 +36,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file. dtype: as safetensors or ggml name it; bytes: in the file."""
+    """One tensor in a file's header. dtype: as safetensors or ggml name it; bytes: in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,15 +48,15 @@ class Entry:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of floats (of 16 bits or more) holds neither NaN nor infinity."""
-    # a sum is NaN or infinite where any number is, and many times faster than isfinite; where it
-    # overflows by itself (fp16) the numbers are looked at
+    """Returns whether a tensor of floats (of 16 bits or more) holds neither NaN nor infinity."""
+    # a sum is many times faster than isfinite, and finite only if every number is; a sum of finite
+    # numbers may overflow (fp16)
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 class Safetensors:
-    """An open .safetensors file. Its library checks header, shapes, offsets and length; `read` maps
-    and copies nothing.
+    """An open .safetensors file. The library checks header, shapes, offsets and length; `read`
+    returns a view into the mapped file.
     """
 
     kind = "safetensors"
@@ -89,9 +90,7 @@ class Safetensors:
 
 @dataclass(frozen=True)
 class Layout:
-    """header: how the file starts. offsets: where each tensor begins in it, in file order. size: of
-    the whole. All in bytes.
-    """
+    """A file's layout in bytes: its header, where each tensor begins (in file order), its size."""
 
     header: bytes
     offsets: dict[str, int]
@@ -101,7 +100,7 @@ class Layout:
 def layout(
     shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> Layout:
-    """Where tensors of these dtypes and shapes go. KeyError for a dtype that the format lacks."""
+    """Lays out tensors of these dtypes and shapes. Raises KeyError for a dtype it cannot hold."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     # widest first, as the library orders them: every tensor is aligned
@@ -122,7 +121,7 @@ def layout(
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a whole file. Tensors may be on any device: one at a time is copied to the CPU."""
+    """Writes a whole file. Tensors may be on any device: one at a time is copied to the CPU."""
     form = layout({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, metadata)
     file.write(form.header)
     for key in form.offsets:
@@ -130,5 +129,5 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values in order, as bytes; of its own memory where it lies so on the CPU."""
+    """Returns a tensor's values as bytes, in order; a view of a contiguous tensor on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

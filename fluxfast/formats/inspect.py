@@ -1,35 +1,38 @@
-"""`fluxfast inspect`: what a file or folder is, told by its content. Only headers are read."""
+"""`fluxfast inspect`: describes a file or folder by its content. Only headers are read."""
 
 import re
 from collections import Counter
 from pathlib import Path
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import bnb as base_bnb
-from fluxfast.formats.base import eight_bit as base_8bit
+from fluxfast.formats.base import bnb, eight_bit
 from fluxfast.formats.base.detect import Naming, find_naming, is_lora, model_name, other_model
 from fluxfast.formats.base.folder import folder_spec, transformer_folder, weight_files
 from fluxfast.formats.base.quantize import SHA_KEY, verify
-from fluxfast.formats.base.reader import STORAGE_KEY, file_spec, not_flux
-from fluxfast.formats.lora.inspect import describe_lora, is_adapter, listed
+from fluxfast.formats.base.reader import STORAGE_KEY, file_spec, impossible_sizes, not_flux
+from fluxfast.formats.lora.inspect import describe_lora, listed
+from fluxfast.formats.lora.names import foreign_kind
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import tensor_sources
 from fluxfast.model.spec import FluxSpec
 
-# other parts of an all-in-one file, by a piece of their keys
-_PARTS = {
+# other networks of an all-in-one file, by a piece of their keys
+_NETWORKS = {
     "CLIP-L": "text_model.encoder.layers.0.",
     "T5": "block.0.layer.0.SelfAttention.",
     "VAE": "decoder.up.0.",
     "VAE (diffusers)": "decoder.up_blocks.0.",
 }
+# a tensor that bitsandbytes keeps beside a matrix
+_BNB_SIDE = re.compile(r"(.*\.weight)\.(?:\w+_quant_map|quant_map|\w*absmax|quant_state\.\w+)")
 
 
 def inspect(path: Path | str, checksum: bool = False) -> list[str]:
-    """Lines of `what  value` about a base checkpoint, a LoRA or another safetensors or GGUF file.
+    """Returns lines of `title  value` about a base checkpoint, a LoRA or another safetensors or
+    GGUF file.
 
-    checksum: read a prequantized file whole and compare. Raises FluxfastError where there is no
-    such path, ConfigError where it cannot be read (or the checksum differs).
+    checksum: read a prequantized file whole and compare. Raises FluxfastError if there is no such
+    path, ConfigError if it cannot be read or the checksum differs.
     """
     path = Path(path)
     folder = transformer_folder(path) if path.is_dir() else None
@@ -38,14 +41,21 @@ def inspect(path: Path | str, checksum: bool = False) -> list[str]:
     with Files(weight_files(folder) if folder else [path]) as files:
         rows = [("file", f"{path}, {_size(files)}"), *_describe(path, folder, files)]
         if SHA_KEY in files.metadata:
-            rows.append(("checksum", _checksum(path, files, checksum)))
+            if checksum and not verify(files):
+                raise ConfigError(
+                    f"{path} is damaged: its checksum is not that of its tensors",
+                    hint="quantize it again, or download it again",
+                )
+            rows.append(("checksum", "right" if checksum else "there; --checksum compares it"))
     return [f"{title:9} {value}" for title, value in rows]
 
 
 def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, str]]:
     keys = list(files.entries)
-    if is_lora(keys) or is_adapter(keys):
+    if is_lora(keys) or any(map(foreign_kind, keys)):
         return [*describe_lora(files), ("dtypes", _dtypes(files))]
+    count = len(files.containers)
+    container = files.containers[0].kind + (f" in {count} files" if count > 1 else "")
     has_config = folder is not None and (folder / "config.json").is_file()
     naming = Naming("", split=True) if has_config else find_naming(keys)
     if naming is None:
@@ -53,22 +63,26 @@ def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, 
         if other is None:
             raise not_flux(path, keys)
         return [
-            ("format", _container(files)),
+            ("format", container),
             ("model", f"{other}: not a FLUX.1 transformer"),
             ("dtypes", _dtypes(files)),
         ]
-    spec = folder_spec(path, folder) if folder and has_config else file_spec(path, files, naming)
+    if folder and has_config:
+        with impossible_sizes(path):
+            spec = folder_spec(path, folder)
+    else:
+        spec = file_spec(path, files, naming)
+    guidance = "with guidance" if spec.guidance_embed else "without guidance"
+    sizes = (
+        f"{spec.depth} double and {spec.depth_single_blocks} single blocks, hidden "
+        f"{spec.hidden_size}, {spec.num_heads} heads, {guidance}"
+    )
     return [
-        ("format", f"{_container(files)}, {_layout(files, naming)}"),
-        ("model", f"{model_name(spec)}: {_sizes(spec)}"),
+        ("format", f"{container}, {_layout(files, naming)}"),
+        ("model", f"{model_name(spec)}: {sizes}"),
         ("dtypes", _dtypes(files, naming.prefix)),
         *_keys(files, naming, spec),
     ]
-
-
-def _container(files: Files) -> str:
-    count = len(files.containers)
-    return files.containers[0].kind + (f" in {count} files" if count > 1 else "")
 
 
 def _layout(files: Files, naming: Naming) -> str:
@@ -88,22 +102,14 @@ def _layout(files: Files, naming: Naming) -> str:
 
 
 def _form(files: Files, key: str) -> str:
-    for kind in base_bnb.KINDS:
-        if f"{key}.{base_bnb.STATE}{kind}" in files.entries:
+    for kind in bnb.KINDS:
+        if f"{key}.{bnb.STATE}{kind}" in files.entries:
             nested = f"{key}.nested_absmax" in files.entries
             return f"bitsandbytes {kind.upper()}" + (" with nested scales" if nested else "")
     dtype = files.entries[key].dtype
     if dtype.startswith("F8"):
-        return "fp8, scaled" if base_8bit.scale_key(files, key) else "fp8, plain"
+        return "fp8, scaled" if eight_bit.scale_key(files, key) else "fp8, plain"
     return dtype
-
-
-def _sizes(spec: FluxSpec) -> str:
-    guidance = "with guidance" if spec.guidance_embed else "without guidance"
-    return (
-        f"{spec.depth} double and {spec.depth_single_blocks} single blocks, hidden "
-        f"{spec.hidden_size}, {spec.num_heads} heads, {guidance}"
-    )
 
 
 def _dtypes(files: Files, prefix: str = "") -> str:
@@ -112,40 +118,28 @@ def _dtypes(files: Files, prefix: str = "") -> str:
 
 
 def _keys(files: Files, naming: Naming, spec: FluxSpec) -> list[tuple[str, str]]:
-    """What the model lacks, and what is there beside it."""
-    table, prefix = tensor_sources(spec), naming.prefix
-    names = [source for sources in table.values() for source in sources] if naming.split else table
+    """Returns rows about the keys that the model lacks, and those it does not need."""
+    sources, prefix = tensor_sources(spec), naming.prefix
+    names = [part for parts in sources.values() for part in parts] if naming.split else sources
     needed = {prefix + name for name in names}
     extra = sorted(key for key in files.entries.keys() - needed if not _is_side(key, needed))
     own = [key for key in extra if key.startswith(prefix)]
     others = [key for key in extra if not key.startswith(prefix)]
     rows = [("missing", listed(sorted(needed - files.entries.keys()))), ("extra", listed(own))]
     if others:
-        parts = [name for name, piece in _PARTS.items() if any(piece in key for key in others)]
-        rows.append(("beside", f"{', '.join(parts) or 'other tensors'} ({len(others)} tensors)"))
+        known = [name for name, piece in _NETWORKS.items() if any(piece in key for key in others)]
+        rows.append(("beside", f"{', '.join(known) or 'other tensors'} ({len(others)} tensors)"))
     return rows
 
 
 def _is_side(key: str, needed: set[str]) -> bool:
-    """Whether it belongs to a quantized matrix."""
-    pattern = r"(.*\.weight)\.(?:\w+_quant_map|quant_map|\w*absmax|quant_state\.\w+)"
-    if match := re.fullmatch(pattern, key):
+    """Returns whether the tensor belongs to a quantized matrix."""
+    if match := _BNB_SIDE.fullmatch(key):
         return match[1] in needed
     module, _, name = key.rpartition(".")
-    if name in base_8bit.SIDE:
+    if name in eight_bit.SIDE:
         return f"{module}.weight" in needed
-    return name == base_8bit.MARKER
-
-
-def _checksum(path: Path, files: Files, wanted: bool) -> str:
-    if not wanted:
-        return "there; --checksum compares it"
-    if not verify(files):
-        raise ConfigError(
-            f"{path} is damaged: its checksum is not that of its tensors",
-            hint="quantize it again, or download it again",
-        )
-    return "right"
+    return name == eight_bit.MARKER
 
 
 def _size(files: Files) -> str:

@@ -1,7 +1,8 @@
-"""Files opened by their content, never by their names, one or several under one set of tensors.
+"""Opens files of tensors by their content, never by their names, one or several under one set of
+names.
 
 Pickles (.ckpt, .pt, .bin) can run code when they are loaded: they are refused and never opened as
-such. Nothing here asks what the tensors mean.
+such. Nothing here interprets the tensors.
 """
 
 from pathlib import Path
@@ -36,16 +37,15 @@ class Files:
         file = _open_container(path)
         self.containers.append(file)
         for key in file.entries:
-            if not key.isprintable():
-                # names go into messages: no line breaks, nothing that a terminal obeys
-                raise _unreadable(
-                    path, f"a tensor is called {key!r}", "tensors have names of plain text"
+            if not key.isprintable():  # names go into messages, and so to a terminal
+                raise ConfigError(
+                    f"cannot read {path}: a tensor is called {key!r}",
+                    hint="tensors have names of plain text",
                 )
             if other := self._container_of.get(key):
                 raise ConfigError(
                     f"{key} is in {other.path} and in {file.path}",
-                    hint="one of them is not of this model: keep one, or the index that names "
-                    "the right ones",
+                    hint="keep the file that belongs to this model, or an index that names it",
                 )
             self._container_of[key] = file
 
@@ -68,29 +68,27 @@ class Files:
 
 
 def _open_container(path: Path) -> Safetensors | Gguf:
-    """Open one file by its content. Raises ConfigError where it is damaged or of another kind."""
+    reason, hint = None, "the file is missing, truncated or not safetensors"
     try:
         with open(path, "rb") as file:
             start = file.read(512)
+        if start.startswith(b"GGUF"):
+            return Gguf(path)
+        if problem := _not_safetensors(start):
+            reason, hint = problem
+        else:
+            return Safetensors(path)
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from None
-    if start.startswith(b"GGUF"):
-        return Gguf(path)
-    if problem := _not_safetensors(start):
-        raise _unreadable(path, *problem)
-    try:
-        return Safetensors(path)
-    except (OSError, SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise _unreadable(path, " ".join(str(error).split()) or type(error).__name__) from None
-
-
-def _unreadable(path: Path, reason: str, hint: str | None = None) -> ConfigError:
-    hint = hint or "the file is missing, truncated or not safetensors"
-    return ConfigError(f"cannot read {path}: {reason}", hint=hint)
+        reason = error.strerror or str(error)
+    except ConfigError:
+        raise
+    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+    raise ConfigError(f"cannot read {path}: {' '.join(reason.split())}", hint=hint)
 
 
 def _not_safetensors(start: bytes) -> tuple[str, str] | None:
-    """What a file is instead, by its first bytes, and a hint; None where it may be safetensors."""
+    """Returns what a file is by its first bytes, and a hint; None if it may be safetensors."""
     again = "download the file again"
     if not start:
         return "it is empty", again

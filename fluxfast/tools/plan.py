@@ -10,7 +10,7 @@ import torch
 from fluxfast.config.schema import Config, ModelConfig
 from fluxfast.data.buckets import STEP
 from fluxfast.errors import ConfigError
-from fluxfast.formats.base.load import ResolvedModel, choose_precision, stored_as
+from fluxfast.formats.base.load import ResolvedModel, choose_precision
 from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.lora.read import ranks_of
 from fluxfast.formats.lora.update import part_count
@@ -146,8 +146,9 @@ def _resolved(
     model: ModelConfig, spec: FluxSpec, stored: str | None, known: Card, vram_gib: float
 ) -> ResolvedModel:
     """The model as a card would have it; the file need not be here."""
-    storage = stored_as(model.storage, model.compute, stored)
-    storage, matmul = choose_precision(storage, model.compute, known.capability, vram_gib, True)
+    storage, matmul = choose_precision(
+        model.storage, model.compute, known.capability, vram_gib, True, stored
+    )
     activations = matmul if matmul in DTYPES else "bf16"
     precisions = layer_precisions(spec, storage, matmul, model.layers)
     return ResolvedModel(Path(model.path), spec, storage, matmul, activations, precisions)

@@ -69,8 +69,10 @@ def drop_partials(*folders: Path) -> None:
                     path.unlink()
 
 
-def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, put it in place.
+@contextlib.contextmanager
+def new_file(path: Path, hint: str | None = None) -> Iterator[BinaryIO]:
+    """Yields a temporary file beside `path`. At the end it is flushed to the disk and put in place;
+    if anything is raised it is removed.
 
     Raises DiskError naming the folder where the disk refuses (full, read-only, no permission).
     """
@@ -78,7 +80,7 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -90,6 +92,12 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
+    """Writes a file whole or not at all, see `new_file`."""
+    with new_file(path, hint) as file:
+        file.write(content)
 
 
 def with_step(row: Any) -> dict:

@@ -470,7 +470,7 @@ AXES = [5, "abc", [32], [16, 16], [4, 14, "14"], [4, 14, 14.0], [5, 13, 14], [-4
         # diffusers would leave out the blocks that it does not speak of
         (
             {"num_single_layers": 1},
-            "speaks of 1 double and 1 single blocks, the weights have 1 and",
+            "has 1 double and 1 single blocks, the weights have 1 and",
         ),
         ({"guidance_embeds": False}, "guidance_embeds: false"),
         ({"num_layers": 100_000}, "it has 100000 double"),

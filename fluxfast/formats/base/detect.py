@@ -1,5 +1,5 @@
-"""What a set of tensors is, by the names and shapes in it: a FLUX.1 transformer in either naming,
-under whatever prefix, or something else that has a name.
+"""Detects a model by the names and shapes of its tensors: a FLUX.1 transformer in BFL's or
+diffusers' names, under any known prefix, or another model that can be named.
 """
 
 import re
@@ -11,7 +11,7 @@ from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 
-# what the sizes are read from: (BFL's name, diffusers' name)
+# the tensors that sizes are read from: (BFL's name, diffusers' name)
 _SOURCES = {
     "marker": (
         "double_blocks.0.img_attn.norm.key_norm.scale",
@@ -30,7 +30,7 @@ _SOURCES = {
 _ALL_OF = ("marker", "img_in", "txt_in", "vector_in")
 _MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
 
-# other models: every one of these strings is in some key. The first row that fits counts
+# (model, strings): the first row of which every string is in some key names the model
 _OTHERS = (
     ("FLUX.2 transformer", ["double_stream_modulation_img."]),
     ("Chroma transformer", ["distilled_guidance_layer."]),
@@ -53,7 +53,7 @@ _OTHERS = (
     ("VAE", ["decoder.up.0.", "encoder.down.0."]),
     ("VAE", ["decoder.up_blocks.0.", "encoder.down_blocks.0."]),
 )
-# in models that have FLUX.1's names otherwise
+# in keys of models that otherwise have FLUX.1's names
 _NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
 _LORA = re.compile(
     r"\.lora_[AB]|\.lora_(down|up)\.|_lora[12]?\.|\.lora(_linear_layer)?\.|\.lokr_|\.hada_"
@@ -62,7 +62,9 @@ _LORA = re.compile(
 
 @dataclass(frozen=True)
 class Naming:
-    """prefix: before every key; split: diffusers' names, with q, k, v and mlp apart."""
+    """How a file names its tensors. prefix: before every key; split: diffusers' names, with q, k, v
+    and mlp apart.
+    """
 
     prefix: str
     split: bool
@@ -72,7 +74,7 @@ class Naming:
 
 
 def find_naming(keys: Iterable[str]) -> Naming | None:
-    """How a FLUX.1 transformer's tensors are named among `keys`; None where there is none."""
+    """Returns how a FLUX.1 transformer's tensors are named among `keys`, None if there is none."""
     keys = set(keys)
     if is_lora(keys) or any(word in key for key in keys for word in _NEVER):
         return None
@@ -86,13 +88,13 @@ def find_naming(keys: Iterable[str]) -> Naming | None:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether they are a LoRA's; SVDQuant keeps low-rank parts in a base model."""
+    """Returns whether the keys are a LoRA's. SVDQuant keeps low-rank parts in a base model."""
     keys = list(keys)
     return any(map(_LORA.search, keys)) and not any(key.endswith(".qweight") for key in keys)
 
 
 def other_model(keys: Iterable[str]) -> str | None:
-    """The name of what the keys belong to, where it is known."""
+    """Returns the name of the model that the keys belong to, None if it is not known."""
     keys = list(keys)
     if is_lora(keys):
         return "LoRA"
@@ -103,15 +105,15 @@ def other_model(keys: Iterable[str]) -> str | None:
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """How many different indices follow `prefix`."""
+    """Returns how many different block indices follow `prefix`."""
     return len({key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
 
 
 def read_spec(
     keys: Mapping[str, object], naming: Naming, shape: Callable[[str], tuple[int, ...] | None]
 ) -> FluxSpec:
-    """The sizes, from the shapes. shape(key): of a matrix as the model has it, None for no such
-    key. Raises FluxfastError naming the key that does not fit.
+    """Returns the model's sizes. shape(key): of a tensor as the model has it, None if missing.
+    Raises FluxfastError naming the key that does not fit.
     """
 
     def size(part: str, dim: int) -> int:
@@ -142,8 +144,8 @@ def read_spec(
 
 
 def check_spec(spec: FluxSpec, out_channels: int) -> None:
-    """Raise FluxfastError for a model that takes more channels than it returns, and for more blocks
-    than a table is to be built of.
+    """Raises FluxfastError for a model that takes more channels than it returns, and for so many
+    blocks that a table of them would be large.
     """
     if spec.in_channels != out_channels:
         raise FluxfastError(
@@ -157,7 +159,7 @@ def check_spec(spec: FluxSpec, out_channels: int) -> None:
 
 
 def model_name(spec: FluxSpec) -> str:
-    """dev, schnell, or either's kind with sizes of its own."""
+    """Returns a name for people: dev, schnell, or other sizes of either's kind."""
     for name, known in (("FLUX.1-dev", DEV), ("FLUX.1-schnell", SCHNELL)):
         if spec == known:
             return f"{name} or a fine-tune of it"

@@ -1,11 +1,11 @@
-"""Matrices in 8 bits: ComfyUI's fp8, plain and scaled, and what `fluxfast quantize` writes.
+"""Reads matrices in 8 bits: ComfyUI's fp8, plain and scaled, and what `fluxfast quantize` writes.
 
     X.weight           float8_e4m3fn or int8 [N, K]
     X.scale_weight     fp32, one value (ComfyUI) or one a row ([N, 1], fluxfast); plain fp8 has none
     X.weight_scale     the same in ComfyUI's newer files
 
-W = quantized · scale. Both are the form that storage fp8 and int8 multiply in, so the values stay
-as they are. float8_e5m2, which no product here takes, is dequantized to fp32 without loss.
+W = quantized · scale. Storage fp8 and int8 multiply in these two forms, so the values stay as they
+are. float8_e5m2, which no product here takes, is dequantized to fp32 without loss.
 
 Source: ComfyUI `comfy/ops.py` (scaled_fp8_ops) and `comfy/model_detection.py`.
 """
@@ -20,18 +20,18 @@ from fluxfast.formats.opened import Files
 _SCALES = ("scale_weight", "weight_scale")
 SIDE = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
 MARKER = "scaled_fp8"  # a tensor of ComfyUI's, beside the model's
-_ROWS = 1024  # looked through at once
+_ROWS = 1024  # searched for NaN at once
 
 
 def scale_key(files: Files, key: str) -> str | None:
-    """The name of the scale of the matrix `key` (….weight), None where there is none."""
+    """Returns the name of the scale of the matrix `key` (….weight), or None if it has none."""
     module = key.removesuffix("weight")
     return next((module + name for name in _SCALES if module + name in files.entries), None)
 
 
 def check_8bit(files: Files, key: str, prefix: str) -> None:
-    """Raise ConfigError where the matrix has a scale that does not fit, or none where it needs one:
-    in int8, and in fp8 beside the marker that says so. prefix: of the model's names.
+    """Raises ConfigError if the matrix has a scale that does not fit, or lacks one that it needs:
+    in int8, and in fp8 beside ComfyUI's marker. prefix: of the model's names.
     """
     entry, scale = files.entries[key], scale_key(files, key)
     if scale is None:
@@ -57,21 +57,15 @@ def check_8bit(files: Files, key: str, prefix: str) -> None:
 
 
 def read_8bit(files: Files, key: str) -> QuantizedRows | Tensor:
-    """Quantized values and one fp32 scale a row; fp32 [N, K] for float8_e5m2. On the CPU."""
+    """Returns quantized values with one fp32 scale a row; fp32 [N, K] for float8_e5m2."""
     values, scale = files.read(key), scale_key(files, key)
-    rows = values.shape[0]
-    if scale is None:
-        scales = torch.ones(rows)
-    else:
-        scales = files.read(scale).float().flatten().expand(rows).contiguous()
-    rows = QuantizedRows(values, scales)
+    scales = torch.ones(1) if scale is None else files.read(scale).float().flatten()
+    rows = QuantizedRows(values, scales.expand(len(values)).contiguous())
     return rows.dequantize() if values.dtype == torch.float8_e5m2 else rows
 
 
 def quantized_is_finite(quantized: Tensor) -> bool:
-    """Whether no value of a matrix stands for NaN, which e4m3 has (all bits set but the sign's) and
-    int8 has not.
-    """
+    """Returns whether no value means NaN: in e4m3 all bits but the sign's set; int8 has none."""
     if quantized.dtype == torch.int8:
         return True
     pieces = quantized.view(torch.uint8).split(_ROWS)
@@ -79,9 +73,9 @@ def quantized_is_finite(quantized: Tensor) -> bool:
 
 
 def join_rows(parts: list[QuantizedRows]) -> QuantizedRows:
-    """Stack the rows of several matrices of one kind, byte for byte."""
+    """Stacks the rows of several matrices of one kind, byte for byte."""
     if len(parts) == 1:
         return parts[0]
-    values = torch.cat([part.values.view(torch.uint8) for part in parts])
-    values = values.view(parts[0].values.dtype)
-    return QuantizedRows(values, torch.cat([part.scale for part in parts]))
+    values = torch.cat([part.values.view(torch.uint8) for part in parts])  # cat takes no fp8
+    scale = torch.cat([part.scale for part in parts])
+    return QuantizedRows(values.view(parts[0].values.dtype), scale)

@@ -1,6 +1,6 @@
-"""A diffusers folder: the sizes that its config.json says, and the files that hold its weights.
+"""Reads a diffusers folder: the sizes in its config.json, and which files hold its weights.
 
-Source: diffusers' `FluxTransformer2DModel` config and its names of files.
+Source: diffusers' `FluxTransformer2DModel` config and its file names.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.errors import ConfigError
 from fluxfast.formats.base.detect import Naming, check_spec, count_blocks
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
@@ -16,14 +16,14 @@ _WHOLE = "diffusion_pytorch_model.safetensors"
 
 
 def transformer_folder(path: Path) -> Path:
-    """Where the transformer lies in a pipeline's folder, or the folder itself."""
+    """Returns the transformer's folder inside a pipeline's, or `path` itself."""
     return path / "transformer" if (path / "transformer").is_dir() else path
 
 
 def folder_spec(path: Path, folder: Path) -> FluxSpec:
-    """The sizes that the transformer folder's config.json says. path: the pipeline's folder.
+    """Returns the sizes in the transformer folder's config.json. path: the pipeline's folder.
 
-    Raises ConfigError where they cannot be, or are another model's.
+    Raises ConfigError for a config.json of another model, FluxfastError for impossible sizes.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -42,51 +42,45 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
     heads, head_dim = size("num_attention_heads"), size("attention_head_dim")
     # FLUX.1's own config.json leaves the axes out
     axes = config.get("axes_dims_rope") or rope_axes(head_dim)
-    known = isinstance(axes, list | tuple) and [type(axis) for axis in axes] == [int] * 3
-    if not known or min(axes) < 1:
+    valid = isinstance(axes, list | tuple) and [type(axis) for axis in axes] == [int] * 3
+    if not valid or min(axes) < 1:
         raise ConfigError(f"{file}: axes_dims_rope must be three positive integers, got {axes!r}")
     # dev 512, schnell 256, and never more than the pipeline's own T5 tokenizer takes
     length = (DEV if guidance else SCHNELL).text_length
-    try:
-        spec = FluxSpec(
-            in_channels=size("in_channels"),
-            vec_in_dim=size("pooled_projection_dim"),
-            context_in_dim=size("joint_attention_dim"),
-            hidden_size=heads * head_dim,
-            num_heads=heads,
-            depth=size("num_layers"),
-            depth_single_blocks=size("num_single_layers"),
-            axes_dim=(axes[0], axes[1], axes[2]),
-            guidance_embed=guidance,
-            text_length=min(length, tokenizer_length(path / "tokenizer_2") or length),
-        )
-        check_spec(spec, config.get("out_channels") or spec.in_channels)
-    except ConfigError:
-        raise
-    except FluxfastError as error:
-        raise ConfigError(f"{path} is not a FLUX.1 transformer: {error.message}") from None
+    spec = FluxSpec(
+        in_channels=size("in_channels"),
+        vec_in_dim=size("pooled_projection_dim"),
+        context_in_dim=size("joint_attention_dim"),
+        hidden_size=heads * head_dim,
+        num_heads=heads,
+        depth=size("num_layers"),
+        depth_single_blocks=size("num_single_layers"),
+        axes_dim=(axes[0], axes[1], axes[2]),
+        guidance_embed=guidance,
+        text_length=min(length, tokenizer_length(path / "tokenizer_2") or length),
+    )
+    check_spec(spec, config.get("out_channels") or spec.in_channels)
     return spec
 
 
 def check_weights_match(path: Path, spec: FluxSpec, keys: Collection[str]) -> None:
-    """Raise ConfigError where the weights have more than config.json says: the model would be cut
-    short in silence.
+    """Raises ConfigError if the weights have more than config.json says: the model would silently
+    be cut short.
     """
     naming = Naming("", split=True)
     depths = spec.depth, spec.depth_single_blocks
     stored = [count_blocks(keys, naming.key(part)) for part in ("doubles", "singles")]
-    if stored[0] > depths[0] or stored[1] > depths[1]:
-        raise ConfigError(
-            f"{path}: config.json speaks of {depths[0]} double and {depths[1]} single blocks, the "
-            f"weights have {stored[0]} and {stored[1]}",
-            hint="the config.json is another model's",
-        )
     guided = any(key.startswith(naming.key("guidance_in")) for key in keys)
-    if guided and not spec.guidance_embed:
-        raise ConfigError(
-            f"{path}: config.json says guidance_embeds: false, the weights embed guidance",
-            hint="the config.json is another model's",
+    if stored[0] > depths[0] or stored[1] > depths[1]:
+        mismatch = (
+            f"has {depths[0]} double and {depths[1]} single blocks, the weights have {stored[0]} "
+            f"and {stored[1]}"
         )
+    elif guided and not spec.guidance_embed:
+        mismatch = "says guidance_embeds: false, the weights embed guidance"
+    else:
+        return
+    raise ConfigError(f"{path}: config.json {mismatch}", hint="the config.json is another model's")
 
 
 def _size(file: Path, config: dict, key: str) -> int:
@@ -98,30 +92,37 @@ def _size(file: Path, config: dict, key: str) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The shards that the index names; without one diffusers' own file, or else every .safetensors
-    file. Raises ConfigError where there is none.
+    """Returns the shards that the index names; without an index diffusers' own file, or else every
+    .safetensors file. Raises ConfigError if there is none.
     """
-    index = folder / f"{_WHOLE}.index.json"
+    index, whole = folder / f"{_WHOLE}.index.json", folder / _WHOLE
     indices = [index] if index.is_file() else sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        whole = folder / _WHOLE
-        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    else:
-        shards = _read_json(indices[0]).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
-            raise ConfigError(f"{indices[0]} does not map tensors to files under 'weight_map'")
-        names = sorted(set(shards.values()))
-        # as a file's name, not a path that leads elsewhere
-        if odd := next((n for n in names if not n.isprintable() or Path(n).name != n), None):
-            raise ConfigError(f"{indices[0]} names {odd!r}, which is no file of the folder")
-        files = [folder / name for name in names]
+    if indices:
+        return [folder / name for name in _shard_names(indices[0])]
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} holds no .safetensors weights")
     return files
 
 
+def _shard_names(index: Path) -> list[str]:
+    shards = _read_json(index).get("weight_map")
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(name, str) for name in shards.values())
+    ):
+        raise ConfigError(f"{index} does not map tensors to files under 'weight_map'")
+    names = sorted(set(shards.values()))
+    # a file's name, not a path that leads elsewhere
+    for name in names:
+        if not name.isprintable() or Path(name).name != name:
+            raise ConfigError(f"{index} names {name!r}, which is no file of the folder")
+    return names
+
+
 def tokenizer_length(folder: Path) -> int | None:
-    """The longest prompt that a tokenizer's folder says it takes, where it does."""
+    """Returns the longest prompt that the tokenizer in `folder` takes, None if it does not say."""
     config = folder / "tokenizer_config.json"
     content = _read_json(config) if config.is_file() else {}
     limit = content.get("model_max_length", 0)

@@ -1,11 +1,11 @@
-"""GGUF files (city96's FLUX checkpoints and others): F32, F16, BF16 and ggml's block types.
+"""Reads GGUF files (city96's FLUX checkpoints and others): F32, F16, BF16 and ggml's block types.
 
     "GGUF" | version u32 | tensors u64 | pairs u64 | pairs: key, type u32, value | tensors: name,
     dimensions u32, [u64] innermost first, type u32, offset u64 | padding to `general.alignment` |
     data;   a string is its length u64 and its bytes; all little-endian
 
-The header is read here, within bounds, as a false length would keep gguf's own reader in a loop for
-ever; block types are dequantized by the `gguf` package, tensor by tensor.
+The header is parsed here, within bounds: a false length would keep the `gguf` package's own reader
+in an endless loop. That package dequantizes the block types, tensor by tensor.
 
 Source: ggml's docs/gguf.md, versions 2 and 3.
 """
@@ -24,8 +24,8 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import Entry
 
-_HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
-# type of a value -> struct's letter
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of safetensors
+# type of a scalar -> struct's letter
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _ROWS = 128  # dequantized at once by one thread
@@ -35,11 +35,11 @@ BLOCK_TYPES = tuple(f"Q{kind}" for kind in _KINDS)
 
 
 class _Damaged(ValueError):
-    """Why the header cannot be read."""
+    """The header cannot be read; the message says why."""
 
 
 class Gguf:
-    """An open GGUF file. `read` gives fp32 [rows, columns] of a block type, else the file's own."""
+    """An open GGUF file. `read` dequantizes block types to fp32, and keeps other dtypes."""
 
     kind = "GGUF"
 
@@ -70,19 +70,17 @@ class Gguf:
         data = np.frombuffer(self._map, kind, count, self._offsets[key])
         if entry.dtype in BLOCK_TYPES:
             return _dequantize(data, entry)
-        # a copy: the map is read-only, and would be kept open by what looks into it
+        # a copy: the map is read-only, and a view would keep it open
         values = torch.from_numpy(data.copy()).view(entry.shape)
         return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
 
     def close(self) -> None:
-        with contextlib.suppress(BufferError):  # an error on its way still looks into the map
+        with contextlib.suppress(BufferError):  # an error's traceback may still hold a view
             self._map.close()
 
 
 def _dequantize(data: np.ndarray, entry: Entry) -> Tensor:
-    """uint8 of a block type to fp32. gguf dequantizes on one core, so the rows are shared out among
-    torch's threads.
-    """
+    """Dequantizes a block type to fp32, the rows split among threads: gguf itself uses one core."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -91,18 +89,18 @@ def _dequantize(data: np.ndarray, entry: Entry) -> Tensor:
     flat = out.reshape(-1, entry.shape[-1])
     rows = data.reshape(len(flat), -1)
 
-    def work(start: int) -> None:
+    def dequantize_rows(start: int) -> None:
         piece = slice(start, start + _ROWS)
-        with np.errstate(all="ignore"):  # scales of infinity: the values say so
+        with np.errstate(all="ignore"):  # infinite scales are found in the values
             flat[piece] = dequantize(rows[piece], kind)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(0, len(rows), _ROWS)))
+        list(pool.map(dequantize_rows, range(0, len(rows), _ROWS)))
     return torch.from_numpy(out)
 
 
 class _Header:
-    """metadata: key -> string; tensors: name -> (Entry, offset in the file)."""
+    """A parsed header. metadata: its strings; tensors: name -> (Entry, offset in the file)."""
 
     def __init__(self, data: mmap.mmap):
         self._data, self._at = data, 4
@@ -131,14 +129,14 @@ class _Header:
         self._check_data(len(data))
 
     def _check_data(self, size: int) -> None:
-        """All data inside the file, and no two tensors over each other."""
+        """Checks that all data lie inside the file and no two tensors overlap."""
         spans = sorted((at, at + entry.bytes, n) for n, (entry, at) in self.tensors.items())
         previous = 0
         for start, end, name in spans:
             if end > size:
                 raise _Damaged(f"it is truncated: {name!r} ends at byte {end} of {size}")
             if start < previous and end > start:
-                raise _Damaged(f"{name!r} lies over another tensor")
+                raise _Damaged(f"{name!r} overlaps another tensor")
             previous = max(previous, end)
 
     def _take(self, count: int) -> bytes:
@@ -157,7 +155,7 @@ class _Header:
             raise _Damaged("its header is damaged: a name is not UTF-8") from None
 
     def _value(self, kind: int):
-        """A number, bool or string; None for an array, which is walked over."""
+        """Returns a number, bool or string; skips an array and returns None."""
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
@@ -187,7 +185,7 @@ def _scalar(kind: int) -> str:
 
 
 def _size(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
-    """ggml's name of a type, and the bytes of a tensor."""
+    """Returns ggml's name of the type `kind`, and the tensor's size in bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

@@ -1,13 +1,13 @@
-"""Base checkpoints in, read tensor by tensor: a diffusers folder (sharded or not) or one file in
-Black Forest Labs' or diffusers' names, bare or inside an all-in-one file, dense, fp8, int8,
+"""Opens a base checkpoint and reads it tensor by tensor: a diffusers folder (sharded or not) or one
+file in Black Forest Labs' or diffusers' names, bare or inside an all-in-one file, dense, fp8, int8,
 bitsandbytes NF4 or GGUF.
 
-What a file is, is told by its content (`base_detect.py`), a folder by its config.json
-(`base_folder.py`). Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers'
-`FluxTransformer2DModel`.
+A file's kind is detected by its content (`detect.py`), a folder's by its config.json (`folder.py`).
+Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import bnb as base_bnb
-from fluxfast.formats.base import eight_bit as base_8bit
+from fluxfast.formats.base import bnb, eight_bit
 from fluxfast.formats.base.detect import Naming, find_naming, is_lora, other_model, read_spec
 from fluxfast.formats.base.folder import (
     check_weights_match,
@@ -29,7 +28,7 @@ from fluxfast.formats.base.folder import (
 from fluxfast.formats.base.gguf import BLOCK_TYPES
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.opened import Files
-from fluxfast.model.frozen_linear import dequantize
+from fluxfast.model.frozen_linear import Weight, dequantize
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_sources
 from fluxfast.model.precision import multiplies_in_8_bits
 from fluxfast.model.spec import FluxSpec
@@ -43,7 +42,7 @@ class BaseCheckpoint:
     """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context
     manager.
 
-    storage: nf4, int8 or fp8 where the file was quantized for it, else None.
+    storage: nf4, int8 or fp8 if the file was quantized for it, else None.
     """
 
     def __init__(self, path: Path, spec: FluxSpec, files: Files, naming: Naming):
@@ -59,36 +58,36 @@ class BaseCheckpoint:
                 f"among them {', '.join(missing[:3])}",
                 hint=hint,
             )
-        self._states: dict[str, base_bnb.State | None] = {}
+        self._states: dict[str, bnb.State | None] = {}  # of the matrices
         for name in self._sources:
             self._check(name)
         self.storage = self._storage()
 
     def keys(self, name: str) -> list[str]:
-        """The file's tensors whose rows make the tensor of that BFL name."""
+        """Returns the keys of the file's tensors whose rows make the tensor of that BFL name."""
         sources = self._sources[name] if self.naming.split else [name]
         return [self.naming.prefix + source for source in sources]
 
     def read(self, name: str) -> Tensor:
-        """The tensor under its BFL name, fused, dense: in the dtype that the file has, or fp32
-        where that is fp64 or quantized.
+        """Returns the tensor of that BFL name, fused and dense: in the file's dtype, or fp32 for
+        fp64 and quantized ones.
         """
         return dequantize(self.read_stored(name))
 
-    def read_stored(self, name: str) -> Tensor | NF4Tensor | QuantizedRows:
-        """As `read`, but a matrix that the file has in NF4 of bitsandbytes, fp8 (e4m3) or int8 with
-        a scale a row stays quantized.
+    def read_stored(self, name: str) -> Weight:
+        """Reads like `read`, but leaves a matrix quantized that the file has in bitsandbytes' NF4,
+        fp8 (e4m3) or int8 with a scale a row.
 
-        Raises ConfigError for NaN and infinity. What `quantize` wrote is not looked through again.
+        Raises ConfigError for NaN and infinity. Files that `quantize` wrote are not checked again.
         """
         parts: list[Any] = [self._read_part(key) for key in self.keys(name)]
         swapped = name.rpartition(".")[0] == SWAPPED
         if swapped or len({_kind(part) for part in parts}) > 1:
             parts = [dequantize(part) for part in parts]
         if isinstance(parts[0], NF4Tensor):
-            return base_bnb.join_nf4(parts)
+            return bnb.join_nf4(parts)
         if isinstance(parts[0], QuantizedRows):
-            return base_8bit.join_rows(parts)
+            return eight_bit.join_rows(parts)
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if swapped and self.naming.split:
             scale, shift = tensor.chunk(2)
@@ -96,22 +95,21 @@ class BaseCheckpoint:
         return tensor
 
     def is_nf4(self, name: str) -> bool:
-        """Whether `read_stored` gives this matrix in NF4."""
+        """Returns whether `read_stored` returns this matrix in NF4."""
         states = [self._states[key] for key in self.keys(name)]
         return not name.startswith(SWAPPED) and all(state and state.is_nf4 for state in states)
 
     def is_nested_nf4(self, name: str) -> bool:
-        """Whether it does so with nested scales and one offset for all."""
+        """Returns whether this NF4 matrix has nested scales and one offset for all."""
         states = [self._states[key] for key in self.keys(name)]
-        nested = len(states) == 1 and all(state and state.is_nested_nf4 for state in states)
-        return self.is_nf4(name) and nested
+        return len(states) == 1 and states[0] is not None and states[0].is_nested_nf4
 
-    def _read_part(self, key: str) -> Tensor | NF4Tensor | QuantizedRows:
+    def _read_part(self, key: str) -> Weight:
         entry, state = self.files.entries[key], self._states.get(key)
         if state:
-            part = base_bnb.read_bnb(self.files, key, state)
+            part = bnb.read_bnb(self.files, key, state)
         elif entry.dtype in _8BIT and len(entry.shape) == 2:
-            part = base_8bit.read_8bit(self.files, key)
+            part = eight_bit.read_8bit(self.files, key)
         else:
             part = self.files.read(key)
             if entry.dtype in _8BIT:
@@ -126,7 +124,7 @@ class BaseCheckpoint:
         return part
 
     def _check(self, name: str) -> None:
-        """Raise ConfigError for a shape or dtype that does not belong there."""
+        """Raises ConfigError for a shape or dtype that does not belong there."""
         module, _, kind = name.rpartition(".")
         sources = self.keys(name)
         if kind == "scale":
@@ -136,12 +134,12 @@ class BaseCheckpoint:
             parts = part_rows(module, self.spec) if len(sources) > 1 else [(0, rows)]
             shapes = [(end - start, *columns) for start, end in parts]
         for key, needed in zip(sources, shapes, strict=True):
-            state = None
-            if kind == "weight":
-                state = self._states[key] = base_bnb.bnb_state(self.files, key)
-            if state is None:
+            shape = self.files.entries[key].shape
+            if kind == "weight" and (state := bnb.bnb_state(self.files, key)):
+                self._states[key], shape = state, state.shape
+            else:
+                self._states[key] = None
                 self._check_dtype(key, kind)
-            shape = self.files.entries[key].shape if state is None else state.shape
             if shape != needed:
                 raise ConfigError(
                     f"{self.files.file_of(key)}: {key} has shape {shape}, this model needs {needed}"
@@ -156,14 +154,14 @@ class BaseCheckpoint:
                 "shrinks it on loading",
             )
         if dtype in _8BIT and kind == "weight":
-            base_8bit.check_8bit(self.files, key, self.naming.prefix)
+            eight_bit.check_8bit(self.files, key, self.naming.prefix)
 
     def _storage(self) -> str | None:
-        """By what most of the blocks' matrices are, those that 8-bit products would take."""
+        """Goes by most of the blocks' matrices, those that 8-bit products would take."""
         if storage := self.files.metadata.get(STORAGE_KEY):
             return storage if storage in ("nf4", "int8", "fp8") else None
-        modules = [n for n in self._sources if n.endswith(".weight") and multiplies_in_8_bits(n)]
-        states = [self._states[key] for name in modules for key in self.keys(name)]
+        names = [n for n in self._sources if n.endswith(".weight") and multiplies_in_8_bits(n)]
+        states = [self._states[key] for name in names for key in self.keys(name)]
         in_nf4 = sum(state is not None and state.is_nf4 for state in states)
         return "nf4" if 2 * in_nf4 > len(states) else None
 
@@ -177,29 +175,31 @@ class BaseCheckpoint:
         self.close()
 
 
-def _kind(part: Tensor | NF4Tensor | QuantizedRows) -> object:
+def _kind(part: Weight) -> object:
     return part.values.dtype if isinstance(part, QuantizedRows) else type(part)
 
 
-def _is_finite(part: Tensor | NF4Tensor | QuantizedRows) -> bool:
+def _is_finite(part: Weight) -> bool:
     if isinstance(part, QuantizedRows):
-        return all_finite(part.scale) and base_8bit.quantized_is_finite(part.values)
+        return all_finite(part.scale) and eight_bit.quantized_is_finite(part.values)
     if isinstance(part, NF4Tensor):
         return all(all_finite(t) for t in part.tensors().values() if t.is_floating_point())
     return all_finite(part)
 
 
 def open_base(path: Path | str) -> BaseCheckpoint:
-    """Open a diffusers pipeline folder, its `transformer/` folder, or one .safetensors or GGUF
+    """Opens a diffusers pipeline folder, its `transformer/` folder, or one .safetensors or GGUF
     file.
 
-    Raises FluxfastError where it does not exist, ConfigError where it cannot be read or is no
-    FLUX.1 text-to-image transformer.
+    Raises FluxfastError if it does not exist, ConfigError if it cannot be read or is no FLUX.1
+    text-to-image transformer.
     """
-    path, spec = Path(path), None
+    path = Path(path)
+    spec, naming = None, Naming("", split=True)
     if path.is_dir():
         folder = transformer_folder(path)
-        spec = folder_spec(path, folder)
+        with impossible_sizes(path):
+            spec = folder_spec(path, folder)
         files = Files(weight_files(folder))
     elif path.is_file():
         files = Files([path])
@@ -211,7 +211,6 @@ def open_base(path: Path | str) -> BaseCheckpoint:
         )
     try:
         if spec is not None:
-            naming = Naming("", split=True)
             check_weights_match(path, spec, files.entries)
         else:
             naming = find_naming(files.entries)
@@ -225,7 +224,7 @@ def open_base(path: Path | str) -> BaseCheckpoint:
 
 
 def not_flux(path: Path, keys: Iterable[str]) -> ConfigError:
-    """The error for a file of something else, by name where it is known."""
+    """Returns the error for a file of something else, by name if it is known."""
     hint = "model.path wants FLUX.1-dev, FLUX.1-schnell or a fine-tune of either"
     if is_lora(keys):
         hint = "a LoRA goes on top of a base model: --lora, or `fluxfast inspect` to see it"
@@ -234,18 +233,25 @@ def not_flux(path: Path, keys: Iterable[str]) -> ConfigError:
     return ConfigError(f"{path} does not hold a FLUX.1 transformer{name}", hint=hint)
 
 
-def file_spec(path: Path, files: Files, naming: Naming) -> FluxSpec:
-    """The sizes of a single file's model. Raises ConfigError where they cannot be."""
-
-    def shape(key: str) -> tuple[int, ...] | None:
-        if key not in files.entries:
-            return None
-        state = base_bnb.bnb_state(files, key)
-        return files.entries[key].shape if state is None else state.shape
-
+@contextmanager
+def impossible_sizes(path: Path) -> Iterator[None]:
+    """Names the file in an error about sizes that no FLUX.1 has."""
     try:
-        return read_spec(files.entries, naming, shape)
+        yield
     except ConfigError:
         raise
     except FluxfastError as error:
         raise ConfigError(f"{path} is not a complete FLUX.1 transformer: {error.message}") from None
+
+
+def file_spec(path: Path, files: Files, naming: Naming) -> FluxSpec:
+    """Returns the sizes of a single file's model. Raises ConfigError for impossible ones."""
+
+    def shape(key: str) -> tuple[int, ...] | None:
+        if key not in files.entries:
+            return None
+        state = bnb.bnb_state(files, key)
+        return files.entries[key].shape if state is None else state.shape
+
+    with impossible_sizes(path):
+        return read_spec(files.entries, naming, shape)

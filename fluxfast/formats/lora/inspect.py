@@ -13,11 +13,6 @@ _ENCODERS = {"clip": "CLIP-L", "t5": "T5"}
 _LISTED = 4  # keys named of a list
 
 
-def is_adapter(keys: list[str]) -> bool:
-    """Whether the keys are of LoRA's relatives that are no plain LoRA (LoKr, LoHa, DoRA, …)."""
-    return any(foreign_kind(key) for key in keys)
-
-
 def describe_lora(files: Files) -> list[tuple[str, str]]:
     """Rows of (title, value): format, model, layers, rank, alpha, and keys missing or extra."""
     names, container = list(files.entries), files.containers[0].kind
