@@ -30,12 +30,12 @@ def _section(schema: dict[str, Any], name: str, models: dict[str, Any]) -> list[
         path = f"{name}.{key}" if name else key
         model = field.get("items", field).get("$ref")
         if model:
-            nested += _section(models[model.rpartition("/")[2]], path, models)
+            nested += _section(models[model.rpartition("/")[2]] | field, path, models)
             continue
         value = field.get("default")
         text = value if isinstance(value, str) else json.dumps(value)
         default = "required" if key in schema.get("required", ()) else f"`{text}`"
-        description = field.get("description", "").replace("|", "\\|")
+        description = " ".join(field.get("description", "").split()).replace("|", "\\|")
         rows.append(f"| `{key}` | {_values(field)} | {default} | {description} |")
     note = [f"{schema['description']}\n"] if "description" in schema else []
     head = [f"## {name or 'Top level'}\n", *note, "| key | values | default | meaning |"]

@@ -8,7 +8,7 @@ own size is refused before it is built.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -26,25 +26,13 @@ _TAGS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 1e-4 is a number and not a word, and that depth has
-    an end.
-    """
-
-    _level = 0
-
-    def compose_node(self, parent, index):
-        if self._level > DEEPEST:
-            raise ValueError(_DEEP)
-        self._level += 1
-        node = super().compose_node(parent, index)
-        self._level -= 1
-        return node
+    """YAML 1.1 as PyYAML reads it, except that 1e-4 is a number and not a word."""
 
     def measure(
         self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int] | None]
     ) -> tuple[int, int]:
-        """-> (characters, levels) with every alias written out; `known` holds those of other nodes.
-        None is that of one that is not done yet: an alias to it would have no end.
+        """Returns (characters, levels) with every alias written out. `known` holds those of other
+        nodes, None for one that is being measured: an alias to it would have no end.
 
         Raises ValueError for what is beyond the limits, or of a kind that is not read.
         """
@@ -72,7 +60,7 @@ class _Loader(yaml.SafeLoader):
         return size, levels
 
     def _check_scalar(self, node: yaml.ScalarNode) -> None:
-        """A tag may say of a value what it is not, which PyYAML finds out by IndexErrors."""
+        """Refuses a tag that the value does not fit, where PyYAML would raise IndexErrors."""
         kind = node.tag.rpartition(":")[2]
         looks = self.resolve(yaml.ScalarNode, node.value, (True, False)).rpartition(":")[2]
         if kind not in ("str", looks) and (kind, looks) != ("float", "int"):
@@ -92,12 +80,11 @@ for _side in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values, lists and mappings. Raises ValueError, in one line, for what is no YAML and for
-    what is beyond the limits above.
+    """Returns plain values, lists and mappings. Raises ValueError, in one line, for what is no YAML
+    and for what is beyond the limits above.
     """
     if len(text) > LARGEST:
         raise ValueError(f"it is larger than {LARGEST} bytes")
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -105,20 +92,19 @@ def parse_yaml(text: str) -> Any:
             return None
         loader.measure(node, {})
         return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(_DEEP) from None
     except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-45 is a ValueError
         raise ValueError(" ".join(str(error).split())) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML that `read_mapping` reads back to the same, keys in their order."""
+    """Returns YAML that `read_mapping` reads back to the same, keys in their order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def read_mapping(path: Path, what: str) -> dict:
-    """The mapping that a YAML file holds. Raises ConfigError, naming `what` it should be."""
+    """Returns the mapping that a YAML file holds. Raises ConfigError, naming `what` it is."""
     content = read_limited(path, what)
     try:
         raw = parse_yaml(content.decode("utf-8"))
@@ -131,7 +117,7 @@ def read_mapping(path: Path, what: str) -> dict:
 
 
 def read_limited(path: Path, what: str) -> bytes:
-    """A file of settings. Raises ConfigError where it cannot be read or is above LARGEST."""
+    """Returns a file's bytes. Raises ConfigError where it cannot be read or is above LARGEST."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST + 1)
@@ -157,7 +143,7 @@ def check_texts(raw: Any) -> None:
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of every key and value."""
+    """Yields (where it stands, text) of every key and value."""
     if isinstance(value, str):
         yield place or "the value", value
     elif isinstance(value, dict):
@@ -171,7 +157,7 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def insert_layers(raw: dict) -> None:
-    """Replace a path in `model.layers` by the mapping under that file's key `layers`, in place.
+    """Replaces a path in `model.layers` by the mapping under that file's key `layers`, in place.
 
     Raises ConfigError for a file that cannot be read or has no such mapping.
     """
@@ -183,7 +169,7 @@ def insert_layers(raw: dict) -> None:
 
 
 def read_layers(path: Path) -> dict:
-    """The mapping `layers` of a file that `fluxfast check` wrote. Raises ConfigError without."""
+    """Returns the mapping `layers` of a file that `fluxfast check` wrote, or raises ConfigError."""
     layers = read_mapping(path, "model.layers").get("layers")
     if not isinstance(layers, dict):
         raise ConfigError(
@@ -194,42 +180,36 @@ def read_layers(path: Path) -> dict:
 
 
 def apply_override(raw: dict, override: str) -> None:
-    """Set one `a.b=c` (c is YAML) in place. Raises ConfigError for what is no such thing."""
-    if isinstance(raw.get("data"), dict) and re.match(r"data\.\d", override):
-        raw["data"] = [raw["data"]]  # one folder may be written without the list
+    """Sets one `a.b=c` (c is YAML) in place. Raises ConfigError for what is no such thing."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set takes KEY=VALUE, got {override!r}", hint="--set train.steps=500")
-    node: Any = raw
     parts = key.split(".")
-    if not all(parts):
+    if not equals or not all(parts):
         raise ConfigError(
-            f"--set {key}: a name is missing beside a dot", hint="--set train.steps=500"
+            f"--set takes KEY=VALUE, with a name on either side of a dot, got {override!r}",
+            hint="--set train.steps=500",
         )
-    if parts[:2] == ["model", "layers"]:  # the names below it have dots of their own
-        parts[2:] = [".".join(parts[2:])] if parts[2:] else []
-    for part, following in zip(parts, parts[1:] + [""], strict=True):
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                raise ConfigError(f"--set {key}: {part!r} is not an index of a list of {len(node)}")
-            part = int(part)
-        elif not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
-        if not following:
-            _put(node, part, value, key)
-        elif isinstance(node, dict):
-            if not isinstance(node.get(part), dict | list):
-                node[part] = {}
-            node = node[cast(str, part)]
-        else:
-            node = node[cast(int, part)]
-
-
-def _put(node: Any, part: str | int, value: str, key: str) -> None:
     try:
         parsed = parse_yaml(value)
     except ValueError:
         raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
-    if isinstance(node, dict):
-        node.pop(part, None)  # to the end: of model.layers the last match wins
-    node[part] = parsed
+    if isinstance(raw.get("data"), dict) and re.match(r"data\.\d", key):
+        raw["data"] = [raw["data"]]  # one folder may be written without the list
+    if parts[:2] == ["model", "layers"] and parts[2:]:  # layer names have dots of their own
+        parts[2:] = [".".join(parts[2:])]
+    node: Any = raw
+    for depth, part in enumerate(parts, 1):
+        index: Any = part
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise ConfigError(f"--set {key}: {part!r} is not an index of a list of {len(node)}")
+            index = int(part)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
+        elif depth == len(parts):
+            node.pop(part, None)  # to the end: of model.layers the last match wins
+        elif not isinstance(node.get(part), dict | list):
+            node[part] = {}
+        if depth == len(parts):
+            node[index] = parsed
+        else:
+            node = node[index]

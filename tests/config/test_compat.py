@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from fluxfast.config import ai_toolkit_keys as compat_table
 from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
-from fluxfast.config.schema import Config, build_config, load_config
+from fluxfast.config.ai_toolkit_keys import TABLE
+from fluxfast.config.schema import Config, all_keys, build_config, load_config
 from fluxfast.errors import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "ai-toolkit"
@@ -398,35 +398,17 @@ def _loader():
 
 
 @pytest.mark.grid(81)
-@pytest.mark.parametrize("key", sorted(compat_table.IGNORED_KEYS))
-def test_an_ignored_key_is_announced_once_and_its_resting_value_never(key):
+@pytest.mark.parametrize("key", sorted(TABLE.ignored))
+def test_an_ignored_key_is_noted_once_and_its_resting_values_never(key):
     place = key.replace(".", "__")
-    shown = key.replace("datasets.", "datasets[0].")
     _, notes = read(**{place: "something"})
-    assert keys(notes) == [shown]
-    for value in compat_table.QUIET.get(key, compat_table.OFF):
+    assert keys(notes) == [key.replace("datasets.", "datasets[0].")]
+    for value in TABLE.ignored[key][1]:
         assert read(**{place: value})[1] == []
 
 
-def test_no_key_stands_in_two_places_of_the_table():
-    groups = [
-        list(compat_table.MAPPED),
-        compat_table.TOGETHER,
-        list(compat_table.REFUSED),
-        [key for text in compat_table.IGNORED.values() for key in text.split()],
-    ]
-    together = sum(groups, [])
-    assert len(together) == len(set(together)) == len(compat_table.KNOWN)
-    assert set(compat_table.QUIET) <= set(compat_table.IGNORED_KEYS)
-
-
-def test_what_the_table_writes_exists():
-    """Every native key of the table is one of the configuration's."""
-    from fluxfast.config.schema import all_keys
-
-    known = all_keys(Config)
-    for key, (native, _, _) in compat_table.MAPPED.items():
-        assert (f"data.{native}" if key.startswith("datasets.") else native) in known
+def test_every_native_key_of_the_table_is_a_setting():
+    assert {row.native for row in TABLE.mapped.values()} <= all_keys(Config)
 
 
 # ---------------------------------------------------------------- meaning, group by group
@@ -617,12 +599,15 @@ def test_unknown_keys_outside_the_process():
         ({"train__lr": [1]}, "train.lr takes a number"),
         ({"train__lr": -1}, "train.lr"),
         ({"sample__walk_seed": "yes please"}, "takes true or false"),
-        ({"train__optimizer": 8}, "train.optimizer takes text, got 8"),
-        ({"train__optimizer": "lion"}, "'lion' has no equivalent"),
+        ({"train__optimizer": 8}, "train.optimizer takes one of adamw, adam, "),
+        (
+            {"train__optimizer": "lion"},
+            "prodigy8bit, dadaptation, dadaptationadam, adafactor, got 'lion'",
+        ),
         ({"train__optimizer_params": [1]}, "train.optimizer_params takes a mapping"),
-        ({"train__lr_scheduler": "step"}, "'step' has no equivalent"),
+        ({"train__lr_scheduler": "step"}, "cosine_with_restarts, got 'step'"),
         ({"train__lr_scheduler_params": {"num_warmup_steps": "x"}}, "num_warmup_steps takes"),
-        ({"train__timestep_type": "four_step"}, "'four_step' has no equivalent"),
+        ({"train__timestep_type": "four_step"}, "lognorm_blend, got 'four_step'"),
         ({"train__content_or_style": "both"}, "takes one of balanced, content, style"),
         ({"train__dtype": "int8"}, "train.dtype takes one of bf16"),
         ({"train__train_unet": False}, "nothing else to train"),
@@ -630,7 +615,7 @@ def test_unknown_keys_outside_the_process():
         ({"train__gradient_accumulation_steps": 2, "train__gradient_accumulation": 2}, "exclude"),
         ({"train": 5}, "train takes a mapping of settings, got 5"),
         ({"network": None}, "network is missing"),
-        ({"network__type": "lokr"}, "'lokr' is not supported"),
+        ({"network__type": "lokr"}, "network.type takes one of lora, locon, got 'lokr'"),
         ({"network__linear": "x"}, "network.linear takes a whole number"),
         ({"network__linear": 0}, "lora.rank"),
         ({"model": {"is_flux": True}}, "model.path is missing"),

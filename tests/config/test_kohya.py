@@ -1,6 +1,7 @@
 """kohya's dataset TOML: what each key becomes, what is said about it, what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,8 @@ from PIL import Image
 from safetensors import safe_open
 from small import logged
 
-from fluxfast.config import kohya_keys as kohya_table
-from fluxfast.config.ai_toolkit_keys import OFF
-from fluxfast.config.kohya import _parse, read_kohya_dataset
+from fluxfast.config.kohya import KohyaFile, _parse
+from fluxfast.config.kohya_keys import OUTSIDE, TABLE
 from fluxfast.config.schema import Config, all_keys, build_config, load_config
 from fluxfast.errors import ConfigError
 
@@ -89,7 +89,8 @@ def keys(notes: list[str]) -> list[str]:
 
 
 def test_a_plain_file_says_nothing_and_takes_kohyas_defaults():
-    assert read_kohya_dataset(write(PLAIN)) == ([ENTRY], {}, [])
+    file = KohyaFile(write(PLAIN))
+    assert (file.entries, file.settings, file.notes) == ([ENTRY], {}, {})
     entry = config(PLAIN)[0].data[0]
     # not fluxfast's own defaults, which are 0.05, 1 and True
     assert (entry.caption_dropout, entry.keep_tokens, entry.recursive) == (0.0, 0, False)
@@ -117,7 +118,7 @@ def test_the_lowest_level_wins():
       image_dir = "a"
       num_repeats = 5
     """
-    entries, _, _ = read_kohya_dataset(write(text))
+    entries = KohyaFile(write(text)).entries
     assert [
         tuple(entry[key] for key in ("folder", "resolution", "keep_tokens", "num_repeats"))
         for entry in entries
@@ -213,43 +214,31 @@ def test_every_documented_key():
     parsed = _parse(Path("d.toml"))
     (dataset,) = parsed["datasets"]
     written = {*parsed["general"], *dataset, *dataset["subsets"][0]} - {"subsets"}
-    assert written == {*kohya_table.KNOWN} - {"metadata_file", "conditioning_data_dir"}
+    assert written == TABLE.known - {"metadata_file", "conditioning_data_dir"}
 
 
-@pytest.mark.parametrize("key", kohya_table.IGNORED)
-def test_an_ignored_key_is_announced_once_and_its_resting_value_never(key):
-    text = plain() + '[[datasets.subsets]]\nimage_dir = "other"\n'
+@pytest.mark.parametrize("key", sorted(TABLE.ignored))
+def test_an_ignored_key_is_noted_once_and_its_resting_values_never(key):
+    text = re.sub(f"^{key} = .*", "", plain(), flags=re.M)  # PLAIN has two of them
+    text += '[[datasets.subsets]]\nimage_dir = "other"\n'
 
-    def said(value) -> list[str]:
+    def noted(value) -> list[str]:
         line = f"{key} = {json.dumps(value)}"
         return keys(config(text.replace("[general]", f"[general]\n{line}"))[1])
 
-    assert said("something") == [f"general.{key}"]
-    for value in (*kohya_table.QUIET.get(key, OFF), False):
-        if value not in (None, {}) and value in kohya_table.QUIET.get(key, OFF):
-            assert said(value) == []
+    assert noted("something") == [f"general.{key}"]
+    for value in TABLE.ignored[key][1]:
+        if value not in (None, {}):
+            assert noted(value) == []
 
 
 def test_a_general_key_that_nothing_inherits_is_not_announced():
     assert config(plain("color_aug = true", subset="color_aug = false"))[1] == []
 
 
-def test_the_table():
-    groups = [
-        kohya_table.MAPPED,
-        kohya_table.OUTSIDE,
-        kohya_table.IGNORED,
-        kohya_table.REFUSED,
-        kohya_table.SHUFFLING,
-    ]
-    together = [key for group in groups for key in group]
-    assert len(set(together)) == len(together) == len(kohya_table.KNOWN) - 2
-    assert {*kohya_table.QUIET, *kohya_table.OF_SUBSETS, *kohya_table.OF_DATASETS} <= {
-        *kohya_table.KNOWN
-    }
-    native = all_keys(Config)
-    assert {f"data.{key}" for key, _, _ in kohya_table.MAPPED.values()} <= native
-    assert {key for key, _ in kohya_table.OUTSIDE.values()} <= native
+def test_every_native_key_of_the_table_is_a_setting():
+    native = {f"data.{row.native}" for row in TABLE.mapped.values()}
+    assert native | {row.native for row in OUTSIDE.values()} <= all_keys(Config)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +286,7 @@ def test_what_lies_in_the_folder_is_announced(folder):
 
 def test_a_windows_file_is_read():
     Path("d.toml").write_bytes(b"\xef\xbb\xbf" + PLAIN.replace("\n", "\r\n").encode())
-    assert read_kohya_dataset("d.toml")[0] == [ENTRY]
+    assert KohyaFile("d.toml").entries == [ENTRY]
 
 
 def test_the_example_says_what_it_does(monkeypatch, log_lines):
@@ -482,7 +471,7 @@ def test_separators_may_stay_where_nothing_is_shuffled():
 def test_a_file_that_is_no_toml(content, part):
     Path("d.toml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        read_kohya_dataset("d.toml")
+        KohyaFile("d.toml")
     assert caught.value.message.startswith("d.toml is not valid TOML: ")
     assert part in caught.value.message and "\n" not in caught.value.message
     assert ("single quotes" in str(caught.value)) == (b"C:" in content)
@@ -491,7 +480,7 @@ def test_a_file_that_is_no_toml(content, part):
 def test_a_file_that_cannot_be_read(folder):
     for path in ("absent.toml", folder):
         with pytest.raises(ConfigError, match="cannot read the data set"):
-            read_kohya_dataset(path)
+            KohyaFile(path)
 
 
 @pytest.mark.parametrize(
