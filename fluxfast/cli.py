@@ -359,10 +359,10 @@ def interruptible(word: str = "the same command goes on where it stopped"):
     """Ctrl-C and SIGTERM end a command with a word about it. Done here because typer ends silently
     on the first.
     """
-    from fluxfast.run.interrupt import Stopped, handled, interrupt
+    from fluxfast.run.interrupt import Stopped, handle_signals
 
     try:
-        with handled(interrupt):
+        with handle_signals():
             yield
     except Stopped as stop:
         if rank() == 0:

@@ -1,8 +1,8 @@
-"""Data parallel training: `torchrun` starts the processes, each takes its shard of every batch.
+"""Data-parallel training: `torchrun` starts the processes, each takes its shard of every batch.
 
-Gradients are summed over ranks before the optimizer's step, so a run takes the same steps whatever
-the world size, up to fp32 rounding, and weights are equal to the bit on all ranks. Rank 0 alone
-writes, but for the cache, of which each rank encodes its shard.
+Gradients are summed over ranks before the optimizer's step: a run takes the same steps at any world
+size, up to fp32 rounding, and weights are bit-identical on all ranks. Only rank 0 writes, except
+for the cache, of which each rank encodes its shard.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
 
-_RUNS = count()  # of this process; all ranks begin each of them
-_INIT_TIMEOUT = timedelta(minutes=10)  # for all ranks to be there
+_RUNS = count()  # runs of this process; all ranks begin each of them
+_INIT_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
 # longer than one rank may validate, draw previews or encode pictures while the others wait
 _TIMEOUT = timedelta(hours=6)
 
@@ -45,17 +45,26 @@ class Ranks:
         return self.rank == 0
 
     def all_reduce_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all ranks, equal on all to the bit. On a GPU the
-        stream waits, not the host.
+        """Replace each tensor by its sum over all ranks, bit-identical on all. On a GPU the stream
+        waits, not the host.
         """
-        if self.world_size > 1:
-            with _lost_rank(self):
-                for tensor in tensors:
-                    torch.distributed.all_reduce(tensor, group=self.group)
+        if self.world_size == 1:
+            return
+        try:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor, group=self.group)
+        except RuntimeError as error:  # gloo's and NCCL's: a connection that is closed, or slow
+            # without the file name in gloo's source, and without its advice
+            reason = re.sub(r"\[[^\]]*\.cc:\d+\] *", "", str(error).splitlines()[0])
+            raise LostRank(
+                f"another process of this run has ended: {reason.partition('. ')[0]}",
+                hint="one has ended, and has said why; the same command goes on from the last "
+                "checkpoint, in as many processes as you like",
+            ) from None
 
     def allocate_buffers(self, device: torch.device) -> None:
-        """Makes the backend allocate its communication buffers on the device, as the first
-        all-reduce does: call it before planning with the memory that is free.
+        """Make the backend allocate its communication buffers on the device, as the first
+        all-reduce does, before free memory is planned with.
         """
         self.all_reduce_(torch.zeros(1, device=device))
 
@@ -72,8 +81,8 @@ class Ranks:
         self.any(False)
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Returns every rank's value, in the order of ranks. value: anything that JSON holds.
-        Unlike torch's all_gather_object it pickles nothing.
+        """Returns every rank's JSON value, in the order of ranks. Unlike torch's all_gather_object
+        it pickles nothing.
         """
         if self.world_size == 1:
             return [value]
@@ -87,13 +96,13 @@ class Ranks:
         pairs = zip(rows, sizes.tolist(), strict=True)
         return [json.loads(bytes(row[:size].tolist())) for row, size in pairs]
 
-    def check_same(self, what: str, value: str) -> None:
+    def check_same(self, name: str, value: str) -> None:
         """Raises ConfigError where the ranks' values differ."""
         values = self.all_gather_json(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ConfigError(
-                    f"the processes of this run differ in {what}: rank {rank} has another than "
+                    f"the processes of this run differ in {name}: rank {rank} has another than "
                     "rank 0",
                     hint="give all of them the same configuration, model, pictures and output_dir",
                 )
@@ -108,14 +117,14 @@ class Ranks:
             self.barrier()
 
     def owns(self, key: str) -> bool:
-        """Returns whether this rank does the work of this key (hexadecimal, 8 digits or more);
-        exactly one rank does, whatever is done already.
+        """Returns whether this key's work (hexadecimal, 8 digits or more) is this rank's, as it is
+        exactly one's.
         """
         return int(key[:8], 16) % self.world_size == self.rank
 
     def shard(self, batch_size: int) -> range:
-        """Returns this rank's positions in a batch. Raises ConfigError where the world size does
-        not divide it.
+        """Returns this rank's positions in a batch. Raises ConfigError unless the world size
+        divides it.
         """
         if batch_size % self.world_size:
             raise ConfigError(
@@ -131,28 +140,13 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
-@contextmanager
-def _lost_rank(ranks: Ranks) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and NCCL's: a connection that is closed, or slow
-        # without the place in gloo's source, and without its advice
-        said = re.sub(r"\[[^\]]*\.cc:\d+\] *", "", str(error).splitlines()[0]).partition(". ")[0]
-        raise LostRank(
-            f"another process of this run has ended: {said}",
-            hint="one has ended, and has said why; the same command goes on from the last "
-            "checkpoint, in as many processes as you like",
-        ) from None
-
-
 def local_rank() -> tuple[int, int]:
-    """Returns LOCAL_RANK and LOCAL_WORLD_SIZE: this process and the count on this machine."""
-    environment = os.environ.get
-    return int(environment("LOCAL_RANK", "0")), int(environment("LOCAL_WORLD_SIZE", "1"))
+    """Returns this process's rank on this machine, and how many there are on it."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def world_size() -> int:
-    """Returns how many processes torchrun started for this run on all machines; 1 without it."""
+    """Returns how many processes torchrun started on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -162,8 +156,8 @@ def restart_count() -> int:
 
 
 def _init_process_group(backend: str) -> None:
-    """torchrun keeps one store for all of its restarts, and earlier ones leave addresses in it: a
-    prefix for each restart and run keeps them apart.
+    """Torchrun keeps one store for all of its restarts, with addresses of earlier ones: a prefix
+    for each restart and run keeps them apart.
     """
     distributed = torch.distributed
     store, rank, size = next(distributed.rendezvous("env://", timeout=_INIT_TIMEOUT))
@@ -178,10 +172,10 @@ def _init_process_group(backend: str) -> None:
 
 @contextmanager
 def init_distributed() -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes; a world of one without torchrun.
+    """Join the process group that torchrun describes; a world of one without torchrun.
 
     CPU tensors go by gloo, CUDA tensors by NCCL where torch has it, in a group of their own beside
-    one that the caller may have made. Raises FluxfastError where the ranks do not find each other.
+    the caller's, if there is one. Raises FluxfastError where the ranks do not find each other.
     """
     distributed = torch.distributed
     size = world_size()

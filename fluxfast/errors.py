@@ -1,10 +1,10 @@
-"""Errors that a user can mend: one message (what, got, allowed), an optional hint, no traceback."""
+"""Errors that a user can fix: one message (what, got, allowed), an optional hint, no traceback."""
 
 
 class FluxfastError(ValueError):
-    """Something the user can put right. The command line prints it and ends with exit code 1.
+    """An error that the user can fix. The command line prints it and ends with exit code 1.
 
-    `hint` is shown on a second line: what to change, or the command to run.
+    hint: shown on a second line: what to change, or the command to run.
     """
 
     exit_code = 1
@@ -19,14 +19,14 @@ class FluxfastError(ValueError):
 
 
 class DiskError(FluxfastError):
-    """The disk refuses: full, read-only, no permission. What was in place before is untouched."""
+    """The disk refuses (full, read-only, no permission). Existing files are untouched."""
 
 
 class LostRank(FluxfastError):
-    """Another process of this run, see `ranks.py`, has ended."""
+    """Another process of this run (see `distributed.py`) has ended."""
 
 
 class ConfigError(FluxfastError):
-    """The call or the configuration is wrong. Exit code 2."""
+    """The call or the configuration is wrong: exit code 2."""
 
     exit_code = 2

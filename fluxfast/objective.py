@@ -1,4 +1,4 @@
-"""Flow matching: which timestep, which noise, what is to be predicted and how it is weighted.
+"""Flow matching: timesteps, noise, the target and the weighted loss.
 
     x_t = (1 − t)·x + t·n,   target = n − x,   t = 1 is pure noise
 
@@ -19,7 +19,7 @@ from fluxfast import rng
 
 
 def flux_shift(t: Tensor, tokens: int) -> Tensor:
-    """FLUX's shift of t towards noise by resolution: mu is 0.5 at 256 tokens, 1.15 at 4096.
+    """Returns t shifted towards noise by resolution: mu is 0.5 at 256 tokens, 1.15 at 4096.
 
     Source: BFL `flux/sampling.py`, time_shift and get_lin_function.
     """
@@ -35,7 +35,7 @@ def draw_timesteps(
     bias: str = "balanced",
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """t [B] in (0, 1), fp32: a uniform number per global sample index through a quantile function.
+    """Returns t [B] in (0, 1), fp32: a quantile function of a uniform number per sample index.
 
     kind: `sigmoid` (logit-normal, no shift), `uniform`, `linear` (uniform, to be used with its
     weight), or `flux_shift`. bias: `content` favors noise (1 − u³), `style` clean pictures (u³),
@@ -56,10 +56,9 @@ def _bell(i: Tensor) -> Tensor:
 
 
 def timestep_weight(t: Tensor, kind: str) -> Tensor:
-    """Loss weight [B]: 1, or for `linear` a bell over t with weight 0 at both ends and mean 1.
+    """Returns the loss weight [B]: 1, or for `linear` a bell over t, 0 at both ends, of mean 1.
 
-    exp(−2((i − 500)/1000)²) at i = 1000·t, less its minimum, over its mean, as in
-    ai-toolkit.
+    As in ai-toolkit: exp(−2((i − 500)/1000)²) at i = 1000·t, less its minimum, over its mean.
     """
     if kind != "linear":
         return torch.ones_like(t)
@@ -69,33 +68,33 @@ def timestep_weight(t: Tensor, kind: str) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, T, 4C]: 2 x 2 patches become tokens, channels outermost, as in FLUX."""
+    """Returns latents [B, C, h, w] as tokens [B, T, 4C] of 2 x 2 patches, channels outermost."""
     b, c, h, w = latents.shape
     patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(b, (h // 2) * (w // 2), c * 4)
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """[B, T, 4C] -> [B, C, h, w], the inverse of `pack`."""
+    """Returns tokens [B, T, 4C] as latents [B, C, h, w], the inverse of `pack`."""
     b, _, width = tokens.shape
     patches = tokens.view(b, h // 2, w // 2, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(b, width // 4, h, w)
 
 
 def image_ids(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
-    """RoPE positions of the image tokens, fp32 [1, T, 3]: (0, row, column)."""
+    """Returns RoPE positions of the image tokens, fp32 [1, T, 3]: (0, row, column)."""
     axes = (torch.arange(size, device=device) for size in (1, h // 2, w // 2))
     return torch.cartesian_prod(*axes).view(1, -1, 3).float()
 
 
 def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
-    """RoPE positions of the text tokens, all zero: fp32 [1, L, 3]."""
+    """Returns RoPE positions of the text tokens, fp32 [1, L, 3]: zeros."""
     return torch.zeros(1, length, 3, device=device)
 
 
 @dataclass
 class Batch:
-    """Encoded samples of one size. indices: of the samples in the whole run, for every draw."""
+    """Encoded samples of one size. indices: global sample indices, for every random number."""
 
     mean: Tensor  # [B, C, h, w] fp32, normalized
     std: Tensor  # likewise
@@ -107,7 +106,7 @@ class Batch:
 
 
 class Inputs(NamedTuple):
-    """What a forward takes and is judged by: tensors alone, so that a graph can read them."""
+    """What the forward pass and the loss take: tensors alone, so that a graph can read them."""
 
     noisy: Tensor  # [B, T, 4C] fp32
     target: Tensor  # likewise
@@ -118,7 +117,7 @@ class Inputs(NamedTuple):
     txt_ids: Tensor
     t5: Tensor
     pooled: Tensor
-    modulation: Tensor | None  # `Flux.modulation` of these, where it was formed ahead
+    modulation: Tensor | None  # `Flux.modulation` of these, where it was computed ahead
 
 
 def noise_batch(
@@ -132,10 +131,10 @@ def noise_batch(
     timesteps: Tensor | None = None,
     modulation: Tensor | None = None,
 ) -> Inputs:
-    """The batch on the device, with the VAE's own noise, timesteps and the flow's noise. Does not
-    synchronize where the batch lies in page-locked memory.
+    """Returns the batch on the device with the VAE's noise, timesteps and the flow's noise. Does
+    not synchronize where the batch is in page-locked memory.
 
-    stream prefixes the names of the random streams; timesteps [B] are taken instead of drawn ones.
+    stream prefixes the names of the random streams; timesteps [B] replace drawn ones.
     """
     host = batch.mean, batch.std, batch.t5, batch.pooled
     mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
@@ -154,9 +153,8 @@ def noise_batch(
 
 
 def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float) -> Tensor:
-    """Losses [B], fp32: weight · mean of mask · (velocity − target)², the mask's mean brought to 1.
-
-    So a mask moves the loss to where it is white without making the picture count for less.
+    """Returns losses [B], fp32: weight · mean of mask · (velocity − target)², with the mask scaled
+    to mean 1, so that a masked picture does not count for less.
     """
     text = inputs.t5, inputs.txt_ids, inputs.timesteps, inputs.pooled
     scale = torch.full_like(inputs.timesteps, guidance)

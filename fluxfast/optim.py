@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def default_lr(train: TrainConfig) -> float:
-    """What the user asked for, else 1.0 for prodigy (it finds its own), 1e-4 for the others."""
+    """Returns the configured rate, else 1.0 for prodigy (it finds its own), 1e-4 for the others."""
     if train.lr is not None:
         return train.lr
     return 1.0 if train.optimizer == "prodigy" else 1e-4
 
 
 def lr_multiplier(step: int, train: TrainConfig) -> float:
-    """Of the learning rate at optimizer step `step`, counted from 0.
+    """Returns the learning rate's factor at optimizer step `step`, counted from 0.
 
     Warm-up rises linearly to 1 over `warmup_steps`; then constant, linear or cosine down to 0 at
     `steps`. Schedule-free warms up by itself.
@@ -67,35 +68,37 @@ def clip_and_guard(
 
 
 def step_unless(optimizer: Any, bad: Tensor) -> None:
-    """One optimizer step, skipped where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Does not
-    synchronize with a GPU.
+    """Take one optimizer step, skipped where `bad` (fp32 scalar, see `clip_and_guard`) is 1.0. Does
+    not synchronize with a GPU.
 
     Fused AdamW is masked on the device (torch's `found_inf`, as GradScaler uses it) and leaves
     parameters, moments and its step count as they are, bit for bit. The others, and AdamW that is
     configured or restored unfused, have no such mask: on a CPU their step is not taken; on a GPU it
     is, on gradients that `clip_and_guard` has zeroed, moved by momentum and weight decay alone.
     """
-    # torch's other AdamW steps assert that there is no found_inf
-    masked = _is_masked(optimizer)
-    if not masked and bad.device.type == "cpu" and bad:
-        return
-    if masked:
-        optimizer.found_inf = bad
-    optimizer.step()
-    if masked:
+    if _is_masked(optimizer):
+        optimizer.found_inf = bad  # the other AdamW steps assert that there is none
+        optimizer.step()
         del optimizer.found_inf
+    elif bad.device.type != "cpu" or not bad:
+        optimizer.step()
 
 
 def _is_masked(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
+def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Returns whether `step_unless` leaves parameters and state unchanged where a step is bad."""
+    return device.type == "cpu" or _is_masked(optimizer)
+
+
 class Ema:
     """An exponential moving average of the parameters: fp32 shadows of them.
 
     shadow += (1 − decay)·(parameter − shadow) after every step; the decay warms up as (1 + n)/(10 +
-    n), so that a short run's average is not its starting point. n is counted on the device, since
-    only there it is known which steps were skipped.
+    n), so that a short run's average is not its starting point. n is counted on the device, as only
+    the device knows which steps were skipped.
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
@@ -104,20 +107,14 @@ class Ema:
         self.shadow = [p.detach().clone().float() for p in parameters]
 
     @torch.no_grad()
-    def update(self, parameters: list[nn.Parameter], bad: Tensor | None = None) -> None:
+    def update(self, parameters: list[nn.Parameter], bad: Tensor) -> None:
         """Follow one step, unless `bad` (fp32 scalar on the device) is 1.0."""
-        taken = torch.ones_like(self.updates) if bad is None else 1 - bad
+        taken = 1 - bad
         self.updates += taken
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         weight = (1 - decay) * taken
         for shadow, parameter in zip(self.shadow, parameters, strict=True):
             shadow.lerp_(parameter.float(), weight)
-
-    def restart(self, parameters: list[nn.Parameter]) -> None:
-        """Begin anew from these values."""
-        self.updates.zero_()
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            shadow.copy_(parameter.detach())
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "average": self.shadow}
@@ -131,14 +128,9 @@ class Ema:
 # ---------------------------------------------------------------- around the steps
 
 
-def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether `step_unless` leaves parameters and state as they are where a step is bad."""
-    return device.type == "cpu" or _is_masked(optimizer)
-
-
 def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Schedule-free keeps two points: one to train at, one to save and sample. Others have no such
-    mode.
+    """Switch schedule-free between the weights to train at and those to save and sample. Does
+    nothing to other optimizers.
     """
     mode: Any = getattr(optimizer, "train" if training else "eval", None)
     if callable(mode):
@@ -149,28 +141,27 @@ def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
 def eval_weights(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
 ) -> Iterator[None]:
-    """Inside, schedule-free's parameters are at the point to save and sample at; after, at the one
-    to train at, bit for bit: turned back in fp32 it would be rounded, so a copy waits on the host.
+    """Inside, schedule-free's parameters are those to save and sample. Afterwards they are as
+    before, bit for bit, from a copy on the host: switching back in fp32 would round.
     """
     if not callable(getattr(optimizer, "eval", None)):
         yield
         return
-    train_point = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    train_weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     set_mode(optimizer, training=False)
     try:
         yield
     finally:
         set_mode(optimizer, training=True)
         with torch.no_grad():
-            for parameter, value in zip(parameters, train_point, strict=True):
+            for parameter, value in zip(parameters, train_weights, strict=True):
                 parameter.copy_(value)
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """One fp32 buffer that all gradients are views of, so that clearing, norm and clipping are
-    single passes.
-
-    Sets every `.grad`; autograd adds into them. Each view starts at a multiple of 256 bytes.
+    """Returns one fp32 buffer that every `.grad` is made a view of, so that clearing, norm and
+    clipping are single passes. Autograd adds into the views; each starts at a multiple of 256
+    bytes.
     """
     sizes = [-(-p.numel() // 64) * 64 for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
@@ -180,29 +171,30 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer named in the configuration; `optimizer_args` reach it unchanged.
+    """Returns the optimizer named in the configuration, with `optimizer_args` passed on to it.
 
     Raises ConfigError for an argument that it does not take, or a missing library.
     """
-    lr, args = default_lr(train), dict(train.optimizer_args)
+    args = dict(train.optimizer_args)
     if train.optimizer == "schedulefree" and train.lr_schedule != "constant":
         raise ConfigError(
             "optimizer schedulefree replaces the schedule: lr_schedule must be constant"
         )
-    make = _FACTORIES[train.optimizer]
     try:
         if "betas" in args:
             args["betas"] = tuple(args["betas"])
-        # many values are looked at in a step alone
+        kind, defaults = _class_and_defaults(train)
+        make: Any = partial(kind, lr=default_lr(train), **{**defaults, **args})
+        # many arguments are read in a step only, so a step is tried
         trial = nn.Parameter(torch.zeros(1, device=parameters[0].device))
         trial.grad = torch.zeros_like(trial)
-        optimizer = make([trial], lr, args, train)
+        optimizer = make([trial])
         set_mode(optimizer, training=True)
         optimizer.step()
-        return make(parameters, lr, args, train)
+        return make(parameters)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]
-        raise ConfigError(f"optimizer_args of {train.optimizer}: {said}") from None
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"optimizer_args of {train.optimizer}: {reason}") from None
     except ImportError as error:
         raise ConfigError(
             f"optimizer {train.optimizer} needs a library that is not here: {error}",
@@ -210,43 +202,27 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
         ) from None
 
 
-def _adamw(parameters, lr, args, train):
-    # on a CPU too: only the fused step can be masked, see `step_unless`
-    fused = not (args.get("foreach") or args.get("differentiable"))
-    return torch.optim.AdamW(parameters, lr=lr, **{"fused": fused, **args})
+def _class_and_defaults(train: TrainConfig) -> tuple[type, dict[str, Any]]:
+    match train.optimizer:
+        case "adamw":
+            # fused on a CPU too: only the fused step can be masked, see `step_unless`
+            args = train.optimizer_args
+            fused = not (args.get("foreach") or args.get("differentiable"))
+            return torch.optim.AdamW, {"fused": fused}
+        case "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
 
+            return AdamW8bit, {}
+        case "prodigy":
+            from prodigyopt import Prodigy
 
-def _adamw8bit(parameters, lr, args, train):
-    from bitsandbytes.optim import AdamW8bit
+            # during a warm-up the estimate of d must not see the small first steps
+            return Prodigy, {"safeguard_warmup": train.warmup_steps > 0}
+        case "schedulefree":
+            from schedulefree import AdamWScheduleFree
 
-    return AdamW8bit(parameters, lr=lr, **args)
+            return AdamWScheduleFree, {"warmup_steps": train.warmup_steps}
+        case "adafactor":
+            from transformers.optimization import Adafactor
 
-
-def _prodigy(parameters, lr, args, train):
-    from prodigyopt import Prodigy
-
-    # with a warm-up the estimate of d must not be fed the small first steps
-    return Prodigy(parameters, lr=lr, **{"safeguard_warmup": train.warmup_steps > 0, **args})
-
-
-def _schedulefree(parameters, lr, args, train):
-    from schedulefree import AdamWScheduleFree
-
-    return AdamWScheduleFree(parameters, lr=lr, **{"warmup_steps": train.warmup_steps, **args})
-
-
-def _adafactor(parameters, lr, args, train):
-    from transformers.optimization import Adafactor
-
-    return Adafactor(
-        parameters, lr=lr, **{"relative_step": False, "scale_parameter": False, **args}
-    )
-
-
-_FACTORIES = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "prodigy": _prodigy,
-    "schedulefree": _schedulefree,
-    "adafactor": _adafactor,
-}
+            return Adafactor, {"relative_step": False, "scale_parameter": False}

@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox 4x32-10. counter: four int64 tensors holding 32-bit words -> four such tensors."""
+    """Returns Philox 4x32-10 of a counter. Both are four int64 tensors of 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -43,9 +43,7 @@ def _key(seed: int, stream: str) -> tuple[int, int]:
 
 
 def bits(seed: int, stream: str, indices: Tensor, count: int) -> Tensor:
-    """-> int64 [len(indices), count], each element 32 random bits. One row per index, on its
-    device.
-    """
+    """Returns int64 [len(indices), count] of 32 random bits each, on the device of `indices`."""
     blocks = (count + 3) // 4
     position = torch.arange(blocks, device=indices.device, dtype=torch.int64)[None, :]
     index = indices.to(torch.int64)[:, None]
@@ -61,7 +59,7 @@ def _indices(index: int | list[int] | Tensor, device) -> Tensor:
     index = [index] if isinstance(index, int) else index
     first = index[0] if isinstance(index, list) and index else 0
     if isinstance(index, list) and index == list(range(first, first + len(index))):
-        # a batch's own indices, made on the device: a copy from the host would wait for the GPU
+        # a batch's indices, made on the device: a copy from the host would wait for the GPU
         return torch.arange(first, first + len(index), dtype=torch.int64, device=device)
     return torch.as_tensor(index, dtype=torch.int64, device=device)
 
@@ -69,9 +67,7 @@ def _indices(index: int | list[int] | Tensor, device) -> Tensor:
 def uniform(
     seed: int, stream: str, index, shape: tuple[int, ...] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
-    """fp32 in (0, 1), never either end. [len(index), *shape]; an int index counts as a list of
-    one.
-    """
+    """Returns fp32 [len(index), *shape] in (0, 1), never 0 or 1. An int index is a list of one."""
     words = bits(seed, stream, _indices(index, device), math.prod(shape))
     # 23 bits and a half: exact in fp32 and never 0 or 1
     values = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
@@ -81,7 +77,7 @@ def uniform(
 def normal(
     seed: int, stream: str, index, shape: tuple[int, ...] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
-    """fp32 standard normal by Box-Muller. [len(index), *shape]."""
+    """Returns standard normal fp32 [len(index), *shape], by Box-Muller."""
     count = math.prod(shape)
     half = (count + 1) // 2
     u = uniform(seed, stream, index, (2 * half,), device)
@@ -92,11 +88,11 @@ def normal(
 
 
 def integer(seed: int, stream: str, index: int, high: int) -> int:
-    """One integer in [0, high)."""
+    """Returns one integer in [0, high)."""
     return int(bits(seed, stream, _indices(index, "cpu"), 1)[0, 0]) * high >> 32
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> list[int]:
-    """A permutation of range(n)."""
+    """Returns a permutation of range(n)."""
     words = bits(seed, stream, _indices(index, "cpu"), n)[0]
     return torch.argsort(words, stable=True).tolist()

@@ -1,7 +1,6 @@
-"""Pictures from a model: Euler steps along the flow, PNG files that say how they were made, a
-contact sheet.
+"""Pictures from a model: Euler steps along the flow, PNG files with settings, a contact sheet.
 
-Takes prompt embeddings, not prompts, so that training can draw previews without a text encoder.
+Takes prompt embeddings, not prompts, so that training draws previews without a text encoder.
 Source of the schedule: BFL `flux/sampling.py`, get_schedule and denoise.
 """
 
@@ -23,10 +22,12 @@ from fluxfast.model.flux import Flux
 from fluxfast.objective import flux_shift, image_ids, pack, text_ids, unpack
 from fluxfast.util.files import write_atomic
 
+_CELL, _LEFT, _TOP, _GAP = 256, 160, 24, 4  # pixels of the contact sheet
+
 
 @dataclass(frozen=True)
 class Picture:
-    """What makes one picture, written into its file. width, height in pixels."""
+    """The settings of one picture, written into its file. width, height in pixels."""
 
     prompt: str
     seed: int
@@ -37,7 +38,7 @@ class Picture:
 
 
 def schedule(steps: int, tokens: int, shifted: bool = True) -> list[float]:
-    """t from 1 (noise) to 0 in `steps` steps: steps + 1 values.
+    """Returns steps + 1 values of t from 1 (noise) to 0.
 
     shifted: FLUX.1-dev's resolution-dependent shift towards noise, by the number of image tokens.
     """
@@ -50,7 +51,7 @@ def schedule(steps: int, tokens: int, shifted: bool = True) -> list[float]:
 def noise_for(
     seed: int, channels: int, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The starting noise of a seed, fp32 [1, C, h, w]; h, w in latent rows and columns."""
+    """Returns the starting noise of a seed, fp32 [1, C, h, w], h, w in latent rows and columns."""
     return rng.normal(seed, "sample", 0, (channels, height, width), device)
 
 
@@ -58,7 +59,7 @@ def noise_for(
 def sample_latents(
     model: Flux, noise: Tensor, t5: Tensor, pooled: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """Follow the flow from noise to a picture's latents. fp32 [B, C, h, w] -> the same shape.
+    """Follow the flow from noise to latents, fp32 [B, C, h, w] both.
 
     t5 [B, L, D], pooled [B, P]: prompt embeddings. guidance goes to dev's embedding; schnell has
     none and no shift. The model's LoRA acts at its own strength; its mode is left as it was.
@@ -80,25 +81,6 @@ def sample_latents(
     return unpack(x, height, width)
 
 
-def latent_size(picture: Picture, factor: int) -> tuple[int, int]:
-    """(rows, columns) of the latents. Raises ConfigError unless both sides are multiples of
-    2·factor.
-    """
-    step = 2 * factor
-    if picture.width % step or picture.height % step or min(picture.width, picture.height) < step:
-        raise ConfigError(
-            f"a picture of {picture.width}x{picture.height} cannot be sampled: both sides must be "
-            f"multiples of {step}"
-        )
-    return picture.height // factor, picture.width // factor
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in -1..1 -> an 8-bit picture."""
-    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
-
-
 def draw_pictures(
     model: Flux,
     pictures: list[Picture],
@@ -107,87 +89,82 @@ def draw_pictures(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> list[Image.Image]:
-    """One picture after the other, then the VAE once for all; nothing stays in memory.
+    """Returns the pictures, 8-bit RGB. The VAE, from `root`/vae, is loaded once and freed again.
 
-    embeddings: (t5 [L, D], pooled [P]) per picture. root: the folder that holds vae/.
+    embeddings: (t5 [L, D], pooled [P]) per picture. Raises ConfigError for a size that is no
+    multiple of two latent cells.
     """
     vae = Vae(root, device, dtype)
+    images = []
     try:
-        images = []
-        for picture, (t5, pooled) in zip(pictures, embeddings, strict=True):
-            size = latent_size(picture, vae.factor)
+        for picture, embedding in zip(pictures, embeddings, strict=True):
+            width, height = picture.width, picture.height
+            multiple = 2 * vae.factor
+            if width % multiple or height % multiple or min(width, height) < multiple:
+                raise ConfigError(
+                    f"a picture of {width}x{height} cannot be sampled: both sides must be "
+                    f"multiples of {multiple}"
+                )
+            size = height // vae.factor, width // vae.factor
             noise = noise_for(picture.seed, vae.channels, *size, device)
-            latents = sample_latents(
-                model,
-                noise,
-                t5[None].to(device),
-                pooled[None].to(device),
-                picture.steps,
-                picture.guidance,
-            )
-            images.append(to_image(vae.decode(latents)[0]))
+            t5, pooled = (tensor[None].to(device) for tensor in embedding)
+            latents = sample_latents(model, noise, t5, pooled, picture.steps, picture.guidance)
+            pixels = (vae.decode(latents)[0].clamp(-1, 1) + 1) * 127.5
+            pixels = pixels.round().to(torch.uint8).permute(1, 2, 0)
+            images.append(Image.fromarray(pixels.cpu().numpy()))
     finally:
         vae.close()
     return images
 
 
 def save_picture(path: Path, image: Image.Image, picture: Picture, **more: str) -> None:
-    """A PNG with the prompt, seed and settings in its text chunks (`fluxfast`: all of them as
-    JSON).
-    """
+    """Write a PNG with prompt, seed and, in `fluxfast`, all settings and `more` as JSON."""
     info = PngInfo()
     info.add_itxt("prompt", picture.prompt)
     info.add_text("seed", str(picture.seed))
     info.add_itxt("fluxfast", json.dumps({**asdict(picture), **more}, ensure_ascii=False))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer := io.BytesIO(), "PNG", pnginfo=info)
     write_atomic(path, buffer.getvalue())
 
 
 def contact_sheet(
     rows: list[tuple[str, list[Path | None]]], columns: list[str], path: Path
 ) -> None:
-    """One row per prompt, one column per step; a missing picture stays blank.
+    """Write a picture with a row per prompt and a column per step; a missing preview stays blank.
 
-    rows: (prompt, a PNG file per column). Pictures are shown in cells of 256 px.
+    rows: (prompt, a PNG file per column).
     """
-    cell, left, top = 256, 160, 24
-    sheet = Image.new(
-        "RGB", (left + cell * len(columns), top + (cell + 4) * len(rows)), (250, 250, 250)
-    )
+    size = _LEFT + _CELL * len(columns), _TOP + (_CELL + _GAP) * len(rows)
+    sheet = Image.new("RGB", size, (250, 250, 250))
     pen = ImageDraw.Draw(sheet)
     for x, title in enumerate(columns):
-        pen.text((left + x * cell + 4, 6), title, fill=(0, 0, 0))
+        pen.text((_LEFT + x * _CELL + 4, 6), title, fill=(0, 0, 0))
     for y, (prompt, files) in enumerate(rows):
-        for line, text in enumerate(_lines(prompt, 24)[:12]):
-            pen.text((6, top + y * (cell + 4) + 14 * line + 4), text, fill=(0, 0, 0))
+        top = _TOP + y * (_CELL + _GAP)
+        latin = prompt.encode("latin-1", "replace").decode("latin-1")  # all that PIL's font has
+        for line, text in enumerate(textwrap.wrap(latin, 24)[:12]):
+            pen.text((6, top + 14 * line + 4), text, fill=(0, 0, 0))
         for x, file in enumerate(files):
-            picture = _shown(file, cell - 4) if file and file.is_file() else None
+            picture = read_png(file) if file and file.is_file() else None
             if picture is not None:
-                sheet.paste(picture, (left + x * cell, top + y * (cell + 4)))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+                sheet.paste(_fitted(picture, _CELL - 4), (_LEFT + x * _CELL, top))
+    sheet.save(buffer := io.BytesIO(), "PNG")
     write_atomic(path, buffer.getvalue())
 
 
-def _shown(file: Path, side: int) -> Image.Image | None:
-    """A preview at most `side` pixels wide and high; None where it is no PNG that can be read."""
+def read_png(file: Path) -> Image.Image | None:
+    """Returns a PNG file as RGB, None where it is another kind of file or damaged."""
     try:
         with Image.open(file, formats=("PNG",)) as image:
-            picture = image.convert("RGB")
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    larger = side // max(picture.size)
-    if larger > 1:  # tiny ones by whole factors, so that pixels stay pixels
-        picture = picture.resize(
-            (picture.width * larger, picture.height * larger), Image.Resampling.NEAREST
-        )
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Returns the picture at most `side` pixels wide and high, tiny ones in larger pixels."""
+    if (factor := side // max(picture.size)) > 1:
+        size = picture.width * factor, picture.height * factor
+        picture = picture.resize(size, Image.Resampling.NEAREST)
     picture.thumbnail((side, side))
     return picture
-
-
-def _lines(text: str, width: int) -> list[str]:
-    """Cut at spaces where there are any. PIL's own font knows Latin-1 only: the rest becomes
-    `?`.
-    """
-    return textwrap.wrap(text.encode("latin-1", "replace").decode("latin-1"), width) or [""]

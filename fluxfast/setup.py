@@ -1,8 +1,8 @@
-"""What a run trains with: the frozen model and its LoRA, from files, and around them the optimizer,
-the moving average, memory as planned, the modulation of coming samples.
+"""What a run trains with: the frozen model with its LoRA, the optimizer, the moving average, memory
+as planned, and modulation computed ahead.
 
-`assemble` runs with torch and triton alone: of the configuration and the loader only the types are
-named here, and what reads files is imported inside `build`.
+`assemble` runs with torch and triton alone: the configuration and the loader are imported for types
+only, and what reads files is imported inside `build`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 
 def check_loras(config: Config, fresh: bool) -> None:
-    """Raise FluxfastError where a LoRA file that the run needs cannot be read: before pictures are
-    encoded. fresh: the run starts at step 0, from `lora.init_from` where there is one.
+    """Raise FluxfastError for a LoRA file that the run needs and that cannot be read, before
+    pictures are encoded. fresh: the run starts at step 0, and so reads `lora.init_from`.
     """
     from fluxfast.formats.lora.apply import read_lora
     from fluxfast.util.hub import fetch_lora
@@ -56,7 +56,7 @@ def build(
     plan: Plan | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Training:
-    """The frozen model with its LoRA, and everything that trains it as planned."""
+    """Load the frozen model, inject its LoRA, and assemble everything that trains it as planned."""
     from fluxfast.formats.base.load import load_resolved
     from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant
     from fluxfast.formats.lora.write import to_state
@@ -72,7 +72,7 @@ def build(
     if lora.init_from and not checkpoints(config.run_dir):
         init_lora(model, lora.init_from)
         log.info(f"starting from {lora.init_from}")
-    if "xlabs" in config.save.formats:  # it cannot hold everything: an error now, not at the end
+    if "xlabs" in config.save.formats:  # it cannot hold every target: an error now, not at the end
         to_state(extract_lora(model), "xlabs")
     if assistant:
         load_assistant(model, assistant)
@@ -90,23 +90,23 @@ def build(
 
 
 def _precision(model: Flux) -> str:
-    """Such as: base in nf4, int8 products, activations in bf16, 3 layers rotated, 2 in bf16."""
+    """Returns such as: base in nf4, int8 products, activations in bf16, 3 layers rotated."""
     layers = {name: model.linear(name) for name in linears(model.spec)}
     blocks = [layer for name, layer in layers.items() if multiplies_in_8_bits(name)]
-    coded = [layer for layer in blocks if layer.matmul]
-    stored = Counter(layer.storage() for layer in coded or blocks).most_common(1)[0][0]
+    in_8_bits = [layer for layer in blocks if layer.matmul]
+    stored = Counter(layer.storage() for layer in in_8_bits or blocks).most_common(1)[0][0]
     dtype = "fp32" if model.compute_dtype == torch.float32 else "bf16"
-    if not coded:
+    if not in_8_bits:
         return f"base in {stored}, computed in {dtype}"
-    line = f"base in {stored}, {coded[0].matmul} products, activations in {dtype}"
+    line = f"base in {stored}, {in_8_bits[0].matmul} products, activations in {dtype}"
     rotated = sum(layer.rotation > 0 for layer in layers.values())
     line += f", {rotated} {'layer' if rotated == 1 else 'layers'} rotated" if rotated else ""
     dense = [layer for layer in blocks if not layer.matmul]
     return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
 
 
-def bucket_labels(loader: Loader) -> dict[int, str]:
-    """Image tokens of a sample -> the name of the buckets of so many: the first one's size."""
+def _bucket_labels(loader: Loader) -> dict[int, str]:
+    """Returns image tokens of a sample -> name of its buckets, the smallest one's size."""
     labels: dict[int, str] = {}
     for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
         labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
@@ -114,10 +114,10 @@ def bucket_labels(loader: Loader) -> dict[int, str]:
 
 
 def bucket_shapes(loader: Loader) -> dict[str, Shape]:
-    """Label -> shape of this process's share of a batch."""
+    """Returns bucket name -> shape of this process's share of a batch."""
     return {
         label: Shape(len(loader.places), tokens, loader.text_length)
-        for tokens, label in bucket_labels(loader).items()
+        for tokens, label in _bucket_labels(loader).items()
     }
 
 
@@ -130,8 +130,8 @@ def assemble(
     plan: Plan | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Training:
-    """Everything that trains a model with its LoRA. parameters: as `inject_lora` returns them."""
-    labels = bucket_labels(loader)
+    """Returns a model with everything that trains it. parameters: as `inject_lora` returns them."""
+    labels = _bucket_labels(loader)
     memory = MemoryRuntime(model, plan, _policies(config, model, labels, plan), device)
     run = Training(
         config,
@@ -144,6 +144,7 @@ def assemble(
         memory=memory,
         labels=labels,
         loader=loader,
+        modulation_cache=_modulation_cache(config, model, loader, device, plan),
         ranks=ranks,
     )
     memory.attach(run.optimizer)
@@ -154,15 +155,13 @@ def assemble(
         lora_dropout=config.lora.dropout > 0,
         wanted=config.memory.graphs,
     )
-    if _forms_ahead(config, model, plan):
-        run.modulation_cache = _modulation_cache(config, model, loader, device)
     return run
 
 
 def _policies(
     config: Config, model: Flux, labels: dict[int, str], plan: Plan | None
 ) -> dict[str, tuple[str, ...]]:
-    """Bucket -> policy per block: the plan's, else the configured one for all."""
+    """Returns bucket -> policy per block: the plan's, else the configured one for all."""
     if plan is not None:
         return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
     memory = config.memory
@@ -171,30 +170,28 @@ def _policies(
             "memory: what goes to the host is planned, and on a CPU there is no plan",
             hint="set memory.limit_gib to try one",
         )
-    word = "keep" if memory.policy == "auto" else memory.policy
-    return {label: (word,) * len(model.policies) for label in labels.values()}
+    policy = "keep" if memory.policy == "auto" else memory.policy
+    return {label: (policy,) * len(model.policies) for label in labels.values()}
 
 
 def _modulation_cache(
-    config: Config, model: Flux, loader: Loader, device: torch.device
-) -> ModulationCache:
+    config: Config, model: Flux, loader: Loader, device: torch.device, plan: Plan | None
+) -> ModulationCache | None:
+    """Returns what computes modulation ahead, None where a step computes its own."""
+    modulation = config.memory.modulation if plan is None else plan.modulation
+    trained = plan is None and any(layer.trains() for layer in model.modulation_linears())
+    if trained and modulation == "ahead":
+        raise ConfigError(
+            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
+        )
+    if trained or modulation == "in_place":
+        return None
     train = config.train
 
     def conditions(number: int) -> tuple[Tensor, Tensor]:
         indices, tokens, pooled = loader.peek(number)
-        drawn = (config.seed, indices, tokens, train.timesteps, train.timestep_bias, device)
-        return draw_timesteps(*drawn), pooled
+        settings = config.seed, indices, tokens, train.timesteps, train.timestep_bias, device
+        return draw_timesteps(*settings), pooled
 
     stop = train.steps * train.gradient_accumulation
     return ModulationCache(model.modulation, conditions, train.guidance, len(loader.places), stop)
-
-
-def _forms_ahead(config: Config, model: Flux, plan: Plan | None) -> bool:
-    if plan is not None:
-        return plan.modulation != "in_place"
-    trained = any(layer.trains() for layer in model.modulation_linears())
-    if trained and config.memory.modulation == "ahead":
-        raise ConfigError(
-            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
-        )
-    return not trained and config.memory.modulation != "in_place"

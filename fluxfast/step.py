@@ -1,6 +1,6 @@
-"""One optimizer step on one page, and what it works on.
+"""One optimizer step, and what it works on.
 
-Runs with torch and triton alone: of the configuration and the loader only the types are named here.
+Runs with torch and triton alone: the configuration and the loader are imported for types only.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Training:
     graphs: Graphs = field(init=False)
 
     def gradient_pass(self, inputs: Inputs) -> Tensor:
-        """Forward and backward of one batch into the gradients. -> its loss, detached."""
+        """Run forward and backward of one batch into the gradients. Returns its detached loss."""
         loss = self.loss(inputs)
         loss.backward()
         return loss.detach()
 
     def loss(self, inputs: Inputs) -> Tensor:
-        """Forward of one batch. -> its share of the step's loss."""
+        """Run the forward pass of one batch. Returns its share of the step's loss."""
         self.memory.use(self.labels[inputs.noisy.shape[1]])
         train = self.config.train
         # every batch counts the same, so accumulation is one larger batch; ranks share each alike
@@ -60,44 +60,39 @@ class Training:
         return sample_losses(self.model, inputs, train.guidance).mean() / parts
 
     def inputs(self, batch: Batch) -> Inputs:
-        """A batch on the device, noised: x_t, and what is to be predicted."""
+        """Returns a batch on the device, noised, with its target."""
         train = self.config.train
         self.model.dropout_clock.indices = batch.indices
         number = batch.indices[0] // self.loader.batch_size
         modulation = self.modulation_cache(number) if self.modulation_cache else None
-        drawn = self.config.seed, train.timesteps, train.timestep_bias
-        return noise_batch(batch, *drawn, device=self.device, modulation=modulation)
+        settings = self.config.seed, train.timesteps, train.timestep_bias
+        return noise_batch(batch, *settings, device=self.device, modulation=modulation)
 
     def examples(self) -> dict[Hashable, Inputs]:
-        """Inputs of every shape that the data has, by what a graph is captured for."""
-        found = {}
+        """Returns graph key -> inputs, for every shape in the data."""
+        examples = {}
         for batch in self.loader.examples():
-            inputs = _own_modulation(self.inputs(batch))
-            found[graph_key(inputs)] = inputs
-        return found
-
-
-def _own_modulation(inputs: Inputs) -> Inputs:
-    """Modulation is a view of what was formed ahead for many batches, which it would keep alive."""
-    if inputs.modulation is None:
-        return inputs
-    return inputs._replace(modulation=inputs.modulation.clone())
+            inputs = self.inputs(batch)
+            if inputs.modulation is not None:  # a view that keeps many batches' modulation alive
+                inputs = inputs._replace(modulation=inputs.modulation.clone())
+            examples[graph_key(inputs)] = inputs
+        return examples
 
 
 def graph_key(inputs: Inputs) -> Hashable:
-    """What a graph is captured for: shapes, and whether there is a mask."""
+    """Returns what a graph is captured for: shapes, and whether there is a mask."""
     return tuple(inputs.noisy.shape), inputs.t5.shape[1], inputs.mask is None
 
 
 def train_step(
     run: Training, batches: list[Batch], step: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """One optimizer step (counted from 0) on the mean loss of `batches`, of which every rank gives
-    its own samples. Does not synchronize with the device.
+    """Take one optimizer step (counted from 0) on the mean loss of `batches`, each this rank's
+    share. Does not synchronize with the device.
 
     Returns loss, gradient norm before clipping, 1.0 where the step was skipped (all fp32 scalars on
     the device), and the learning rate. Where memory runs out before the optimizer has begun, the
-    whole window is taken again with cheaper policies.
+    gradients are computed again with cheaper policies.
     """
     total = run.memory.retry(lambda: _accumulate(run, batches))
     run.ranks.all_reduce_(run.gradients, total)
@@ -115,7 +110,7 @@ def train_step(
 
 
 def _accumulate(run: Training, batches: list[Batch]) -> Tensor:
-    """The summed loss of a window, its gradients in `run.gradients`."""
+    """Sum the batches' gradients into `run.gradients`. Returns their summed loss."""
     run.gradients.zero_()
     total = torch.zeros((), device=run.device)
     for batch in batches:

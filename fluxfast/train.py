@@ -1,10 +1,9 @@
-"""train(config): prepare, plan, build, resume, loop. The step itself: `step.py`."""
+"""Training, from images to LoRA file: prepare, plan, build, resume, loop. One step: `step.py`."""
 
 import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from fluxfast.config.schema import Config, dump_config
@@ -43,46 +42,46 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, *, restart: bool = False) -> Path:
-    """Train a LoRA as configured, from images to file. -> the LoRA file.
+    """Train a LoRA as configured. Returns the LoRA file.
 
-    A run of the same name goes on from its newest checkpoint; restart moves it aside first, but not
-    where torchrun starts its processes anew. In each of several processes that torchrun starts it
-    trains the same LoRA on a share of every batch.
+    A run of the same name resumes from its newest checkpoint; restart moves it aside first. Under
+    torchrun every process trains the same LoRA on its share of every batch.
     Raises FluxfastError (ConfigError where the configuration is at fault), and Stopped, a
-    KeyboardInterrupt, where SIGINT or SIGTERM asked it to stop and what was trained is saved.
+    KeyboardInterrupt, after a signal asked it to stop and the checkpoint is saved.
     """
-    with init_distributed() as ranks, ExitStack() as held:
-        ranks.shard(config.train.batch_size)  # said before anything is done
+    with init_distributed() as ranks, ExitStack() as locks:
+        ranks.shard(config.train.batch_size)  # raises before anything is done
         ranks.check_same("their configuration", dump_config(config))
         if ranks.is_main:
-            # not at a later attempt of torchrun: what was trained before would be moved aside too
+            # a restart by torchrun itself resumes: what was trained before must not be moved aside
             if restart and restart_count() == 0 and config.run_dir.exists():
-                resolve_parts(config.model, resolve_device(config.device))  # another can begin
+                resolve_parts(config.model, resolve_device(config.device))  # the new run can begin
                 check_loras(config, fresh=True)
                 with exclusive_lock(config.run_dir):
                     move_aside(config.run_dir)
-            held.enter_context(exclusive_lock(config.run_dir))
+            locks.enter_context(exclusive_lock(config.run_dir))
         ranks.barrier()
-        path = _with_cache_mended(config, ranks)
+        path = _with_cache_repaired(config, ranks)
         ranks.barrier()  # until rank 0 has written everything
         return path
 
 
-def _with_cache_mended(config: Config, ranks: Ranks) -> Path:
-    """A cache file that is found damaged or gone is encoded anew, and the run goes on from where it
-    was; once for each file, lest a failing disk keep it busy. Not among several ranks, of which
-    only one has found it: they end, and mend it when they are started again.
+def _with_cache_repaired(config: Config, ranks: Ranks) -> Path:
+    """Train; a cache file that is found damaged or gone is encoded again, and the run resumes.
+
+    Once for each file, as a failing disk might repeat it forever. Several ranks end instead, as
+    only one has found the damage; their next start repairs it.
     """
-    mended: set[Path] = set()
+    repaired: set[Path] = set()
     while True:
         try:
             return _train(config, ranks)
         except CacheDamaged as error:
-            if ranks.world_size > 1 or error.path in mended:
+            if ranks.world_size > 1 or error.path in repaired:
                 raise
-            mended.add(error.path)
+            repaired.add(error.path)
             log.warning(f"note: {error.message}; it is encoded anew, and the run goes on")
-        gc.collect()  # the model, before the encoders come
+        gc.collect()  # frees the model before the encoders are loaded
 
 
 def _train(config: Config, ranks: Ranks) -> Path:
@@ -95,15 +94,12 @@ def _train(config: Config, ranks: Ranks) -> Path:
     device = resolve_device(config.device)
     check_loras(config, fresh=not checkpoints(config.run_dir))
     prepared = prepare(config, device, ranks)
-    batch = config.train.batch_size
-    loader = Loader(
-        prepared.dataset, batch, config.seed, pin=device.type == "cuda", places=ranks.shard(batch)
-    )
+    batch, places = config.train.batch_size, ranks.shard(config.train.batch_size)
+    pin = device.type == "cuda"
+    loader = Loader(prepared.dataset, batch, config.seed, pin=pin, places=places)
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
     if ranks.world_size > 1:
-        log.info(
-            f"{ranks.world_size} processes, each takes {len(loader.places)} of {batch} samples"
-        )
+        log.info(f"{ranks.world_size} processes, each takes {len(places)} of {batch} samples")
     ranks.allocate_buffers(device)
     plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
@@ -111,18 +107,18 @@ def _train(config: Config, ranks: Ranks) -> Path:
     try:
         run = build(config, prepared.model, loader, device, plan, ranks)
         _check_fits(run.model, loader.batch(0))
-        first, logged = saves.restore(run)
+        first, log_state = saves.restore(run)
         if ranks.is_main:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
         if not ranks.any(saves.finished):
-            watch = Watch(config, run.model, prepared, device, logged, writes=ranks.is_main)
-            _loop(run, watch, saves, first, logged)
+            watch = Watch(config, run.model, prepared, device, log_state, writes=ranks.is_main)
+            _loop(run, watch, saves, first, log_state)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # not in a gradient pass, which takes cheaper policies and goes on
-        first_line = str(error).splitlines()[0]
-        raise FluxfastError(f"the GPU's memory is full: {first_line}", hint=CURE) from None
+        # outside a gradient pass, which takes cheaper policies by itself
+        reason = str(error).splitlines()[0]
+        raise FluxfastError(f"the GPU's memory is full: {reason}", hint=CURE) from None
     if ranks.is_main:
         step, path = saves.publish()
         report = ""
@@ -133,39 +129,48 @@ def _train(config: Config, ranks: Ranks) -> Path:
 
 
 def _check_fits(model: Flux, batch: Batch) -> None:
-    """The cached encodings and the transformer must belong together."""
+    """Raise FluxfastError where cached encodings are not of the transformer's widths."""
     spec = model.spec
-    for name, got, needed in (
+    for name, width, expected in (
         ("T5 states", batch.t5.shape[-1], spec.context_in_dim),
         ("pooled CLIP states", batch.pooled.shape[-1], spec.vec_in_dim),
         ("packed latents", 4 * batch.mean.shape[1], spec.in_channels),
     ):
-        if got != needed:
+        if width != expected:
             raise FluxfastError(
                 f"the encoders do not belong to this transformer: {name} are "
-                f"{got} wide, it takes {needed}",
+                f"{width} wide, it takes {expected}",
                 hint="model.encoders must name the pipeline folder that the transformer came with",
             )
 
 
-def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | None) -> None:
-    """Steps first + 1 to the last. logged: what the log and the watch kept at `first`, of a resumed
-    run.
-    """
-    steps, accumulation = run.config.train.steps, run.config.train.gradient_accumulation
+def _loop(run: Training, watch: Watch, saves: Saves, first: int, log_state: dict | None) -> None:
+    """Take steps first + 1 to the last. log_state: a resumed run's, of its log and watch."""
+    config, ranks = run.config, run.ranks
+    steps, accumulation = config.train.steps, config.train.gradient_accumulation
+    every = config.save.every
     batches = run.loader.iterate(first * accumulation, steps * accumulation)
     set_mode(run.optimizer, training=True)
     spill = SpillWatch(lambda: run.device.type == "cuda" and card_is_full(run.device))
+
+    def check_speed(seconds: float | None) -> None:
+        """Raises MemorySpills where this logging interval is one slow interval too many."""
+        expected, changed = run.memory.take_expected()
+        if changed:
+            spill.restart()
+        elif seconds is not None:
+            spill.interval(seconds, expected)
+
     run_log = RunLog(
-        run.config.run_dir,
+        config.run_dir,
         first,
         steps,
-        run.config.log_every,
+        config.log_every,
         run.device,
-        partial(_judge_speed, run, spill),
-        logged,
-        run.config.train.max_bad_steps,
-        writes=run.ranks.is_main,
+        check_speed,
+        log_state,
+        config.train.max_bad_steps,
+        writes=ranks.is_main,
     )
     if watch.due(first):
         _look(run, watch, first)
@@ -175,53 +180,41 @@ def _loop(run: Training, watch: Watch, saves: Saves, first: int, logged: dict | 
     def state(done: int) -> dict:
         return {**run_log.state(), **watch.state(done)}
 
-    with run_log, stop_on_signals() as stop, _saved_on_error(run, saves, state):
+    with run_log, stop_on_signals() as stop, _save_on_error(run, saves, state):
         for step in range(first, steps):
             window = [next(batches) for _ in range(accumulation)]
             loss, norm, bad, lr = train_step(run, window, step)
             run.done = done = step + 1
             epoch = step * accumulation // run.loader.batches_per_epoch
             run_log.step(done, loss, norm, bad, lr, epoch)
-            stopping = run.ranks.any(stop.is_set()) and done < steps
+            stopping = ranks.any(stop.is_set()) and done < steps
             if stopping or done == steps:
                 saves.save(run, done, state(done))
-            elif saves.due(done):
-                saves.try_to_save(run, done, state(done), saves.next_due(done))
+            elif every and done % every == 0:
+                saves.try_to_save(run, done, state(done), retry_at=min(done + every, steps))
             if stopping:
-                run.ranks.barrier()  # for the save, and for this rank's part in what GPUs still sum
+                ranks.barrier()  # until it is saved, and GPUs are done with what they still sum
                 raise Stopped(done, steps)
             if watch.due(done):
                 with run_log.pause():
                     _look(run, watch, done)
 
 
-def _judge_speed(run: Training, spill: SpillWatch, seconds: float | None) -> None:
-    """Raises MemorySpills where a logging interval of so many seconds (None: the first, which is
-    not timed) is one slow interval too many.
-    """
-    expected, changed = run.memory.take_expected()
-    if changed:
-        spill.restart()
-    elif seconds is not None:
-        spill.interval(seconds, expected)
-
-
 @contextmanager
-def _saved_on_error(run: Training, saves: Saves, state: Callable[[int], dict]) -> Iterator[None]:
-    """Where memory runs out or spills, the cache is damaged or another rank has ended, saves what
-    was trained so far before the error goes on, unless an optimizer's step was cut short. Not where
-    a GPU waits for the rank that has ended: it cannot be read any more. state: of the log, after so
-    many steps.
+def _save_on_error(run: Training, saves: Saves, state: Callable[[int], dict]) -> Iterator[None]:
+    """Save what was trained where memory runs out or spills, the cache is damaged or another rank
+    is lost, unless an optimizer step was cut short. state: of the log, after so many steps.
     """
     try:
         yield
     except NotFinite as error:
         raise _explained(error, run, saves, state) from None
     except (RuntimeError, FluxfastError) as error:
-        ended = isinstance(error, MemorySpills | MemoryExhausted | CacheDamaged)
-        ended = ended or is_out_of_memory(error)
-        ended = ended or (isinstance(error, LostRank) and run.device.type == "cpu")
-        if ended and not run.updating and run.done:
+        sound = isinstance(error, MemorySpills | MemoryExhausted | CacheDamaged)
+        sound = sound or is_out_of_memory(error)
+        # a GPU that waits for the lost rank cannot be read any more
+        sound = sound or (isinstance(error, LostRank) and run.device.type == "cpu")
+        if sound and not run.updating and run.done:
             run.graphs.drop()
             saves.try_to_save(run, run.done, state(run.done))
         raise
@@ -230,10 +223,12 @@ def _saved_on_error(run: Training, saves: Saves, state: Callable[[int], dict]) -
 def _explained(
     error: NotFinite, run: Training, saves: Saves, state: Callable[[int], dict]
 ) -> FluxfastError:
-    """Saves the state after the last good step, unless it is on the disk or the optimizer moved it
-    since, and says why the first bad step was bad, in RUN/diagnosis.txt too."""
-    found = run.ranks.all_gather_json(diagnose(run, error.first))
-    lines = list(dict.fromkeys(line for lines in found for line in lines)) or [
+    """Returns the error with the first bad step's diagnosis, which RUN/diagnosis.txt gets too.
+
+    Saves the state after the last good step unless that is saved or the optimizer moved it since.
+    """
+    diagnoses = run.ranks.all_gather_json(diagnose(run, error.first))
+    lines = list(dict.fromkeys(line for lines in diagnoses for line in lines)) or [
         f"step {error.first}: taken again, sample by sample and without graphs, everything is "
         "finite"
     ]
@@ -242,7 +237,7 @@ def _explained(
         write_atomic(run.config.run_dir / "diagnosis.txt", text.encode())
     saved = saves.newest[0] if saves.newest else 0
     if error.good > saved and skips_exactly(run.optimizer, run.device):
-        with suppress(FluxfastError):  # of weights that are not finite: so the lines say
+        with suppress(FluxfastError):  # weights that are not finite, which the lines report
             saves.try_to_save(run, error.good, {**state(error.good), "bad": 0})
     return FluxfastError(
         f"{error.message}: {'; '.join(lines)}",
@@ -252,12 +247,10 @@ def _explained(
 
 
 def _look(run: Training, watch: Watch, done: int) -> None:
-    """Validation and previews, with the weights that would be saved; the best ones are. Rank 0
-    looks, the others wait.
-    """
+    """Evaluate the weights that would be saved, and save the best; ranks above 0 wait."""
     if run.ranks.is_main:
-        graphs_gone = run.memory.without_graphs(again=done < run.config.train.steps)
-        with eval_weights(run.optimizer, run.parameters), graphs_gone:
+        without_graphs = run.memory.without_graphs(again=done < run.config.train.steps)
+        with eval_weights(run.optimizer, run.parameters), without_graphs:
             set_assisted(run.model, False)
             row = watch.look(done)
             set_assisted(run.model, True)

@@ -1,14 +1,14 @@
-"""Checkpoints: a folder per saved step with the LoRA files and everything a resumed run needs.
+"""Checkpoints: a folder per saved step with the LoRA files and the state that resuming needs.
 
     RUN/checkpoints/step-00000250/
-        NAME.safetensors, NAME_ema.safetensors, …   what a user takes
-        state/tensors.safetensors   of the state: weights, average, optimizer
+        NAME.safetensors, NAME_ema.safetensors, …   the LoRA files
+        state/tensors.safetensors   tensors of the state: weights, average, optimizer
         state/rest.json             step, configuration, the optimizer's numbers, the log
         manifest.json               bytes and SHA-256 of each of these
 
-The folder is filled under another name, every file flushed to the disk, read back, and renamed, so
-a checkpoint is there whole or not at all; only then do older ones go. Draws are functions of the
-step, so the position in the data is one integer.
+The folder is written under a temporary name, every file flushed to the disk, read back and
+verified, then renamed: a checkpoint is there whole or not at all. Older ones are removed only after
+that. Random numbers are functions of the step, so the position in the data is one integer.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,45 +35,42 @@ from fluxfast.util.platform import flush_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when a checkpoint is no longer read as it was
+FORMAT = 1  # to be raised with every change that earlier versions cannot read
 TENSORS, REST, MANIFEST = "state/tensors.safetensors", "state/rest.json", "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
-_CHUNK = 2**20  # bytes read at once
 _HINT = "free some space; the same command goes on from the newest checkpoint"
 
 
 class Damaged(FluxfastError):
-    """A checkpoint is not what was written. The message says which file, and what is wrong."""
+    """A checkpoint differs from what was written. The message names the file and the fault."""
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first; not all need be sound."""
-    found = []
-    for folder in (run_dir / "checkpoints").glob("step-*"):
-        match = _STEP.fullmatch(folder.name)
-        if match and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return sorted(found)
+    """Returns (step, folder) of every checkpoint, oldest first, damaged ones included."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    matches = [(re.fullmatch(r"step-(\d+)", folder.name), folder) for folder in folders]
+    return sorted((int(match[1]), folder) for match, folder in matches if match and folder.is_dir())
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest checkpoint that is sound, None where there is none at all. For
-    the run folder's sole user: damaged ones that are newer are renamed, with a warning.
+    """Returns (step, folder) of the newest undamaged checkpoint, None where there is no checkpoint.
 
-    Raises Damaged where all are damaged, FluxfastError for those of an earlier fluxfast.
+    Renames damaged ones that are newer, with a warning, so the caller must hold the run folder.
+    Raises Damaged where all are damaged, FluxfastError for a checkpoint of an earlier fluxfast.
     """
     damaged: list[tuple[Path, Damaged]] = []
     for step, folder in reversed(checkpoints(run_dir)):
         try:
             verify(folder)
-            _check_step(folder, step)
+            saved = read_state(folder, tensors=False).get("step")
+            if saved != step:  # a copy under another step's name
+                raise _damaged(folder, REST, f"it is of step {saved}")
         except Damaged as error:
             damaged.append((folder, error))
             continue
-        for each, error in damaged:
-            aside = each.with_name(f"{each.name}.damaged")
+        for newer, error in damaged:
+            aside = newer.with_name(f"{newer.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
-            os.rename(each, aside)
+            os.rename(newer, aside)
             log.warning(f"note: {error.message}; it is kept as {aside.name}, {folder.name} is used")
         return step, folder
     if damaged:
@@ -81,7 +79,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
 
 
 def verify(folder: Path) -> None:
-    """Read a checkpoint whole. Raises Damaged where a file is missing or is not what was written,
+    """Read a checkpoint whole. Raises Damaged where a file is missing or differs from its manifest,
     FluxfastError for a checkpoint of an earlier fluxfast.
     """
     if (folder / "state.pt").exists() and not (folder / MANIFEST).exists():
@@ -92,44 +90,38 @@ def verify(folder: Path) -> None:
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except OSError as error:
         raise _damaged(folder, MANIFEST, error.strerror or str(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _damaged(folder, MANIFEST, "it cannot be read") from None
-    for name in (TENSORS, REST, *files):
-        if name not in files:
+    for name in (TENSORS, REST, *entries):
+        if name not in entries:
             raise _damaged(folder, MANIFEST, f"it does not name {name}")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise _damaged(folder, MANIFEST, f"it names {name!r}, which is not in the folder")
-        size, digest = files[name]
         try:
             found = _measure(folder / name)
         except OSError as error:
             raise _damaged(folder, name, error.strerror or str(error)) from None
-        except ValueError:  # of what is no name of a file
-            raise _damaged(folder, MANIFEST, f"it names {name!r}, which is no file") from None
+        except ValueError:
+            raise _damaged(folder, MANIFEST, f"{name!r} cannot be the name of a file") from None
+        size, digest = entries[name]
         if found["bytes"] != size:
             raise _damaged(folder, name, f"{found['bytes']} bytes instead of {size}")
         if found["sha256"] != digest:
             raise _damaged(folder, name, "its checksum does not match")
 
 
-def _check_step(folder: Path, step: int) -> None:
-    """Damaged where a checkpoint has another step's name: a copy would be gone on from there."""
-    found = read_state(folder, tensors=False).get("step")
-    if found != step:
-        raise _damaged(folder, REST, f"it is of step {found}")
-
-
 def save_checkpoint(
     run_dir: Path, state: dict[str, Any], write_files: Callable[[Path], None], keep: int
 ) -> Path:
-    """Save `state` (what `flatten_state` takes; its "step" names the folder) with the files that
-    `write_files(folder)` writes, read it back, then drop all but the newest `keep`. -> the folder.
+    """Save `state` (see `flatten_state`; its "step" names the folder) and the files that
+    `write_files(folder)` writes, verify them, then remove all but the newest `keep` checkpoints up
+    to this step. Returns the folder. Copies one tensor at a time to the host.
 
-    Tensors go to the disk one at a time. Raises DiskError where the disk refuses, or gives back
-    what was not written; older checkpoints are then untouched.
+    Raises DiskError where the disk refuses or returns other bytes than were written; earlier
+    checkpoints are then untouched.
     """
     folder = run_dir / "checkpoints" / f"step-{state['step']:08d}"
     partial = partial_of(folder)
@@ -145,45 +137,68 @@ def save_checkpoint(
             f"cannot write into {folder.parent}: {error.strerror or error}", hint=_HINT
         ) from None
     except Damaged as error:
-        why = error.message.replace(str(partial), str(folder))
-        raise DiskError(f"the disk gives back other than was written: {why}") from None
-    except DiskError as error:
-        # the user knows the folder, not the name it is filled under
+        fault = error.message.replace(str(partial), str(folder))
+        raise DiskError(f"the disk gives back other than was written: {fault}") from None
+    except DiskError as error:  # raised in write_files, with the temporary name
         message = error.message.replace(str(partial), str(folder.parent))
         raise DiskError(message, hint=_HINT) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    older = [each for step, each in checkpoints(run_dir) if step <= state["step"]]
-    for each in older[:-keep]:
+    saved = [each for step, each in checkpoints(run_dir) if step <= state["step"]]
+    for older in saved[:-keep]:
         with suppress(OSError):
-            _remove(each)
+            _remove(older)
     return folder
 
 
 def _fill(folder: Path, state: dict[str, Any], write_files: Callable[[Path], None]) -> None:
-    """Everything that a checkpoint consists of, each file flushed, then the folder."""
+    """Write everything that a checkpoint consists of; each file is flushed, then the folder."""
     rest, tensors = flatten_state({"format": FORMAT, **state})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_files(folder)
-    sums = {path.name: _measure(path) for path in sorted(folder.iterdir())}
+    manifest = {path.name: _measure(path) for path in sorted(folder.iterdir())}
     (folder / TENSORS).parent.mkdir()
-    with _flushed(folder / TENSORS) as file:
-        write(cast(BinaryIO, file), tensors, {"format": "pt"})
-        sums[TENSORS] = file.sums
-    with _flushed(folder / REST) as file:
-        file.write(json.dumps(rest, allow_nan=False).encode())
-        sums[REST] = file.sums
-    with _flushed(folder / MANIFEST) as file:
-        file.write(json.dumps(sums, indent=1).encode())
+    manifest[TENSORS] = _write_file(
+        folder / TENSORS, lambda file: write(file, tensors, {"format": "pt"})
+    )
+    content = json.dumps(rest, allow_nan=False).encode()
+    manifest[REST] = _write_file(folder / REST, lambda file: file.write(content))
+    _write_file(folder / MANIFEST, lambda f: f.write(json.dumps(manifest, indent=1).encode()))
     flush_folder((folder / TENSORS).parent)
     flush_folder(folder)
 
 
-def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
-    """What `save_checkpoint` was given; without `tensors` None in the place of each. On the CPU.
+def _write_file(path: Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a new file with `fill(file)` and flush it. Returns its manifest entry, of the bytes
+    that went in, not of what the disk holds.
+    """
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
 
-    Raises Damaged for what cannot be read, FluxfastError for another version's.
+        def write_hashed(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        fill(SimpleNamespace(write=write_hashed))
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    """Returns the manifest entry of a file on the disk: bytes and SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
+    """Returns what `save_checkpoint` saved, tensors on the CPU; without `tensors` each is None.
+
+    Raises Damaged where it cannot be read, FluxfastError where another version wrote it.
     """
     try:
         rest = json.loads((folder / REST).read_bytes())
@@ -204,7 +219,9 @@ def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
 
 
 def put_weights(parameters: list[nn.Parameter], state: dict[str, Any], folder: Path) -> None:
-    """A state's weights into `parameters`. FluxfastError naming `folder` where they do not fit."""
+    """Copy a state's weights into `parameters`. Raises FluxfastError naming `folder` where their
+    shapes differ.
+    """
     saved = state["parameters"]
     if [p.shape for p in parameters] != [tensor.shape for tensor in saved]:
         raise FluxfastError(f"the weights of {folder} do not fit this model")
@@ -213,50 +230,17 @@ def put_weights(parameters: list[nn.Parameter], state: dict[str, Any], folder: P
             parameter.copy_(tensor)
 
 
-def _damaged(folder: Path, name: str, why: str) -> Damaged:
+def _damaged(folder: Path, name: str, fault: str) -> Damaged:
     return Damaged(
-        f"the checkpoint {folder} is damaged: {name}: {why}",
+        f"the checkpoint {folder} is damaged: {name}: {fault}",
         hint="start afresh with --restart, which keeps what there is",
     )
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    """Bytes and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-class _Summed:
-    """A file that is written in order; what went in is counted and hashed on the way."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._digest, self._size = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-        self._size += len(content)
-
-    @property
-    def sums(self) -> dict[str, Any]:
-        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
-
-
-@contextmanager
-def _flushed(path: Path) -> Iterator[_Summed]:
-    """A new file, on the disk when this ends."""
-    with open(path, "wb") as file:
-        yield _Summed(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _remove(folder: Path) -> None:
-    """So that a process killed meanwhile leaves no half of it under its name."""
+    """Remove a checkpoint, renamed first: a process killed meanwhile leaves no half of it under its
+    name.
+    """
     if folder.exists():
         gone = partial_of(folder.with_name(f"{folder.name}.gone"))
         shutil.rmtree(gone, ignore_errors=True)
@@ -266,42 +250,42 @@ def _remove(folder: Path) -> None:
 
 # ---------------------------------------------------------------- nested state without pickle
 #
-# A tensor becomes {"$tensor": its path}. Floats go through JSON exactly (the shortest decimal that
-# reads back the same); what JSON has no word for is tagged likewise: {"$tuple": [...]}, {"$float":
-# "inf"}, {"$items": [[key, value], ...]} for a mapping whose keys are not all plain strings.
+# A tensor becomes {"$tensor": its path}. JSON holds floats exactly (the shortest decimal that reads
+# back the same). What JSON lacks is tagged: {"$tuple": [...]}, {"$float": "inf"}, and {"$items":
+# [[key, value], ...]} for a mapping whose keys are not all plain strings.
 
 
-def flatten_state(value: Any) -> tuple[Any, dict[str, Tensor]]:
+def flatten_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
     """Returns (JSON value, path -> tensor). Raises TypeError, naming the path, for what is neither
     a tensor nor None, bool, int, float, str, dict, list or tuple.
     """
     tensors: dict[str, Tensor] = {}
-    return _apart(value, "", tensors), tensors
 
+    def flatten(value: Any, path: str) -> Any:
+        below = f"{path}/" if path else ""
+        if isinstance(value, Tensor):
+            if path in tensors:
+                raise TypeError(f"{path}: two keys are spelled alike")
+            tensors[path] = value
+            return {"$tensor": path}
+        if isinstance(value, dict):
+            items = [[key, flatten(item, f"{below}{key}")] for key, item in value.items()]
+            plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+            return dict(items) if plain else {"$items": items}
+        if isinstance(value, list | tuple):
+            items = [flatten(item, f"{below}{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"$float": repr(float(value))}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{path}: a {type(value).__name__} has no place in a checkpoint")
 
-def _apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    below = f"{path}/" if path else ""
-    if isinstance(value, Tensor):
-        if path in tensors:
-            raise TypeError(f"{path}: two keys are spelled alike")
-        tensors[path] = value
-        return {"$tensor": path}
-    if isinstance(value, dict):
-        items = [[key, _apart(item, f"{below}{key}", tensors)] for key, item in value.items()]
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        return dict(items) if plain else {"$items": items}
-    if isinstance(value, list | tuple):
-        items = [_apart(item, f"{below}{index}", tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(float(value))}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{path}: a {type(value).__name__} has no place in a checkpoint")
+    return flatten(state, ""), tensors
 
 
 def unflatten_state(value: Any, tensor: Callable[[str], Any]) -> Any:
-    """The inverse of `flatten_state`. tensor: path -> tensor."""
+    """Returns the state that `flatten_state` took. tensor: path -> tensor."""
     if isinstance(value, list):
         return [unflatten_state(item, tensor) for item in value]
     if not isinstance(value, dict):

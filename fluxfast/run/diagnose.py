@@ -1,8 +1,8 @@
-"""Why a step had no finite loss and gradient: its samples go through the model once more, one at a
-time and outside graphs, and the result of every op is looked at.
+"""Why a step had no finite loss and gradient: its samples go through the model again, one at a time
+and outside graphs, and the result of every op is checked.
 
-Draws are functions of the step, so it is the same step. What an op does inside is not seen, only
-what it gives.
+Random numbers are functions of the step, so it is the same step. Only results of ops are seen, not
+what happens inside one.
 """
 
 import re
@@ -21,19 +21,21 @@ from fluxfast.util.redact import plain
 
 
 def diagnose(run: Training, step: int) -> list[str]:
-    """A line for each sample of step `step` (counted from 1) that is not finite, or for what is
-    wrong before any sample. Of this rank's samples.
+    """Returns a line for each of this rank's samples of step `step` (counted from 1) that is not
+    finite, or one for weights that are not.
 
-    The gradients are zero afterwards, and graphs are dropped: their memory is needed.
+    Leaves the gradients at zero, and drops graphs, whose memory is needed.
     """
     run.graphs.drop()
-    if broken := _broken_weights(run):
-        return broken
+    if broken := [name for name, tensor in _weights(run) if not _finite(tensor)]:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        return [f"weights that are not finite: {', '.join(broken[:3])}{more}"]
     lines = []
     accumulation = run.config.train.gradient_accumulation
     try:
         for number in range((step - 1) * accumulation, step * accumulation):
-            lines += _of_batch(run, run.loader.batch(number), step)
+            for name, fault in _faults(run, run.loader.batch(number)):
+                lines.append(f"step {step}, {name}: {fault}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -42,66 +44,62 @@ def diagnose(run: Training, step: int) -> list[str]:
     return lines
 
 
-def _broken_weights(run: Training) -> list[str]:
+def _weights(run: Training) -> list[tuple[str, Tensor]]:
+    """Returns parameters and buffers, named by their layer: qkv.lora_A for qkv.updates.0.lora_A."""
     tensors = [*run.model.named_parameters(), *run.model.named_buffers()]
-    names = [_without_update(name) for name, tensor in tensors if not _finite(tensor)]
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"weights that are not finite: {', '.join(names[:3])}{more}"]
+    return [(re.sub(r"\.updates\.\d+", "", name), tensor) for name, tensor in tensors]
 
 
-def _of_batch(run: Training, batch: Batch, step: int) -> Iterator[str]:
+def _faults(run: Training, batch: Batch) -> Iterator[tuple[str, str]]:
+    """Yields (name, what is not finite) for the samples of a batch."""
     inputs = run.inputs(batch)
+    count = len(batch.names)
     for row, name in enumerate(map(plain, batch.names)):
-        alone = Inputs._make(_row(tensor, row, len(batch.names)) for tensor in inputs)
-        alone = alone._replace(modulation=None)  # formed here, where it is seen
+        sample = Inputs._make(  # positions are shared by all samples
+            tensor[row : row + 1] if tensor is not None and len(tensor) == count else tensor
+            for tensor in inputs
+        )
+        sample = sample._replace(modulation=None)  # computed again, where it is checked
         run.model.dropout_clock.indices = [batch.indices[row]]
-        broken = [key for key, tensor in alone._asdict().items() if not _finite(tensor)]
+        broken = [key for key, tensor in sample._asdict().items() if not _finite(tensor)]
         if broken:
-            yield f"step {step}, {name}: the cached sample itself is not finite ({broken[0]})"
-        elif found := _of_sample(run, alone):
-            yield f"step {step}, {name}: {found}"
+            yield name, f"the cached sample itself is not finite ({broken[0]})"
+        elif fault := _fault(run, sample):
+            yield name, fault
 
 
-def _row(tensor: Tensor | None, row: int, count: int) -> Tensor | None:
-    """What belongs to one sample: positions are shared by all."""
-    return tensor[row : row + 1] if tensor is not None and len(tensor) == count else tensor
-
-
-def _of_sample(run: Training, inputs: Inputs) -> str | None:
-    """What is not finite of one sample's loss and gradients, and where it began."""
+def _fault(run: Training, inputs: Inputs) -> str | None:
+    """Returns what is not finite of one sample's loss and gradients, and where it began."""
     run.gradients.zero_()
     watch = _Watch(run)
     with watch:
         loss = run.loss(inputs)
         watch.direction = "backward"
         loss.backward()
-    found = [
+    broken = [
         f"{name}.{kind}"
         for name, layer in lora_layers(run.model).items()
         for kind in ("lora_A", "lora_B")
         if not _finite(getattr(layer, kind).grad)
     ]
-    if watch.first is None and not found and _finite(loss):
+    if watch.first is None and not broken and _finite(loss):
         norm = torch.linalg.vector_norm(run.gradients)
         return None if _finite(norm) else "every gradient is finite, but their norm is not"
-    started = watch.first or "no op gave anything that is not finite"
-    said = f"{started}; loss {loss.item():.4g}"
-    if found:
-        said += f"; {len(found)} gradients are not finite, that of {found[-1]} among them"
-    return said
+    line = watch.first or "no op gave anything that is not finite"
+    line += f"; loss {loss.item():.4g}"
+    if broken:
+        line += f"; {len(broken)} gradients are not finite, that of {broken[-1]} among them"
+    return line
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every op of forward and backward, and remembers the first whose result is not finite."""
+    """Remembers the first op of forward and backward whose result is not finite."""
 
     def __init__(self, run: Training):
         super().__init__()
-        tensors = [*run.model.named_parameters(), *run.model.named_buffers()]
-        self._owner = {
-            tensor.data_ptr(): _without_update(name).rpartition(".")[0]
-            for name, tensor in tensors
+        self._layer_of = {
+            tensor.data_ptr(): name.rpartition(".")[0]
+            for name, tensor in _weights(run)
             if tensor.numel() and tensor.device == run.device
         }
         self._last: str | None = None  # the layer whose op ran last
@@ -112,34 +110,28 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.first is not None:
             return result
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        owners = (self._owner.get(tensor.data_ptr()) for tensor in given)
-        owner = next(filter(None, owners), None)
-        self._last = owner or self._last
-        if given and _computes(func):
-            made = (value for value in tree_iter(result) if isinstance(value, Tensor))
-            if not all(map(_finite, made)):
-                where = f"of {owner}" if owner else f"after {self._last or 'the start'}"
-                self.first = f"{func.name()} {where} ({self.direction}) is the first op whose "
-                self.first += "result is not finite"
+        inputs, outputs = (
+            [value for value in tree_iter(tree) if isinstance(value, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
+        layers = (self._layer_of.get(tensor.data_ptr()) for tensor in inputs)
+        layer = next(filter(None, layers), None)
+        self._last = layer or self._last
+        if inputs and _computes(func) and not all(map(_finite, outputs)):
+            where = f"of {layer}" if layer else f"after {self._last or 'the start'}"
+            self.first = f"{func.name()} {where} ({self.direction}) is the first op whose "
+            self.first += "result is not finite"
         return result
 
 
 def _computes(func) -> bool:
-    """Not where the result is memory that nobody has written yet, or a view: either may hold
-    anything.
-    """
+    """Returns False where the result is a view or unwritten memory: either may hold anything."""
     views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
     return not views and not func.name().partition("::")[2].startswith(("empty", "new_empty"))
 
 
-def _without_update(name: str) -> str:
-    """A parameter's name, the layer's own: qkv.lora_A for qkv.updates.0.lora_A."""
-    return re.sub(r"\.updates\.\d+", "", name)
-
-
 def _finite(tensor: Tensor | None) -> bool:
-    """Codes of 8 bits are finite by nature."""
+    """Returns whether all values are finite; 8-bit formats always are."""
     if tensor is None or not tensor.is_floating_point() or tensor.element_size() < 2:
         return True
-    return bool(tensor.isfinite().all())  # sync: nothing is trained while a step is looked at
+    return bool(tensor.isfinite().all())  # sync: nothing is trained while a step is checked

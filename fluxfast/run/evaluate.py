@@ -3,8 +3,6 @@
 import logging
 import re
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -21,12 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Looks at a model from outside; changes nothing of it. A disk that refuses what is written is
-    logged, and the run goes on.
+    """Evaluates a model when that is due, without changing it. What the disk refuses is logged.
 
-    resumed: the `state` that the checkpoint kept, of a run that goes on; what validation.jsonl has
-    beside its measurements, a run that was killed may have left. Without `writes` it only knows
-    when something is due.
+    resumed: the `state` in the checkpoint; validation.jsonl may hold later lines of a run that was
+    killed, and is rewritten from it. writes: False on ranks that only know when something is due.
     """
 
     def __init__(
@@ -39,124 +35,81 @@ class Watch:
         *,
         writes: bool = True,
     ):
-        self.config, self.model, self.prepared = config, model, prepared
-        self.device = device
+        self.config, self.model, self.prepared, self.device = config, model, prepared, device
         self.file = config.run_dir / "validation.jsonl"
-        measured = (resumed or {}).get("validation", [])
-        self._rows = [Validation(**row) for row in measured]
-        if writes and (measured or self.file.is_file()):
+        self._rows = [Validation(**row) for row in (resumed or {}).get("validation", [])]
+        if writes and (self._rows or self.file.is_file()):
             write_validations(self.file, self._rows)
-        self.validator: Any = None  # a Validator, where there are held-out pictures
-        if prepared.held_out:
-            self.validator = Validator(
-                prepared.held_out,
-                config.seed,
-                config.validation.timesteps,
-                config.train.guidance,
-            )
+        self.validator = Validator(
+            prepared.held_out, config.seed, config.validation.timesteps, config.train.guidance
+        )
 
     def state(self, done: int) -> dict:
-        """What the checkpoint of `done` steps keeps: the measurements until then."""
+        """Returns what the checkpoint of `done` steps keeps: the measurements up to then."""
         return {"validation": [asdict(row) for row in self._rows if row.step <= done]}
 
     def due(self, done: int) -> bool:
-        """Whether there is anything to do after `done` steps (0: before the first)."""
-        return self._validation_due(done) or preview_due(self.config, done)
+        """Returns whether there is anything to do after `done` steps (0: before the first)."""
+        return self._validation_due(done) or self._previews_due(done)
+
+    def look(self, done: int) -> Validation | None:
+        """Measure and draw what is due. Returns the measurement if it is the best so far."""
+        row = self._validate(done) if self._validation_due(done) else None
+        if self._previews_due(done):
+            with warn_on_disk_error():
+                self._draw_previews(done)
+        return row
 
     def _validation_due(self, done: int) -> bool:
-        if self.validator is None:
+        if not self.prepared.held_out:
             return False
         return done == self.config.train.steps or done % self.config.validation.every == 0
 
-    def look(self, done: int) -> Validation | None:
-        """Measure and draw what is due. -> the measurement where it is the best so far."""
-        row = self._validate(done) if self._validation_due(done) else None
-        if preview_due(self.config, done):
-            with warn_on_disk_error():
-                draw_previews(
-                    self.config,
-                    self.model,
-                    self.prepared.prompts,
-                    self.prepared.root,
-                    self.device,
-                    encoder_dtype(self.device),
-                    done,
-                )
-        return row
+    def _previews_due(self, done: int) -> bool:
+        sample = self.config.sample
+        if not sample.prompts:
+            return False
+        if done == 0:
+            return sample.first
+        return done == self.config.train.steps or bool(sample.every and done % sample.every == 0)
 
     def _validate(self, done: int) -> Validation | None:
         row = self.validator.measure(self.model, self.device, done)
-        # a resumed run measures its first step again: it may have been killed in this very place
+        # a resumed run repeats its first measurement: it may have been killed right after it
         self._rows = [each for each in self._rows if each.step < done] + [row]
         with warn_on_disk_error():
             write_validations(self.file, self._rows)
             plot_validation(self._rows, self.config.run_dir / "validation.png")
-        top = cast(Validation, best(self._rows))
-        log.info(_line(row, top))
-        return row if top is row else None
-
-
-def _line(row: Validation, top: Validation) -> str:
-    span = "" if row.low is None else f" (95 %: {row.low:+.4f} to {row.high:+.4f})"
-    return (
-        f"validation at step {row.step}: loss {row.loss:.4f}, {row.difference:+.4f} from the base"
-        f"{span}; best at step {top.step}"
-    )
-
-
-# ---------------------------------------------------------------- previews
-
-_FILE = re.compile(r"(\d+)-step(\d+)\.png")
-
-
-def preview_due(config: Config, done: int) -> bool:
-    """Whether previews are drawn after `done` steps (0: before the first)."""
-    sample = config.sample
-    if not sample.prompts:
-        return False
-    if done == 0:
-        return sample.first
-    return done == config.train.steps or bool(sample.every and done % sample.every == 0)
-
-
-def draw_previews(
-    config: Config,
-    model: Flux,
-    prompts: dict[str, Path],
-    root: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: int,
-) -> list[Path]:
-    """Draw every prompt, save RUN/samples/NN-stepNNNNNNNN.png, redo RUN/samples.png. -> the
-    files.
-    """
-    sample = config.sample
-    pictures, embeddings = [], []
-    for index, (prompt, file) in enumerate(prompts.items()):
-        seed = sample.seed + index if sample.walk_seed else sample.seed
-        pictures.append(
-            Picture(prompt, seed, sample.width, sample.height, sample.steps, sample.guidance)
+        best_row = best(self._rows)
+        assert best_row is not None
+        span = "" if row.low is None else f" (95 %: {row.low:+.4f} to {row.high:+.4f})"
+        log.info(
+            f"validation at step {row.step}: loss {row.loss:.4f}, {row.difference:+.4f} from the "
+            f"base{span}; best at step {best_row.step}"
         )
-        tensors = read_tensors(file, TEXT)
-        embeddings.append((tensors["t5"], tensors["pooled"]))
-    images = draw_pictures(model, pictures, embeddings, root, device, dtype)
-    folder = config.run_dir / "samples"
-    files = []
-    for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
-        files.append(folder / f"{index:02d}-step{step:08d}.png")
-        save_picture(files[-1], image, picture, run=config.name, step=str(step))
-    _sheet(config, list(prompts), folder)
-    return files
+        return row if best_row is row else None
 
-
-def _sheet(config: Config, prompts: list[str], folder: Path) -> None:
-    """The contact sheet, from the files that are there: a resumed run keeps its earlier columns."""
-    found = {}
-    for file in folder.glob("*.png"):
-        match = _FILE.fullmatch(file.name)
-        if match:
-            found[(int(match[1]), int(match[2]))] = file
-    steps = sorted({step for _, step in found})
-    rows = [(prompt, [found.get((i, step)) for step in steps]) for i, prompt in enumerate(prompts)]
-    contact_sheet(rows, [f"step {step}" for step in steps], config.run_dir / "samples.png")
+    def _draw_previews(self, done: int) -> None:
+        """Draw every prompt, save RUN/samples/NN-stepNNNNNNNN.png, and update RUN/samples.png."""
+        sample, prompts = self.config.sample, self.prepared.prompts
+        pictures, embeddings = [], []
+        for index, (prompt, file) in enumerate(prompts.items()):
+            seed = sample.seed + index if sample.walk_seed else sample.seed
+            size = sample.width, sample.height
+            pictures.append(Picture(prompt, seed, *size, sample.steps, sample.guidance))
+            tensors = read_tensors(file, TEXT)
+            embeddings.append((tensors["t5"], tensors["pooled"]))
+        root, dtype = self.prepared.root, encoder_dtype(self.device)
+        images = draw_pictures(self.model, pictures, embeddings, root, self.device, dtype)
+        folder = self.config.run_dir / "samples"
+        for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
+            path = folder / f"{index:02d}-step{done:08d}.png"
+            save_picture(path, image, picture, run=self.config.name, step=str(done))
+        # the sheet is made of the files on the disk: a resumed run keeps its earlier columns
+        files = {}
+        for file in folder.glob("*.png"):
+            if match := re.fullmatch(r"(\d+)-step(\d+)", file.stem):
+                files[int(match[1]), int(match[2])] = file
+        steps = sorted({step for _, step in files})
+        rows = [(each, [files.get((i, step)) for step in steps]) for i, each in enumerate(prompts)]
+        contact_sheet(rows, [f"step {step}" for step in steps], self.config.run_dir / "samples.png")

@@ -13,46 +13,41 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, step: int, steps: int):
         super().__init__(f"stopped after step {step} of {steps}, which is saved")
-        self.step, self.steps = step, steps
+        self.step = step
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """The first of SIGNALS sets the event. A second one raises KeyboardInterrupt wherever the
-    process is: files in the making are left out whole, so that does no harm.
-
-    A signal that the process was started to ignore stays ignored. Outside the main thread, which
-    alone gets signals, nothing is done.
+    process is, which does no harm: files are written whole or not at all.
     """
     stop = threading.Event()
 
-    def ask(number, frame):
+    def request_stop(number, frame):
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    with handled(ask):
+    with handle_signals(request_stop):
         yield stop
 
 
 @contextmanager
-def handled(handler) -> Iterator[None]:
-    """handler(number, frame) gets the SIGNALS inside."""
-    before = {}
+def handle_signals(handler=signal.default_int_handler) -> Iterator[None]:
+    """Inside, SIGNALS call `handler(number, frame)`; by default they raise KeyboardInterrupt.
+
+    A signal that the process was started to ignore stays ignored. Outside the main thread, which
+    alone receives signals, nothing changes.
+    """
+    previous = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {
-            number: was for number, was in before.items() if was not in (signal.SIG_IGN, None)
-        }
-    for number in before:
-        signal.signal(number, handler)
+        for number in SIGNALS:
+            old = signal.getsignal(number)
+            if old not in (signal.SIG_IGN, None):
+                previous[number] = old
+                signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, was in before.items():
-            signal.signal(number, was)
-
-
-def interrupt(number, frame) -> None:
-    """A handler: every signal is taken as Ctrl-C usually is."""
-    raise KeyboardInterrupt
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,7 +1,7 @@
 """Charts of a run: validation.png, and SVG text for the report's page.
 
-Colors are from Okabe and Ito's palette, told apart by the color-blind; line styles differ as
-well. Matplotlib's own defaults are used whatever the user's matplotlibrc says, and put back after.
+Colors are from Okabe and Ito's palette for the color-blind; line styles differ as well. The user's
+matplotlibrc has no effect and is left as it is.
 """
 
 import io
@@ -34,42 +34,35 @@ _STYLE = {
 
 
 def drawable(value) -> TypeGuard[float]:
-    """Whether it is a number that a chart has a place for: not NaN, nor beyond 1e30."""
+    """Returns whether a chart can show the value: a number, not NaN, of at most 1e30."""
     return isinstance(value, int | float) and abs(value) <= 1e30
 
 
-def plot_validation(rows: list[Validation], path: Path) -> Path:
-    """Draw the measurements into a PNG of 1260 x 1080 pixels. -> path.
+def plot_validation(rows: list[Validation], path: Path) -> None:
+    """Write the measurements as a PNG of 1260 x 1080 pixels.
 
-    Above the loss of the LoRA and of the base model, below their paired difference with its 95 %
-    interval; the best step is marked. Raises ValueError without rows, FluxfastError where `path`
-    cannot be written.
+    Above, the losses of the LoRA and of the base model; below, their paired difference with its
+    95 % interval; the best step is marked. Raises FluxfastError where `path` cannot be written.
     """
-    write_atomic(path, _render(_draw_validation, rows, (7.0, 6.0), "png"))
-    return path
+    write_atomic(path, _render(_draw_validation, rows, (7.0, 6.0), format="png", dpi=180))
 
 
 def validation_figure(rows: list[Validation]) -> str:
-    """The same chart as SVG text, 5.8 x 5.0 inches. Raises ValueError without rows."""
-    return _for_a_page(_render(_draw_validation, rows, (5.8, 5.0), "svg"))
+    """Returns the same chart as SVG text, 5.8 x 5.0 inches."""
+    return _svg(_draw_validation, rows, (5.8, 5.0))
 
 
 def loss_figure(metrics: list[dict]) -> str:
-    """Loss and smoothed loss over steps as SVG text, 5.8 x 3.6 inches.
+    """Returns loss and smoothed loss over steps as SVG text, 5.8 x 3.6 inches.
 
-    metrics: lines of metrics.jsonl; a loss that is missing, null or not finite leaves a gap. Raises
-    ValueError without rows.
+    metrics: lines of metrics.jsonl; a loss that is missing, null or not finite leaves a gap.
     """
-    return _for_a_page(_render(_draw_loss, metrics, (5.8, 3.6), "svg"))
+    return _svg(_draw_loss, metrics, (5.8, 3.6))
 
 
-def _render(draw, rows: list, size: tuple[float, float], kind: str) -> bytes:
-    """Run `draw(figure, rows)` and encode the figure, `size` in inches, as png or svg."""
-    if not rows:
-        raise ValueError("nothing to plot: no rows")
+def _render(draw, rows: list, size: tuple[float, float], **options) -> bytes:
+    """Run `draw(figure, rows)` on a figure of `size` in inches and encode it."""
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # a salt of its own keeps the ids of two charts on one page apart, and the same from run to run
@@ -77,29 +70,33 @@ def _render(draw, rows: list, size: tuple[float, float], kind: str) -> bytes:
         figure = Figure(figsize=size, layout="constrained")
         cast(Any, figure.get_layout_engine()).set(w_pad=0.08, h_pad=0.08)  # inches
         draw(figure, rows)
-        buffer = io.BytesIO()
-        if kind == "png":
-            FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=180)
-        else:
-            figure.patch.set_visible(False)
-            for axes in figure.axes:
-                axes.patch.set_visible(False)
-            FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer := io.BytesIO(), **options)
     return buffer.getvalue()
+
+
+def _svg(draw, rows: list, size: tuple[float, float]) -> str:
+    """Returns the <svg> element alone, in the page's colors, without names that two may share."""
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    svg = _render(draw, rows, size, format="svg", transparent=True, metadata=no_metadata).decode()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"\s*<style [^>]*>.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for color, variable in _ON_A_PAGE.items():
+        svg = svg.replace(color, variable)
+    return svg
 
 
 def _draw_validation(figure, rows: list[Validation]) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps = [row.step for row in rows]
-    finite = [row for row in rows if drawable(row.loss)]
-    top = best(finite)
+    best_row = best([row for row in rows if drawable(row.loss)])
     above.plot(steps, [row.base_loss for row in rows], "s--", color=BASE, ms=6, label="base model")
     above.plot(steps, [row.loss for row in rows], "o-", color=LORA, ms=4, label="with the LoRA")
-    if top:
-        label = f"best: step {top.step}"
-        above.plot([top.step], [top.loss], "*", color=LORA, mfc="none", ms=16, label=label)
+    if best_row:
+        step, label = best_row.step, f"best: step {best_row.step}"
+        above.plot([step], [best_row.loss], "*", color=LORA, mfc="none", ms=16, label=label)
         for axes in (above, below):
-            axes.axvline(top.step, color=INK, lw=0.8, ls=":", zorder=0)
+            axes.axvline(step, color=INK, lw=0.8, ls=":", zorder=0)
     above.set_ylabel("validation loss")
     # above the axes, where no line can run through it
     above.legend(
@@ -145,17 +142,5 @@ def _step_axis(axes, steps: list[int]) -> None:
 
 
 def _value(number: float | None) -> float:
-    """A gap in a line for what is not known."""
+    """Returns NaN, which leaves a gap in a line, for what a chart cannot show."""
     return number if drawable(number) else math.nan
-
-
-def _for_a_page(svg: bytes) -> str:
-    """The <svg> element alone, in the page's colors; no metadata, no names that two may share."""
-    text = svg.decode()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"\s*<style [^>]*>.*?</style>", "", text, flags=re.S)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for color, variable in _ON_A_PAGE.items():
-        text = text.replace(color, variable)
-    return text

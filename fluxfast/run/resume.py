@@ -1,16 +1,18 @@
-"""Which settings may change between a run and its continuation: every key in one of three classes.
+"""Which settings may change between a run and its continuation.
 
-A key names its whole value: `model.layers` and `train.optimizer_args` are mappings.
+Every key is in one of three classes. `model.layers` and `train.optimizer_args` are compared whole.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from fluxfast.config.schema import OLD_POLICIES, Config
 from fluxfast.errors import ConfigError
 
 # refused: another value would make the saved state meaningless, or the run a mixture of two
-# applied: how far, how fast, where and in what arithmetic the run goes on, and what it tells
-# start: only looked at when a run begins
+# applied: how far, how fast, where and in what arithmetic the run goes on, and what it reports
+# start: read only when a run begins
+# train.warmup_steps is refused as schedule-free and prodigy keep it in their state; validation.* as
+# one series must be measured alike, and held-out pictures must not be trained on
 _TABLE = """
 refused  -           name seed trigger
 applied  -           output_dir cache_dir device log_every
@@ -32,59 +34,44 @@ refused  validation  share folder timesteps
 applied  validation  every
 applied  memory      limit_gib policy saved_8bit modulation optimizer_state graphs
 """
-# train.warmup_steps: schedule-free and prodigy keep it in their state
-# validation: one series is judged alike, or its best step means nothing; share is not trained on
-
-
-def rules() -> list[tuple[str, str]]:
-    """(key, class) of every row of the table."""
-    rows = (line.split() for line in _TABLE.strip().splitlines())
-    return [
-        (name if section == "-" else f"{section}.{name}", kind)
-        for kind, section, *names in rows
-        for name in names
-    ]
-
-
+RULES = [  # (key, class) of every name in the table
+    (name if section == "-" else f"{section}.{name}", kind)
+    for kind, section, *names in map(str.split, _TABLE.strip().splitlines())
+    for name in names
+]
 REFUSED, APPLIED, START = (
-    {key for key, kind in rules() if kind == each} for each in ("refused", "applied", "start")
+    {key for key, kind in RULES if kind == each} for each in ("refused", "applied", "start")
 )
-# what a LoRA's weights mean anything by
+# settings without which a LoRA's weights mean nothing
 SHAPING = {key for key in REFUSED if key.startswith("lora.")} - {"lora.dropout"} | {"model.path"}
-_KNOWN = REFUSED | APPLIED | START
 
 
-def settings(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """Key -> value of a configuration or of its dump; an entry of `data` is `data.0.folder` and so
-    on.
+def settings(config: Config | dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Returns key -> value of a configuration or its dump. An entry of `data` is `data.0.folder`
+    and so on.
     """
     dump = config.model_dump(mode="json") if isinstance(config, Config) else config
-    found: dict[str, Any] = {}
-
-    def collect(value: Any, key: str) -> None:
+    values: dict[str, Any] = {}
+    for name, value in dump.items():
+        key = f"{section}{name}"
         if key == "data" and isinstance(value, list):
-            for index, entry in enumerate(value):
-                collect(entry, f"data.{index}")
-        elif isinstance(value, dict) and table_key(key) not in _KNOWN:
-            for name, item in value.items():
-                collect(item, f"{key}.{name}" if key else name)
-        elif key == "memory.policy":
-            found[key] = OLD_POLICIES.get(cast(str, value), value)
+            value = {str(index): entry for index, entry in enumerate(value)}
+        if isinstance(value, dict) and table_key(key) not in dict(RULES):
+            values |= settings(value, f"{key}.")
         else:
-            found[key] = value
-
-    collect(dump, "")
-    return found
+            values[key] = OLD_POLICIES.get(str(value), value) if key == "memory.policy" else value
+    return values
 
 
 def table_key(key: str) -> str:
-    """The key as the classes have it: `data.0.folder` is `data.folder`."""
+    """Returns the key as the table has it: `data.0.folder` is `data.folder`."""
     return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
 def changes(before: dict[str, Any], config: Config, among: set[str]) -> list[str]:
-    """`key was …, is …` for settings of the classes' keys `among` that differ from the dump
-    `before`. A key that one of the two lacks (of an earlier fluxfast) is left out, a data set not.
+    """Returns `key was …, is …` for the settings among these that differ from the dump `before`,
+    and a line where the number of data sets does. A key that one side lacks (an earlier fluxfast's)
+    is left out.
     """
     was, now = settings(before), settings(config)
     lines = [
@@ -99,9 +86,9 @@ def changes(before: dict[str, Any], config: Config, among: set[str]) -> list[str
 
 
 def check_changes(before: dict[str, Any], config: Config) -> list[str]:
-    """-> what to say of settings that changed, harmlessly, since the dump `before` was saved.
+    """Returns lines that report harmless changes since the dump `before` was saved.
 
-    Raises ConfigError naming those that a run cannot go on with.
+    Raises ConfigError naming the settings that a run cannot go on with.
     """
     if refused := changes(before, config, REFUSED):
         raise ConfigError(

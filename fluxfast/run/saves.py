@@ -1,5 +1,5 @@
 """What a run leaves on the disk while it trains: checkpoints with their LoRA files, the best step's
-file, and in the end the newest checkpoint's files in the run's folder.
+file, and at the end the newest checkpoint's files in the run's folder.
 """
 
 import logging
@@ -31,49 +31,52 @@ log = logging.getLogger(__name__)
 
 
 class Saves:
-    """A run's checkpoints. newest: (step, folder) of the last one that is sound, or None."""
+    """A run's checkpoints. newest: (step, folder) of the newest undamaged one, or None."""
 
     def __init__(self, config: Config):
-        """Finds what there is to go on from. Raises ConfigError where the configuration is another
-        run's, FluxfastError where nothing of what there is can be read.
+        """Find the checkpoint to resume from. Raises ConfigError where its configuration is another
+        run's, FluxfastError where no checkpoint can be read.
         """
-        self.config = config
-        self.newest = newest_checkpoint(config.run_dir)
+        self.config, self.newest = config, newest_checkpoint(config.run_dir)
         if self.newest is not None:
             step, folder = self.newest
-            lines = check_changes(read_state(folder, tensors=False)["config"], config)
-            log.info(f"resuming {config.run_dir} at step {step}")
-            for line in lines:
+            notes = check_changes(read_state(folder, tensors=False)["config"], config)
+            for line in (f"resuming {config.run_dir} at step {step}", *notes):
                 log.info(line)
 
     @property
     def finished(self) -> bool:
-        """Whether the run's folder has the file of the newest checkpoint, and that is the last."""
+        """Whether the last step is saved, and the run's folder holds that checkpoint's LoRA."""
         if self.newest is None or self.newest[0] < self.config.train.steps:
             return False
         return _steps_of(lora_file(self.config, self.config.run_dir)) == self.newest[0]
 
     @property
     def fingerprint(self) -> str:
-        """Of every file of the newest checkpoint; empty where there is none."""
+        """The manifest of the newest checkpoint, empty without one."""
         return "" if self.newest is None else (self.newest[1] / MANIFEST).read_text()
 
     def restore(self, run: Training) -> tuple[int, dict[str, Any] | None]:
-        """Put everything back as it was when it was saved. -> the steps done, the log's state.
+        """Restore the run from the newest checkpoint. Returns the steps done and the log's state.
 
-        An average that the checkpoint does not have starts from its weights.
+        A moving average that the checkpoint lacks starts from its weights.
         """
         if self.newest is None:
             return 0, None
         step, folder = self.newest
         state = read_state(folder)
         try:
-            _put_back(run, state, folder)
+            put_weights(run.parameters, state, folder)
+            with run.memory.stepping():
+                run.optimizer.load_state_dict(state["optimizer"])
+            if run.ema:
+                fresh = {"updates": 0, "average": state["parameters"]}
+                run.ema.load_state_dict(state["ema"] or fresh)
         except FluxfastError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            said = " ".join(str(error).split())
-            raise FluxfastError(f"the state in {folder} does not fit this run: {said}") from None
+            reason = " ".join(str(error).split())
+            raise FluxfastError(f"the state in {folder} does not fit this run: {reason}") from None
         if state["data"] != run.loader.fingerprint:
             log.warning(
                 "note: the pictures or captions are not those that this run began with: from here "
@@ -84,26 +87,18 @@ class Saves:
         return step, state["log"]
 
     def _restore_best(self, step: int, folder: Path) -> None:
-        """The best step's files as of the checkpoint, where they are of a step that comes again."""
-        here = _best_files(self.config, self.config.run_dir)
-        if here and all(0 <= _steps_of(file) <= step for file in here):
+        """Replace the best step's files by the checkpoint's where they are of a later step."""
+        current = _best_files(self.config, self.config.run_dir)
+        if current and all(0 <= _steps_of(file) <= step for file in current):
             return
-        for file in here:
+        for file in current:
             file.unlink()
         for file in _best_files(self.config, folder):
             write_atomic(self.config.run_dir / file.name, file.read_bytes())
 
-    def due(self, done: int) -> bool:
-        every = self.config.save.every
-        return bool(every) and done % every == 0
-
-    def next_due(self, done: int) -> int:
-        """The first step after `done` that is."""
-        return min(done + self.config.save.every, self.config.train.steps)
-
-    def save(self, run: Training, done: int, logged: dict[str, Any]) -> None:
-        """A checkpoint of `done` steps, unless the newest is that. Raises DiskError. Ranks but the
-        first save nothing.
+    def save(self, run: Training, done: int, log_state: dict[str, Any]) -> None:
+        """Save a checkpoint of `done` steps unless the newest is that one. Raises DiskError. Only
+        rank 0 saves.
         """
         if not run.ranks.is_main or (self.newest is not None and self.newest[0] == done):
             return
@@ -112,31 +107,31 @@ class Saves:
                 "step": done,
                 "config": self.config.model_dump(mode="json"),
                 "data": run.loader.fingerprint,
-                "log": logged,
+                "log": log_state,
                 "parameters": [parameter.detach() for parameter in run.parameters],
                 "optimizer": run.optimizer.state_dict(),
                 "ema": run.ema.state_dict() if run.ema else None,
             }
+            keep = self.config.save.keep
             folder = save_checkpoint(
-                self.config.run_dir, state, lambda to: _write_files(run, to, done),
-                self.config.save.keep,
-            )  # fmt: skip
+                self.config.run_dir, state, lambda folder: _write_files(run, folder, done), keep
+            )
         self.newest = done, folder
 
     def try_to_save(
-        self, run: Training, done: int, logged: dict[str, Any], again: int | None = None
+        self, run: Training, done: int, log_state: dict[str, Any], retry_at: int | None = None
     ) -> None:
-        """`save`, but a disk that refuses is logged, and what there was stays. again: the step at
-        which it is tried again.
+        """Save as `save` does, but log what the disk refuses. retry_at: the step of the next
+        attempt, named in the log line.
         """
         try:
-            self.save(run, done, logged)
+            self.save(run, done, log_state)
         except DiskError as error:
-            then = f"; the run goes on and is saved at step {again}" if again else ""
+            then = f"; the run goes on and is saved at step {retry_at}" if retry_at else ""
             log.warning(f"note: step {done} is not saved: {error.message}{then}")
 
     def publish(self) -> tuple[int, Path]:
-        """Copy the newest checkpoint's LoRA files into the run's folder. -> its step, the file."""
+        """Copy the newest checkpoint's LoRA files into the run's folder. Returns (step, file)."""
         assert self.newest is not None, "a run that ends has saved"
         step, folder = self.newest
         for file in folder.glob(f"{self.config.name}*.safetensors"):
@@ -148,42 +143,32 @@ class Saves:
         return step, path
 
 
-def _put_back(run: Training, state: dict[str, Any], folder: Path) -> None:
-    put_weights(run.parameters, state, folder)
-    with run.memory.stepping():
-        run.optimizer.load_state_dict(state["optimizer"])
-    if run.ema is not None and state["ema"] is not None:
-        run.ema.load_state_dict(state["ema"])
-    elif run.ema is not None:
-        run.ema.restart(run.parameters)
-
-
 def save_best(run: Training, done: int, loss: float) -> None:
-    """NAME_best.safetensors, of the weights as they are. Raises DiskError."""
+    """Write NAME_best.safetensors with the current weights. Raises DiskError."""
     file = run.config.run_dir / f"{run.config.name}_best.safetensors"
     _save_formats(run, file, {**_metadata(run, done), "validation_loss": f"{loss:.6f}"})
 
 
 def _write_files(run: Training, folder: Path, done: int) -> None:
-    """NAME.safetensors, NAME_ema.safetensors where an average is kept, and the best step's."""
-    config, meta = run.config, _metadata(run, done)
+    """Write a checkpoint's LoRA files: NAME, NAME_ema where there is an average, NAME_best."""
+    config, metadata = run.config, _metadata(run, done)
     with eval_weights(run.optimizer, run.parameters):
-        _save_formats(run, lora_file(config, folder), meta)
+        _save_formats(run, lora_file(config, folder), metadata)
     if run.ema:
         pairs = zip(run.ema.shadow[::2], run.ema.shadow[1::2], strict=True)
         tensors = dict(zip(lora_layers(run.model), pairs, strict=True))
         file = folder / f"{config.name}_ema.safetensors"
-        _save_formats(run, file, {**meta, "ema": str(run.ema.decay)}, tensors)
+        _save_formats(run, file, {**metadata, "ema": str(run.ema.decay)}, tensors)
     for file in _best_files(config, config.run_dir):
         write_atomic(folder / file.name, file.read_bytes())
 
 
-def _save_formats(run: Training, path: Path, meta: dict[str, str], tensors=None) -> None:
-    """`path` in the first of save.formats, `path` with _FORMAT in its name in the others."""
+def _save_formats(run: Training, path: Path, metadata: dict[str, str], tensors=None) -> None:
+    """Write `path` in the first of save.formats, and with _FORMAT in its name in the others."""
     save = run.config.save
     for index, form in enumerate(dict.fromkeys(save.formats)):
         file = path.with_stem(f"{path.stem}_{form}") if index else path
-        save_lora(run.model, file, form, dtype=save.dtype, metadata=meta, tensors=tensors)
+        save_lora(run.model, file, form, dtype=save.dtype, metadata=metadata, tensors=tensors)
 
 
 def move_aside(run_dir: Path) -> None:
@@ -196,18 +181,18 @@ def move_aside(run_dir: Path) -> None:
     except OSError:
         shutil.move(run_dir, target)
     log.info(f"the earlier run is kept as {target}")
-    checked = target / CHECK_FILE  # what the next run may be configured with
+    checked = target / CHECK_FILE  # the next run's settings may name it
     if checked.is_file():
         write_atomic(run_dir / CHECK_FILE, checked.read_bytes())
 
 
 def lora_file(config: Config, folder: Path) -> Path:
-    """The LoRA's, in the first of save.formats, in a checkpoint or the run's folder."""
+    """Returns the LoRA file's path in a run's or checkpoint's folder."""
     return folder / f"{config.name}.safetensors"
 
 
 def _steps_of(file: Path) -> int:
-    """The step that a LoRA file is of; -1 where that cannot be read."""
+    """Returns the step in a LoRA file's metadata; -1 where that cannot be read."""
     try:
         with safe_open(file, "pt") as opened:
             return int((opened.metadata() or {})["steps"])
@@ -220,9 +205,7 @@ def _best_files(config: Config, folder: Path) -> list[Path]:
 
 
 def _metadata(run: Training, step: int) -> dict[str, str]:
-    """Strings for the file's header. alpha is folded into the weights: a loader must not apply it
-    again.
-    """
+    """Returns a LoRA file's metadata, which tells loaders that alpha is folded into the weights."""
     config = run.config
     kind = "flux-1-dev" if run.model.spec.guidance_embed else "flux-1-schnell"
     return {

@@ -1,34 +1,33 @@
-"""Validation that tells when to stop: held-out pictures, fixed noise, fixed timesteps, against the
-base model.
+"""Validation on held-out pictures, against the base model, which tells when to stop.
 
-Every held-out picture is judged at the same noise and the same timesteps each time, so two
-measurements differ by the weights alone. Reported are the mean loss and the paired difference from
-the base model's own loss with its 95 % confidence interval over pictures; below zero means that the
-LoRA helps.
+Every picture is measured at the same noise and the same timesteps each time, so two measurements
+differ by the weights alone. Reported are the mean loss and its paired difference from the base
+model's with a 95 % confidence interval over pictures; below zero means that the LoRA helps.
 """
 
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fluxfast.data.store import LATENTS, TEXT, Sample, read_tensors
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_lora_strength
 from fluxfast.objective import Batch, noise_batch, sample_losses
-from fluxfast.util.files import read_rows, with_step, write_atomic
+from fluxfast.util.files import read_rows, write_atomic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Validation:
-    """One measurement: loss, base_loss: means over the held-out pictures; low, high: the 95 %
-    interval of the paired difference loss − base_loss over `pictures` pictures (null for one
-    picture).
+    """One measurement. loss, base_loss: means over `pictures` held-out pictures; low, high: 95 %
+    interval of the paired difference loss − base_loss (None for one picture).
     """
 
     step: int
@@ -51,29 +50,19 @@ class Validator:
         self._base: Tensor | None = None
 
     def measure(self, model: Flux, device: torch.device, step: int) -> Validation:
-        """The model as it is, against itself without its LoRA (measured once, at the first
-        call).
-        """
+        """Measure the model with its LoRA, and at the first call without it."""
         if self._base is None:
             set_lora_strength(model, 0.0)
             self._base = self._losses(model, device)
             set_lora_strength(model, 1.0)
         losses = self._losses(model, device)
-        difference = losses - self._base
-        low, high = interval(difference.tolist())
-        return Validation(
-            step=step,
-            loss=losses.mean().item(),
-            base_loss=self._base.mean().item(),
-            difference=difference.mean().item(),
-            low=low,
-            high=high,
-            pictures=len(losses),
-        )
+        differences = losses - self._base
+        means = (each.mean().item() for each in (losses, self._base, differences))
+        return Validation(step, *means, *interval(differences.tolist()), len(losses))
 
     @torch.no_grad()
     def _losses(self, model: Flux, device: torch.device) -> Tensor:
-        """Mean loss over the timesteps per picture (its resolutions together), fp64 [pictures]."""
+        """Returns each picture's mean loss over timesteps and resolutions, fp64 [pictures]."""
         training = model.training
         model.eval()
         per_picture: dict[str, list[float]] = {}
@@ -81,10 +70,9 @@ class Validator:
             for index, sample in enumerate(self.samples):
                 latents = read_tensors(sample.latents, LATENTS)
                 tensors = {**latents, **read_tensors(sample.texts[0], TEXT)}
-                names = (*LATENTS, "mask", *TEXT)
                 encoded: dict[str, Any] = {
                     name: tensors[name][None].to(device) if name in tensors else None
-                    for name in names
+                    for name in (*LATENTS, "mask", *TEXT)
                 }
                 for position, t in enumerate(self.timesteps):
                     batch = Batch(**encoded, indices=[index * len(self.timesteps) + position])
@@ -96,7 +84,7 @@ class Validator:
                     per_picture.setdefault(sample.name, []).append(loss.item())
         finally:
             model.train(training)
-        means = [math.fsum(losses) / len(losses) for losses in per_picture.values()]
+        means = [statistics.fmean(losses) for losses in per_picture.values()]
         return torch.tensor(means, dtype=torch.float64)
 
 
@@ -109,7 +97,7 @@ _T975 = (
 
 
 def interval(values: list[float]) -> tuple[float | None, float | None]:
-    """Student's 95 % confidence interval of the mean; (None, None) for fewer than two values."""
+    """Returns Student's 95 % confidence interval of the mean; (None, None) below two values."""
     freedom = len(values) - 1
     if freedom < 1:
         return None, None
@@ -121,17 +109,8 @@ def interval(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def read_validations(path: Path) -> list[Validation]:
-    """The measurements in validation.jsonl, in order; lines that are none are passed over."""
-    return read_rows(path, _measurement)
-
-
-def _measurement(row: Any) -> Validation:
-    made = Validation(**with_step(row))
-    interval = [bound for bound in (made.low, made.high) if bound is not None]
-    for value in (made.loss, made.base_loss, made.difference, made.pictures, *interval):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{value!r} is no number")
-    return made
+    """Returns the measurements in validation.jsonl, in order; logs how many lines are none."""
+    return read_rows(path, lambda row: Validation(**row))
 
 
 def write_validations(path: Path, rows: list[Validation]) -> None:
@@ -139,5 +118,5 @@ def write_validations(path: Path, rows: list[Validation]) -> None:
 
 
 def best(rows: list[Validation]) -> Validation | None:
-    """The measurement with the lowest loss; the earliest of equals, one without a number last."""
+    """Returns the measurement with the lowest loss, the earliest of equals; NaN comes last."""
     return min(rows, key=lambda row: (math.isnan(row.loss), row.loss, row.step), default=None)

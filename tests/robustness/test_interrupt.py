@@ -19,7 +19,7 @@ import fluxfast.train as train_module
 import fluxfast.util.platform
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.run.checkpoint import checkpoints, newest_checkpoint
-from fluxfast.run.interrupt import SIGNALS, handled, interrupt, stop_on_signals
+from fluxfast.run.interrupt import SIGNALS, handle_signals, stop_on_signals
 from fluxfast.run.logger import RunLog
 from fluxfast.run.validation import read_validations
 from fluxfast.train import train
@@ -91,7 +91,7 @@ def test_other_threads_have_no_handlers():
 
 
 def test_sigterm_ends_what_is_no_training_like_ctrl_c():
-    with pytest.raises(KeyboardInterrupt), handled(interrupt):
+    with pytest.raises(KeyboardInterrupt), handle_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 

@@ -24,10 +24,10 @@ from fluxfast.run.interrupt import Stopped
 from fluxfast.run.resume import (
     APPLIED,
     REFUSED,
+    RULES,
     START,
     changes,
     check_changes,
-    rules,
     settings,
     table_key,
 )
@@ -294,10 +294,10 @@ def some_config() -> Config:
 def test_every_setting_is_in_one_class():
     known = all_keys(Config)
     leaves = {key for key in known if not any(each.startswith(f"{key}.") for each in known)}
-    named = [key for key, _ in rules()]
+    named = [key for key, _ in RULES]
     assert sorted(named) == sorted(set(named)), "a key is in two rows"
     assert set(named) == leaves
-    assert {kind for _, kind in rules()} == {"refused", "applied", "start"}
+    assert {kind for _, kind in RULES} == {"refused", "applied", "start"}
 
 
 def test_every_class_does_what_it_says(some_config):
@@ -309,7 +309,7 @@ def test_every_class_does_what_it_says(some_config):
     assert keys <= now.keys()
     for key in keys:
         before = settings(some_config) | {key: other(now[key])}
-        kind = dict(rules())[table_key(key)]
+        kind = dict(RULES)[table_key(key)]
         if kind == "refused":
             with pytest.raises(ConfigError, match="with other settings") as raised:
                 check_changes(before, some_config)

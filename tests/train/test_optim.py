@@ -279,7 +279,7 @@ def test_average_follows():
             p.add_(1.0)
     expected = 0.0
     for n in range(1, 40):
-        ema.update(params)
+        ema.update(params, torch.tensor(0.0))
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay)
     assert torch.allclose(ema.shadow[0], start[0] + expected, atol=1e-5)

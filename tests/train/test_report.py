@@ -232,8 +232,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     ids=["three", "one", "no interval", "the same step twice"],
 )
 def test_validation_chart(tmp_path, rows, recwarn):
-    path = plot_validation(rows, tmp_path / "validation.png")
-    with Image.open(path) as image:
+    plot_validation(rows, tmp_path / "validation.png")
+    with Image.open(tmp_path / "validation.png") as image:
         assert image.size == (1260, 1080)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
     svg = validation_figure(rows)
@@ -249,8 +249,6 @@ def test_loss_chart():
     svg = loss_figure([metric(10), metric(20, loss=None), {"step": 30}])
     assert svg.startswith("<svg ") and svg.endswith("</svg>")
     assert "smoothed" in svg and "training loss" in svg and "currentColor" in svg
-    with pytest.raises(ValueError, match="no rows"):
-        loss_figure([])
 
 
 def test_charts_leave_matplotlib_as_it_was():
