@@ -57,8 +57,9 @@ class Validator:
             set_lora_strength(model, 1.0)
         losses = self._losses(model, device)
         differences = losses - self._base
-        means = (each.mean().item() for each in (losses, self._base, differences))
-        return Validation(step, *means, *interval(differences.tolist()), len(losses))
+        low, high = interval(differences.tolist())
+        loss, base, difference = (x.mean().item() for x in (losses, self._base, differences))
+        return Validation(step, loss, base, difference, low, high, len(losses))
 
     @torch.no_grad()
     def _losses(self, model: Flux, device: torch.device) -> Tensor:
