@@ -45,7 +45,7 @@ from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import load_lora
-from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of, outer_saved
+from fluxfast.memory.planner.saved_bytes import block_saved, outer_saved
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model import activations
 from fluxfast.model.spec import DEV
@@ -153,7 +153,7 @@ def kept_with_policies(known: list[Tensor], forward: Callable[[], object]) -> in
 
 def predicted(work: StepSpec, shape: Shape, policy: str) -> int:
     """Bytes that autograd keeps of one forward pass, every block under the policy."""
-    blocks = sum(block_saved(work, block, shape, policy).device for block in blocks_of(work))
+    blocks = sum(block_saved(work, block, shape, policy).device for block in work.blocks)
     return blocks + outer_saved(work, shape)
 
 

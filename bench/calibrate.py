@@ -23,14 +23,8 @@ from bench.step.settings import DTYPE_NAMES
 from bench.step.table import comparable
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import MEASURED, card
-from fluxfast.memory.planner.cost import (
-    Shape,
-    StepSpec,
-    lora_of,
-    optimizer_ops,
-    step_ops,
-    total_seconds,
-)
+from fluxfast.memory.planner.cost import optimizer_ops, step_ops, total_seconds
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.spec import DEV
 
 ROWS = RESULTS / "step-cuda.jsonl"

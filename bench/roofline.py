@@ -30,10 +30,10 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card, card
 from fluxfast.memory.planner.choose import policy_ops
-from fluxfast.memory.planner.cost import Op, Shape, StepSpec, seconds, total_seconds
+from fluxfast.memory.planner.cost import Op, seconds, total_seconds
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.report import summary
-from fluxfast.memory.planner.saved_bytes import blocks_of
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.tools.plan import plan_rows
 
@@ -107,7 +107,7 @@ def step_of(plan: Plan, label: str) -> list[Counted]:
     request, bucket = plan.request, plan.buckets[label]
     work, shape, eager = request.step, bucket.shape, not bucket.graphed
     counted = []
-    for block, policy in zip(blocks_of(work), bucket.choice.policies, strict=True):
+    for block, policy in zip(work.blocks, bucket.choice.policies, strict=True):
         ops = cost.block_ops(work, block, shape)
         added = policy_ops(work, shape, block, policy, ops)
         for direction, own, more in zip(
@@ -150,7 +150,7 @@ def predicted_s(row: dict, direction: str, known: Card, work: StepSpec) -> float
     """Returns what the shipped shares predict of one direction of the row's work: one fused op over
     all tokens, modulation frozen."""
     block = TIMED[row["op"]]
-    plain = replace(work, lora=cost.lora_of(work.spec, row["rank"]), dropout=False, layers={})
+    plain = replace(work, lora=lora_of(work.spec, row["rank"]), dropout=False, layers={})
     ops = getattr(cost.block_ops(plain, block, Shape(row["batch"], row["tokens"], 0)), direction)
     own = [op for op in ops if fused_op(block, op) == row["op"] and ".txt_" not in op.name]
     return total_seconds(own, known)

@@ -13,18 +13,8 @@ import torch
 from fluxfast_kernels.dispatch.dispatch import arch_of
 
 from fluxfast.memory.planner.cards import card
-from fluxfast.memory.planner.cost import (
-    NF4,
-    Op,
-    Shape,
-    StepSpec,
-    block_ops,
-    element_op,
-    lora_of,
-    outer_ops,
-    shape_of,
-    total_seconds,
-)
+from fluxfast.memory.planner.cost import NF4, Op, block_ops, element_op, outer_ops, total_seconds
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model.spec import FluxSpec
 
 WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -11,8 +11,9 @@ from functools import cache
 from bench.terminal import markdown
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card, Efficiency, card
-from fluxfast.memory.planner.cost import BlockOps, Op, Shape, StepSpec, total_flop, total_seconds
-from fluxfast.memory.planner.saved_bytes import block_saved, blocks_of
+from fluxfast.memory.planner.cost import BlockOps, Op, total_flop, total_seconds
+from fluxfast.memory.planner.saved_bytes import block_saved
+from fluxfast.memory.planner.step_spec import Lora, Shape, StepSpec, lora_of, shape_of
 from fluxfast.model.spec import DEV
 
 SIDES = (512, 768, 1024)
@@ -29,7 +30,7 @@ LINK = "RTX 4090"  # its PCIe copies beside its int8 forward
 
 
 def shape(side: int) -> Shape:
-    return cost.shape_of(side, side, 1, DEV.text_length)
+    return shape_of(side, side, 1, DEV.text_length)
 
 
 def shipped(name: str) -> Card:
@@ -46,7 +47,7 @@ def at_peak(known: Card) -> Card:
 @cache
 def products(matmul: str, side: int) -> BlockOps:
     """Matrix products and attention of all blocks, nothing trained inside them."""
-    work = StepSpec(DEV, matmul, matmul, "bf16", cost.Lora(RANK, {}))
+    work = StepSpec(DEV, matmul, matmul, "bf16", Lora(RANK, {}))
     found = BlockOps([], [])
     counts = {"double_blocks.0": DEV.depth, "single_blocks.0": DEV.depth_single_blocks}
     for block, count in counts.items():
@@ -82,8 +83,8 @@ def forward_ms(name: str, matmul: str, side: int) -> float:
 
 def saved_gb(targets: str, side: int) -> float:
     """What the blocks save for backward, all of them under `keep`."""
-    work = StepSpec(DEV, "nf4", "bf16", "bf16", cost.lora_of(DEV, RANK, targets))
-    blocks = (block_saved(work, block, shape(side), "keep") for block in blocks_of(work))
+    work = StepSpec(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
+    blocks = (block_saved(work, block, shape(side), "keep") for block in work.blocks)
     return sum(block.device for block in blocks) / 1e9
 
 

@@ -15,7 +15,8 @@ from bench.report.arithmetic import RANK, shape
 from bench.report.catalog import step_ways
 from bench.terminal import markdown
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.cost import StepSpec, lora_of, modulation_ops, step_ops
+from fluxfast.memory.planner.cost import modulation_ops, step_ops
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 

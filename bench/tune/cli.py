@@ -32,7 +32,7 @@ from bench.tune.sweep import Job, Precompiler, Target, TileJob, sweep
 from bench.tune.ways import BackendJob, HandOverJob
 from fluxfast.errors import FluxfastError
 from fluxfast.memory.planner.cards import Card, closest
-from fluxfast.memory.planner.cost import shape_of
+from fluxfast.memory.planner.step_spec import shape_of
 from fluxfast.model.spec import DEV
 
 ROWS = RESULTS / "tune-cuda.jsonl"

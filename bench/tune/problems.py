@@ -17,7 +17,8 @@ from fluxfast_kernels.quant.rows import DTYPE
 from bench.tune.space import KERNELS, Kernel
 from fluxfast.memory.planner import cost
 from fluxfast.memory.planner.cards import Card
-from fluxfast.memory.planner.cost import Op, Shape, StepSpec, seconds
+from fluxfast.memory.planner.cost import Op, seconds
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec
@@ -51,11 +52,11 @@ def problems(
     """The problems of steps at `sizes` (pixels a side, batch), the largest share first."""
     largest: dict[tuple, Problem] = {}
     for pixels, batch in sizes:
-        shape = cost.shape_of(pixels, pixels, batch, spec.text_length)
+        shape = shape_of(pixels, pixels, batch, spec.text_length)
         for compute in ("bf16", "int8", "fp8"):
             if not card.peaks[compute]:
                 continue
-            step = StepSpec(spec, "nf4", compute, "bf16", cost.lora_of(spec, rank))
+            step = StepSpec(spec, "nf4", compute, "bf16", lora_of(spec, rank))
             for key, problem in _of_step(step, shape, card, arch).items():
                 if key not in largest or largest[key].share < problem.share:
                     largest[key] = problem

@@ -208,7 +208,7 @@ class MemoryRuntime:
 def _offloaded(plan: Plan) -> dict[str, dict[int, int]]:
     """Returns bucket -> {offloaded block: bytes that it saves}."""
     step = plan.request.step
-    blocks = saved_bytes.blocks_of(step)
+    blocks = step.blocks
     return {
         label: {
             index: saved_bytes.block_saved(step, blocks[index], bucket.shape, policy).host

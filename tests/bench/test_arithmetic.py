@@ -10,7 +10,7 @@ from bench.report import arithmetic
 from bench.report.arithmetic import SIDES, shape
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card, Efficiency, card
-from fluxfast.memory.planner.cost import StepSpec, lora_of
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of
 from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import DEV
 

@@ -16,14 +16,8 @@ from bench.kernels.gate import Gate, errors
 from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
 from bench.kernels.work import build
 from bench.report import catalog
-from fluxfast.memory.planner.cost import (
-    StepSpec,
-    block_ops,
-    lora_of,
-    shape_of,
-    total_bytes,
-    total_flop,
-)
+from fluxfast.memory.planner.cost import block_ops, total_bytes, total_flop
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of, shape_of
 from fluxfast.model.spec import DEV
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -11,7 +11,7 @@ from bench import quantize, rows
 from bench.report import charts, plan_table, step_chart, technique_table
 from bench.report import cli as report
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.cost import StepSpec, lora_of
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of
 from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]

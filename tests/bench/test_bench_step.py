@@ -33,7 +33,8 @@ from bench.step.settings import (
 from bench.step.steps import ModelStep, RandomLoader, TrainerStep, limit_memory, trainer_config
 from bench.step.table import comparable, count_launches, over_limits, rates, row_settings
 from fluxfast.config.schema import build_config
-from fluxfast.memory.planner.cost import Shape, model_flop
+from fluxfast.memory.planner.cost import model_flop
+from fluxfast.memory.planner.step_spec import Shape
 from fluxfast.model.names import block_linears, linear_shape
 from fluxfast.model.spec import DEV
 

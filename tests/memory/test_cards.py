@@ -11,16 +11,8 @@ from bench.step import table as step_table
 from bench.step.settings import Cycle, Settings
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
-from fluxfast.memory.planner.cost import (
-    Op,
-    StepSpec,
-    lora_of,
-    optimizer_ops,
-    seconds,
-    shape_of,
-    step_ops,
-    total_seconds,
-)
+from fluxfast.memory.planner.cost import Op, optimizer_ops, seconds, step_ops, total_seconds
+from fluxfast.memory.planner.step_spec import StepSpec, lora_of, shape_of
 from fluxfast.model.spec import DEV
 
 NAMES = {

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_inputs import random_inputs
 
 from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.offload import Offload
@@ -18,7 +19,6 @@ from fluxfast.model.flux import Flux
 from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV
-from fluxfast.objective import image_ids, text_ids
 from fluxfast.optim import flat_gradients
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ BLOCKS = SPEC.depth + SPEC.depth_single_blocks
 SIDE, TEXT = 64, 512  # latents of 512 px
 
 
-def work(compute: str, targets: str) -> StepSpec:
+def step_spec(compute: str, targets: str) -> StepSpec:
     return StepSpec(SPEC, "nf4", compute, "bf16", lora_of(SPEC, 16, targets))
 
 
@@ -41,16 +41,8 @@ def model(compute: str, targets: str) -> Flux:
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:
     g = torch.Generator("cuda").manual_seed(1)
-    given = {"generator": g, "device": "cuda", "dtype": torch.bfloat16}
-    return {
-        "img": torch.randn(batch, SIDE * SIDE // 4, SPEC.in_channels, **given),
-        "img_ids": image_ids(SIDE, SIDE, "cuda"),
-        "txt": torch.randn(batch, TEXT, SPEC.context_in_dim, **given),
-        "txt_ids": text_ids(TEXT, "cuda"),
-        "timesteps": torch.linspace(0.2, 0.8, batch, device="cuda"),
-        "y": torch.randn(batch, SPEC.vec_in_dim, **given),
-        "guidance": torch.ones(batch, device="cuda"),
-    }
+    options = {"generator": g, "device": "cuda", "dtype": torch.bfloat16}
+    return random_inputs(SPEC, batch, SIDE, TEXT, **options)
 
 
 def gradients(made: Flux, x: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -65,7 +57,7 @@ def gradients(made: Flux, x: dict[str, torch.Tensor]) -> torch.Tensor:
     ("compute", "targets"), [("bf16", "attn+mlp"), ("int8", "attn+mlp"), ("bf16", "all")]
 )
 def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
-    planned, shape = work(compute, targets), Shape(batch, SIDE * SIDE // 4, TEXT)
+    planned, shape = step_spec(compute, targets), Shape(batch, SIDE * SIDE // 4, TEXT)
     # what stays in the process: scratch, and cuBLAS's workspaces
     gradients(model(compute, targets), inputs(1))
     torch.cuda.empty_cache()
@@ -100,10 +92,9 @@ def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
         assert torch.equal(gradients(made, x), kept)
         made.policies = [policy] * BLOCKS
         if policy == "offload":
-            step, shape = work("bf16", "attn+mlp"), Shape(1, SIDE * SIDE // 4, TEXT)
+            step, shape = step_spec("bf16", "attn+mlp"), Shape(1, SIDE * SIDE // 4, TEXT)
             sizes = [
-                saved_bytes.block_saved(step, block, shape, "offload").host
-                for block in saved_bytes.blocks_of(step)
+                saved_bytes.block_saved(step, block, shape, "offload").host for block in step.blocks
             ]
             made.offload = Offload(CudaCopies("cuda"), {"512": dict(enumerate(sizes))})
             made.offload.select("512")

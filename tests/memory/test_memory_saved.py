@@ -5,31 +5,22 @@ from functools import cache
 
 import pytest
 import torch
+from random_inputs import WIDE, random_inputs
 from small import SMALL
 
 import fluxfast.model.activations as activations
 from bench.saved import kept_bytes
 from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.cost import Shape, StepSpec, lora_of
+from fluxfast.memory.planner.cards import card
+from fluxfast.memory.planner.choose import Chooser
+from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.activations import POLICIES
-from fluxfast.model.flux import Flux, rope_tables
+from fluxfast.model.flux import Flux
 from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
-from fluxfast.model.spec import NANO, FluxSpec, rope_axes
-from fluxfast.objective import image_ids, text_ids
+from fluxfast.model.spec import NANO
 from fluxfast.optim import build_optimizer, flat_gradients
-
-WIDE = FluxSpec(
-    in_channels=16,
-    vec_in_dim=20,
-    context_in_dim=24,
-    hidden_size=256,
-    num_heads=2,
-    depth=2,
-    depth_single_blocks=1,
-    axes_dim=rope_axes(128),
-)
 
 
 def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, include=()):
@@ -37,20 +28,8 @@ def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, incl
     inject_lora(model, rank, targets=targets, dropout=dropout, include=include)
     activations = "bf16" if model.compute_dtype == torch.bfloat16 else "fp32"
     lora = lora_of(spec, rank, targets, include)
-    work = StepSpec(spec, storage, compute, activations, lora, dropout=dropout > 0)
-    return model.train(), work
-
-
-def arguments(spec: FluxSpec, batch: int, side: int, text: int) -> dict:
-    return {
-        "img": torch.randn(batch, side * side // 4, spec.in_channels),
-        "img_ids": image_ids(side, side),
-        "txt": torch.randn(batch, text, spec.context_in_dim),
-        "txt_ids": text_ids(text),
-        "timesteps": torch.linspace(0.2, 0.8, batch),
-        "y": torch.randn(batch, spec.vec_in_dim),
-        "guidance": torch.ones(batch),
-    }
+    step = StepSpec(spec, storage, compute, activations, lora, dropout=dropout > 0)
+    return model.train(), step
 
 
 class Arena:
@@ -127,12 +106,12 @@ def _is_modulation(model: Flux, tensor: torch.Tensor) -> bool:
     return rows == 16
 
 
-def predicted(work: StepSpec, shape: Shape, policies) -> int:
-    blocks = zip(saved_bytes.blocks_of(work), policies, strict=True)
+def predicted(step: StepSpec, shape: Shape, policies) -> int:
+    blocks = zip(step.blocks, policies, strict=True)
     kept = sum(
-        saved_bytes.block_saved(work, block, shape, policy).device for block, policy in blocks
+        saved_bytes.block_saved(step, block, shape, policy).device for block, policy in blocks
     )
-    return kept + saved_bytes.outer_saved(work, shape)
+    return kept + saved_bytes.outer_saved(step, shape)
 
 
 SHAPES = [(1, 12, 20), (2, 8, 9), (3, 8, 30)]
@@ -151,15 +130,15 @@ def models():
 def test_saved_bytes_per_bucket(spec, targets, policy, models, monkeypatch):
     """Of whole passes: within 2 % for every shape, in fp32 and in bf16."""
     for rank, compute, shapes in ((2, "fp32", SHAPES[:1]), (5, "bf16", SHAPES)):
-        model, work = models(spec, targets, rank, compute=compute)
+        model, step = models(spec, targets, rank, compute=compute)
         for batch, side, text in shapes:
-            x, shape = arguments(spec, batch, side, text), Shape(batch, side * side // 4, text)
+            x, shape = random_inputs(spec, batch, side, text), Shape(batch, side * side // 4, text)
             policies = [policy] * len(model.policies)
             truth = counted(model, x, policies, monkeypatch)
-            assert predicted(work, shape, policies) == pytest.approx(truth, rel=0.02)
+            assert predicted(step, shape, policies) == pytest.approx(truth, rel=0.02)
             if policy == "offload":
-                blocks = saved_bytes.blocks_of(work)
-                host = [saved_bytes.block_saved(work, b, shape, policy).host for b in blocks]
+                blocks = step.blocks
+                host = [saved_bytes.block_saved(step, b, shape, policy).host for b in blocks]
                 assert model.offload.bytes == sum(host)
 
 
@@ -173,62 +152,62 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
     truths = []
     for count in (1, 2):
         spec = replace(WIDE, **{"depth": 1, "depth_single_blocks": 1, field: count})
-        model, work = built(spec, "all", 4, compute="bf16")
-        x = arguments(spec, 2, 16, 24)
+        model, step = built(spec, "all", 4, compute="bf16")
+        x = random_inputs(spec, 2, 16, 24)
         policies = [policy] * len(model.policies)
         width = model.modulation_width() * 2 * 16
         truths.append(counted(model, x, policies, monkeypatch) - width)
-    block = saved_bytes.block_saved(work, f"{kind}_blocks.1", shape, policy)
+    block = saved_bytes.block_saved(step, f"{kind}_blocks.1", shape, policy)
     assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_saved_bytes_under_dropout(policy, monkeypatch):
-    model, work = built(WIDE, "attn+mlp", 4, dropout=0.2)
+    model, step = built(WIDE, "attn+mlp", 4, dropout=0.2)
     model.dropout_clock.indices = [0, 1]
-    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
     policies = [policy] * 3
     truth = counted(model, x, policies, monkeypatch)
-    assert predicted(work, shape, policies) == pytest.approx(truth, rel=0.02)
+    assert predicted(step, shape, policies) == pytest.approx(truth, rel=0.02)
 
 
 def test_blocks_before_the_first_lora_keep_nothing(monkeypatch):
-    model, work = built(WIDE, "attn+mlp", 4, include=("single_blocks",))
-    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    assert saved_bytes.block_saved(work, "double_blocks.1", shape, "keep").device == 0
+    model, step = built(WIDE, "attn+mlp", 4, include=("single_blocks",))
+    x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    assert saved_bytes.block_saved(step, "double_blocks.1", shape, "keep").device == 0
     truth = counted(model, x, ["keep"] * 3, monkeypatch)
-    assert predicted(work, shape, ["keep"] * 3) == pytest.approx(truth, rel=0.02)
+    assert predicted(step, shape, ["keep"] * 3) == pytest.approx(truth, rel=0.02)
 
 
 def test_8_bit_products_keep_what_dense_ones_do(monkeypatch):
-    model, work = built(WIDE, "attn+mlp", 4, storage="int8", compute="int8")
-    x, shape = arguments(WIDE, 2, 16, 24), Shape(2, 64, 24)
+    model, step = built(WIDE, "attn+mlp", 4, storage="int8", compute="int8")
+    x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
     truth = counted(model, x, ["gelu_int8"] * 3, monkeypatch)
-    assert predicted(work, shape, ["gelu_int8"] * 3) == pytest.approx(truth, rel=0.02)
+    assert predicted(step, shape, ["gelu_int8"] * 3) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])
 def test_weights_are_as_large_as_the_model(storage):
     compute = {"int8": "int8", "fp8": "fp8", "fp32": "fp32"}.get(storage, "bf16")
-    model, work = built(WIDE, "attn+mlp", 4, storage=storage, compute=compute)
+    model, step = built(WIDE, "attn+mlp", 4, storage=storage, compute=compute)
     truth = sum(buffer.nbytes for buffer in model.buffers())
-    assert sum(saved_bytes.weights(work).values()) == truth
+    assert sum(saved_bytes.weights(step).values()) == truth
 
 
 def test_nested_scales_are_counted():
-    model, work = built(WIDE, "attn", 4, storage="nf4", compute="bf16")
-    for name in saved_bytes.modulation_names(work)[:3]:
+    model, step = built(WIDE, "attn", 4, storage="nf4", compute="bf16")
+    for name in saved_bytes.modulation_names(step)[:3]:
         layer = model.get_submodule(name)
         layer.set_weight(layer.dequantize(torch.float32), "nf4", nested=True)
         truth = sum(buffer.nbytes for buffer in layer.buffers())
-        assert saved_bytes.weight_bytes(work, name, double_quant=True) == truth
+        assert saved_bytes.weight_bytes(step, name, double_quant=True) == truth
 
 
 @pytest.mark.parametrize(
     "optimizer", ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 )
 def test_trained_bytes_are_those_of_the_optimizers(optimizer):
-    model, work = built(replace(WIDE, hidden_size=512, num_heads=4), "all", 8)
+    model, step = built(replace(WIDE, hidden_size=512, num_heads=4), "all", 8)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = flat_gradients(parameters)
     built_optimizer = build_optimizer(TrainConfig(optimizer=optimizer), parameters)
@@ -242,26 +221,21 @@ def test_trained_bytes_are_those_of_the_optimizers(optimizer):
         for key, value in each.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap") and value.numel() > 1
     )
-    found = saved_bytes.trained(work, optimizer, ema=True)
+    found = saved_bytes.trained(step, optimizer, ema=True)
     assert found["LoRA"] == found["EMA"] == sum(p.nbytes for p in parameters)
     assert found["gradients"] == gradients.nbytes
     assert found["optimizer"] == pytest.approx(state, rel=0.01)
 
 
 def test_peak_counts_what_is_alive_together():
-    """Replayed blocks in front cost nothing at the peak, which is the last block's backward."""
-    _, work = built(WIDE, "attn+mlp", 4, compute="bf16")
+    """Checkpointed blocks in front cost nothing at the peak, which is the last block's backward."""
+    _, step = built(WIDE, "attn+mlp", 4, compute="bf16")
     shape = Shape(1, 256, 64)
-    keep = saved_bytes.step_peak(work, shape, ["keep"] * 3)
-    front = saved_bytes.step_peak(work, shape, ["checkpoint", "keep", "keep"])
-    back = saved_bytes.step_peak(work, shape, ["keep", "keep", "checkpoint"])
-    full = saved_bytes.block_saved(work, "double_blocks.0", shape, "keep").device
-    inputs = saved_bytes.block_saved(work, "double_blocks.0", shape, "checkpoint").device
+    peak = Chooser(step, shape, card("H100"), launches=False).peak
+    keep = peak(["keep"] * 3)
+    front = peak(["checkpoint", "keep", "keep"])
+    back = peak(["keep", "keep", "checkpoint"])
+    full = saved_bytes.block_saved(step, "double_blocks.0", shape, "keep").device
+    inputs = saved_bytes.block_saved(step, "double_blocks.0", shape, "checkpoint").device
     assert keep - front == full - inputs
     assert back == keep  # made again just where everything else is there
-
-
-def test_rope_tables_are_the_only_thing_shared():
-    """They are no saved tensors: blocks hold them as they are."""
-    cos, sin = rope_tables(torch.zeros(1, 8, 3), WIDE.axes_dim, WIDE.theta)
-    assert cos.nbytes == sin.nbytes == 4 * 8 * 64

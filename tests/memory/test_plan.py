@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from random_inputs import WIDE
 
 from fluxfast.config.schema import build_config, load_config
 from fluxfast.errors import ConfigError
@@ -28,27 +29,18 @@ from fluxfast.memory.planner.report import breakdown, table
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.activations import EXACT
-from fluxfast.model.spec import DEV, FluxSpec, rope_axes
+from fluxfast.model.spec import DEV
 from fluxfast.tools.plan import plan_rows
 
 ROOT = Path(__file__).parents[2]
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
-SMALL = FluxSpec(
-    in_channels=16,
-    vec_in_dim=20,
-    context_in_dim=24,
-    hidden_size=256,
-    num_heads=2,
-    depth=2,
-    depth_single_blocks=2,
-    axes_dim=rope_axes(128),
-)
+FOUR_BLOCKS = replace(WIDE, depth_single_blocks=2)
 
 
 def request(sides=(1024,), targets="attn+mlp", batch=1, compute="int8", **more) -> Request:
-    work = StepSpec(DEV, "nf4", compute, "bf16", lora_of(DEV, 16, targets))
+    step = StepSpec(DEV, "nf4", compute, "bf16", lora_of(DEV, 16, targets))
     shapes = {f"{side}": shape_of(side, side, batch, 512) for side in sides}
-    return Request(work, shapes, **more)
+    return Request(step, shapes, **more)
 
 
 def needed(plan) -> float:
@@ -89,15 +81,14 @@ def test_limits_are_kept_in_every_phase(gib):
         plan = make_plan(request((512, 1024), targets, batch), card("4090"), usable(gib))
         assert max(plan.phases.values()) <= plan.limit
         for bucket in plan.buckets.values():
-            work, choice = plan.request.step, bucket.choice
-            always = sum(v for name, v in plan.static.items() if name != "host")
-            peak = saved_bytes.step_peak(work, bucket.shape, choice.policies)
+            always, choice = sum(plan.static.values()), bucket.choice
+            peak = Chooser(plan.request.step, bucket.shape, plan.card, False).peak(choice.policies)
             assert always + peak + choice.staging <= bucket.bytes <= plan.limit
 
 
 def small_chooser() -> Chooser:
-    work = StepSpec(SMALL, "bf16", "bf16", "bf16", lora_of(SMALL, 4, "attn+mlp"))
-    return Chooser(work, Shape(1, 1024, 128), card("4090"), launches=False)
+    step = StepSpec(FOUR_BLOCKS, "bf16", "bf16", "bf16", lora_of(FOUR_BLOCKS, 4))
+    return Chooser(step, Shape(1, 1024, 128), card("4090"), launches=False)
 
 
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.8, 0.9, 0.97, 1.0])

@@ -1,9 +1,9 @@
 """GPUs that the cost model knows: peaks, bandwidth, and the share of them that real kernels reach.
 
 `cards.json` holds data-sheet peaks and assumed shares, each with its source. `measured.json`, where
-`python -m bench.calibrate` has written one, holds per card and compute kind how much longer a whole
-step took than it was predicted to. A step's time says nothing of single ops, so that factor
-stretches whole predictions (`cost.total_seconds`) and leaves the shares as they are.
+`python -m bench.calibrate` has written one, holds per card and matmul kind how much longer a whole
+step took than predicted. A step's time says nothing of single ops, so that factor stretches whole
+predictions (`cost.total_seconds`) and leaves the shares as they are.
 """
 
 import difflib
@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pydantic import PositiveFloat, TypeAdapter
 
 from fluxfast.errors import ConfigError
 
@@ -43,7 +45,7 @@ class Card:
     cores); 0 where it has none. bandwidth: bytes/s of its memory. pcie: bytes/s of copies with
     pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind (KINDS);
     "element" is a share of the bandwidth, "copy" of pcie, the rest of a peak. sources: of the other
-    figures. factors: compute kind -> what a predicted step is multiplied by, empty until measured.
+    figures. factors: matmul kind -> what a predicted step is multiplied by, empty until measured.
     """
 
     name: str
@@ -58,21 +60,21 @@ class Card:
     factors: Mapping[str, Efficiency] = field(default_factory=dict)
 
 
-def _shipped() -> tuple[Card, ...]:
-    table = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
-    cards = []
-    for name, row in table.items():
-        row["capability"] = tuple(row["capability"])
-        row["efficiency"] = {kind: Efficiency(**pair) for kind, pair in row["efficiency"].items()}
-        cards.append(Card(name, **row))
-    return tuple(cards)
+@dataclass
+class _Factor:
+    factor: PositiveFloat
+    source: str
 
 
-CARDS = _shipped()  # as shipped, without measured factors
+_ROWS = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
+CARDS = TypeAdapter(tuple[Card, ...]).validate_python(  # as shipped, without measured factors
+    [{"name": name, **row} for name, row in _ROWS.items()]
+)
 
 
-def _words(name: str) -> tuple[str, int | None]:
-    """-> (model, GB that the name gives): ("4060ti", 16) of "NVIDIA GeForce RTX 4060 Ti 16 GB".
+def _model(name: str) -> tuple[str, int | None]:
+    """Returns (model, GB that the name states): ("4060ti", 16) of "NVIDIA GeForce RTX 4060 Ti 16
+    GB".
 
     What is left beside the model ("Laptop GPU", "PCIe", "D") is another chip or another memory and
     stays in it.
@@ -84,29 +86,28 @@ def _words(name: str) -> tuple[str, int | None]:
 
 
 def card(name: str, measured: Path = MEASURED) -> Card:
-    """The card of that name, with its measured factors where there are any.
+    """Returns the card of that name, with its measured factors where there are any.
 
     name: as people write it ("4090", "rtx4090", "4060ti") or as torch.cuda.get_device_name gives it
     ("NVIDIA H100 80GB HBM3"). A name says nothing of memory where one model is sold with two (RTX
     4060 Ti, RTX 3060): ask the device. Raises ConfigError for one that is not in the table, as a
     laptop's or a PCIe version: `closest` finds it a stand-in.
     """
-    model, memory = _words(name)
-    for known in CARDS:
-        known_model = _words(known.name)[0]
-        if model == known_model and memory in (None, known.vram_gib):
-            return _with_factors(known, measured)
-    names = [known.name for known in CARDS]
-    models = {_words(known)[0]: known for known in names}
-    near = difflib.get_close_matches(model, models, n=1, cutoff=0.0)
+    model, memory = _model(name)
+    models = {_model(known.name)[0]: known for known in CARDS}
+    known = models.get(model)
+    if known and memory in (None, known.vram_gib):
+        return _with_factors(known, measured)
+    nearest = difflib.get_close_matches(model, models, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"card {name!r} is not in the table ({', '.join(names)})",
-        hint=f"the nearest is {models[near[0]]!r}",
+        f"card {name!r} is not in the table ({', '.join(known.name for known in CARDS)})",
+        hint=f"the nearest is {models[nearest].name!r}",
     )
 
 
 def closest(capability: tuple[int, int], vram_gib: float, measured: Path = MEASURED) -> Card:
-    """A stand-in for a GPU that is not in the table: of its generation, with the nearest memory.
+    """Returns a stand-in for a GPU that is not in the table: of its generation, with the nearest
+    memory.
 
     Of the same compute capability; else of the same major version; else of the next older one. Of
     two that are as near, the slower. Raises ConfigError before 8.0, which has no bf16 products.
@@ -116,11 +117,12 @@ def closest(capability: tuple[int, int], vram_gib: float, measured: Path = MEASU
             f"compute capability {capability[0]}.{capability[1]} has no bf16 products: 8.0 and "
             "above are known"
         )
-    same = [c for c in CARDS if c.capability == capability]
-    same = same or [c for c in CARDS if c.capability[0] == capability[0]]
-    if not same:
-        newest = max(c.capability for c in CARDS if c.capability < capability)
-        same = [c for c in CARDS if c.capability == newest]
+    older = max(c.capability for c in CARDS if c.capability <= capability)
+    same = (
+        [c for c in CARDS if c.capability == capability]
+        or [c for c in CARDS if c.capability[0] == capability[0]]
+        or [c for c in CARDS if c.capability == older]
+    )
     near = min(same, key=lambda c: (abs(c.vram_gib - vram_gib), c.peaks["bf16"]))
     return _with_factors(near, measured)
 
@@ -129,15 +131,12 @@ def _with_factors(known: Card, measured: Path) -> Card:
     if not measured.is_file():
         return known
     try:
-        rows = json.loads(measured.read_text(encoding="utf-8")).get(known.name, {})
-        factors = {
-            kind: Efficiency(float(row["factor"]), row["source"]) for kind, row in rows.items()
-        }
-        if any(not factor.value > 0 for factor in factors.values()):
-            raise ValueError("a factor that is not above 0")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        table = TypeAdapter(dict[str, dict[str, _Factor]]).validate_json(measured.read_bytes())
+    except ValueError:
         raise ConfigError(
-            f"{measured}: not as bench/calibrate.py writes it ({error})",
+            f"{measured}: not as bench/calibrate.py writes it",
             hint="write it again with bench/calibrate.py, or delete it",
         ) from None
+    rows = table.get(known.name, {})
+    factors = {kind: Efficiency(row.factor, row.source) for kind, row in rows.items()}
     return replace(known, factors=factors)

@@ -1,26 +1,26 @@
 """Which policy each block gets for one batch shape: the least predicted time within the memory.
 
-Per block every policy is a pair (bytes on the card, seconds more). Blocks move along the lower
-convex hull of these, the cheapest second per byte first and the foremost block first: what is made
-again there is made when everything behind it is gone. How many blocks are offloaded is tried out,
-as copies hide behind computing until the link is full.
+Per block every policy is a pair (bytes on the card, extra seconds). Blocks move along the lower
+convex hull of these, the cheapest second per byte first and the foremost block first: what is
+computed again there is computed when everything behind it is gone. How many blocks are offloaded is
+tried out, as copies hide behind computing until the link is full.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card
-from fluxfast.memory.planner.cost import BlockOps, block_ops
-from fluxfast.memory.planner.ops import Op, codes_ops, element_op, total_seconds
+from fluxfast.memory.planner.cost import BlockOps, Op, block_ops, element_op, total_seconds
 from fluxfast.memory.planner.step_spec import Shape, StepSpec
 from fluxfast.memory.planner.timeline import Timeline, predict
 from fluxfast.model.activations import POLICIES
-from fluxfast.model.names import linear_shape
 
 TRIED = 28  # numbers of offloaded blocks
-RELAXED = 3  # of the fastest choices, so many are looked at again
+RELAXED = 3  # of the fastest choices, so many are improved
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,29 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block's figures. time: policy -> seconds more in (forward, backward)."""
+    """One block's figures, by policy. transient: what its backward holds beyond what is saved.
+    extra: seconds more in (forward, backward)."""
 
     forward: float
     backward: float
     saved: dict[str, saved_bytes.SavedBytes]
-    besides: dict[str, int]  # policy -> what its backward holds beyond what is saved
-    time: dict[str, tuple[float, float]]
+    transient: dict[str, int]
+    extra: dict[str, tuple[float, float]]
 
-    def hull(self, allowed: Sequence[str]) -> list[str]:
-        """Policies from the most bytes to the fewest, each step dearer per byte than the last."""
-        points = sorted(
-            ((self.saved[p].device, sum(self.time[p]), p) for p in allowed), key=lambda x: x[:2]
-        )
-        lower: list[tuple[int, float, str]] = []
-        for point in reversed(points):  # from the most bytes on
-            if lower and point[0] == lower[-1][0]:
-                if point[1] < lower[-1][1]:
-                    lower.pop()
-                else:
-                    continue
-            while lower and point[1] <= lower[-1][1]:
-                lower.pop()  # fewer bytes and no slower
-            while len(lower) > 1 and _slope(lower[-2], lower[-1]) >= _slope(lower[-1], point):
-                lower.pop()
-            lower.append(point)
-        return [policy for _, _, policy in lower]
+    def hull(self, allowed: Sequence[str]) -> list[tuple[int, float, str]]:
+        """Returns (bytes, extra seconds, policy) of the lower convex hull, from the most bytes to
+        the fewest, each step dearer per byte than the last."""
+        points = [(self.saved[p].device, sum(self.extra[p]), p) for p in reversed(allowed)]
+        hull: list[tuple[int, float, str]] = []
+        for point in sorted(points, key=lambda point: (-point[0], point[1])):
+            if hull and point[0] == hull[-1][0]:
+                continue  # as many bytes and no faster
+            while hull and point[1] <= hull[-1][1]:
+                hull.pop()  # fewer bytes and no slower
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        return hull
 
 
 def _slope(more: tuple, fewer: tuple) -> float:
@@ -74,7 +71,7 @@ def _slope(more: tuple, fewer: tuple) -> float:
 def policy_ops(
     step: StepSpec, shape: Shape, block: str, policy: str, ops: BlockOps
 ) -> tuple[list[Op], list[Op]]:
-    """What a policy adds to a block's own `ops`, copies apart -> (forward, backward)."""
+    """Returns what a policy adds to a block's own `ops`, copies apart: (forward, backward)."""
     if policy in ("recompute_mlp", "checkpoint"):
         return [], ops.recompute_mlp if policy == "recompute_mlp" else ops.forward
     if policy not in ("gelu_int8", "int8"):
@@ -85,9 +82,10 @@ def policy_ops(
     codes = element_op("codes of u", u, 1, launches=0)
     if policy == "gelu_int8":
         return [codes], []
-    full = saved_bytes.block_saved(step, block, shape, "keep").device
-    pack, unpack = codes_ops(full // step.width - u, step.width)
-    return [pack, codes], [unpack]
+    others = saved_bytes.block_saved(step, block, shape, "keep").device // step.width - u
+    each = step.width + 1 + 4 / 128  # the activation, its code, a 4-byte scale per 128
+    unpack = element_op("unpack", others, each, 2.0)
+    return [element_op("pack", others, each, 4.0), codes], [unpack]
 
 
 class Chooser:
@@ -99,40 +97,36 @@ class Chooser:
         self.step, self.shape, self.card, self.launches = step, shape, card, launches
         known: dict[tuple, _Block] = {}
         self.blocks = []
-        for name in saved_bytes.blocks_of(step):
+        for name in step.blocks:
             key = _signature(step, name)
             if key not in known:
                 known[key] = self._figures(name)
             self.blocks.append(known[key])
 
-    def _seconds(self, ops) -> float:
+    def _seconds(self, ops: list[Op]) -> float:
         return total_seconds(ops, self.card, self.step.matmul, self.launches)
 
     def _figures(self, name: str) -> _Block:
         step, shape = self.step, self.shape
         ops = block_ops(step, name, shape)
-        more = {policy: policy_ops(step, shape, name, policy, ops) for policy in POLICIES}
-        return _Block(
-            self._seconds(ops.forward),
-            self._seconds(ops.backward),
-            {policy: saved_bytes.block_saved(step, name, shape, policy) for policy in more},
-            {
-                policy: saved_bytes.transient(step, name, shape)
-                + saved_bytes.recomputed(step, name, shape, policy)
-                for policy in more
-            },
-            {
-                policy: (self._seconds(sides[0]), self._seconds(sides[1]))
-                for policy, sides in more.items()
-            },
-        )
+        saved, transient, extra = {}, {}, {}
+        for policy in POLICIES:
+            saved[policy] = saved_bytes.block_saved(step, name, shape, policy)
+            transient[policy] = saved_bytes.transient(step, name, shape, policy)
+            forward, backward = policy_ops(step, shape, name, policy, ops)
+            extra[policy] = self._seconds(forward), self._seconds(backward)
+        seconds = self._seconds(ops.forward), self._seconds(ops.backward)
+        return _Block(*seconds, saved, transient, extra)
 
     def peak(self, policies: Sequence[str]) -> int:
-        """As `saved_bytes.step_peak`, from figures that are there already."""
+        """Returns the most bytes that activations and passes take at once, staging and arena apart.
+
+        Block i's backward runs while those before it still keep theirs.
+        """
         held = most = self._outer
         for block, policy in zip(self.blocks, policies, strict=True):
             held += block.saved[policy].device
-            most = max(most, held + block.besides[policy])
+            most = max(most, held + block.transient[policy])
         return most
 
     @cached_property
@@ -141,56 +135,52 @@ class Chooser:
 
     def timeline(self, policies: Sequence[str]) -> Timeline:
         pairs = list(zip(self.blocks, policies, strict=True))
-        rate = self.card.pcie * self.card.efficiency["copy"].value
         return predict(
-            [block.forward + block.time[policy][0] for block, policy in pairs],
-            [block.backward + block.time[policy][1] for block, policy in pairs],
+            [block.forward + block.extra[policy][0] for block, policy in pairs],
+            [block.backward + block.extra[policy][1] for block, policy in pairs],
             [block.saved[policy].host for block, policy in pairs],
-            rate,
+            self.card.pcie * self.card.efficiency["copy"].value,
         )
 
     def fixed(self, policies: Sequence[str]) -> Choice:
         """Returns these policies as a choice. A block that saves nothing is not offloaded."""
-        pairs = zip(self.blocks, policies, strict=True)
-        policies = [
+        policies = tuple(
             "keep" if policy == "offload" and not block.saved[policy].host else policy
-            for block, policy in pairs
-        ]
-        line = self.timeline(policies)
-        besides = line.staging_bytes + line.in_flight_bytes
-        return Choice(
-            tuple(policies),
-            self.peak(policies) + besides,
-            line.staging_bytes,
-            line.host_bytes,
-            line.seconds,
+            for block, policy in zip(self.blocks, policies, strict=True)
         )
+        line = self.timeline(policies)
+        most = self.peak(policies) + line.staging_bytes + line.in_flight_bytes
+        return Choice(policies, most, line.staging_bytes, line.host_bytes, line.seconds)
 
-    def choose(self, budget: int, allowed: Sequence[str], host: int | None = None) -> Choice | None:
-        """The fastest choice of at most `budget` bytes on the card and `host` in its arena; None
-        where there is none.
+    def choose(
+        self, budget: float, allowed: Sequence[str], host: int | None = None
+    ) -> Choice | None:
+        """Returns the fastest choice of at most `budget` bytes on the card and `host` in its arena;
+        None where there is none.
         """
-        choices = [self._fill(budget, allowed, frozenset())]
-        if "offload" in allowed and (choices[0] is None or self._costs(choices[0])):
+        choices = [self._fill(budget, allowed, ())]
+        recomputes = choices[0] and {"recompute_mlp", "checkpoint"} & set(choices[0].policies)
+        if "offload" in allowed and (choices[0] is None or recomputes):
             able = [i for i, block in enumerate(self.blocks) if block.saved["offload"].host]
             most = len(able)
             for count in sorted({*range(1, most + 1, max(1, most // TRIED)), most} - {0}):
-                spread = frozenset(able[i] for i in _spread(count, most))
+                # as far apart as they go: a copy has the blocks between to hide in
+                spread = {able[i * most // count] for i in range(count)}
                 choices.append(self._fill(budget, allowed, spread))
         fits = [choice for choice in choices if choice and (host is None or choice.host <= host)]
         fits.sort(key=lambda choice: choice.seconds)
         relaxed = [self._relaxed(choice, budget, allowed) for choice in fits[:RELAXED]]
         return min(relaxed, key=lambda choice: choice.seconds, default=None)
 
-    def _relaxed(self, choice: Choice, budget: int, allowed: Sequence[str]) -> Choice:
-        """What the last move left over, spent: the dearest blocks first get a faster policy where
+    def _relaxed(self, choice: Choice, budget: float, allowed: Sequence[str]) -> Choice:
+        """Spends what the last move left over: the dearest blocks first get a faster policy where
         it still fits.
         """
         policies = list(choice.policies)
         room = budget - (choice.bytes - self.peak(policies))
 
         def cost(index: int, policy: str) -> float:
-            return sum(self.blocks[index].time[policy])
+            return sum(self.blocks[index].extra[policy])
 
         for index in sorted(range(len(policies)), key=lambda i: -cost(i, policies[i])):
             current = policies[index]
@@ -206,22 +196,20 @@ class Chooser:
                 policies[index] = current
         return self.fixed(policies)
 
-    def _costs(self, choice: Choice) -> bool:
-        return any(policy in ("recompute_mlp", "checkpoint") for policy in choice.policies)
-
-    def _fill(self, budget: int, allowed: Sequence[str], offloaded: frozenset) -> Choice | None:
-        """Policies of those blocks that are not offloaded: as few moves as the budget takes."""
+    def _fill(
+        self, budget: float, allowed: Sequence[str], offloaded: Collection[int]
+    ) -> Choice | None:
+        """Returns a choice that offloads these blocks and moves the others along their hulls only
+        as far as the budget requires; None where it does not fit.
+        """
         resident = [policy for policy in allowed if policy != "offload"]
         start = ["offload"] * len(self.blocks)
         moves = []
         for index, block in enumerate(self.blocks):
-            if index in offloaded:
-                continue
-            hull = block.hull(resident)
-            start[index] = hull[0]
-            points = [(block.saved[p].device, sum(block.time[p])) for p in hull]
-            for one, other, policy in zip(points, points[1:], hull[1:], strict=False):
-                moves.append((_slope(one, other), index, policy))
+            if index not in offloaded:
+                hull = block.hull(resident)
+                start[index] = hull[0][2]
+                moves += [(_slope(a, b), index, b[2]) for a, b in pairwise(hull)]
         moves.sort(key=lambda move: move[:2])
 
         def after(count: int) -> list[str]:
@@ -230,45 +218,21 @@ class Chooser:
                 policies[index] = policy
             return policies
 
-        # what copies take on the card hangs on which blocks are offloaded alone, not on the others
+        # what copies take on the card depends on which blocks are offloaded alone
         line = self.timeline(start)
         room = budget - line.staging_bytes - line.in_flight_bytes
-        count = _least(len(moves), lambda n: self.peak(after(n)) <= room)
-        return None if count is None else self.fixed(after(count))
-
-
-def _least(most: int, fits: Callable[[int], bool]) -> int | None:
-    """The least of 0..most that fits, where what fits goes on fitting; None where `most` does
-    not."""
-    if not fits(most):
-        return None
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
-
-
-def _spread(count: int, blocks: int) -> frozenset:
-    """`count` of the blocks, as far apart as they go: a copy has the blocks between to hide in."""
-    return frozenset(i * blocks // count for i in range(count))
+        if self.peak(after(len(moves))) > room:
+            return None
+        fewest = bisect_left(range(len(moves)), True, key=lambda n: self.peak(after(n)) <= room)
+        return self.fixed(after(fewest))
 
 
 def _signature(step: StepSpec, block: str) -> tuple:
-    """What makes two blocks alike."""
-    own = [name for name in step.precisions if name.startswith(f"{block}.")]
-    parts = tuple(
-        (
-            name[len(block) :],
-            linear_shape(name, step.spec),
-            step.precisions[name],
-            step.lora.modules.get(name),
-        )
-        for name in own
-    )
-    return (
-        block.split(".")[0],
-        parts,
-        saved_bytes.saves(step, block),
-        saved_bytes.norm_is_free(step, block),
-    )
+    """Returns what blocks with the same figures have in common."""
+    layers = [
+        (name[len(block) :], precision, step.lora.modules.get(name))
+        for name, precision in step.precisions.items()
+        if name.startswith(f"{block}.")
+    ]
+    traits = saved_bytes.saves(step, block), saved_bytes.norm_is_free(step, block)
+    return block.split(".")[0], tuple(layers), *traits

@@ -7,29 +7,25 @@ dispatch's thresholds; the update (LoRA), bias, gate and residual are added in t
 epilogue, as on sm_86, 89 and 120 (on sm_80 and 90 torch's matmul is followed by one or two passes
 over y, which are not counted). Caches are left out: a scratch that stays in L2 is cheaper.
 
+Least traffic: each tensor that a launch reads or writes crosses the memory once. Vectors of a batch
+(modulation, biases) and lse are left out. FLOP: 2 a multiply-add.
+
 Names: M rows of all samples, [N, K] a weight, P independent As, N' rows that an update reaches, R
 its rank, e bytes an activation.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
 from fluxfast.errors import ConfigError
-from fluxfast.memory.planner.ops import (  # noqa: F401  (the whole model is read from this module)
-    NF4,
-    Op,
-    attention_op,
-    codes_ops,
-    element_op,
-    linear_op,
-    seconds,
-    total_bytes,
-    total_flop,
-    total_seconds,
-)
-from fluxfast.memory.planner.saved_bytes import blocks_of
-from fluxfast.memory.planner.step_spec import WIDTH, Lora, Shape, StepSpec, lora_of, shape_of  # noqa: F401
-from fluxfast.model.names import SWAPPED, block_linears, linear_shape
+from fluxfast.memory.planner.cards import Card
+from fluxfast.memory.planner.saved_bytes import modulation_names
+from fluxfast.memory.planner.step_spec import WIDTH, Shape, StepSpec
+from fluxfast.model.names import linear_shape
+
+NF4 = 0.5 + 4 / 64  # bytes a weight: a nibble, and an fp32 absmax for each block of 64
+_PEAK = {"element": "fp32", "attention_forward": "bf16", "attention_backward": "bf16"}
 
 # NF4 for so few rows is decoded inside the product (the least shipped threshold), and 8-bit weights
 # are multiplied as they lie towards x
@@ -49,24 +45,116 @@ FUSED_TENSORS = 36  # that one launch of the fused AdamW takes
 
 
 @dataclass(frozen=True)
+class Op:
+    """kind: one of `cards.KINDS`. bytes: through the card's memory ("copy": through PCIe). launches
+    0: a part of another op's kernel, whose time adds to it."""
+
+    name: str
+    kind: str
+    flop: float
+    bytes: float
+    launches: int = 1
+
+
+def seconds(op: Op, card: Card, launches: bool = False) -> float:
+    """Returns the longer of FLOP over what the card reaches of its peak and bytes over what it
+    reaches of its bandwidth. launches: each adds the card's launch_s (in a captured graph none
+    does).
+
+    Raises ConfigError for products that the card does not have.
+    """
+    if op.kind == "copy":
+        time = op.bytes / (card.pcie * card.efficiency["copy"].value)
+    else:
+        peak = _PEAK.get(op.kind, op.kind)
+        # element-wise FLOP are bound by bytes on every card: fp32's own share will do
+        share = card.efficiency["fp32" if op.kind == "element" else op.kind].value
+        if not card.peaks[peak]:
+            raise ConfigError(f"{card.name} has no {peak} products", hint="compute: int8 or bf16")
+        time = op.bytes / (card.bandwidth * card.efficiency["element"].value)
+        time = max(time, op.flop / (card.peaks[peak] * share))
+    return time + (op.launches * card.launch_s if launches else 0.0)
+
+
+def total_flop(ops: Iterable[Op]) -> float:
+    return sum(op.flop for op in ops)
+
+
+def total_bytes(ops: Iterable[Op]) -> float:
+    return sum(op.bytes for op in ops)
+
+
+def total_seconds(ops: Iterable[Op], card: Card, matmul: str = "", launches: bool = False) -> float:
+    """Returns the time of ops one after the other. matmul: stretched by the card's measured factor
+    of that kind, where it has one; copies over PCIe are not, as no measured step had any."""
+    factor = card.factors[matmul].value if matmul in card.factors else 1.0
+    return sum(seconds(op, card, launches) * (1 if op.kind == "copy" else factor) for op in ops)
+
+
+# ---------------------------------------------------------------- single launches
+
+
+def linear_op(
+    name: str,
+    kind: str,
+    M: int,
+    N: int,
+    K: int,
+    weight: float,
+    width: float,
+    update: tuple[int, int, int] = (0, 0, 0),
+    extra: float = 0.0,
+) -> Op:
+    """Returns y = x Wᵀ in one launch: x [M, K] and y [M, N] of `width` bytes an element, `weight`
+    bytes a weight. update: (P As, N' rows, R rank) of a LoRA inside, A and B in fp32. extra: more
+    bytes."""
+    parts, rows, rank = update
+    moved = width * M * (N + K) + weight * N * K + 4 * rank * (rows + parts * K) + extra
+    return Op(name, kind, 2.0 * M * N * K + 2.0 * M * rank * (parts * K + rows), moved)
+
+
+def attention_op(batch: int, tokens: int, hidden: int, width: int, backward: int = 0) -> Op:
+    """Returns attention, which reads q, k, v and writes o; backward reads these and do and writes
+    three gradients.
+
+    backward: its products of T·T·hidden, 5 with flash (scores computed again), 4 where the scores
+    were kept; 0 is the forward, which has 2. fp32 runs without tensor cores.
+    """
+    direction = "backward" if backward else "forward"
+    kind = "fp32" if width == 4 else f"attention_{direction}"
+    flop = 2.0 * (backward or 2) * batch * tokens**2 * hidden
+    moved = (8 if backward else 4) * width * batch * tokens * hidden
+    # backward: do · o summed, the products, dq rounded
+    return Op(f"attention {direction}", kind, flop, moved, 3 if backward else 1)
+
+
+def element_op(name: str, elements: float, each: float, flop: float = 1.0, launches: int = 1) -> Op:
+    """Returns an element-wise pass. each, flop: bytes and FLOP an element."""
+    return Op(name, "element", flop * elements, each * elements, launches)
+
+
+@dataclass(frozen=True)
 class BlockOps:
-    """Ops of one pass forward and one backward. recompute_mlp: what the MLP's first product costs
-    when backward computes it again (a single block's makes qkv too)."""
+    """Ops of one pass forward and one backward. recompute_mlp: the MLP's first product, for where
+    backward computes it again (a single block's computes qkv too)."""
 
     forward: list[Op]
     backward: list[Op]
     recompute_mlp: list[Op] = field(default_factory=list)
 
     def __add__(self, other: "BlockOps") -> "BlockOps":
-        names = ("forward", "backward", "recompute_mlp")
-        return BlockOps(*(getattr(self, name) + getattr(other, name) for name in names))
+        return BlockOps(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.recompute_mlp + other.recompute_mlp,
+        )
 
 
 # ---------------------------------------------------------------- a linear and its update
 
 
 class _Linear:
-    """One linear over M rows. made: input columns whose maker writes their 8-bit codes. gate: of
+    """One linear over M rows. made: input columns whose producer writes their 8-bit codes. gate: of
     residual + gate · y: "" where there is none, "frozen" or "trained"."""
 
     def __init__(self, step: StepSpec, name: str, M: int, made: int = 0, gate: str = ""):
@@ -140,8 +228,8 @@ class _Linear:
         return linear_op(name, self.kind, self.M, N, K, weight, self.operand, extra=extra)
 
     def _skinny(self, name: str, span: int, wide: float, launches: int = 1) -> Op:
-        """A product with A (span P·K) or B (span N'): reads or writes `wide` bytes, the factor in
-        fp32, and [M, P·R]."""
+        """Returns a product with A (span P·K) or B (span N'): reads or writes `wide` bytes, the
+        factor in fp32, and [M, P·R]."""
         moved = wide + 4 * self.R * span + self.e * self.M * self.P * self.R
         flop = 2.0 * self.M * self.R * span
         return Op(f"{self.name} {name}", self.step.activations, flop, moved, launches)
@@ -150,7 +238,7 @@ class _Linear:
         return element_op(f"{self.name} {name}", elements, each, flop)
 
     def _masked(self) -> list[Op]:
-        """The mask drawn, compared and scaled; x times it."""
+        """Returns the mask drawn, compared and scaled; x times it."""
         elements, each = self.M * self.K, MASK_BYTES + 3 * self.e
         mask = element_op(f"{self.name} mask", elements, each, 100.0, MASK_LAUNCHES)
         return [mask, self._pass("masked", elements, 3 * self.e, 1.0)]
@@ -175,8 +263,8 @@ class _Linear:
 def _normed(
     step: StepSpec, name: str, M: int, modulation: str = "", residual: bool = True
 ) -> BlockOps:
-    """norm_modulate_lora_linear; modulation: the linear that makes shift and scale. residual: its
-    input goes on past it, so that autograd adds two gradients."""
+    """Returns norm_modulate_lora_linear. modulation: the linear that computes shift and scale.
+    residual: its input goes on past it, so that autograd adds two gradients."""
     D = linear_shape(name, step.spec)[1]
     linear = _Linear(step, name, M, made=D)
     passes = 2 * step.width + 8 / D  # h and x; mean and rstd in fp32
@@ -194,7 +282,8 @@ def _normed(
 
 
 def _gelued(step: StepSpec, name: str, M: int, modulation: str) -> BlockOps:
-    """gelu_lora_linear with gate and residual; linear2 takes the attention's output beside u."""
+    """Returns gelu_lora_linear with gate and residual; linear2 takes the attention's output beside
+    u."""
     F, K, e = step.spec.mlp_hidden, linear_shape(name, step.spec)[1], step.width
     linear = _Linear(step, name, M, made=F, gate=_gate(step, modulation))
     codes = 1 + 4 / F if linear.made else 0
@@ -215,7 +304,8 @@ def _gate(step: StepSpec, modulation: str) -> str:
 def _attended(
     step: StepSpec, name: str, shape: Shape, streams: int, recompute_scores: bool
 ) -> BlockOps:
-    """qk_norm_rope_attention, whose backward makes q, k (and of two streams a joint v) again."""
+    """Returns qk_norm_rope_attention, whose backward computes q, k (and of two streams a joint v)
+    again."""
     e, D, T = step.width, step.spec.hidden_size, shape.tokens
     n = shape.batch * T * D
     made = element_op(f"{name} qk norm", n, (4 if streams == 1 else 6) * e, 12.0, streams)
@@ -231,18 +321,13 @@ def _attended(
 
 
 def block_ops(step: StepSpec, block: str, shape: Shape, recompute_scores: bool = True) -> BlockOps:
-    """Ops of one block without its modulation linears (`modulation_ops`); every input has a
-    gradient.
+    """Returns the ops of one block without its modulation linears (`modulation_ops`); every input
+    has a gradient.
 
-    block: "double_blocks.0", "single_blocks.3". recompute_scores: attention's backward makes the
-    scores again, as flash does (10·B·T²·D FLOP), else 8. Raises ConfigError for another block.
+    block: "double_blocks.0", "single_blocks.3". recompute_scores: attention's backward computes the
+    scores again, as flash does (10·B·T²·D FLOP), else 8.
     """
-    group, _, index = block.partition(".")
-    depths = {"double_blocks": step.spec.depth, "single_blocks": step.spec.depth_single_blocks}
-    if not index.isdecimal() or int(index) >= depths.get(group, 0):
-        known = ", ".join(f"{name}.0 to {name}.{depth - 1}" for name, depth in depths.items())
-        raise ConfigError(f"block {block!r} is not one of {known}")
-    if group == "single_blocks":
+    if block.startswith("single"):
         M, modulation = shape.batch * shape.tokens, f"{block}.modulation.lin"
         first = _normed(step, f"{block}.linear1", M, modulation)
         ops = _recomputed(first) + _attended(step, block, shape, 1, recompute_scores)
@@ -264,12 +349,11 @@ def _recomputed(ops: BlockOps) -> BlockOps:
 
 
 def modulation_ops(step: StepSpec, rows: int) -> BlockOps:
-    """All modulation linears, the last layer's too, over `rows` rows: one a sample of the step, or
-    more where they are computed ahead. Backward: the gradients of their LoRA alone, as nothing
-    before them is trained."""
-    names = [name for name in block_linears(step.spec) if "mod" in name] + [SWAPPED]
+    """Returns all modulation linears, the last layer's too, over `rows` rows: one a sample of the
+    step, or more where they are computed ahead. Backward: the gradients of their LoRA alone, as
+    nothing before them is trained."""
     ops = BlockOps([], [])
-    for name in names:
+    for name in modulation_names(step):
         linear = _Linear(step, name, rows)
         silu = element_op(f"{name} silu", rows * linear.K, 2 * step.width, 4.0)
         ops += BlockOps([silu, *linear.forward()], linear.backward(need_dx=False))
@@ -277,7 +361,7 @@ def modulation_ops(step: StepSpec, rows: int) -> BlockOps:
 
 
 def outer_ops(step: StepSpec, shape: Shape) -> BlockOps:
-    """What is around the blocks: noise mixed in, embeddings, the last linear, the loss."""
+    """Returns what is around the blocks: noise mixed in, embeddings, the last linear, the loss."""
     spec, e, B = step.spec, step.width, shape.batch
     images, texts = B * shape.image_tokens, B * shape.text_tokens
     tokens, latents = B * shape.tokens * spec.hidden_size, images * spec.in_channels
@@ -299,10 +383,8 @@ def outer_ops(step: StepSpec, shape: Shape) -> BlockOps:
 def optimizer_ops(
     step: StepSpec, optimizer: str, ema: bool = False, guard: bool = True
 ) -> list[Op]:
-    """Over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the trainer's flat
-    gradients, clipped and guarded. Raises ConfigError for an unknown optimizer."""
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+    """Returns the ops over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the
+    trainer's flat gradients, clipped and guarded."""
     count, tensors = step.lora.parameters, 2 * len(step.lora.modules)
     launches = ceil(tensors / FUSED_TENSORS) if optimizer == "adamw" else tensors
     ops = [element_op(optimizer, count, OPTIMIZERS[optimizer], 12.0, launches)]
@@ -314,16 +396,17 @@ def optimizer_ops(
 
 
 def step_ops(step: StepSpec, shape: Shape, recompute_scores: bool = True) -> list[Op]:
-    """Everything of a step once, forward and backward, nothing replayed; without the optimizer.
-    recompute_scores: as `block_ops` takes it."""
+    """Returns everything of a step once, forward and backward, nothing recomputed; without the
+    optimizer. recompute_scores: as `block_ops` takes it."""
     parts = [modulation_ops(step, shape.batch), outer_ops(step, shape)]
-    parts += [block_ops(step, block, shape, recompute_scores) for block in blocks_of(step)]
+    parts += [block_ops(step, block, shape, recompute_scores) for block in step.blocks]
     return [op for part in parts for op in part.forward + part.backward]
 
 
 def model_flop(step: StepSpec, shape: Shape) -> float:
-    """FLOP of the products that a step cannot do without, whoever takes it: forward, backward and
-    attention, none of them made again, nothing element-wise. What model FLOP utilization counts.
+    """Returns the FLOP of the products that any implementation of a step needs: forward, backward
+    and attention, none of them computed again, nothing element-wise. What model FLOP utilization
+    counts.
     """
     return total_flop(
         op

@@ -5,22 +5,32 @@ share MARGIN is left free for what no model predicts: fragmentation, and its own
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import prod
 
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import Card
 from fluxfast.memory.planner.choose import Choice, Chooser
-from fluxfast.memory.planner.cost import modulation_ops, optimizer_ops, outer_ops
-from fluxfast.memory.planner.ops import Op, seconds, total_seconds
+from fluxfast.memory.planner.cost import (
+    Op,
+    modulation_ops,
+    optimizer_ops,
+    outer_ops,
+    seconds,
+    total_seconds,
+)
 from fluxfast.memory.planner.step_spec import Shape, StepSpec
+from fluxfast.memory.planner.timeline import STAGING_BUFFERS
 from fluxfast.model.activations import EXACT
 from fluxfast.model.modulation import MODULATION_ROWS
+from fluxfast.model.names import linear_shape
+from fluxfast.model.precision import linears
 
 GIB = 2**30
 CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
 MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
-OTHER = 3 * GIB // 20  # assumed: batches, draws, RoPE tables, optimizer's temporaries
+OTHER = 3 * GIB // 20  # assumed: batches, random numbers, RoPE tables, optimizer's temporaries
 
 LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantized: assumed
 # copies of the gradients that a step makes and drops; fused AdamW and bitsandbytes make none
@@ -63,11 +73,10 @@ class Request:
 
     @property
     def modulation_trained(self) -> bool:
-        names = saved_bytes.modulation_names(self.step)
-        return any(name in self.step.lora.modules for name in names)
+        return any(map(self.step.trains, saved_bytes.modulation_names(self.step)))
 
     def allowed(self) -> list[str]:
-        """The policies that may be chosen from."""
+        """Returns the policies that may be chosen from."""
         if self.policy != "auto":
             return [self.policy]
         if self.step.dropout:  # forms u and GELU apart: there is no op to save it in 8 bits
@@ -89,20 +98,22 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Plan:
-    """static: name -> bytes that are always there. modulation: "in_place", "ahead" (formed for
-    coming samples together) or "host" (ahead, its weights in host memory). phases: name -> bytes
-    allocated at the most. step_seconds: of the optimizer and what moves once per step.
+    """static: name -> bytes that are always on the card; static_host: pinned bytes that are always
+    on the host. modulation: "in_place", "ahead" (computed for coming samples together) or "host"
+    (ahead, its weights in host memory). phases: name -> bytes allocated at the most. step_seconds:
+    of the optimizer and what moves once per step.
     """
 
     request: Request
     card: Card
-    limit: int  # bytes that may be allocated
+    limit: float  # bytes that may be allocated
     static: Mapping[str, int]
+    static_host: int
     modulation: str
     optimizer_state: str
     buckets: Mapping[str, Bucket]
     step_seconds: float
-    phases: Mapping[str, int] = field(default_factory=dict)
+    phases: Mapping[str, int]
 
     @property
     def peak(self) -> int:
@@ -112,39 +123,40 @@ class Plan:
     @property
     def host(self) -> int:
         """Pinned bytes on the host."""
-        return self.static.get("host", 0) + max(b.choice.host for b in self.buckets.values())
+        return self.static_host + max(bucket.choice.host for bucket in self.buckets.values())
 
     def seconds(self, label: str) -> float:
-        """Of one optimizer step of that bucket."""
+        """Returns the time of one optimizer step of that bucket."""
         return self.buckets[label].seconds * self.request.accumulation + self.step_seconds
 
     @property
     def mean_seconds(self) -> float:
-        """Of one optimizer step, the mean over the buckets."""
+        """Time of one optimizer step, the mean over the buckets."""
         return sum(self.seconds(label) for label in self.buckets) / len(self.buckets)
 
 
 def usable(vram_gib: float) -> int:
-    """Bytes that a run may allocate on a card of so many GiB that nobody else uses."""
+    """Returns the bytes that a run may allocate on a card of so many GiB that nobody else uses."""
     return int(vram_gib * GIB * (1 - MARGIN)) - CONTEXT
 
 
 def best_plan(request: Request, card: Card, limit: float, host: int | None) -> Plan | None:
-    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None where
-    nothing fits. Raises ConfigError for settings that contradict each other.
+    """Returns the fastest plan of at most `limit` allocated bytes, and of `host` pinned ones; None
+    where nothing fits. Raises ConfigError for settings that contradict each other.
     """
     if request.policy == "gelu_int8" and request.step.dropout:
         raise ConfigError(
             "memory.policy: gelu_int8 does nothing under lora.dropout, whose path forms GELU apart",
             hint="memory.policy: auto, or lora.dropout: 0",
         )
-    choosers: dict[tuple[Shape, bool], Chooser] = {}
+    planner = _Planner(request, card, limit, host)
+    state = request.optimizer_state
     plans = [
-        _plan(request, card, limit, host, modulation, state, choosers)
+        planner.plan(modulation, where)
         for modulation in _modulations(request)
-        for state in _states(request)
+        for where in (("device", "host") if state == "auto" else (state,))
     ]
-    return min((p for p in plans if p), key=lambda plan: plan.mean_seconds, default=None)
+    return min(filter(None, plans), key=lambda plan: plan.mean_seconds, default=None)
 
 
 def _modulations(request: Request) -> list[str]:
@@ -159,134 +171,150 @@ def _modulations(request: Request) -> list[str]:
     return ["ahead", "host"] if request.modulation == "auto" else [request.modulation]
 
 
-def _states(request: Request) -> list[str]:
-    state = request.optimizer_state
-    return ["device", "host"] if state == "auto" else [state]
+class _Planner:
+    """Plans one request on one card, with modulation and optimizer state here or there."""
 
+    def __init__(self, request: Request, card: Card, limit: float, host: int | None):
+        self.request, self.step, self.card = request, request.step, card
+        self.limit, self.host = limit, host
+        self.weights = saved_bytes.weights(self.step, request.double_quant)
+        self.trained = saved_bytes.trained(self.step, request.optimizer, request.ema)
+        self._choosers: dict[tuple[Shape, bool], Chooser] = {}
 
-def _plan(request, card, limit, host, modulation: str, state: str, choosers) -> Plan | None:
-    static = static_bytes(request, modulation, state)
-    on_host = static.get("host", 0)
-    room = None if host is None else host - on_host
-    if room is not None and room < 0:
-        return None
-    always = sum(value for name, value in static.items() if name != "host")
-    buckets, staging = {}, 0
-    for _ in range(2):  # staging buffers are the largest bucket's, for all of them
-        for label, shape in request.shapes.items():
-            bucket = _bucket(
-                request, card, shape, limit - always, room, modulation, staging, choosers
-            )
-            if bucket is None:
+    def plan(self, modulation: str, state: str) -> Plan | None:
+        """Returns the fastest plan with modulation and optimizer state where they are said to be;
+        None where nothing fits."""
+        static, static_host = self._static(modulation, state)
+        always, arena = sum(static.values()), None
+        if self.host is not None:
+            arena = self.host - static_host
+            if arena < 0:
                 return None
-            buckets[label] = replace(bucket, bytes=bucket.bytes + always)
-        most = max(bucket.choice.staging for bucket in buckets.values())
-        if most == staging:
-            break
-        staging = most
-    step_seconds = _step_seconds(request, card, static, state)
-    phases = _phases(request, always, max(b.bytes for b in buckets.values()))
-    # graphs keep their pool through it
-    graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
-    phases["optimizer step"] = max(graphed, default=always)
-    phases["optimizer step"] += _state_on_host(request, state)
-    phases["optimizer step"] += STEP_COPIES.get(request.optimizer, 0) * static["gradients"]
-    weights = saved_bytes.weights(request.step, request.double_quant)
-    phases["loading"] = sum(weights.values()) + static["LoRA"]
-    phases["loading"] += LOADING * saved_bytes.largest_matrix(request.step)
-    plan = Plan(request, card, limit, static, modulation, state, buckets, step_seconds, phases)
-    return plan if max(phases.values()) <= limit else None
+        buckets, staging = {}, 0
+        for _ in range(2):  # staging buffers are the largest bucket's, for all of them
+            for label, shape in self.request.shapes.items():
+                bucket = self._bucket(shape, always, arena, modulation, staging)
+                if bucket is None:
+                    return None
+                buckets[label] = bucket
+            largest = max(bucket.choice.staging for bucket in buckets.values())
+            if largest == staging:
+                break
+            staging = largest
+        moved = self.trained["optimizer"] if state == "host" else 0
+        phases = self._phases(always, moved, buckets)
+        if max(phases.values()) > self.limit:
+            return None
+        ops = optimizer_ops(self.step, self.request.optimizer, self.request.ema)
+        step_seconds = total_seconds(ops, self.card, self.step.matmul, launches=True)
+        step_seconds += 2 * seconds(Op("optimizer state", "copy", 0.0, moved), self.card)
+        places = static, static_host, modulation, state
+        return Plan(self.request, self.card, self.limit, *places, buckets, step_seconds, phases)
 
+    def _static(self, modulation: str, state: str) -> tuple[dict[str, int], int]:
+        """Returns name -> bytes that are always on the card, and the bytes on the host instead."""
+        step, request, host = self.step, self.request, 0
+        sizes = {f"weights: {part}": size for part, size in self.weights.items()} | self.trained
+        counts = saved_bytes.scratch_counts(step)
+        sizes["scratch"] = step.width * counts["dense"] + counts["int8"] + counts["fp8"]
+        sizes["other"] = OTHER
+        if request.assistant:  # a step keeps it once more, its ranks beside the trained LoRA's
+            sizes["assistant LoRA"] = 2 * request.assistant + sizes["LoRA"]
+        if modulation == "host":
+            host += sizes.pop("weights: modulation")
+            names = saved_bytes.modulation_names(step)
+            each = [saved_bytes.weight_bytes(step, name, request.double_quant) for name in names]
+            sizes["modulation staging"] = STAGING_BUFFERS * max(each)
+        if state == "host":
+            host += sizes.pop("optimizer")
+        return sizes, host
 
-def _state_on_host(request: Request, where: str) -> int:
-    """Bytes of the optimizer's state, 0 unless it is on the host."""
-    if where != "host":
-        return 0
-    return saved_bytes.trained(request.step, request.optimizer, False)["optimizer"]
+    def _bucket(
+        self, shape: Shape, always: int, arena: int | None, modulation: str, staging: int
+    ) -> Bucket | None:
+        """always: bytes on the card beside the passes. arena: the most bytes of it. staging: of
+        other buckets' buffers, which this one must leave room for."""
+        request, matmul, budget = self.request, self.step.matmul, self.limit - always
+        buckets = []
+        for graphed in (True, False) if request.graphs else (False,):
+            policies = [p for p in request.allowed() if not (graphed and p == "offload")]
+            if not policies:
+                continue
+            chooser = self._chooser(shape, graphed)
+            if request.policy != "auto":
+                choice = chooser.fixed([request.policy] * len(chooser.blocks))
+            else:
+                choice = chooser.choose(budget, policies, arena)
+                if choice and choice.bytes + max(0, staging - choice.staging) > budget:
+                    choice = chooser.choose(budget - staging, policies, arena)
+            if choice is None or (arena is not None and choice.host > arena):
+                continue
+            taken = choice.bytes + max(0, staging - choice.staging)
+            if taken > budget:
+                continue
+            outer = outer_ops(self.step, shape)
+            each = total_seconds(outer.forward + outer.backward, self.card, matmul, not graphed)
+            each += choice.seconds + self._modulation_seconds(shape, modulation)
+            buckets.append(Bucket(shape, choice, always + taken, each, graphed))
+        return min(buckets, key=lambda bucket: bucket.seconds, default=None)
 
+    def _chooser(self, shape: Shape, graphed: bool) -> Chooser:
+        key = shape, graphed
+        if key not in self._choosers:
+            self._choosers[key] = Chooser(self.step, shape, self.card, launches=not graphed)
+        return self._choosers[key]
 
-def _bucket(request, card, shape, budget, host, modulation, staging, choosers) -> Bucket | None:
-    """staging: of other buckets, which this one must leave room for."""
-    allowed = request.allowed()
-    buckets = []
-    for graphed in (True, False) if request.graphs else (False,):
-        policies = [p for p in allowed if not (graphed and p == "offload")]
-        if not policies:
-            continue
-        if (shape, graphed) not in choosers:
-            choosers[shape, graphed] = Chooser(request.step, shape, card, launches=not graphed)
-        chooser, fixed = choosers[shape, graphed], request.policy != "auto"
-        room = budget - (staging if graphed else 0)
-        if fixed:
-            choice = chooser.fixed([request.policy] * len(chooser.blocks))
-        else:
-            choice = chooser.choose(room, policies, host)
-        more = max(0, staging - choice.staging) if choice else 0
-        if choice and not fixed and choice.bytes + more > budget:
-            choice = chooser.choose(budget - staging, policies, host)
-            more = max(0, staging - choice.staging) if choice else 0
-        if choice is None or choice.bytes + more > budget:
-            continue
-        if host is not None and choice.host > host:
-            continue
-        outer = outer_ops(request.step, shape)
-        each = total_seconds(
-            [*outer.forward, *outer.backward], card, request.step.matmul, not graphed
-        )
-        each += choice.seconds + _modulation_seconds(request, card, shape, modulation)
-        buckets.append(Bucket(shape, choice, choice.bytes + more, each, graphed))
-    return min(buckets, key=lambda bucket: bucket.seconds, default=None)
+    def _modulation_seconds(self, shape: Shape, modulation: str) -> float:
+        """Returns seconds per micro-batch; ahead, a pass of MODULATION_ROWS rows serves several."""
+        rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
+        ops = modulation_ops(self.step, rows)
+        total = total_seconds(ops.forward + ops.backward, self.card, self.step.matmul, True)
+        if modulation == "in_place":
+            return total
+        if modulation == "host":
+            weights = Op("modulation in", "copy", 0.0, self.weights["modulation"])
+            total = max(total, seconds(weights, self.card))
+        return total / max(1, MODULATION_ROWS // shape.batch)
 
-
-def _modulation_seconds(request: Request, card: Card, shape: Shape, modulation: str) -> float:
-    """Per micro-batch. Ahead: one pass of MODULATION_ROWS rows serves several."""
-    rows = -(-shape.batch // MODULATION_ROWS) * MODULATION_ROWS
-    ops = modulation_ops(request.step, rows)
-    total = total_seconds([*ops.forward, *ops.backward], card, request.step.matmul, True)
-    if modulation == "in_place":
-        return total
-    if modulation == "host":
-        moved = saved_bytes.weights(request.step, request.double_quant)["modulation"]
-        total = max(total, seconds(Op("modulation in", "copy", 0.0, moved), card))
-    return total / max(1, MODULATION_ROWS // shape.batch)
-
-
-def _step_seconds(request: Request, card: Card, static: Mapping[str, int], state: str) -> float:
-    ops = optimizer_ops(request.step, request.optimizer, request.ema)
-    total = total_seconds(ops, card, request.step.matmul, True)
-    moved = _state_on_host(request, state)
-    return total + 2 * seconds(Op("optimizer state", "copy", 0.0, moved), card)
-
-
-def static_bytes(request: Request, modulation: str, state: str) -> dict[str, int]:
-    """What is always on the card by name; "host": what lies in host memory instead."""
-    step = request.step
-    sizes = {f"weights: {k}": v for k, v in saved_bytes.weights(step, request.double_quant).items()}
-    sizes |= saved_bytes.trained(step, request.optimizer, request.ema)
-    sizes |= {"scratch": saved_bytes.scratch(step), "other": OTHER, "host": 0}
-    if request.assistant:  # a step keeps it once more, its ranks beside those of the trained LoRA
-        sizes["assistant LoRA"] = 2 * request.assistant + sizes["LoRA"]
-    if modulation == "host":
-        sizes["host"] += sizes.pop("weights: modulation")
-        sizes["modulation staging"] = 2 * saved_bytes.largest_modulation(step, request.double_quant)
-    if state == "host":
-        sizes["host"] += sizes.pop("optimizer")
-    return sizes
-
-
-def _phases(request: Request, always: int, training: int) -> dict[str, int]:
-    phases = {"training": training}
-    if request.encodes:
-        phases["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
-        pixels = max(256 * s.image_tokens for s in request.shapes.values())
-        phases["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
-    if request.preview_pixels:
-        vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
-        phases["previews"] = always + vae
-    return phases
+    def _phases(self, always: int, state_on_host: int, buckets: dict[str, Bucket]) -> dict:
+        request, lora = self.request, self.trained["LoRA"]
+        phases = {"training": max(bucket.bytes for bucket in buckets.values())}
+        if request.encodes:
+            phases["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+            pixels = max(256 * shape.image_tokens for shape in request.shapes.values())
+            phases["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
+        if request.preview_pixels:
+            vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
+            phases["previews"] = always + vae
+        # graphs keep their pool through it
+        graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
+        copies = STEP_COPIES.get(request.optimizer, 0) * self.trained["gradients"]
+        phases["optimizer step"] = max(graphed, default=always) + state_on_host + copies
+        largest = max(prod(linear_shape(n, self.step.spec)) for n in linears(self.step.spec))
+        phases["loading"] = sum(self.weights.values()) + lora + LOADING * largest
+        return phases
 
 
 # ---------------------------------------------------------------- a notch cheaper
+
+NOTCH = 0.125  # of the blocks
+IN_MEMORY = ("keep", "gelu_int8", "int8")
+
+
+def cheaper_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the policies with NOTCH of the blocks, the foremost that can be cheaper in memory,
+    made so by exact ones: first recompute_mlp, then checkpoint. None where all are offloaded or
+    checkpointed.
+    """
+    count = max(1, round(NOTCH * len(policies)))
+    changed = list(policies)
+    for word, weaker in (("recompute_mlp", IN_MEMORY), ("checkpoint", ("recompute_mlp",))):
+        able = [i for i, policy in enumerate(changed) if policy in weaker]
+        for index in able[:count]:
+            changed[index] = word
+        if able:
+            return tuple(changed)
+    return None
 
 
 def with_policies(plan: Plan, label: str, policies: Sequence[str]) -> Plan:
@@ -301,25 +329,3 @@ def with_policies(plan: Plan, label: str, policies: Sequence[str]) -> Plan:
         seconds=bucket.seconds - bucket.choice.seconds + choice.seconds,
     )
     return replace(plan, buckets={**plan.buckets, label: changed})
-
-
-NOTCH = 0.125  # of the blocks
-IN_MEMORY = ("keep", "gelu_int8", "int8")
-
-
-def cheaper_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
-    """Returns the policies with NOTCH of the blocks, the foremost that can be cheaper, made so:
-    first recompute_mlp, then checkpoint. None where all are offloaded or checkpointed.
-    """
-    count = max(1, round(NOTCH * len(policies)))
-    changed = list(policies)
-    for word, weaker in (
-        ("recompute_mlp", IN_MEMORY),
-        ("checkpoint", (*IN_MEMORY, "recompute_mlp")),
-    ):
-        able = [i for i, policy in enumerate(changed) if policy in weaker]
-        for index in able[:count]:
-            changed[index] = word
-        if able:
-            return tuple(changed)
-    return None

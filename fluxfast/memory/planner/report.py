@@ -14,7 +14,7 @@ _MODULATION = {
 
 
 def run_lines(plan: Plan, on_gpu: bool) -> list[str]:
-    """The plan as `train` logs it before it starts."""
+    """Returns the plan as `train` logs it before it starts."""
     lines = [
         f"plan for the {plan.card.name}: {plan.peak / GIB:.3g} of {plan.limit / GIB:.3g} GiB "
         f"(predicted), modulation {_MODULATION[plan.modulation]}"
@@ -43,7 +43,7 @@ class Row:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Aligned columns. GiB: allocated at the most, and CONTEXT for CUDA itself."""
+    """Returns aligned columns. GiB: allocated at the most, and CONTEXT for CUDA itself."""
     head = ["card", "GiB", "picture", "needs GiB", "host GiB", "s/it", "it/s", "blocks"]
     lines = [head]
     for row in rows:
@@ -63,19 +63,25 @@ def table(rows: list[Row]) -> list[str]:
         ).rstrip()
         for line in lines
     ]
-    notes = sorted({_speed_source(row.card) for row in rows})
-    pinned = " Host GiB are pinned: `train` takes half of what is free at most."
-    note = "All figures are predicted; speeds from " + "; ".join(notes) + "."
-    return [*table, "", note + (pinned if any(row.plan and row.plan.host for row in rows) else "")]
+    sources = {
+        f"measured steps ({row.card.name})"
+        if row.card.factors
+        else "data sheets and assumed shares of them"
+        for row in rows
+    }
+    note = f"All figures are predicted; speeds from {'; '.join(sorted(sources))}."
+    if any(row.plan and row.plan.host for row in rows):
+        note += " Host GiB are pinned: `train` takes half of what is free at most."
+    return [*table, "", note]
 
 
 def breakdown(rows: list[Row]) -> list[str]:
-    """The last plan's GiB by part and by phase; empty for more than one card."""
+    """Returns the last plan's GiB by part and by phase; empty for more than one card."""
     plans = [row.plan for row in rows if row.plan is not None]
     if not plans or len({row.card.name for row in rows}) > 1:
         return []
     plan = plans[-1]
-    on_card = {name: size for name, size in plan.static.items() if size and name != "host"}
+    on_card = {name: size for name, size in plan.static.items() if size}
     lines = ["", f"Where it goes ({', '.join(plan.buckets)}), GiB:"]
     lines += [f"  {size / GIB:6.2f}  {name}" for name, size in on_card.items()]
     for label, bucket in plan.buckets.items():
@@ -88,24 +94,16 @@ def breakdown(rows: list[Row]) -> list[str]:
 
 
 def describe(plan: Plan) -> str:
-    """The plan in one line; of several sizes, the largest one's policies."""
+    """Returns the plan in one line; of several sizes, the largest one's policies."""
     step = plan.request.step
-    words = [f"{step.storage} base, {step.matmul} matmuls"]
-    if len(plan.buckets) == 1:
-        (bucket,) = plan.buckets.values()
-        words.append(summary(bucket.choice.policies))
-    else:
-        largest = max(plan.buckets, key=lambda label: plan.buckets[label].shape.tokens)
-        words.append(f"{largest}: {summary(plan.buckets[largest].choice.policies)}")
-    words += ["modulation from the host"] if plan.modulation == "host" else []
-    words += ["optimizer state on the host"] if plan.optimizer_state == "host" else []
-    return "; ".join(words)
-
-
-def _speed_source(known: Card) -> str:
-    if known.factors:
-        return f"measured steps ({known.name})"
-    return "data sheets and assumed shares of them"
+    largest = max(plan.buckets, key=lambda label: plan.buckets[label].shape.tokens)
+    policies = summary(plan.buckets[largest].choice.policies)
+    if len(plan.buckets) > 1:
+        policies = f"{largest}: {policies}"
+    parts = [f"{step.storage} base, {step.matmul} matmuls", policies]
+    parts += ["modulation from the host"] if plan.modulation == "host" else []
+    parts += ["optimizer state on the host"] if plan.optimizer_state == "host" else []
+    return "; ".join(parts)
 
 
 def summary(policies: tuple[str, ...]) -> str:

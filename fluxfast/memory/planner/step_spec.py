@@ -7,15 +7,7 @@ from functools import cached_property
 from fluxfast.errors import ConfigError
 from fluxfast.model.lora import select_targets
 from fluxfast.model.names import linear_shape
-from fluxfast.model.precision import (
-    DTYPES,
-    IN_8_BITS,
-    MATMULS,
-    STORAGES,
-    Precision,
-    layer_precisions,
-    linears,
-)
+from fluxfast.model.precision import Precision, layer_precisions
 from fluxfast.model.spec import DEV, FluxSpec
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes
@@ -31,12 +23,17 @@ class Lora:
     spec: FluxSpec = DEV
 
     @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Shapes of A [P·R, K] and B [N', R] of every layer."""
+        shapes = []
+        for name, (parts, rows) in self.modules.items():
+            width = linear_shape(name, self.spec)[1]
+            shapes += [(parts * self.rank, width), (rows, self.rank)]
+        return shapes
+
+    @property
     def parameters(self) -> int:
-        """Numbers in all As [P·R, K] and Bs [N', R]."""
-        return self.rank * sum(
-            parts * linear_shape(name, self.spec)[1] + rows
-            for name, (parts, rows) in self.modules.items()
-        )
+        return sum(rows * columns for rows, columns in self.shapes)
 
 
 def lora_of(
@@ -47,7 +44,7 @@ def lora_of(
     exclude: Sequence[str] = (),
     share_a: bool = False,
 ) -> Lora:
-    """The LoRA that `inject_lora` makes of the same arguments; raises what it raises."""
+    """Returns the LoRA that `inject_lora` makes of the same arguments; raises what it raises."""
     modules: dict[str, tuple[int, int]] = {}
     for target in select_targets(spec, targets, include, exclude):
         parts, rows = modules.get(target.module, (0, 0))
@@ -58,9 +55,8 @@ def lora_of(
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What is trained and how: storage, matmul and activations without `auto`, layers as
-    `layer_precisions` takes them. Raises ConfigError for other words and for what does not go
-    together.
+    """What is trained and how: storage, matmul and activations as `choose_precision` and
+    `activation_dtype` return them, without `auto`; layers as `layer_precisions` takes them.
     """
 
     spec: FluxSpec
@@ -71,24 +67,6 @@ class StepSpec:
     dropout: bool = False
     layers: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
-        allowed = [
-            ("storage", self.storage, STORAGES),
-            ("compute", self.matmul, MATMULS),
-            ("activations", self.activations, tuple(DTYPES)),
-        ]
-        for name, word, words in allowed:
-            if word not in words:
-                raise ConfigError(f"{name} {word!r} is not one of {', '.join(words)}")
-        if self.matmul in DTYPES and self.activations != self.matmul:
-            message = f"activations {self.activations} do not go with compute {self.matmul}"
-            raise ConfigError(message, hint="they are chosen apart for compute int8 or fp8 alone")
-        if {self.storage, self.matmul} == set(IN_8_BITS):
-            message = f"compute {self.matmul} cannot multiply a base kept in {self.storage}"
-            raise ConfigError(message, hint=f"compute {self.storage} or bf16")
-        if unknown := set(self.lora.modules) - set(linears(self.spec)):
-            raise ConfigError(f"lora: {min(unknown)!r} is no linear of this model")
-
     @property
     def width(self) -> int:
         """Bytes of an activation element."""
@@ -98,8 +76,21 @@ class StepSpec:
     def precisions(self) -> dict[str, Precision]:
         return layer_precisions(self.spec, self.storage, self.matmul, self.layers)
 
+    @cached_property
+    def blocks(self) -> list[str]:
+        """BFL names of the blocks, in model order."""
+        names = [f"double_blocks.{i}" for i in range(self.spec.depth)]
+        return names + [f"single_blocks.{i}" for i in range(self.spec.depth_single_blocks)]
+
+    @cached_property
+    def first_trained(self) -> int:
+        """Index of the first block with a LoRA: no gradient reaches what comes before it."""
+        trained = {".".join(name.split(".")[:2]) for name in self.lora.modules}
+        indices = (index for index, block in enumerate(self.blocks) if block in trained)
+        return next(indices, len(self.blocks))
+
     def stored_as(self, name: str) -> str:
-        """The storage of a linear's weight in memory, one of STORAGES."""
+        """Returns the storage of a linear's weight in memory."""
         storage = self.precisions[name].storage
         odd = storage == "nf4" and linear_shape(name, self.spec)[1] % NF4_BLOCK
         return "bf16" if odd else storage
@@ -122,10 +113,7 @@ class Shape:
 
 
 def shape_of(width_px: int, height_px: int, batch: int, text_tokens: int) -> Shape:
-    """Raises ConfigError where a side is no multiple of 16 px (a token), or nothing is left."""
-    if width_px % 16 or height_px % 16 or min(width_px, height_px, batch) < 1 or text_tokens < 0:
-        raise ConfigError(
-            f"{width_px} x {height_px} px, batch {batch}, {text_tokens} text tokens: sides must be "
-            "multiples of 16 and the batch at least 1"
-        )
+    """Raises ConfigError where a side is no multiple of 16 px (a token)."""
+    if width_px % 16 or height_px % 16:
+        raise ConfigError(f"{width_px} x {height_px} px: sides must be multiples of 16")
     return Shape(batch, (width_px // 16) * (height_px // 16), text_tokens)

@@ -1,5 +1,4 @@
-"""make_plan: the best plan there is, or in words what is missing and which settings would fit;
-plan_on: the same for the device at hand."""
+"""The best plan for a request, or an error that names what is missing and what would fit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,11 +19,11 @@ BOUNDLESS = 2**60  # bytes
 
 
 class DoesNotFit(ConfigError):
-    """No plan keeps the limits."""
+    """No plan stays within the limits."""
 
 
 def make_plan(request: Request, card: Card, limit: int, host: int | None = None) -> Plan:
-    """The fastest plan of at most `limit` allocated bytes, and of `host` pinned ones.
+    """Returns the fastest plan of at most `limit` allocated bytes, and of `host` pinned ones.
 
     Raises DoesNotFit where there is none, naming the nearest settings that would fit, and
     ConfigError for settings that contradict each other.
@@ -38,8 +37,8 @@ def make_plan(request: Request, card: Card, limit: int, host: int | None = None)
 
 
 def plan_on(device: torch.device, request: Request, limit_gib: float | None = None) -> Plan | None:
-    """The plan of a run on the device with what is free there now, CUDA's own memory included in
-    limit_gib; None on a CPU without a limit. Raises as `make_plan` does.
+    """Returns the plan of a run on the device with what is free there now; None on a CPU without a
+    limit. limit_gib: CUDA's own memory included. Raises as `make_plan` does.
     """
     if device.type != "cuda":
         if limit_gib is None:
@@ -58,7 +57,7 @@ def plan_on(device: torch.device, request: Request, limit_gib: float | None = No
         room = min(int(limit_gib * GIB) - CONTEXT, room)
     if room <= 0:
         raise ConfigError(
-            f"{free / GIB:.2f} GiB of the GPU are free, and nothing of it may be used",
+            f"{free / GIB:.2f} GiB of the GPU are free, too little to plan with",
             hint="close what else uses the GPU"
             + (", or raise memory.limit_gib" if limit_gib is not None else ""),
         )
@@ -66,8 +65,8 @@ def plan_on(device: torch.device, request: Request, limit_gib: float | None = No
 
 
 def host_memory() -> int:
-    """Bytes that this process may pin: half of what is free or can be freed, shared with those that
-    train on the machine's other GPUs.
+    """Returns the bytes that this process may pin: half of what is free or can be freed, shared
+    with those that train on the machine's other GPUs.
     """
     available = available_memory()
     return 16 * GIB if available is None else available // 2 // local_rank()[1]
@@ -78,25 +77,25 @@ def _gib(size: float) -> str:
 
 
 def _misfit(request: Request, card: Card, limit: int, host: int | None) -> str:
-    """What is missing where."""
+    """Returns what is missing where."""
     if host is not None and (plan := best_plan(request, card, limit, None)):
         return (
             f"this does not fit: it would need {_gib(plan.host)} of pinned host memory, of which "
             f"{_gib(host)} may be taken"
         )
-    may = f"{_gib(limit)} may be used on the {card.name}"
+    allowed = f"{_gib(limit)} may be used on the {card.name}"
     plan = best_plan(request, card, BOUNDLESS, None)
     assert plan is not None  # without a limit one fits
     for phase in ("encoding captions", "encoding pictures", "loading"):
         if plan.phases.get(phase, 0) > limit:
-            return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {may}"
+            return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {allowed}"
     if best_plan(replace(request, preview_pixels=0), card, limit, host) is not None:
-        return f"previews of this size do not fit beside the model: {may}"
-    return f"this does not fit: it needs at least {_gib(_least(request, card, limit))}, {may}"
+        return f"previews of this size do not fit beside the model: {allowed}"
+    return f"this does not fit: it needs at least {_gib(_least(request, card, limit))}, {allowed}"
 
 
 def _least(request: Request, card: Card, limit: int) -> float:
-    """The least limit that some plan keeps, to 1 %."""
+    """Returns the least limit that some plan stays within, to 1 %."""
     low, high = float(limit), float(limit) * 2 + GIB
     while best_plan(request, card, high, None) is None:
         low, high = high, 2 * high
@@ -108,23 +107,22 @@ def _least(request: Request, card: Card, limit: int) -> float:
 
 
 def _cures(request: Request, card: Card, limit: int, host: int | None) -> list[str]:
-    """Up to two settings that would fit, the mildest first, and the least card that would."""
-    settings: list[str] = []
-    kinds: set[str] = set()
-    for kind, words, changed in _changes(request):
-        if len(settings) == 2 or kind in kinds:
+    """Returns up to two settings that would fit, the mildest first, and the least card."""
+    settings: dict[str, str] = {}  # by kind
+    for kind, setting, changed in _changes(request):
+        if len(settings) == 2 or kind in settings:
             continue
         if best_plan(changed, card, limit, host) is not None:
-            kinds.add(kind)
-            settings.append(words)
+            settings[kind] = setting
+    cures = list(settings.values())
     for gib in CARDS_GIB:
         if usable(gib) > limit and best_plan(request, card, usable(gib), host) is not None:
-            return [*settings, f"a card of {gib} GiB"]
-    return settings
+            return [*cures, f"a card of {gib} GiB"]
+    return cures
 
 
 def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
-    """(kind, words, what they make of the request): of each kind the first that fits is named."""
+    """Yields (kind, setting, the request under it): of each kind the first that fits is named."""
     free = {"policy": "auto", "optimizer_state": "auto"}
     free |= {} if request.modulation_trained else {"modulation": "auto"}
     decided = {name: value for name, value in free.items() if getattr(request, name) != value}
@@ -144,10 +142,9 @@ def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
         yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")
     # a request's batch is one process's share; the setting counts that of all
     batch, count = max(shape.batch for shape in request.shapes.values()), world_size()
-    sizes = [batch // 2**n for n in range(1, batch.bit_length()) if batch // 2**n]
-    for size in sizes:
-        words = f"train.batch_size: {size * count} with gradient_accumulation"
-        yield "batch", words, _shaped(request, size, SIDES[0] * 64)
+    for size in (batch // 2**n for n in range(1, batch.bit_length())):
+        setting = f"train.batch_size: {size * count} with gradient_accumulation"
+        yield "batch", setting, _shaped(request, size, SIDES[0] * 64)
     for size in dict.fromkeys((batch, 1)):
         for side in SIDES:
             changed = _shaped(request, size, side)
@@ -157,7 +154,7 @@ def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
 
 
 def _shaped(request: Request, batch: int, side: int) -> Request:
-    """With batches and pictures of at most this size."""
+    """Returns the request with batches and pictures of at most this size."""
     tokens = (side // 16) ** 2
     shapes = {
         label: replace(
