@@ -1,8 +1,8 @@
 """The FLUX.1 transformer, with Black Forest Labs' parameter names and fused layout.
 
-Read beside BFL's `flux/model.py` and `flux/modules/layers.py`: same blocks, same order, same
-forward signature. Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head
-width, F mlp width. The base is frozen (buffers); the only parameters are the linears' LoRA factors.
+Blocks, order and forward signature are those of BFL's `flux/model.py` and `flux/modules/layers.py`.
+Shape legend: B batch, T tokens (text, then image), D hidden, H heads, C head width, F mlp width.
+The base is frozen (buffers); the only parameters are the linears' LoRA factors.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Rope:
-    """cos and sin of positions ids [B, T, 3], each fp32 [B, T, 1, C/2], three axes side by side."""
+    """Returns cos and sin of positions ids [B, T, 3], each fp32 [B, T, 1, C/2]."""
     angles = []
     for axis, width in enumerate(axes_dim):
         exponent = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
@@ -33,7 +33,7 @@ def rope_tables(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Rope:
 
 
 class RMSNorm(nn.Module):
-    """The scale of a norm that the attention op applies."""
+    """A norm's scale; the attention op applies it."""
 
     scale: Tensor
 
@@ -61,7 +61,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of a stream, twice in a double block: see `Flux.modulation`."""
+    """A stream's shift, scale and gate, twice in a double block: see `Flux.modulation`."""
 
     def __init__(self, hidden: int, count: int):
         super().__init__()
@@ -78,25 +78,22 @@ class SelfAttention(nn.Module):
         self.proj = LoRALinear(spec.hidden_size, spec.hidden_size)
 
 
-class DoubleStreamBlock(nn.Module):
-    """Text and image keep their own weights and meet in one attention."""
+def mlp(spec: FluxSpec) -> Any:
+    hidden, width = spec.hidden_size, spec.mlp_hidden
+    gelu = nn.GELU(approximate="tanh")
+    return nn.Sequential(LoRALinear(hidden, width), gelu, LoRALinear(width, hidden))
 
-    img_mod: Modulation
-    txt_mod: Modulation
-    img_attn: SelfAttention
-    txt_attn: SelfAttention
-    img_mlp: Any  # nn.Sequential of LoRALinear, GELU, LoRALinear
-    txt_mlp: Any
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image have their own weights and one attention."""
 
     def __init__(self, spec: FluxSpec):
         super().__init__()
-        hidden, mlp = spec.hidden_size, spec.mlp_hidden
         self.heads = spec.num_heads
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(hidden, 6))
-            self.add_module(f"{stream}_attn", SelfAttention(spec))
-            layers = [LoRALinear(hidden, mlp), nn.GELU(approximate="tanh"), LoRALinear(mlp, hidden)]
-            self.add_module(f"{stream}_mlp", nn.Sequential(*layers))
+        self.img_mod = Modulation(spec.hidden_size, 6)
+        self.img_attn, self.img_mlp = SelfAttention(spec), mlp(spec)
+        self.txt_mod = Modulation(spec.hidden_size, 6)
+        self.txt_attn, self.txt_mlp = SelfAttention(spec), mlp(spec)
 
     def forward(
         self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope: Rope, saved=KEEP
@@ -126,7 +123,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and MLP side by side on the joined stream (arXiv 2302.05442)."""
+    """Attention and MLP in parallel on the joined stream (arXiv 2302.05442)."""
 
     def __init__(self, spec: FluxSpec):
         super().__init__()
@@ -158,14 +155,14 @@ class LastLayer(nn.Module):
 
 
 class Flux(nn.Module):
-    """Packed latents and prompt embeddings in, velocity out. compute_dtype: of the activations."""
+    """Predicts the velocity of packed latents. compute_dtype: of the activations."""
 
     def __init__(self, spec: FluxSpec, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.spec, self.compute_dtype, hidden = spec, compute_dtype, spec.hidden_size
-        # of each block, the double ones first: how its activations are saved, see `activations.py`
+        # one per block, double blocks first: see `activations.py`
         self.policies = ["keep"] * (spec.depth + spec.depth_single_blocks)
-        self.offload: Any = None  # the engine of the policy offload: see `memory/offload.py`
+        self.offload: Any = None  # the engine of the policy `offload`: see `memory/offload.py`
         self.dropout_clock = DropoutClock()
         self.img_in = LoRALinear(spec.in_channels, hidden)
         self.txt_in = LoRALinear(spec.context_in_dim, hidden)
@@ -192,13 +189,17 @@ class Flux(nn.Module):
 
         img [B, T_img, 64] packed latents; img_ids [B or 1, T_img, 3]; txt [B, T_txt, 4096] T5
         states; txt_ids [B or 1, T_txt, 3]; timesteps [B] in 0..1, 1 is pure noise; y [B, 768]
-        pooled CLIP; guidance [B], required where the model embeds it. Raises ValueError without it.
-        modulation: `modulation(timesteps, y, guidance)` where that is computed already.
+        pooled CLIP; guidance [B], which a model that embeds it needs. modulation: the result of
+        `modulation(timesteps, y, guidance)`, if computed already.
         """
         dtype = self.compute_dtype
         if modulation is None:
             modulation = self.modulation(timesteps, y, guidance)
-        mods = iter(self._modulation_pieces(modulation))
+        layers = self.modulation_linears()
+        pieces = modulation[:, None, :].split([layer.out_features for layer in layers], dim=-1)
+        pairs = zip(pieces, layers, strict=True)
+        mods = iter([piece if layer.trains() else piece.detach() for piece, layer in pairs])
+
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         rope = rope_tables(
             torch.cat([txt_ids, img_ids], dim=1), self.spec.axes_dim, self.spec.theta
@@ -217,15 +218,16 @@ class Flux(nn.Module):
         return self.final_layer(x[:, length:], next(mods))
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Shifts, scales and gates of all blocks and the last layer, [B, modulation_width()].
+        """Returns shifts, scales and gates of all blocks and the last layer, side by side.
 
-        timesteps, guidance [B], y [B, 768], as in `forward`. Always MODULATION_ROWS rows at a time,
-        padded: a row's bits are then the same whichever other samples it is computed with.
+        timesteps, guidance [B], y [B, 768], as in `forward`. Computed in padded groups of
+        MODULATION_ROWS, so that a row's bits do not depend on the other samples. Raises ValueError
+        without the guidance that a model embeds.
         """
         if self.guidance_in is not None and guidance is None:
             raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
         if any(layer.drops() for layer in self.modulation_linears()):
-            # masks are those of the batch's own samples; such rows are never cached
+            # dropout masks belong to the batch's own samples; such rows are never cached
             return self._modulation_rows(timesteps, y, guidance)
         count, pieces = len(timesteps), []
         for start in range(0, count, MODULATION_ROWS):
@@ -245,22 +247,11 @@ class Flux(nn.Module):
         return torch.cat([layer(vec) for layer in self.modulation_linears()], dim=-1)
 
     def linear(self, name: str) -> LoRALinear:
-        """The linear of that BFL name."""
+        """Returns the linear with that BFL name."""
         return cast(LoRALinear, self.get_submodule(name))
 
     def modulation_linears(self) -> list[LoRALinear]:
-        """In the order of the modulation's columns."""
+        """Returns the modulation's linears in the order of its columns."""
         doubles = [mod.lin for b in self.double_blocks for mod in (b.img_mod, b.txt_mod)]
         singles = [block.modulation.lin for block in self.single_blocks]
         return [*doubles, *singles, self.final_layer.adaLN_modulation[1]]
-
-    def modulation_width(self) -> int:
-        """Columns of the modulation: 1.06 M of FLUX.1-dev."""
-        return sum(layer.out_features for layer in self.modulation_linears())
-
-    def _modulation_pieces(self, modulation: Tensor) -> list[Tensor]:
-        """[B, 1, N] per linear, detached where the linear is frozen."""
-        layers = self.modulation_linears()
-        pieces = modulation[:, None, :].split([layer.out_features for layer in layers], dim=-1)
-        pairs = zip(pieces, layers, strict=True)
-        return [piece if layer.trains() else piece.detach() for piece, layer in pairs]

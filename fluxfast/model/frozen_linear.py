@@ -1,8 +1,8 @@
 """FrozenLinear: a linear layer's frozen weight in fp32, bf16, NF4, int8 or fp8, and its bias.
 
-Shape legend: K inputs, N outputs. The weight is a list of one to four tensors, the form that the
-fused ops of `fluxfast_kernels` take (its `frozen.py` lists the forms); those of an NF4, int8 or fp8
-weight are buffers of their own, and `weight` is None then.
+Shape legend: K inputs, N outputs. The fused ops of `fluxfast_kernels` take a weight as one to four
+tensors (`quant/frozen.py` lists the forms). A quantized weight's are buffers of their own, with
+`weight` None.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,17 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         for name in ("weight", "bias", *_QUANTIZED):
             self.register_buffer(name, None)
-        self.matmul = ""  # "int8" or "fp8": multiplied in 8 bits; "" in x's dtype
-        self.rotation = 0  # columns per block of the Hadamard rotation that the weight is kept in
-        # returns the weight on the device where it lives on the host: `memory/host.py`
+        self.matmul = ""  # "int8" or "fp8" for 8-bit products, "" for x's dtype
+        self.rotation = 0  # columns per block of the weight's Hadamard rotation
+        # returns the weight on the device if it is stored on the host: `memory/host.py`
         self.weight_provider: Callable[[FrozenLinear], list[Tensor]] | None = None
 
     def set_weight(self, weight: Weight, storage: str = "fp32", nested: bool = False) -> bool:
-        """Store `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated where the layer is.
+        """Stores `weight` [N, K] as fp32, bf16, nf4, int8 or fp8, rotated if the layer is.
 
-        A weight that a file has quantized in that very storage is taken as it is, not copied; one
-        in another is dequantized and quantized anew. nested: quantize NF4's absmax too. Returns
-        False where nf4 had to stay bf16 (K % 64 != 0).
+        A weight that is quantized in that storage already is not copied, one in another storage is
+        quantized again. nested: quantize NF4's absmax too. Returns False if nf4 became bf16
+        (K % 64 != 0).
         """
         shape = tuple(weight.values.shape if isinstance(weight, QuantizedRows) else weight.shape)
         assert shape == (self.out_features, self.in_features), shape
@@ -67,39 +67,35 @@ class FrozenLinear(nn.Module):
         return storage != "nf4"
 
     def weight_tensors(self) -> list[Tensor]:
-        """The weight as the fused ops take it: one to four tensors on the compute device."""
-        if self.weight_provider is not None:
-            return self.weight_provider(self)
-        return self.stored_tensors()
+        """Returns the weight's one to four tensors on the compute device."""
+        return self.stored_tensors() if self.weight_provider is None else self.weight_provider(self)
 
     def stored_tensors(self) -> list[Tensor]:
-        """The same tensors where they are stored: on the host if there is a weight_provider."""
+        """Returns the weight's tensors where they are stored, perhaps on the host."""
         tensors = (self.weight, *(getattr(self, name) for name in _QUANTIZED))
         return [tensor for tensor in tensors if tensor is not None]
 
     def storage(self) -> str:
-        """fp32, bf16, nf4, int8 or fp8."""
+        """Returns fp32, bf16, nf4, int8 or fp8."""
         if self.weight is None:
             return storage_of(self.stored_tensors())
         return "fp32" if self.weight.dtype == torch.float32 else "bf16"
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """A copy of the weight [N, K] in `dtype`, rotated back if it is kept rotated."""
+        """Returns a copy of the weight [N, K] in `dtype`, rotated back if it is stored rotated."""
         weight = frozen.dequantize(self.weight_tensors(), self.in_features, dtype).clone()
         return rotate_weight(weight, self.rotation).to(dtype)  # its own inverse
 
     def frozen_weight(self) -> fk.FrozenWeight:
-        """The weight, its bias and how it is multiplied, as every fused linear takes them."""
+        """Returns weight, bias, matmul and rotation as every fused linear takes them."""
         return fk.FrozenWeight(self.weight_tensors(), self.bias, self.matmul, self.rotation)
 
     def extra_repr(self) -> str:
-        matmul = f", {self.matmul} products" if self.matmul else ""
-        rotation = f", rotated by {self.rotation}" if self.rotation else ""
-        return f"{self.in_features} -> {self.out_features}, {self.storage()}{matmul}{rotation}"
+        return f"{self.in_features} -> {self.out_features}, {self.storage()}"
 
 
 def to_device(weight: Weight, device: str | torch.device) -> Weight:
-    """The weight on `device`, dense or quantized."""
+    """Returns the weight, dense or quantized, on `device`."""
     if isinstance(weight, Tensor):
         return weight.to(device)
     tensors = {name: t.to(device) for name, t in vars(weight).items() if isinstance(t, Tensor)}
@@ -107,14 +103,14 @@ def to_device(weight: Weight, device: str | torch.device) -> Weight:
 
 
 def dequantize(weight: Weight) -> Tensor:
-    """A quantized weight as fp32 [N, K]; a tensor as it is."""
+    """Returns a quantized weight as fp32 [N, K], a dense one as it is."""
     if isinstance(weight, NF4Tensor):
         return fk.nf4_dequantize(weight)
     return weight.dequantize() if isinstance(weight, QuantizedRows) else weight
 
 
 def _quantized_tensors(weight: Weight, storage: str) -> dict[str, Tensor]:
-    """The buffers of a weight that is quantized in `storage` already; else empty."""
+    """Returns the buffers of a weight that is quantized in `storage` already, or none."""
     if isinstance(weight, NF4Tensor):
         return weight.tensors() if storage == "nf4" else {}
     if isinstance(weight, QuantizedRows) and weight.kind == storage:

@@ -1,4 +1,4 @@
-"""Fills a Flux: from a checkpoint's tensors or with random ones."""
+"""Fills a Flux with a checkpoint's tensors or random ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -23,35 +23,28 @@ def fill(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Fills every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever
-    dense. precisions: of every linear, see `layer_precisions`.
+    dense: matrices as `precisions` says (see `layer_precisions`), others in the compute dtype.
 
-    Returns the names that were to be nf4 and stayed bf16, because their K is not a multiple of 64.
+    Returns the matrices that were to be nf4 and stayed bf16, because their K is not a multiple of
+    64.
     """
     names = list(tensor_sources(model.spec))
     in_bf16 = []
     for index, name in enumerate(names):
-        if not _set_tensor(model, name, to_device(read(name), device), precisions, nested):
-            in_bf16.append(name)
+        module_name, _, kind = name.rpartition(".")
+        module = cast(Any, model.get_submodule(module_name))
+        tensor = to_device(read(name), device)
+        if kind == "weight":
+            precision = precisions[module_name]
+            module.matmul, module.rotation = precision.matmul, precision.rotation
+            if not module.set_weight(tensor, precision.storage, nested):
+                in_bf16.append(name)
+        else:
+            assert isinstance(tensor, Tensor)
+            setattr(module, kind, tensor.to(model.compute_dtype, copy=True))
         if progress:
             progress(index + 1, len(names))
     return in_bf16
-
-
-def _set_tensor(
-    model: Flux, name: str, tensor: Weight, precisions: Mapping[str, Precision], nested: bool
-) -> bool:
-    """A linear's matrix as `precisions` says, biases and norms in the compute dtype. Returns False
-    where a matrix that was to be nf4 stayed bf16.
-    """
-    module_name, _, kind = name.rpartition(".")
-    module = cast(Any, model.get_submodule(module_name))
-    if kind == "weight":
-        precision = precisions[module_name]
-        module.matmul, module.rotation = precision.matmul, precision.rotation
-        return module.set_weight(tensor, precision.storage, nested)
-    assert isinstance(tensor, Tensor)
-    setattr(module, kind, tensor.to(model.compute_dtype, copy=True))
-    return True
 
 
 def random_flux(
@@ -64,11 +57,10 @@ def random_flux(
     activations: str = "auto",
     layers: Mapping[str, str] | None = None,
 ) -> Flux:
-    """A Flux with random weights made on the device, layer by layer: for benchmarks and tests.
+    """Returns a Flux with random weights made on the device: for benchmarks and tests.
 
-    storage, compute, activations, layers: as `load_transformer` takes them, without `auto` for the
-    first two.
-    Matrices are N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
+    Arguments as for `load_transformer`, with neither storage nor compute `auto`. Matrices are
+    N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
     """
     generator = torch.Generator(device).manual_seed(seed)
 

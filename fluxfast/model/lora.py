@@ -1,4 +1,4 @@
-"""Where the LoRA goes: presets, include and exclude patterns, injection."""
+"""Selects the linears that a LoRA trains, and adds it to a model."""
 
 import difflib
 import fnmatch
@@ -14,14 +14,19 @@ from fluxfast.errors import ConfigError
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora_dropout import LoRADropout
 from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate, Parts
-from fluxfast.model.names import block_linears, diffusers_parts, outer_linears, part_rows
+from fluxfast.model.names import block_linears, diffusers_parts, part_rows
+from fluxfast.model.precision import linears
 
-PRESETS = ("attn", "attn+mlp", "all")
+PRESETS = {
+    "attn": ("attn",),
+    "attn+mlp": ("attn", "mlp"),
+    "all": ("attn", "mlp", "modulation"),
+}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One trainable part of a linear: the BFL module, the diffusers module, and its rows."""
+    """A trainable part of a linear: its BFL module, diffusers module and rows."""
 
     module: str
     diffusers: str
@@ -29,7 +34,7 @@ class Target:
 
 
 def _kind(diffusers: str) -> str:
-    """Which preset brings a part in: attention, mlp, or modulation."""
+    """Returns the kind of a part, which the presets select by."""
     name = diffusers.split(".", 2)[2]
     if name.startswith("norm"):
         return "modulation"
@@ -46,23 +51,21 @@ def _matches(pattern: str, target: Target) -> bool:
 def select_targets(
     spec, targets: str = "attn+mlp", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Target]:
-    """The parts to train, in model order.
+    """Returns the parts to train, in model order.
 
     targets: `attn` (q, k, v and the double blocks' output projections), `attn+mlp`, or `all` (the
-    blocks' modulation linears too: 494 modules of FLUX.1-dev in diffusers' terms). A single block's
-    `linear2` mixes attention and MLP and counts as MLP, as diffusers' proj_out does. include keeps
-    only what matches one of its patterns, exclude drops what matches and wins. A pattern with *, ?
-    or [ is a glob over the whole name, any other a substring; both are tried on BFL and diffusers
-    names. Raises ConfigError for an unknown preset or a pattern that matches nothing of the preset.
+    blocks' modulation linears too: 494 of diffusers' modules for FLUX.1-dev). A single block's
+    `linear2` mixes attention and MLP and counts as MLP. include keeps only parts that match one of
+    its patterns; exclude drops parts, and wins. A pattern with *, ? or [ is a glob over the whole
+    name, any other a substring of it; both are tried on BFL and diffusers names. Raises ConfigError
+    for a pattern that matches no part of the preset.
     """
-    if targets not in PRESETS:
-        raise ConfigError(f"lora.targets: {targets!r} is not one of {', '.join(PRESETS)}")
-    kinds = {"attn": {"attn"}, "attn+mlp": {"attn", "mlp"}}.get(targets)
+    kinds = PRESETS[targets]
     chosen = [
         Target(module, diffusers, rows)
         for module in block_linears(spec)
         for diffusers, rows in zip(diffusers_parts(module), part_rows(module, spec), strict=True)
-        if kinds is None or _kind(diffusers) in kinds
+        if _kind(diffusers) in kinds
     ]
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -94,11 +97,11 @@ def inject_lora(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Add LoRA to `model` in place. -> its parameters, fp32: A then B of each module, in model
-    order.
+    """Adds LoRA to `model` in place. Returns its parameters, fp32: A, then B of each module, in
+    model order.
 
     scale = alpha / rank (alpha defaults to rank). Each part (q, k, v, mlp) of a fused linear has an
-    A of its own unless share_a (kohya's form). A is drawn from (seed, module), B is zero, so the
+    A of its own unless share_a (kohya's form). A is a function of (seed, module); B is zero, so the
     output is unchanged.
     """
     alpha = float(rank if alpha is None else alpha)
@@ -109,7 +112,7 @@ def inject_lora(
     model.dropout_clock.seed = seed
     for module, rows in by_module.items():
         layer = model.linear(module)
-        parts = [rows] if share_a else [[row] for row in rows]
+        parts = [rows] if share_a else [[pair] for pair in rows]
         update = fresh_update(layer, rank, alpha, parts, seed=seed, stream=module)
         update.dropout = LoRADropout(dropout, module, model.dropout_clock) if dropout else None
         layer.add_update(update)
@@ -120,8 +123,8 @@ def inject_lora(
 def fresh_update(
     layer: LoRALinear, rank: int, alpha: float, parts: Parts, *, seed: int = 0, stream: str = "lora"
 ) -> LowRankUpdate:
-    """A trainable update of `layer`, fp32 on its device: A uniform in ±1/sqrt(K) (as peft and kohya
-    initialize it), B zero.
+    """Returns a trainable update of `layer`, fp32 on its device: A uniform in ±1/sqrt(K) (as peft
+    and kohya initialize it), B zero.
     """
     device = layer.stored_tensors()[0].device
     shape = (len(parts) * rank, layer.in_features)
@@ -133,23 +136,20 @@ def fresh_update(
 
 
 def lora_layers(model: Flux) -> dict[str, LoRALinear]:
-    """BFL name -> layer, of the layers that carry a LoRA, in model order."""
-    return {
-        name: layer
-        for name in [*block_linears(model.spec), *outer_linears(model.spec)]
-        if (layer := model.linear(name)).lora is not None
-    }
+    """Returns BFL name -> layer of the layers that carry a LoRA, in model order."""
+    layers = {name: model.linear(name) for name in linears(model.spec)}
+    return {name: layer for name, layer in layers.items() if layer.lora is not None}
 
 
 def set_assisted(model: Flux, assisted: bool) -> None:
-    """Whether frozen updates act: in training they do, in previews and validation not."""
-    for name in [*block_linears(model.spec), *outer_linears(model.spec)]:
+    """Switches frozen updates on (in training) or off (in previews and validation)."""
+    for name in linears(model.spec):
         for update in model.linear(name).updates:
             if not update.trainable:
                 update.strength = float(assisted)
 
 
 def set_lora_strength(model: Flux, strength: float) -> None:
-    """Scale every trainable update: 0 gives the base model back, 1 the trained LoRA."""
+    """Scales every trainable update: 0 gives the base model, 1 the trained LoRA."""
     for layer in lora_layers(model).values():
         layer.trained.strength = strength

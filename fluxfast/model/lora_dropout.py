@@ -1,7 +1,6 @@
-"""LoRA dropout: (mask · x) Aᵀ in place of x Aᵀ, on a path that is not fused.
+"""LoRA dropout: (mask · x) Aᵀ in place of x Aᵀ, by ops that are not fused.
 
-A mask is a function of (seed, layer, global sample index), so nothing is saved for it: backward
-generates it again.
+A mask is a function of (seed, layer, global sample index): backward generates it again.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from fluxfast.model.frozen_linear import FrozenLinear
 
 
 class DropoutClock:
-    """The global indices of the samples that the model sees now: set once per batch."""
+    """The global sample indices of the current batch, set before each forward pass."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -29,16 +28,14 @@ class DropoutClock:
 
 @dataclass(frozen=True)
 class LoRADropout:
-    """Of one layer. p: the probability of a zero; stream: the layer's name among the random
-    streams.
-    """
+    """One layer's dropout. p: probability of a zero; stream: the layer's random stream."""
 
     p: float
     stream: str
     clock: DropoutClock
 
     def mask(self, x: Tensor, indices: Sequence[int]) -> Tensor:
-        """0 or 1/(1-p) per element of x [B, ..., K], by global sample index [B]."""
+        """Returns 0 or 1/(1-p) per element of x [B, ..., K], by global sample index [B]."""
         if len(indices) != x.shape[0]:
             raise ValueError(
                 f"LoRA dropout needs the batch's {x.shape[0]} global sample indices in "
@@ -50,7 +47,7 @@ class LoRADropout:
 
 
 class DroppedLinear(torch.autograd.Function):
-    """x Wᵀ + b + the frozen updates of x + the trained update of (mask · x). Saves x, A and B."""
+    """x Wᵀ + b + the frozen updates of x + the trained update of mask · x. Saves x, A and B."""
 
     @staticmethod
     def forward(
@@ -64,19 +61,18 @@ class DroppedLinear(torch.autograd.Function):
         frozen_update: fk.LoRAUpdate | None,
         dropout: LoRADropout,
     ) -> Tensor:
-        """a, b, parts, scale: the trained update's, as `fk.LoRAUpdate` has them."""
-        indices = tuple(dropout.clock.indices)
-        # as they are now: backward may run when the clock and the strength are others
+        """a, b, parts, scale: the trained `fk.LoRAUpdate`."""
+        # copies: clock and strength may have changed when backward runs
+        ctx.indices = indices = tuple(dropout.clock.indices)
         ctx.layer, ctx.parts, ctx.scale, ctx.frozen_update = layer, parts, scale, frozen_update
-        ctx.dropout, ctx.indices = dropout, indices
+        ctx.dropout = dropout
         ctx.save_for_backward(x, a, b)
         (y,) = linear_forward([x], layer.frozen_weight(), frozen_update)
         down = F.linear(x * dropout.mask(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
         for y_rows, b_rows, a_rows in fk.LoRAUpdate(a, b, parts, scale).slices():
-            update = down_2d[:, slice(*a_rows)], up[slice(*b_rows)].T
-            y_2d[:, slice(*y_rows)].addmm_(*update)
+            y_2d[:, slice(*y_rows)].addmm_(down_2d[:, slice(*a_rows)], up[slice(*b_rows)].T)
         return y
 
     @staticmethod

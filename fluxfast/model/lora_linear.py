@@ -3,17 +3,16 @@
     y = x Wᵀ + b;   y[:, rows of part p] += scale · (x A_pᵀ) B_pᵀ    for each update
 
 Shape legend: B batch, T tokens, K inputs, N outputs, P parts, R rank. A is [P·R, K] and B is [N',
-R], N' the rows that have an update, part after part: stacked, never a block-diagonal matrix, so
-that splitting the layer into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form)
-is P = 1 with several row ranges.
+R], N' the rows that have an update, part after part: stacked, never block-diagonal, so that
+splitting the layer into its parts (q, k, v, mlp) is exact. One A for all parts (kohya's form) is
+P = 1 with several row ranges.
 
-The work is done by the fused ops of `fluxfast_kernels`, with what comes before the product (norm
-and modulation, GELU) or after it (gate and residual). Autograd then keeps the op's input and
-nothing in between. The product runs by itself, as `forward`, where something must see or change its
-input or output: a hook on the module, and LoRA dropout.
+The ops of `fluxfast_kernels` fuse the product with norm and modulation or GELU before it, gate and
+residual after it; autograd saves the op's input and nothing in between. Module hooks and LoRA
+dropout need the product's own input and output: then it runs unfused, as `forward`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import fluxfast_kernels as fk
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 from fluxfast.model.frozen_linear import FrozenLinear
 from fluxfast.model.lora_dropout import DroppedLinear, LoRADropout
 
-# of nn.Module: what is registered from outside and must see this module's own input and output
+# nn.Module's attributes for hooks, which must see this module's own input and output
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Parts = list[list[tuple[int, int]]]  # per A: the row ranges (start, end) of y that it feeds
 
 
 class LowRankUpdate(nn.Module):
-    """What one LoRA adds to a linear: trainable, or frozen (an assistant's)."""
+    """One LoRA's update of a linear: trainable, or frozen (an assistant's)."""
 
     def __init__(self, a: Tensor, b: Tensor, parts: Parts, scale: float, trainable: bool):
         super().__init__()
@@ -41,7 +40,7 @@ class LowRankUpdate(nn.Module):
         self.dropout: LoRADropout | None = None
 
     def as_argument(self) -> fk.LoRAUpdate:
-        """As every fused linear takes it."""
+        """Returns the update as every fused linear takes it."""
         scale = self.scale * self.strength
         return fk.LoRAUpdate(self.lora_A, self.lora_B, _flat(self.parts), scale)
 
@@ -51,7 +50,7 @@ class LowRankUpdate(nn.Module):
             yield tuple(slice(*pair) for pair in ranges)
 
     def spread(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """A [P', R, K] and scaled B [N'', R] for `parts`, its own among them; zeros for others."""
+        """Returns A [P', R, K] and scaled B [N'', R] for `parts`, zeros for those it lacks."""
         rank, scale = self.lora_B.shape[1], self.scale * self.strength
         a = self.lora_A.unflatten(0, (-1, rank))
         b = self.lora_B if scale == 1 else self.lora_B * scale
@@ -74,7 +73,7 @@ class LoRALinear(FrozenLinear):
         self.updates: Any = nn.ModuleList()  # of LowRankUpdate
 
     def add_update(self, update: LowRankUpdate) -> None:
-        """Add an update; a trainable one goes in front, in place of an earlier one."""
+        """Adds an update; a trainable one goes in front and replaces an earlier one."""
         update.to(self.stored_tensors()[0].device)
         if not update.trainable:
             self.updates.append(update)
@@ -83,7 +82,7 @@ class LoRALinear(FrozenLinear):
             self.updates.insert(0, update)
 
     def remove_lora(self) -> None:
-        """Remove the trainable update; frozen ones stay."""
+        """Removes the trainable update."""
         self.updates = nn.ModuleList(update for update in self.updates if not update.trainable)
 
     @property
@@ -94,7 +93,7 @@ class LoRALinear(FrozenLinear):
 
     @property
     def trained(self) -> LowRankUpdate:
-        """`lora` of a layer that has one."""
+        """`lora` of a layer that must have one."""
         assert self.lora is not None
         return self.lora
 
@@ -107,31 +106,30 @@ class LoRALinear(FrozenLinear):
         return None if self.lora is None else self.lora.lora_B
 
     def trains(self) -> bool:
-        """Whether a trainable update takes part."""
+        """Returns whether a trainable update is active."""
         return self.lora is not None and self.lora.strength != 0
 
     def drops(self) -> bool:
-        """Whether LoRA dropout takes part: no path of it is fused."""
+        """Returns whether LoRA dropout is active."""
         return self.training and self.trains() and self.trained.dropout is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] in the compute dtype. Returns y [..., N]."""
+        """Returns y [..., N] of x [..., K] in the compute dtype."""
         if self.drops():
-            frozen = _stacked([update for update in self._active() if not update.trainable])
+            frozen = self._update(frozen_only=True)
             lora = self.trained
             return DroppedLinear.apply(x, *lora.as_argument(), self, frozen, lora.dropout)
         return fk.lora_linear(x, self.frozen_weight(), self._update())
 
     def gated_linear(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-        """residual + gate · y. x [B, T, K]; gate [B, 1, N]; residual [B, T, N]."""
+        """Returns residual + gate · y. x [B, T, K]; gate [B, 1, N]; residual [B, T, N]."""
         if self._runs_by_itself() or _needs_gradient(gate):
             return fk.gate_residual(residual, gate, self(x))
         return fk.lora_linear(x, self.frozen_weight(), self._update(), gate, residual)
 
     def norm_linear(self, h: Tensor, shift: Tensor, scale: Tensor, split: int = 0) -> Any:
-        """The layer of LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale [B, 1, K].
-
-        Returns y [B, T, N], or with a split the tensors of y's columns before and after it.
+        """Applies the layer to LayerNorm(h) · (1 + scale) + shift. h [B, T, K]; shift, scale
+        [B, 1, K]. Returns y [B, T, N], or with a split y's columns before and after it.
         """
         if self._runs_by_itself():
             y = self(fk.norm_modulate(h, shift, scale))
@@ -147,49 +145,40 @@ class LoRALinear(FrozenLinear):
         head: Tensor | None = None,
         saved_bits: int = 16,
     ) -> Tensor:
-        """residual + gate · y, y the layer of [head, GELU-tanh(u)].
+        """Returns residual + gate · y, y the layer's output for [head, GELU-tanh(u)].
 
         u [B, T, F]; head [B, T, K - F] or None; gate [B, 1, N]; residual [B, T, N]. saved_bits: 8
-        saves u for backward in 8 bits (not where the product runs by itself).
+        saves u for backward in 8 bits (if fused).
         """
         if self._runs_by_itself():
             x = F.gelu(u, approximate="tanh")
             x = x if head is None else torch.cat([head, x], dim=-1)
             return fk.gate_residual(residual, gate, self(x))
+        args = u, self.frozen_weight(), self._update()
         options: dict[str, Any] = {"head": head, "saved_bits": saved_bits}
-        fused: dict[str, Any] = (
-            {} if _needs_gradient(gate) else {"gate": gate, "residual": residual}
-        )
-        y = fk.gelu_lora_linear(u, self.frozen_weight(), self._update(), **options, **fused)
-        return y if fused else fk.gate_residual(residual, gate, y)
+        if _needs_gradient(gate):
+            return fk.gate_residual(residual, gate, fk.gelu_lora_linear(*args, **options))
+        return fk.gelu_lora_linear(*args, **options, gate=gate, residual=residual)
 
-    def _active(self) -> list[LowRankUpdate]:
-        return [update for update in self.updates if update.strength != 0]
-
-    def _update(self) -> fk.LoRAUpdate | None:
-        return _stacked(self._active())
+    def _update(self, frozen_only: bool = False) -> fk.LoRAUpdate | None:
+        """Returns the active updates as one, their ranks side by side."""
+        updates = [update for update in self.updates if update.strength != 0]
+        if frozen_only:
+            updates = [update for update in updates if not update.trainable]
+        if len(updates) < 2:
+            return updates[0].as_argument() if updates else None
+        parts = max((update.parts for update in updates), key=len)  # these include all others
+        a, b = zip(*(update.spread(parts) for update in updates), strict=True)
+        a, b = torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1)
+        return fk.LoRAUpdate(a, b, _flat(parts), 1.0)
 
     def _runs_by_itself(self) -> bool:
-        """Whether nothing may be fused with the product: see the file's head."""
+        """Returns whether the product must not be fused: see the module docstring."""
         return any(getattr(self, hooks) for hooks in _HOOKS) or self.drops()
-
-    def extra_repr(self) -> str:
-        rank = f", rank={self.trained.lora_B.shape[1]}" if self.lora is not None else ""
-        return super().extra_repr() + rank
-
-
-def _stacked(updates: Sequence[LowRankUpdate]) -> fk.LoRAUpdate | None:
-    """All updates in one: their ranks side by side."""
-    if len(updates) < 2:
-        return updates[0].as_argument() if updates else None
-    parts = max((update.parts for update in updates), key=len)  # those of all others among them
-    a, b = zip(*(update.spread(parts) for update in updates), strict=True)
-    a, b = torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1)
-    return fk.LoRAUpdate(a, b, _flat(parts), 1.0)
 
 
 def _flat(parts: Parts) -> list[int]:
-    """start, end and the A's index of every range, as the ops take parts."""
+    """Returns start, end and the index of A of every range, as the ops take parts."""
     return [n for index, ranges in enumerate(parts) for pair in ranges for n in (*pair, index)]
 
 
@@ -198,5 +187,5 @@ def _height(ranges: list[tuple[int, int]]) -> int:
 
 
 def _needs_gradient(gate: Tensor) -> bool:
-    """The fused ops take a gate as a constant."""
+    """Returns whether the gate trains: the fused ops take it as a constant."""
     return gate.requires_grad and torch.is_grad_enabled()

@@ -1,7 +1,7 @@
-"""The modulation's inputs, and its rows for coming batches.
+"""Computes modulation for several batches at once.
 
-Modulation is a function of timestep, pooled text and guidance alone. Those of a batch are functions
-of its number, so where modulation is frozen it is computed for several batches at once.
+Modulation depends only on timestep, pooled text and guidance, which are functions of the batch
+number: where it is frozen, it can be computed ahead.
 """
 
 import math
@@ -16,8 +16,8 @@ MODULATION_ROWS = 16
 
 
 def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """t [B] in 0..1 -> fp32 [B, width]: cosines then sines of 1000·t at geometric frequencies to
-    1e-4.
+    """Returns fp32 [B, width] of t [B] in 0..1: cosines, then sines of 1000·t at geometric
+    frequencies from 1 to 1e-4.
     """
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -26,17 +26,16 @@ def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
 
 
 def padded(x: Tensor) -> Tensor:
-    """[n, ...] -> [MODULATION_ROWS, ...], zeros below."""
+    """Returns x [n, ...] with rows of zeros appended: [MODULATION_ROWS, ...]."""
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, MODULATION_ROWS - len(x)))
 
 
 class ModulationCache:
     """Modulation rows by batch number, counted from 0 over the whole run.
 
-    A batch that is not cached is computed together with the batches after it, MODULATION_ROWS rows
-    in all, in the very pass that `Flux.forward` would make for one batch. modulation:
-    `Flux.modulation`; conditions: batch number -> its timesteps [B] on the device and pooled text
-    [B, 768] on the CPU; stop: the number of batches of the run.
+    A batch that is not cached is computed together with those after it, MODULATION_ROWS rows in
+    all, by the same products as in `Flux.forward`. modulation: `Flux.modulation`; conditions: batch
+    number -> timesteps [B] on the device, pooled text [B, 768] on the CPU; stop: number of batches.
     """
 
     def __init__(
@@ -51,16 +50,13 @@ class ModulationCache:
         self.batch_size, self.stop = batch_size, stop
         self._rows: dict[int, Tensor] = {}
 
-    def __call__(self, number: int) -> Tensor:
-        """Returns [B, modulation_width], of batch `number`."""
-        if number not in self._rows:
-            self._fill(number)
-        return self._rows[number]
-
     @torch.no_grad()
-    def _fill(self, first: int) -> None:
+    def __call__(self, number: int) -> Tensor:
+        """Returns the modulation of batch `number`, [B, columns]."""
+        if number in self._rows:
+            return self._rows[number]
         count = max(1, MODULATION_ROWS // self.batch_size)
-        numbers = range(first, max(first + 1, min(first + count, self.stop)))
+        numbers = range(number, max(number + 1, min(number + count, self.stop)))
         timesteps, pooled = zip(*map(self.conditions, numbers), strict=True)
         t, y = torch.cat(timesteps), torch.cat(pooled)
         if t.device.type == "cuda":
@@ -68,3 +64,4 @@ class ModulationCache:
         y = y.to(t.device, non_blocking=True)
         rows = self.modulation(t, y, torch.full_like(t, self.guidance))
         self._rows = dict(zip(numbers, rows.split(self.batch_size), strict=True))
+        return self._rows[number]

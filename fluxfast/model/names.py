@@ -1,8 +1,6 @@
-"""One module, two names: Black Forest Labs' fused layout and diffusers' split one.
+"""Module names and shapes: Black Forest Labs' fused layout and diffusers' split one.
 
-Everything that maps between the two (base checkpoints, LoRA files, include/exclude patterns) reads
-this table. `final_layer.adaLN_modulation.1` is [shift, scale] in BFL's order and [scale, shift] in
-diffusers': see SWAPPED.
+Base checkpoints, LoRA files and include/exclude patterns all map between the two by these tables.
 """
 
 from fluxfast.model.spec import FluxSpec
@@ -44,23 +42,23 @@ OUTER = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-SWAPPED = "final_layer.adaLN_modulation.1"
+SWAPPED = "final_layer.adaLN_modulation.1"  # BFL: [shift, scale]; diffusers: [scale, shift]
 
 
 def block_linears(spec: FluxSpec) -> list[str]:
-    """BFL names of every linear inside the blocks, in model order."""
+    """Returns the BFL names of every linear inside the blocks, in model order."""
     names = [f"double_blocks.{i}.{name}" for i in range(spec.depth) for name in DOUBLE_PARTS]
     singles = range(spec.depth_single_blocks)
     return names + [f"single_blocks.{i}.{name}" for i in singles for name in SINGLE_PARTS]
 
 
 def outer_linears(spec: FluxSpec) -> list[str]:
-    """BFL names of the linears outside the blocks."""
+    """Returns the BFL names of the linears outside the blocks."""
     return [name for name in OUTER if spec.guidance_embed or not name.startswith("guidance_in")]
 
 
 def diffusers_parts(module: str) -> list[str]:
-    """diffusers names of a block linear's parts, in row order. `module` is a BFL name."""
+    """Returns the diffusers names of a block linear's parts (by its BFL name), in row order."""
     group, index, name = module.split(".", 2)
     if group == "double_blocks":
         return [f"transformer_blocks.{index}.{part}" for part in DOUBLE_PARTS[name]]
@@ -68,30 +66,25 @@ def diffusers_parts(module: str) -> list[str]:
 
 
 def part_rows(module: str, spec: FluxSpec) -> list[tuple[int, int]]:
-    """[(start, end)] rows of each part of a block linear."""
+    """Returns the (start, end) rows of each part of a block linear."""
+    rows, hidden = linear_shape(module, spec)[0], spec.hidden_size
     parts = len(diffusers_parts(module))
-    if parts == 1:
-        return [(0, linear_shape(module, spec)[0])]
-    hidden = spec.hidden_size
-    rows = [(i * hidden, (i + 1) * hidden) for i in range(3)]
-    return rows + ([(3 * hidden, 3 * hidden + spec.mlp_hidden)] if parts == 4 else [])
+    starts = [i * hidden for i in range(parts)]
+    return list(zip(starts, [*starts[1:], rows], strict=True))
 
 
 def linear_shape(module: str, spec: FluxSpec) -> tuple[int, int]:
-    """(rows, columns) of any linear of the model, by its BFL name."""
+    """Returns the (rows, columns) of any linear of the model, by its BFL name."""
     hidden, mlp = spec.hidden_size, spec.mlp_hidden
-    name = module.split(".", 2)[2] if "blocks." in module else module
+    name = module
+    if "blocks." in module:  # both streams of a double block have the same shapes
+        name = module.split(".", 2)[2].removeprefix("img_").removeprefix("txt_")
     return {
-        "img_mod.lin": (6 * hidden, hidden),
-        "txt_mod.lin": (6 * hidden, hidden),
-        "img_attn.qkv": (3 * hidden, hidden),
-        "txt_attn.qkv": (3 * hidden, hidden),
-        "img_attn.proj": (hidden, hidden),
-        "txt_attn.proj": (hidden, hidden),
-        "img_mlp.0": (mlp, hidden),
-        "img_mlp.2": (hidden, mlp),
-        "txt_mlp.0": (mlp, hidden),
-        "txt_mlp.2": (hidden, mlp),
+        "mod.lin": (6 * hidden, hidden),
+        "attn.qkv": (3 * hidden, hidden),
+        "attn.proj": (hidden, hidden),
+        "mlp.0": (mlp, hidden),
+        "mlp.2": (hidden, mlp),
         "modulation.lin": (3 * hidden, hidden),
         "linear1": (3 * hidden + mlp, hidden),
         "linear2": (hidden, hidden + mlp),
@@ -109,21 +102,20 @@ def linear_shape(module: str, spec: FluxSpec) -> tuple[int, int]:
 
 
 def tensor_sources(spec: FluxSpec) -> dict[str, list[str]]:
-    """Every tensor of the model: BFL name -> the diffusers tensors whose rows it stacks."""
+    """Returns, for every tensor of the model by BFL name, the diffusers tensors that it stacks."""
     sources: dict[str, list[str]] = {}
     for module in block_linears(spec):
         for kind in ("weight", "bias"):
             sources[f"{module}.{kind}"] = [f"{part}.{kind}" for part in diffusers_parts(module)]
-    for index in range(spec.depth):
-        for ours, theirs in DOUBLE_NORMS.items():
-            name = f"transformer_blocks.{index}.{theirs}.weight"
-            sources[f"double_blocks.{index}.{ours}.scale"] = [name]
-    for index in range(spec.depth_single_blocks):
-        for ours, theirs in SINGLE_NORMS.items():
-            name = f"single_transformer_blocks.{index}.{theirs}.weight"
-            sources[f"single_blocks.{index}.{ours}.scale"] = [name]
-    for ours, theirs in OUTER.items():
-        if spec.guidance_embed or not ours.startswith("guidance_in"):
-            for kind in ("weight", "bias"):
-                sources[f"{ours}.{kind}"] = [f"{theirs}.{kind}"]
+    for kind, prefix, depth, norms in (
+        ("double", "transformer_blocks", spec.depth, DOUBLE_NORMS),
+        ("single", "single_transformer_blocks", spec.depth_single_blocks, SINGLE_NORMS),
+    ):
+        for index in range(depth):
+            for ours, theirs in norms.items():
+                name = f"{kind}_blocks.{index}.{ours}.scale"
+                sources[name] = [f"{prefix}.{index}.{theirs}.weight"]
+    for module in outer_linears(spec):
+        for kind in ("weight", "bias"):
+            sources[f"{module}.{kind}"] = [f"{OUTER[module]}.{kind}"]
     return sources

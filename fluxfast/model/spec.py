@@ -1,6 +1,4 @@
-"""FluxSpec: the shape of a FLUX.1 transformer. One base (dev); schnell and nano say what
-differs.
-"""
+"""FluxSpec: the shape of a FLUX.1 transformer."""
 
 from dataclasses import dataclass, replace
 
@@ -30,9 +28,9 @@ class FluxSpec:
                 f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads"
             )
         if sum(self.axes_dim) != self.head_dim or any(axis % 2 for axis in self.axes_dim):
+            axes = list(self.axes_dim)
             raise FluxfastError(
-                f"RoPE axes {list(self.axes_dim)} must be even and add up to "
-                f"the head width {self.head_dim}"
+                f"RoPE axes {axes} must be even and add up to the head width {self.head_dim}"
             )
 
     @property
@@ -45,9 +43,7 @@ class FluxSpec:
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """FLUX's 16/56/56 split of 128, generalized: an eighth (at least) for the first axis, the rest
-    in two.
-    """
+    """Generalizes FLUX's 16/56/56 split of 128: at least an eighth for the first axis."""
     spatial = 2 * (7 * head_dim // 32)
     return head_dim - 2 * spatial, spatial, spatial
 

@@ -102,7 +102,8 @@ def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
 
 
 def _is_modulation(model: Flux, tensor: torch.Tensor) -> bool:
-    rows = tensor.untyped_storage().nbytes() / tensor.element_size() / model.modulation_width()
+    columns = sum(layer.out_features for layer in model.modulation_linears())
+    rows = tensor.untyped_storage().nbytes() / tensor.element_size() / columns
     return rows == 16
 
 
@@ -155,7 +156,7 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
         model, step = built(spec, "all", 4, compute="bf16")
         x = random_inputs(spec, 2, 16, 24)
         policies = [policy] * len(model.policies)
-        width = model.modulation_width() * 2 * 16
+        width = sum(layer.out_features for layer in model.modulation_linears()) * 2 * 16
         truths.append(counted(model, x, policies, monkeypatch) - width)
     block = saved_bytes.block_saved(step, f"{kind}_blocks.1", shape, policy)
     assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)

@@ -205,7 +205,7 @@ def test_modulation_ahead_and_in_place_are_the_same_bits(compute, storage):
     t, y = torch.rand(count, generator=g), torch.randn(count, SMALL.vec_in_dim, generator=g)
     guidance = torch.full((count,), 3.5)
     together = model.modulation(t, y, guidance)
-    assert together.shape == (count, model.modulation_width())
+    assert together.shape == (count, sum(x.out_features for x in model.modulation_linears()))
     for size in (1, 2, 3, 16):
         for start in (0, 7, 30):
             rows = slice(start, start + size)
