@@ -52,7 +52,6 @@ from fluxfast.model.spec import DEV
 from fluxfast.objective import noise_batch
 
 ROWS = RESULTS / "activations.jsonl"
-BEGIN, END = "<!-- activations: begin -->", "<!-- activations: end -->"
 POLICIES = ("keep", "gelu_int8", "int8")
 LEAST_COSINE = {"gelu_int8": 0.9996, "int8": 0.9991}
 LOSS_LIMIT = 0.01  # best loss beside keep's, mean of the seeds, either way
@@ -289,7 +288,7 @@ def block(rows: list[dict]) -> str:
         f"range. {runs[0]['device_name']}, {runs[0]['threads']} threads; torch "
         f"{runs[0]['torch']}, commit {runs[0]['commit'][:7]}."
     )
-    return "\n\n".join([BEGIN, table(rows), caption, END])
+    return f"{table(rows)}\n\n{caption}"
 
 
 def measure(seeds: int, steps: int, batches: int, policies: tuple[str, ...]) -> list[dict]:

@@ -16,13 +16,15 @@ metrics.jsonl (times and memory aside), or leaves a file in its folder or the ca
 undisturbed run did not leave. Exit code 1 if any is.
 
 The runs are forked from one process that has imported the libraries and computed nothing, so that a
-start costs a second instead of ten. A child is otherwise as a new process: default signal handlers,
-its own files and locks, no threads.
+start costs a second instead of ten. A child is otherwise like a new process: default signal
+handlers, its own files and locks, no threads.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -31,9 +33,9 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,25 +83,6 @@ MOMENTS = [
 ]
 
 
-@dataclass
-class Count:
-    """Of one moment: kills, those that left a file or folder half written, and those lost."""
-
-    tried: int = 0
-    half_written: int = 0
-    lost: int = 0
-
-
-@dataclass
-class Run:
-    """One run from its beginning to its end. owed: the step from which the next start may resume
-    at the earliest; log_read: bytes of the log that were looked at."""
-
-    folder: Path
-    owed: int = 0
-    log_read: int = 0
-
-
 def warm_up() -> None:
     """Import what a run imports. No tensor is computed: a fork would lack the threads."""
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
@@ -118,68 +101,53 @@ def warm_up() -> None:
     import fluxfast.train  # noqa: F401
 
 
-def start(folder: Path) -> int:
-    """`fluxfast train config.yaml` in `folder`, on one thread, its output in log.txt. Returns its
-    process."""
+def start(folder: Path, log: Path) -> BaseProcess:
+    """`fluxfast train config.yaml` in `folder`, on one thread, its output in a new log."""
     sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        os.chdir(folder)
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        faulthandler.enable()
-        import torch
-
-        from fluxfast.cli import main
-
-        torch.set_num_threads(1)
-        sys.argv = ["fluxfast", "train", "config.yaml"]
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(folder, log))
+    process.start()
+    return process
 
 
-def ended(process: int) -> int | None:
-    """The exit code of a process that is over (negative: the signal), None while it runs."""
-    found, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
+def _train(folder: Path, log: Path) -> None:
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.enable()
+    import torch
+
+    from fluxfast.cli import main
+
+    torch.set_num_threads(1)
+    sys.argv = ["fluxfast", "train", "config.yaml"]
+    main()
 
 
-def finish(process: int, done: Callable[[], bool] = lambda: False, poll_s: float = 0.01):
-    """Wait until `done` or the process ends. Returns its exit code, None where it still runs; one
-    that hangs is aborted, and the log has where it was."""
+def finish(
+    process: BaseProcess, done: Callable[[], bool] = lambda: False, poll_s: float = 0.01
+) -> int | None:
+    """Waits until `done` or the process ends. Returns its exit code, None where it still runs; one
+    that hangs is aborted, and its log has the stack."""
     until = time.monotonic() + TIMEOUT_S
     while not done():
-        if (code := ended(process)) is not None:
-            return code
+        process.join(poll_s)
+        if process.exitcode is not None:
+            return process.exitcode
         if time.monotonic() > until:
-            os.kill(process, signal.SIGABRT)
-            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        time.sleep(poll_s)
+            os.kill(process.pid, signal.SIGABRT)
     return None
 
 
-def names(folder: Path) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry.name for entry in entries)
-    except OSError:
-        return  # it is not there yet
+def names(folder: Path) -> list[str]:
+    """The names in a folder, none where it does not exist yet."""
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def watched(moment: Moment, folder: Path) -> set[str]:
-    """The files that the moment waits for, as far as they are there."""
+    """The files that the moment waits for, as far as they exist."""
     return {
         f"{below}/{name}"
         for below in moment.folders
@@ -188,19 +156,17 @@ def watched(moment: Moment, folder: Path) -> set[str]:
     }
 
 
-def kill_at(moment: Moment, process: int, folder: Path, rng: random.Random) -> int | None:
-    """Kill at the moment. Returns None, or the exit code of a process that ended before."""
+def kill_at(moment: Moment, process: BaseProcess, folder: Path, rng: random.Random) -> int | None:
+    """Kills at the moment. Returns None, or the exit code of a process that ended before."""
     later_s = rng.random() ** 3 * moment.later_s  # mostly soon: a small file is written in no time
     old = watched(moment, folder)
     if moment.folders:
-        code = finish(process, lambda: bool(watched(moment, folder) - old), 0.0002)
-        if code is not None:
-            return code
-    time.sleep(later_s)
-    if (code := ended(process)) is not None:
-        return code
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+        finish(process, lambda: bool(watched(moment, folder) - old), 0.0002)
+    process.join(later_s)
+    if process.exitcode is not None:
+        return process.exitcode
+    process.kill()
+    process.join()
     return None
 
 
@@ -216,18 +182,11 @@ def partial_files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in below if re.search(r"\.\d+\.part", p.name))
 
 
-def went_back(run: Run) -> str | None:
-    """The fault of the steps at which the run has resumed since the last call, or None."""
-    with open(run.folder / "log.txt", encoding="utf-8", errors="replace") as file:
-        file.seek(run.log_read)
-        text = file.read()
-        run.log_read = file.tell()
-    for line in text.splitlines():
-        if match := re.match(r"resuming .* at step (\d+)$", line):
-            if int(match[1]) < run.owed:
-                return f"resumed at step {match[1]}, step {run.owed} was saved"
-            run.owed = 0
-    return None
+def resumed_step(log: Path) -> int | None:
+    """The step at which a start has resumed, None where it began anew."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    match = re.search(r"^resuming .* at step (\d+)$", text, re.M)
+    return int(match[1]) if match else None
 
 
 def difference(run: Path, undisturbed: Path) -> str | None:
@@ -259,20 +218,20 @@ def rows(path: Path) -> list[dict]:
 
 
 def drop_cached(folder: Path, rng: random.Random) -> None:
-    """Remove a third of the cache, so that there is something to encode."""
+    """Removes a third of the cache, so that there is something to encode."""
     cached = sorted((folder / "runs/cache").glob("*/*.safetensors"))
     for path in rng.sample(cached, len(cached) // 3):
         path.unlink()
 
 
 def prepare(folder: Path) -> Path:
-    """A folder to run in."""
+    """Makes a folder to run in."""
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     return folder
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -285,43 +244,49 @@ def make_pictures(folder: Path) -> None:
 
 
 def play(
-    folder: Path, undisturbed: Path, kills: int, rng: random.Random, counts: dict[str, Count]
+    folder: Path, undisturbed: Path, kills: int, rng: random.Random, counts: dict[str, Counter]
 ) -> tuple[int, str | None]:
-    """One run, killed at most `kills` times, to its end. Returns how often it was, and its fault or
-    None."""
-    run, killed = Run(prepare(folder)), []
+    """One run to its end, killed at most `kills` times. Returns how often it was killed, and its
+    fault or None."""
+    prepare(folder)
+    killed = []
+    saved = 0  # the step before which the next start must not resume
     while True:
         (moment,) = rng.choices(MOMENTS, [moment.share for moment in MOMENTS])
         if moment.name == "while caching":
             drop_cached(folder, rng)
-        process = start(folder)
-        last = len(killed) == kills
-        code = finish(process) if last else kill_at(moment, process, folder, rng)
-        wrong, blamed = went_back(run), killed[-1:]
+        log = folder / f"log-{len(killed)}.txt"
+        process = start(folder, log)
+        code = finish(process) if len(killed) == kills else kill_at(moment, process, folder, rng)
+        resumed, fault, blamed = resumed_step(log), None, killed[-1:]
+        if resumed is not None:
+            if resumed < saved:
+                fault = f"resumed at step {resumed}, step {saved} was saved"
+            saved = 0
         if code is None:
             killed.append(moment.name)
-            counts[moment.name].tried += 1
-            counts[moment.name].half_written += bool(partial_files(folder))
-            run.owed = max(run.owed, newest(folder))
+            counts[moment.name]["tried"] += 1
+            counts[moment.name]["half-written"] += bool(partial_files(folder))
+            saved = max(saved, newest(folder))
         elif code != 0:
-            wrong = wrong or f"a start ended with exit code {code}"
-        elif wrong is None and run.owed:
-            wrong = f"began anew, step {run.owed} was saved"
-        elif wrong is None:
-            wrong, blamed = difference(folder, undisturbed), killed
-        if wrong is not None:
-            print(f"{wrong} (killed {', '.join(killed) or 'never'}); see {folder}")
+            fault = fault or f"a start ended with exit code {code}"
+        elif fault is None and saved:
+            fault = f"began anew, step {saved} was saved"
+        elif fault is None:
+            fault, blamed = difference(folder, undisturbed), killed
+        if fault is not None:
+            print(f"{fault} (killed {', '.join(killed) or 'never'}); see {folder}")
             for name in blamed:
-                counts[name].lost += 1
-        if wrong is not None or code is not None:
-            return len(killed), wrong
+                counts[name]["lost"] += 1
+        if fault is not None or code is not None:
+            return len(killed), fault
 
 
-def table(counts: dict[str, Count]) -> str:
-    rows = [(name, *astuple(count)) for name, count in counts.items()]
-    rows.append(("in all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+def table(counts: dict[str, Counter]) -> str:
     lines = [["SIGKILL", "tried", "half-written", "survived", "lost"]]
-    lines += [[name, f"{n}", f"{half}", f"{n - lost}", f"{lost}"] for name, n, half, lost in rows]
+    for name, count in [*counts.items(), ("in all", sum(counts.values(), Counter()))]:
+        tried, half, lost = (count[key] for key in ("tried", "half-written", "lost"))
+        lines.append([name, f"{tried}", f"{half}", f"{tried - lost}", f"{lost}"])
     return aligned(lines)
 
 
@@ -333,23 +298,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not hasattr(os, "fork"):
         sys.exit("this needs a system that forks")
     began, rng = time.monotonic(), random.Random(options.seed)
-    counts, done, runs = {moment.name: Count() for moment in MOMENTS}, 0, 0
+    counts, done, runs = {moment.name: Counter() for moment in MOMENTS}, 0, 0
     work = Path(tempfile.mkdtemp(prefix="fluxfast-faults-"))
-    make_pictures(work / "pictures")
+    make_images(work / "pictures")
     warm_up()
     undisturbed = prepare(work / "undisturbed")
-    if code := finish(start(undisturbed)):
-        sys.exit(f"the undisturbed run ended with exit code {code}; see {undisturbed}/log.txt")
-    wrong = None
-    while done < options.kills and wrong is None:
+    log = undisturbed / "log.txt"
+    if code := finish(start(undisturbed, log)):
+        sys.exit(f"the undisturbed run ended with exit code {code}; see {log}")
+    fault = None
+    while done < options.kills and fault is None:
         runs += 1
-        killed, wrong = play(work / f"run-{runs}", undisturbed, options.kills - done, rng, counts)
+        killed, fault = play(work / f"run-{runs}", undisturbed, options.kills - done, rng, counts)
         done += killed
     print(table(counts))
     print(f"{runs} runs to their end, {time.monotonic() - began:.0f} s; seed {options.seed}")
-    if wrong is None:
+    if fault is None:
         shutil.rmtree(work)
-    return int(wrong is not None)
+    return int(fault is not None)
 
 
 if __name__ == "__main__":

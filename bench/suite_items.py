@@ -1,8 +1,8 @@
-"""The items of a suite: candidates of the step, and commands. Each runs in processes of its own,
-for a limited time, and every outcome is rows.
+"""The items of a suite: candidates of the step, and commands.
+
+Each runs in processes of its own, for a limited time, and every outcome is rows.
 """
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -39,7 +39,7 @@ class StepItem:
         return f"{', '.join(self.names)} ({self.settings.setting}{within})"
 
     def left(self, file: RowFile) -> "StepItem | None":
-        """The cycles that have not been measured yet; None where all have."""
+        """The item with the cycles that have not been measured yet; None where all have."""
         cycles = [
             cycle
             for cycle in self.settings.cycles
@@ -52,12 +52,13 @@ class StepItem:
         return {**work, "name": name, "device": self.settings.device}
 
     def run(self, limit_s: float, file: RowFile) -> None:
-        """Measure and append rows as they come; cut after limit_s."""
+        """Appends rows as they are measured; cut after limit_s."""
 
         def report(cycle: Cycle, results: dict, details: dict) -> None:
-            base = baseline_ms(file, self._row(BASELINE, cycle))
-            known = {BASELINE: timing.Result(BASELINE, median_ms=base)} if base else {}
-            timing.add_ratios(known | results, BASELINE)
+            row = self._row(BASELINE, cycle)
+            same = [r for r in file.rows if r["name"] == BASELINE and peers(r) == peers(row)]
+            baseline = timing.Result(BASELINE, median_ms=same[-1]["median_ms"] if same else None)
+            timing.add_ratios({BASELINE: baseline} | results, BASELINE)
             for result in results.values():
                 say(f"{cycle}: {result}")
             self._append(file, cycle, results, details)
@@ -65,7 +66,7 @@ class StepItem:
         measure_apart(self.settings, self.names, references(file), report, limit_s)
 
     def skip(self, reason: str, file: RowFile) -> None:
-        """Leave rows that say "out of time"."""
+        """Appends rows with the status "out of time"."""
         for cycle in self.settings.cycles:
             results = {n: timing.Result(n, "out of time", reason) for n in self.names}
             self._append(file, cycle, results, {name: {} for name in self.names})
@@ -74,15 +75,9 @@ class StepItem:
         file.append_news(rows(self.settings, cycle, results, details, file.conditions))
 
 
-def baseline_ms(file: RowFile, row: Row) -> float | None:
-    """The median of the baseline that `row` is compared with, where it has been timed."""
-    same = (r for r in reversed(file.rows) if r["name"] == BASELINE and peers(r) == peers(row))
-    return next((found["median_ms"] for found in same), None)
-
-
 def references(file: RowFile) -> Path:
-    """The folder beside the rows where candidates leave the gradients that others are gated
-    against; another one for every commit."""
+    """The folder beside the rows for the gradients that candidates are gated against; another one
+    for every commit."""
     commit = str(file.conditions.get("commit"))[:12]
     folder = file.path.with_name(f"{file.path.stem}-references") / commit
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,13 +89,11 @@ class CommandItem:
     """A module that appends its own rows to the suite's file, or has only an outcome.
 
     arguments: of Python, where {out}, {budget_s} stand for the file and the seconds it should take.
-    needs: a module that must be there.
     """
 
     name: str
     arguments: list[str]
     estimate_s: float
-    needs: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -112,9 +105,6 @@ class CommandItem:
         return {"name": self.name, "bench": "suite", **file.conditions}
 
     def run(self, limit_s: float, file: RowFile) -> None:
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            self._outcome(file, "skipped", f"No module named {self.needs!r}")
-            return
         start = time.monotonic()
         budget = max(1, int(OWN_SHARE * limit_s))
         words = [a.format(out=file.path, budget_s=budget) for a in self.arguments]
@@ -135,14 +125,14 @@ class CommandItem:
 
 
 def _judge(code: int | None, output: str, limit_s: float) -> tuple[str, str]:
-    """Returns a status and the last line of output. "missed": the command itself reports that
-    something is wrong."""
+    """Returns a status and the last line of output. "missed": the command itself reports a bound
+    that it missed."""
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
     if code is None:
         return "out of time", f"cut after {limit_s:.0f} s: {last}"
     if code == 0:
         return "ok", last
-    if last.startswith(("ModuleNotFoundError", "ImportError")):
+    if last.startswith(("ModuleNotFoundError", "ImportError")) or ": No module named " in last:
         return "skipped", last
     crashed = code != 1 or "Traceback (most recent call last)" in output
     reason = last.removeprefix("missed: ") or f"ended with code {code}"
@@ -150,8 +140,8 @@ def _judge(code: int | None, output: str, limit_s: float) -> tuple[str, str]:
 
 
 def run_python(words: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Run Python from the repository's root; kill it with all it started after limit_s. Returns its
-    exit code (None where it was killed) and its output."""
+    """Runs Python from the repository's root; kills it with all it started after limit_s. Returns
+    its exit code (None where it was killed) and its output."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         pipes = {"stdout": output, "stderr": output, "start_new_session": True}
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipes)
@@ -174,8 +164,8 @@ Item = StepItem | CommandItem
 def run_items(
     items: Iterable[Item], file: RowFile, ends: float, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """Run what is left of the items, in order, until `ends` of the clock. One that needs more than
-    twice the time that is left is not begun; one that goes on for too long is cut."""
+    """Runs what is left of the items, in order, until `ends` of the clock. One that needs more than
+    twice the time that is left is not begun; one that takes too long is cut."""
     for item in items:
         todo = item.left(file)
         if todo is None:

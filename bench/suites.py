@@ -102,7 +102,7 @@ def _tiny() -> Settings:
 
 def _tests(name: str, files: list[str], seconds: float) -> CommandItem:
     words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
-    return CommandItem(name, words, seconds, needs="pytest")
+    return CommandItem(name, words, seconds)
 
 
 def _kernels(

@@ -45,59 +45,52 @@ def at_peak(known: Card) -> Card:
 
 
 @cache
-def products(matmul: str, side: int) -> BlockOps:
-    """Matrix products and attention of all blocks, nothing trained inside them."""
-    work = StepSpec(DEV, matmul, matmul, "bf16", Lora(RANK, {}))
-    found = BlockOps([], [])
+def matmuls(kind: str, side: int) -> BlockOps:
+    """Matmuls and attention of all blocks, nothing trained inside them."""
+    step = StepSpec(DEV, kind, kind, "bf16", Lora(RANK, {}))
     counts = {"double_blocks.0": DEV.depth, "single_blocks.0": DEV.depth_single_blocks}
+    forward, backward = [], []
     for block, count in counts.items():
-        ops = cost.block_ops(work, block, shape(side))
-        forward, backward = (
-            [op for op in each if op.kind != "element"] for each in (ops.forward, ops.backward)
-        )
-        found += BlockOps(count * forward, count * backward)
-    return found
+        ops = cost.block_ops(step, block, shape(side))
+        forward += count * [op for op in ops.forward if op.kind != "element"]
+        backward += count * [op for op in ops.backward if op.kind != "element"]
+    return BlockOps(forward, backward)
 
 
-def step(matmul: str, side: int, recompute: bool) -> list[Op]:
-    ops = products(matmul, side)
+def step_ops(kind: str, side: int, recompute: bool) -> list[Op]:
+    ops = matmuls(kind, side)
     return ops.forward * (1 + recompute) + ops.backward
 
 
-def forward_tflop(side: int) -> tuple[float, float]:
-    """Of the linears, of attention."""
-    ops = products("bf16", side).forward
-    attention = total_flop(op for op in ops if op.kind.startswith("attention"))
-    return (total_flop(ops) - attention) / 1e12, attention / 1e12
-
-
-def step_ms(name: str, matmul: str, recompute: bool, side: int) -> tuple[float, float]:
+def step_ms(name: str, kind: str, recompute: bool, side: int) -> tuple[float, float]:
     """At the card's peak, and at the assumed shares of it."""
-    ops, known = step(matmul, side, recompute), shipped(name)
+    ops, known = step_ops(kind, side, recompute), shipped(name)
     return 1e3 * total_seconds(ops, at_peak(known)), 1e3 * total_seconds(ops, known)
 
 
-def forward_ms(name: str, matmul: str, side: int) -> float:
-    return 1e3 * total_seconds(products(matmul, side).forward, shipped(name))
+def forward_ms(name: str, kind: str, side: int) -> float:
+    return 1e3 * total_seconds(matmuls(kind, side).forward, shipped(name))
 
 
 def saved_gb(targets: str, side: int) -> float:
     """What the blocks save for backward, all of them under `keep`."""
-    work = StepSpec(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
-    blocks = (block_saved(work, block, shape(side), "keep") for block in work.blocks)
+    step = StepSpec(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
+    blocks = (block_saved(step, block, shape(side), "keep") for block in step.blocks)
     return sum(block.device for block in blocks) / 1e9
 
 
 def figures(side: int) -> dict[str, str]:
-    """The table's column of one picture size, by the names of its lines."""
-    linear, attention = forward_tflop(side)
+    """The table's column of one image size, by the names of its lines."""
+    forward = matmuls("bf16", side).forward
+    attention = total_flop(op for op in forward if op.kind.startswith("attention")) / 1e12
+    linear = total_flop(forward) / 1e12 - attention
     found = {"forward linear / attention, TFLOP": f"{linear:.2f} / {attention:.2f}"}
     for recompute, name in RECOMPUTE.items():
-        tflop = total_flop(step("bf16", side, recompute)) / 1e12
+        tflop = total_flop(step_ops("bf16", side, recompute)) / 1e12
         found[f"step with {name}, TFLOP"] = f"{tflop:.1f}"
-    for name, matmul, recompute in STEPS:
-        peak, assumed = step_ms(name, matmul, recompute, side)
-        line = f"{name}, {matmul}, {RECOMPUTE[recompute]}: peak / assumed, ms"
+    for name, kind, recompute in STEPS:
+        peak, assumed = step_ms(name, kind, recompute, side)
+        line = f"{name}, {kind}, {RECOMPUTE[recompute]}: peak / assumed, ms"
         found[line] = f"{peak:.0f} / {assumed:.0f}"
     saved = saved_gb("attn+mlp", side)
     copy_ms = 1e3 * cost.seconds(Op("saved", "copy", 0.0, 1e9 * saved), shipped(LINK))

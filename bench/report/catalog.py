@@ -10,10 +10,7 @@ from bench.terminal import markdown
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.cost import NF4, attention_op, linear_op
 
-BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
-BEGIN_STEP, END_STEP = "<!-- step: begin -->", "<!-- step: end -->"
 CARD = card("RTX 4090")
-BANDWIDTH = CARD.bandwidth
 PEAK, INT8_PEAK = (1e12 * round(CARD.peaks[kind] / 1e12) for kind in ("bf16", "int8"))
 T, D, F, R = 4608, 3072, 12288, 16
 E = 2  # bytes of a bf16 value
@@ -74,12 +71,12 @@ def table() -> str:
     for text in TEXTS.strip().splitlines():
         file, op, formula, shapes, saved = text.split(" | ")
         moved, flop = COSTS[op]
-        floor_us = 1e6 * max(moved / BANDWIDTH, flop / (INT8_PEAK if op == IN_INT8 else PEAK))
+        floor_us = 1e6 * max(moved / CARD.bandwidth, flop / (INT8_PEAK if op == IN_INT8 else PEAK))
         link = f"[`{op}`](fluxfast_kernels/{file}.py)"
         figures = f"{moved / 1e6:.0f}", f"{flop / 1e9:.1f}", f"{floor_us:.0f}"
         lines.append([link, formula, shapes, saved, *figures])
     head = ["op", "formula", "shapes (bf16 where not said)", "saved", "MB moved", "GFLOP"]
-    return "\n".join([BEGIN, markdown([*head, "floor, µs"], lines), END])
+    return markdown([*head, "floor, µs"], lines)
 
 
 def step_ways() -> list[tuple[str, int, int, float]]:
@@ -102,8 +99,8 @@ def step_ways() -> list[tuple[str, int, int, float]]:
 
 def step_table() -> str:
     lines = [
-        [name, f"{x}", f"{dy}", f"{moved / 1e9:.1f}", f"{1e3 * moved / BANDWIDTH:.0f}"]
+        [name, f"{x}", f"{dy}", f"{moved / 1e9:.1f}", f"{1e3 * moved / CARD.bandwidth:.0f}"]
         for name, x, dy, moved in step_ways()
     ]
     head = ["", "bytes an input value", "bytes a gradient value", "GB a step", "ms at 1008 GB/s"]
-    return "\n".join([BEGIN_STEP, markdown(head, lines), END_STEP])
+    return markdown(head, lines)

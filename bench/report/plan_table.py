@@ -1,6 +1,8 @@
-"""The tables of cards: what `fluxfast plan` predicts for FLUX.1-dev with the defaults, and for
+"""The tables of cards: predictions of `fluxfast plan` for FLUX.1-dev with the defaults, and for
 ai-toolkit's stock file. Nothing in them is measured.
 """
+
+from collections import defaultdict
 
 from bench import ROOT
 from bench.terminal import markdown
@@ -9,8 +11,6 @@ from fluxfast.memory.planner.plan import CONTEXT, GIB
 from fluxfast.memory.planner.report import Row, describe
 from fluxfast.tools.plan import plan_rows
 
-BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
-CARDS_BEGIN, CARDS_END = "<!-- cards: begin -->", "<!-- cards: end -->"
 DEFAULTS = "defaults"
 NOTE = (
     "Predicted, not measured: bytes counted from what the ops save, speeds from data sheets and "
@@ -30,7 +30,7 @@ def configuration(setting: str, overrides: list[str] = ()) -> Config:
 
 
 def rows() -> list[tuple[str, Row]]:
-    """(what is trained, row): the defaults on every preset, the stock file on 24 GB."""
+    """(setting, row): the defaults on every preset, the stock file on 24 GB."""
     plain = [(DEFAULTS, row) for row in plan_rows(configuration("plain"), None, None)]
     stock = plan_rows(configuration("stock"), 24, None)
     stock = [("ai-toolkit's stock file", row) for row in stock]
@@ -38,7 +38,7 @@ def rows() -> list[tuple[str, Row]]:
 
 
 def figures(row: Row) -> tuple[str, str, str]:
-    """(GiB, seconds a step, how) of a row; why not, where it does not fit."""
+    """(GiB, seconds a step, policy) of a row; the reason where it does not fit."""
     if row.plan is None:
         return "does not fit", "", row.reason
     plan = row.plan
@@ -46,23 +46,23 @@ def figures(row: Row) -> tuple[str, str, str]:
 
 
 def block(found: list[tuple[str, Row]]) -> str:
-    """Every card and picture size."""
-    lines = [[row.card.name, trained, row.label, *figures(row)] for trained, row in found]
+    """The table of every card and image size."""
+    lines = [[row.card.name, setting, row.label, *figures(row)] for setting, row in found]
     table = markdown(["card", "trained", "picture", "needs GiB", "s/it", "how"], lines)
-    return "\n\n".join([BEGIN, table, NOTE, END])
+    return f"{table}\n\n{NOTE}"
 
 
 def short(found: list[tuple[str, Row]]) -> str:
-    """The README's: one line a card, with the defaults."""
-    cards: dict[str, dict[str, Row]] = {}
-    for trained, row in found:
-        if trained == DEFAULTS:
-            cards.setdefault(row.card.name, {})[row.label] = row
-    *sizes, largest = next(iter(cards.values()))
-    lines = []
+    """The README's table: one line a card, with the defaults."""
+    cards: dict[str, dict[str, Row]] = defaultdict(dict)
+    for setting, row in found:
+        if setting == DEFAULTS:
+            cards[row.card.name][row.label] = row
+    lines, sizes = [], []
     for card, by_size in cards.items():
+        sizes = list(by_size)
         times = [figures(row)[1] or "does not fit" for row in by_size.values()]
-        needs, _, how = figures(by_size[largest])
+        needs, _, how = figures(by_size[sizes[-1]])
         lines.append([card, *times, f"{needs} GiB: {how}"])
-    head = ["card", *(f"{size}, s/it" for size in (*sizes, largest)), f"at {largest}"]
-    return "\n\n".join([CARDS_BEGIN, markdown(head, lines), NOTE, CARDS_END])
+    head = ["card", *(f"{size}, s/it" for size in sizes), f"at {sizes[-1]}"]
+    return f"{markdown(head, lines)}\n\n{NOTE}"

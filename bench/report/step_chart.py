@@ -1,20 +1,18 @@
 """Rows of `bench.step` as a chart, tables and the README's status box.
 
-A table is of one device and one piece of work: what its caption says holds for all of its rows. The
-newest row of each candidate, shape and memory cap counts; one that was never tried does not replace
-one that was. GPUs come before CPUs, and of CPUs the last one that was timed stands for all: which
-one it was says little. Of a device the plain setting comes first (LoRA on attention and MLP, no
-memory cap).
+A table is of one device and one setting: its caption holds for all of its rows. The newest row of
+each candidate, shape and memory cap counts, but one that was never tried replaces none that was.
+GPUs come before CPUs, and the last CPU that was timed stands for all: which one it was matters
+little. The first table of a device is plain (LoRA on attention and MLP, no memory cap).
 """
 
 from pathlib import Path
 
-from bench import rows
 from bench.report import charts
+from bench.rows import Row, read
+from bench.terminal import markdown
 from fluxfast.model.spec import DEV
 
-BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
-STATUS_BEGIN, STATUS_END = "<!-- status: begin -->", "<!-- status: end -->"
 NAMES = {
     "diffusers-nf4": "diffusers + peft + bitsandbytes",
     "diffusers-nf4-checkpoint": "the same, checkpointed",
@@ -28,62 +26,59 @@ NAMES = {
 }
 TRAINER = "-trainer"  # ends the name of a candidate whose step is that of `fluxfast train`
 UNTRIED = ("skipped", "out of time")
-PLAIN = ("plain", False, "attn+mlp")  # setting, under a memory cap, what has a LoRA
-# what a caption says of all rows of a table
-WORK = ("hidden", "double_blocks", "single_blocks", "text_tokens", "rank", "optimizer", "compute")
+PLAIN = ("plain", False, "attn+mlp")  # setting, under a memory cap, LoRA's targets
+# the fields that a caption names once for all rows of a table
+SHARED = ("hidden", "double_blocks", "single_blocks", "text_tokens", "rank", "optimizer", "compute")
 NO_GPU = "**No GPU has timed this yet.**"
 COMPILED = (
     "Every kernel is compiled for RTX 3090, 4090, 5090, A100 and H100 and tested under Triton's "
     "interpreter."
 )
-ON_A_CPU = "On a CPU the ops run as plain PyTorch:"
 
 
-def setting_of(row: dict) -> tuple[str, bool, str]:
+def setting_of(row: Row) -> tuple[str, bool, str]:
     cap = row.get("memory_cap_gib")
     return row.get("setting", "plain"), cap is not None, row["lora_targets"]
 
 
-def sides(row: dict) -> tuple[int, ...]:
-    """Of the pictures that its steps take in turn, in pixels."""
+def sides(row: Row) -> tuple[int, ...]:
+    """The sides, in pixels, of the images that its steps take in turn."""
     return tuple(row.get("mix") or [row["pixels"]])
 
 
-def tables(results: Path) -> list[list[dict]]:
-    """The rows of each table, in their order."""
-    found: dict[tuple, dict[tuple, dict]] = {}
-    devices: dict[str, None] = {}
+def tables(results: Path) -> list[list[Row]]:
+    """The rows of each table, in the page's order."""
+    groups: dict[tuple, dict[tuple, dict[str, Row]]] = {}
+    devices: list[str] = []
     for path in sorted(results.glob("step-*.jsonl")):
-        timed = rows.read(path)
+        timed = read(path)
         if timed and timed[-1]["device"] == "cpu":
             timed = [row for row in timed if row["device_name"] == timed[-1]["device_name"]]
         for row in timed:
-            devices.setdefault(row["device_name"])
-            work = tuple(row[key] for key in WORK)
-            one = row["device"], row["device_name"], setting_of(row), work
+            if row["device_name"] not in devices:
+                devices.append(row["device_name"])
+            setting = setting_of(row)
+            order = (row["device"] == "cpu", devices.index(row["device_name"]))
+            shared = tuple(row[key] for key in SHARED)
+            group = (*order, setting != PLAIN, setting[1], setting, shared)
             shape = row.get("memory_cap_gib") or 0, len(sides(row)), sides(row), row["batch"]
-            candidates = found.setdefault(one, {}).setdefault(shape, {})
+            candidates = groups.setdefault(group, {}).setdefault(shape, {})
             if row["name"] not in candidates or row["status"] not in UNTRIED:
                 candidates[row["name"]] = row
-
-    def place(one: tuple) -> tuple:
-        device, name, setting, _ = one
-        return device == "cpu", list(devices).index(name), setting != PLAIN, setting[1], setting
-
     return [
-        [row for shape in sorted(found[one]) for row in found[one][shape].values()]
-        for one in sorted(found, key=place)
+        [row for shape in sorted(by_shape) for row in by_shape[shape].values()]
+        for _, by_shape in sorted(groups.items(), key=lambda item: item[0][:-1])
     ]
 
 
-def is_timed(row: dict) -> bool:
+def is_timed(row: Row) -> bool:
     return row["median_ms"] is not None
 
 
-def charted(found: list[list[dict]]) -> list[dict]:
-    """What the chart shows: of the first table that has times, the largest picture of the smallest
+def charted(found: list[list[Row]]) -> list[Row]:
+    """The rows on the chart: of the first table that has times, the largest image of the smallest
     batch."""
-    first = next((one for one in found if any(map(is_timed, one))), [])
+    first = next((group for group in found if any(map(is_timed, group))), [])
     timed = [row for row in first if is_timed(row) and row["pixels"]]
     shape = min(((row["batch"], -row["pixels"]) for row in timed), default=None)
     return [row for row in timed if (row["batch"], -row["pixels"]) == shape]
@@ -91,17 +86,17 @@ def charted(found: list[list[dict]]) -> list[dict]:
 
 def title(name: str) -> str:
     """A candidate in words."""
-    plain = name.removesuffix(TRAINER)
-    said = NAMES.get(plain, plain)
-    return said if plain == name else f"{said}, as `fluxfast train` runs it"
+    bare = name.removesuffix(TRAINER)
+    words = NAMES.get(bare, bare)
+    return words if bare == name else f"{words}, as `fluxfast train` runs it"
 
 
-def table(group: list[dict]) -> str:
-    """Markdown: one line a row."""
+def table(group: list[Row]) -> str:
+    """A line for each row."""
     on_gpu, capped = group[0]["device"] == "cuda", setting_of(group[0])[1]
     head = ["step of", *["cap GiB"] * capped, "px", "batch", "median ms", "p10–p90", "of the first"]
     head += [*["images/s", "MFU", "launches", "peak GiB"] * on_gpu, "saved MiB"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for row in group:
         cells = [title(row["name"])]
         cells += [f"{row['memory_cap_gib']:g}"] if capped else []
@@ -110,11 +105,11 @@ def table(group: list[dict]) -> str:
             cells += figures(row, on_gpu)
         else:
             cells.append(f"{row['status']}: {row['reason']}".replace("|", "\\|"))
-        lines.append("| " + " | ".join([*cells, *[""] * (len(head) - len(cells))]) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def figures(row: dict, on_gpu: bool) -> list[str]:
+def figures(row: Row, on_gpu: bool) -> list[str]:
     def cell(key: str, form: str, unit: float = 1.0) -> str:
         value = row.get(key)
         return "" if value is None else f"{value / unit:{form}}"
@@ -127,17 +122,17 @@ def figures(row: dict, on_gpu: bool) -> list[str]:
     return [*cells, cell("saved_bytes", ".0f", 2**20)]
 
 
-def heading(group: list[dict]) -> str:
-    """What a table that is not of the plain setting is of; else empty."""
+def heading(group: list[Row]) -> str:
+    """What sets a table apart from the plain one; empty for that."""
     setting, capped, targets = setting_of(group[0])
-    said = ["ai-toolkit's stock setting"] if setting == "stock" else []
-    said += [f"LoRA on {targets}"] if (setting, targets) != (PLAIN[0], PLAIN[2]) else []
-    said += ["the GPU's memory capped, as on smaller cards"] if capped else []
-    return f"With {', '.join(said)}:" if said else ""
+    words = ["ai-toolkit's stock setting"] if setting == "stock" else []
+    words += [f"LoRA on {targets}"] if (setting, targets) != (PLAIN[0], PLAIN[2]) else []
+    words += ["the GPU's memory capped, as on smaller cards"] if capped else []
+    return f"With {', '.join(words)}:" if words else ""
 
 
-def caption(group: list[dict]) -> str:
-    """What all of a table's rows were measured on and with."""
+def caption(group: list[Row]) -> str:
+    """The conditions of all of a table's rows."""
     row = group[0]
     where = f"driver {row['driver']}" if row["device"] == "cuda" else f"{row['threads']} threads"
     sizes = {one["image_tokens"] for one in group}
@@ -157,22 +152,28 @@ def caption(group: list[dict]) -> str:
     )
 
 
-def chart_path(group: list[dict], results: Path) -> Path:
+def model_of(row: Row) -> str:
+    depths = row["double_blocks"], row["single_blocks"]
+    if depths == (DEV.depth, DEV.depth_single_blocks):
+        return "FLUX.1-dev"
+    return f"{sum(depths)} blocks of width {row['hidden']}"
+
+
+def chart_path(group: list[Row], results: Path) -> Path:
     return results / f"step-{group[0]['device']}.svg"
 
 
-def image(group: list[dict]) -> str:
+def image(group: list[Row]) -> str:
     """The page's line of the chart."""
     row = group[0]
-    depths = row["double_blocks"], row["single_blocks"]
-    whole = depths == (DEV.depth, DEV.depth_single_blocks)
-    work = "FLUX.1-dev" if whole else f"{sum(depths)} blocks of width {row['hidden']}"
     device = "a CPU" if row["device"] == "cpu" else f"one {row['device_name']}"
-    said = f"one training step of {work} on {device}, beside diffusers + peft + bitsandbytes"
-    return f"![{said}](bench/results/{chart_path(group, Path()).name})"
+    alt = (
+        f"one training step of {model_of(row)} on {device}, beside diffusers + peft + bitsandbytes"
+    )
+    return f"![{alt}](bench/results/{chart_path(group, Path()).name})"
 
 
-def draw(group: list[dict], path: Path) -> None:
+def draw(group: list[Row], path: Path) -> None:
     """Horizontal bars of the median steps, with p10 to p90."""
     from matplotlib.figure import Figure
 
@@ -192,36 +193,33 @@ def draw(group: list[dict], path: Path) -> None:
     charts.save(figure, group, path)
 
 
-def is_gpu(shown: list[dict]) -> bool:
-    return bool(shown) and shown[0]["device"] == "cuda"
-
-
 def block(results: Path) -> str:
     """The chart, the tables and their captions, and whether a GPU has timed anything."""
     found = tables(results)
     shown = charted(found)
     parts = [image(shown)] if shown else []
-    for one in found:
-        parts += [part for part in (heading(one), table(one), caption(one)) if part]
-    parts.append(COMPILED if is_gpu(shown) else f"{NO_GPU} {COMPILED}")
-    return "\n\n".join([BEGIN, *parts, END])
+    for group in found:
+        parts += [part for part in (heading(group), table(group), caption(group)) if part]
+    parts.append(COMPILED if _on_gpu(shown) else f"{NO_GPU} {COMPILED}")
+    return "\n\n".join(parts)
 
 
 def status(results: Path) -> str:
-    """The README's status box: what was measured, on which device, in one paragraph."""
+    """The README's status box: measured ratios and their device, in one paragraph."""
     shown = charted(tables(results))
-    parts = [COMPILED] if is_gpu(shown) else [NO_GPU, COMPILED]
+    parts = [COMPILED] if _on_gpu(shown) else [NO_GPU, COMPILED]
     ours = [row for row in shown if row["name"].startswith("fluxfast") and row["ratio"]]
     if ours:
         row = ours[0]
-        blocks = row["double_blocks"] + row["single_blocks"]
-        whole = blocks == DEV.depth + DEV.depth_single_blocks
-        work = "FLUX.1-dev" if whole else f"{blocks} blocks of width {row['hidden']}"
         times = ", ".join(f"{one['ratio']:.2f} ({title(one['name'])})" for one in ours)
-        parts += [] if is_gpu(shown) else [ON_A_CPU]
+        parts += [] if _on_gpu(shown) else ["On a CPU the ops run as plain PyTorch:"]
         parts.append(
-            f"one step of {work} at {row['pixels']} px takes {times} of the time of diffusers + "
-            f"peft + bitsandbytes; {row['device_name']}."
+            f"one step of {model_of(row)} at {row['pixels']} px takes {times} of the time of "
+            f"diffusers + peft + bitsandbytes; {row['device_name']}."
         )
     parts.append("All figures, with their conditions: [docs/performance.md](docs/performance.md).")
-    return "\n\n".join([STATUS_BEGIN, "> " + " ".join(parts), STATUS_END])
+    return "> " + " ".join(parts)
+
+
+def _on_gpu(shown: list[Row]) -> bool:
+    return bool(shown) and shown[0]["device"] == "cuda"

@@ -11,15 +11,13 @@ from bench import quantize, rows
 from bench.report import charts, plan_table, step_chart, technique_table
 from bench.report import cli as report
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.step_spec import StepSpec, lora_of
-from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = (ROOT / "bench" / "LOG.md").read_text(encoding="utf-8")
 
 
-def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **other) -> dict:
-    """A row of bench.step: full-size FLUX.1-dev on an H100 where nothing else is said."""
+def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **changes) -> dict:
+    """A row of bench.step: full-size FLUX.1-dev on an H100 but for the changes."""
     timed = median_ms is not None
     return {
         "name": name,
@@ -53,7 +51,7 @@ def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **other) ->
         "torch": "2.11.0",
         "commit": "0123456789",
         "date": "today",
-    } | other
+    } | changes
 
 
 CPU = {
@@ -71,22 +69,30 @@ CPU = {
 STOCK = {"setting": "stock", "lora_targets": "all", "ema": True, "optimizer": "AdamW8bit"}
 
 
-def write(folder: Path, name: str, *written: dict) -> Path:
-    with (folder / name).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(one) + "\n" for one in written)
-    return folder
+@pytest.fixture
+def write(tmp_path):
+    """Appends rows to a file of the folder."""
+
+    def append(name: str, *written: dict) -> None:
+        with (tmp_path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(one) + "\n" for one in written)
+
+    return append
 
 
 def lines(text: str) -> list[list[str]]:
-    """The cells of a Markdown table's rows, its head and rule left out."""
+    """The cells of a Markdown table's rows, without its head and rule."""
     found = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1:]]
 
 
-def test_gpus_come_first_and_are_on_the_chart(tmp_path):
-    write(tmp_path, "step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU))
+# ---------------------------------------------------------------- steps
+
+
+def test_gpus_come_first_and_are_on_the_chart(write, tmp_path):
+    write("step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU))
     assert step_chart.NO_GPU in step_chart.block(tmp_path)
-    write(tmp_path, "step-cuda.jsonl", row("diffusers-nf4"), row())
+    write("step-cuda.jsonl", row("diffusers-nf4"), row())
     text = step_chart.block(tmp_path)
     assert "No GPU has timed" not in text and "tested under" in text
     gpu, cpu = step_chart.tables(tmp_path)
@@ -97,20 +103,18 @@ def test_gpus_come_first_and_are_on_the_chart(tmp_path):
     assert step_chart.charted([gpu, cpu]) == gpu
 
 
-def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(tmp_path):
-    write(tmp_path, "step-cuda.jsonl", row(median_ms=None, status="out of memory", reason="2 GiB"))
-    write(tmp_path, "step-cpu.jsonl", row(**CPU))
+def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(write, tmp_path):
+    write("step-cuda.jsonl", row(median_ms=None, status="out of memory", reason="2 GiB"))
+    write("step-cpu.jsonl", row(**CPU))
     text = step_chart.block(tmp_path)
     assert "| fluxfast | 512 | 1 | out of memory: 2 GiB |" in text
     assert "step-cpu.svg" in text and step_chart.NO_GPU in text
 
 
-def test_the_main_table_is_plain_and_the_others_come_with_their_rows(tmp_path):
-    write(tmp_path, "step-cuda.jsonl", row(setting="plain", memory_cap_gib=None))
-    assert len(step_chart.tables(tmp_path)) == 1
+def test_the_main_table_is_plain_and_each_other_setting_has_one(write, tmp_path):
     write(
-        tmp_path,
         "step-cuda.jsonl",
+        row(setting="plain", memory_cap_gib=None),
         row(median_ms=900.0, memory_cap_gib=24.0),
         row(median_ms=950.0, memory_cap_gib=16.0),
         row("fluxfast-nf4", None, memory_cap_gib=12.0, status="out of memory", reason="no room"),
@@ -138,18 +142,17 @@ def test_the_main_table_is_plain_and_the_others_come_with_their_rows(tmp_path):
     assert step_chart.heading(others[-1]).startswith("With the GPU's memory capped")
 
 
-def test_every_device_has_a_table_and_of_cpus_the_last(tmp_path):
+def test_every_gpu_has_a_table_and_the_last_cpu(write, tmp_path):
     other = {"device_name": "NVIDIA GeForce RTX 4090"}
-    write(tmp_path, "step-cuda.jsonl", row(), row(**other), row("fluxfast-nf4-int8"))
-    write(tmp_path, "step-cpu.jsonl", row(**CPU), row(**CPU | {"device_name": "a newer CPU"}))
+    write("step-cuda.jsonl", row(), row(**other), row("fluxfast-nf4-int8"))
+    write("step-cpu.jsonl", row(**CPU), row(**CPU | {"device_name": "a newer CPU"}))
     names = [[one["device_name"] for one in group] for group in step_chart.tables(tmp_path)]
     h100, cpu = "NVIDIA H100 80GB HBM3", "a newer CPU"
     assert names == [[h100, h100], ["NVIDIA GeForce RTX 4090"], [cpu]]
 
 
-def test_the_newest_row_counts_but_not_one_that_was_never_tried(tmp_path):
+def test_the_newest_row_counts_but_not_one_that_was_never_tried(write, tmp_path):
     write(
-        tmp_path,
         "step-cuda.jsonl",
         *(row("diffusers-nf4"), row(median_ms=100.0), row(median_ms=110.0, batch=4)),
         row("diffusers-nf4", None, status="skipped", reason="no module named peft"),
@@ -166,63 +169,62 @@ def test_the_newest_row_counts_but_not_one_that_was_never_tried(tmp_path):
     ]
 
 
-def test_rows_whose_caption_differs_share_no_table(tmp_path):
-    write(tmp_path, "step-cuda.jsonl", row(), row(rank=64), row(text_tokens=77))
+def test_rows_whose_caption_differs_share_no_table(write, tmp_path):
+    write("step-cuda.jsonl", row(), row(rank=64), row(text_tokens=77))
     captions = [step_chart.caption(group) for group in step_chart.tables(tmp_path)]
     assert len(captions) == 3 and "rank 64" in captions[1] and "77 text" in captions[2]
 
 
-def test_a_gpus_figures(tmp_path):
+def test_a_gpus_figures():
     full = row(median_ms=500.0, batch=4, mfu=0.314, launches=37)
-    (cells,) = lines(step_chart.table([full]))
-    assert cells == [
+    bare = row(ratio=None, peak_memory_bytes=None, saved_bytes=None)
+    first, second = lines(step_chart.table([full, bare]))
+    assert first == [
         *("fluxfast", "512", "4", "500", "495–509", "0.50", "8.00", "31%", "37", "13.0", "5120")
     ]
-    bare = row(ratio=None, peak_memory_bytes=None, saved_bytes=None)
-    (cells,) = lines(step_chart.table([bare]))
-    assert cells[5:] == ["", "10.00", "", "", "", ""]
+    assert second[5:] == ["", "10.00", "", "", "", ""]
     assert step_chart.title("fluxfast-nf4-int8-trainer") == (
         "fluxfast, int8 matmuls, as `fluxfast train` runs it"
     )
 
 
-def test_a_caption_says_what_holds_for_its_rows():
+def test_a_caption_holds_for_all_rows():
     one = row("diffusers-nf4", **CPU)
     two = row("fluxfast-nf4-int8", **CPU | {"commit": "abcdef012345"})
     text = step_chart.caption([one, two])
-    assert text.startswith(
-        "a CPU, 2 threads; 1 double and 2 single blocks of width 3072, 256 image"
-    )
+    start = "a CPU, 2 threads; 1 double and 2 single blocks of width 3072, 256 image"
+    assert text.startswith(start) and text.endswith("commit 0123456, abcdef0.")
     assert "NF4 base" in text and "medians of 9 rounds, interleaved;" in text
-    assert text.endswith("commit 0123456, abcdef0.")
     text = step_chart.caption([row(**STOCK), row(**STOCK, storage="int8", image_tokens=2304)])
     assert "driver 580.1" in text and "AdamW8bit, EMA; medians of 9 rounds;" in text
     assert "NF4" not in text and "image" not in text
 
 
-def test_the_chart_has_the_largest_picture_of_the_smallest_batch(tmp_path):
+def test_the_chart_has_the_largest_image_of_the_smallest_batch(write, tmp_path):
     shown = [row("diffusers-nf4", 900.0, pixels=1024), row(median_ms=800.0, pixels=1024)]
     other = [row(), row(batch=4, pixels=1024), row("fluxfast-nf4-fp8", None, pixels=1024)]
-    write(tmp_path, "step-cuda.jsonl", *other, *shown)
+    write("step-cuda.jsonl", *other, *shown)
     assert step_chart.charted(step_chart.tables(tmp_path)) == shown
     path = tmp_path / "step-cuda.svg"
+    assert not charts.is_of(path, shown)
     step_chart.draw(shown, path)
     assert charts.is_of(path, shown) and not charts.is_of(path, [*shown, row()])
     first = path.read_bytes()
     step_chart.draw(shown, path)
     assert path.read_bytes() == first
-    assert not charts.is_of(tmp_path / "none.svg", shown)
 
 
-def gives(folder: Path) -> list[str]:
+# ---------------------------------------------------------------- techniques
+
+
+def gains(folder: Path) -> list[str]:
     return [cells[3] for cells in lines(technique_table.block(folder))]
 
 
-def test_without_rows_nothing_is_said_to_be_measured(tmp_path):
-    found = gives(tmp_path)
-    assert len(found) == len(technique_table.TECHNIQUES)
+def test_without_rows_nothing_is_called_measured(tmp_path):
+    found = gains(tmp_path)
     assert found.count("not measured") == 7 and not any("measured:" in cell for cell in found)
-    assert sum(cell.startswith("counted: ") for cell in found) == 3
+    assert sum(cell.startswith("counted: ") for cell in found) == 3 == len(found) - 7
 
 
 def test_every_class_is_one_that_the_table_explains(tmp_path):
@@ -234,7 +236,7 @@ def test_every_class_is_one_that_the_table_explains(tmp_path):
         assert (cells[1] == "exact") == cells[2].startswith("nothing"), cells
 
 
-def kernel_row(name: str, op: str, median_ms: float, **other) -> dict:
+def kernel_row(name: str, op: str, median_ms: float, **changes) -> dict:
     return {
         "name": name,
         "op": op,
@@ -247,12 +249,11 @@ def kernel_row(name: str, op: str, median_ms: float, **other) -> dict:
         "pixels": 1024,
         "batch": 1,
         "device_name": "a GPU",
-    } | other
+    } | changes
 
 
-def test_what_techniques_give_is_read_from_rows(tmp_path):
+def test_gains_are_read_from_rows(write, tmp_path):
     write(
-        tmp_path,
         "step-cuda.jsonl",
         row("diffusers-nf4", 400.0, saved_bytes=900 * 2**20),
         row("diffusers-nf4-checkpoint", 500.0),
@@ -260,18 +261,14 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
         row("fluxfast-nf4-int8", 210.0),
         row("fluxfast-nf4-trainer", 290.0, launches=41),
     )
+    # of the smallest batch, the largest image; whole; over NF4 with matmuls in bf16
+    others = [{"direction": "forward"}, {"products": "int8"}, {"storage": "bfloat16"}]
     write(
-        tmp_path,
         "kernels-cuda.jsonl",
         *(kernel_row(name, "lora_linear", ms) for name, ms in (("fluxfast", 3.0), ("eager", 4.0))),
-        # of the smallest batch, the largest picture; whole; over NF4 with matmuls in bf16
-        kernel_row("fluxfast", "lora_linear", 9.0, batch=4),
-        kernel_row("eager", "lora_linear", 9.0, batch=4),
-        kernel_row("fluxfast", "lora_linear", 9.0, pixels=512),
-        kernel_row("eager", "lora_linear", 9.0, pixels=512),
-        kernel_row("fluxfast", "lora_linear", 9.0, direction="forward"),
-        kernel_row("fluxfast", "lora_linear", 9.0, products="int8"),
-        kernel_row("fluxfast", "lora_linear", 9.0, storage="bfloat16"),
+        *(kernel_row(name, "lora_linear", 9.0, batch=4) for name in ("fluxfast", "eager")),
+        *(kernel_row(name, "lora_linear", 9.0, pixels=512) for name in ("fluxfast", "eager")),
+        *(kernel_row("fluxfast", "lora_linear", 9.0, **other) for other in others),
         kernel_row("fluxfast", "lora_linear", 9.0, status="failed"),
         kernel_row("fluxfast", "qk_norm_rope_attention", 1.0, storage=None),
         kernel_row("eager", "qk_norm_rope_attention", 4.0, storage=None),
@@ -279,7 +276,6 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
     )
     decode = {"what": "decode", "device_name": "a CPU"}
     write(
-        tmp_path,
         quantize.ROWS.name,
         {"name": quantize.OURS, "ratio": 0.9} | decode,
         {"name": quantize.OURS, "ratio": 0.25} | decode,
@@ -288,7 +284,7 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
     )
     for name in ("quality.jsonl", "activations.jsonl"):
         shutil.copy(report.RESULTS / name, tmp_path)
-    found = gives(tmp_path)
+    found = gains(tmp_path)
     assert found[0] == (
         "measured: 450 MiB kept for backward where diffusers + peft keeps 900, and takes 1.25 "
         "times as long with checkpointing (NVIDIA H100 80GB HBM3)"
@@ -304,15 +300,17 @@ def test_what_techniques_give_is_read_from_rows(tmp_path):
 
 
 def test_counted_figures_are_the_cost_models(tmp_path):
-    found = gives(tmp_path)
-    step = StepSpec(DEV, "nf4", "int8", "bf16", lora_of(DEV, 16))
-    modulation = saved_bytes.weights(step)["modulation"]
+    found = gains(tmp_path)
+    modulation = saved_bytes.weights(technique_table.DEFAULTS)["modulation"]
     assert f"{modulation / 1e9:.1f} GB of weights" in found[8]
     assert 1.8e9 < modulation < 1.9e9  # 3.25 B weights at 4.5 bits, the last layer's in bf16
     apart, fused = re.search(r"move ([\d.]+) GB .* instead of ([\d.]+)", found[6]).groups()
     assert float(fused) > float(apart) > 50
     (count,) = re.findall(r"counted: (\d+) launches", found[9])
     assert 3000 < int(count) < 4000
+
+
+# ---------------------------------------------------------------- pages
 
 
 @pytest.fixture
@@ -333,13 +331,11 @@ def copied(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     assert report.main(["--check"]) == 0
-    pages, blocks = report.pages(copied), report.blocks(report.RESULTS)
-    assert len(blocks) == 10
-    for block in blocks:
-        begin, *_, end = block.splitlines()
-        ((page, text),) = [(page, text) for page, text in pages.items() if begin in text]
-        assert "\n".join(pages.values()).count(begin) == text.count(end) == 1
-        inside = text.partition(begin)[2].partition(end)[0]
+    pages, names = report.pages(copied), list(report.blocks(report.RESULTS))
+    assert len(names) == 10
+    for name in names:
+        ((page, text),) = [(page, text) for page, text in pages.items() if f"{name}: begin" in text]
+        inside = text.partition(f"{name}: begin -->")[2].partition(f"<!-- {name}: end")[0]
         page.write_text(text.replace(inside, "\n"), encoding="utf-8")
         assert report.main(["--check"]) == 1
         assert f"{page.relative_to(copied)} differs from the rows" in capsys.readouterr().out
@@ -355,20 +351,20 @@ def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     [("step-cpu", ("median_ms", "p10_ms", "p90_ms")), ("quality", ("best_loss",))],
 )
 def test_a_new_run_is_neither_in_the_tables_nor_on_the_chart(copied, capsys, name, changed):
-    run = rows.last_run(report.RESULTS / f"{name}.jsonl")
-    later = [one | {"date": "later"} for one in run]
+    path = report.RESULTS / f"{name}.jsonl"
+    later = [one | {"date": "later"} for one in rows.last_run(path)]
     later[0] |= {key: 1.5 * later[0][key] for key in changed}
-    write(report.RESULTS, f"{name}.jsonl", *later)
+    path.write_text(path.read_text() + "".join(json.dumps(one) + "\n" for one in later))
     assert report.main(["--check"]) == 1
-    said = capsys.readouterr().out
-    assert ".md differs from" in said and f"{name}.svg differs from" in said
+    printed = capsys.readouterr().out
+    assert ".md differs from" in printed and f"{name}.svg differs from" in printed
     assert report.main([]) == 0 and report.main(["--check"]) == 0
 
 
 @pytest.mark.slow
-def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, capsys):
+def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, write, capsys):
     assert step_chart.NO_GPU in (copied / "README.md").read_text(encoding="utf-8")
-    write(report.RESULTS, "step-cuda.jsonl", row("diffusers-nf4"), row())
+    write("results/step-cuda.jsonl", row("diffusers-nf4"), row())
     assert report.main(["--check"]) == 1
     assert "step-cuda.svg differs" in capsys.readouterr().out
     assert report.main([]) == 0 and report.main(["--check"]) == 0
@@ -382,61 +378,54 @@ def test_a_gpus_rows_need_its_chart_and_change_the_status(copied, capsys):
 @pytest.mark.slow
 def test_the_readme_has_four_cards_and_six_techniques(tmp_path):
     found = plan_table.rows()
-    cards = lines(plan_table.short(found))
+    cards, every = lines(plan_table.short(found)), lines(plan_table.block(found))
     names = ["RTX 3060 12 GB", "RTX 4060 Ti 16 GB", "RTX 4090", "H100 SXM 80 GB"]
     assert [cells[0] for cells in cards] == names
-    every = lines(plan_table.block(found))
     for card, *times, how in cards:
         of_card = [cells for cells in every if cells[:2] == [card, plan_table.DEFAULTS]]
         assert times == [cells[4] for cells in of_card]
         assert how == f"{of_card[-1][3]} GiB: {of_card[-1][5]}"
-    techniques = lines(technique_table.short(tmp_path))
-    every = lines(technique_table.block(tmp_path))
+    techniques, every = (
+        lines(text(tmp_path)) for text in (technique_table.short, technique_table.block)
+    )
     assert len(techniques) == 6 and all(cells in every for cells in techniques)
 
 
-PAGE = Path("README.md")
+BEGIN, END = "<!-- b: begin -->", "<!-- b: end -->"
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "<!-- b -->",
-        "<!-- e --><!-- b -->",
-        "<!-- b --><!-- e --><!-- b --><!-- e -->",
-        "<!-- b --><!-- e --><!-- e -->",
-    ],
+    ["", BEGIN, END + BEGIN, BEGIN + END + BEGIN + END, BEGIN + END + END],
+    ids=["none", "no end", "reversed", "two", "two ends"],
 )
 def test_a_block_has_one_place(text):
-    with pytest.raises(ValueError, match="one <!-- b --> and then one <!-- e -->"):
-        report.put({PAGE: text, Path("docs/a.md"): ""}, "<!-- b -->\n1\n<!-- e -->")
+    with pytest.raises(ValueError, match=f"one {BEGIN} and then one {END}"):
+        report.put({Path("README.md"): text, Path("docs/a.md"): ""}, "b", "1")
 
 
 @pytest.mark.parametrize("page, link", [("README.md", "bench"), ("docs/a.md", "../bench")])
-def test_links_of_a_block_are_its_pages(page, link):
-    texts = {Path("b.md"): "other", Path(page): "a<!-- b -->old<!-- e -->z"}
-    report.put(texts, "<!-- b -->\n![1](bench/results/x.svg)\n<!-- e -->")
-    assert texts[Path(page)] == f"a<!-- b -->\n![1]({link}/results/x.svg)\n<!-- e -->z"
+def test_links_of_a_block_fit_its_page(page, link):
+    texts = {Path("b.md"): "other", Path(page): f"a{BEGIN}old{END}z"}
+    report.put(texts, "b", "![1](bench/results/x.svg)")
+    assert texts[Path(page)] == f"a{BEGIN}\n![1]({link}/results/x.svg)\n{END}z"
 
 
-def entries() -> list[tuple[str, str]]:
-    """(title, text) of each."""
-    parts = re.split(r"^## ", LOG, flags=re.M)[1:]
-    return [(title, text.strip()) for title, _, text in (part.partition("\n") for part in parts)]
+# ---------------------------------------------------------------- the log
 
 
 def test_every_entry_of_the_log_ends_its_title_in_a_verdict():
     """Kept, dropped or open; for what, or under which condition, may follow."""
-    found = entries()
-    assert len(found) >= 7
-    for title, text in found:
+    entries = re.split(r"^## ", LOG, flags=re.M)[1:]
+    assert len(entries) >= 7
+    for title, _, text in (entry.partition("\n") for entry in entries):
         tried, _, verdict = title.rpartition(". ")
         assert re.fullmatch(r"(Kept|Dropped|Open)( \([^()]+\)| for [^.]+)?", verdict), title
         assert tried, title
+        text = text.strip()
         assert len(text) > 40 and re.search(r"\d", text), f"{title}: no figure says why"
 
 
-def test_rows_that_the_log_names_are_there():
+def test_rows_that_the_log_names_exist():
     for name in re.findall(r"`(results/[\w.-]+)`", LOG):
         assert (ROOT / "bench" / name).is_file(), name

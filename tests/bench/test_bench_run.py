@@ -34,7 +34,6 @@ class Bench:
         self.commands: dict[str, tuple[int | None, str]] = {}
         monkeypatch.setattr(suite_items, "measure_apart", self.measure)
         monkeypatch.setattr(suite_items, "run_python", self.command)
-        monkeypatch.setattr(suite_items.importlib.util, "find_spec", lambda name: name)
 
     def measure(self, settings, names, references, report, limit_s):
         self.ran.append(names[0])
@@ -255,7 +254,7 @@ def test_how_a_command_ended(bench, tmp_path, code, output, status, reason):
 
 
 def test_a_missing_module_is_a_row(tmp_path):
-    items = [CommandItem("one", ["-m", "nothing_here"], 1, needs="nothing_here")]
+    items = [CommandItem("one", ["-S", "-m", "nothing_here"], 100)]
     kept = RowFile(tmp_path / "rows.jsonl", HERE)
     suite_items.run_items(items, kept, time.monotonic() + 100)
     (row,) = kept.rows

@@ -1,8 +1,11 @@
-"""The kill test itself: it passes, and what it is to catch it catches."""
+"""The kill test itself: it passes, and catches the faults that it is for."""
 
 import json
+import random
+import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -26,23 +29,19 @@ def finished(folder: Path) -> Path:
     return folder
 
 
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
 HARM = {
     "a LoRA differs": lambda run: (run / "faults.safetensors").write_bytes(b"weighty"),
     "a step is missing": lambda run: (run / "metrics.jsonl").write_text('{"step": 3}\n'),
-    "a step is there twice": lambda run: append(run / "validation.jsonl", {"step": 6}),
-    "a file is left": lambda run: (run / ".faults.safetensors.12.partial").write_text(""),
-    "a file is left in the cache": lambda run: leave(run.parent / "cache" / "text"),
+    "a step is there twice": lambda run: append(run / "validation.jsonl", '{"step": 6}\n'),
+    "a file is left": lambda run: (run / ".faults.safetensors.12.partial").touch(),
+    "a file is left in the cache": lambda run: (run.parent / ".a.safetensors.7.partial").touch(),
     "a file is gone": lambda run: (run / "checkpoints/step-00000024/manifest.json").unlink(),
 }
-
-
-def append(path: Path, row: dict) -> None:
-    path.write_text(path.read_text() + json.dumps(row) + "\n")
-
-
-def leave(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / ".a.safetensors.7.partial").write_text("")
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -55,17 +54,29 @@ def test_harm_is_noticed(tmp_path, harm):
     assert faults.difference(run, undisturbed) is not None
 
 
-def test_going_back_behind_a_checkpoint_is_noticed(tmp_path):
-    run = faults.Run(finished(tmp_path / "a"), owed=8)
-    assert faults.newest(run.folder) == 24
-    log = run.folder / "log.txt"
-    log.write_text("reading images: 5\n")
-    assert faults.went_back(run) is None and run.owed == 8
-    log.write_text(log.read_text() + "resuming runs/faults at step 8\n")
-    assert faults.went_back(run) is None and run.owed == 0
-    run.owed = 12
-    log.write_text(log.read_text() + "resuming runs/faults at step 8\n")
-    assert "step 12 was saved" in faults.went_back(run)
+@pytest.mark.parametrize(
+    ("resumed", "fault"),
+    [(24, None), (20, "resumed at step 20, step 24 was saved"), (None, "began anew, step 24")],
+)
+def test_resuming_before_a_checkpoint_is_noticed(tmp_path, monkeypatch, resumed, fault):
+    """After a kill that left the checkpoint of step 24."""
+    finished(tmp_path / "a")
+
+    def start(folder: Path, log: Path) -> None:
+        if log.name == "log-0.txt":
+            shutil.copytree(tmp_path / "a" / "runs", folder / "runs")
+        elif resumed:
+            log.write_text(f"reading images: 5\nresuming runs/faults at step {resumed}\n")
+
+    monkeypatch.setattr(faults, "drop_cached", lambda *_: None)
+    monkeypatch.setattr(faults, "start", start)
+    monkeypatch.setattr(faults, "kill_at", lambda *_: None)
+    monkeypatch.setattr(faults, "finish", lambda _: 0)
+    counts = defaultdict(Counter)
+    rng = random.Random(0)
+    killed, found = faults.play(tmp_path / "run", tmp_path / "a", 1, rng, counts)
+    assert killed == 1 and (found or "").startswith(fault or "") and bool(found) == bool(fault)
+    assert sum(count["lost"] for count in counts.values()) == bool(fault)
 
 
 def run_bench(code: str, *arguments: str) -> subprocess.CompletedProcess:
