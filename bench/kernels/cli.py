@@ -22,124 +22,76 @@ from collections.abc import Callable
 import torch
 
 from bench import terminal, timing
-from bench.kernels.cases import (
-    CPU_MODES,
-    MODES,
-    OPS,
-    Case,
-    Settings,
-    cases,
-    kind_of,
-    ops_of,
-)
-from bench.kernels.floor import Roof, floor_ms, measure_roof
+from bench.kernels.build import build
+from bench.kernels.cases import CPU_MODES, MODES, OPS, Case, Settings, cases, matmul_kind
+from bench.kernels.floor import Roof, measure_roof
 from bench.kernels.gate import verdicts
-from bench.kernels.problem import BOTH, CANDIDATES, COMPILED, EAGER, FORWARD, OURS, Problem
-from bench.kernels.table import table
-from bench.kernels.work import build
+from bench.kernels.problem import CANDIDATES, COMPILED, EAGER, FORWARD, OURS, Problem
+from bench.kernels.table import row, table
 from bench.step.settings import TINY_SPEC
 from bench.terminal import say
-from fluxfast.memory.planner.cost import total_bytes, total_flop
 from fluxfast.model.spec import DEV
 
-GATE_FIELDS = ("worst", "worst_error", "tolerance")
 SIZES = {
     "pixels": "cpu: 128; cuda: 512 768 1024",
     "batch": "cpu: 1; cuda: 1 4",
     "text_tokens": "cpu: 64; cuda: 512",
     "rounds": "cpu: 5; cuda: 30",
 }
-LOST = 3  # exit code of a process whose device answers no more
+DEVICE_LOST = 3  # exit code of a process whose device does not answer any more
 
 Report = Callable[[Case, list[dict[str, object]]], None]
 
 
 def measure(case: Case, settings: Settings, roof: Roof) -> list[dict[str, object]]:
-    """Gate and time everyone who does this op's work at this shape -> a row each and direction,
-    without the machine's conditions (`timing.conditions`)."""
-    try:
-        problem = build(case, settings)
-    except Exception as error:  # no memory for the inputs, say
-        return failed(case, settings, roof, error)
-    judged = verdicts(problem, case)
-    rows = []
-    for direction in problem.directions:
-        results = _timed(problem, direction, judged, settings)
-        for name, result in results.items():
-            compared = dict.fromkeys(GATE_FIELDS) | judged[name, direction][1]
-            rows.append(_row(result, case, direction, settings, roof) | compared)
-    del problem, judged
+    """Gates and times everyone who does this op's work at this shape. Returns a row each and
+    direction."""
+    problem = timing.attempt(build, case, settings)
+    if isinstance(problem, Exception):  # no memory for the inputs, say
+        return failed(case, settings, roof, problem)
+    rows = _rows(problem, case, settings, roof)
+    del problem
     if COMPILED in settings.candidates:
         torch.compiler.reset()  # compiled code holds a case's weights
     timing.free_memory()
     return rows
 
 
-def _timed(
-    problem: Problem, direction: str, judged: dict, settings: Settings
-) -> dict[str, timing.Result]:
-    def gate(name: str) -> str | None:
-        wrong = judged[name, direction][0]
-        if isinstance(wrong, Exception):
-            raise wrong
-        return wrong
+def _rows(problem: Problem, case: Case, settings: Settings, roof: Roof) -> list[dict[str, object]]:
+    judged = verdicts(problem, case)
+    rows = []
+    for direction in problem.directions:
 
-    work = {
-        name: function if isinstance(function, Exception) else problem.call(function, direction)
-        for name, function in problem.candidates.items()
-    }
-    how = (settings.rounds, settings.warmup, gate, EAGER, settings.device)
-    return timing.compare(work, *how, cold=True)
+        def gate(name: str, direction=direction) -> str | None:
+            wrong = judged[name, direction][0]
+            if isinstance(wrong, Exception):
+                raise wrong
+            return wrong
+
+        work = {
+            name: function if isinstance(function, Exception) else problem.call(function, direction)
+            for name, function in problem.candidates.items()
+        }
+        results = timing.compare(
+            work, settings.rounds, settings.warmup, gate, EAGER, settings.device, cold=True
+        )
+        for name, result in results.items():
+            rows.append(row(result, case, direction, settings, roof, judged[name, direction][1]))
+    return rows
 
 
 def failed(case: Case, settings: Settings, roof: Roof, error: Exception) -> list[dict[str, object]]:
-    """The row of a case that could not be built."""
+    """Returns the row of a case that could not be built."""
     result = timing.Result(OURS)
     timing.fail(result, error)
-    return [_row(result, case, FORWARD, settings, roof) | dict.fromkeys(GATE_FIELDS)]
-
-
-def _row(
-    result: timing.Result, case: Case, direction: str, settings: Settings, roof: Roof
-) -> dict[str, object]:
-    """What a row says about the work, beside its times; rates are of the case's bytes and FLOP."""
-    forward, backward = ops_of(case, settings)
-    ops = forward + backward if direction == BOTH else forward
-    moved, flop, kind = total_bytes(ops), total_flop(ops), kind_of(case, settings)
-    floor, median = floor_ms(roof, kind, moved, flop), result.median_ms
-    compute = str(settings.compute).removeprefix("torch.")
-    return timing.row(
-        result,
-        bench="kernels",
-        op=case.op,
-        direction=direction,
-        storage=compute if case.storage == "dense" else case.storage or None,
-        products=case.products or compute,
-        compute=compute,
-        pixels=case.pixels or None,
-        batch=case.batch or None,
-        tokens=settings.tokens(case) or None,
-        text_tokens=settings.text_tokens,
-        hidden=settings.spec.hidden_size,
-        rank=settings.rank,
-        bytes=round(moved),
-        flop=round(flop),
-        copy_gb_per_s=roof.copy_gb_per_s,
-        matmul_tflop_per_s=roof.matmul_tflop_per_s.get(kind),
-        floor_ms=floor,
-        percent_of_floor=100 * floor / median if floor and median else None,
-        gb_per_s=moved / median / 1e6 if median else None,
-        tflop_per_s=flop / median / 1e9 if median else None,
-        warmup=settings.warmup,
-        interleaved=True,
-    )
+    return [row(result, case, FORWARD, settings, roof, {})]
 
 
 def measure_all(
     wanted: list[Case], settings: Settings, roof: Roof, report: Report, deadline: float
 ) -> list[Case]:
-    """Measure case after case and report each one's rows, until the deadline (of time.monotonic)
-    -> those that are left."""
+    """Measures case after case and reports each one's rows, until the deadline (of
+    time.monotonic). Returns those that are left."""
     for index, case in enumerate(wanted):
         if time.monotonic() > deadline:
             return wanted[index:]
@@ -151,32 +103,32 @@ def measure_all(
 def measure_apart(
     wanted: list[Case], settings: Settings, report: Report, deadline: float
 ) -> list[Case]:
-    """`measure_all` in a process of its own, and in a new one for the rest after a case that ended
-    it or its device. Raises RuntimeError where a process ends before it has measured the roof."""
+    """Runs `measure_all` in a process of its own, and in a new one for the rest after a case that
+    ended it or its device. Raises RuntimeError where a process ends before it has measured the
+    roof."""
     context = multiprocessing.get_context("spawn")
-    owed, roof = list(wanted), None
-    while owed and time.monotonic() < deadline:
+    left, roof = list(wanted), None
+    while left and time.monotonic() < deadline:
         receiver, sender = context.Pipe(duplex=False)
-        given = (owed, settings, roof, deadline, sender)
-        process = context.Process(target=_child, args=given)
+        process = context.Process(target=_child, args=(left, settings, roof, deadline, sender))
         process.start()
         sender.close()
         try:
             roof = receiver.recv()
             while True:
                 rows = receiver.recv()
-                report(owed.pop(0), rows)
+                report(left.pop(0), rows)
         except EOFError:
             process.join()
-        if roof is None:
-            raise RuntimeError(f"the first process ended with code {process.exitcode}")
         if process.exitcode == 0:
             break
-        if owed and process.exitcode != LOST:
-            error = RuntimeError(f"its process ended with code {process.exitcode}")
-            case = owed.pop(0)
+        error = RuntimeError(f"its process ended with code {process.exitcode}")
+        if roof is None:
+            raise error
+        if left and process.exitcode != DEVICE_LOST:
+            case = left.pop(0)
             report(case, failed(case, settings, roof, error))
-    return owed
+    return left
 
 
 def _child(wanted, settings: Settings, roof: Roof | None, deadline: float, sender) -> None:
@@ -189,15 +141,15 @@ def _child(wanted, settings: Settings, roof: Roof | None, deadline: float, sende
             timing.synchronize(settings.device)
         except RuntimeError:
             sender.close()
-            os._exit(LOST)  # Python's own end would wait for the device
+            os._exit(DEVICE_LOST)  # Python's own end would wait for the device
 
     measure_all(wanted, settings, roof, report, deadline)
     sender.close()
 
 
 def roof_of(wanted: list[Case], settings: Settings) -> Roof:
-    """Measure what the cases' floors need."""
-    kinds = dict.fromkeys(kind_of(case, settings) for case in wanted)
+    """Measures what the cases' floors need."""
+    kinds = dict.fromkeys(matmul_kind(case, settings) for case in wanted)
     return measure_roof(settings.device, kinds, settings.tiny)
 
 
@@ -213,10 +165,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     cuda = options.device == "cuda"
-    default = (DEV, [512, 768, 1024], [1, 4], 512, 30, 3) if cuda else (DEV, [128], [1], 64, 5, 1)
     if options.tiny:
-        default = (TINY_SPEC, [64], [2], 8, 1, 1)
-    spec, pixels, batches, text, rounds, warmup = default
+        spec, pixels, batches, text, rounds, warmup = TINY_SPEC, [64], [2], 8, 1, 1
+    elif cuda:
+        spec, pixels, batches, text, rounds, warmup = DEV, [512, 768, 1024], [1, 4], 512, 30, 3
+    else:
+        spec, pixels, batches, text, rounds, warmup = DEV, [128], [1], 64, 5, 1
     usual = CANDIDATES if cuda else [name for name in CANDIDATES if name != COMPILED]
     return Settings(
         spec=spec,
@@ -238,21 +192,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     settings = settings_of(options)
     deadline = time.monotonic() + options.budget_s
-    shared = timing.conditions(options.device)
+    conditions = timing.conditions(options.device)
     rows: list[dict[str, object]] = []
 
-    def report(case: Case, found: list[dict[str, object]]) -> None:
-        found = [row | shared for row in found]
-        rows.extend(found)
+    def report(case: Case, measured: list[dict[str, object]]) -> None:
+        measured = [row | conditions for row in measured]
+        rows.extend(measured)
         if options.out is not None:
-            timing.append_rows(options.out, found)
+            timing.append_rows(options.out, measured)
 
     wanted = cases(settings)
     if settings.device == "cuda":
         left = measure_apart(wanted, settings, report, deadline)
     else:
         left = measure_all(wanted, settings, roof_of(wanted, settings), report, deadline)
-    print(f"{shared['device_name']}, {len(wanted) - len(left)} of {len(wanted)} cases")
+    print(f"{conditions['device_name']}, {len(wanted) - len(left)} of {len(wanted)} cases")
     print(table(rows))
     broken = {"failed", "gate failed"}
     return int(any(row["name"] == OURS and row["status"] in broken for row in rows))

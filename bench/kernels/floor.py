@@ -8,8 +8,8 @@ sums, by torch's own kernels. Rates are medians of `timing.compare`, as the time
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ TINY_SIZES = (1 << 20, 64)
 ROUNDS, WARMUP = 7, 3
 
 
-@dataclass(frozen=True)
-class Roof:
+class Roof(NamedTuple):
     """copy_gb_per_s: bytes read and written; None if it could not be measured. matmul_tflop_per_s:
     by kind of product (KINDS), without those that torch does not multiply here."""
 
@@ -34,11 +33,11 @@ class Roof:
     matmul_tflop_per_s: dict[str, float]
 
 
-def measure_roof(device: str, kinds: Iterable[str] = KINDS, tiny: bool = False) -> Roof:
-    """Time the copy and the products of `kinds`, in turn. tiny: sizes that only check the bench."""
+def measure_roof(device: str, kinds: Iterable[str], tiny: bool) -> Roof:
+    """Times the copy and the products of `kinds`. tiny: sizes that only check the bench."""
     size, side = TINY_SIZES if tiny else SIZES[torch.device(device).type]
-    work = {"copy": _built(_copy, size, device)}
-    work |= {kind: _built(_product, kind, side, device) for kind in kinds}
+    work = {"copy": timing.attempt(_copy, size, device)}
+    work |= {kind: timing.attempt(_product, kind, side, device) for kind in kinds}
     results = timing.compare(work, ROUNDS, WARMUP, device=device, cold=True)
     seconds = {name: r.median_ms / 1e3 for name, r in results.items() if r.median_ms}
     copy = seconds.pop("copy", None)
@@ -47,7 +46,8 @@ def measure_roof(device: str, kinds: Iterable[str] = KINDS, tiny: bool = False) 
 
 
 def floor_ms(roof: Roof, kind: str, moved: float, flop: float) -> float | None:
-    """The least time for `moved` bytes and `flop` of products of a kind; None without either rate.
+    """Returns the least time for `moved` bytes and `flop` of products of a kind; None without
+    either rate.
 
     All FLOP count at the product's rate: those of element-wise passes are too few to matter.
     """
@@ -55,13 +55,6 @@ def floor_ms(roof: Roof, kind: str, moved: float, flop: float) -> float | None:
     if not rate or not roof.copy_gb_per_s:
         return None
     return 1e3 * max(moved / (roof.copy_gb_per_s * 1e9), flop / (rate * 1e12))
-
-
-def _built(make: Callable, *arguments) -> Callable[[], object] | Exception:
-    try:
-        return make(*arguments)
-    except Exception as error:  # this machine has no such product, or no memory for it
-        return error
 
 
 def _copy(size: int, device: str) -> Callable[[], Tensor]:

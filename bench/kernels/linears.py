@@ -5,7 +5,7 @@ All take the same frozen weight (the same NF4 bytes, the same 8-bit values), and
 adds the update part by part as peft does, each with an A of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import fluxfast_kernels as fk
 import torch
@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from fluxfast_kernels.ops.gelu import gelu_lora_linear_reference
 from fluxfast_kernels.quant.frozen import nf4_to_8bit_reference
 from fluxfast_kernels.quant.nf4 import nf4_dequantize_reference
+from fluxfast_kernels.quant.rows import QuantizedRows, quantize_reference
 from torch import Tensor
 
+from bench import timing
 from bench.kernels.cases import LINEARS, Case, Settings
-from bench.kernels.eager_8bit import product_8bit
 from bench.kernels.problem import (
     DEQUANTIZE_4BIT,
     EAGER,
     GEMM_4BIT,
     OURS,
-    Draws,
     Function,
     Problem,
-    half,
-    library,
+    RandomInputs,
 )
 from fluxfast.model.names import linear_shape, part_rows
 
 SHARED = ("lora_a", "lora_b")
 Product = Callable[[Tensor], Tensor]  # x [B, T, K] -> x Wᵀ + b
+Arguments = Callable[[Tensor, Tensor, torch.dtype], tuple[fk.FrozenWeight, fk.LoRAUpdate]]
 
 
 class Linear:
@@ -41,62 +41,64 @@ class Linear:
     """
 
     def __init__(self, case: Case, settings: Settings, widths: list[int], split: int = 0):
-        self.case, self.widths, self.split = case, widths, split
-        self.draw = draw = Draws(case, settings)
+        self.case, self.settings, self.widths, self.split = case, settings, widths, split
+        self.random = random = RandomInputs(case, settings)
         name = LINEARS[case.op]
         N, K = linear_shape(name, settings.spec)
-        dense = draw("weight", N, K, std=K**-0.5)
-        self.dense, self.nf4, self.kept = dense, None, [dense]
+        dense = random.normal("weight", N, K, std=K**-0.5)
+        self.dense, self.nf4, self.stored = dense, None, [dense]
         if case.storage == "nf4":
             self.nf4 = fk.nf4_quantize(dense)
-            self.kept = list(self.nf4.tensors().values())
+            self.stored = list(self.nf4.tensors().values())
             self.dense = nf4_dequantize_reference(self.nf4, settings.compute)
         elif case.storage != "dense":
-            self.kept = list(fk.quantize_8bit(dense, case.storage))
-        self.bias = draw("bias", N, std=0.02)
-        self.rows, self.rank = part_rows(name, settings.spec), settings.rank
+            self.stored = list(fk.quantize_8bit(dense, case.storage))
+        self.bias = random.normal("bias", N, std=0.02)
+        self.rows, rank = part_rows(name, settings.spec), settings.rank
         self.parts = [n for i, (start, end) in enumerate(self.rows) for n in (start, end, i)]
+        fp32 = torch.float32
         self.inputs = {
-            "lora_a": draw("a", len(self.rows) * self.rank, K, std=K**-0.5, dtype=torch.float32),
-            "lora_b": draw("b", N, self.rank, std=0.05, dtype=torch.float32),
+            "lora_a": random.normal("a", len(self.rows) * rank, K, std=K**-0.5, dtype=fp32),
+            "lora_b": random.normal("b", N, rank, std=0.05, dtype=fp32),
         }
 
-    def arguments(
-        self, lora_a: Tensor, lora_b: Tensor, plain: torch.dtype | None = None
-    ) -> tuple[fk.FrozenWeight, fk.LoRAUpdate]:
-        """As the ops take them, or with a dtype as their references do, without a kernel of ours:
-        the weight dense in that dtype, or the 8 bits that are multiplied."""
-        weight = self.kept
-        if plain is not None:
-            weight = self.in_8_bits() if self.case.products else [self.dense.to(plain)]
-        frozen = fk.FrozenWeight(weight, self.bias, self.case.products)
+    def as_stored(self, lora_a: Tensor, lora_b: Tensor, _: torch.dtype):
+        """Returns the arguments of our ops."""
+        frozen = fk.FrozenWeight(self.stored, self.bias, self.case.matmul)
+        return frozen, fk.LoRAUpdate(lora_a, lora_b, self.parts)
+
+    def plain(self, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype):
+        """Returns the arguments of the references, without a kernel of ours: the weight dense in
+        the dtype, or the 8 bits that are multiplied."""
+        weight = self.in_8_bits() if self.case.matmul else [self.dense.to(dtype)]
+        frozen = fk.FrozenWeight(weight, self.bias, self.case.matmul)
         return frozen, fk.LoRAUpdate(lora_a, lora_b, self.parts)
 
     def in_8_bits(self) -> list[Tensor]:
-        """int8 or e4m3 [N, K] and scale fp32 [N]; of NF4 they are made anew."""
+        """int8 or e4m3 [N, K] and scale fp32 [N]; of NF4 they are computed at every call."""
         if self.nf4 is None:
-            return self.kept
-        rows = nf4_to_8bit_reference(self.nf4, self.case.products)
+            return self.stored
+        rows = nf4_to_8bit_reference(self.nf4, self.case.matmul)
         return [rows.values, rows.scale]
 
     def products(self) -> dict[str, Product | Exception]:
-        """Of everyone but us, by name."""
-        if self.case.products:
+        """Returns everyone's but ours, by name."""
+        if self.case.matmul:
             return {EAGER: self._eager_8bit}
         if self.nf4 is None:
             return {EAGER: lambda x: F.linear(x, self.dense, self.bias)}
         return {
             EAGER: lambda x: F.linear(x, nf4_dequantize_reference(self.nf4, x.dtype), self.bias),
-            GEMM_4BIT: library(self._gemm_4bit),
-            DEQUANTIZE_4BIT: library(self._dequantize_4bit),
+            GEMM_4BIT: timing.attempt(self._gemm_4bit),
+            DEQUANTIZE_4BIT: timing.attempt(self._dequantize_4bit),
         }
 
     def _eager_8bit(self, x: Tensor) -> Tensor:
         xs = x.split(self.widths, -1)
-        return product_8bit(xs, *self.in_8_bits(), self.case.products, self.split) + self.bias
+        return _Matmul8bit.apply(*self.in_8_bits(), self.case.matmul, self.split, *xs) + self.bias
 
     def _gemm_4bit(self) -> Product:
-        """As bitsandbytes' Linear4bit calls it, from which it picks its own kernel."""
+        """As bitsandbytes' Linear4bit calls it, which picks its own kernel."""
         import bitsandbytes as bnb
 
         packed, state = quant_state(self.nf4, self.bias.dtype)
@@ -111,7 +113,7 @@ class Linear:
     def updated(self, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         """y [B, T, N] with each part's (x Aᵀ) Bᵀ added."""
         pieces = []
-        for a, (start, end) in zip(lora_a.split(self.rank), self.rows, strict=True):
+        for a, (start, end) in zip(lora_a.split(self.settings.rank), self.rows, strict=True):
             update = (x @ a.to(x.dtype).T) @ lora_b[start:end].to(x.dtype).T
             pieces.append(y[..., start:end] + update)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
@@ -121,29 +123,30 @@ class Linear:
         inputs: dict[str, Tensor],
         trained: tuple[str, ...],
         dys: list[Tensor],
-        ours: Function,
-        reference: Function,
-        by: Callable[[Product], Function],
-        settings: Settings,
+        ops: tuple[Function, Function],
+        fused: Callable[[Function, Arguments], Function],
+        eager: Callable[[Product], Function],
     ) -> Problem:
-        """by: makes a candidate of its product."""
-        made = {
-            name: product if isinstance(product, Exception) else by(product)
+        """ops: ours and its reference. fused: makes a function of the inputs of such an op; eager:
+        of a product."""
+        ours, reference = ops
+        others = {
+            name: product if isinstance(product, Exception) else eager(product)
             for name, product in self.products().items()
         }
         return Problem(
             inputs | self.inputs,
-            {OURS: ours} | made,
-            reference,
+            {OURS: fused(ours, self.as_stored)} | others,
+            fused(reference, self.plain),
             dys,
             (*trained, *SHARED),
             SHARED,
-            wide=torch.float32 if half(settings) else torch.float64,
+            wide=self.settings.matmul_truth,
         )
 
 
 def quant_state(nf4: fk.NF4Tensor, dtype: torch.dtype):
-    """-> packed, bitsandbytes' QuantState of our very bytes."""
+    """Returns packed, and bitsandbytes' QuantState of our very bytes."""
     from bitsandbytes.functional import quantize_4bit
 
     like = torch.zeros(nf4.shape, dtype=dtype, device=nf4.packed.device)
@@ -155,70 +158,62 @@ def quant_state(nf4: fk.NF4Tensor, dtype: torch.dtype):
 def lora_linear(case: Case, settings: Settings) -> Problem:
     D = settings.spec.hidden_size
     layer = Linear(case, settings, [D])
-    draw = layer.draw
+    random = layer.random
 
-    def ours(x, gate, residual, lora_a, lora_b):
-        return fk.lora_linear(x, *layer.arguments(lora_a, lora_b), gate, residual)
+    def fused(op: Function, arguments: Arguments) -> Function:
+        return lambda x, gate, residual, lora_a, lora_b: op(
+            x, *arguments(lora_a, lora_b, x.dtype), gate, residual
+        )
 
-    def reference(x, gate, residual, lora_a, lora_b):
-        linear = layer.arguments(lora_a, lora_b, x.dtype)
-        return fk.lora_linear_reference(x, *linear, gate, residual)
-
-    def by(product: Product) -> Function:
-        def run(x, gate, residual, lora_a, lora_b):
-            return residual + gate * layer.updated(product(x), x, lora_a, lora_b)
-
-        return run
+    def eager(product: Product) -> Function:
+        return lambda x, gate, residual, lora_a, lora_b: (
+            residual + gate * layer.updated(product(x), x, lora_a, lora_b)
+        )
 
     inputs = {
-        "x": draw.tokens("x", D),
-        "gate": draw.modulation(6)[2],
-        "residual": draw.tokens("residual", D),
+        "x": random.tokens("x", D),
+        "gate": random.modulation(6)[2],
+        "residual": random.tokens("residual", D),
     }
-    trained, dys = ("x", "residual"), [draw.tokens("dy", D)]
-    return layer.problem(inputs, trained, dys, ours, reference, by, settings)
+    ops = (fk.lora_linear, fk.lora_linear_reference)
+    return layer.problem(inputs, ("x", "residual"), [random.tokens("dy", D)], ops, fused, eager)
 
 
 def norm_modulate_lora_linear(case: Case, settings: Settings) -> Problem:
     D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
     layer = Linear(case, settings, [D], 3 * D)
-    draw = layer.draw
+    random = layer.random
 
-    def ours(h, shift, scale, lora_a, lora_b):
-        linear = layer.arguments(lora_a, lora_b)
-        return fk.norm_modulate_lora_linear(h, shift, scale, *linear, 3 * D)
+    def fused(op: Function, arguments: Arguments) -> Function:
+        return lambda h, shift, scale, lora_a, lora_b: op(
+            h, shift, scale, *arguments(lora_a, lora_b, h.dtype), 3 * D
+        )
 
-    def reference(h, shift, scale, lora_a, lora_b):
-        linear = layer.arguments(lora_a, lora_b, h.dtype)
-        return fk.norm_modulate_lora_linear_reference(h, shift, scale, *linear, 3 * D)
-
-    def by(product: Product) -> Function:
+    def eager(product: Product) -> Function:
         def run(h, shift, scale, lora_a, lora_b):
             x = fk.norm_modulate_reference(h, shift, scale)
-            y = layer.updated(product(x), x, lora_a, lora_b)
-            return y.tensor_split([3 * D], -1)
+            return layer.updated(product(x), x, lora_a, lora_b).tensor_split([3 * D], -1)
 
         return run
 
-    shift, scale, _ = draw.modulation(3)
-    inputs = {"h": draw.tokens("h", D), "shift": shift, "scale": scale}
-    dys = [draw.tokens("dqkv", 3 * D), draw.tokens("du", F_)]
-    return layer.problem(inputs, ("h",), dys, ours, reference, by, settings)
+    shift, scale, _ = random.modulation(3)
+    inputs = {"h": random.tokens("h", D), "shift": shift, "scale": scale}
+    dys = [random.tokens("dqkv", 3 * D), random.tokens("du", F_)]
+    ops = (fk.norm_modulate_lora_linear, fk.norm_modulate_lora_linear_reference)
+    return layer.problem(inputs, ("h",), dys, ops, fused, eager)
 
 
 def gelu_lora_linear(case: Case, settings: Settings) -> Problem:
     D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
     layer = Linear(case, settings, [D, F_])
-    draw = layer.draw
+    random = layer.random
 
-    def ours(u, head, gate, residual, lora_a, lora_b):
-        return fk.gelu_lora_linear(u, *layer.arguments(lora_a, lora_b), head, gate, residual)
+    def fused(op: Function, arguments: Arguments) -> Function:
+        return lambda u, head, gate, residual, lora_a, lora_b: op(
+            u, *arguments(lora_a, lora_b, u.dtype), head, gate, residual
+        )
 
-    def reference(u, head, gate, residual, lora_a, lora_b):
-        linear = layer.arguments(lora_a, lora_b, u.dtype)
-        return gelu_lora_linear_reference(u, *linear, head, gate, residual)
-
-    def by(product: Product) -> Function:
+    def eager(product: Product) -> Function:
         def run(u, head, gate, residual, lora_a, lora_b):
             x = torch.cat([head, F.gelu(u, approximate="tanh")], -1)
             return residual + gate * layer.updated(product(x), x, lora_a, lora_b)
@@ -226,10 +221,66 @@ def gelu_lora_linear(case: Case, settings: Settings) -> Problem:
         return run
 
     inputs = {
-        "u": draw.tokens("u", F_),
-        "head": draw.tokens("head", D),
-        "gate": draw.modulation(3)[2],
-        "residual": draw.tokens("residual", D),
+        "u": random.tokens("u", F_),
+        "head": random.tokens("head", D),
+        "gate": random.modulation(3)[2],
+        "residual": random.tokens("residual", D),
     }
-    trained, dys = ("u", "head", "residual"), [draw.tokens("dy", D)]
-    return layer.problem(inputs, trained, dys, ours, reference, by, settings)
+    ops = (fk.gelu_lora_linear, gelu_lora_linear_reference)
+    trained, dys = ("u", "head", "residual"), [random.tokens("dy", D)]
+    return layer.problem(inputs, trained, dys, ops, fused, eager)
+
+
+class _Matmul8bit(torch.autograd.Function):
+    """An 8-bit product out of torch's own operations: what a trainer without fused kernels would
+    write. [x_0, x_1, …] Wᵀ [B, T, N] in xs' dtype; xs [B, T, K_i], W in 8 bits [N, K], scale fp32
+    [N]. kind: "int8" or "fp8". split: columns of the first of two outputs, 0 for one.
+
+    Rows of x, or of dy times W's scales, are quantized in a few passes, multiplied by torch's int8
+    or fp8 product and scaled in one more. As in the fused ops each input has a scale a row of its
+    own, and so has the gradient of each output.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, scale, kind, split, *xs):
+        ctx.save_for_backward(weight, scale)
+        ctx.kind, ctx.widths = kind, [x.shape[-1] for x in xs]
+        ctx.outputs = [split, len(weight) - split] if split else [len(weight)]
+        columns = weight.split(ctx.widths, 1)
+        parts = [
+            _multiply(_quantized(x, kind), part.T, scale)
+            for x, part in zip(xs, columns, strict=True)
+        ]
+        return _sum(parts).view(*xs[0].shape[:-1], -1).to(xs[0].dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, scale = ctx.saved_tensors
+        transposed = weight.T.contiguous()  # 8-bit products take their right operand by columns
+        pieces = (dy.split(ctx.outputs, -1), scale.split(ctx.outputs))
+        pieces += (transposed.split(ctx.outputs, 1),)
+        ones = scale.new_ones(weight.shape[1])
+        parts = [
+            _multiply(_quantized(piece * channel, ctx.kind), columns.T, ones)
+            for piece, channel, columns in zip(*pieces, strict=True)
+        ]
+        dx = _sum(parts).view(*dy.shape[:-1], -1).to(dy.dtype)
+        return None, None, None, None, *dx.split(ctx.widths, -1)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _quantized(x: Tensor, kind: str) -> QuantizedRows:
+    v = x.flatten(0, -2).float()
+    return quantize_reference(v, v.abs().amax(-1), kind)
+
+
+def _multiply(rows: QuantizedRows, right: Tensor, scale: Tensor) -> Tensor:
+    """[M, K] rows · right [K, N] · scale fp32 [N]; right's columns lie one after the other."""
+    if rows.kind == "int8":
+        return torch._int_mm(rows.values, right) * rows.scale[:, None] * scale
+    scales = (rows.scale[:, None], scale[None])
+    dtype = torch.bfloat16
+    return torch._scaled_mm(rows.values, right, *scales, out_dtype=dtype, use_fast_accum=False)

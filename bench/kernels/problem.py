@@ -1,4 +1,4 @@
-"""A case of `cases.py` at work: its inputs, its maths in plain torch, and who does it.
+"""A case of `cases.py` at work: its inputs, its math in plain torch, and the functions that do it.
 
 Every function takes the inputs by name and returns its output or outputs.
 """
@@ -18,7 +18,6 @@ SDPA, LIGER = "sdpa", "liger"
 PEERS = (GEMM_4BIT, DEQUANTIZE_4BIT, SDPA, LIGER)
 CANDIDATES = (OURS, EAGER, COMPILED, *PEERS)
 FORWARD, BOTH = "forward", "forward+backward"
-SEED = 0
 
 Function = Callable[..., object]
 
@@ -30,9 +29,9 @@ def tensors_of(result: object) -> list[Tensor]:
 @dataclass
 class Problem:
     """inputs: name -> tensor, [B, ...] but for those in `shared`; those in `trained` require a
-    gradient. dys: what goes backward, one an output; empty where the op has no backward.
-    candidates: name -> function, or what kept it from being built. reference: the maths in the
-    dtype of its inputs, which is `wide` for the truth. outputs: a result -> its tensors.
+    gradient. candidates: name -> function, or the error that kept it from being built. reference:
+    the math in the dtype of its inputs, which is `wide` for the truth. dys: one gradient an output;
+    empty where the op has no backward. outputs: a result -> its tensors.
     """
 
     inputs: dict[str, Tensor]
@@ -53,45 +52,32 @@ class Problem:
         return (FORWARD, BOTH) if self.dys else (FORWARD,)
 
     def call(self, function: Function, direction: str) -> Callable[[], object]:
-        """What is timed. Forward is as training runs it: it saves what backward needs."""
+        """Returns what is timed. Forward is as training runs it: it saves what backward needs."""
         if direction == FORWARD:
             return lambda: function(**self.inputs)
         leaves = [self.inputs[name] for name in self.trained]
         return lambda: torch.autograd.grad(self.outputs(function(**self.inputs)), leaves, self.dys)
 
 
-class Draws:
+class RandomInputs:
     """Random tensors, each a function of its name and the op's: in the compute dtype, or of its
     values in another."""
 
     def __init__(self, case: Case, settings: Settings):
         self.case, self.settings = case, settings
 
-    def __call__(
+    def normal(
         self, name: str, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None
     ) -> Tensor:
-        values = normal(SEED, f"{self.case.op}.{name}", shape, self.settings.device).mul_(std)
+        values = normal(f"{self.case.op}.{name}", shape, self.settings.device).mul_(std)
         return values.to(self.settings.compute).to(dtype or self.settings.compute)
 
     def tokens(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """[B, T, width]"""
         T = self.settings.tokens(self.case)
-        return self(name, self.case.batch, T, width, dtype=dtype)
+        return self.normal(name, self.case.batch, T, width, dtype=dtype)
 
     def modulation(self, count: int) -> tuple[Tensor, ...]:
         """[B, 1, D] each, chunks of one tensor as in a block."""
         width = count * self.settings.spec.hidden_size
-        return self("modulation", self.case.batch, 1, width, std=0.5).chunk(count, -1)
-
-
-def library(make: Callable[..., Function], *arguments) -> Function | Exception:
-    """A peer's function, or the ImportError that names what is missing."""
-    try:
-        return make(*arguments)
-    except ImportError as error:
-        return error
-
-
-def half(settings: Settings) -> bool:
-    """Whether activations have 2 bytes: then fp32 is a truth to hold products to."""
-    return settings.compute.itemsize == 2
+        return self.normal("modulation", self.case.batch, 1, width, std=0.5).chunk(count, -1)

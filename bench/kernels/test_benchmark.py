@@ -11,11 +11,11 @@ on a GPU `bench.kernels` has the kernels' own.
 import pytest
 
 from bench import timing
+from bench.kernels.build import build
 from bench.kernels.cases import cases
 from bench.kernels.cli import parse, settings_of
 from bench.kernels.gate import Gate
 from bench.kernels.problem import BOTH, FORWARD, OURS
-from bench.kernels.work import build
 
 SETTINGS = settings_of(parse(["--candidates", OURS]))
 

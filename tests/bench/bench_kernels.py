@@ -25,8 +25,8 @@ def quick(monkeypatch):
 
 def tiny(*arguments: str, compute: str = "fp32", candidates=(OURS, EAGER)):
     """Settings of two samples of narrow layers."""
-    given = ["--device", "cpu", "--tiny", "--compute", compute, *arguments]
-    return kernels.settings_of(kernels.parse([*given, "--candidates", *candidates]))
+    options = ["--device", "cpu", "--tiny", "--compute", compute, *arguments]
+    return kernels.settings_of(kernels.parse([*options, "--candidates", *candidates]))
 
 
 def measured(case: Case, settings=None) -> dict[tuple[str, str], dict]:
@@ -34,5 +34,5 @@ def measured(case: Case, settings=None) -> dict[tuple[str, str], dict]:
     return {(row["name"], row["direction"]): row for row in rows}
 
 
-def case_of(op: str, storage: str = "", products: str = "") -> Case:
-    return Case(op, storage, products, 64, 2)
+def case_of(op: str, storage: str = "", matmul: str = "") -> Case:
+    return Case(op, storage, matmul, 64, 2)

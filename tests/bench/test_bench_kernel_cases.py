@@ -9,12 +9,13 @@ import torch
 from bench_kernels import ROOF, case_of, measured, quick, tiny  # noqa: F401
 
 from bench import timing
+from bench.errors import relative_errors
 from bench.kernels import cases as kernel_cases
 from bench.kernels import floor
+from bench.kernels.build import build
 from bench.kernels.cases import Case, cases, ops_of
-from bench.kernels.gate import Gate, errors
+from bench.kernels.gate import Gate
 from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
-from bench.kernels.work import build
 from bench.report import catalog
 from fluxfast.memory.planner.cost import block_ops, total_bytes, total_flop
 from fluxfast.memory.planner.step_spec import StepSpec, lora_of, shape_of
@@ -27,9 +28,9 @@ def test_every_op_of_the_catalog_has_a_case():
     documented = {name.split("(")[0] for name in catalog.COSTS}
     settings = tiny()
     assert {case.op for case in cases(settings)} == documented
-    linears = {(c.storage, c.products) for c in cases(settings) if c.op == "lora_linear"}
+    linears = {(c.storage, c.matmul) for c in cases(settings) if c.op == "lora_linear"}
     assert linears == set(kernel_cases.MODES)
-    rows = [c.products for c in cases(settings) if c.op == "quantize_rows"]
+    rows = [c.matmul for c in cases(settings) if c.op == "quantize_rows"]
     assert sorted(rows) == ["fp8", "int8"]
 
 
@@ -55,37 +56,34 @@ def test_cards_without_fp8_are_not_asked_for_it(monkeypatch):
     assert not any(case.in_fp8() for case in cases(tiny()))
 
 
-def test_bytes_and_flop_are_the_catalogs():
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("attention", "norm_modulate", "nf4_dequantize", "quantize_rows", "hadamard_rotate"),
+        *("flow_mix", "flow_loss"),
+    ],
+)
+def test_bytes_and_flop_are_the_catalogs(op):
     """At its shape, for the ops that it counts the same way: one launch, or a sum of passes."""
     settings = replace(tiny(), spec=DEV, compute=torch.bfloat16, text_tokens=512)
-    for op, products in {
-        "attention": "",
-        "norm_modulate": "",
-        "nf4_dequantize": "",
-        "quantize_rows": "int8",
-        "hadamard_rotate": "",
-        "flow_mix": "",
-        "flow_loss": "",
-    }.items():
-        forward, _ = ops_of(Case(op, "", products, 1024, 1), settings)
-        moved, flop = catalog.COSTS[op]
-        assert total_bytes(forward) == pytest.approx(moved, rel=1e-6), op
-        if flop > 1e10:
-            assert total_flop(forward) == pytest.approx(flop), op
+    matmul = "int8" if op == "quantize_rows" else ""
+    forward, _ = ops_of(Case(op, "", matmul, 1024, 1), settings)
+    moved, flop = catalog.COSTS[op]
+    assert total_bytes(forward) == pytest.approx(moved, rel=1e-6)
+    if flop > 1e10:
+        assert total_flop(forward) == pytest.approx(flop)
 
 
-@pytest.mark.parametrize(("storage", "products"), kernel_cases.MODES)
-def test_a_single_blocks_ops_are_those_of_its_three_cases(storage, products):
+@pytest.mark.parametrize(("storage", "matmul"), kernel_cases.MODES)
+def test_a_single_blocks_ops_are_those_of_its_three_cases(storage, matmul):
     """All but the sum of two gradients, which autograd takes."""
     settings = replace(tiny(compute="bf16"), spec=DEV, text_tokens=512)
-    kinds = {"dense": "bf16"}
-    work = StepSpec(
-        DEV, kinds.get(storage, storage), products or "bf16", "bf16", lora_of(DEV, settings.rank)
-    )
-    block = block_ops(work, "single_blocks.0", shape_of(1024, 1024, 1, 512))
+    stored = "bf16" if storage == "dense" else storage
+    step = StepSpec(DEV, stored, matmul or "bf16", "bf16", lora_of(DEV, settings.rank))
+    block = block_ops(step, "single_blocks.0", shape_of(1024, 1024, 1, 512))
     block_backward = [op for op in block.backward if not op.name.endswith("gradients added")]
     timed = [
-        ops_of(Case(op, storage, products, 1024, 1), settings)
+        ops_of(Case(op, storage, matmul, 1024, 1), settings)
         for op in ("norm_modulate_lora_linear", "qk_norm_rope_attention", "gelu_lora_linear")
     ]
     assert [op for forward, _ in timed for op in forward] == block.forward
@@ -113,7 +111,7 @@ def test_the_roof_is_measured_and_a_missing_product_is_left_out(monkeypatch):
         raise RuntimeError("not here")
 
     monkeypatch.setattr(torch, "_int_mm", missing)
-    roof = floor.measure_roof("cpu", ("fp32", "int8"), tiny=True)
+    roof = floor.measure_roof("cpu", ("fp32", "int8"), True)
     assert roof.copy_gb_per_s > 0
     assert roof.matmul_tflop_per_s.keys() == {"fp32"} and roof.matmul_tflop_per_s["fp32"] > 0
     assert floor.floor_ms(roof, "int8", 1.0, 1.0) is None
@@ -124,10 +122,10 @@ def test_the_roof_counts_a_copy_twice_and_a_multiply_add_as_two(monkeypatch):
         return {name: timing.Result(name, median_ms=2.0) for name in work}
 
     monkeypatch.setattr(floor.timing, "compare", compare)
-    roof = floor.measure_roof("cpu", ("bf16",), tiny=True)
     size, side = floor.TINY_SIZES
-    assert roof.copy_gb_per_s == pytest.approx(2 * size / 2e-3 / 1e9)
-    assert roof.matmul_tflop_per_s["bf16"] == pytest.approx(2 * side**3 / 2e-3 / 1e12)
+    copy, rates = floor.measure_roof("cpu", ("bf16",), True)
+    assert copy == pytest.approx(2 * size / 2e-3 / 1e9)
+    assert rates["bf16"] == pytest.approx(2 * side**3 / 2e-3 / 1e12)
 
 
 def test_the_floor_is_the_greater_of_bytes_and_flop():
@@ -239,17 +237,13 @@ def test_wrong_codes_are_refused(monkeypatch):
 
 
 def test_the_truth_is_that_of_all_samples():
-    settings = tiny(compute="fp32")
     case = case_of("lora_linear", "dense")
-    problem = build(case, settings)
-    gate = Gate(problem, case)
-    inputs = {n: t.detach().double() for n, t in problem.inputs.items()}
-    for name in problem.trained:
-        inputs[name].requires_grad_()
+    problem = build(case, tiny(compute="fp32"))
+    inputs = {name: tensor.detach().double() for name, tensor in problem.inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in problem.trained]
     y = problem.reference(**inputs)
-    leaves = [inputs[name] for name in problem.trained]
     grads = torch.autograd.grad(y, leaves, [dy.double() for dy in problem.dys])
-    for name, expected in zip(
-        ["y0", *(f"d{n}" for n in problem.trained)], [y, *grads], strict=True
-    ):
-        assert max(errors(gate.truth[name], expected.detach())) < 1e-12, name
+    truth = Gate(problem, case).truth
+    assert list(truth) == ["y0", *(f"d{name}" for name in problem.trained)]
+    for name, expected in zip(truth, [y.detach(), *grads], strict=True):
+        assert max(relative_errors(truth[name], expected)) < 1e-12, name

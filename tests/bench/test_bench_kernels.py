@@ -1,6 +1,5 @@
 """The bench of single ops: what its rows and its table say, and what becomes of failures."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -20,6 +19,7 @@ from bench.kernels import cli as kernels
 from bench.kernels.cases import Case, cases, ops_of
 from bench.kernels.problem import BOTH, CANDIDATES, EAGER, FORWARD, OURS
 from bench.kernels.table import table
+from bench.rows import read
 from fluxfast.memory.planner.cost import total_bytes, total_flop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,8 @@ ROW_FIELDS = {
     *("worst", "worst_error", "tolerance"),
 }
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -41,9 +43,8 @@ def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
     ops = ["lora_linear", "attention", "nf4_dequantize", "quantize_rows", "flow_mix"]
     arguments = ["--device", "cpu", "--tiny", "--compute", "fp32", "--rounds", "2"]
     assert kernels.main([*arguments, "--ops", *ops, "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["op"] for row in rows} == set(ops)
-    for row in rows:
+    rows = {}
+    for row in read(out):
         assert row.keys() == ROW_FIELDS, row.keys() ^ ROW_FIELDS
         assert row["bench"] == "kernels" and row["status"] == "ok", (row["name"], row["reason"])
         assert row["rounds"] == 2 and row["worst_error"] <= row["tolerance"]
@@ -54,33 +55,27 @@ def test_a_tiny_run_writes_valid_rows(tmp_path, capsys):
         assert row["percent_of_floor"] == pytest.approx(100 * least / seconds)
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / seconds / 1e9)
         assert row["tflop_per_s"] == pytest.approx(row["flop"] / seconds / 1e12)
-    settings = tiny()
+        keys = ("op", "storage", "products", "name", "direction")
+        rows[tuple(row[key] for key in keys)] = row
+    assert {op for op, *_ in rows} == set(ops)
     for case in (case_of("attention"), case_of("lora_linear", "nf4", "int8")):
-        forward, backward = ops_of(case, settings)
+        forward, backward = ops_of(case, tiny())
         for direction, ops in ((FORWARD, forward), (BOTH, forward + backward)):
-            (row,) = (
-                r
-                for r in rows
-                if (r["op"], r["products"]) == (case.op, case.products or "float32")
-                and r["storage"] == (case.storage or None)
-                and r["name"] == OURS
-                and r["direction"] == direction
-            )
+            row = rows[case.op, case.storage or None, case.matmul or "float32", OURS, direction]
             assert row["bytes"] == round(total_bytes(ops)) and row["flop"] == total_flop(ops)
-    seen = {(r["op"], r["storage"], r["products"], r["name"], r["direction"]) for r in rows}
     for direction in (FORWARD, BOTH):
         for name in (OURS, EAGER, "bitsandbytes-gemm", "bitsandbytes-dequantize"):
-            assert ("lora_linear", "nf4", "float32", name, direction) in seen
-        assert ("lora_linear", "float32", "float32", EAGER, direction) in seen
-        assert ("lora_linear", "int8", "int8", EAGER, direction) in seen
-        assert ("attention", None, "float32", "sdpa", direction) in seen
-    assert ("nf4_dequantize", "nf4", "float32", "bitsandbytes-dequantize", FORWARD) in seen
-    assert not any(op in ("nf4_dequantize", "flow_mix") and d == BOTH for op, *_, d in seen)
-    linear = next(r for r in rows if r["op"] == "lora_linear" and r["direction"] == BOTH)
+            assert ("lora_linear", "nf4", "float32", name, direction) in rows
+        assert ("lora_linear", "float32", "float32", EAGER, direction) in rows
+        assert ("lora_linear", "int8", "int8", EAGER, direction) in rows
+        assert ("attention", None, "float32", "sdpa", direction) in rows
+    assert ("nf4_dequantize", "nf4", "float32", "bitsandbytes-dequantize", FORWARD) in rows
+    assert not any(op in ("nf4_dequantize", "flow_mix") and d == BOTH for op, *_, d in rows)
+    linear = rows["lora_linear", "nf4", "int8", OURS, BOTH]
     assert (linear["tokens"], linear["text_tokens"], linear["pixels"]) == (16, 8, 64)
-    said = capsys.readouterr().out
-    assert "11 of 11 cases" in said and "five slowest kernels" in said
-    assert len(re.findall(r"^lora_linear .* \+backward ", said, re.MULTILINE)) == 6
+    printed = capsys.readouterr().out
+    assert "11 of 11 cases" in printed and "five slowest kernels" in printed
+    assert len(re.findall(r"^lora_linear .* \+backward ", printed, re.MULTILINE)) == 6
 
 
 def test_torch_compile_does_the_same_work(monkeypatch):
@@ -120,35 +115,27 @@ def raises_after(error: Exception, calls: int = 0):
     return call
 
 
-@pytest.mark.parametrize(
-    ("error", "calls", "status", "code"),
-    [
-        (RuntimeError("an illegal address\nand where"), 0, "gate failed", 1),
-        (RuntimeError("an illegal address\nand where"), 3, "failed", 1),
-        (torch.OutOfMemoryError("CUDA out of memory"), 0, "out of memory", 0),
-        (torch.OutOfMemoryError("CUDA out of memory"), 3, "out of memory", 0),
-    ],
-)
-def test_a_kernel_that_raises_is_a_row(monkeypatch, tmp_path, capsys, error, calls, status, code):
+@pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize("error", [RuntimeError("an illegal address\nand where"), OUT_OF_MEMORY])
+def test_a_kernel_that_raises_is_a_row(monkeypatch, tmp_path, capsys, error, calls):
     monkeypatch.setattr(fk, "gate_residual", raises_after(error, calls))
+    status = "failed" if calls else "gate failed"
+    if error is OUT_OF_MEMORY:
+        status = "out of memory"
     out = tmp_path / "rows.jsonl"
     arguments = ["--device", "cpu", "--tiny", "--ops", "gate_residual", "--out", str(out)]
-    assert kernels.main(arguments) == code
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    ours = [row for row in rows if row["name"] == OURS]
-    assert [row["status"] for row in ours] == [status, status]
-    assert all(
-        row["reason"] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        and row["percent_of_floor"] is None
-        for row in ours
-    )
-    assert [row["status"] for row in rows if row["name"] == EAGER] == ["ok", "ok"]
+    assert kernels.main(arguments) == int(error is not OUT_OF_MEMORY)
+    ours = [row for row in read(out) if row["name"] == OURS]
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    assert [(row["status"], row["reason"]) for row in ours] == [(status, reason)] * 2
+    assert all(row["percent_of_floor"] is None for row in ours)
+    assert [row["status"] for row in read(out) if row["name"] == EAGER] == ["ok", "ok"]
     assert f"{OURS} {status}" in capsys.readouterr().out
 
 
 def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
     def build(case, settings):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise OUT_OF_MEMORY
 
     monkeypatch.setattr(kernels, "build", build)
     (row,) = kernels.measure(case_of("attention"), tiny(), ROOF)
@@ -158,13 +145,6 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
 def test_a_spent_budget_leaves_cases_out(capsys):
     assert kernels.main(["--device", "cpu", "--tiny", "--ops", "flow_mix", "--budget-s", "0"]) == 0
     assert "0 of 1 cases" in capsys.readouterr().out
-
-
-def test_a_bad_call_ends_with_2():
-    for bad in (["--pixels", "100"], ["--ops", "unknown"], ["--candidates", "unknown"]):
-        with pytest.raises(SystemExit) as error:
-            kernels.parse(["--device", "cpu", *bad])
-        assert error.value.code == 2
 
 
 WANTED = [case_of(op) for op in ("attention", "norm_modulate", "gate_residual", "flow_mix")]
@@ -181,7 +161,7 @@ def _child(wanted, settings, roof, deadline, sender):
         sender.send([{"op": case.op, "roof": roof is not None}])
         if case.op == "gate_residual":
             sender.close()
-            os._exit(kernels.LOST)
+            os._exit(kernels.DEVICE_LOST)
     sender.close()
     os._exit(0)
 
@@ -234,7 +214,7 @@ def test_a_lost_device_ends_the_process_after_its_rows(monkeypatch):
     monkeypatch.setattr(kernels.os, "_exit", end)
     with pytest.raises(SystemExit) as ended:
         kernels._child(WANTED[3:] + WANTED, tiny(), ROOF, float("inf"), Sender())
-    assert ended.value.code == kernels.LOST
+    assert ended.value.code == kernels.DEVICE_LOST
     roof, rows, last = sent
     assert roof is ROOF and rows[0]["op"] == "flow_mix" and last == "closed"
 
@@ -249,23 +229,14 @@ def test_a_process_of_its_own_measures_the_same():
     assert rows[0]["percent_of_floor"] > 0
 
 
-def test_the_table_says_what_costs_a_step_most():
-    def row(op, direction, median, name=OURS, floor=1.0, **more):
-        shape = {"storage": None, "products": "bfloat16", "pixels": 1024, "batch": 1}
-        return (
-            {
-                "op": op,
-                "direction": direction,
-                "name": name,
-                "median_ms": median,
-                "floor_ms": floor,
-                "percent_of_floor": median and 100 * floor / median,
-                "status": "ok",
-                "reason": None,
-            }
-            | shape
-            | more
-        )
+def test_the_table_shows_what_costs_a_step_most():
+    def row(op, direction, median, name=OURS, status="ok", reason=None):
+        return {
+            **{"op": op, "storage": None, "products": "bfloat16", "pixels": 1024, "batch": 1},
+            **{"direction": direction, "name": name, "status": status, "reason": reason},
+            **{"median_ms": median, "floor_ms": 1.0},
+            "percent_of_floor": median and 100 / median,
+        }
 
     rows = [
         row("attention", FORWARD, 90.0),
@@ -279,58 +250,18 @@ def test_the_table_says_what_costs_a_step_most():
         row("flow_loss", BOTH, None, status="out of memory", reason="too much"),
         row("flow_loss", BOTH, None, "liger", status="skipped", reason="No module"),
     ]
-    said = table(rows).splitlines()
-    (line,) = (each for each in said if each.startswith("attention") and "+backward" in each)
+    lines = table(rows).splitlines()
+    (line,) = (each for each in lines if each.startswith("attention") and "+backward" in each)
     assert line.split()[-5:] == ["4.000", "25", "0.50", "0.80", "0.25"]
-    assert any("flow_loss" in each and "out of memory: too much" in each for each in said)
-    assert any(each == "liger skipped: No module" for each in said)
-    first = said.index(next(each for each in said if "five slowest" in each))
+    assert any("flow_loss" in each and "out of memory: too much" in each for each in lines)
+    assert any(each == "liger skipped: No module" for each in lines)
+    first = lines.index(next(each for each in lines if "five slowest" in each))
     # by calls times the time over the floor, of the longest direction: 57 x 3, 76 x 2, 1 x 49
-    assert [each.split()[0] for each in said[first + 1 :]] == [
+    assert [each.split()[0] for each in lines[first + 1 :]] == [
         "attention",
         "norm_modulate",
         "flow_mix",
     ]
-
-
-class _Event:
-    log: list[str] = []
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.log.append("record")
-
-    def synchronize(self):
-        self.log.append("wait")
-
-    def elapsed_time(self, end):
-        return 12.5
-
-
-@pytest.mark.parametrize(
-    ("cold", "before"), [(False, ["ready"]), (True, ["ready", "flush", "spin"])]
-)
-def test_a_gpu_is_timed_by_its_own_events(monkeypatch, cold, before):
-    log = _Event.log = []
-
-    class Flushed:
-        def zero_(self):
-            log.append("flush")
-
-    def empty(count, dtype, device):
-        assert count >= 256 << 20 and dtype.itemsize == 1 and device == "cuda"
-        return Flushed()
-
-    monkeypatch.setattr(timing.torch.cuda, "Event", _Event)
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: log.append("ready"))
-    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: log.append("spin"))
-    with monkeypatch.context() as patch:
-        patch.setattr(timing.torch, "empty", empty)
-        elapsed = timing.elapsed_ms(lambda: log.append("work"), "cuda", cold)
-    assert elapsed == 12.5
-    assert log == [*before, "record", "work", "record", "wait"]
 
 
 def test_ops_are_timed_cold(monkeypatch):
@@ -350,16 +281,9 @@ def test_no_script_hides_the_package_kernels():
 @pytest.mark.slow
 def test_pytest_benchmark_runs_the_cases_and_the_ordinary_run_does_not(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
-    arguments = [
-        "bench/kernels/test_benchmark.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "flow_loss",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "flow_loss"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
+        [sys.executable, "-m", "pytest", "bench/kernels/test_benchmark.py", *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

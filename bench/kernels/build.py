@@ -1,4 +1,4 @@
-"""Builds each case of `bench/kernels/cases.py`; who does the work of the ops that are no linears.
+"""Builds the problem of each case of `cases.py`; here are the ops that are no linears.
 
 A library is imported where its candidate is built: a missing one becomes that candidate's error.
 """
@@ -12,7 +12,8 @@ from fluxfast_kernels.quant.nf4 import nf4_dequantize_reference
 from fluxfast_kernels.quant.rows import QuantizedRows, quantize_reference
 from torch import Tensor
 
-from bench.kernels import linears as kernel_linears
+from bench import timing
+from bench.kernels import linears
 from bench.kernels.cases import Case, Settings
 from bench.kernels.problem import (
     COMPILED,
@@ -21,30 +22,28 @@ from bench.kernels.problem import (
     LIGER,
     OURS,
     SDPA,
-    Draws,
     Function,
     Problem,
-    half,
-    library,
+    RandomInputs,
 )
 
 ROTATION = 256
 
 
 def build(case: Case, settings: Settings) -> Problem:
-    """Draw the inputs on the device; candidates are those of `settings.candidates` that there are
-    for this op, in that order."""
+    """Generates the inputs on the device; candidates are those of `settings.candidates` that there
+    are for this op, in that order."""
     problem = _BUILDERS[case.op](case, settings)
-    found = problem.candidates
+    candidates = problem.candidates
     if COMPILED in settings.candidates:
-        found[COMPILED] = torch.compile(found[EAGER], dynamic=False)
-    problem.candidates = {name: found[name] for name in settings.candidates if name in found}
+        candidates[COMPILED] = torch.compile(candidates[EAGER], dynamic=False)
+    problem.candidates = {n: candidates[n] for n in settings.candidates if n in candidates}
     return problem
 
 
 def _qk_norm_rope_attention(case: Case, settings: Settings) -> Problem:
     """Of a single block. Eager is as Black Forest Labs' modules have it."""
-    draw, D, C = Draws(case, settings), settings.spec.hidden_size, settings.spec.head_dim
+    random, D, C = RandomInputs(case, settings), settings.spec.hidden_size, settings.spec.head_dim
     heads = settings.spec.num_heads
 
     def ours(qkv, q_scale, k_scale, cos, sin):
@@ -59,11 +58,11 @@ def _qk_norm_rope_attention(case: Case, settings: Settings) -> Problem:
         o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return o.transpose(1, 2).flatten(2)
 
-    angles = 3 * draw("angles", 1, settings.tokens(case), 1, C // 2, dtype=torch.float32)
+    angles = 3 * random.normal("angles", 1, settings.tokens(case), 1, C // 2, dtype=torch.float32)
     inputs = {
-        "qkv": draw.tokens("qkv", 3 * D),
-        "q_scale": 1 + draw("q_scale", C, std=0.1),
-        "k_scale": 1 + draw("k_scale", C, std=0.1),
+        "qkv": random.tokens("qkv", 3 * D),
+        "q_scale": 1 + random.normal("q_scale", C, std=0.1),
+        "k_scale": 1 + random.normal("k_scale", C, std=0.1),
         "cos": angles.cos(),
         "sin": angles.sin(),
     }
@@ -71,10 +70,10 @@ def _qk_norm_rope_attention(case: Case, settings: Settings) -> Problem:
         inputs,
         {OURS: ours, EAGER: eager},
         eager,
-        [draw.tokens("do", D)],
+        [random.tokens("do", D)],
         ("qkv",),
         ("q_scale", "k_scale", "cos", "sin"),
-        wide=torch.float32 if half(settings) else torch.float64,
+        wide=settings.matmul_truth,
     )
 
 
@@ -87,38 +86,38 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _attention(case: Case, settings: Settings) -> Problem:
     """Eager keeps the scores in memory."""
-    draw, D, heads = Draws(case, settings), settings.spec.hidden_size, settings.spec.num_heads
+    random, D = RandomInputs(case, settings), settings.spec.hidden_size
 
     def eager(q, k, v):
         return F.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 
-    def of_heads(name: str) -> Tensor:
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def heads(name: str) -> Tensor:
         """[B, H, T, C], stored [B, T, H, C]"""
-        return draw.tokens(name, D).unflatten(-1, (heads, -1)).transpose(1, 2)
+        tokens = random.tokens(name, D)
+        return tokens.unflatten(-1, (settings.spec.num_heads, -1)).transpose(1, 2)
 
     return Problem(
-        {name: of_heads(name) for name in ("q", "k", "v")},
-        {OURS: fk.attention, EAGER: eager, SDPA: _sdpa},
+        {name: heads(name) for name in ("q", "k", "v")},
+        {OURS: fk.attention, EAGER: eager, SDPA: sdpa},
         eager,
-        [of_heads("do")],
+        [heads("do")],
         ("q", "k", "v"),
-        wide=torch.float32 if half(settings) else torch.float64,
+        wide=settings.matmul_truth,
     )
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 def _norm_modulate(case: Case, settings: Settings) -> Problem:
-    draw, D = Draws(case, settings), settings.spec.hidden_size
-    shift, scale, _ = draw.modulation(3)
+    random, D = RandomInputs(case, settings), settings.spec.hidden_size
+    shift, scale, _ = random.modulation(3)
     reference = fk.norm_modulate_reference
     return Problem(
-        {"h": draw.tokens("h", D), "shift": shift, "scale": scale},
-        {OURS: fk.norm_modulate, EAGER: reference, LIGER: library(_liger, D, shift)},
+        {"h": random.tokens("h", D), "shift": shift, "scale": scale},
+        {OURS: fk.norm_modulate, EAGER: reference, LIGER: timing.attempt(_liger, D, shift)},
         reference,
-        [draw.tokens("dx", D)],
+        [random.tokens("dx", D)],
         ("h",),
     )
 
@@ -128,33 +127,27 @@ def _liger(width: int, like: Tensor) -> Function:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     ones, zeros = like.new_ones(width), like.new_zeros(width)
-
-    def run(h, shift, scale):
-        return LigerLayerNormFunction.apply(h, ones, zeros, EPS) * (1 + scale) + shift
-
-    return run
+    norm = LigerLayerNormFunction.apply
+    return lambda h, shift, scale: norm(h, ones, zeros, EPS) * (1 + scale) + shift
 
 
 def _gate_residual(case: Case, settings: Settings) -> Problem:
-    draw, D = Draws(case, settings), settings.spec.hidden_size
-    return Problem(
-        {
-            "h": draw.tokens("h", D),
-            "gate": draw.modulation(3)[2],
-            "y": draw.tokens("y", D),
-        },
-        {OURS: fk.gate_residual, EAGER: fk.gate_residual_reference},
-        fk.gate_residual_reference,
-        [draw.tokens("dout", D)],
-        ("h", "gate", "y"),
-    )
+    random, D = RandomInputs(case, settings), settings.spec.hidden_size
+    inputs = {
+        "h": random.tokens("h", D),
+        "gate": random.modulation(3)[2],
+        "y": random.tokens("y", D),
+    }
+    reference = fk.gate_residual_reference
+    candidates = {OURS: fk.gate_residual, EAGER: reference}
+    return Problem(inputs, candidates, reference, [random.tokens("dout", D)], tuple(inputs))
 
 
 def _flow_mix(case: Case, settings: Settings) -> Problem:
-    draw, width = Draws(case, settings), settings.spec.in_channels
+    random, width = RandomInputs(case, settings), settings.spec.in_channels
     names = ("mean", "std", "vae_noise", "noise")
-    inputs = {name: draw.tokens(name, width, torch.float32) for name in names}
-    inputs["t"] = draw("t", case.batch, dtype=torch.float32).sigmoid()
+    inputs = {name: random.tokens(name, width, torch.float32) for name in names}
+    inputs["t"] = random.normal("t", case.batch, dtype=torch.float32).sigmoid()
 
     def eager(mean, std, vae_noise, noise, t):
         return fk.flow_mix_reference(mean, std, vae_noise, noise, t, mean.dtype)
@@ -163,31 +156,28 @@ def _flow_mix(case: Case, settings: Settings) -> Problem:
 
 
 def _flow_loss(case: Case, settings: Settings) -> Problem:
-    draw, width = Draws(case, settings), settings.spec.in_channels
+    random, width = RandomInputs(case, settings), settings.spec.in_channels
     inputs = {
-        "prediction": draw.tokens("prediction", width),
-        "target": draw.tokens("target", width, torch.float32),
-        "weight": draw("weight", case.batch, dtype=torch.float32).exp(),
+        "prediction": random.tokens("prediction", width),
+        "target": random.tokens("target", width, torch.float32),
+        "weight": random.normal("weight", case.batch, dtype=torch.float32).exp(),
     }
-    return Problem(
-        inputs,
-        {OURS: fk.flow_loss, EAGER: fk.flow_loss_reference},
-        fk.flow_loss_reference,
-        [draw("d_loss", case.batch, dtype=torch.float32)],
-        ("prediction",),
-    )
+    dys = [random.normal("d_loss", case.batch, dtype=torch.float32)]
+    reference = fk.flow_loss_reference
+    candidates = {OURS: fk.flow_loss, EAGER: reference}
+    return Problem(inputs, candidates, reference, dys, ("prediction",))
 
 
 def _quantize_rows(case: Case, settings: Settings) -> Problem:
     """Judged by the values that the 8 bits stand for."""
-    draw, kind = Draws(case, settings), case.products
+    random, kind = RandomInputs(case, settings), case.matmul
 
     def eager(x: Tensor) -> QuantizedRows:
         v = x.float()
         return quantize_reference(v, v.abs().amax(-1), kind)
 
     return Problem(
-        {"x": draw.tokens("x", settings.spec.hidden_size)},
+        {"x": random.tokens("x", settings.spec.hidden_size)},
         {OURS: lambda x: fk.quantize_rows(x, kind)[0], EAGER: eager},
         eager,
         [],
@@ -197,7 +187,7 @@ def _quantize_rows(case: Case, settings: Settings) -> Problem:
 
 def _hadamard_rotate(case: Case, settings: Settings) -> Problem:
     """Eager multiplies by the matrix: one product in place of eight stages."""
-    draw, width = Draws(case, settings), settings.spec.hidden_size
+    width = settings.spec.hidden_size
     block = min(ROTATION, width)
     matrix = fk.hadamard_reference(torch.eye(block, device=settings.device), block)
     matrix = matrix.to(settings.compute)
@@ -209,43 +199,40 @@ def _hadamard_rotate(case: Case, settings: Settings) -> Problem:
         wide = torch.promote_types(x.dtype, torch.float32)
         return fk.hadamard_reference(x.to(wide), block).to(x.dtype)
 
-    return Problem(
-        {"x": draw.tokens("x", width)},
-        {OURS: lambda x: fk.hadamard_rotate(x, block), EAGER: eager},
-        reference,
-        [],
-    )
+    inputs = {"x": RandomInputs(case, settings).tokens("x", width)}
+    candidates = {OURS: lambda x: fk.hadamard_rotate(x, block), EAGER: eager}
+    return Problem(inputs, candidates, reference, [])
 
 
 def _nf4_dequantize(case: Case, settings: Settings) -> Problem:
-    """Into memory that it has had before, as a training step does."""
+    """Into memory that is reused, as in a training step."""
     shape, dtype = (settings.spec.mlp_hidden, settings.spec.hidden_size), settings.compute
-    weight = fk.nf4_quantize(Draws(case, settings)("weight", *shape, std=shape[1] ** -0.5))
+    dense = RandomInputs(case, settings).normal("weight", *shape, std=shape[1] ** -0.5)
+    weight = fk.nf4_quantize(dense)
     out = torch.empty(shape, dtype=dtype, device=settings.device)
 
     def reference(absmax: Tensor) -> Tensor:
         kind = dtype if absmax.dtype == torch.float32 else absmax.dtype
         return nf4_dequantize_reference(fk.NF4Tensor(weight.packed, absmax, shape), kind)
 
+    def bitsandbytes() -> Function:
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed, state = linears.quant_state(weight, dtype)
+        return lambda absmax: dequantize_4bit(packed, state)
+
     candidates = {
         OURS: lambda absmax: fk.nf4_dequantize(weight, dtype, out),
         EAGER: lambda absmax: nf4_dequantize_reference(weight, dtype),
-        DEQUANTIZE_4BIT: library(_dequantize_4bit, weight, dtype),
+        DEQUANTIZE_4BIT: timing.attempt(bitsandbytes),
     }
     return Problem({"absmax": weight.absmax}, candidates, reference, [], shared=("absmax",))
 
 
-def _dequantize_4bit(weight: fk.NF4Tensor, dtype: torch.dtype) -> Function:
-    from bitsandbytes.functional import dequantize_4bit
-
-    packed, state = kernel_linears.quant_state(weight, dtype)
-    return lambda absmax: dequantize_4bit(packed, state)
-
-
 _BUILDERS = {
-    "lora_linear": kernel_linears.lora_linear,
-    "norm_modulate_lora_linear": kernel_linears.norm_modulate_lora_linear,
-    "gelu_lora_linear": kernel_linears.gelu_lora_linear,
+    "lora_linear": linears.lora_linear,
+    "norm_modulate_lora_linear": linears.norm_modulate_lora_linear,
+    "gelu_lora_linear": linears.gelu_lora_linear,
     "qk_norm_rope_attention": _qk_norm_rope_attention,
     "attention": _attention,
     "norm_modulate": _norm_modulate,
