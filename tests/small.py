@@ -4,7 +4,7 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,11 @@ import torch
 from PIL import Image
 
 from fluxfast.config.schema import Config, build_config
+from fluxfast.model.flux import Flux
+from fluxfast.model.init import fill
 from fluxfast.model.lora import lora_layers
+from fluxfast.model.names import linear_shape
+from fluxfast.model.precision import activation_dtype, layer_precisions
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 # hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes
@@ -47,6 +51,39 @@ def noise_pictures(
         if caption:
             (folder / f"{i}.txt").write_text(f"{caption} {i}")
     return folder
+
+
+def random_flux(
+    spec: FluxSpec,
+    storage: str = "fp32",
+    compute: str = "fp32",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    *,
+    activations: str = "auto",
+    layers: Mapping[str, str] | None = None,
+) -> Flux:
+    """Returns a Flux with random weights made on the device.
+
+    Arguments as for `load_transformer`, with neither storage nor compute `auto`. Matrices are
+    N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def read(name: str) -> torch.Tensor:
+        module, _, kind = name.rpartition(".")
+        if kind == "scale":
+            shape, mean, std = (spec.head_dim,), 1.0, 0.02
+        elif kind == "bias":
+            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
+        else:
+            shape = linear_shape(module, spec)
+            mean, std = 0.0, shape[1] ** -0.5
+        return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
+
+    model = Flux(spec, activation_dtype(compute, activations, torch.device(device)))
+    fill(model, read, layer_precisions(spec, storage, compute, layers), device=device)
+    return model
 
 
 def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Fills a Flux with a checkpoint's tensors or random ones."""
+"""Fills a Flux with a checkpoint's tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from fluxfast.model.flux import Flux
 from fluxfast.model.frozen_linear import Weight, to_device
-from fluxfast.model.names import linear_shape, tensor_sources
-from fluxfast.model.precision import Precision, activation_dtype, layer_precisions
-from fluxfast.model.spec import FluxSpec
+from fluxfast.model.names import tensor_sources
+from fluxfast.model.precision import Precision
 
 
 def fill(
@@ -45,36 +44,3 @@ def fill(
         if progress:
             progress(index + 1, len(names))
     return in_bf16
-
-
-def random_flux(
-    spec: FluxSpec,
-    storage: str = "fp32",
-    compute: str = "fp32",
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    *,
-    activations: str = "auto",
-    layers: Mapping[str, str] | None = None,
-) -> Flux:
-    """Returns a Flux with random weights made on the device: for benchmarks and tests.
-
-    Arguments as for `load_transformer`, with neither storage nor compute `auto`. Matrices are
-    N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def read(name: str) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            shape, mean, std = (spec.head_dim,), 1.0, 0.02
-        elif kind == "bias":
-            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
-        else:
-            shape = linear_shape(module, spec)
-            mean, std = 0.0, shape[1] ** -0.5
-        return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
-
-    model = Flux(spec, activation_dtype(compute, activations, torch.device(device)))
-    fill(model, read, layer_precisions(spec, storage, compute, layers), device=device)
-    return model

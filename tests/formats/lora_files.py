@@ -1,10 +1,9 @@
 """LoRAs of a small FLUX, what they mean, and states that are no LoRA of FLUX.1."""
 
 import torch
-from small import SMALL
+from small import SMALL, random_flux
 
 from fluxfast.formats.lora.update import LoraWeights
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.names import linear_shape, part_rows
 

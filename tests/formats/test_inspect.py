@@ -7,7 +7,7 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write, write_gguf
-from small import SMALL
+from small import SMALL, random_flux
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.detect import model_name
@@ -16,7 +16,6 @@ from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
 from fluxfast.formats.lora.apply import extract_lora, save_lora
 from fluxfast.formats.lora.write import FORMATS, to_state
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV, SCHNELL
 

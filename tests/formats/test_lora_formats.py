@@ -23,7 +23,7 @@ from lora_files import (
     update,
 )
 from safetensors.torch import save, save_file
-from small import SMALL, inputs
+from small import SMALL, inputs, random_flux
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.detect import is_lora
@@ -41,7 +41,6 @@ from fluxfast.formats.lora.update import (
     scaled,
 )
 from fluxfast.formats.lora.write import FORMATS, to_bytes, to_state
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_lora_strength
 from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 

@@ -10,7 +10,7 @@ from lora_files import meaning, same, trained, update
 from PIL import Image
 from runs import losses, metrics, planned, start
 from safetensors.torch import load_file
-from small import SMALL, inputs, noise_pictures, randomize
+from small import SMALL, inputs, noise_pictures, random_flux, randomize
 
 from bench.saved import kept_bytes
 from fluxfast import cli
@@ -18,7 +18,6 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import extract_lora, load_assistant, load_lora, save_lora
 from fluxfast.formats.lora.read import read_lora
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
 from fluxfast.tools.plan import assistant_bytes
 from fluxfast.train import train

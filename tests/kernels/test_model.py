@@ -4,10 +4,9 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch import backend
 from numerics import relative_error
-from small import SMALL
+from small import SMALL, random_flux
 
 from fluxfast.model.flux import Flux
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import image_ids, text_ids
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import fluxfast_kernels as fk
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, random_flux
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,7 +33,6 @@ from fluxfast.memory.planner.cost import (
 )
 from fluxfast.memory.planner.saved_bytes import block_saved
 from fluxfast.memory.planner.step_spec import Lora, Shape, StepSpec, lora_of, shape_of
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.precision import linears

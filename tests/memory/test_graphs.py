@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from small import SMALL, logged
+from small import SMALL, logged, random_flux
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fluxfast.memory.cuda_graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import flat_gradients

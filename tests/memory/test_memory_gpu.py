@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from random_inputs import random_inputs
+from small import random_flux
 
 from fluxfast.memory.copies import CudaCopies
 from fluxfast.memory.offload import Offload
@@ -16,7 +17,6 @@ from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV
 from fluxfast.optim import flat_gradients

@@ -8,12 +8,12 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch import backend
 from random_inputs import WIDE, random_inputs
+from small import random_flux
 from torch.profiler import ProfilerActivity, profile
 
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.optim import flat_gradients
 

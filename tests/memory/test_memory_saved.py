@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from random_inputs import WIDE, random_inputs
-from small import SMALL
+from small import SMALL, random_flux
 
 import fluxfast.model.activations as activations
 from bench.saved import kept_bytes
@@ -17,7 +17,6 @@ from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import NANO
 from fluxfast.optim import build_optimizer, flat_gradients

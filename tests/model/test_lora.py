@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import SMALL, inputs, randomize
+from small import SMALL, inputs, random_flux, randomize
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora.apply import load_lora, save_lora
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import fresh_update, inject_lora, select_targets
 from fluxfast.model.lora_dropout import DropoutClock, LoRADropout
 from fluxfast.model.lora_linear import LoRALinear

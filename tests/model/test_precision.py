@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import SMALL, inputs, noise_pictures, randomize
+from small import SMALL, inputs, noise_pictures, random_flux, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import choose_precision, multiplies_8_bits
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.model.names import block_linears

@@ -4,11 +4,10 @@ import gc
 
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, random_flux
 
 from fluxfast.model.activations import EXACT, POLICIES, SavedActivations, group_size
 from fluxfast.model.flux import Flux
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.modulation import MODULATION_ROWS, timestep_embedding
 from fluxfast.objective import image_ids, text_ids

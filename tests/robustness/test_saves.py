@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from on_device import OnDevice
-from small import SMALL
+from small import SMALL, random_flux
 
 import fluxfast.run.saves
 from fluxfast.config.schema import build_config
 from fluxfast.distributed import SINGLE_PROCESS
 from fluxfast.formats.lora.apply import save_lora
-from fluxfast.model.init import random_flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.optim import Ema, eval_weights
 from fluxfast.run.checkpoint import read_state

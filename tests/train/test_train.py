@@ -10,7 +10,7 @@ from PIL import Image
 from runs import metrics, start
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import noise_pictures
+from small import noise_pictures, random_flux
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxfast.config.schema import Config, load_config
@@ -190,7 +190,6 @@ def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path):
     """A transformer with another context width beside the nano model's encoders."""
     from safetensors.torch import save_file
 
-    from fluxfast.model.init import random_flux
     from fluxfast.model.spec import NANO
 
     other = random_flux(NANO.__class__(**{**NANO.__dict__, "context_in_dim": 256}))
