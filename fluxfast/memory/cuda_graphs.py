@@ -23,6 +23,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,9 @@ Inputs = Any  # a NamedTuple of tensors and None
 ON_CPU = "the device is a CPU"
 
 
-def why_not(
-    device: torch.device, *, lora_dropout: bool = False, offload: bool = False
-) -> str | None:
-    """Returns what is known to rule graphs out before anything is tried, or None.
-
-    lora_dropout: masks are drawn from sample indices, which the host holds. offload: activations go
-    to host memory by a second stream whose copies the host waits for.
+def why_not(device: torch.device, *, lora_dropout: bool, offload: bool, wanted: bool) -> str | None:
+    """Returns what is known to rule graphs out before anything is tried, or None. wanted: the
+    setting `memory.graphs`.
     """
     if device.type != "cuda":
         return ON_CPU
@@ -51,7 +48,7 @@ def why_not(
         return "offloaded activations wait for copies on the host"
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         return "CUDA_LAUNCH_BLOCKING is set"
-    return None
+    return None if wanted else "memory.graphs is false"
 
 
 class NotCapturable(RuntimeError):
@@ -91,9 +88,6 @@ class Graphs:
         """Whether there is any graph."""
         return bool(self._recordings)
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._recordings
-
     def capture(self, examples: Mapping[Hashable, Inputs]) -> None:
         """Captures a graph per key, in place of all earlier ones, from the largest example down, so
         that the pool is as large as the largest needs.
@@ -114,11 +108,12 @@ class Graphs:
         try:
             for key in order:
                 self._inputs[key] = self._make_static(examples[key])
-            for key in order:
-                recorder.warm_up(self._run(key))
+            runs = {key: partial(self._run_pass, self._inputs[key]) for key in order}
+            for run in runs.values():
+                recorder.warm_up(run)
             gc.collect()
-            for key in order:
-                self._recordings[key] = self._record(recorder, key)
+            for key, run in runs.items():
+                self._recordings[key] = _record(recorder, run)
         except NotCapturable as error:
             failure = str(error)
         except BaseException:
@@ -153,18 +148,6 @@ class Graphs:
         if self._recorder is not None:
             self._recorder.release()
 
-    def _record(self, recorder: "CudaRecorder", key: Hashable) -> "Recording":
-        try:
-            return recorder.record(self._run(key))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # any: eagerly it has just worked
-            lines = str(error).splitlines()
-            raise NotCapturable(lines[0] if lines else type(error).__name__) from None
-
-    def _run(self, key: Hashable) -> Callable[[], Tensor]:
-        return lambda: self._run_pass(self._inputs[key])
-
     def _run_eagerly(self, reason: str) -> None:
         self.reason = reason
         if reason != ON_CPU:
@@ -173,15 +156,26 @@ class Graphs:
     def _make_static(self, example: Inputs) -> Inputs:
         """Returns memory with the example's content, shared by inputs that are alike."""
         static: list[Tensor | None] = []
+        device = self._gradients.device
         for name, tensor in zip(example._fields, example, strict=True):
             if tensor is not None:
                 kind = name, tuple(tensor.shape), tensor.dtype
                 if kind not in self._static:
-                    options = {"dtype": tensor.dtype, "device": self._gradients.device}
-                    self._static[kind] = torch.empty(tensor.shape, **options).copy_(tensor)
+                    memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    self._static[kind] = memory.copy_(tensor)
                 tensor = self._static[kind]
             static.append(tensor)
         return example._make(static)
+
+
+def _record(recorder: "CudaRecorder", run: Callable[[], Tensor]) -> "Recording":
+    try:
+        return recorder.record(run)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any: eagerly it has just worked
+        lines = str(error).splitlines()
+        raise NotCapturable(lines[0] if lines else type(error).__name__) from None
 
 
 def _nbytes(inputs: Inputs) -> int:

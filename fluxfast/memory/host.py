@@ -147,13 +147,13 @@ class WeightsOnHost:
     def __init__(self, layers: Sequence[nn.Module], copies: Copies):
         self._copies = copies
         self._index = {id(layer): index for index, layer in enumerate(layers)}
-        self._layouts: list[tuple[Tensor, list[_Piece]]] = []  # a layer's host memory, its tensors
+        self._layouts: list[tuple[Tensor, list]] = []  # a layer's host memory, its pieces
         layouts = [_layout(layer) for layer in layers]
         sizes = [nbytes for _, nbytes in layouts]
         hosts = copies.alloc_host(sum(sizes)).split(sizes)
         for layer, (pieces, _), host in zip(layers, layouts, hosts, strict=True):
             for name, piece in pieces.items():
-                setattr(layer, name, piece.within(host).copy_(getattr(layer, name)))
+                setattr(layer, name, _view(host, *piece).copy_(getattr(layer, name)))
             self._layouts.append((host, list(pieces.values())))
         self._staging = [copies.alloc_device(max(sizes)) for _ in range(STAGING_BUFFERS)]
         self._held: dict[int, tuple[int, Any]] = {}  # layer -> (buffer, arrival event)
@@ -170,7 +170,7 @@ class WeightsOnHost:
         self._copies.compute_wait(arrival)
         self._load((index + 1) % len(self._layouts))
         staging = self._staging[self._last]
-        return [piece.within(staging) for piece in self._layouts[index][1]]
+        return [_view(staging, *piece) for piece in self._layouts[index][1]]
 
     def _load(self, index: int) -> None:
         """Copies a layer that is not there into the buffer not fetched from last, once compute is
@@ -183,26 +183,18 @@ class WeightsOnHost:
             self._held[index] = buffer, self._copies.copy_in([pair])
 
 
-class _Piece(NamedTuple):
-    """A tensor's bytes and form within its layer's."""
-
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    def within(self, memory: Tensor) -> Tensor:
-        flat = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
-
-
-def _layout(layer: nn.Module) -> tuple[dict[str, _Piece], int]:
-    """Returns a layer's frozen tensors in one stretch of memory, by name, and its bytes."""
+def _layout(layer: nn.Module) -> tuple[dict[str, tuple[int, Tensor]], int]:
+    """Returns a layer's frozen tensors in one stretch of memory, (offset, form on the meta device)
+    by name, and its bytes."""
     pieces, end = {}, 0
     for name, tensor in layer.named_buffers(recurse=False):
         if name != "bias":
-            stride = torch.empty_like(tensor, device="meta").stride()  # without gaps
-            pieces[name] = _Piece(end, tensor.nbytes, tensor.dtype, tensor.shape, stride)
+            pieces[name] = end, torch.empty_like(tensor, device="meta")  # strides without gaps
             end += aligned(tensor.nbytes)
     return pieces, end
+
+
+def _view(memory: Tensor, offset: int, form: Tensor) -> Tensor:
+    """Returns the bytes from `offset` on as a tensor like `form`."""
+    flat = memory[offset : offset + form.nbytes].view(form.dtype)
+    return flat.as_strided(form.shape, form.stride(), flat.storage_offset())

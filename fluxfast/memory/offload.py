@@ -15,7 +15,7 @@ order of the forward pass.
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +29,7 @@ class ArenaOverflow(RuntimeError):
     """A block saves more bytes than the arena has for it."""
 
 
-class _Handle(NamedTuple):
-    """Where a storage lies in its block's region of the arena, in bytes."""
-
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
+_Handle = tuple[slice, torch.dtype]  # a storage's bytes in its block's region of the arena
 
 
 class BlockStore:
@@ -65,18 +60,18 @@ class BlockStore:
         self._nbytes, self.end = total, offset + flat.nbytes
         if flat.nbytes:
             self.sources.append((flat, offset))
-        return _Handle(offset, flat.nbytes, flat.dtype)
+        return slice(offset, self.end), flat.dtype
 
     def get(self, handle: _Handle) -> Tensor:
         """Returns the content on the device, valid until the block's backward is over. Compute
         waits for its arrival; the host does not. Raises RuntimeError where another pass has begun
         since, or the block's backward is not the one that is due.
         """
-        staging = self._engine._arrived(self.index, self._pass)
-        content = staging[handle.offset : handle.offset + handle.nbytes]
+        place, dtype = handle
+        content = self._engine._arrived(self.index, self._pass)[place]
         # a storage of its own over the same memory: `as_strided` with a saved offset counts from
         # the start of the storage
-        return from_dlpack(to_dlpack(content)).view(handle.dtype)
+        return from_dlpack(to_dlpack(content)).view(dtype)
 
 
 class Offload:

@@ -17,7 +17,7 @@ from fluxfast.memory.cuda_graphs import Graphs, Inputs, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies, with_policies
+from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies
 from fluxfast.memory.planner.step_spec import StepSpec
 from fluxfast.model.flux import Flux
 
@@ -47,8 +47,8 @@ T = TypeVar("T")
 class MemoryRuntime:
     """What a training run asks before each batch.
 
-    plan: None on a CPU, where every block keeps what it saves. policies: bucket -> policy per
-    block, for runs without a plan too.
+    plan: None on a CPU, where every block keeps what it saves; its predictions stay those of the
+    policies at the start. policies: bucket -> policy per block, for runs without a plan too.
     """
 
     def __init__(
@@ -68,16 +68,17 @@ class MemoryRuntime:
         self.expected = 0.0  # seconds predicted for the passes since `take_expected`
         self._copies = CudaCopies(device) if device.type == "cuda" else CpuCopies()
         self._engine: Offload | None = None
-        self._weights: WeightsOnHost | None = None
         self._optimizer: OptimizerOnHost | None = None
         if plan is None:
             return
         if plan.modulation == "host":
-            self._weights = WeightsOnHost(model.modulation_linears(), self._copies)
-            for layer in model.modulation_linears():
-                layer.weight_provider = self._weights.fetch
-        if any("offload" in bucket.choice.policies for bucket in plan.buckets.values()):
-            self._engine = model.offload = Offload(self._copies, _offloaded(plan))
+            layers = model.modulation_linears()
+            on_host = WeightsOnHost(layers, self._copies)
+            for layer in layers:
+                layer.weight_provider = on_host.fetch
+        offloaded = {label: bucket.choice.offloaded for label, bucket in plan.buckets.items()}
+        if any(offloaded.values()):
+            self._engine = model.offload = Offload(self._copies, offloaded)
         if device.type == "cuda":
             _reserve_scratch(plan.request.step, model.compute_dtype, device)
             # past the plan an error, which this run knows how to handle, not a driver that spills
@@ -97,9 +98,8 @@ class MemoryRuntime:
         """Returns graphs of `run_pass` (see `Graphs`), none of them captured yet. examples: makes
         inputs of every shape, by their keys. wanted: the setting `memory.graphs`.
         """
-        reason = why_not(self.device, lora_dropout=lora_dropout, offload=self._engine is not None)
-        if reason is None and not wanted:
-            reason = "memory.graphs is false"
+        offloads = self._engine is not None
+        reason = why_not(self.device, lora_dropout=lora_dropout, offload=offloads, wanted=wanted)
         self.graphs, self._examples = Graphs(run_pass, gradients, reason), examples
         return self.graphs
 
@@ -196,27 +196,11 @@ class MemoryRuntime:
             return
         self.policies[label] = policies
         self._changed = True
-        if self.plan is not None:
-            self.plan = with_policies(self.plan, label, policies)
         changed = [new for old, new in zip(before, policies, strict=True) if old != new]
         log.warning(
             f"note: out of memory at {label}: {len(changed)} more blocks use {changed[0]} from now "
             "on, and the step is tried again"
         )
-
-
-def _offloaded(plan: Plan) -> dict[str, dict[int, int]]:
-    """Returns bucket -> {offloaded block: bytes that it saves}."""
-    step = plan.request.step
-    blocks = step.blocks
-    return {
-        label: {
-            index: saved_bytes.block_saved(step, blocks[index], bucket.shape, policy).host
-            for index, policy in enumerate(bucket.choice.policies)
-            if policy == "offload"
-        }
-        for label, bucket in plan.buckets.items()
-    }
 
 
 _CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

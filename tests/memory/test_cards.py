@@ -10,7 +10,7 @@ from bench import calibrate, timing
 from bench.step import table as step_table
 from bench.step.settings import Cycle, Settings
 from fluxfast.errors import ConfigError
-from fluxfast.memory.planner.cards import CARDS, KINDS, MEASURED, Efficiency, card, closest
+from fluxfast.memory.planner.cards import CARDS, MEASURED, Efficiency, card, closest
 from fluxfast.memory.planner.cost import Op, optimizer_ops, seconds, step_ops, total_seconds
 from fluxfast.memory.planner.step_spec import StepSpec, lora_of, shape_of
 from fluxfast.model.spec import DEV
@@ -95,7 +95,7 @@ def test_peaks_are_those_of_the_chips():
 
 def test_every_figure_says_where_it_comes_from():
     for known in CARDS:
-        assert set(known.efficiency) == set(KINDS)
+        assert set(known.efficiency) == set(CARDS[0].efficiency)
         for kind, share in known.efficiency.items():
             assert 0 <= share.value <= 1 and (share.value > 0) == (
                 kind == "copy" or kind not in known.peaks or known.peaks[kind] > 0

@@ -23,7 +23,6 @@ from fluxfast.memory.planner.plan import (
     Request,
     cheaper_policies,
     usable,
-    with_policies,
 )
 from fluxfast.memory.planner.report import breakdown, table
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
@@ -236,18 +235,16 @@ def test_pinned_memory_is_limited_too():
 
 
 def test_a_notch_cheaper_goes_on_until_nothing_is_left():
-    plan = make_plan(request(), card("4090"), usable(24))
-    seen, before = 0, plan.buckets["1024"]
-    while policies := cheaper_policies(before.choice.policies):
-        plan = with_policies(plan, "1024", policies)
-        bucket = plan.buckets["1024"]
-        assert bucket.bytes <= before.bytes and bucket.seconds > before.seconds
-        changed = [
-            b for a, b in zip(before.choice.policies, bucket.choice.policies, strict=True) if a != b
-        ]
-        assert changed and set(changed) <= {"recompute_mlp", "checkpoint"}
-        before, seen = bucket, seen + 1
-    assert set(before.choice.policies) == {"checkpoint"} and seen > 10
+    bucket = make_plan(request(), card("4090"), usable(24)).buckets["1024"]
+    chooser = Chooser(request().step, bucket.shape, card("4090"), launches=False)
+    notches, before = 0, chooser.fixed(bucket.choice.policies)
+    while policies := cheaper_policies(before.policies):
+        choice = chooser.fixed(policies)
+        assert choice.bytes <= before.bytes and choice.seconds > before.seconds
+        changed = {b for a, b in zip(before.policies, policies, strict=True) if a != b}
+        assert changed and changed <= {"recompute_mlp", "checkpoint"}
+        before, notches = choice, notches + 1
+    assert set(before.policies) == {"checkpoint"} and notches > 10
     assert cheaper_policies(("offload", "checkpoint")) is None
     assert cheaper_policies(("offload", "gelu_int8", "keep")) == (
         "offload",

@@ -18,10 +18,6 @@ from pydantic import PositiveFloat, TypeAdapter
 from fluxfast.errors import ConfigError
 
 MEASURED = Path(__file__).with_name("measured.json")
-KINDS = (
-    *("bf16", "int8", "fp8", "fp32"),
-    *("attention_forward", "attention_backward", "element", "copy"),
-)
 _OLDEST = (8, 0)  # compute capability: the first with bf16 products
 
 
@@ -43,9 +39,10 @@ class Card:
     vram_gib: nominal, torch sees a little less. capability: (major, minor). peaks: FLOP/s of dense
     products with sums in fp32 (int32 for int8) by "bf16", "fp8", "int8" and "fp32" (no tensor
     cores); 0 where it has none. bandwidth: bytes/s of its memory. pcie: bytes/s of copies with
-    pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind (KINDS);
-    "element" is a share of the bandwidth, "copy" of pcie, the rest of a peak. sources: of the other
-    figures. factors: matmul kind -> what a predicted step is multiplied by, empty until measured.
+    pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind; "element" is
+    a share of the bandwidth, "copy" of pcie, "attention_forward", "attention_backward" and the
+    kinds of products of a peak. sources: of the other figures. factors: matmul kind -> what a
+    predicted step is multiplied by, empty until measured.
     """
 
     name: str

@@ -9,7 +9,6 @@ tried out, as copies hide behind computing until the link is full.
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from fluxfast.memory.planner import saved_bytes
@@ -27,7 +26,7 @@ RELAXED = 3  # of the fastest choices, so many are improved
 class Choice:
     """policies: per block. bytes: the most that passes take on the card at once, staging buffers
     and copies in flight among them; staging: of these what is always there; host: the arena;
-    seconds: forward and backward of the blocks.
+    seconds: forward and backward of the blocks; offloaded: block -> bytes that it puts there.
     """
 
     policies: tuple[str, ...]
@@ -35,6 +34,7 @@ class Choice:
     staging: int
     host: int
     seconds: float
+    offloaded: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Chooser:
 
     def __init__(self, step: StepSpec, shape: Shape, card: Card, launches: bool):
         self.step, self.shape, self.card, self.launches = step, shape, card, launches
+        self._outer = saved_bytes.outer_saved(step, shape)
         known: dict[tuple, _Block] = {}
         self.blocks = []
         for name in step.blocks:
@@ -129,18 +130,18 @@ class Chooser:
             most = max(most, held + block.transient[policy])
         return most
 
-    @cached_property
-    def _outer(self) -> int:
-        return saved_bytes.outer_saved(self.step, self.shape)
-
     def timeline(self, policies: Sequence[str]) -> Timeline:
         pairs = list(zip(self.blocks, policies, strict=True))
         return predict(
             [block.forward + block.extra[policy][0] for block, policy in pairs],
             [block.backward + block.extra[policy][1] for block, policy in pairs],
-            [block.saved[policy].host for block, policy in pairs],
+            self._offloaded(policies),
             self.card.pcie * self.card.efficiency["copy"].value,
         )
+
+    def _offloaded(self, policies: Sequence[str]) -> list[int]:
+        """Returns the bytes that each block puts into the arena."""
+        return [block.saved[p].host for block, p in zip(self.blocks, policies, strict=True)]
 
     def fixed(self, policies: Sequence[str]) -> Choice:
         """Returns these policies as a choice. A block that saves nothing is not offloaded."""
@@ -150,7 +151,9 @@ class Chooser:
         )
         line = self.timeline(policies)
         most = self.peak(policies) + line.staging_bytes + line.in_flight_bytes
-        return Choice(policies, most, line.staging_bytes, line.host_bytes, line.seconds)
+        offloaded = {i: nbytes for i, nbytes in enumerate(self._offloaded(policies)) if nbytes}
+        staging, host = line.staging_bytes, line.host_bytes
+        return Choice(policies, most, staging, host, line.seconds, offloaded)
 
     def choose(
         self, budget: float, allowed: Sequence[str], host: int | None = None

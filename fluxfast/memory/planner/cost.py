@@ -46,8 +46,8 @@ FUSED_TENSORS = 36  # that one launch of the fused AdamW takes
 
 @dataclass(frozen=True)
 class Op:
-    """kind: one of `cards.KINDS`. bytes: through the card's memory ("copy": through PCIe). launches
-    0: a part of another op's kernel, whose time adds to it."""
+    """kind: a key of `Card.efficiency`. bytes: through the card's memory ("copy": through PCIe).
+    launches 0: a part of another op's kernel, whose time adds to it."""
 
     name: str
     kind: str
@@ -154,17 +154,18 @@ class BlockOps:
 
 
 class _Linear:
-    """One linear over M rows. made: input columns whose producer writes their 8-bit codes. gate: of
-    residual + gate · y: "" where there is none, "frozen" or "trained"."""
+    """One linear over M rows. made: input columns whose producer writes their 8-bit codes.
+    modulation: the linear that computes the gate of residual + gate · y, "" where there is none."""
 
-    def __init__(self, step: StepSpec, name: str, M: int, made: int = 0, gate: str = ""):
-        self.step, self.name, self.M, self.gate = step, name, M, gate
+    def __init__(self, step: StepSpec, name: str, M: int, made: int = 0, modulation: str = ""):
+        self.step, self.name, self.M = step, name, M
+        self.gated, self.trains_gate = modulation != "", step.trains(modulation)
         self.N, self.K = linear_shape(name, step.spec)
         self.P, self.rows = step.lora.modules.get(name, (0, 0))
         self.R, self.e, self.matmul = step.lora.rank, step.width, step.precisions[name].matmul
         self.drops = step.dropout and self.P > 0  # takes a path that fuses nothing
         self.made = 0 if self.drops or not self.matmul else made
-        self.apart = gate == "trained" or (gate != "" and self.drops)
+        self.apart = self.trains_gate or (self.gated and self.drops)
         # what the product multiplies, and in how many bytes
         self.kind = self.matmul or step.activations
         self.operand = 1 if self.matmul else self.e
@@ -180,7 +181,7 @@ class _Linear:
             ops += self._masked()
         if self.P:  # the codes of what another op made are written on the way
             ops.append(self._skinny("down", self.P * K, e * M * K + unmade))
-        residual = e * M * N if self.gate and not self.apart else 0
+        residual = e * M * N if self.gated and not self.apart else 0
         ops.append(self._product("product", N, K, weight, residual))
         if self.P:
             again = 2 * e * M * self.rows if self.drops else 0
@@ -193,12 +194,11 @@ class _Linear:
         M, N, K, e = self.M, self.N, self.K, self.e
         ops, weight = self._weight(towards_x=True) if need_dx else ([], 0)
         codes = 1 if self.matmul and need_dx else 0  # of dy, still to be made
-        if self.gate:  # dy = gate · dout; the gate's own gradient reads y as well
-            trained = self.gate == "trained"
-            each = 3 * e if trained else 2 * e
+        if self.gated:  # dy = gate · dout; the gate's own gradient reads y as well
+            each = 3 * e if self.trains_gate else 2 * e
             if not self.apart:  # dy's codes on the way
                 each, codes = each + codes, 0
-            ops.append(self._pass("gate backward", M * N, each, 3.0 if trained else 1.0))
+            ops.append(self._pass("gate backward", M * N, each, 3.0 if self.trains_gate else 1.0))
         if codes and (self.drops or not self.P):
             ops.append(self._pass("dy codes", M * N, e + 1, 4.0))
             codes = 0
@@ -261,10 +261,10 @@ class _Linear:
 
 
 def _normed(
-    step: StepSpec, name: str, M: int, modulation: str = "", residual: bool = True
+    step: StepSpec, name: str, M: int, modulation: str, recompute: bool = False
 ) -> BlockOps:
     """Returns norm_modulate_lora_linear. modulation: the linear that computes shift and scale.
-    residual: its input goes on past it, so that autograd adds two gradients."""
+    recompute: it is what recompute_mlp runs again."""
     D = linear_shape(name, step.spec)[1]
     linear = _Linear(step, name, M, made=D)
     passes = 2 * step.width + 8 / D  # h and x; mean and rstd in fp32
@@ -276,16 +276,16 @@ def _normed(
     backward += linear.backward()
     flop = 13.0 if step.trains(modulation) else 10.0
     backward.append(element_op(f"{name} norm backward", M * D, passes + step.width, flop))
-    if residual:
+    if "_blocks." in name:  # its input goes on past it, so that autograd adds two gradients
         backward.append(element_op(f"{name} gradients added", M * D, 3 * step.width))
-    return BlockOps(forward, backward)
+    return BlockOps(forward, backward, forward if recompute else [])
 
 
 def _gelued(step: StepSpec, name: str, M: int, modulation: str) -> BlockOps:
     """Returns gelu_lora_linear with gate and residual; linear2 takes the attention's output beside
     u."""
     F, K, e = step.spec.mlp_hidden, linear_shape(name, step.spec)[1], step.width
-    linear = _Linear(step, name, M, made=F, gate=_gate(step, modulation))
+    linear = _Linear(step, name, M, F, modulation)
     codes = 1 + 4 / F if linear.made else 0
     forward = [element_op(f"{name} gelu", M * F, 2 * e + codes, 10.0), *linear.forward()]
     backward = linear.backward()
@@ -295,10 +295,6 @@ def _gelued(step: StepSpec, name: str, M: int, modulation: str) -> BlockOps:
         backward.insert(0, element_op(f"{name} gelu again", M * F, 2 * e, 10.0))
     backward.append(element_op(f"{name} gelu backward", M * F, 3 * e, 20.0))
     return BlockOps(forward, backward)
-
-
-def _gate(step: StepSpec, modulation: str) -> str:
-    return "trained" if step.trains(modulation) else "frozen"
 
 
 def _attended(
@@ -329,23 +325,19 @@ def block_ops(step: StepSpec, block: str, shape: Shape, recompute_scores: bool =
     """
     if block.startswith("single"):
         M, modulation = shape.batch * shape.tokens, f"{block}.modulation.lin"
-        first = _normed(step, f"{block}.linear1", M, modulation)
-        ops = _recomputed(first) + _attended(step, block, shape, 1, recompute_scores)
+        ops = _normed(step, f"{block}.linear1", M, modulation, recompute=True)
+        ops += _attended(step, block, shape, 1, recompute_scores)
         return ops + _gelued(step, f"{block}.linear2", M, modulation)
     ops = _attended(step, block, shape, 2, recompute_scores)
     for stream, tokens in (("txt", shape.text_tokens), ("img", shape.image_tokens)):
         at, M = f"{block}.{stream}", shape.batch * tokens
         modulation = f"{at}_mod.lin"
         ops += _normed(step, f"{at}_attn.qkv", M, modulation)
-        proj = _Linear(step, f"{at}_attn.proj", M, gate=_gate(step, modulation))
+        proj = _Linear(step, f"{at}_attn.proj", M, modulation=modulation)
         ops += BlockOps(proj.forward(), proj.backward())
-        ops += _recomputed(_normed(step, f"{at}_mlp.0", M, modulation))
+        ops += _normed(step, f"{at}_mlp.0", M, modulation, recompute=True)
         ops += _gelued(step, f"{at}_mlp.2", M, modulation)
     return ops
-
-
-def _recomputed(ops: BlockOps) -> BlockOps:
-    return BlockOps(ops.forward, ops.backward, list(ops.forward))
 
 
 def modulation_ops(step: StepSpec, rows: int) -> BlockOps:
@@ -372,7 +364,7 @@ def outer_ops(step: StepSpec, shape: Shape) -> BlockOps:
     for name, M in rows.items():
         forward += _Linear(step, name, M).forward()
     forward.append(element_op("streams joined", tokens, 2 * e, 0.0))
-    last = _normed(step, "final_layer.linear", images, residual=False)
+    last = _normed(step, "final_layer.linear", images, "")
     loss = element_op("flow loss", latents, 2 * e + 4, 5.0)
     # the gradient of a slice: zeros, then its rows
     sliced = e * tokens + 2 * e * images * spec.hidden_size

@@ -5,7 +5,7 @@ share MARGIN is left free for what no model predicts: fragmentation, and its own
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from fluxfast.errors import ConfigError
@@ -240,7 +240,10 @@ class _Planner:
             policies = [p for p in request.allowed() if not (graphed and p == "offload")]
             if not policies:
                 continue
-            chooser = self._chooser(shape, graphed)
+            if (shape, graphed) not in self._choosers:
+                chooser = Chooser(self.step, shape, self.card, launches=not graphed)
+                self._choosers[shape, graphed] = chooser
+            chooser = self._choosers[shape, graphed]
             if request.policy != "auto":
                 choice = chooser.fixed([request.policy] * len(chooser.blocks))
             else:
@@ -257,12 +260,6 @@ class _Planner:
             each += choice.seconds + self._modulation_seconds(shape, modulation)
             buckets.append(Bucket(shape, choice, always + taken, each, graphed))
         return min(buckets, key=lambda bucket: bucket.seconds, default=None)
-
-    def _chooser(self, shape: Shape, graphed: bool) -> Chooser:
-        key = shape, graphed
-        if key not in self._choosers:
-            self._choosers[key] = Chooser(self.step, shape, self.card, launches=not graphed)
-        return self._choosers[key]
 
     def _modulation_seconds(self, shape: Shape, modulation: str) -> float:
         """Returns seconds per micro-batch; ahead, a pass of MODULATION_ROWS rows serves several."""
@@ -315,17 +312,3 @@ def cheaper_policies(policies: Sequence[str]) -> tuple[str, ...] | None:
         if able:
             return tuple(changed)
     return None
-
-
-def with_policies(plan: Plan, label: str, policies: Sequence[str]) -> Plan:
-    """Returns the plan with other policies for one bucket. Its other buckets stay as they are."""
-    bucket = plan.buckets[label]
-    chooser = Chooser(plan.request.step, bucket.shape, plan.card, launches=not bucket.graphed)
-    choice = chooser.fixed(policies)
-    changed = replace(
-        bucket,
-        choice=choice,
-        bytes=bucket.bytes - bucket.choice.bytes + choice.bytes,
-        seconds=bucket.seconds - bucket.choice.seconds + choice.seconds,
-    )
-    return replace(plan, buckets={**plan.buckets, label: changed})
