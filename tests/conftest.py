@@ -148,7 +148,6 @@ def pytest_collection_modifyitems(items):
 # these stay on the plain-torch and C++ paths of a CPU
 WITHOUT_LAUNCHERS = {
     "test_native",
-    "test_native_int8",
     "test_nf4",
     "test_package",
     "test_patch_diffusers",
