@@ -9,10 +9,7 @@ from config_rows import check_attention, check_gemm
 from fluxfast_kernels.dispatch import dispatch
 
 CONFIGS = files("fluxfast_kernels.dispatch") / "configs"
-FILES = sorted(
-    (path for path in CONFIGS.iterdir() if path.name.startswith("gemm_")),
-    key=lambda path: path.name,
-)
+FILES = sorted(CONFIGS.iterdir(), key=lambda path: path.name)
 CARDS = [0, 75, 80, 86, 89, 90, 100, 120]
 IN_8_BITS = [torch.int8, torch.float8_e4m3fn]
 # widths that no measured row names: what is assumed answers
@@ -21,11 +18,8 @@ N, K = 2048, 4096
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_rows_are_well_formed(path):
-    check_gemm(json.loads(path.read_text()))
-
-
-def test_rows_of_attention_are_well_formed():
-    check_attention(json.loads((CONFIGS / "attention.json").read_text()))
+    check = check_attention if path.name == "attention.json" else check_gemm
+    check(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -45,9 +39,13 @@ def test_every_question_has_an_answer(arch):
                         assert tile.block_k in (32, 64)
 
 
+def choose(op, arch, dtype, storage, M):
+    return dispatch.choose(op, arch, dtype, storage, M, N, K)
+
+
 def test_thresholds():
     def kind(arch, storage, M, dtype=torch.bfloat16):
-        return dispatch.choose("lora_gemm", arch, dtype, storage, M, N, K).kind
+        return choose("lora_gemm", arch, dtype, storage, M).kind
 
     assert [kind(89, "nf4", M) for M in (1, 256, 257)] == ["fused", "fused", "decode"]
     assert [kind(90, "nf4", M) for M in (1, 64, 65)] == ["fused", "fused", "decode"]
@@ -57,10 +55,6 @@ def test_thresholds():
     assert kind(0, "nf4", 10**6, torch.float32) == "fused"  # the interpreter
 
 
-def in_8_bits(op, arch, dtype, storage, M):
-    return dispatch.choose(op, arch, dtype, storage, M, N, K)
-
-
 @pytest.mark.parametrize("arch", CARDS)
 def test_rows_that_name_an_op_go_first_and_of_each_sort_a_cards_own(arch):
     """So a card's row for NF4 or fp32 in general does not hide the default's for 8-bit products.
@@ -68,13 +62,13 @@ def test_rows_that_name_an_op_go_first_and_of_each_sort_a_cards_own(arch):
     names = [f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json", "gemm_default.json"]
     files = [CONFIGS / name for name in names if (CONFIGS / name).is_file()]
     assert len(files) == (1 if arch in (75, 100) else 2)
-    for kind, found in dispatch.rows(arch).items():
+    for kind, ordered in dispatch.rows(arch).items():
         all_rows = [row for path in files for row in json.loads(path.read_text())[kind]]
         exact, named, others = (
             [row for row in all_rows if ("op" in row) + ("n" in row) == count]
             for count in (2, 1, 0)
         )
-        assert list(found) == exact + named + others and len(named) > 4
+        assert list(ordered) == exact + named + others and len(named) > 4
 
 
 @pytest.mark.parametrize("dtype", IN_8_BITS)
@@ -82,57 +76,59 @@ def test_rows_that_name_an_op_go_first_and_of_each_sort_a_cards_own(arch):
 def test_8_bit_products_of_every_card(arch, dtype):
     fp8_by_torch = arch == 90 and dtype == torch.float8_e4m3fn
     for M in (1, 64, 65, 512, 4608, 1 << 20):
-        forward = in_8_bits("gemm_8bit", arch, dtype, "dense", M)
+        forward = choose("gemm_8bit", arch, dtype, "dense", M)
         assert forward.kind == ("decode" if fp8_by_torch and M > 64 else "fused")
         for op in ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair"):
-            choice = in_8_bits(op, arch, dtype, "nf4", M)
+            choice = choose(op, arch, dtype, "nf4", M)
             # few rows: NF4 in the product's own tiles; in 16 bits sm_89 does so up to 256
             assert choice.kind == ("fused" if M <= 64 else "decode"), (op, M)
-            for tile in (choice.tile, in_8_bits(op, arch, dtype, "dense", M).tile):
+            for tile in (choice.tile, choose(op, arch, dtype, "dense", M).tile):
                 assert tile.block_m >= 16 and tile.block_n % 64 == tile.block_k % 64 == 0
             pair = op.endswith("pair") and M > 128  # a scaled sum waits for the other's: 64 columns
             assert not pair or tile.block_n == 64
         for of_x in (torch.bfloat16, torch.float32):
-            assert in_8_bits("lora_skinny_8bit", arch, of_x, "dense", M).kind == "fused"
+            assert choose("lora_skinny_8bit", arch, of_x, "dense", M).kind == "fused"
 
 
 @pytest.mark.parametrize("op", ["gemm_8bit_dx", "gemm_8bit_dx_pair"])
-def test_towards_x_codes_are_transposed_above_a_threshold(op):
+def test_towards_x_8_bit_weights_are_transposed_above_a_threshold(op):
     rows = json.loads((CONFIGS / "gemm_default.json").read_text())["thresholds"]
     (row,) = [row for row in rows if row.get("op") == op and row["storage"] == "dense"]
     most = row["fused_up_to_m"]
     assert 64 < most < 4608  # 1024 px are above it
     for arch in CARDS:
         for dtype in IN_8_BITS:
-            asked = [in_8_bits(op, arch, dtype, "dense", M).kind for M in (most, most + 1)]
+            asked = [choose(op, arch, dtype, "dense", M).kind for M in (most, most + 1)]
             assert asked == ["fused", "decode"], arch
-
-
-def answers(monkeypatch, *tiles):
-    """-> (M, N, K) -> block_m, where the rows of `tiles` are the default's and sm_89 has none."""
-    default = dispatch.tables(75)[0]
-    base = {"op": "lora_gemm", "block_n": 64, "block_k": 64, "group_m": 8, "num_warps": 4}
-    base |= {"num_stages": 3, "source": "assumed: "}
-    table = {"thresholds": default["thresholds"], "tiles": [base | tile for tile in tiles]}
-    monkeypatch.setattr(dispatch, "tables", lambda arch: [{"thresholds": [], "tiles": []}, table])
-
-    def block_m(M, N, K):
-        dispatch.rows.cache_clear()
-        dispatch.choose.cache_clear()
-        return dispatch.choose("lora_gemm", 89, torch.bfloat16, "dense", M, N, K).tile.block_m
-
-    yield block_m
-    dispatch.rows.cache_clear()
-    dispatch.choose.cache_clear()
 
 
 @pytest.fixture
 def block_m(monkeypatch):
-    """Asks (M, N, K) of rows in which the most general comes first."""
-    general = {"block_m": 16}
-    exact = {"n": 640, "k": 512, "block_m": 64}
-    few = exact | {"m_min": 100, "m_max": 200, "block_m": 32}
-    yield from answers(monkeypatch, general, few, exact)
+    """The block_m for M, N and K, by rows of which the most general come first."""
+    base = {"op": "lora_gemm", "block_n": 64, "block_k": 64, "group_m": 8, "num_warps": 4}
+    base |= {"num_stages": 3, "source": "assumed: "}
+    shape = {"n": 640, "k": 512}
+    tiles = [
+        {"block_m": 16},
+        {"block_m": 128},  # the first that matches counts
+        {**shape, "m_min": 100, "m_max": 200, "block_m": 32},
+        {**shape, "block_m": 64},
+    ]
+    thresholds = dispatch.tables(75)[0]["thresholds"]
+    table = {"thresholds": thresholds, "tiles": [base | tile for tile in tiles]}
+    monkeypatch.setattr(dispatch, "tables", lambda arch: [{"thresholds": [], "tiles": []}, table])
+
+    def clear():
+        dispatch.rows.cache_clear()
+        dispatch.choose.cache_clear()
+
+    clear()
+    yield (
+        lambda *shape: (
+            dispatch.choose("lora_gemm", 89, torch.bfloat16, "dense", *shape).tile.block_m
+        )
+    )
+    clear()
 
 
 def test_a_row_of_this_n_and_k_goes_before_one_of_any(block_m):
@@ -143,25 +139,10 @@ def test_a_row_is_for_its_rows_alone(block_m):
     assert [block_m(M, 640, 512) for M in (99, 100, 200, 201)] == [64, 32, 32, 64]
 
 
-def test_the_first_row_that_matches_counts(monkeypatch):
-    default = dispatch.rows(89)
-    own = dict(default["tiles"][-1], n=640, k=None, m_max=100, block_m=16, op="lora_gemm")
-    table = {"thresholds": default["thresholds"], "tiles": (own, *default["tiles"])}
-    monkeypatch.setattr(dispatch, "rows", lambda arch: table)
-    dispatch.choose.cache_clear()
-    try:
-        for M, N, expected in [(100, 640, True), (101, 640, False), (100, 641, False)]:
-            tile = dispatch.choose("lora_gemm", 89, torch.float16, "dense", M, N, 7).tile
-            assert (tile.block_m == 16) == expected
-    finally:
-        dispatch.choose.cache_clear()
-
-
 def test_it_is_cached_and_refuses():
     question = ("lora_gemm", 89, torch.bfloat16, "nf4", 4608, N, K)
     assert dispatch.choose(*question) is dispatch.choose(*question)
-    with pytest.raises(ValueError, match="op and storage"):
-        dispatch.choose("gemm", 89, torch.bfloat16, "nf4", 1, 64, 64)
-    with pytest.raises(ValueError, match="op and storage"):
-        dispatch.choose("lora_gemm", 89, torch.bfloat16, "int8", 1, 64, 64)
+    for op, storage in (("gemm", "nf4"), ("lora_gemm", "int8")):
+        with pytest.raises(ValueError, match="op and storage"):
+            choose(op, 89, torch.bfloat16, storage, 1)
     assert dispatch.arch_of(torch.device("cpu")) == 0

@@ -6,17 +6,11 @@ from fluxfast_kernels.dispatch import backend
 from fluxfast_kernels.quant import frozen
 from fluxfast_kernels.quant.nf4 import NF4Tensor, nf4_absmax, nf4_dequantize_reference, nf4_quantize
 from fluxfast_kernels.quant.rows import TOP, QuantizedRows, quantize_reference, quantize_rows
-from numerics import GUARD, bits, guarded, skip_without_fp8
-
-KINDS = ("int8", "fp8")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from numerics import GUARD, KINDS, assert_same_bits, bits, guarded, randn, skip_without_fp8
 
 
 def stored(N: int, K: int, form: str, device: str) -> list[torch.Tensor]:
-    W = draw(N, K, seed=N) * torch.logspace(-3, 3, N)[:, None]
+    W = randn(N, K, seed=N) * torch.logspace(-3, 3, N)[:, None]
     W[0] = 0.0
     if form in ("dense", "bf16"):
         return [W.to(device, torch.bfloat16 if form == "bf16" else torch.float32)]
@@ -42,15 +36,14 @@ def test_nf4_in_8_bits(device, shape, kind, form):
         check()
         assert scale[N:].isnan().all() and torch.equal(scale[:N], expected.scale)
         values = rows.values.T if transposed else rows.values
-        assert torch.equal(bits(values.contiguous()), bits(expected.values))
-    found = frozen.nf4_with_scales(list(weight.tensors().values()), N, K, kind)
-    assert torch.equal(found.scale, expected.scale)
-    assert torch.equal(found.inverse, torch.full_like(amax, TOP[kind]) / amax.clamp(min=1e-30))
+        assert_same_bits([values.contiguous()], [expected.values])
+    in_nf4 = frozen.nf4_with_scales(list(weight.tensors().values()), N, K, kind)
+    inverse = torch.full_like(amax, TOP[kind]) / amax.clamp(min=1e-30)
+    assert_same_bits([in_nf4.scale, in_nf4.inverse], [expected.scale, inverse])
     if device == "cpu":
         with backend.cpu_launches(False):
             plain = frozen.nf4_to_8bit_reference(weight, kind)
-        assert torch.equal(bits(plain.values), bits(expected.values))
-        assert torch.equal(plain.scale, expected.scale)
+        assert_same_bits([plain.values, plain.scale], [expected.values, expected.scale])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,10 +51,11 @@ def test_nf4_whose_absmax_is_not_finite(path, device, kind):
     skip_without_fp8(kind, device)
     packed, absmax = stored(5, 128, "nf4", device)
     absmax[2], absmax[7] = torch.nan, -torch.inf
-    scale = frozen.weight_in_8bit([packed, absmax], 128, kind).scale
-    assert scale.isnan().tolist() == [False, True, False, True, False]
-    scale = frozen.nf4_with_scales([packed, absmax], 5, 128, kind).scale
-    assert scale.isnan().tolist() == [False, True, False, True, False]
+    for weight in (
+        frozen.weight_in_8bit([packed, absmax], 128, kind),
+        frozen.nf4_with_scales([packed, absmax], 5, 128, kind),
+    ):
+        assert weight.scale.isnan().tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.grid(4)
@@ -69,11 +63,11 @@ def test_nf4_whose_absmax_is_not_finite(path, device, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_in_8_bits(path, device, kind, form):
     """As a plain quantization of the dense weight, and transposed the same."""
-    skip_without_fp8(kind if form != "fp8" else "fp8", device)
+    skip_without_fp8("fp8" if "fp8" in (kind, form) else kind, device)
     N, K = 67, 192
     weight = stored(N, K, form, device)
-    found = frozen.weight_in_8bit(weight, K, kind)
-    values = found.values.clone()
+    straight = frozen.weight_in_8bit(weight, K, kind)
+    values = straight.values.clone()
     if form == kind:
         expected = QuantizedRows(*weight)
     else:
@@ -82,10 +76,10 @@ def test_every_form_in_8_bits(path, device, kind, form):
         if form in ("nf4", "nested"):
             amax = nf4_absmax(NF4Tensor(*weight[:2], (N, K), *weight[2:])).view(N, -1).abs().amax(1)
         expected = quantize_reference(dense, amax, kind)
-    assert torch.equal(bits(values), bits(expected.values))
-    assert torch.equal(found.scale, expected.scale) and not found.transposed
+    assert_same_bits([values, straight.scale], [expected.values, expected.scale])
     turned = frozen.weight_in_8bit(weight, K, kind, transposed=True)
-    assert turned.values.shape == (K, N) and turned.values.is_contiguous() and turned.transposed
+    assert turned.transposed and not straight.transposed
+    assert turned.values.shape == (K, N) and turned.values.is_contiguous()
     assert torch.equal(bits(turned.values).T, bits(values))
     assert torch.equal(turned.scale, expected.scale)
 
@@ -102,7 +96,7 @@ def test_the_transposed_copy(device, shape):
 
 
 def test_a_result_carries_no_gradient():
-    W = draw(4, 64).requires_grad_()
+    W = randn(4, 64).requires_grad_()
     for kind in KINDS:
         for rotation in (0, 16):
             values, scale = frozen.quantize_8bit(W, kind, rotation)

@@ -4,41 +4,29 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from fluxfast_kernels import NF4Tensor, nf4_dequantize, nf4_quantize
+from fluxfast_kernels.dispatch.backend import DTYPES
 from fluxfast_kernels.quant.nf4 import dynamic_map, nf4_dequantize_reference
+from numerics import randn
 
 SHAPES = [(64, 64), (96, 192), (3, 64), (130, 320), (257, 128)]
+KINDS = {
+    "random": lambda random: random,
+    "small": lambda random: random * 0.02,
+    "zero": torch.zeros_like,
+    "constant": lambda random: torch.full_like(random, -0.3),
+    "one zero block": lambda random: torch.cat([torch.zeros_like(random[:1]), random[1:]]),
+    "denormal": lambda random: random * 1e-40,
+    "huge": lambda random: random * 1e37,
+    "outliers": lambda random: torch.where(random > 2.5, random * 40, random),
+    "midpoints": lambda random: torch.linspace(-1, 1, random.numel()).view(random.shape),
+}
 
 
 def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    random = torch.randn(shape, generator=generator)
-    return {
-        "random": random,
-        "small": random * 0.02,
-        "zero": torch.zeros(shape),
-        "constant": torch.full(shape, -0.3),
-        "one zero block": torch.cat([torch.zeros(1, shape[1]), random[1:]]),
-        "denormal": random * 1e-40,
-        "huge": random * 1e37,
-        "outliers": torch.where(random > 2.5, random * 40, random),
-        "midpoints": torch.linspace(-1, 1, shape[0] * shape[1]).view(shape),
-    }[kind]
+    return KINDS[kind](randn(*shape, seed=sum(shape)))
 
 
-KINDS = [
-    "random",
-    "small",
-    "zero",
-    "constant",
-    "one zero block",
-    "denormal",
-    "huge",
-    "outliers",
-    "midpoints",
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("nested", [False, True])
 def test_bytes_equal(kind, nested, dtype):
@@ -54,7 +42,7 @@ def test_bytes_equal(kind, nested, dtype):
         if nested:
             assert torch.equal(ours.nested_absmax, state.state2.absmax)
             assert torch.equal(ours.offset, state.offset)
-        for out in (torch.float32, torch.bfloat16, torch.float16):
+        for out in DTYPES:
             state.dtype = out
             theirs = bnb.dequantize_4bit(packed, state)
             assert torch.equal(nf4_dequantize(ours, out), theirs.view(shape)) or (
@@ -78,8 +66,8 @@ def test_refuses(bad):
         nf4_quantize(bad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decode_into_given_memory(dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantizes_into_given_memory(dtype):
     quantized = nf4_quantize(weights("random", (96, 192)))
     out = torch.full((96 * 192 + 5,), torch.nan, dtype=dtype)
     assert torch.equal(nf4_dequantize(quantized, dtype, out), nf4_dequantize(quantized, dtype))

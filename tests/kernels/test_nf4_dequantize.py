@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fluxfast_kernels.dispatch.backend import DTYPES
 from fluxfast_kernels.quant.nf4 import (
     NF4Tensor,
     _nf4_dequantize,
@@ -10,12 +11,11 @@ from fluxfast_kernels.quant.nf4 import (
     nf4_dequantize_reference,
     nf4_quantize,
 )
-
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
+from numerics import assert_same_bits, randn
 
 
 def quantized(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
-    W = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    W = randn(*shape, seed=shape[0])
     W[0], W[-1], W[shape[0] // 2] = 0.0, 1e4 * W[-1], 1e-38
     parts = nf4_quantize(W, nested).tensors()
     return NF4Tensor(**{name: part.to(device) for name, part in parts.items()}, shape=shape)
@@ -23,11 +23,10 @@ def quantized(shape: tuple[int, int], nested: bool, device: str) -> NF4Tensor:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(3, 64), (65, 64), (33, 320)])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bytes(device, dtype, shape, nested):
     weight = quantized(shape, nested, device)
-    found, expected = nf4_dequantize(weight, dtype), nf4_dequantize_reference(weight, dtype)
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert_same_bits([nf4_dequantize(weight, dtype)], [nf4_dequantize_reference(weight, dtype)])
 
 
 def test_writes_every_value_and_no_other(device):
