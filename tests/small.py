@@ -100,12 +100,27 @@ def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor,
     )
 
 
-def randomize(model: torch.nn.Module, seed: int = 1) -> None:
-    """Sets every lora_B to N(0, 0.1), so that the LoRA changes the output."""
+def randomize(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
+    """Sets every lora_B to random numbers, so that the LoRA changes the output."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * 0.1)
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) * std)
+
+
+def diffusers_forward(transformer, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Calls diffusers' transformer with the arguments of Flux.forward."""
+    img, img_ids, txt, txt_ids, timesteps, y, guidance = x
+    with torch.no_grad():
+        return transformer(
+            hidden_states=img,
+            encoder_hidden_states=txt,
+            pooled_projections=y,
+            timestep=timesteps,
+            img_ids=img_ids[0],
+            txt_ids=txt_ids[0],
+            guidance=guidance,
+        ).sample
 
 
 def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -> Config:

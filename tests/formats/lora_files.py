@@ -1,7 +1,7 @@
-"""LoRAs of a small FLUX, what they mean, and states that are no LoRA of FLUX.1."""
+"""LoRAs of a small FLUX, their updates, and states that are no LoRA of FLUX.1."""
 
 import torch
-from small import SMALL, random_flux
+from small import SMALL, random_flux, randomize
 
 from fluxfast.formats.lora.update import LoraWeights
 from fluxfast.model.lora import inject_lora, lora_layers
@@ -15,7 +15,7 @@ TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 
 
 def ab(name: str, rows=64, columns=64, rank=2) -> dict:
-    """Factors of ones, as peft calls them."""
+    """Returns factors of ones under peft's names."""
     a, b = torch.ones(rank, columns), torch.ones(rows, rank)
     return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
@@ -26,17 +26,15 @@ def kohya(name: str, a, b, alpha: float | None = None) -> dict:
 
 
 def trained(targets="attn+mlp", share_a=False, rank=3, alpha=5.0, seed=1, **patterns):
+    """Returns a small model with a random LoRA."""
     model = random_flux(SMALL)
     inject_lora(model, rank, alpha, targets, share_a=share_a, seed=seed, **patterns)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g))
+    randomize(model, seed, std=1.0)
     return model
 
 
 def update(model) -> dict[str, torch.Tensor]:
-    """BFL name -> ΔW, straight from the layers."""
+    """Returns ΔW by BFL name, computed from the layers."""
     deltas = {}
     for name, layer in lora_layers(model).items():
         delta = torch.zeros(layer.out_features, layer.in_features)
@@ -47,21 +45,19 @@ def update(model) -> dict[str, torch.Tensor]:
 
 
 def meaning(lora: LoraWeights, spec=SMALL) -> dict[str, torch.Tensor]:
-    """BFL name -> ΔW of what was read."""
+    """Returns ΔW by BFL name, computed from the pieces."""
     deltas = {}
     for name, pieces in lora.pieces.items():
         delta = deltas[name] = torch.zeros(linear_shape(name, spec))
-        ranges = part_rows(name, spec) if "_blocks." in name else [(0, delta.shape[0])]
+        ranges = part_rows(name, spec) if "_blocks." in name else [(0, len(delta))]
         for piece in pieces:
-            product, start = piece.b @ piece.a, 0
-            for part in piece.parts:
-                first, last = ranges[part]
-                delta[first:last] += product[start : start + last - first]
-                start += last - first
+            for part, b in piece.b.items():
+                delta[slice(*ranges[part])] += b @ piece.a
     return deltas
 
 
 def same(got: dict, expected: dict) -> None:
+    """Asserts that both have the same ΔW up to rounding."""
     for name in got.keys() | expected.keys():
         size = expected[name].abs().max() if name in expected else 0.0
         if not size:  # padding, or nothing at all
@@ -71,13 +67,14 @@ def same(got: dict, expected: dict) -> None:
 
 
 def held_by_xlabs(deltas: dict) -> dict:
-    kept = {}
+    """Returns what an xlabs file has a place for: no MLP, no modulation."""
+    held = {}
     for name, delta in deltas.items():
         if name.endswith(("_attn.qkv", "_attn.proj", "linear1", "linear2")):
-            kept[name] = delta.clone()
+            held[name] = delta.clone()
             if name.endswith("linear1"):
-                kept[name][3 * SMALL.hidden_size :] = 0
-    return kept
+                held[name][3 * SMALL.hidden_size :] = 0
+    return held
 
 
 FOUR_BITS = torch.zeros(2, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)

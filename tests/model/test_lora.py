@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import SMALL, inputs, random_flux, randomize
+from small import SMALL, diffusers_forward, inputs, random_flux, randomize
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.lora.apply import load_lora, save_lora
@@ -207,22 +207,10 @@ def test_diffusers_pipeline_reads_the_file(nano_model, tmp_path):
     path = save_lora(ours, tmp_path / "lora.safetensors", metadata={"config": json.dumps({})})
     x = inputs(ours.spec)
 
-    def theirs():
-        img, img_ids, txt, txt_ids, t, y, guidance = x
-        return pipeline.transformer(
-            hidden_states=img,
-            encoder_hidden_states=txt,
-            pooled_projections=y,
-            timestep=t,
-            img_ids=img_ids[0],
-            txt_ids=txt_ids[0],
-            guidance=guidance,
-        ).sample
-
     with torch.no_grad():
-        base = theirs()
+        base = diffusers_forward(pipeline.transformer, x)
         pipeline.load_lora_weights(path)
-        with_lora = theirs()
+        with_lora = diffusers_forward(pipeline.transformer, x)
         assert (with_lora - base).abs().max() > 1e-2
         error = (ours(*x) - with_lora).abs().max() / with_lora.abs().max()
     assert error < 1e-5

@@ -1,4 +1,4 @@
-"""`fluxfast convert`: LoRA files of any format into one file of another."""
+"""`fluxfast convert`: converts LoRA files of any format into one file of another."""
 
 import logging
 import math
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.container import all_finite
-from fluxfast.formats.lora.read import from_tensors, read_lora
+from fluxfast.formats.lora.read import from_tensors, read_all
 from fluxfast.formats.lora.update import LoraWeights, balanced, difference, merged, scaled
 from fluxfast.formats.lora.write import known_format, to_bytes, to_state
 from fluxfast.util.files import check_new, write_atomic
 
 log = logging.getLogger(__name__)
 
-# what rounding to the file's dtype may change, as a share of the largest |ΔW| of the layer
+# the change that rounding to the file's dtype may make, relative to the layer's largest |ΔW|
 _ROUNDING = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 
 
@@ -32,13 +32,13 @@ def convert(
     drop: bool = False,
     verify: bool = False,
 ) -> list[str]:
-    """Write the sum of `sources`, each times its strength, all times scale. Returns, with verify, a
-    line per layer: what writing changed of its ΔW.
+    """Writes the sum of `sources`, each times its strength, all times scale. Returns, with verify,
+    a line per layer with the difference between its ΔW before and after.
 
-    Exact but for the rounding to dtype: files are summed by stacking their ranks. drop leaves out,
-    and logs, what the format has no place for. Raises ConfigError for files that cannot be taken
-    and a target that is there already, FluxfastError where the disk refuses or verify finds more
-    than rounding; nothing is written then.
+    Exact except for the rounding to dtype: files are summed by stacking their ranks. drop leaves
+    out, and logs, what the format has no place for. Raises ConfigError for files that cannot be
+    read and a target that is there already, FluxfastError if the disk refuses or verify finds more
+    than rounding; then nothing is written.
     """
     known_format(format)
     target = Path(target)
@@ -52,8 +52,8 @@ def convert(
         log.info(f"note: {source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
     even = balanced(total) if dtype == "fp16" else total
     state = to_state(even, format, drop=drop)
-    if over := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
-        raise ConfigError(f"{over} would be larger than fp32 can hold", hint="a smaller --scale")
+    if key := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
+        raise ConfigError(f"{key} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
     metadata = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
     content = to_bytes(state, dtype, metadata)
@@ -62,31 +62,19 @@ def convert(
     return lines
 
 
-def read_all(
-    sources: Sequence[Path | str], strengths: Sequence[float] = (), *, drop: bool = False
-) -> list[LoraWeights]:
-    """Each file times its strength; no strengths: 1, one strength: that for all."""
-    if len(strengths) not in (0, 1, len(sources)):
-        raise ConfigError(f"{len(strengths)} strengths for {len(sources)} LoRAs: give one for each")
-    strengths = list(strengths or [1.0]) * (1 if len(strengths) > 1 else len(sources))
-    pairs = zip(sources, strengths, strict=True)
-    return [scaled(read_lora(path, drop=drop), strength) for path, strength in pairs]
-
-
 def _compare(
     total: LoraWeights, content: dict[str, Tensor], target: Path, dtype: str, drop: bool
 ) -> list[str]:
-    """A line per layer. What was dropped, and named by to_state, is not compared."""
+    """Returns a line per layer. What was dropped, which to_state has logged, is not compared."""
     written = from_tensors(content, {}, target)
+    before, after = {**total.pieces, **total.text}, {**written.pieces, **written.text}
     lines, worst = [], (0.0, "")
-    for table in ("pieces", "text"):
-        here, before = getattr(written, table), getattr(total, table)
-        for module in here if drop else {**before, **here}:
-            parts = {part for piece in here[module] for part in piece.parts} if drop else None
-            change, size = difference(total, written, table, module, parts)
-            lines.append(f"{module}  {change:.3g} of {size:.3g}" if change else f"{module}  0")
-            share = change / size if 0 < size < math.inf else change
-            worst = max(worst, (share, module))
+    for module in after if drop else {**before, **after}:
+        parts = {part for piece in after[module] for part in piece.parts} if drop else None
+        change, size = difference(before.get(module, []), after.get(module, []), parts)
+        lines.append(f"{module}  {change:.3g} of {size:.3g}" if change else f"{module}  0")
+        share = change / size if 0 < size < math.inf else change
+        worst = max(worst, (share, module))
     share, module = worst
     if not share <= _ROUNDING[dtype]:
         raise FluxfastError(

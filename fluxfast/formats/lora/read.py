@@ -1,5 +1,5 @@
-"""LoRA files in: whatever their format, one `LoraWeights`. What is told apart is told by keys and
-shapes, never by a file's name.
+"""Reads LoRA files of any format into `LoraWeights`. Formats are told apart by keys and shapes,
+never by a file's name.
 """
 
 import json
@@ -7,9 +7,9 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, parse
-from fluxfast.formats.lora.update import LoraWeights, Piece, part_count, split_scale
+from fluxfast.formats.lora.update import LoraWeights, Piece, part_count, scaled, split_scale
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import SWAPPED, linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
@@ -25,6 +25,7 @@ from fluxfast.model.spec import FluxSpec, rope_axes
 log = logging.getLogger(__name__)
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_LAST = "final_layer.linear"
 _OTHER_MODELS = {
     "FLUX.2": r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj",
     "Chroma": r"distilled_guidance_layer",
@@ -41,12 +42,12 @@ _INTEGERS = {torch.int64, torch.int32, torch.int16}
 
 
 def read_lora(path: Path | str, *, drop: bool = False) -> LoraWeights:
-    """Read a LoRA file of any format, fp32, alpha folded in.
+    """Reads a LoRA file of any format as fp32, alpha folded in.
 
     path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
     such file. drop: leave out keys that have no place in FLUX.1, with a warning, instead of
     refusing them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1,
-    naming what it is where that can be told.
+    naming what it is if that is known.
     """
     path = _file(Path(path))
     with Files([path]) as files:
@@ -56,12 +57,23 @@ def read_lora(path: Path | str, *, drop: bool = False) -> LoraWeights:
 def from_tensors(
     tensors: dict[str, Tensor], metadata: dict[str, str], path: Path | str, *, drop: bool = False
 ) -> LoraWeights:
-    """The same of what a file holds; `path` is named in errors."""
+    """Reads a LoRA from a file's tensors; `path` is named in errors."""
     return _read(path, tensors, tensors.__getitem__, metadata, drop)
 
 
+def read_all(
+    paths: Sequence[Path | str], strengths: Sequence[float] = (), *, drop: bool = False
+) -> list[LoraWeights]:
+    """Reads each file times its strength: no strengths are 1, one strength is for all."""
+    if len(strengths) not in (0, 1, len(paths)):
+        raise ConfigError(f"{len(strengths)} strengths for {len(paths)} LoRAs: give one for each")
+    strengths = list(strengths or [1.0]) * (1 if len(strengths) > 1 else len(paths))
+    pairs = zip(paths, strengths, strict=True)
+    return [scaled(read_lora(path, drop=drop), strength) for path, strength in pairs]
+
+
 def ranks_of(path: Path | str) -> dict[str, int]:
-    """BFL linear -> the highest rank of a factor that the file has for it, from its header alone.
+    """Returns the highest rank of each BFL linear's factors, from the file's header alone.
 
     Raises ConfigError for a file that cannot be read.
     """
@@ -94,8 +106,9 @@ def _file(path: Path) -> Path:
 
 
 def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, LoraKey]:
-    """Of the names that have a place: what they say. Raises ConfigError for the others, or with
-    drop logs them.
+    """Returns the meaning of each name that has a place in FLUX.1.
+
+    Raises ConfigError for the others, or with drop logs them.
     """
     keys, unknown, taken = {}, [], {}
     for name in names:
@@ -108,31 +121,30 @@ def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, 
             unknown.append(name)
             continue
         if other := taken.get(key[:3]):
-            raise ConfigError(f"{path} says the same twice: {other} and {name}")
+            raise ConfigError(f"{path} has the same twice: {other} and {name}")
         taken[key[:3]] = name
         keys[name] = key
     if unknown and drop and keys and not other_lora(unknown):
         log.warning(f"note: {path}: left out {_some(unknown)}: no place in FLUX.1")
     elif unknown or not any(key.role == "down" for key in keys.values()):
-        raise ConfigError(*_not_flux_lora(path, unknown or list(keys)))
+        raise _not_flux_lora(path, unknown or list(keys))
     return keys
 
 
 def other_lora(names: list[str]) -> str | None:
-    """The name of the model whose LoRA has such keys, where it is known; None for FLUX.1's."""
+    """Returns the model whose LoRAs have such keys if it is known, None for FLUX.1."""
     patterns = ((model, re.compile(pattern)) for model, pattern in _OTHER_MODELS.items())
     return next((model for model, pattern in patterns if any(map(pattern.search, names))), None)
 
 
-def _not_flux_lora(path: Path | str, names: list[str]) -> tuple[str, str | None]:
-    """The message and the hint."""
+def _not_flux_lora(path: Path | str, names: list[str]) -> ConfigError:
     if not names:
-        return f"{path} is not a LoRA of FLUX.1: it holds no tensors", None
+        return ConfigError(f"{path} is not a LoRA of FLUX.1: it holds no tensors")
     if model := other_lora(names):
-        return f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(names)})", None
-    return (
+        return ConfigError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(names)})")
+    return ConfigError(
         f"{path} is not a LoRA of FLUX.1: no place here for {_some(names)}",
-        "`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
+        hint="`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
     )
 
 
@@ -141,12 +153,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + more
 
 
-# ---------------------------------------------------------------- alpha that peft keeps elsewhere
+# ---------------------------------------------------------------- alpha in peft's configuration
 
 
 def _peft_scale(path: Path | str, metadata: dict) -> Callable[[str, int], float]:
-    """(key, rank) -> scale where there is no alpha beside the factors: from the configuration that
-    peft saves in the same folder, or diffusers in the header; else 1.
+    """Returns a function (key, rank) -> scale for factors without an alpha beside them: from the
+    configuration that peft saves in the same folder, or diffusers in the header; else 1.
     """
     config, prefixes, path = {}, ("",), Path(path)
     file = path.with_name("adapter_config.json")
@@ -173,7 +185,7 @@ def _peft_scale(path: Path | str, metadata: dict) -> Callable[[str, int], float]
 def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
     alpha = None if alpha is None else _finite(alpha)
-    # the first that fits counts
+    # the first pattern that matches counts
     values = {
         _plain_name(name): (index, _finite(value))
         for index, (name, value) in reversed([*enumerate(patterns.items())])
@@ -181,19 +193,19 @@ def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     root = bool(config.get(f"{prefix}use_rslora"))
 
     def scale(key: str, rank: int) -> float:
-        # as the model has it: a pattern may begin with ^
+        # the model's own name: a pattern may begin with ^
         module = key.removeprefix(prefix or "base_model.model.").partition(".lora_A")[0]
         ends = [module[start:] for start in (0, *(m.end() for m in re.finditer(r"\.", module)))]
-        fitting = [values[name] for name in (f"^{module}", *ends) if name in values]
-        value = min(fitting)[1] if fitting else alpha
+        matching = [values[name] for name in (f"^{module}", *ends) if name in values]
+        value = min(matching)[1] if matching else alpha
         return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
 
     return scale
 
 
 def _plain_name(pattern: str) -> str:
-    """The same without escapes. peft takes it for a regular expression, which a stranger may have
-    written to never end: ValueError for more than a name or the end of one.
+    """Returns the pattern without escapes. peft evaluates it as a regular expression, which a
+    malicious file may use to hang the reader: ValueError unless it is a name or the end of one.
     """
     name = pattern.removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"\^?[\w.-]+", name):
@@ -218,55 +230,78 @@ def _read(
     drop: bool,
 ) -> LoraWeights:
     keys = _parse_all(path, names, drop)  # before anything is read
-    checked = _Checked(path, read)
+    file = _Checked(path, read)
     peft_scale = _peft_scale(path, metadata)
     lora = LoraWeights(form=form_of(keys.values()), metadata=metadata)
     linears: dict[tuple, dict[str, str]] = defaultdict(dict)
-    swapped = set()
+    swapped, taken = set(), set()
     for name, key in keys.items():
         if key.role == "norm":
-            lora.norms[key.module] = checked.floats(name, 1)
+            lora.norms[key.module] = file.floats(name, 1)
         elif key.role != "shape":  # alpha may be spelled otherwise than the factors
             linears[key.module, key.parts][key.role] = name
             if key.swapped:
                 swapped.add(key.module)
+    factors: list[_Factors] = []
+    biases: list[tuple[str, tuple[int, ...], Tensor]] = []
     for (module, parts), roles in linears.items():
         order = _swap if module in swapped else (lambda tensor: tensor)
-        bias = checked.floats(roles["bias"], 1) if "bias" in roles else None
+        bias = file.floats(roles["bias"], 1) if "bias" in roles else None
         scale = 1.0
         if roles.keys() != {"bias"}:
-            a, b = checked.factors(roles)
+            a, b = file.factors(roles)
             if bias is not None and bias.shape != b.shape[:1]:
                 raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
-            rank, alpha = a.shape[0], roles.get("alpha")
-            scale = checked.alpha(alpha) / rank if alpha else peft_scale(roles["down"], rank)
+            alpha = roles.get("alpha")
+            scale = file.alpha(alpha) / len(a) if alpha else peft_scale(roles["down"], len(a))
             for_a, for_b = split_scale(scale)
-            pieces = (lora.text if "/" in module else lora.pieces).setdefault(module, [])
-            if any(set(piece.parts) & set(parts) for piece in pieces):
-                # some files hold one LoRA in two formats
-                raise ConfigError(
-                    f"{path} says the same twice: {module}, under {roles['down']} too"
-                )
-            pieces.append(Piece(parts, a * for_a, order(b) * for_b))
+            rows = {(module, part) for part in parts}
+            if rows & taken:  # some files hold one LoRA in two formats
+                raise ConfigError(f"{path} has the same twice: {module}, under {roles['down']} too")
+            taken |= rows
+            factors.append(_Factors(module, parts, a * for_a, order(b) * for_b))
         if bias is not None:
-            # the up factor's own, which its scale goes for; ComfyUI's `diff_b` is added as it is
+            # the up factor's own, which its scale applies to; ComfyUI's `diff_b` is added as it is
             bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
-            lora.biases.setdefault(module, []).append((parts, order(bias)))
-    _check_shapes(path, lora)
+            biases.append((module, parts, order(bias)))
+    lora.hidden, lora.mlp = _widths(factors)
+    _check_shapes(path, lora, factors, biases)
+    for module, parts, a, b in factors:
+        table = lora.text if "/" in module else lora.pieces
+        table.setdefault(module, []).append(Piece(a, _by_part(module, parts, b, lora.heights)))
+    for module, parts, bias in biases:
+        lora.biases.setdefault(module, {}).update(_by_part(module, parts, bias, lora.heights))
     return lora
 
 
+class _Factors(NamedTuple):
+    """B A on some parts of a linear. a: [R, K]; b: [rows of the parts, R]."""
+
+    module: str
+    parts: tuple[int, ...]
+    a: Tensor
+    b: Tensor
+
+
+def _by_part(
+    module: str, parts: tuple[int, ...], rows: Tensor, heights: list[int]
+) -> dict[int, Tensor]:
+    if part_count(module) == 1:
+        return {0: rows}
+    return dict(zip(parts, rows.split([heights[part] for part in parts]), strict=True))
+
+
 class _Checked:
-    """A file's tensors, in fp32. ConfigError naming the file for what cannot be in a LoRA."""
+    """A file's tensors, in fp32. Raises ConfigError naming the file for what no LoRA holds."""
 
     def __init__(self, path: Path | str, read: Callable[[str], Tensor]):
         self._path, self._read = path, read
 
     def floats(self, name: str, dimensions: int) -> Tensor:
-        """A vector (dimensions 1), not empty, or a matrix (2)."""
+        """Returns a vector (dimensions 1), not empty, or a matrix (2)."""
         tensor = self._read(name)
         if tensor.dtype not in _FLOATS:
-            raise self._error(f"{name} is stored as {tensor.dtype}, which is no LoRA's")
+            raise self._error(f"{name} is stored as {tensor.dtype}, which no LoRA is")
         tensor = tensor.float()
         if not all_finite(tensor):
             raise self._error(f"{name} holds NaN or infinity")
@@ -278,7 +313,7 @@ class _Checked:
         return tensor
 
     def factors(self, roles: dict[str, str]) -> tuple[Tensor, Tensor]:
-        """A [R, K], B [N, R] as stored. roles: role -> name."""
+        """Returns A [R, K] and B [N, R] as stored. roles: role -> name."""
         if not {"down", "up"} <= roles.keys():
             raise self._error(
                 f"{next(iter(roles.values()))} has no partner: a LoRA has two factors for each "
@@ -294,8 +329,8 @@ class _Checked:
 
     def alpha(self, name: str) -> float:
         tensor = self._read(name)
-        known = tensor.numel() == 1 and tensor.dtype in _FLOATS | _INTEGERS
-        if not known or not math.isfinite(value := tensor.float().item()):
+        number = tensor.numel() == 1 and tensor.dtype in _FLOATS | _INTEGERS
+        if not number or not math.isfinite(value := tensor.float().item()):
             raise self._error(f"{name} is not one number")
         return value
 
@@ -304,64 +339,65 @@ class _Checked:
 
 
 def _swap(tensor: Tensor) -> Tensor:
-    """[scale, shift] <-> [shift, scale], along the rows."""
+    """Swaps [scale, shift] and [shift, scale], along the rows."""
     return torch.cat(tensor.chunk(2)[::-1])
 
 
 # ---------------------------------------------------------------- shapes
 
 
-def _check_shapes(path: Path | str, lora: LoraWeights) -> None:
-    """Fill in the widths; every factor must have those of one and the same FLUX.1."""
-    # module, parts, rows, columns
-    shapes = [
-        (module, piece.parts, piece.b.shape[0], piece.a.shape[1])
-        for module, pieces in lora.pieces.items()
-        for piece in pieces
-    ]
-    if any(module == SWAPPED and rows % 2 for module, _, rows, _ in shapes):
+def _check_shapes(
+    path: Path | str,
+    lora: LoraWeights,
+    factors: list[_Factors],
+    biases: list[tuple[str, tuple[int, ...], Tensor]],
+) -> None:
+    """Raises ConfigError unless all factors and biases fit a FLUX.1 of the LoRA's widths."""
+    hidden, mlp = lora.hidden, lora.mlp
+    if any(module == SWAPPED and len(b) % 2 for module, _, _, b in factors):
         raise ConfigError(f"{path} does not fit FLUX.1: {SWAPPED} has two halves of rows")
-    hidden, mlp = _widths(shapes)
-    if hidden in _SD3_WIDTHS and not any(name.startswith("single_") for name in lora.pieces):
+    in_singles = any(module.startswith("single_") for module, *_ in factors)
+    if hidden in _SD3_WIDTHS and not in_singles:
         raise ConfigError(f"{path} is a LoRA of Stable Diffusion 3, not of FLUX.1")
     if not hidden:
+        if module := next((m for m, *_ in biases if part_count(m) > 1), None):
+            raise ConfigError(f"{path}: the bias of {module} has no factors beside it")
         return
     if hidden % 2 or mlp < 1:
         raise ConfigError(f"{path} does not fit FLUX.1: a hidden size of {hidden}, an MLP of {mlp}")
-    lora.hidden, lora.mlp = hidden, mlp
     spec = FluxSpec(
         hidden_size=hidden, mlp_ratio=mlp / hidden, num_heads=1, axes_dim=rope_axes(hidden)
     )
 
-    def rows_of_parts(module: str, parts: tuple[int, ...]) -> int:
+    def rows_of(module: str, parts: tuple[int, ...]) -> int:
         if part_count(module) == 1:
             return linear_shape(module, spec)[0]
-        return sum(lora.heights(module)[part] for part in parts)
+        return sum(lora.heights[part] for part in parts)
 
-    for module, parts, rows, columns in shapes:
-        fits_rows = rows == rows_of_parts(module, parts) or module == "final_layer.linear"
-        # what lies outside the blocks has inputs that variants of the model widen
-        fits_columns = columns == linear_shape(module, spec)[1] or "_blocks." not in module
-        if not (fits_rows and fits_columns):
+    for module, parts, a, b in factors:
+        if "/" in module:
+            continue
+        rows, columns = rows_of(module, parts), linear_shape(module, spec)[1]
+        # variants of the model widen inputs outside the blocks, and the last layer's output
+        fits_columns = a.shape[1] == columns or "_blocks." not in module
+        if not fits_columns or (len(b) != rows and module != _LAST):
             raise ConfigError(
-                f"{path} does not fit FLUX.1: {module} takes {linear_shape(module, spec)[1]} and "
-                f"gives {rows_of_parts(module, parts)} in a transformer {hidden} wide, its factors "
-                f"{columns} and {rows}"
+                f"{path} does not fit FLUX.1: {module} takes {columns} and gives {rows} in a "
+                f"transformer {hidden} wide, its factors {a.shape[1]} and {len(b)}"
             )
-    for module, biases in lora.biases.items():
-        for parts, bias in biases:
-            if bias.shape != (rows_of_parts(module, parts),) and module != "final_layer.linear":
-                raise ConfigError(f"{path}: the bias of {module} has shape {list(bias.shape)}")
+    for module, parts, bias in biases:
+        if len(bias) != rows_of(module, parts) and module != _LAST:
+            raise ConfigError(f"{path}: the bias of {module} has shape {list(bias.shape)}")
 
 
-def _widths(shapes: list[tuple[str, tuple[int, ...], int, int]]) -> tuple[int, int]:
-    """The (hidden, mlp) that most factors agree on. shapes: (module, parts, rows, columns)."""
-    hidden, mlp = Counter(), Counter()
+def _widths(factors: list[_Factors]) -> tuple[int, int]:
+    """Returns the (hidden, mlp) that most factors of the blocks have, (0, 0) if there are none."""
     blocks = [
-        (module.split(".", 2)[2], parts, rows, columns)
-        for module, parts, rows, columns in shapes
-        if module.startswith(("double_blocks.", "single_blocks."))
+        (module.split(".", 2)[2], parts, len(b), a.shape[1])
+        for module, parts, a, b in factors
+        if "_blocks." in module
     ]
+    hidden, mlp = Counter(), Counter()
     for tail, _, rows, columns in blocks:
         hidden[rows if tail in ("img_mlp.2", "txt_mlp.2", "linear2") else columns] += 1
     if not hidden:

@@ -1,4 +1,4 @@
-"""LoRA files out: one `LoraWeights` in any of the formats that people load.
+"""Writes `LoraWeights` in any of the LoRA formats that people load.
 
 | format | loaded by | layout |
 |---|---|---|
@@ -24,7 +24,6 @@ from fluxfast.formats.lora.update import (
     Piece,
     fuse,
     part_count,
-    rows_of,
     split,
     stack_by_parts,
 )
@@ -37,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoraFormat:
-    """How a format spells things. An empty word: it has no place for that."""
+    """A format's spelling. An empty string: it cannot hold that."""
 
     prefix: str
     down: str
@@ -78,23 +77,26 @@ FORMATS = {
 
 
 def known_format(name: str) -> str:
-    """Raises ConfigError for a format that is not written."""
+    """Returns the name. Raises ConfigError for a format that is not written."""
     if name not in FORMATS:
         raise ConfigError(f"LoRA format {name!r} is not one of {', '.join(FORMATS)}")
     return name
 
 
 def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str, Tensor]:
-    """Key -> fp32 tensor. Raises ConfigError naming what the format has no place for; drop leaves
-    that out, with a warning.
+    """Returns the fp32 tensors of a file by key.
+
+    Raises ConfigError naming what the format has no place for; drop leaves that out, with a
+    warning.
     """
     form = FORMATS[known_format(format)]
+    is_split = format == "diffusers"
     state: dict[str, Tensor] = {}
     left_out: list[str] = []
     if format == "xlabs":
         linears = _xlabs_linears(lora, left_out)
     else:
-        linears = _split_linears(lora) if format == "diffusers" else _fused_linears(lora)
+        linears = _split_linears(lora) if is_split else _fused_linears(lora)
     for name, piece in linears.items():
         _put(state, form, form.prefix + form.spell(name), piece)
     for module, pieces in lora.text.items():
@@ -105,19 +107,19 @@ def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str,
             left_out.append(module)
     for module in lora.biases:
         if form.bias:
-            for name, bias in _biases(lora, module, format == "diffusers").items():
+            for name, bias in _biases(lora, module, is_split).items():
                 state[f"{form.prefix}{form.spell(name)}.{form.bias}"] = bias
         else:
             left_out.append(f"{module}.bias")
     for module, scale in lora.norms.items():
         if form.norm:
-            name = _diffusers_norm(module) if format == "diffusers" else module
+            name = _diffusers_norm(module) if is_split else module
             state[f"{form.prefix}{name}.{form.norm}"] = scale
         else:
             left_out.append(f"{module}.scale")
     widened = [p for p in lora.pieces.get("img_in", []) if p.a.shape[1] != 64]
-    if format == "comfyui" and widened and lora.norms:  # control: ComfyUI grows img_in by it
-        shape = [widened[0].b.shape[0], widened[0].a.shape[1]]
+    if format == "comfyui" and widened and lora.norms:  # a control LoRA: ComfyUI widens img_in
+        shape = [len(widened[0].stacked_b()), widened[0].a.shape[1]]
         state[f"{form.prefix}img_in.reshape_weight"] = torch.tensor(shape)
     if left_out:
         more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
@@ -131,23 +133,23 @@ def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str,
 
 
 def to_bytes(state: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> bytes:
-    """A safetensors file, the same bytes for the same content. A tensor that fp16 cannot hold makes
-    the whole file fp32, with a warning.
+    """Returns a safetensors file, the same bytes for the same content. If fp16 cannot hold a tensor
+    the whole file is fp32, with a warning.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    cast = {key: _cast(tensor, DTYPES[dtype]) for key, tensor in state.items()}
-    over = (key for key, tensor in cast.items() if not all_finite(tensor))
-    if dtype != "fp32" and (key := next(over, None)):
+
+    def cast(to: torch.dtype) -> dict[str, Tensor]:
+        return {key: t.to(to) if t.is_floating_point() else t for key, t in state.items()}
+
+    tensors = cast(DTYPES[dtype])
+    overflow = (key for key, tensor in tensors.items() if not all_finite(tensor))
+    if dtype != "fp32" and (key := next(overflow, None)):
         log.warning(f"note: {dtype} cannot hold {key}: the whole file is in fp32")
-        cast = {key: _cast(tensor, torch.float32) for key, tensor in state.items()}
+        tensors = cast(torch.float32)
     file = io.BytesIO()
-    write(file, cast, {"format": "pt", **metadata})
+    write(file, tensors, {"format": "pt", **metadata})
     return file.getvalue()
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 # ---------------------------------------------------------------- linears: name -> piece
@@ -156,55 +158,54 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _split_linears(lora: LoraWeights) -> dict[str, Piece]:
     linears = {}
     for module, pieces in lora.pieces.items():
-        for piece in stack_by_parts(split(pieces, lora.heights(module))):
-            if module == SWAPPED:
-                piece = Piece(piece.parts, piece.a, _swap(piece.b))
-            linears[_diffusers(module)[piece.parts[0]]] = piece
+        for piece in stack_by_parts(split(pieces)):
+            ((part, b),) = piece.b.items()
+            b = _swap(b) if module == SWAPPED else b
+            linears[_diffusers(module)[part]] = Piece(piece.a, {part: b})
     return linears
 
 
 def _fused_linears(lora: LoraWeights) -> dict[str, Piece]:
     return {
-        module: fuse(pieces, lora.heights(module), tuple(range(part_count(module))))
+        module: fuse(pieces, lora.heights, tuple(range(part_count(module))))
         for module, pieces in lora.pieces.items()
     }
 
 
 def _xlabs_linears(lora: LoraWeights, left_out: list[str]) -> dict[str, Piece]:
-    """x-flux builds every processor of a block at one rank: missing ones are zero, lower ranks
-    padded with zeros.
+    """Builds all processors of a block at one rank, as x-flux does: missing ones are zero, lower
+    ranks are padded with zeros.
     """
+    tables = {"double_blocks": XLABS_DOUBLE, "single_blocks": XLABS_SINGLE}
     processors: dict[str, Piece] = {}
     for module, pieces in lora.pieces.items():
         group, index, tail = [*module.split(".", 2), "", ""][:3]
-        table = {"double_blocks": XLABS_DOUBLE, "single_blocks": XLABS_SINGLE}.get(group, {})
+        table = tables.get(group, {})
         target = next(((n, parts) for n, (m, parts) in table.items() if m == tail), None)
         if target is None:
             left_out.append(module)
             continue
-        (name, parts), heights = target, lora.heights(module)
-        pieces = split(pieces, heights)
+        name, parts = target
+        pieces = split(pieces)
         held = [piece for piece in pieces if piece.parts[0] in parts]
         if len(held) < len(pieces):
             left_out.append(f"{module} (mlp)")
         if held:
-            processors[f"{group}.{index}.processor.{name}"] = fuse(held, heights, parts)
+            processors[f"{group}.{index}.processor.{name}"] = fuse(held, lora.heights, parts)
     rank = max((piece.rank for piece in processors.values()), default=0)
-    h, wide = lora.hidden, lora.hidden + lora.mlp
-    linears = {}
+    h, linears = lora.hidden, {}
     for block in dict.fromkeys(name.rpartition(".")[0] for name in processors):
-        table = XLABS_DOUBLE if block.startswith("double") else XLABS_SINGLE
-        for name, (module, parts) in table.items():
-            a = torch.zeros(rank, wide if module == "linear2" else h)
+        for name, (module, parts) in tables[block.partition(".")[0]].items():
+            a = torch.zeros(rank, h + lora.mlp if module == "linear2" else h)
             b = torch.zeros(len(parts) * h, rank)
             if piece := processors.get(f"{block}.{name}"):
-                a[: piece.rank], b[:, : piece.rank] = piece.a, piece.b
-            linears[f"{block}.{name}"] = Piece(parts, a, b)
+                a[: piece.rank], b[:, : piece.rank] = piece.a, piece.stacked_b()
+            linears[f"{block}.{name}"] = Piece(a, {0: b})
     return linears
 
 
 def _put(state: dict, form: LoraFormat, name: str, piece: Piece) -> None:
-    state[f"{name}.{form.down}"], state[f"{name}.{form.up}"] = piece.a, piece.b
+    state[f"{name}.{form.down}"], state[f"{name}.{form.up}"] = piece.a, piece.stacked_b()
     if form.alpha:
         state[f"{name}.alpha"] = torch.tensor(float(piece.rank))
 
@@ -212,23 +213,21 @@ def _put(state: dict, form: LoraFormat, name: str, piece: Piece) -> None:
 # ---------------------------------------------------------------- biases and norms; names
 
 
-def _biases(lora: LoraWeights, module: str, in_parts: bool) -> dict[str, Tensor]:
-    """Name -> what is added, under BFL's name or, in parts, under diffusers'."""
-    heights = lora.heights(module)
-    rows = rows_of(tuple(range(len(heights))), heights)
-    total = torch.zeros(sum(heights))
-    for parts, bias in lora.biases[module]:
-        own = rows_of(parts, heights)
-        for part in parts:
-            total[rows[part]] += bias[own[part]]
-    if not in_parts:
-        return {module: total}
-    total = _swap(total) if module == SWAPPED else total
-    return {name: total[rows[index]] for index, name in enumerate(_diffusers(module))}
+def _biases(lora: LoraWeights, module: str, is_split: bool) -> dict[str, Tensor]:
+    """Returns a linear's bias under BFL's name, or split under diffusers' names."""
+    parts = dict(lora.biases[module])
+    for part in range(part_count(module)):
+        if part not in parts:
+            parts[part] = torch.zeros(lora.heights[part])
+    if not is_split:
+        return {module: torch.cat([parts[part] for part in sorted(parts)])}
+    if module == SWAPPED:
+        parts[0] = _swap(parts[0])
+    return {name: parts[part] for part, name in enumerate(_diffusers(module))}
 
 
 def _swap(tensor: Tensor) -> Tensor:
-    """Into diffusers' order of scale and shift."""
+    """Swaps scale and shift into diffusers' order."""
     return torch.cat(tensor.chunk(2)[::-1])
 
 
