@@ -1,13 +1,13 @@
-"""The command line. torch and the trainer are imported inside the commands, so `--help` answers at
-once.
-"""
+"""The command line. torch and the trainer are imported inside the commands: `--help` is fast."""
 
+import json
 import os
 import re
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,7 +45,7 @@ Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]
 @app.command()
 def train(
     target: Target,
-    set_: Set = [],  # noqa: B006  typer reads the default and never changes it
+    set_: Set = [],  # noqa: B006  (typer copies the default)
     model: Model = None,
     encoders: Encoders = None,
     trigger: Trigger = None,
@@ -161,18 +161,17 @@ def sample(
     from fluxfast.sampling import Picture
     from fluxfast.tools.generate import generate
 
-    check_texts({"--prompt": prompt, "--model": model})  # which the files will hold
+    check_texts({"--prompt": prompt, "--model": model})  # both are written into the pictures
     if len(strength) not in (1, len(lora)):
         raise ConfigError(
             f"{len(strength)} strengths for {len(lora)} LoRAs", hint="give one --strength for each"
         )
     if not model.strip():
         raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
-    parts = ModelConfig(path=model, encoders=encoders)
-    update: dict[str, Any] = {"storage": storage, "compute": compute}
-    if layers is not None:
-        update["layers"] = ModelConfig(path=model, layers=read_layers(layers)).layers
-    parts = parts.model_copy(update=update)
+    roles = read_layers(layers) if layers else {}
+    parts = ModelConfig(path=model, encoders=encoders, layers=roles)
+    # not validated here: where they are resolved, an error names what is allowed
+    parts = parts.model_copy(update={"storage": storage, "compute": compute})
     pictures = [
         Picture(text, seed + walk_seed * index, width, height, steps, guidance)
         for index, text in enumerate(prompt)
@@ -213,8 +212,8 @@ def convert(
     with interruptible("nothing was written"):
         from fluxfast.formats.lora.convert import convert as run
 
-        given = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
-        lines = run(sources, to, target, **given, verify=verify)
+        options = {"strengths": strength, "scale": scale, "dtype": dtype, "drop": drop}
+        lines = run(sources, to, target, **options, verify=verify)
         print("\n".join([*lines, str(target)]))
 
 
@@ -252,20 +251,15 @@ def quantize(
     `train` reads goes in; the file goes into `--model` (its text encoders and VAE come from
     `--encoders`). Its path is printed to stdout.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
     from fluxfast.formats.base.quantize import quantize as run
     from fluxfast.run.interrupt import stop_on_signals
     from fluxfast.util.hub import TRANSFORMER, fetch_model
 
-    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with interruptible("nothing was written"):
         base = fetch_model(source, TRANSFORMER)
-        bars = progress_bars(*columns)
-        # it ends between two tensors and takes the unfinished file away: within one, safetensors
-        # makes a ValueError of the interrupt
-        with stop_on_signals() as stop, bars:
-            task = bars.add_task("", total=None)
+        # interrupted between two tensors: within one, safetensors raises ValueError instead
+        with stop_on_signals() as stop, progress_bars() as bars:
+            task = bars.add_task("quantizing", total=None)
 
             def progress(done: int, total: int) -> None:
                 bars.update(task, completed=done, total=total)
@@ -324,41 +318,37 @@ def doctor() -> None:
 
 
 def configuration(target: Path, overrides, model, encoders, trigger, name):
-    """A configuration from a YAML file, a folder of images or kohya's data set; options on top."""
+    """Returns the configuration in a YAML file, or one for a folder of images or kohya's data set,
+    with the options applied.
+    """
     from fluxfast.config.schema import build_config, load_config
 
-    given = {
-        "model.path": model,
-        "model.encoders": encoders,
-        "trigger": trigger,
-        "name": name,
-    }
-    options = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
-
+    options = {"model.path": model, "model.encoders": encoders, "trigger": trigger, "name": name}
+    overrides = [  # JSON strings are YAML; in ASCII letters such as emoji would be split in two
+        *(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items() if v is not None),
+        *overrides,
+    ]
     if target.is_dir() or target.suffix.lower() == ".toml":
-        if model is None and not any(item.startswith("model.path=") for item in overrides):
+        if not any(item.startswith("model.path=") for item in overrides):
             raise ConfigError(
                 f"training on {target} needs a model",
                 hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
             )
-        # a folder may be called what a run may not
-        called = target.resolve().name if target.is_dir() else target.stem
-        called = re.sub(r"[^\w .+-]", "_", called).lstrip(" .+-") or "lora"
+        # a folder's name may hold what a run's may not
+        name = target.resolve().name if target.is_dir() else target.stem
+        name = re.sub(r"[^\w .+-]", "_", name).lstrip(" .+-") or "lora"
         data = {"folder": str(target)} if target.is_dir() else str(target)
-        raw = {"name": called, "data": data, "model": {}}
-        return build_config(raw, [*options, *overrides], str(target))
+        return build_config({"name": name, "data": data, "model": {}}, overrides, str(target))
     if not target.exists():
         raise ConfigError(
             f"{target} does not exist", hint="give a .yaml configuration or a folder of images"
         )
-    return load_config(target, [*options, *overrides])
+    return load_config(target, overrides)
 
 
 @contextmanager
-def interruptible(word: str = "the same command goes on where it stopped"):
-    """Ctrl-C and SIGTERM end a command with a word about it. Done here because typer ends silently
-    on the first.
-    """
+def interruptible(outcome: str = "the same command goes on where it stopped"):
+    """Ctrl-C and SIGTERM end a command with a line about the outcome; typer prints none."""
     from fluxfast.run.interrupt import Stopped, handle_signals
 
     try:
@@ -366,60 +356,41 @@ def interruptible(word: str = "the same command goes on where it stopped"):
             yield
     except Stopped as stop:
         if rank() == 0:
-            print(f"{stop}; to go on: {_same_command()}", file=sys.stderr)
+            program = Path(sys.argv[0]).name
+            start = ["python", "-m", "fluxfast"] if program == "__main__.py" else [program]
+            if processes := os.environ.get("LOCAL_WORLD_SIZE"):
+                start = ["torchrun", "--nproc-per-node", processes, "-m", "fluxfast"]
+            arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
+            print(f"{stop}; to go on: {shlex.join([*start, *arguments])}", file=sys.stderr)
         raise typer.Exit(0) from None
     except KeyboardInterrupt as stop:
-        # torchrun stops the others where one has ended: that it has is what is to be said
+        # torchrun stops the others after it lost one, which is the error to report
         if isinstance(stop.__context__, LostRank):
             raise stop.__context__ from None
-        print(f"{speaker()}stopped; {word}", file=sys.stderr)
+        print_error(f"stopped; {outcome}")
         raise typer.Exit(130) from None
 
 
-def _same_command() -> str:
-    """What was typed, but for --restart."""
-    import shlex
-
-    program = Path(sys.argv[0]).name
-    start = ["python", "-m", "fluxfast"] if program == "__main__.py" else [program]
-    if processes := os.environ.get("LOCAL_WORLD_SIZE"):
-        start = ["torchrun", "--nproc-per-node", processes, "-m", "fluxfast"]
-    return shlex.join([*start, *(word for word in sys.argv[1:] if word != "--restart")])
-
-
 def rank() -> int:
-    """This process among those that torchrun started, 0 without it: the first one speaks."""
+    """Returns this process's rank among those that torchrun started, 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
-def speaker() -> str:
-    """What a line that every process may print begins with."""
-    return f"rank {rank()}: " if rank() else ""
-
-
-def _quoted(value: str) -> str:
-    """A YAML scalar that stays this string."""
-    import json
-
-    # ASCII would split a letter such as an emoji into two escapes, which YAML does not join again
-    return json.dumps(value, ensure_ascii=False)
+def print_error(message: str) -> None:
+    """Print one line to stderr, with this process's rank if it is not 0."""
+    print(f"rank {rank()}: {message}" if rank() else message, file=sys.stderr)
 
 
 def main() -> None:
-    """Entry point: errors a user can mend become one message on stderr; exit codes 0, 1, 2, 130."""
+    """Run the command line; a user's errors become one message on stderr and an exit code."""
     try:
         with log_to_terminal(rank=rank()):
             app()
     except FluxfastError as error:
-        print(f"{speaker()}error: {plain(error.message)}", file=sys.stderr)
+        print_error(f"error: {plain(error.message)}")
         if error.hint:
             print(f"hint: {plain(error.hint)}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:  # a disk that fills up under a log file, say
-        said = f"{error.filename or 'system'}: {error.strerror or error}"
-        print(f"{speaker()}error: {plain(said)}", file=sys.stderr)
+    except OSError as error:  # such as a disk that fills up under a log file
+        print_error("error: " + plain(f"{error.filename or 'system'}: {error.strerror or error}"))
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

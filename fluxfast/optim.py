@@ -19,33 +19,24 @@ if TYPE_CHECKING:
     from fluxfast.config.schema import TrainConfig
 
 
-def default_lr(train: TrainConfig) -> float:
-    """Returns the configured rate, else 1.0 for prodigy (it finds its own), 1e-4 for the others."""
-    if train.lr is not None:
-        return train.lr
-    return 1.0 if train.optimizer == "prodigy" else 1e-4
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Returns the learning rate at optimizer step `step`, counted from 0.
 
-
-def lr_multiplier(step: int, train: TrainConfig) -> float:
-    """Returns the learning rate's factor at optimizer step `step`, counted from 0.
-
-    Warm-up rises linearly to 1 over `warmup_steps`; then constant, linear or cosine down to 0 at
-    `steps`. Schedule-free warms up by itself.
+    Warm-up rises linearly over `warmup_steps` to `train.lr`, by default 1e-4, or 1.0 for prodigy,
+    which finds its own; then constant, linear or cosine down to 0 at `steps`. Schedule-free warms
+    up by itself.
     """
+    lr = train.lr
+    if lr is None:
+        lr = 1.0 if train.optimizer == "prodigy" else 1e-4
     if train.optimizer == "schedulefree":
-        return 1.0
+        return lr
     if step < train.warmup_steps:
-        return (step + 1) / (train.warmup_steps + 1)
+        return lr * ((step + 1) / (train.warmup_steps + 1))
     if train.lr_schedule == "constant":
-        return 1.0
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    done = min(1.0, done)
-    return 1 - done if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+        return lr
+    done = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    return lr * (1 - done if train.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 def clip_and_guard(
@@ -184,7 +175,7 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
         if "betas" in args:
             args["betas"] = tuple(args["betas"])
         kind, defaults = _class_and_defaults(train)
-        make: Any = partial(kind, lr=default_lr(train), **{**defaults, **args})
+        make: Any = partial(kind, lr=learning_rate(0, train), **{**defaults, **args})
         # many arguments are read in a step only, so a step is tried
         trial = nn.Parameter(torch.zeros(1, device=parameters[0].device))
         trial.grad = torch.zeros_like(trial)

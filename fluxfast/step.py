@@ -18,7 +18,7 @@ from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
 from fluxfast.model.modulation import ModulationCache
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
-from fluxfast.optim import Ema, clip_and_guard, default_lr, lr_multiplier, set_lr, step_unless
+from fluxfast.optim import Ema, clip_and_guard, learning_rate, step_unless
 
 if TYPE_CHECKING:
     from fluxfast.config.schema import Config
@@ -98,8 +98,9 @@ def train_step(
     run.ranks.all_reduce_(run.gradients, total)
     train = run.config.train
     norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
-    lr = default_lr(train) * lr_multiplier(step, train)
-    set_lr(run.optimizer, lr)
+    lr = learning_rate(step, train)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
     run.updating = True
     with run.memory.stepping():
         step_unless(run.optimizer, bad)
