@@ -92,8 +92,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             if self.path.is_file():  # a resumed run writes the lines after `first` again
-                lines = (json.dumps(row) for row in read_rows(self.path) if row["step"] <= first)
-                write_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
+                again = {json.loads(line)["step"] for line in self._unwritten}
+                rows = (r for r in read_rows(self.path) if r["step"] <= first)
+                lines = (json.dumps(row) + "\n" for row in rows if row["step"] not in again)
+                write_atomic(self.path, "".join(lines).encode())
             self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
         self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
         # rich shortens every column where they do not fit, the step count too: so they must fit

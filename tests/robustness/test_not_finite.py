@@ -1,5 +1,5 @@
-"""Numbers that are not finite: steps are skipped, a run of them ends with the last good state and a
-diagnosis; and the same seed gives the same files."""
+"""Numbers that are not finite: steps are skipped, a row of them ends the run with the last good
+state and a diagnosis. And the same seed gives the same files."""
 
 import json
 import os
@@ -11,23 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import CPU, metrics, start
 from safetensors.torch import load_file
 
 import fluxfast.train
-from fluxfast.config.schema import Config, load_config
+from fluxfast.config.schema import load_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare
 from fluxfast.data.store import LATENTS, read_tensors, write_tensors
 from fluxfast.errors import FluxfastError
 from fluxfast.run.checkpoint import checkpoints, read_state
 from fluxfast.run.diagnose import diagnose
-from fluxfast.run.logger import NotFinite, RunLog
-from fluxfast.setup import build
-from fluxfast.step import Training, train_step
+from fluxfast.step import train_step
 from fluxfast.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -36,9 +34,8 @@ def configure(configure, tmp_path):
     return lambda **changes: configure(cache_dir=str(tmp_path / "own"), **changes)
 
 
-def loader_of(config: Config) -> Loader:
-    dataset = prepare(config, CPU).dataset
-    return Loader(dataset, config.train.batch_size, config.seed)
+def loader_of(config) -> Loader:
+    return Loader(prepare(config, CPU).dataset, config.train.batch_size, config.seed)
 
 
 def spoil(loader: Loader, name: str, value: float) -> None:
@@ -48,12 +45,6 @@ def spoil(loader: Loader, name: str, value: float) -> None:
     write_tensors(sample.latents, {**tensors, "mean": torch.full_like(tensors["mean"], value)})
 
 
-def start(config: Config) -> Training:
-    prepared = prepare(config, CPU)
-    loader = Loader(prepared.dataset, config.train.batch_size, config.seed)
-    return build(config, prepared.model, loader, CPU)
-
-
 # ---------------------------------------------------------------- a run that cannot go on
 
 
@@ -61,24 +52,20 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
     settings = {"train__batch_size": 1, "log_every": 1, "save__every": 0}
     config = configure(train__steps=8, train__max_bad_steps=1, **settings)
     loader = loader_of(config)
-    names = [loader.batch(step).names[0] for step in range(4)]
-    spoil(loader, names[2], 1e30)
+    name = loader.batch(2).names[0]
+    spoil(loader, name, 1e30)
     with pytest.raises(FluxfastError) as raised:
         train(config)
     assert raised.value.message.startswith("no step from 3 to 3 had a finite loss and gradient: ")
     (line,) = (config.run_dir / "diagnosis.txt").read_text().splitlines()
-    assert line in raised.value.message and line.startswith(f"step 3, {names[2]}: fluxfast::")
+    assert line in raised.value.message and line.startswith(f"step 3, {name}: fluxfast::")
     assert "(forward) is the first op whose result is not finite" in line
 
     ((step, folder),) = checkpoints(config.run_dir)
     assert step == 2
     assert read_state(folder)["log"]["bad"] == 0  # the run goes on from before the row
-    clean = configure(name="clean", train__steps=2, **settings)
-    train(clean)
-    ours, theirs = (
-        load_file(folder / "small.safetensors"),
-        load_file(clean.run_dir / "clean.safetensors"),
-    )
+    clean = train(configure(name="clean", train__steps=2, **settings))
+    ours, theirs = load_file(folder / "small.safetensors"), load_file(clean)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -86,26 +73,28 @@ def test_bad_steps_between_good_ones_are_counted_and_end_nothing(configure):
     config = configure(train__steps=8, train__batch_size=1, train__max_bad_steps=2, log_every=4)
     spoil(loader_of(config), "1.png", float("nan"))
     train(config)
-    rows = [json.loads(x) for x in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped_steps"] for row in rows] == [1, 1]
-    assert all(row["loss"] > 0 for row in rows)
+    assert [row["skipped_steps"] for row in metrics(config)] == [1, 1]
+    assert all(row["loss"] > 0 for row in metrics(config))
     assert not (config.run_dir / "diagnosis.txt").exists()
 
 
-def test_a_loss_that_is_not_finite_skips_a_step_with_sound_gradients(configure):
-    run = start(configure())
+@pytest.mark.parametrize("kind", ["a loss alone", "a batch"])
+def test_a_step_that_is_not_finite_moves_nothing(configure, kind):
+    """Not the weights, their average or the optimizer, whose next step is the first."""
+    run, loader = start(configure(train__ema={"enabled": True}))
     before = [p.detach().clone() for p in run.parameters]
-
-    class Infinite:
-        captured = False
-
-        def __call__(self, key, inputs):
-            return run.gradient_pass(inputs) + torch.inf
-
-    run.graphs = Infinite()
-    loss, norm, bad, _ = train_step(run, [run.loader.batch(0)], 0)
-    assert loss == torch.inf and norm.isfinite() and bad == 1
+    batch, graphs = loader.batch(0), run.graphs
+    if kind == "a batch":
+        batch.mean = torch.full_like(batch.mean, torch.nan)
+    else:
+        run.graphs = lambda key, inputs: run.gradient_pass(inputs) + torch.inf
+    loss, norm, bad, _ = train_step(run, [batch], 0)
+    assert bad == 1 and not loss.isfinite() and norm.isfinite() == (kind == "a loss alone")
     assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
+    assert run.ema.updates == 0 and torch.equal(run.ema.shadow[0], before[0])
+    run.graphs = graphs
+    _, _, bad, _ = train_step(run, [loader.batch(0)], 1)
+    assert bad == 0 and any(p.abs().max() > 0 for p in run.parameters[1::2])
 
 
 @pytest.mark.grid(1)
@@ -136,60 +125,29 @@ def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dty
         config.save.every = 5  # behind the steps that end the run
 
 
-@pytest.mark.parametrize(
-    "bad, found",
-    [
-        ("..bbbb....", (3, 5, 10)),  # over before the interval is
-        ("......bbbb", (7, 9, 6)),
-        ("bb.bb..bb. b.bb......", None),
-        (".......bbb b.........", (8, 11, 20)),  # across the intervals' border
-        ("bbbbbbbbbb", (1, 3, 0)),
-    ],
-)
-def test_what_counts_as_a_row_of_bad_steps(tmp_path, bad, found):
-    one, steps, raised = torch.tensor(1.0), bad.replace(" ", ""), None
-    most = 4 if found == (8, 11, 20) else 3
-    with RunLog(tmp_path, 0, 100, 10, CPU, most_bad=most) as log:
-        for step, letter in enumerate(steps, start=1):
-            try:
-                log.step(step, one, one, torch.tensor(float(letter == "b")), 1e-4, 0)
-            except NotFinite as error:
-                raised = error.first, error.last, error.good
-                break
-    assert raised == found
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(steps) // 10  # the interval of the end, too
-
-
 # ---------------------------------------------------------------- the diagnosis
 
 
 def test_every_bad_sample_of_a_step_is_named(configure):
-    run = start(configure(train__gradient_accumulation=2))
+    run, loader = start(configure(train__gradient_accumulation=2))
     for name, value in (("1.png", float("inf")), ("3.png", 1e30)):
-        spoil(run.loader, name, value)
-    for sample in run.loader.dataset.samples:  # as bytes of a file's name may be
+        spoil(loader, name, value)
+    for sample in loader.dataset.samples:  # as bytes of a file's name may be
         sample.name = sample.name.replace("3.png", "3\n\udce9.png")
-    lines = diagnose(run, 1)
+    lines = sorted(diagnose(run, 1))
     assert len(lines) == 2  # four pictures make the step
-    assert any(
-        line == "step 1, 1.png: the cached sample itself is not finite (noisy)" for line in lines
-    )
-    assert any(
-        line.startswith(r"step 1, 3\n\udce9.png: ") and " of double_blocks.0." in line
-        for line in lines
-    )
+    assert lines[0] == "step 1, 1.png: the cached sample itself is not finite (noisy)"
+    assert lines[1].startswith(r"step 1, 3\n\udce9.png: ") and " of double_blocks.0." in lines[1]
     assert not run.gradients.any()
 
 
 @pytest.mark.slow
-def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkeypatch):
+def test_a_step_that_is_sound_when_repeated_is_said_to_be_one(configure, monkeypatch):
     """A fault of the machine, or of a captured graph, say."""
-    assert diagnose(start(configure()), 1) == []
-    step = fluxfast.train.train_step
+    real = fluxfast.train.train_step
 
     def broken(*arguments):
-        loss, norm, bad, lr = step(*arguments)
+        loss, norm, bad, lr = real(*arguments)
         return loss * float("nan"), norm, torch.ones_like(bad), lr
 
     monkeypatch.setattr(fluxfast.train, "train_step", broken)
@@ -203,15 +161,15 @@ def test_a_step_that_is_sound_when_looked_at_is_said_to_be_one(configure, monkey
     [("double_blocks.0.txt_attn.qkv", "keep"), ("single_blocks.1.linear2", "checkpoint")],
 )
 def test_the_layer_where_it_begins_is_named(configure, layer, policy):
-    run = start(configure(memory__policy=policy))
+    run, _ = start(configure(memory__policy=policy))
     run.model.get_submodule(layer).weight.fill_(3e38)
     for line in diagnose(run, 1):
         assert f"_lora_linear of {layer} (forward) is the first op" in line
         assert "; loss nan; " in line and "gradients are not finite" in line
 
 
-def test_weights_that_are_broken_are_told_of_first(configure):
-    run = start(configure())
+def test_weights_that_are_broken_are_named_first(configure):
+    run, _ = start(configure())
     run.model.get_submodule("single_blocks.0.linear1").bias[3] = torch.nan
     with torch.no_grad():
         run.parameters[0][0, 0] = torch.inf
@@ -222,7 +180,7 @@ def test_weights_that_are_broken_are_told_of_first(configure):
 
 
 def test_a_gradient_that_overflows_alone_is_traced_to_backward(configure):
-    run = start(configure())
+    run, _ = start(configure())
     layer = run.model.get_submodule("single_blocks.0.linear1")
     with torch.no_grad():  # nothing of it reaches the forward pass
         layer.lora_A.zero_()
@@ -231,20 +189,18 @@ def test_a_gradient_that_overflows_alone_is_traced_to_backward(configure):
     run.model.final_layer.linear.weight.mul_(1e12)  # and so is the gradient that comes down
     for line in diagnose(run, 1):
         assert " of single_blocks.0.linear1 (backward) is the first op" in line
-        assert (
-            "that of single_blocks.0.linear1.lora_A among them" in line and "loss nan" not in line
-        )
+        assert "that of single_blocks.0.linear1.lora_A among them" in line
+        assert "loss nan" not in line
 
 
 # ---------------------------------------------------------------- the same seed, the same files
-
-SAME = ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib")
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_path, monkeypatch):
     """In two folders and two processes, which order their sets differently; apart from dates, times
     and memory, which are not the run's own."""
+    data = {"folder": "photos", "resolution": 64, "flip": True, "caption_dropout": 0.5}
     raw = {
         "name": "same",
         "trigger": "ohwx",
@@ -253,13 +209,7 @@ def test_the_same_seed_gives_the_same_run_to_the_byte(nano_model, photos, tmp_pa
         "log_every": 1,
         "model": {"path": "model", "storage": "nf4", "compute": "fp32"},
         "lora": {"rank": 2, "dropout": 0.2, "targets": "attn"},
-        "data": {
-            "folder": "photos",
-            "resolution": 64,
-            "flip": True,
-            "caption_dropout": 0.5,
-            "shuffle_captions": True,
-        },
+        "data": {**data, "shuffle_captions": True},
         "train": {"steps": 3, "batch_size": 2, "ema": {"enabled": True}},
         "save": {"every": 2, "formats": ["diffusers", "kohya"]},
         "sample": {"prompts": ["[trigger] b"], "width": 64, "height": 64, "steps": 1, "every": 0},
@@ -294,9 +244,11 @@ def everything(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "tensorboard" not in path.parts
     }
-    rows = map(json.loads, files["same/metrics.jsonl"].splitlines())
-    kept = [{key: value for key, value in row.items() if key not in SAME} for row in rows]
-    files["same/metrics.jsonl"] = json.dumps(kept).encode()
+    rows = list(map(json.loads, files["same/metrics.jsonl"].splitlines()))
+    for row in rows:
+        for key in ("it_per_s", "s_per_it", "eta_s", "peak_memory_gib"):
+            del row[key]
+    files["same/metrics.jsonl"] = json.dumps(rows).encode()
     for fact in (rb"Date", rb"Speed, median", rb"Peak memory"):
         pattern = rb"<dt>" + fact + rb"</dt><dd>[^<]*</dd>"
         files["same/report.html"], count = re.subn(pattern, b"", files["same/report.html"])

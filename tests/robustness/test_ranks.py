@@ -1,10 +1,10 @@
 """Several processes train what one trains: the same steps up to rounding, one of them writes, and
 what one that dies leaves goes on in any number of them."""
 
-import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from runs import CPU
 from safetensors.torch import load_file
 from small import noise_pictures, small_run
 
-from fluxfast import distributed as ranks
+from fluxfast import distributed
 from fluxfast.cli import interruptible
 from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
@@ -30,12 +31,13 @@ from fluxfast.formats.base.load import resolve_device
 from fluxfast.memory.planner.suggest import host_memory
 from fluxfast.run.checkpoint import MANIFEST, checkpoints
 from fluxfast.run.interrupt import Stopped
-from fluxfast.run.logger import RunLog
 from fluxfast.run.saves import Saves
 from fluxfast.train import train
+from fluxfast.util.files import read_rows
 
 ROOT = Path(__file__).parents[2]
-STEPS, STOPPED_BY = 12, 150  # the latter in seconds
+STEPS, TIMEOUT = 12, 150  # the latter in seconds
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,10 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(nano_model, photos, tmp_path_factory):
-    """-> make(output_dir, train__lr=…): a run's configuration; all have one cache."""
+    """Returns make(output_dir, train__lr=…): a run's configuration; all have one cache."""
     cache = tmp_path_factory.mktemp("cache")
-
     common = {
+        "cache_dir": str(cache),
         "log_every": 1,
         "lora__dropout": 0.1,
         "data.0.resolution": [64, 96],
@@ -59,68 +61,59 @@ def made(nano_model, photos, tmp_path_factory):
         "save__every": 4,
         "validation": {"share": 0.2, "every": 6, "timesteps": 1},
     }
-
-    def make(output: Path, **changes) -> Config:
-        changed = {"cache_dir": str(cache), **common, **changes}
-        return small_run(nano_model, photos, output, cache, **changed)
-
-    return make
+    return lambda output, **changes: small_run(
+        nano_model, photos, output, cache, **{**common, **changes}
+    )
 
 
-def start(config: Config, *options: str) -> subprocess.Popen:
-    """torchrun, two processes; what is said goes to OUTPUT_DIR/log.txt."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    file = config.output_dir / "config.yaml"
-    file.write_text(dump_config(config), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    with open(config.output_dir / "log.txt", "a") as log:
-        return subprocess.Popen(
-            [*command, "--standalone", "-m", "fluxfast", "train", str(file)],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+class Torchrun:
+    """Two processes that train; their output goes to OUTPUT_DIR/log.txt."""
+
+    def __init__(self, config: Config, *options: str):
+        self.config = config
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        file = config.output_dir / "config.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+        with open(config.output_dir / "log.txt", "a") as log:
+            self.process = subprocess.Popen(
+                [*command, "--standalone", "-m", "fluxfast", "train", str(file)],
+                env={**os.environ, **ENVIRONMENT},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return (self.config.output_dir / "log.txt").read_text(encoding="utf-8")
+
+    def end(self) -> int:
+        """Wait for the exit code."""
+        try:
+            return self.process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail(f"still running: {self.log}")
+
+    def signal(self, rank: int, number: int, after_step: int) -> None:
+        """Signal the process of a rank when that step's line is written."""
+        until = time.monotonic() + TIMEOUT
+        while not any(row["step"] >= after_step for row in rows(self.config)):
+            if self.process.poll() is not None or time.monotonic() > until:
+                pytest.fail(f"no step {after_step}: {self.log}")
+            time.sleep(0.01)
+        pid = self.process.pid
+        (target,) = (
+            child
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0")
         )
-
-
-def said(config: Config) -> str:
-    return (config.output_dir / "log.txt").read_text(encoding="utf-8")
-
-
-def ended(process: subprocess.Popen, config: Config) -> int:
-    try:
-        return process.wait(STOPPED_BY)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"still running: {said(config)}")
-
-
-def reached(step: int, config: Config, process: subprocess.Popen) -> None:
-    """Wait until that step's line is written."""
-    until = time.monotonic() + STOPPED_BY
-    while not any(row["step"] >= step for row in rows(config)):
-        if process.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"no step {step}: {said(config)}")
-        time.sleep(0.01)
-
-
-def process_of(rank: int, process: subprocess.Popen) -> int:
-    """The process that torchrun has started for a rank."""
-    for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{line}/environ").read_text().split("\0"):
-            return int(line)
-    raise AssertionError(f"no process of rank {rank}")
+        os.kill(int(target), number)
 
 
 def rows(config: Config, name: str = "metrics") -> list[dict]:
-    file = config.run_dir / f"{name}.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_rows(config.run_dir / f"{name}.jsonl")
 
 
 def assert_same_but_for_rounding(config: Config, other: Config) -> None:
@@ -137,12 +130,6 @@ def assert_same_but_for_rounding(config: Config, other: Config) -> None:
         assert far < 1e-3, far
 
 
-def files(config: Config) -> set[str]:
-    """But for the names of TensorBoard's, of which every start makes one."""
-    paths = [path.relative_to(config.run_dir) for path in config.run_dir.rglob("*")]
-    return {str(path) for path in paths if path.parts[0] != "tensorboard"}
-
-
 @pytest.fixture(scope="module")
 def alone(made, tmp_path_factory) -> Config:
     """The run in one process, and its cache."""
@@ -157,36 +144,39 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(made, alone, tmp_path):
     config = made(tmp_path, cache_dir=str(tmp_path / "cache"))
-    assert ended(start(config), config) == 0, said(config)
-    log = said(config)
+    run = Torchrun(config)
+    assert run.end() == 0, run.log
     assert_same_but_for_rounding(config, alone)
-    assert "2 processes, each takes 2 of 4 samples" in log
-    # one speaks and writes: no line is there twice, nor a file that the one process did not write
-    lines = [line for line in log.splitlines() if line.startswith(("step ", "validation at"))]
+    assert "2 processes, each takes 2 of 4 samples" in run.log
+    # only rank 0 logs and writes: no line twice, and no file that one process did not write
+    lines = [line for line in run.log.splitlines() if line.startswith(("step ", "validation at"))]
     assert len(lines) == len(set(lines)) >= STEPS
-    assert log.count(str(config.run_dir / "small.safetensors")) == 2  # in a line, and as the result
-    assert files(config) == files(alone)
+    assert run.log.count(str(config.run_dir / "small.safetensors")) == 2  # logged, and the result
+    ours, theirs = (
+        {path.relative_to(each.run_dir) for path in each.run_dir.rglob("*")}
+        for each in (config, alone)
+    )
+    assert {path for path in ours ^ theirs if path.parts[0] != "tensorboard"} == set()
     assert len(list((config.run_dir / "tensorboard").iterdir())) == 1
-    # each encodes its share: rank 0, which says how much, not all, and all is there
-    for kind, what in (("latents", "images"), ("text", "captions")):
+    # each encodes its share: rank 0, which logs how much, not all, and all is there
+    for kind, label in (("latents", "images"), ("text", "captions")):
         cached, whole = (
             {path.name for path in (each.cache_path / kind).iterdir()} for each in (config, alone)
         )
         assert cached == whole
         own = sum(Ranks(0, 2).owns(name) for name in whole)
-        assert f"encoding {what}: {own}\n" in log and 0 < own < len(whole)
+        assert f"encoding {label}: {own}\n" in run.log and 0 < own < len(whole)
 
 
 @pytest.mark.slow
 @linux
 def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_path):
     config = made(tmp_path / "two")
-    process = start(config)
-    reached(5, config, process)
-    os.kill(process_of(1, process), signal.SIGKILL)
-    assert ended(process, config) != 0
-    assert "error: another process of this run has ended" in said(config)
-    assert f'File "{ROOT / "fluxfast"}' not in said(config)  # torchrun's own traceback alone
+    run = Torchrun(config)
+    run.signal(1, signal.SIGKILL, after_step=5)
+    assert run.end() != 0
+    assert "error: another process of this run has ended" in run.log
+    assert f'File "{ROOT / "fluxfast"}' not in run.log  # torchrun's own traceback alone
     assert not list(config.run_dir.rglob(".*.partial"))
     saved = checkpoints(config.run_dir)[-1][0]
     assert 5 <= saved < STEPS  # not only what was due at step 4
@@ -196,11 +186,10 @@ def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_p
     assert_same_but_for_rounding(one, alone)
 
     # torchrun may start them anew by itself; this time it is rank 0 that dies
-    process = start(config, "--max-restarts", "1")
-    reached(saved + 1, config, process)
-    os.kill(process_of(0, process), signal.SIGKILL)
-    assert ended(process, config) == 0, said(config)
-    assert said(config).count(f"resuming {config.run_dir} at step") == 2
+    run = Torchrun(config, "--max-restarts", "1")
+    run.signal(0, signal.SIGKILL, after_step=saved + 1)
+    assert run.end() == 0, run.log
+    assert run.log.count(f"resuming {config.run_dir} at step") == 2
     assert_same_but_for_rounding(config, alone)
 
 
@@ -208,34 +197,31 @@ def test_a_rank_that_dies_ends_the_run_and_any_number_goes_on(made, alone, tmp_p
 @linux
 def test_asked_to_stop_all_ranks_stop_after_the_same_step(made, alone, tmp_path):
     config = made(tmp_path)
-    process = start(config)
-    reached(2, config, process)
-    os.kill(process_of(1, process), signal.SIGTERM)  # rank 0 learns it from the other
-    assert ended(process, config) == 0
+    run = Torchrun(config)
+    run.signal(1, signal.SIGTERM, after_step=2)  # rank 0 learns it from the other
+    assert run.end() == 0
     (step, _), *_ = checkpoints(config.run_dir)
     assert 2 <= step < STEPS
     line = f"stopped after step {step} of {STEPS}, which is saved; to go on: torchrun"
-    assert said(config).count(line) == 1
+    assert run.log.count(line) == 1
     train(config)
     assert_same_but_for_rounding(config, alone)
 
 
 @pytest.mark.slow
 def test_the_diagnosis_is_of_every_ranks_samples(made, alone, tmp_path):
-    """Two pictures are broken in the cache, and each rank is given them at some time."""
     cache = shutil.copytree(alone.cache_path, tmp_path / "cache")
     config = made(tmp_path, cache_dir=str(cache), train__max_bad_steps=3)
-    dataset = prepare(config, torch.device("cpu")).dataset
+    dataset = prepare(config, CPU).dataset
     for sample in dataset.samples:
         tensors = read_tensors(sample.latents, ("mean", "std"))
         write_tensors(sample.latents, {**tensors, "mean": tensors["mean"] * float("nan")})
-    assert ended(start(config), config) != 0
-    first = Loader(dataset, 4, config.seed).batch(0).names
+    run = Torchrun(config)
+    assert run.end() != 0
+    names = dict.fromkeys(Loader(dataset, 4, config.seed).batch(0).names)
     text = (config.run_dir / "diagnosis.txt").read_text(encoding="utf-8")
-    assert [line.split(":")[0] for line in text.splitlines()] == list(
-        dict.fromkeys(f"step 1, {name}" for name in first)
-    )
-    assert "error: no step from 1 to 3 had a finite loss and gradient" in said(config)
+    assert [line.split(":")[0] for line in text.splitlines()] == [f"step 1, {n}" for n in names]
+    assert "error: no step from 1 to 3 had a finite loss and gradient" in run.log
 
 
 PAIR = """
@@ -278,58 +264,48 @@ with init_distributed() as ranks:
 """
 
 
-def test_ranks_tell_each_other(tmp_path):
-    import socket
-
+def test_two_ranks_exchange_values_and_notice_a_lost_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", PAIR],
             cwd=tmp_path,
-            env={**common, "RANK": str(rank)},
+            env={**ENVIRONMENT, **address, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    ends = [process.communicate(timeout=STOPPED_BY) for process in pair]
+    ends = [process.communicate(timeout=TIMEOUT) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], ends
     assert ends[0][0] == "lost\n"
 
 
 def test_one_process_waits_for_nobody():
-    assert SINGLE_PROCESS.is_main and not SINGLE_PROCESS.any(False) and SINGLE_PROCESS.any(True)
-    assert SINGLE_PROCESS.all_gather_json({"a": 1}) == [{"a": 1}]
+    with distributed.init_distributed() as ranks:
+        assert ranks == SINGLE_PROCESS
+    assert ranks.is_main and not ranks.any(False) and ranks.any(True)
+    assert ranks.all_gather_json({"a": 1}) == [{"a": 1}]
     value = torch.ones(3)
-    SINGLE_PROCESS.all_reduce_(value)
-    SINGLE_PROCESS.barrier()
-    SINGLE_PROCESS.check_same("color", "red")
-    with SINGLE_PROCESS.main_process_first():
+    ranks.all_reduce_(value)
+    ranks.barrier()
+    ranks.check_same("color", "red")
+    with ranks.main_process_first():
         assert torch.equal(value, torch.ones(3))
-    with ranks.init_distributed() as joined:
-        assert joined == SINGLE_PROCESS
 
 
 @pytest.mark.slow
 def test_restart_is_for_the_first_start_not_for_torchruns_next(made, tmp_path, monkeypatch):
     config = made(tmp_path, train__steps=1)
     train(config)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train(config, restart=True)
-    assert [path.name for path in config.output_dir.iterdir()] == ["small"]
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    train(config, restart=True)
-    assert sorted(path.name for path in config.output_dir.iterdir()) == ["small", "small.1"]
+    for count, folders in (("1", ["small"]), ("0", ["small", "small.1"])):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        train(config, restart=True)
+        assert sorted(path.name for path in config.output_dir.iterdir()) == folders
 
 
 def test_ranks_that_see_other_checkpoints_are_refused(made, tmp_path, monkeypatch):
@@ -350,7 +326,7 @@ def test_no_rank_leaves_before_the_first_has_saved_what_a_stop_leaves(made, tmp_
     stop.set()
     monkeypatch.setattr("fluxfast.train.stop_on_signals", lambda: nullcontext(stop))
     save, wait = Saves.save, Ranks.barrier
-    monkeypatch.setattr(Saves, "save", lambda *given: (save(*given), seen.append("saved")))
+    monkeypatch.setattr(Saves, "save", lambda *args: (save(*args), seen.append("saved")))
     monkeypatch.setattr(Ranks, "barrier", lambda ranks: (wait(ranks), seen.append("waited")))
     with pytest.raises(Stopped):
         train(made(tmp_path, save__every=0, validation__share=0))
@@ -365,12 +341,12 @@ def test_torchruns_signal_does_not_hide_that_a_rank_was_lost():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_of_several_who_are_stopped_each_says_who_it_is(monkeypatch, capsys):
-    for rank, who in (("0", ""), ("1", "rank 1: ")):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(typer.Exit), interruptible("go on"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert capsys.readouterr().err == f"{who}stopped; go on\n"
+@pytest.mark.parametrize("rank, start", [("0", ""), ("1", "rank 1: ")])
+def test_a_rank_that_is_stopped_names_itself(monkeypatch, capsys, rank, start):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(typer.Exit), interruptible("go on"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capsys.readouterr().err == f"{start}stopped; go on\n"
 
 
 def test_ranks_share_every_batch_and_every_key():
@@ -380,11 +356,11 @@ def test_ranks_share_every_batch_and_every_key():
     keys = [f"{number * 2654435761 % 2**32:08x}abc" for number in range(300)]
     owners = [[rank for rank in range(3) if Ranks(rank, 3).owns(key)] for key in keys]
     assert all(len(each) == 1 for each in owners)
-    assert {min(owners.count([rank]) for rank in range(3)) > 60} == {True}
+    assert min(owners.count([rank]) for rank in range(3)) > 60
 
 
-def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
-    dataset = prepare(alone, torch.device("cpu")).dataset
+def test_loaders_of_the_ranks_read_the_batch_of_one(made, tmp_path):
+    dataset = prepare(made(tmp_path), CPU).dataset
     whole = Loader(dataset, 4, seed=3)
     parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).shard(4)) for rank in range(2)]
     for number in (0, 1, 7):
@@ -392,17 +368,9 @@ def test_loaders_of_the_ranks_read_the_batch_of_one(made, alone):
         assert batch.names == halves[0].names + halves[1].names
         assert batch.indices == halves[0].indices + halves[1].indices
         for key in ("mean", "std", "t5", "pooled"):
-            assert torch.equal(
-                getattr(batch, key), torch.cat([getattr(half, key) for half in halves])
-            )
+            both = torch.cat([getattr(half, key) for half in halves])
+            assert torch.equal(getattr(batch, key), both)
     assert whole.fingerprint == parts[1].fingerprint
-
-
-def test_a_rank_that_does_not_write_counts_alone(tmp_path):
-    log = RunLog(tmp_path / "run", 0, 4, 1, torch.device("cpu"), writes=False)
-    with log:
-        log.step(1, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.0), 1e-4, 0)
-    assert log.state()["losses"] == [2.0] and not (tmp_path / "run").exists()
 
 
 def test_buffers_on_the_device_are_allocated_before_its_free_memory_is_planned_with(
@@ -410,34 +378,30 @@ def test_buffers_on_the_device_are_allocated_before_its_free_memory_is_planned_w
 ):
     seen = []
     monkeypatch.setattr(
-        Ranks,
-        "all_reduce_",
-        lambda ranks, *tensors: seen.extend(tensor.device.type for tensor in tensors),
+        Ranks, "all_reduce_", lambda ranks, *tensors: seen.extend(t.device.type for t in tensors)
     )
-    monkeypatch.setattr("fluxfast.train.plan_run", lambda *given: seen.append("planned"))
+    monkeypatch.setattr("fluxfast.train.plan_run", lambda *args: seen.append("planned"))
     train(made(tmp_path, train__steps=1))
     assert seen[:2] == ["cpu", "planned"]
 
 
 @pytest.mark.parametrize("nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
 def test_gloo_alone_where_torch_knows_gpus_but_no_nccl(monkeypatch, nccl, backend):
-    asked = []
+    requested = []
 
     def new_group(timeout, backend):
-        asked.append(backend)
+        requested.append(backend)
         raise RuntimeError("enough")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch.distributed, "new_group", new_group)
-    monkeypatch.setattr(ranks, "_init_process_group", asked.append)
-    with (
-        pytest.raises(FluxfastError, match="do not find each other: enough"),
-        ranks.init_distributed(),
-    ):
+    monkeypatch.setattr(distributed, "_init_process_group", requested.append)
+    error = pytest.raises(FluxfastError, match="do not find each other: enough")
+    with error, distributed.init_distributed():
         pytest.fail("went on")
-    assert asked == [backend, backend]
+    assert requested == [backend, backend]
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import logged, noise_pictures
@@ -21,16 +22,8 @@ from fluxfast.config.schema import Config, all_keys, build_config
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.run.checkpoint import checkpoints, read_state, save_checkpoint
 from fluxfast.run.interrupt import Stopped
-from fluxfast.run.resume import (
-    APPLIED,
-    REFUSED,
-    RULES,
-    START,
-    changes,
-    check_changes,
-    settings,
-    table_key,
-)
+from fluxfast.run.resume import APPLIED, REFUSED, RULES, changes, check_changes, settings, table_key
+from fluxfast.run.validation import read_validations
 from fluxfast.train import train
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
@@ -47,15 +40,14 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_charts(monkeypatch):
     """They take half of such a short run's time."""
-    monkeypatch.setattr(fluxfast.run.evaluate, "plot_validation", lambda rows, path: path)
+    monkeypatch.setattr(fluxfast.run.evaluate, "plot_validation", lambda rows, path: None)
     monkeypatch.setattr(fluxfast.train, "write_report", lambda run_dir: run_dir / "report.html")
 
 
 @pytest.fixture
 def demanding(configure):
-    """-> make(optimizer, steps): accumulation, an average, caption dropout, two buckets, validation
-    at steps that are no saves, log lines that a stop cuts in two.
-    """
+    """Returns make(optimizer, steps): accumulation, an average, caption dropout, two buckets,
+    validation at steps that are no saves, log lines that a stop cuts in two."""
 
     def make(optimizer: str, steps: int, **changes) -> Config:
         common = {
@@ -79,14 +71,14 @@ def demanding(configure):
 
 
 @contextmanager
-def stopped_after(step: int, monkeypatch, number=signal.SIGINT):
+def stopped_after(step: int, monkeypatch):
     """Inside, a run gets a signal in the middle of its step `step`."""
-    train_step = fluxfast.train.train_step
+    real = fluxfast.train.train_step
 
     def signaled(run, batches, index):
         if index == step - 1:
-            os.kill(os.getpid(), number)
-        return train_step(run, batches, index)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, batches, index)
 
     with monkeypatch.context() as patch:
         patch.setattr(fluxfast.train, "train_step", signaled)
@@ -95,22 +87,25 @@ def stopped_after(step: int, monkeypatch, number=signal.SIGINT):
     assert raised.value.step == step
 
 
-def rows(config: Config, name: str = "metrics") -> list[dict]:
-    lines = (config.run_dir / f"{name}.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+def validated_steps(config: Config) -> list[int]:
+    return [row.step for row in read_validations(config.run_dir / "validation.jsonl")]
+
+
+def last_state(config: Config) -> dict:
+    return read_state(checkpoints(config.run_dir)[-1][1])
 
 
 def everything(config: Config) -> dict:
-    """LoRA files as bytes, the last checkpoint's tensors and numbers, both series."""
+    """Returns LoRA files as bytes, the last checkpoint's tensors and numbers, both series."""
     files = sorted(config.run_dir.glob("*.safetensors"))
     assert {file.name for file in files} >= {"small.safetensors", "small_ema.safetensors"}
-    state = read_state(checkpoints(config.run_dir)[-1][1])
+    state = last_state(config)
     del state["config"]  # which also says when to save
     return {
         "files": {file.name: file.read_bytes() for file in files},
         "state": state,
-        "metrics": rows(config),
-        "validation": rows(config, "validation"),
+        "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(config)],
+        "validation": (config.run_dir / "validation.jsonl").read_text(),
     }
 
 
@@ -129,22 +124,27 @@ def assert_same(one, other, path="") -> None:
         assert one == other, path
 
 
+def uninterrupted(config: Config) -> dict:
+    """Returns everything of the run in one go, whose folder is moved out of the way."""
+    train(config)
+    whole = everything(config)
+    config.run_dir.rename(config.output_dir / "whole")
+    return whole
+
+
 def compare(config: Config, stops: list[int], monkeypatch) -> None:
     """The run in one go, beside the one that is stopped at these steps and goes on each time."""
     with logged() as lines:
-        train(config)
+        whole = uninterrupted(config)
     assert not any("samples in 1 buckets" in line for line in lines)
-    whole = everything(config)
-    config.run_dir.rename(config.output_dir / "whole")
     for step in stops:
         with stopped_after(step, monkeypatch):
             train(config)
         assert checkpoints(config.run_dir)[-1][0] == step
     train(config)
     assert_same(everything(config), whole)
-    steps = [row["step"] for row in whole["metrics"]]
-    assert steps == list(range(2, config.train.steps + 1, 2))
-    assert whole["validation"][0]["step"] == 0
+    steps = list(range(2, config.train.steps + 1, 2))
+    assert [row["step"] for row in metrics(config)] == steps and validated_steps(config)[0] == 0
 
 
 @pytest.mark.grid(1)
@@ -174,7 +174,7 @@ def test_saving_and_measuring_change_nothing(demanding):
     for more in ({}, often):
         config = demanding("schedulefree", 4, **more)
         train(config)
-        ends.append(read_state(checkpoints(config.run_dir)[-1][1]))
+        ends.append(last_state(config))
         config.run_dir.rename(config.output_dir / f"run {len(ends)}")
     for key in ("parameters", "optimizer", "ema"):
         assert_same(ends[0][key], ends[1][key], key)
@@ -208,15 +208,13 @@ def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
     """In the middle of a measurement, before the best weights are kept, behind lines and
     measurements of steps that no checkpoint has, and between the last measurement and the end."""
     config = demanding("adamw", 8, save__every=3, validation={"share": 0.2, "every": 2})
-    train(config)
-    whole = everything(config)
-    config.run_dir.rename(config.output_dir / "whole")
+    whole = uninterrupted(config)
     killed_in("train_step", 6, monkeypatch, config)  # of 3, where the interval to 4 is half over
-    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4]
+    assert validated_steps(config) == [0, 2, 4]
     killed_in("save_best", 1, monkeypatch, config)  # at 4, whose measurement is written
     killed_in("train_step", 5, monkeypatch, config)  # of 6, where a measurement is due
     killed_in("_look", 1, monkeypatch, config)  # before 6's
-    assert [row["step"] for row in rows(config, "validation")] == [0, 2, 4]
+    assert validated_steps(config) == [0, 2, 4]
     killed_in("_look", 2, monkeypatch, config)  # before 8's, behind the last save
     assert checkpoints(config.run_dir)[-1][0] == 8
     killed_in("publish", 1, monkeypatch, config, fluxfast.run.saves.Saves)
@@ -225,30 +223,29 @@ def test_killed_runs_leave_no_step_twice_or_out(demanding, monkeypatch):
 
 
 def test_the_best_of_steps_that_come_again_is_forgotten(demanding, monkeypatch):
-    """NAME_best of a later step that was lost is put back to the one that the checkpoint knew."""
+    """NAME_best of a later step that was lost is put back to the one that the checkpoint knew. Had
+    the steps after it gone worse this time, that file would have stayed."""
+
+    def best_step() -> int:
+        with safe_open(config.run_dir / "small_best.safetensors", "pt") as file:
+            return int(file.metadata()["steps"])
+
     config = demanding("adamw", 8, save__every=3, validation={"share": 0.2, "every": 2})
     killed_in("train_step", 6, monkeypatch, config)
-    kept = config.run_dir / "small_best.safetensors"
-    with safe_open(kept, "pt") as file:
-        lost = int(file.metadata()["steps"])
-    assert lost == 4  # behind the checkpoint of step 3
-    # had the steps after 3 gone worse this time, that file would have stayed
+    assert best_step() == 4  # behind the checkpoint of step 3
     killed_in("train_step", 1, monkeypatch, config)
-    with safe_open(kept, "pt") as file:
-        assert int(file.metadata()["steps"]) == 2
-    assert [row["step"] for row in rows(config, "validation")] == [0, 2]
+    assert best_step() == 2 and validated_steps(config) == [0, 2]
 
 
-def test_a_state_that_does_not_fit_is_said(configure):
+def test_a_state_that_does_not_fit_is_reported(configure):
     """Sound by its checksums, but another program's, say."""
     config = configure()
     train(config)
-    state = read_state(checkpoints(config.run_dir)[-1][1])
+    state = last_state(config)
     del state["optimizer"]["param_groups"]
     save_checkpoint(config.run_dir, state, lambda folder: None, keep=1)
-    with pytest.raises(
-        FluxfastError, match="the state in .* does not fit this run: 'param_groups'"
-    ):
+    message = "the state in .* does not fit this run: 'param_groups'"
+    with pytest.raises(FluxfastError, match=message):
         train(configure(train__steps=6))
 
 
@@ -256,9 +253,7 @@ def test_a_state_that_does_not_fit_is_said(configure):
 def test_what_was_best_is_known_without_the_series(demanding, monkeypatch):
     """A checkpoint holds the measurements, so that a worse step does not become the best."""
     config = demanding("adamw", 8, validation={"share": 0.2, "every": 2, "timesteps": 1})
-    train(config)
-    whole = everything(config)
-    config.run_dir.rename(config.output_dir / "whole")
+    whole = uninterrupted(config)
     with stopped_after(5, monkeypatch):
         train(config)
     (config.run_dir / "validation.jsonl").unlink()
@@ -278,13 +273,6 @@ def test_a_finished_run_is_not_measured_again(demanding, monkeypatch):
 # ---------------------------------------------------------------- other settings
 
 
-def other(value):
-    """Another value than this one."""
-    if isinstance(value, bool):
-        return not value
-    return {"other": 1} if isinstance(value, dict) else f"not {value}"
-
-
 @pytest.fixture(scope="module")
 def some_config() -> Config:
     data = [{"folder": "a"}, {"folder": "b", "mask": "alpha"}]
@@ -294,27 +282,24 @@ def some_config() -> Config:
 def test_every_setting_is_in_one_class():
     known = all_keys(Config)
     leaves = {key for key in known if not any(each.startswith(f"{key}.") for each in known)}
-    named = [key for key, _ in RULES]
-    assert sorted(named) == sorted(set(named)), "a key is in two rows"
-    assert set(named) == leaves
+    assert sorted(key for key, _ in RULES) == sorted(leaves)
     assert {kind for _, kind in RULES} == {"refused", "applied", "start"}
 
 
-def test_every_class_does_what_it_says(some_config):
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
+def test_every_class_does_what_it_says(some_config, rule):
+    key, kind = rule
+    if key.startswith("data."):
+        key = key.replace("data.", "data.1." if key == "data.folder" else "data.0.")
+    assert table_key(key) == rule[0]
     now = settings(some_config)
-    keys = {
-        "data.1.folder" if key == "data.folder" else key.replace("data.", "data.0.")
-        for key in REFUSED | APPLIED | START
-    }
-    assert keys <= now.keys()
-    for key in keys:
-        before = settings(some_config) | {key: other(now[key])}
-        kind = dict(RULES)[table_key(key)]
-        if kind == "refused":
-            with pytest.raises(ConfigError, match="with other settings") as raised:
-                check_changes(before, some_config)
-            assert f"{key} was" in raised.value.message and "--restart" in raised.value.hint
-            continue
+    other = {"other": 1} if isinstance(now[key], dict) else f"not {now[key]}"
+    before = now | {key: not now[key] if isinstance(now[key], bool) else other}
+    if kind == "refused":
+        with pytest.raises(ConfigError, match="with other settings") as raised:
+            check_changes(before, some_config)
+        assert f"{key} was" in raised.value.message and "--restart" in raised.value.hint
+    else:
         (line,) = check_changes(before, some_config)
         assert f"{key} was" in line
         assert ("without effect" in line) == (kind == "start")
@@ -354,14 +339,14 @@ def test_harmless_changes_are_applied_and_named(demanding, monkeypatch, log_line
     config = demanding("adamw", 5, **changed)
     train(config)
     (line,) = [line for line in log_lines if "other settings" in line]
-    for word in (
+    for change in (
         "train.steps was 4, is 5",
         "train.lr was 0.001, is 0.003",
         "log_every was 2, is 1",
     ):
-        assert word in line
-    assert [row["lr"] for row in rows(config)][-3:] == [3e-3] * 3
-    assert [row["step"] for row in rows(config)] == [2, 3, 4, 5]
+        assert change in line
+    assert [row["lr"] for row in metrics(config)][-3:] == [3e-3] * 3
+    assert [row["step"] for row in metrics(config)] == [2, 3, 4, 5]
 
 
 def test_dangerous_changes_are_refused_before_anything_is_done(demanding, monkeypatch):
@@ -369,7 +354,7 @@ def test_dangerous_changes_are_refused_before_anything_is_done(demanding, monkey
     with stopped_after(2, monkeypatch):
         train(config)
     monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("went on"))
-    for key, value in {"lora__rank": 3, "seed": 7, "train__batch_size": 3}.items():
+    for key, value in {"lora__rank": 3, "train__optimizer_args": {"weight_decay": 0.5}}.items():
         with pytest.raises(ConfigError, match=f"{key.replace('__', '.')} was"):
             train(demanding("adamw", 4, **{key: value}))
 
@@ -395,10 +380,9 @@ def test_an_average_may_begin_late_and_end_early(demanding, monkeypatch):
     with stopped_after(2, monkeypatch):
         train(demanding("adamw", 3, **on))
     config = demanding("adamw", 3, **off)
-    state = read_state(checkpoints(config.run_dir)[-1][1])
-    assert state["ema"]["updates"] == 1
+    assert last_state(config)["ema"]["updates"] == 1
     train(config)
-    assert read_state(checkpoints(config.run_dir)[-1][1])["ema"] is None
+    assert last_state(config)["ema"] is None
 
 
 def test_the_newest_checkpoint_is_damaged_and_the_run_is_the_same(demanding, log_lines):
@@ -409,5 +393,5 @@ def test_the_newest_checkpoint_is_damaged_and_the_run_is_the_same(demanding, log
     (config.run_dir / "small.safetensors").unlink()
     again = load_file(train(config))
     assert all(torch.equal(again[key], value) for key, value in whole.items())
-    said = "\n".join(log_lines)
-    assert "step-00000004 is damaged" in said and "resuming" in said and "at step 3" in said
+    log = "\n".join(log_lines)
+    assert "step-00000004 is damaged" in log and "resuming" in log and "at step 3" in log
