@@ -1,5 +1,4 @@
-"""Pictures, captions and cache files as strangers and accidents make them: each is used, or skipped
-with one line, and the run goes on."""
+"""Unusual and damaged images, captions and cache files: each is used, or skipped with one line."""
 
 import io
 import os
@@ -40,9 +39,14 @@ def noise(size=(64, 64)) -> Image.Image:
     return Image.effect_noise(size, 90).convert("RGB")
 
 
+def truncated(path: Path) -> None:
+    noise((256, 256)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """One good picture."""
+    """A folder of one good image."""
     (tmp_path / "data").mkdir()
     square().save(tmp_path / "data" / "good.png")
     return tmp_path / "data"
@@ -73,7 +77,7 @@ BOMB += struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def used(folder: Path) -> list[str]:
-    """Odd ones that can be trained on, of every kind."""
+    """Adds unusual images of every kind that can be trained on. Returns all names."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise((64, 96)).save(folder / "turned.jpg", exif=exif)
@@ -107,12 +111,10 @@ SKIPPED = {
 
 
 def skipped(folder: Path) -> None:
-    """What cannot be, of every kind that a look at the file tells."""
+    """Adds files of every kind that the scan skips."""
     (folder / "zero.png").touch()
     (folder / "words.jpg").write_text("not a picture")
-    (folder / "vector.png").write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
-    )
+    square().save(folder / "vector.png", format="EPS")
     square(size=(1, 1)).save(folder / "dot.png")
     square(size=(20_000, 20)).save(folder / "thin.png")
     (folder / "bomb.png").write_bytes(BOMB)
@@ -164,29 +166,25 @@ def test_a_picture_at_half_of_the_limit_is_used_without_a_warning(tmp_path, monk
         image_size(tmp_path / "a.png")
 
 
-def test_no_reader_that_starts_a_program_is_ever_asked(tmp_path, monkeypatch):
-    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+def test_ghostscript_never_runs(tmp_path, monkeypatch):
+    """Pillow would start it for EPS, whatever the file is called."""
     from PIL import EpsImagePlugin
 
-    def never(*arguments, **named):
+    def ghostscript(*args, **options):
         raise AssertionError("Ghostscript")
 
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
-    Image.init()
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
     square().save(tmp_path / "a.png", format="EPS")
-    with (
-        Image.open(tmp_path / "a.png") as image,
-        pytest.raises(AssertionError, match="Ghostscript"),
-    ):
-        image.load()  # what would have happened
     with pytest.raises(FluxfastError, match="not an image"):
         load_image(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+    with image, pytest.raises(AssertionError, match="Ghostscript"):
+        image.load()
 
 
 @pytest.fixture
 def nobody():
-    """-> a folder of one good picture, and a way to become a user who owns nothing, as modes mean
-    nothing to root."""
+    """A folder of one good image, and a function that drops root's rights to read everything."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     (folder / "cache").mkdir()
@@ -217,18 +215,18 @@ def test_what_may_not_be_read_is_skipped(nobody):
     socket.socket(socket.AF_UNIX).bind(str(folder / "socket.png"))
     socket.socket(socket.AF_UNIX).bind(str(folder / "good.txt"))
     become()
-    with logged() as said:
+    with logged() as lines:
         (images,) = scan_data(settings(folder), folder.parent / "cache" / "sizes")
-    found = read_captions(folder, [image.path for image in images])
+    captions = read_captions(folder, [image.path for image in images])
     assert [image.name for image in images] == ["good.png", "hard.png", "words.png"]
-    assert sorted(said) == [
+    assert sorted(lines) == [
         f"skipped: cannot read the folder {folder}/sub: Permission denied",
         f"skipped: cannot read the folder {folder}/unlisted: Permission denied",
         f"skipped: cannot read the image {folder}/locked.png: Permission denied",
         f"skipped: cannot read the image {folder}/socket.png: it is no regular file",
         f"skipped: cannot read the image {folder}/unentered/a.png: Permission denied",
     ]
-    assert {path.name: error.message for path, error in found.unread.items()} == {
+    assert {path.name: error.message for path, error in captions.unread.items()} == {
         "good.png": f"cannot read {folder}/good.txt: it is no regular file",
         "words.png": f"cannot read {folder}/words.txt: Permission denied",
     }
@@ -244,9 +242,9 @@ def test_masks_and_folders_that_may_not_be_entered(nobody):
     closed.chmod(0)
     become()
     config = settings(folder, mask="folder", mask_folder=str(closed / "in"))
-    with logged() as said:
+    with logged() as lines:
         assert scan_data(config, folder.parent / "cache" / "sizes") == [[]]
-    assert len(said) == 1 and said[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
+    assert len(lines) == 1 and lines[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
     with pytest.raises(FluxfastError, match="cannot read the folder .*closed/in: Permission"):
         scanned(closed / "in")
 
@@ -257,13 +255,13 @@ def test_links_in_a_circle_among_pictures_with_masks(folder):
     square("white", mode="L").save(masks / "good.png")
     os.symlink(folder / "circle.png", folder / "circle.png")
     data = {"mask": "folder", "mask_folder": str(masks)}
-    found, said = scanned(folder, **data)
-    assert found == ["good.png"] and len(said) == 1 and "levels of symbolic links" in said[0]
+    names, lines = scanned(folder, **data)
+    assert names == ["good.png"] and len(lines) == 1 and "levels of symbolic links" in lines[0]
     os.symlink(folder / "round", folder / "round")
     square().save(folder / "mask.png")
     os.symlink(masks / "mask.png", masks / "mask.png")
-    found, said = scanned(folder, **data)
-    assert found == ["good.png"] and len(said) == 2
+    names, lines = scanned(folder, **data)
+    assert names == ["good.png"] and len(lines) == 2
     with pytest.raises(FluxfastError, match=r"no mask for .*good\.png"):
         scanned(folder, mask="folder", mask_folder=str(folder / "round"), strict=True)
 
@@ -271,9 +269,8 @@ def test_links_in_a_circle_among_pictures_with_masks(folder):
 def test_a_file_of_terabytes_is_not_read(folder):
     with open(folder / "huge.png", "wb") as file:
         file.truncate(2**42)
-    found, said = scanned(folder)
-    assert found == ["good.png"]
-    assert said == [f"skipped: the image {folder / 'huge.png'} is larger than 2 GiB"]
+    skip = f"skipped: the image {folder / 'huge.png'} is larger than 2 GiB"
+    assert scanned(folder) == (["good.png"], [skip])
 
 
 def test_a_size_that_was_remembered_wrongly_is_measured_again(folder):
@@ -293,32 +290,31 @@ ACCENTS = "naïve café, élève – “Käfer”"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_encodings_that_tell_themselves(encoding):
+def test_unambiguous_encodings(encoding):
     for text in (ACCENTS, "小猫坐着", "жук", "a"):
         assert decode(text.encode(encoding)) == (text, False)
 
 
-def test_utf_16_without_its_mark_is_told_by_its_zeros():
-    for encoding in ("utf-16-le", "utf-16-be"):
-        assert decode(ACCENTS.encode(encoding)) == (ACCENTS, False)
-        with pytest.raises(ValueError, match="is damaged UTF-16 text"):
-            decode("a word".encode("utf-16-le")[:-1])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "cp1252", "latin-1"])
+def test_encodings_that_are_recognized_or_guessed(encoding):
+    text = "caf\xe9" if encoding == "latin-1" else ACCENTS
+    assert decode(text.encode(encoding)) == (text, "utf" not in encoding)
 
 
-def test_western_european_text_is_guessed_and_other_bytes_are_not():
-    assert decode(ACCENTS.encode("cp1252")) == (ACCENTS, True)
-    assert decode("caf\xe9".encode("latin-1")) == ("café", True)
-    for text, encoding in (
-        ("小猫坐在窗台上", "gbk"),
-        ("ねこがいる", "shift-jis"),
-        ("рыжий кот", "cp1251"),
-    ):
-        with pytest.raises(ValueError, match="nor Western European"):
-            decode(text.encode(encoding))
-    with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 7\)"):  # a letter is sound, one cut
-        decode("é, caf\xe9".encode()[:-1] + b", ")
-    with pytest.raises(ValueError, match="nothing but zeros"):
-        decode(bytes(100))
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("小猫坐在窗台上".encode("gbk"), "nor Western European"),
+        ("ねこがいる".encode("shift-jis"), "nor Western European"),
+        ("рыжий кот".encode("cp1251"), "nor Western European"),
+        ("é, caf\xe9".encode()[:-1] + b", ", r"is not UTF-8 \(byte 7\)"),  # a letter is cut
+        ("a word".encode("utf-16-le")[:-1], "is damaged UTF-16 text"),
+        (bytes(100), "nothing but zeros"),
+    ],
+)
+def test_other_bytes_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        decode(data)
 
 
 def test_control_characters_become_spaces(tmp_path):
@@ -327,17 +323,17 @@ def test_control_characters_become_spaces(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "b.png", "text": "a\\u001b[2Jcat\\u0000"}'
     )
-    found = read_captions(tmp_path, [tmp_path / "a.png", tmp_path / "b.png"])
-    assert list(found.texts.values()) == ["[31mred   cat \tsits\nhere", "a [2Jcat"]
+    captions = read_captions(tmp_path, [tmp_path / "a.png", tmp_path / "b.png"])
+    assert list(captions.texts.values()) == ["[31mred   cat \tsits\nhere", "a [2Jcat"]
 
 
 def test_a_long_caption_is_used_and_a_book_is_not(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 20_000)
     (tmp_path / "b.txt").write_bytes(b"x" * 1_000_001)
     (tmp_path / "c.txt").write_text(" \n\t")
-    found = read_captions(tmp_path, [tmp_path / f"{name}.png" for name in "abc"])
-    assert [len(text) for text in found.texts.values()] == [99_999, 0]
-    (error,) = found.unread.values()
+    captions = read_captions(tmp_path, [tmp_path / f"{name}.png" for name in "abc"])
+    assert [len(text) for text in captions.texts.values()] == [99_999, 0]
+    (error,) = captions.unread.values()
     assert error.message == f"{tmp_path / 'b.txt'} is larger than 1000000 bytes"
 
 
@@ -347,8 +343,8 @@ def test_a_caption_file_that_cannot_be_read_is_no_missing_one(tmp_path, monkeypa
     os.symlink(tmp_path / "none", tmp_path / "c.txt")
     (tmp_path / "d.txt").mkdir()
     images = [tmp_path / f"{name}.png" for name in "abcd"]
-    found = read_captions(tmp_path, images)
-    assert list(found.unread) == images and not found.texts
+    captions = read_captions(tmp_path, images)
+    assert list(captions.unread) == images and not captions.texts
     os.mkfifo(tmp_path / "metadata.jsonl")  # likewise, for every image that might be in it
     assert list(read_captions(tmp_path, [tmp_path / "e.png"]).unread) == [tmp_path / "e.png"]
 
@@ -356,11 +352,8 @@ def test_a_caption_file_that_cannot_be_read_is_no_missing_one(tmp_path, monkeypa
 def test_pictures_whose_captions_cannot_be_used_are_skipped(
     nano_model, folder, tmp_path, configure
 ):
-    for name, data in (
-        ("gbk", "小猫坐在窗台上".encode("gbk")),
-        ("west", b"caf\xe9"),
-        ("west2", b"\xe9l"),
-    ):
+    contents = {"gbk": "小猫坐在窗台上".encode("gbk"), "west": b"caf\xe9", "west2": b"\xe9l"}
+    for name, data in contents.items():
         square().save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_bytes(data)
     (folder / "metadata.jsonl").write_text("{\n")
@@ -372,11 +365,14 @@ def test_pictures_whose_captions_cannot_be_used_are_skipped(
         ("west.png", "ohwx, café"),
         ("west2.png", "ohwx, él"),
     ]
-    said = [line for line in lines if ".txt" in line or "skipped" in line]
-    assert said[0].startswith(f"skipped: {folder}/metadata.jsonl, line 1: not valid JSON")
-    assert said[1].startswith(f"skipped: {folder}/gbk.txt is not UTF-8 (byte ")
-    assert said[2].startswith("2 caption files are not UTF-8 and were read as Windows-1252: ")
-    assert said[3].startswith("1 of 4 pictures skipped") and len(said) == 4
+    lines = [line for line in lines if ".txt" in line or "skipped" in line]
+    starts = [
+        f"skipped: {folder}/metadata.jsonl, line 1: not valid JSON",
+        f"skipped: {folder}/gbk.txt is not UTF-8 (byte ",
+        "2 caption files are not UTF-8 and were read as Windows-1252: ",
+        "1 of 4 pictures skipped",
+    ]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     strict = configure(data={"folder": str(folder), "resolution": 64, "strict": True})
     with pytest.raises(FluxfastError, match=r"2 files cannot be used: .*line 1.*gbk\.txt"):
         prepare(strict, CPU)
@@ -386,16 +382,12 @@ def test_pictures_whose_captions_cannot_be_used_are_skipped(
 
 
 def test_a_folder_of_everything_makes_a_data_set(folder, configure):
-    """What only decoding tells is skipped too, and all that is said is one line each, whatever the
-    names hold."""
+    """Also skips what only decoding finds, with one line each, whatever the names hold."""
     names = used(folder)
     skipped(folder)
     (folder / "good.txt").write_text("word " * 20_000)
-    noise((256, 256)).save(folder / "cut.jpg")
-    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-9000])
-    noise((256, 256)).save(folder / "cut\n\x1b[2J.png")
-    whole = (folder / "cut\n\x1b[2J.png").read_bytes()
-    (folder / "cut\n\x1b[2J.png").write_bytes(whole[: len(whole) // 2])
+    truncated(folder / "cut.jpg")
+    truncated(folder / "cut\n\x1b[2J.png")
     screen = io.StringIO()
     config = configure(data={"folder": str(folder), "resolution": [64, 96], "flip": True})
     with log_to_terminal(Console(file=screen, width=500)):
@@ -422,9 +414,7 @@ def test_nothing_that_can_be_used_is_an_error(folder, configure, monkeypatch):
     data = {"folder": str(folder), "resolution": 64}
     with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
         prepare(configure(data=data), CPU)
-    noise((256, 256)).save(folder / "good.png")
-    whole = (folder / "good.png").read_bytes()
-    (folder / "good.png").write_bytes(whole[: len(whole) // 2])
+    truncated(folder / "good.png")
     monkeypatch.undo()
     with pytest.raises(FluxfastError, match="none of the 1 pictures can be used"):
         prepare(configure(data=data), CPU)
@@ -435,29 +425,28 @@ def test_files_that_change_or_vanish_before_they_are_encoded_are_skipped(folder,
     for name in ("changed.png", "gone.png"):
         noise().save(folder / name)
 
-    def disturb(what, done, total):
-        if what == "text" and done == total:
+    def disturb(kind, done, total):
+        if kind == "text" and done == total:
             square("blue").save(folder / "changed.png")
             (folder / "gone.png").unlink()
 
     config = configure(data={"folder": str(folder), "resolution": 64}, trigger="disturbed")
     root = Path(config.model.path)
     before = set(config.cache_path.glob("latents/*"))
-    with logged() as said:
+    with logged() as lines:
         dataset = cache.prepare_dataset(config, cache.Encoding(root, 32), progress=disturb)
     assert [sample.name for sample in dataset.samples] == ["good.png"]
-    assert said[0] == f"skipped: the image {folder / 'changed.png'} was changed while it was read"
+    assert lines[0] == f"skipped: the image {folder}/changed.png was changed while it was read"
     assert (
-        said[1]
-        == f"skipped: cannot read the image {folder / 'gone.png'}: No such file or directory"
+        lines[1] == f"skipped: cannot read the image {folder}/gone.png: No such file or directory"
     )
-    assert said[2].startswith("2 of 3 pictures skipped")
+    assert lines[2].startswith("2 of 3 pictures skipped")
     made = set(config.cache_path.glob("latents/*")) - before
     assert made <= {dataset.samples[0].latents}
-    with logged() as said:
+    with logged() as lines:
         again = cache.prepare_dataset(config, cache.Encoding(root, 32))
     assert [sample.name for sample in again.samples] == ["changed.png", "good.png"]
-    assert not said
+    assert not lines
 
 
 def test_a_mask_that_changes_while_it_is_read_spoils_its_picture(folder, configure, monkeypatch):
@@ -505,14 +494,13 @@ def test_pictures_may_go_once_they_are_cached(own, photos, tmp_path, monkeypatch
 
 
 def tensors(content: bytes) -> bytes:
-    """What follows the header, which holds the run's folder."""
+    """Returns a file without its header, which holds the run's folder."""
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 @pytest.mark.slow
 def test_a_cache_that_is_damaged_while_training_is_mended_and_changes_nothing(own, monkeypatch):
-    """One file with a bit turned over, one gone: the run saves, encodes them anew and goes on to
-    the very file of a run that nothing happened to."""
+    """With one file corrupt and one missing, the run ends with the same bits as without."""
     expected = train(own(name="whole", train__steps=18))
     config, real, done = own(name="hurt", train__steps=18), training.train_step, []
 
