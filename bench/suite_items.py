@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from bench import ROOT, timing
 from bench.rows import Row, RowFile, peers
@@ -63,7 +62,11 @@ class StepItem:
                 say(f"{cycle}: {result}")
             self._append(file, cycle, results, details)
 
-        measure_apart(self.settings, self.names, references(file), report, limit_s)
+        # the gradients that candidates are gated against are those of the same commit
+        commit = str(file.conditions.get("commit"))[:12]
+        references = file.path.with_name(f"{file.path.stem}-references") / commit
+        references.mkdir(parents=True, exist_ok=True)
+        measure_apart(self.settings, self.names, references, report, limit_s)
 
     def skip(self, reason: str, file: RowFile) -> None:
         """Appends rows with the status "out of time"."""
@@ -73,15 +76,6 @@ class StepItem:
 
     def _append(self, file: RowFile, cycle: Cycle, results: dict, details: dict) -> None:
         file.append_news(rows(self.settings, cycle, results, details, file.conditions))
-
-
-def references(file: RowFile) -> Path:
-    """The folder beside the rows for the gradients that candidates are gated against; another one
-    for every commit."""
-    commit = str(file.conditions.get("commit"))[:12]
-    folder = file.path.with_name(f"{file.path.stem}-references") / commit
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @dataclass

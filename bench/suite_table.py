@@ -13,15 +13,15 @@ GIB = 2**30
 
 
 def table(rows: list[Row]) -> str:
-    """Of the newest row of everything: outcomes, steps by setting, kernels with most to gain, and
-    what was not measured, with its reason."""
+    """Outcomes, steps by setting, kernels with most to gain, and what was not measured with its
+    reason, from the newest row of each identity."""
     rows = newest(rows)
     parts = [_outcomes(rows), *_steps(rows), _kernels(rows), _others(rows), _missing(rows)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def wrong(rows: list[Row]) -> list[str]:
-    """Why the exit code is 1: wrong results, a command that fails, a slow step on the CPU."""
+    """The reasons for exit code 1: wrong results, a command that fails, a slow step on the CPU."""
     rows = newest(rows)
     failures = [f"{title(r)}: {r['status']}: {r['reason']}" for r in rows if _is_wrong(r)]
     results = {
@@ -40,14 +40,15 @@ def _is_wrong(row: Row) -> bool:
 
 
 def _outcomes(rows: list[Row]) -> list[str]:
-    """How the commands ended; of tests, how many passed."""
+    """A line for each command: its status, and how many of its tests passed."""
     lines = []
     for row in rows:
         if row["bench"] == "suite" and row["status"] not in ("skipped", "out of time"):
-            passed = row["said"] if row["status"] == "ok" and "passed" in row["said"] else ""
-            detail = passed or row["reason"] or ""
-            lines.append(f"{row['name']}: {row['status']} after {row['seconds']:.0f} s {detail}")
-    return [line.rstrip() for line in lines]
+            last = row.get("said") or ""
+            detail = row["reason"] or (last if "passed" in last else "")
+            line = f"{row['name']}: {row['status']} after {row['seconds']:.0f} s {detail}"
+            lines.append(line.rstrip())
+    return lines
 
 
 def _steps(rows: list[Row]) -> list[list[str]]:
@@ -81,33 +82,29 @@ def _cell(row: Row | None) -> str:
         return "-"
     if row["median_ms"] is None:
         return row["status"]
-    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
     # on a CPU only what a step adds is known
-    peak = row["peak_memory_bytes"] if row["device"] != "cpu" else None
-    return f"{row['median_ms']:.0f} {ratio:>5} {'-' if peak is None else f'{peak / GIB:.1f}':>5}"
+    peak = None if row["device"] == "cpu" else row["peak_memory_bytes"]
+    figures = _figure(row["ratio"], ".2f"), _figure(peak and peak / GIB, ".1f")
+    return f"{row['median_ms']:.0f} {figures[0]:>5} {figures[1]:>5}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _rates(rows: list[Row | None]) -> list[str]:
-    """Of the largest size that was timed."""
+    """TFLOP/s, MFU and launches of the largest size that was timed."""
     timed = [row for row in rows if row and row["median_ms"] is not None and row["pixels"]]
     if not timed:
         return ["", "", ""]
     row = max(timed, key=lambda row: row["pixels"])
-    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    launches = "-" if row["launches"] is None else str(row["launches"])
-    return [f"{row['tflop_per_s']:.2f}", mfu, launches]
+    return [f"{row['tflop_per_s']:.2f}", _figure(row["mfu"], ".1%"), _figure(row["launches"], "")]
 
 
 def _kernels(rows: list[Row]) -> list[str]:
-    """Ours that take the most time over their floor."""
-    timed = [
-        row
-        for row in rows
-        if row["bench"] == "kernels"
-        and row["name"].startswith("fluxfast")
-        and row["status"] == "ok"
-        and row.get("floor_ms")
-    ]
+    """fluxfast's kernels with the most time over their floor."""
+    ours = [row for row in rows if row["bench"] == "kernels" and row["name"].startswith("fluxfast")]
+    timed = [row for row in ours if row["status"] == "ok" and row.get("floor_ms")]
     timed.sort(key=lambda row: row["median_ms"] - row["floor_ms"], reverse=True)
     if not timed:
         return []

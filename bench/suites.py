@@ -42,7 +42,8 @@ BARE = [name.removesuffix("-trainer") for name in TRAINERS]
 def gpu_suite(tiny: bool = False) -> list[Item]:
     """Its first eight minutes: are the kernels right, the step at three sizes in every mode beside
     diffusers QLoRA, the kernels beside their floor. tiny: narrow blocks on a CPU."""
-    settings = _tiny() if tiny else _cuda()
+    settings = Settings(DEV, "cuda", torch.bfloat16, [], 512, 16, rounds=7, warmup=3, apart=True)
+    settings = _tiny() if tiny else settings
     sides = TINY_SIDES if tiny else SIDES
 
     def step(
@@ -75,24 +76,17 @@ def gpu_suite(tiny: bool = False) -> list[Item]:
 
 def cpu_suite(tiny: bool = False) -> list[Item]:
     """At most ten minutes on two cores. tiny: without what has one size only."""
-    settings = replace(_tiny(), apart=False) if tiny else _cpu()
+    bf16 = multiplies_bf16(torch.device("cpu"))
+    compute = torch.bfloat16 if bf16 else torch.float32
+    cycles = [Cycle((256,), 1)]
+    settings = Settings(CPU_SPEC, "cpu", compute, cycles, 128, 16, rounds=9, warmup=3, apart=False)
+    settings = replace(_tiny(), apart=False) if tiny else settings
     full = [
         CommandItem("NF4", ["-m", "bench.quantize", "--out", "{out}"], 45),
         CommandItem("saved bytes", ["-m", "bench.saved", "--out", "{out}"], 45),
     ]
     step = StepItem(settings, DEFAULTS["cpu"], 330)
     return [step, *([] if tiny else full), _kernels("kernels", "cpu", 150, tiny)]
-
-
-def _cuda() -> Settings:
-    return Settings(DEV, "cuda", torch.bfloat16, [], 512, 16, rounds=7, warmup=3, apart=True)
-
-
-def _cpu() -> Settings:
-    bf16 = multiplies_bf16(torch.device("cpu"))
-    compute = torch.bfloat16 if bf16 else torch.float32
-    cycles = [Cycle((256,), 1)]
-    return Settings(CPU_SPEC, "cpu", compute, cycles, 128, 16, rounds=9, warmup=3, apart=False)
 
 
 def _tiny() -> Settings:

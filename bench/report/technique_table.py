@@ -140,13 +140,13 @@ def one_graph(results: Path) -> str:
 
 
 class Technique(NamedTuple):
-    """kind: of CLASSES. changes: what differs in the result. gain: from the folder of rows, in
-    words. readme: whether the README has it."""
+    """kind: of CLASSES. gain: from the folder of rows, in words. changes: what differs in the
+    result. readme: whether the README has it."""
 
     name: str
     kind: str
-    changes: str
     gain: Callable[[Path], str]
+    changes: str = "nothing"
     readme: bool = False
 
 
@@ -154,68 +154,68 @@ TECHNIQUES = [
     Technique(
         "Each fused op saves its input and rebuilds the rest in backward: no checkpointing",
         "exact",
-        "nothing",
         no_recompute,
         readme=True,
     ),
     Technique(
         "LayerNorm + modulation, GELU, gate + residual inside the matmul's op",
         "rounding",
-        "fewer roundings",
         lambda results: beside_eager(results, "norm_modulate_lora_linear", "gelu_lora_linear"),
+        "fewer roundings",
     ),
     Technique(
         "QK-norm + RoPE + both streams' joint layout in one pass",
         "rounding",
-        "fewer roundings",
         lambda results: beside_eager(results, "qk_norm_rope_attention"),
+        "fewer roundings",
     ),
     Technique(
         "LoRA's up-projection inside the accumulator",
         "rounding",
-        "one rounding fewer",
         lambda results: beside_eager(results, "lora_linear"),
+        "one rounding fewer",
     ),
     Technique(
         "NF4 dequantized inside the matmul, or once into a scratch buffer that is reused",
         "exact",
-        "nothing: the same bytes as bitsandbytes",
         nf4_dequantize,
+        "nothing: the same bytes as bitsandbytes",
         readme=True,
     ),
     Technique(
         "8-bit matmuls, forward and dX: int8 at four times a 4090's bf16 rate, or fp8",
         "lossy",
-        "the blocks' linears round their inputs and gradients to 8 bits",
         int8_matmuls,
+        "the blocks' linears round their inputs and gradients to 8 bits",
         readme=True,
     ),
     Technique(
         "Quantization inside the kernel that makes the input; scales and LoRA in the epilogue",
         "exact",
-        "nothing more",
         fused_quantization,
+        "nothing more",
         readme=True,
     ),
     Technique(
         "The MLP's activation saved in 8 bits, in as many blocks as the memory asks for",
         "lossy",
-        "gradients, in those blocks",
         int8_activations,
+        "gradients, in those blocks",
     ),
     Technique(
         "Frozen modulation computed ahead for coming samples",
         "exact",
-        "nothing",
         modulation_ahead,
         readme=True,
     ),
-    Technique("One CUDA graph per picture size", "exact", "nothing", one_graph, readme=True),
+    Technique("One CUDA graph per picture size", "exact", one_graph, readme=True),
 ]
 
 
 def table(techniques: list[Technique], results: Path) -> str:
-    lines = [[*one[:3], one.gain(results) or "not measured"] for one in techniques]
+    lines = [
+        [one.name, one.kind, one.changes, one.gain(results) or "not measured"] for one in techniques
+    ]
     return markdown(["technique", "class", "effect on the result", "gain"], lines)
 
 

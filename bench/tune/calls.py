@@ -6,6 +6,7 @@ parts, gate and residual that it has in the model: each adds to the kernel that 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -127,37 +128,24 @@ class LinearTensors:
 def _product(t: LinearTensors) -> Call:
     ys = t.empty(t.outputs)
     after = (t.reference("down")[0].to(HALF), t.update, t.epilogue, ys)
-    if not t.matmul:
-
-        def run(tile) -> None:
-            dense.lora_gemm(t.xs, t.weight, *after, tile)
-
-    else:
-        rows, weight = [quantize_rows(x, t.matmul)[0] for x in t.xs], t.weight_in_8bit()
-
-        def run(tile) -> None:
-            eight_bit.gemm_8bit(rows, weight, HALF, t.weight.bias, *after, tile)
-
+    run = partial(dense.lora_gemm, t.xs, t.weight, *after)
+    if t.matmul:
+        rows = [quantize_rows(x, t.matmul)[0] for x in t.xs]
+        weight = (t.weight_in_8bit(), HALF, t.weight.bias)
+        run = partial(eight_bit.gemm_8bit, rows, *weight, *after)
     return Call(run, ys, lambda: t.reference("product"))
 
 
 def _dx(t: LinearTensors, op: str) -> Call:
     dxs = t.empty(t.inputs)
     update = (t.reference("d_down")[0].to(HALF), t.update.lora_a, t.inputs)
-    if not t.matmul:
-
-        def run(tile) -> None:
-            dense.lora_gemm_dx(t.dys, t.weight, *update, dxs, tile)
-
-    else:
+    run = partial(dense.lora_gemm_dx, t.dys, t.weight, *update, dxs)
+    if t.matmul:
         question = (dispatch.arch_of(t.device), MATMUL_DTYPE[t.matmul], "dense", t.M, t.K, t.N)
         weight = t.weight_in_8bit(transposed=not dispatch.choose(op, *question).fused)
         pieces = zip(t.dys, weight.scale.split(t.outputs), strict=True)
         rows = [quantize_rows(dy, t.matmul, part.contiguous())[0] for dy, part in pieces]
-
-        def run(tile) -> None:
-            eight_bit.gemm_8bit_dx(rows, weight, *update, HALF, out=dxs, tile=tile)
-
+        run = partial(eight_bit.gemm_8bit_dx, rows, weight, *update, HALF, HALF, dxs)
     return Call(run, dxs, lambda: t.reference("dx"))
 
 
@@ -168,13 +156,12 @@ def _skinny(t: LinearTensors, pass_name: str, with_rows: bool) -> Call:
     quantized = (inputs if pass_name == "d_down" else inputs[:1]) if with_rows else []
     rows = [empty_rows(x, "int8") for x in quantized]
     out = torch.empty(t.M, len(t.update.lora_a), dtype=HALF, device=t.device)
-    channel = torch.rand(t.N, device=t.device) + 0.5 if pass_name == "d_down" and rows else None
-
-    def run(tile) -> None:
-        if pass_name == "d_down":
-            grads.lora_d_down(inputs, t.update, out, tile, rows, channel)
-        else:
-            grads.lora_down(inputs, t.update.lora_a, out, tile, rows)
+    if pass_name == "d_down":
+        channel = torch.rand(t.N, device=t.device) + 0.5 if rows else None
+        run = partial(grads.lora_d_down, inputs, t.update, out, rows=rows, channel=channel)
+    else:
+        channel = None
+        run = partial(grads.lora_down, inputs, t.update.lora_a, out, rows=rows)
 
     def reference() -> list[Tensor]:
         channels = [None] * len(rows) if channel is None else channel.split(t.outputs)
@@ -190,15 +177,12 @@ def _skinny(t: LinearTensors, pass_name: str, with_rows: bool) -> Call:
 
 
 def _gradient(t: LinearTensors, pass_name: str) -> Call:
-    skinny = t.reference("d_down" if pass_name == "dA" else "down")[0].to(HALF)
-    out = torch.empty_like(t.update.lora_a if pass_name == "dA" else t.update.lora_b)
-
-    def run(tile) -> None:
-        if pass_name == "dA":
-            grads.lora_da(t.xs, skinny, out, tile)
-        else:
-            grads.lora_db(t.dys, skinny, t.update, out, tile)
-
+    if pass_name == "dA":
+        out, d_down = torch.empty_like(t.update.lora_a), t.reference("d_down")[0].to(HALF)
+        run = partial(grads.lora_da, t.xs, d_down, out)
+    else:
+        out, down = torch.empty_like(t.update.lora_b), t.reference("down")[0].to(HALF)
+        run = partial(grads.lora_db, t.dys, down, t.update, out)
     return Call(run, [out], lambda: t.reference(pass_name))
 
 
@@ -226,22 +210,13 @@ def _attention(kernel: str, T: int, heads: int, C: int, device: str) -> Call:
     lse, delta_out = torch.empty_like(h.lse), torch.empty_like(h.lse)  # dq's kernel makes delta
     delta = (h.o.float() * h.do.float()).sum(-1)
     if kernel == "forward":
-        return Call(
-            lambda tile: attention.launch_forward(h.qkv, o, lse, tile),
-            [o, lse],
-            lambda: h.reference()[:2],
-        )
+        run = partial(attention.launch_forward, h.qkv, o, lse)
+        return Call(run, [o, lse], lambda: h.reference()[:2])
     if kernel == "dq":
-        return Call(
-            lambda tile: attention.launch_dq(h.do, h.qkv, h.o, h.lse, dq, delta_out, tile),
-            [dq, delta_out],
-            lambda: [h.reference()[2], delta],
-        )
-    return Call(
-        lambda tile: attention.launch_dkdv(h.do, h.qkv, h.lse, delta, dk, dv, tile),
-        [dk, dv],
-        lambda: h.reference()[3:],
-    )
+        run = partial(attention.launch_dq, h.do, h.qkv, h.o, h.lse, dq, delta_out)
+        return Call(run, [dq, delta_out], lambda: [h.reference()[2], delta])
+    run = partial(attention.launch_dkdv, h.do, h.qkv, h.lse, delta, dk, dv)
+    return Call(run, [dk, dv], lambda: h.reference()[3:])
 
 
 def _qk_norm_rope(T: int, heads: int, C: int, device: str) -> Call:

@@ -14,7 +14,7 @@ the noise. candidates and sweep can be stopped and resumed. Kernels only read wh
 import argparse
 import os
 import sys
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -109,11 +109,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     properties = torch.cuda.get_device_properties("cuda")
     known = closest((properties.major, properties.minor), properties.total_memory / 2**30)
     workers = min(options.workers or os.cpu_count() or 1, MOST_WORKERS)
-    target = Target(DEV, options.rank, "cuda", arch, options.rounds, alive=alive)
-    with ExitStack() as stack:
-        if workers > 1:
-            ahead = stack.enter_context(closing(Precompiler(workers, DEV, options.rank, "cuda")))
-            target = target._replace(precompile=ahead)
+    with closing(Precompiler(workers, DEV, options.rank, "cuda")) as precompile:
+        target = Target(DEV, options.rank, "cuda", arch, options.rounds, precompile, alive)
         found = jobs(options, target, known, verdicts, conditions["device_name"])
         return int(not sweep(found, options.out, conditions, options.budget_s))
 

@@ -99,7 +99,10 @@ def _questions(step: StepSpec, op: Op, shape: Shape, arch: int) -> list[tuple]:
     """(kernel, M, N, K, part of the op's time) of each launch that asks dispatch."""
     linear, _, pass_name = op.name.partition(" ")
     if "blocks." in linear and linear.count(".") > 1:
-        question = _of_linear(step, linear, pass_name, _rows(linear, shape), arch)
+        tokens = {"txt": shape.text_tokens, "img": shape.image_tokens}
+        M = shape.batch * tokens.get(linear.split(".")[2][:3], shape.tokens)
+        M = MODULATION_ROWS if "mod" in linear else M
+        question = _of_linear(step, linear, pass_name, M, arch)
         return [] if question is None else [(*question, 1.0)]
     # one sample's tokens stand for all of attention
     T, heads, C = shape.tokens, step.spec.num_heads, step.spec.head_dim
@@ -113,13 +116,6 @@ def _questions(step: StepSpec, op: Op, shape: Shape, arch: int) -> list[tuple]:
     else:
         parts = {}
     return [(Kernel(name, "dense", "half"), T, heads, C, part) for name, part in parts.items()]
-
-
-def _rows(linear: str, shape: Shape) -> int:
-    if "mod" in linear:
-        return MODULATION_ROWS
-    tokens = {"txt": shape.text_tokens, "img": shape.image_tokens}
-    return shape.batch * tokens.get(linear.split(".")[2][:3], shape.tokens)
 
 
 def _of_linear(step: StepSpec, linear: str, pass_name: str, M: int, arch: int) -> tuple | None:

@@ -9,6 +9,7 @@ resumes where it stopped.
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -59,19 +60,18 @@ def load(path: Path) -> tuple[str, Verdicts]:
 
 def save(path: Path, arch: int, triton: str, verdicts: Verdicts) -> None:
     """Writes one line a heading, kernels in KERNELS' order; the file is never half written."""
-    lines = []
+    kernels: dict[str, dict[str, list[str]]] = {}
     for kernel in map(str, KERNELS):
-        by_heading: dict[str, list[str]] = {}
-        for tile, heading in verdicts.get(kernel, {}).items():
-            by_heading.setdefault(heading, []).append(tile)
-        if by_heading:
-            headings = sorted(by_heading.items(), key=lambda item: (item[0] != KEPT, item[0]))
-            body = ",\n".join(f"      {json.dumps(h)}: {json.dumps(t)}" for h, t in headings)
-            lines.append(f'    "{kernel}": {{\n{body}\n    }}')
-    head = f'{{\n  "arch": {arch},\n  "triton": "{triton}",\n  "kernels": {{\n'
+        found = sorted(
+            verdicts.get(kernel, {}).items(), key=lambda item: (item[1] != KEPT, item[1])
+        )
+        for tile, heading in found:
+            kernels.setdefault(kernel, {}).setdefault(heading, []).append(tile)
+    text = json.dumps({"arch": arch, "triton": triton, "kernels": kernels}, indent=2)
+    text = re.sub(r"\[[^]]*\]", lambda tiles: json.dumps(json.loads(tiles[0])), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+    part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
 
 

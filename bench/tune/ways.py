@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.tune.calls import HALF, Heads, LinearTensors, disagreement
 from bench.tune.problems import MATMUL_DTYPE, Problem
 from bench.tune.sweep import Job, Target, Timed
+from bench.tune.write import Table
 
 WAYS = ("fused", "decode")
 BACKENDS = ("flash", "cudnn", "triton")
@@ -42,7 +43,7 @@ def answering(op: str, storage: str, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def shipping(arch: int, own: dict[str, list[dict]]) -> Iterator[None]:
+def shipping(arch: int, own: Table) -> Iterator[None]:
     """Dispatch reads `own` in place of the card's file."""
     rows = dispatch.ordered([own, dispatch.tables(arch)[-1]])
     dispatch.choose.cache_clear()
@@ -63,21 +64,15 @@ def op_of(t: LinearTensors, pass_name: str) -> list[Tensor]:
 class HandOverJob(Job):
     """Both ways at rising M. measured(): the card's rows as they would now be written."""
 
-    def __init__(
-        self,
-        pair: Problem,
-        target: Target,
-        measured: Callable[[], dict[str, list[dict]]],
-        rows: tuple[int, ...] = HAND_OVER_ROWS,
-    ):
+    def __init__(self, pair: Problem, target: Target, measured: Callable[[], Table]):
         identity = {"kind": "hand over", **pair.kernel._asdict(), "n": pair.N, "k": pair.K}
         super().__init__(identity, pair.share, WAYS[0], target)
-        self.pair, self.measured, self.rows = pair, measured, rows
+        self.pair, self.measured = pair, measured
 
     def time(self, failed: set[str]) -> Timed:
         """A result for each way and M."""
         with shipping(self.target.arch, self.measured()):
-            return [pair for M in self.rows for pair in self._at(M, failed)]
+            return [pair for M in HAND_OVER_ROWS for pair in self._at(M, failed)]
 
     def _at(self, M: int, failed: set[str]) -> Timed:
         (kernel, pair), target = (self.pair.kernel, self.pair), self.target

@@ -26,7 +26,6 @@ ATTENTION_PATH = CONFIGS / "attention.json"
 LEAST_GAIN = 0.02  # of the shipped time; and more than the spread of either measurement
 MEASURED = "measured: "
 KEY = ("op", "storage", "dtype", "n", "k")
-ATTENTION_KEY = ("kernel", "arch", "dtype", "c")
 Rows = list[dict[str, object]]
 Table = dict[str, Rows]
 
@@ -166,37 +165,36 @@ def _threshold(by_m: dict[int, Rows]) -> dict | None:
 
 def merged(table: Table, measured: Rows) -> Table:
     """A card's table with what was measured: those rows first, then all others as they were."""
-    tiles, thresholds = {}, {}
+    tiles, thresholds = [], []
     for key, by_m in _questions(measured, "tile", KEY).items():
-        kernel = Kernel(*key[:3])
-        if kernel.op not in ATTENTION:
-            filters = dict(zip(KEY, key, strict=True))
-            tiles[key] = _ranged(by_m, filters, ("m_min", "m_max"), _tile_fields)
+        filters = dict(zip(KEY, key, strict=True))
+        if filters["op"] not in ATTENTION:
+            tiles.append((filters, _ranged(by_m, filters, ("m_min", "m_max"), _tile_fields)))
     for key, by_m in _questions(measured, "hand over", KEY).items():
-        row = _threshold(by_m)
-        thresholds[key] = [dict(zip(KEY, key, strict=True)) | row] if row else []
+        filters, row = dict(zip(KEY, key, strict=True)), _threshold(by_m)
+        thresholds.append((filters, [filters | row] if row else []))
     return {
-        "thresholds": _replaced(table["thresholds"], thresholds, KEY, measured),
-        "tiles": _replaced(table["tiles"], tiles, KEY, measured),
+        "thresholds": _replaced(table["thresholds"], thresholds, measured),
+        "tiles": _replaced(table["tiles"], tiles, measured),
     }
 
 
 def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
     """`attention.json` with what was measured on a card, for that card alone."""
-    backends, tiles = {}, {}
+    backends, tiles = [], []
     for (dtype, C), by_t in _questions(measured, "attention", ("dtype", "k")).items():
         filters = {"arch": [arch], "dtype": [dtype], "c": [C]}
         rows = _ranged(by_t, filters, ("t_min", "t_max"), lambda row: {"backend": row["way"]})
-        backends[_key(filters, ATTENTION_KEY)] = rows
+        backends.append((filters, rows))
     for (op, dtype, C), by_t in _questions(measured, "tile", ("op", "dtype", "k")).items():
         if op in ATTENTION:  # its tiles are for any T: the longest counts most
             filters = {"kernel": [op], "arch": [arch], "dtype": [dtype], "c": [C]}
             won = winner(by_t[max(by_t)])
             rows = [filters | _tile_fields(won[0]) | {"source": won[1]}] if won else []
-            tiles[_key(filters, ATTENTION_KEY)] = rows
+            tiles.append((filters, rows))
     return {
-        "backends": _replaced(table["backends"], backends, ATTENTION_KEY, measured),
-        "tiles": _replaced(table["tiles"], tiles, ATTENTION_KEY, measured),
+        "backends": _replaced(table["backends"], backends, measured),
+        "tiles": _replaced(table["tiles"], tiles, measured),
     }
 
 
@@ -204,19 +202,17 @@ def _tile_fields(row: dict) -> dict[str, int]:
     return asdict(named_tile(Kernel(row["op"], row["storage"], row["dtype"]), row["tile"]))
 
 
-def _key(row: dict, names: tuple[str, ...]) -> tuple:
-    values = (row.get(name) for name in names)
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
-
-
-def _replaced(rows: Rows, new: dict[tuple, Rows], names: tuple[str, ...], measured: Rows) -> Rows:
-    """new: replaces the measured rows of a key, unless another device was measured for it."""
+def _replaced(rows: Rows, new: list[tuple[dict, Rows]], measured: Rows) -> Rows:
+    """new: (filters, rows in place of the measured rows with these filters), but for what another
+    device was measured for."""
     device = measured[0]["device_name"] if measured else ""
-    ours = [row for row in rows if _is_measured(row)]
-    theirs = {_key(row, names) for row in ours if f", {device}, " not in row["source"]}
-    new = {key: made for key, made in new.items() if key not in theirs}
-    others = [row for row in rows if row not in ours or _key(row, names) not in new]
-    return [row for key in sorted(new, key=str) for row in new[key]] + others
+    first, replaced = [], []
+    for filters, made in sorted(new, key=lambda pair: str(pair[0])):
+        same = [row for row in rows if _is_measured(row) and filters.items() <= row.items()]
+        if all(f", {device}, " in row["source"] for row in same):
+            first += made
+            replaced += same
+    return first + [row for row in rows if row not in replaced]
 
 
 # ---------------------------------------------------------------- files
