@@ -13,85 +13,65 @@ _NEEDED = (
 
 
 def report() -> tuple[list[str], bool]:
-    """-> (lines to print, whether training can run here)."""
-    lines = [
-        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
-    ]
+    """Returns the lines to print, and whether training can run here."""
+    rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     healthy = True
     for name in _NEEDED:
         try:
-            lines.append(f"{name:<16} {importlib.metadata.version(name)}")
+            rows.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             optional = name == "triton" and platform.system() != "Linux"
             healthy &= optional
-            lines.append(
-                f"{name:<16} {'not here (Linux only)' if optional else 'MISSING: `make install`'}"
-            )
-    lines.append("")
+            rows.append((name, "not here (Linux only)" if optional else "MISSING: `make install`"))
+    rows.append(("", ""))
     try:
-        lines += _torch_lines()
+        rows += _torch_rows()
     except ImportError as error:
-        lines.append(f"torch does not import: {error}")
+        rows.append(("torch", f"does not import: {error}"))
         healthy = False
-    lines += _disk_lines()
-    return lines, healthy
+    rows += _disk_rows()
+    return [f"{label:<16} {text}".rstrip() for label, text in rows], healthy
 
 
-def _torch_lines() -> list[str]:
+def _torch_rows() -> list[tuple[str, str]]:
     import torch
     from fluxfast_kernels.quant import native
 
     from fluxfast.formats.base.load import multiplies_8_bits, resolve_precision
     from fluxfast.model.precision import activation_dtype, multiplies_bf16
 
-    lines = []
+    rows = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        properties = torch.cuda.get_device_properties(device)
-        bf16 = "bf16" if multiplies_bf16(device) else "no bf16"
-        capability = properties.major, properties.minor
-        lines.append(
-            f"GPU {index}            {properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
-            f"sm_{properties.major}{properties.minor}, "
-            + ", ".join([bf16, *multiplies_8_bits(capability)])
-        )
-    if not lines:
+        card = torch.cuda.get_device_properties(device)
+        kinds = ["bf16" if multiplies_bf16(device) else "no bf16"]
+        kinds += multiplies_8_bits((card.major, card.minor))
+        size = f"{card.total_memory / 2**30:.1f} GiB, sm_{card.major}{card.minor}"
+        rows.append((f"GPU {index}", f"{card.name}, {size}, {', '.join(kinds)}"))
+    if not rows:
         built = torch.version.cuda or "none: a CPU build"
-        lines.append(
-            f"GPU              none found (torch's CUDA: {built}); training runs on the CPU"
-        )
-    cpu = torch.device("cpu")
-    lines.append(
-        f"CPU              {torch.get_num_threads()} threads, bf16 products in hardware: "
-        f"{'yes' if multiplies_bf16(cpu) else 'no, fp32 is used'}"
-    )
+        rows.append(("GPU", f"none found (torch's CUDA: {built}); training runs on the CPU"))
+    bf16 = "yes" if multiplies_bf16(torch.device("cpu")) else "no, fp32 is used"
+    rows.append(("CPU", f"{torch.get_num_threads()} threads, bf16 products in hardware: {bf16}"))
     isa = native.isa()
-    lines.append(
-        f"NF4, int8 (CPU)  {f'C++, {isa}' if isa else 'plain PyTorch: csrc/ was not built'}"
-    )
+    built = f"C++, {isa}" if isa else "plain PyTorch: csrc/ was not built"
+    rows.append(("NF4, int8 (CPU)", built))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     storage, compute = resolve_precision("auto", "auto", device)
     dtype = str(activation_dtype(compute, "auto", device)).removeprefix("torch.")
-    lines.append(
-        f"auto means       device {device.type}, storage {storage}, compute {compute}, "
-        f"activations {dtype}"
-    )
-    return lines
+    chosen = f"device {device.type}, storage {storage}, compute {compute}, activations {dtype}"
+    return [*rows, ("auto means", chosen)]
 
 
-def _disk_lines() -> list[str]:
-    lines = [f"free here        {shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"]
+def _disk_rows() -> list[tuple[str, str]]:
+    rows = [("free here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB")]
     try:
         from huggingface_hub import constants, get_token
     except ImportError:
-        return lines
-    lines.append(f"Hub cache        {constants.HF_HUB_CACHE}")
+        return rows
+    rows.append(("Hub cache", str(constants.HF_HUB_CACHE)))
     if constants.HF_HUB_OFFLINE:
-        lines.append("Hub              offline (HF_HUB_OFFLINE)")
-    token = (
-        "yes"
-        if get_token() or os.environ.get("HF_TOKEN")
-        else "no: gated models need `hf auth login`"
-    )
-    lines.append(f"Hub token        {token}")
-    return lines
+        rows.append(("Hub", "offline (HF_HUB_OFFLINE)"))
+    token = get_token() or os.environ.get("HF_TOKEN")
+    rows.append(("Hub token", "yes" if token else "no: gated models need `hf auth login`"))
+    return rows

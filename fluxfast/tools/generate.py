@@ -18,45 +18,38 @@ def generate(
     model: ModelConfig,
     pictures: list[Picture],
     out: Path,
-    lora: Path | Sequence[Path] = (),
-    strength: float | Sequence[float] = 1.0,
+    loras: Sequence[Path] = (),
+    strengths: Sequence[float] = (1.0,),
     device: str = "auto",
 ) -> list[Path]:
-    """Draw `pictures` and save them as PNG in `out`, each with its prompt and settings in the file.
+    """Draws `pictures` and saves them as PNG in `out`, each with its prompt and settings in the
+    file. Text encoders, transformer and VAE are loaded one after the other. Returns the files.
 
-    lora: files of any format, added up, each times its strength (or one strength for all).
-
-    Text encoders, transformer and VAE are loaded one after the other. -> the files.
+    loras: files of any format, added up, each times its strength (or one strength for all).
     Raises FluxfastError for a model or LoRA that cannot be used, and ConfigError for a size or a
     precision.
     """
-    place = resolve_device(device)
-    for file in [lora] if isinstance(lora, Path) else lora:
-        read_lora(file)
-    resolved, root, length = resolve_parts(model, place)
-    dtype = encoder_dtype(place)
-    encoders = TextEncoders(root, place, dtype)
+    where = resolve_device(device)
+    for lora in loras:
+        read_lora(lora)
+    resolved, root, length = resolve_parts(model, where)
+    dtype = encoder_dtype(where)
+    encoders = TextEncoders(root, where, dtype)
     t5, pooled = encoders.encode([picture.prompt for picture in pictures], length)
     t5, pooled = t5.cpu(), pooled.cpu()
     encoders.close()
-    flux = load_resolved(resolved, place, double_quant=model.double_quant)
-    if lora:
-        load_lora(flux, lora, strength)
-    images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, place, dtype)
+    flux = load_resolved(resolved, where, double_quant=model.double_quant)
+    more = {}
+    if loras:
+        load_lora(flux, loras, strengths)
+        more = {"lora": ", ".join(map(str, loras)), "strength": ", ".join(map(str, strengths))}
+    images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, where, dtype)
     del flux
-    if place.type == "cuda":
+    if where.type == "cuda":
         torch.cuda.empty_cache()
     files = []
     for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
-        files.append(out / f"{index:02d}-seed{picture.seed}-{_slug(picture.prompt)}.png")
-        more = {"lora": _words(lora), "strength": _words(strength)} if lora else {}
+        slug = re.sub(r"[^a-z0-9]+", "-", picture.prompt.lower()).strip("-")[:40] or "picture"
+        files.append(out / f"{index:02d}-seed{picture.seed}-{slug}.png")
         save_picture(files[-1], image, picture, model=model.path, **more)
     return files
-
-
-def _words(values) -> str:
-    return ", ".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"

@@ -1,19 +1,18 @@
-"""What a way to keep and multiply costs one linear, in relative error on real rows, and which way
-is chosen for it.
+"""Measures the relative error of one linear's products on real rows, and chooses its precision.
 
 The truth is x Wᵀ and dY W in fp32, with the checkpoint's own W. An error is ‖got − true‖ / ‖true‖
 over all rows together. Three ways are measured: dense products, which have the storage's error
 alone; 8-bit products; 8-bit products of the rotated weight and input.
 
-A layer stays plain where neither error of its 8-bit products is above the limit or 1.25 times the
-storage's own, whichever is more. Else it is rotated, where that brings both within the same bound
-or takes a fifth at least off the larger one; else it is kept dense in bf16.
+A layer keeps plain 8-bit products if neither of their errors is above the bound: the limit, or 1.25
+times the storage's own error if that is more. Otherwise it is rotated, if that brings both errors
+within the bound or lowers the larger one by a fifth; otherwise it stays dense in bf16.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
@@ -28,9 +27,8 @@ OWN = 1.25
 GAIN = 0.8  # of the plain error: a rotation that leaves more is not worth its pass over dx
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Of one way. dx is None where nothing before the layer trains."""
+class Errors(NamedTuple):
+    """The errors of y and of dx; dx is None where nothing before the layer trains."""
 
     forward: float
     dx: float | None
@@ -42,8 +40,9 @@ class Errors:
 
 @dataclass(frozen=True)
 class Measured:
-    """One layer. own: with dense products; rotated: None where no rotation fits. cosine: between
-    the LoRA's gradients with 8-bit products in all layers and those with none, None without a LoRA.
+    """The errors of one layer. own: with dense products. rotated: None where no rotation fits.
+    cosine: of the LoRA's gradients with 8-bit products in all layers and those with none, None
+    without a LoRA.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Measured:
 
     @property
     def choice(self) -> str:
-        """8bit, rotate or bf16; see the file's head."""
+        """Returns 8bit, rotate or bf16, by the rule at the top of this file."""
         if self.plain.worst <= self.bound:
             return "8bit"
         if self.rotated is None:
@@ -81,10 +80,10 @@ def measure(
     dtype: torch.dtype,
     nested: bool = False,
 ) -> Measured:
-    """Measure one layer on its device. weight [N, K], x [rows, K], dy [rows, N], all fp32.
+    """Measures one layer on its device. weight [N, K], x [rows, K], dy [rows, N], all fp32.
 
-    plain: as the layer would be kept and multiplied unrotated; dtype: of the activations; nested:
-    of an NF4 storage.
+    plain: the layer's storage and product without a rotation; dtype: of the activations; nested:
+    double quantization of an NF4 storage.
     """
     truth = x @ weight.T, cast(Any, None if dy is None else dy @ weight)
 
@@ -103,8 +102,8 @@ def measure(
 
 
 def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
-    """-> y and dx as the model forms them: linear2's inputs and linear1's gradients come in two
-    parts side by side, each with scales of its own.
+    """Returns y and dx as the model computes them: linear2's inputs and linear1's gradients come in
+    two parts side by side, each with its own scales.
     """
     N, K = weight.shape
     layer = FrozenLinear(K, N)
@@ -122,7 +121,7 @@ def _products(name, spec, weight, x, dy, way: Precision, dtype, nested: bool):
 
 
 def _relative(got: Tensor, true: Tensor) -> float:
-    """‖got − true‖ / ‖true‖; infinite where that is no number."""
+    """Returns ‖got − true‖ / ‖true‖: 0 if both are 0, infinite if it is not finite."""
     difference, size = (got.float() - true).norm().item(), true.norm().item()
     if difference == 0:
         return 0.0
@@ -131,19 +130,13 @@ def _relative(got: Tensor, true: Tensor) -> float:
 
 
 def table(layers: Sequence[Measured]) -> list[str]:
-    """Lines: a heading, then one layer each."""
+    """Returns a heading, then a line per layer."""
     width = max(len(layer.name) for layer in layers)
     heading = ("dense", "y", "dx", "rotated y", "dx", "gradient", "choice")
     lines = [f"{'layer':{width}} " + " ".join(f"{word:>9}" for word in heading)]
     for layer in layers:
-        rotated = layer.rotated or Errors(math.nan, None)
-        numbers = (layer.own.worst, layer.plain.forward, layer.plain.dx, rotated.forward)
-        cells = [_number(number) for number in (*numbers, rotated.dx, layer.cosine)]
-        lines.append(
-            f"{layer.name:{width}} " + " ".join(f"{cell:>9}" for cell in (*cells, layer.choice))
-        )
+        errors = (layer.own.worst, *layer.plain, *(layer.rotated or (None, None)), layer.cosine)
+        numbers = ["-" if error is None else f"{error:.4f}" for error in errors]
+        cells = " ".join(f"{cell:>9}" for cell in (*numbers, layer.choice))
+        lines.append(f"{layer.name:{width}} {cells}")
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -28,21 +28,19 @@ from fluxfast.util.hub import fetch_lora
 PRESETS = {12: "RTX 3060 12 GB", 16: "RTX 4060 Ti 16 GB", 24: "RTX 4090", 80: "H100 SXM 80 GB"}
 
 
-def request_of(
+def _request(
     config: Config,
     model: ResolvedModel,
     shapes: Mapping[str, Shape],
-    graphs: bool = True,
-    assistant: Path | None = None,
+    assistant: Path | None,
 ) -> Request:
-    """assistant: a LoRA file."""
+    """Returns what the planner needs to know. shapes: as in `plan_run`; assistant: a LoRA file."""
     lora, memory, spec = config.lora, config.memory, model.spec
     trained = lora_of(spec, lora.rank, lora.targets, lora.include, lora.exclude, lora.share_a)
-    dropout, layers = lora.dropout > 0, config.model.layers
+    dropout = lora.dropout > 0
     precision = model.storage, model.matmul, model.activations
-    step = StepSpec(spec, *precision, trained, dropout, layers)
     return Request(
-        step,
+        StepSpec(spec, *precision, trained, dropout, config.model.layers),
         shapes,
         optimizer=config.train.optimizer,
         ema=config.train.ema.enabled,
@@ -79,16 +77,16 @@ def assistant_bytes(path: Path, spec: FluxSpec) -> int:
 def plan_run(
     config: Config, model: ResolvedModel, shapes: Mapping[str, Shape], device: torch.device
 ) -> Plan | None:
-    """The plan of a run on the device, its encoders gone; None on a CPU without memory.limit_gib.
+    """Returns the plan of a run on the device, its encoders freed; None on a CPU without
+    memory.limit_gib.
 
     shapes: label -> batch shape, of every bucket. Raises ConfigError where nothing fits.
     """
-    limit, cuda = config.memory.limit_gib, device.type == "cuda"
-    if not cuda and limit is None:
+    limit = config.memory.limit_gib
+    if device.type != "cuda" and limit is None:
         return None
     lora = config.model.assistant_lora
-    file = fetch_lora(lora) if lora else None
-    request = request_of(config, model, shapes, graphs=cuda, assistant=file)
+    request = _request(config, model, shapes, fetch_lora(lora) if lora else None)
     return plan_on(device, replace(request, encodes=False), limit)
 
 
@@ -96,38 +94,40 @@ def plan_run(
 
 
 def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[Row]:
-    """Plans of a configuration on the cards asked for.
+    """Returns plans of a configuration on the cards asked for: one per picture size and, of several
+    sizes, one for all of them together.
 
-    Every picture size has a plan of its own; more than one have one of them together, too. An
-    assistant LoRA counts where it is on this disk. Raises
-    ConfigError for an unknown card, or a model on this disk that cannot be read.
+    An assistant LoRA counts only if it is on this disk. Raises ConfigError for an unknown card, or
+    a model on this disk that cannot be read.
     """
-    limit = config.memory.limit_gib or math.inf
-    cards = [(known, min(gib, limit)) for known, gib in _cards(vram_gib, gpu)]
-    spec, stored = _model(config.model)
-    assistant = config.model.assistant_lora and Path(config.model.assistant_lora)
-    assistant = assistant if assistant and assistant.exists() else None
-    sides = sorted({side for data in config.data for side in data.resolution})
-    batch = config.train.batch_size
+    cards = _cards(vram_gib, gpu)
+    spec, stored = _spec_and_storage(config.model)
+    assistant = Path(config.model.assistant_lora) if config.model.assistant_lora else None
     text = config.model.max_sequence_length or spec.text_length
-    shapes = {f"{side} px": _largest(side, batch, text) for side in sides}
+    shapes = {}
+    for side in sorted({side for data in config.data for side in data.resolution}):
+        # the largest picture that a bucket of this resolution may hold, whatever its aspect
+        cells = max(1, side * side // STEP**2)
+        shapes[f"{side} px"] = Shape(config.train.batch_size, cells * (STEP // 16) ** 2, text)
     sets = {label: {label: shape} for label, shape in shapes.items()}
     if len(shapes) > 1:
         sets["mixed"] = shapes
     rows = []
-    for known, vram in cards:
+    for known, gib in cards:
+        vram = min(gib, config.memory.limit_gib or math.inf)
         for label, chosen in sets.items():
+            plan, reason = None, ""
             try:
                 model = _resolved(config.model, spec, stored, known, vram)
-                request = request_of(config, model, chosen, assistant=assistant)
-                rows.append(Row(known, vram, label, make_plan(request, known, usable(vram))))
+                lora = assistant if assistant and assistant.exists() else None
+                plan = make_plan(_request(config, model, chosen, lora), known, usable(vram))
             except DoesNotFit as error:
                 reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"
-                rows.append(Row(known, vram, label, None, reason))
             except ConfigError as error:
                 if len(cards) == 1:
                     raise
-                rows.append(Row(known, vram, label, None, error.message))
+                reason = error.message
+            rows.append(Row(known, vram, label, plan, reason))
     return rows
 
 
@@ -145,7 +145,7 @@ def _cards(vram_gib: float | None, gpu: str | None) -> list[tuple[Card, float]]:
 def _resolved(
     model: ModelConfig, spec: FluxSpec, stored: str | None, known: Card, vram_gib: float
 ) -> ResolvedModel:
-    """The model as a card would have it; the file need not be here."""
+    """Returns the model as it would run on a card; its file need not be on this disk."""
     storage, matmul = choose_precision(
         model.storage, model.compute, known.capability, vram_gib, True, stored
     )
@@ -154,16 +154,11 @@ def _resolved(
     return ResolvedModel(Path(model.path), spec, storage, matmul, activations, precisions)
 
 
-def _model(model: ModelConfig) -> tuple[FluxSpec, str | None]:
-    """Returns the sizes, and the storage that the file is quantized for; of a model that is not on
-    this disk the sizes of FLUX.1-schnell or dev, by its name."""
+def _spec_and_storage(model: ModelConfig) -> tuple[FluxSpec, str | None]:
+    """Returns the model's sizes and the storage that its file is quantized for. For a model that is
+    not on this disk the sizes are those of FLUX.1-schnell or dev, by its name.
+    """
     if not Path(model.path).exists():
         return SCHNELL if "schnell" in model.path.lower() else DEV, None
     with open_base(Path(model.path)) as checkpoint:
         return checkpoint.spec, checkpoint.storage
-
-
-def _largest(side: int, batch: int, text: int) -> Shape:
-    """Of the largest picture that a bucket of this resolution may hold, whatever its aspect."""
-    cells = max(1, side * side // STEP**2)
-    return Shape(batch, cells * (STEP // 16) ** 2, text)

@@ -1,6 +1,4 @@
-"""Files written whole or not at all, rows read back from them, and folders used by one process at a
-time.
-"""
+"""Files written whole or not at all, rows read back from them, and locks of folders."""
 
 import contextlib
 import errno
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
-from fluxfast.util.platform import lock_folder, share_lock
+from fluxfast.util.platform import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +21,8 @@ CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a s
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open for reading. Raises OSError, for a pipe, a socket and a device too: these might not end.
-    A link is followed to what it names.
+    """Opens a file, or what a link names, for reading. Raises OSError, also for a pipe, a socket
+    and a device: these might not end.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -32,7 +30,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_new(path: Path) -> None:
-    """Raise ConfigError where there is something at `path` already, be it a link to nothing."""
+    """Raises ConfigError if something is at `path` already, even a link to nothing."""
     if path.is_dir():
         raise ConfigError(f"{path} is a folder", hint="name the file to write")
     if os.path.lexists(path):
@@ -40,8 +38,8 @@ def check_new(path: Path) -> None:
 
 
 def check_no_links(folder: Path, *names: str) -> None:
-    """Raise ConfigError where one of `names` in `folder` is a link: what is written there, and
-    tidied up, would lie in a place that nobody named.
+    """Raises ConfigError if one of `names` in `folder` is a link: a run would write and delete in
+    a place that nobody named.
     """
     for path in (folder / name for name in names):
         if path.is_symlink():
@@ -52,13 +50,13 @@ def check_no_links(folder: Path, *names: str) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """What a file or folder is called while this process fills it."""
+    """Returns the name of a file or folder while this process fills it."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def drop_partials(*folders: Path) -> None:
-    """Remove what killed processes left in these folders while filling it (folders below are not
-    searched). For the sole user of a folder: another's may be being filled.
+    """Removes the unfinished files and folders of killed processes from these folders, not from
+    those below them. Needs an exclusive lock: another process may be filling its own.
     """
     for folder in folders:
         for path in folder.glob(".*.partial"):
@@ -101,17 +99,17 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
 
 
 def with_step(row: Any) -> dict:
-    """The row of a log, or ValueError where it is no mapping with a whole number as its step."""
+    """Returns a row of a log; raises ValueError unless it is a mapping with an integer `step`."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError("no row of a log")
     return row
 
 
 def read_rows(path: Path, make: Callable[[Any], Any] = with_step) -> list:
-    """What `make` makes of every line of a .jsonl file, in order; none where there is no such file.
+    """Returns `make(line)` for every line of a .jsonl file, in order; [] without a file.
 
-    A line that is no JSON, or that make has a ValueError or TypeError for, is passed over: a crash
-    may have cut it, somebody have changed it. How many is logged.
+    Lines that are no JSON, or for which `make` raises ValueError or TypeError, are left out, and
+    their number is logged: a crash may have cut them.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows, lines = [], [line for line in text.split("\n") if line]
@@ -125,8 +123,8 @@ def read_rows(path: Path, make: Callable[[Any], Any] = with_step) -> list:
 
 @contextlib.contextmanager
 def warn_on_disk_error(path: Path | None = None) -> Iterator[None]:
-    """A disk that refuses inside is logged, not raised: a run goes on without the file. path: named
-    where the system does not name one.
+    """Logs what the disk refuses inside instead of raising it: a run goes on without the file.
+    path: shown if the error names none.
     """
     try:
         yield
@@ -140,10 +138,10 @@ def warn_on_disk_error(path: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Holds `folder` (made if need be, removed again if still empty) for this process alone.
+    """Locks `folder` for this process alone; creates it, and removes it again if it stays empty.
 
-    Ends with the process, however that ends. Raises FluxfastError where another holds it; a file
-    system or a platform without such locks lets everyone in.
+    The lock ends with the process, however that ends. Raises FluxfastError if another process has
+    it. Where there are no such locks, see `lock_folder`, everyone gets in.
     """
     try:
         handle = _lock(folder, exclusive=True)
@@ -163,19 +161,16 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_lock(folder: Path, *below: str) -> Iterator[None]:
-    """Holds `folder` beside others that do the same. The first removes what killed processes
-    left in it and in its folders `below`; later ones leave it, as it may be being written.
+    """Locks `folder` together with others that do the same. Whoever comes while nobody has it
+    removes what killed processes left unfinished in it and in its folders `below`.
     """
     handle = None
-    with contextlib.suppress(OSError):  # held for nothing but to clean up: no reason not to work
-        try:
-            handle = _lock(folder, exclusive=True)
-        except BlockingIOError:
-            handle = _lock(folder, exclusive=False, wait=2.0)
-        else:
-            if handle is not None:
+    with contextlib.suppress(OSError):  # locked only to clean up: no reason not to work
+        with contextlib.suppress(BlockingIOError):
+            if (alone := _lock(folder, exclusive=True)) is not None:
                 drop_partials(folder, *(folder / name for name in below))
-                share_lock(handle)
+                os.close(alone)
+        handle = _lock(folder, exclusive=False, wait=2.0)
     with _held(folder, handle):
         yield
 

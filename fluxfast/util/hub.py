@@ -1,6 +1,4 @@
-"""A model named by a path or a Hub id becomes a folder or file on this disk; the local cache comes
-first.
-"""
+"""Finds a model named by a path or a Hub id on this disk; downloads what the Hub cache lacks."""
 
 import contextlib
 import json
@@ -15,7 +13,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch_model(path: str, components: tuple[str, ...]) -> Path:
-    """`path` if it exists here; else, for a Hub id, the snapshot folder that holds `components`.
+    """Returns `path` if it exists here; else, of a Hub id, the snapshot folder with `components`.
 
     Looks in the Hub cache first and goes online only where a component is missing there.
     Raises FluxfastError with a hint: no such path, gated, not found, or offline.
@@ -28,7 +26,7 @@ def fetch_model(path: str, components: tuple[str, ...]) -> Path:
 
 
 def fetch_lora(path: str) -> Path:
-    """`path` if it exists here; else, for a Hub id, the snapshot folder with its LoRA file.
+    """Returns `path` if it exists here; else, of a Hub id, the snapshot folder with its LoRA file.
 
     Raises FluxfastError as `fetch_model` does.
     """
@@ -42,10 +40,10 @@ def fetch_lora(path: str) -> Path:
 
 
 def fetch_tokenizer(repo: str, name: str, beside: Path) -> Path:
-    """The snapshot folder of a repository with a tokenizer at its top level, from the cache first.
+    """Returns the snapshot folder of a repository with a tokenizer at its top level.
 
-    name: tokenizer or tokenizer_2, the diffusers folder that would do instead, at `beside`. Raises
-    FluxfastError as `fetch_model` does.
+    name: tokenizer or tokenizer_2, the diffusers folder that `beside` lacks. Raises FluxfastError
+    as `fetch_model` does.
     """
     files = ("vocab.json", "merges.txt") if name == "tokenizer" else ("spiece.model",)
     try:
@@ -76,10 +74,14 @@ def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = (
     from huggingface_hub import errors, snapshot_download
 
     patterns = [*files, "model_index.json", *(f"{name}/*" for name in components)]
+
+    def missing(snapshot: Path) -> list[str]:
+        incomplete = [name for name in components if not _complete(snapshot / name)]
+        return incomplete + [pattern for pattern in files if not any(snapshot.glob(pattern))]
+
     try:
         snapshot = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        whole = all(_complete(snapshot / name) for name in components)
-        if whole and all(any(snapshot.glob(pattern)) for pattern in files):
+        if not missing(snapshot):
             return snapshot
     except errors.HFValidationError:  # ./model, ../model: a path after all
         raise _no_such_path(repo) from None
@@ -104,11 +106,9 @@ def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = (
             hint="connect once, or give the path of a folder that holds the model",
         ) from None
     # offline, huggingface_hub returns a folder that an interrupted download left unfinished
-    lacking = [name for name in components if not _complete(snapshot / name)]
-    lacking += [pattern for pattern in files if not any(snapshot.glob(pattern))]
-    if lacking:
+    if absent := missing(snapshot):
         raise FluxfastError(
-            f"{repo} has no complete {', '.join(lacking)} in {snapshot}",
+            f"{repo} has no complete {', '.join(absent)} in {snapshot}",
             hint="connect to finish the download; a repository without them cannot be used alone "
             "(model.encoders names another)",
         )
@@ -116,18 +116,15 @@ def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = (
 
 
 def _complete(folder: Path) -> bool:
-    """A component folder with everything its index names; a tokenizer needs its files only."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
+    """Returns whether a component's folder has every file that its index names."""
     if folder.name.startswith("tokenizer"):
-        return True
+        return folder.is_dir() and any(folder.iterdir())
     if not (folder / "config.json").is_file():
         return False
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             return all((folder / shard).is_file() for shard in shards)
-        # a damaged index
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return False
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return False  # a damaged index
     return any(file.is_file() for file in folder.glob("*.safetensors"))

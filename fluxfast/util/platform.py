@@ -39,12 +39,6 @@ def lock_folder(folder: Path, *, exclusive: bool) -> int | None:
     return handle
 
 
-def share_lock(handle: int) -> None:
-    """Turns the exclusive lock of `lock_folder` into a shared one."""
-    if fcntl is not None:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-
-
 def flush_folder(folder: Path) -> None:
     """Writes what was created, renamed or removed in `folder` to the disk. Does nothing on Windows,
     which cannot flush a folder. Raises OSError where the disk refuses.

@@ -1,4 +1,4 @@
-"""What a command shows while it works: log lines, bars and spinners, on one console, on stderr.
+"""What a command shows while it works, on stderr: log lines, progress bars and spinners.
 
 The package logs under "fluxfast" and prints nothing. A caller from Python configures logging as
 ever; the command line installs the handler below.
@@ -17,10 +17,8 @@ _LOGGER = logging.getLogger("fluxfast")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints a record as one plain line, above a bar where there is one: never wrapped, never
-    colored or moved by its words, without access tokens.
-
-    Ranks above 0 are muted, but for what they say of their own share of the captions.
+    """Prints a record as one plain line, above a bar if there is one: not wrapped, not colored,
+    without access tokens. Ranks above 0 are muted, but for their own share of the captions.
     """
 
     def __init__(self, console: Console, rank: int = 0):
@@ -37,9 +35,9 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def log_to_terminal(console: Console | None = None, rank: int = 0) -> Iterator[None]:
-    """What is logged inside is shown, from INFO on, and so are bars where there is a terminal.
+    """Shows what is logged inside, from INFO on, and the bars of rank 0 if there is a terminal.
 
-    console: stderr unless given. rank: of this process, only 0 has bars.
+    console: stderr by default.
     """
     handler, level = ConsoleHandler(console or Console(stderr=True), rank), _LOGGER.level
     _LOGGER.addHandler(handler)
@@ -52,7 +50,7 @@ def log_to_terminal(console: Console | None = None, rank: int = 0) -> Iterator[N
 
 
 def progress_bars(*columns: str | ProgressColumn, transient: bool = False) -> Progress:
-    """Disabled where no terminal shows what is logged."""
+    """Returns progress bars, disabled where no terminal shows what is logged."""
     console = _terminal()
     return Progress(*columns, console=console, transient=transient, disable=console is None)
 
@@ -64,7 +62,7 @@ def terminal_width() -> int:
 
 
 def spinner(words: str) -> AbstractContextManager:
-    """Turns beside `words` while something loads."""
+    """Returns a spinner that turns beside `words` while something loads."""
     console = _terminal()
     return nullcontext() if console is None else console.status(words)
 

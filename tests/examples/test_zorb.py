@@ -106,14 +106,14 @@ def test_concept_is_learnt_and_the_rest_stays(run, tools, tmp_path):
     lora = run / "nano.safetensors"
     places = list(draw.PLACES) * 2
     zorbs = [draw.Scene(draw.CONCEPT, draw.CONCEPT, place, "plain").caption() for place in places]
-    with_lora = generate(MODEL, pictures(zorbs), tmp_path / "lora", lora, device="cpu")
+    with_lora = generate(MODEL, pictures(zorbs), tmp_path / "lora", [lora], device="cpu")
     base = generate(MODEL, pictures(zorbs), tmp_path / "base", device="cpu")
     assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, with_lora)) >= 8
     assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, base)) <= 1
 
     scenes = [draw.random_scene(777, index) for index in range(10)]
     files = generate(
-        MODEL, pictures([s.caption() for s in scenes]), tmp_path / "o", lora, device="cpu"
+        MODEL, pictures([s.caption() for s in scenes]), tmp_path / "o", [lora], device="cpu"
     )
     matching = sum(
         all(answer[q] == getattr(scene, q) for q in ("shape", "colour", "place"))
@@ -131,7 +131,7 @@ def test_pipeline_draws_the_same_picture(run, tmp_path):
 
     (picture,) = [Picture("a zorb at the centre on a plain background", 5, 64, 64, 20, 3.5)]
     lora = run / "nano.safetensors"
-    (file,) = generate(MODEL, [picture], tmp_path, lora, device="cpu")
+    (file,) = generate(MODEL, [picture], tmp_path, [lora], device="cpu")
     ours = np.array(Image.open(file)).astype(float)
     pipeline = FluxPipeline.from_pretrained(NANO / "pretrained")
     pipeline.set_progress_bar_config(disable=True)

@@ -127,9 +127,9 @@ def test_a_lora_that_cannot_be_drawn_with_is_said_first(nano_model, tmp_path, mo
 
     picture = module.Picture("a cat", 1, 64, 64, 1, 1.0)
     monkeypatch.setattr(module, "TextEncoders", lambda *arguments: pytest.fail("encoded"))
-    for lora in ([tmp_path / "none.safetensors"], tmp_path / "none.safetensors"):
-        with pytest.raises(ConfigError, match="No such file"):
-            module.generate(ModelConfig(path=str(nano_model)), [picture], tmp_path, lora)
+    loras = [tmp_path / "none.safetensors"]
+    with pytest.raises(ConfigError, match="No such file"):
+        module.generate(ModelConfig(path=str(nano_model)), [picture], tmp_path, loras)
 
 
 def nano_lora(nano_model, path, format="diffusers", rank=2, **more):

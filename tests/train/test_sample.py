@@ -81,12 +81,12 @@ def test_picture_is_the_pipelines(nano_model, lora, tmp_path):
     base = theirs()
     pipeline.load_lora_weights(lora)
     with_lora = theirs()
-    files = generate(config, [CAT], tmp_path / "a", lora, device="cpu")
+    files = generate(config, [CAT], tmp_path / "a", [lora], device="cpu")
     ours = np.array(Image.open(files[0]))
     assert ours.shape == (64, 96, 3)
     assert psnr(ours, with_lora) >= 40
     plain = generate(config, [CAT], tmp_path / "b", device="cpu")
-    off = generate(config, [CAT], tmp_path / "c", lora, 0.0, device="cpu")
+    off = generate(config, [CAT], tmp_path / "c", [lora], [0.0], device="cpu")
     assert psnr(np.array(Image.open(plain[0])), base) >= 40
     assert np.array_equal(np.array(Image.open(plain[0])), np.array(Image.open(off[0])))
     assert psnr(ours, base) < 35
