@@ -174,15 +174,10 @@ class Offload:
 
     def _arrived(self, index: int, number: int) -> Tensor:
         """Returns the staging buffer that holds a block of pass `number`; compute waits for it."""
-        if number != self._pass:
+        if number != self._pass or index not in self._held:
             raise RuntimeError(
-                f"block {index}: a new pass has begun since these tensors were saved; offload "
-                "needs each forward pass followed by its own backward pass"
-            )
-        if index not in self._held:
-            raise RuntimeError(
-                f"block {index} is not in a staging buffer, {sorted(self._held)} are: either its "
-                "backward was declared over, or the backward passes are not in reverse order"
+                f"block {index} is not in a staging buffer, {sorted(self._held)} are: a new pass "
+                "has begun, the block's backward is over, or backward is not in reverse order"
             )
         buffer, arrival = self._held[index]
         self._copies.compute_wait(arrival)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.quant.rows import DTYPE
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
@@ -18,7 +19,6 @@ from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies
-from fluxfast.memory.planner.step_spec import StepSpec
 from fluxfast.model.flux import Flux
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ class MemoryRuntime:
         if any(offloaded.values()):
             self._engine = model.offload = Offload(self._copies, offloaded)
         if device.type == "cuda":
-            _reserve_scratch(plan.request.step, model.compute_dtype, device)
+            # scratch as large as it will ever be: one that grows leaves its smaller ones behind
+            for kind, count in saved_bytes.scratch_counts(plan.request.step).items():
+                if count:
+                    backend.scratch(count, DTYPE.get(kind, model.compute_dtype), device)
             # past the plan an error, which this run knows how to handle, not a driver that spills
             total = torch.cuda.get_device_properties(device).total_memory
             share = (plan.limit + MARGIN * total / 2) / total
@@ -201,13 +204,3 @@ class MemoryRuntime:
             f"note: out of memory at {label}: {len(changed)} more blocks use {changed[0]} from now "
             "on, and the step is tried again"
         )
-
-
-_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-def _reserve_scratch(step: StepSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """Allocates it as large as it will ever be: one that grows leaves its smaller ones behind."""
-    for kind, count in saved_bytes.scratch_counts(step).items():
-        if count:
-            backend.scratch(count, dtype if kind == "dense" else _CODES[kind], device)

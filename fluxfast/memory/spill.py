@@ -1,4 +1,4 @@
-"""Notices a driver that has begun to spill GPU memory into the system's.
+"""Detects a driver that has begun to spill GPU memory into the system's.
 
 Some drivers (NVIDIA's under Windows by default) let a full card go on in system memory over PCIe:
 no error, steps many times slower. Seen from outside: steps have become slow, and the card is full.
@@ -11,10 +11,14 @@ import torch
 
 from fluxfast.errors import FluxfastError
 
-TIMES = 3.0  # how much slower than the median is slow
-IN_A_ROW = 3  # intervals: a checkpoint or a slow disk takes one
+TIMES = 3.0  # an interval this many times slower than the median is slow
+IN_A_ROW = 3  # slow intervals: a checkpoint or a slow disk takes one
 LEAST = 4  # intervals that a median is taken of
-FULL = 0.04  # of the card is free, or less: it is full
+FULL = 0.04  # a card with at most this share free is full
+
+
+class MemorySpills(FluxfastError):
+    """The driver moves GPU memory to system memory."""
 
 
 def card_is_full(device: torch.device) -> bool:
@@ -22,40 +26,34 @@ def card_is_full(device: torch.device) -> bool:
     return free <= FULL * total
 
 
-class MemorySpills(FluxfastError):
-    """The run is better stopped than gone on with."""
-
-
 class SpillWatch:
-    """Judges a run's logging intervals. full: whether the card is full now."""
+    """Judges a run's logging intervals. full: returns whether the card is full now."""
 
     def __init__(self, full: Callable[[], bool]):
         self._full = full
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all intervals: policies have changed, and with them how long steps take."""
         self._ratios: list[float] = []  # measured over expected seconds, of intervals not slow
         self._slow = 0
 
-    def restart(self) -> None:
-        """Steps are not what they were: policies have changed."""
-        self._ratios.clear()
-        self._slow = 0
-
     def interval(self, seconds: float, expected: float) -> None:
-        """An interval took so long; expected: what it was predicted to take, in any unit, so that
-        large pictures are no slow ones.
+        """Counts an interval. expected: the time that it was predicted to take, in any unit, so
+        that large pictures do not count as slow.
 
         Raises MemorySpills where the last IN_A_ROW were slow and the card is full.
         """
         ratio = seconds / expected
-        usual = median(self._ratios) if len(self._ratios) >= LEAST else None
-        if usual is None or ratio <= TIMES * usual:
+        if len(self._ratios) < LEAST or ratio <= TIMES * median(self._ratios):
             self._ratios.append(ratio)
             self._slow = 0
             return
         self._slow += 1
         if self._slow >= IN_A_ROW and self._full():
             raise MemorySpills(
-                f"steps take {ratio / usual:.1f} times as long as before and the GPU's memory is "
-                "full: the driver seems to move it to system memory",
+                f"steps take {ratio / median(self._ratios):.1f} times as long as before and the "
+                "GPU's memory is full: the driver seems to move it to system memory",
                 hint="close what else uses the GPU, or lower memory.limit_gib; under Windows set "
                 "'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem Fallback'",
             )

@@ -24,7 +24,6 @@ from fluxfast.memory.planner.cost import (
     linear_op,
     modulation_ops,
     optimizer_ops,
-    outer_ops,
     seconds,
     step_ops,
     total_bytes,
@@ -112,39 +111,6 @@ def test_flash_makes_the_scores_again():
             block_ops(spec_of(), block, shape, again).backward for again in (True, False)
         )
         assert total_flop(flash) - total_flop(kept) == 2 * 2 * 1536**2 * 3072
-
-
-# linears and attention of the whole FLUX.1-dev without an update, 512 text tokens, as calculated in
-# the project's performance notes: TFLOP of a step, ms at the rates assumed there
-ARITHMETIC = {
-    512: (45.4, {("4090", "bf16"): 311, ("4090", "int8"): 139, ("h100", "bf16"): 70}),
-    768: (92.1, {("4090", "bf16"): 643, ("4090", "int8"): 327, ("h100", "fp8"): 103}),
-    1024: (171.0, {("4090", "bf16"): 1216, ("4090", "int8"): 699, ("h100", "fp8"): 211}),
-}
-
-
-@pytest.mark.parametrize("pixels", ARITHMETIC)
-def test_a_steps_arithmetic(pixels):
-    tflop, milliseconds = ARITHMETIC[pixels]
-    for (name, compute), wanted in milliseconds.items():
-        plan = spec_of("bf16", compute, DEV, lora=Lora(16, {}))
-        shape = shape_of(pixels, pixels, 1, 512)
-        ops = []
-        for block, count in zip(BLOCKS, (19, 38), strict=True):
-            one = block_ops(plan, block, shape)
-            ops += count * products(one.forward + one.backward)
-        assert total_flop(ops) / 1e12 == pytest.approx(tflop, rel=0.002)
-        assert 1e3 * total_seconds(ops, card(name)) == pytest.approx(wanted, rel=0.01)
-
-
-def test_a_step_is_the_sum_of_its_parts():
-    shape, plan = Shape(2, 64, 16), spec_of("nf4", "int8", SMALL)
-    parts = [block_ops(plan, "double_blocks.0", shape)]
-    parts += [block_ops(plan, f"single_blocks.{i}", shape) for i in range(2)]
-    parts += [modulation_ops(plan, 2), outer_ops(plan, shape)]
-    ops = [op for part in parts for op in part.forward + part.backward]
-    assert total_bytes(step_ops(plan, shape)) == pytest.approx(total_bytes(ops))
-    assert total_flop(step_ops(plan, shape)) == pytest.approx(total_flop(ops))
 
 
 def test_recomputing_the_mlp_is_a_part_of_the_forward():
@@ -358,18 +324,7 @@ def test_products_that_a_card_lacks_are_an_error():
         total_seconds(ops, card("3090"))
 
 
-@pytest.mark.parametrize(
-    "make, said",
-    [
-        (lambda: spec_of(layers={"nothing": "bf16"}).precisions, "matches no linear"),
-        (lambda: shape_of(1000, 1024, 1, 512), "multiples of 16"),
-    ],
-)
-def test_errors_say_what_is_wrong(make, said):
-    with pytest.raises(ConfigError, match=said):
-        make()
-
-
 def test_shapes_in_tokens():
     assert shape_of(1024, 768, 2, 512) == Shape(2, 64 * 48, 512)
-    assert shape_of(1024, 768, 2, 512).tokens == 3584
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        shape_of(1000, 1024, 1, 512)

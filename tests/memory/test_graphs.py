@@ -260,21 +260,17 @@ def test_inputs_that_the_graph_was_not_captured_with():
     assert graphs(2, X(x)) == 6.0
 
 
-def test_a_shape_that_was_not_captured_runs_eagerly():
-    step, graphs, _ = line(2)
+def test_what_is_not_captured_runs_eagerly():
+    step, graphs, recorder = line(2)
     step.ran.clear()
     assert graphs(3, X(torch.ones(3, 3))) == 9.0 and step.ran == [(3, 3)]
     assert graphs(2, X(torch.ones(2, 3))) == 6.0 and step.ran == [(3, 3)]
     assert step.gradients[:3].tolist() == [5.0, 5.0, 5.0]
-
-
-def test_dropping():
-    step, graphs, recorder = line(1, 2)
     recorder.log.clear()
     graphs.drop()
     assert not graphs.captured and recorder.log == ["release"]
     step.factor = 7.0
-    assert graphs(2, X(torch.ones(2, 3))) == 42.0  # eagerly
+    assert graphs(2, X(torch.ones(2, 3))) == 42.0
 
 
 def test_a_step_that_waits_is_run_eagerly_and_said_so_once(log_lines):

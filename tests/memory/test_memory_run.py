@@ -274,24 +274,6 @@ def test_where_nothing_is_cheaper_a_step_is_tried_once_more(configure, monkeypat
     assert len(log_lines) == 1 and "no policy is cheaper" in log_lines[0]
 
 
-def test_train_goes_on_after_running_out(configure, monkeypatch, log_lines):
-    """The whole of train(): the file is that of an undisturbed run."""
-    plain = load_file(train(configure(name="plain")))
-    gradient_pass, count = fluxfast.step.Training.gradient_pass, [0]
-
-    def once(run, inputs):
-        count[0] += 1
-        if count[0] == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return gradient_pass(run, inputs)
-
-    monkeypatch.setattr(fluxfast.step.Training, "gradient_pass", once)
-    config = configure(name="disturbed")
-    disturbed = load_file(train(config))
-    assert all(torch.equal(disturbed[key], plain[key]) for key in plain)
-    assert any("out of memory at" in line for line in log_lines) and count[0] == 5
-
-
 def test_an_arena_too_small_is_no_silent_growth(configure):
     config = configure()
     run, loader = start(config, planned(config, policy="offload"))

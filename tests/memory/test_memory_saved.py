@@ -161,29 +161,21 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
     assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_saved_bytes_under_dropout(policy, monkeypatch):
-    model, step = built(WIDE, "attn+mlp", 4, dropout=0.2)
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        *((policy, {"dropout": 0.2}) for policy in POLICIES),
+        ("keep", {"include": ("single_blocks",)}),  # nothing before the first LoRA is saved
+        ("gelu_int8", {"storage": "int8", "compute": "int8"}),
+    ],
+)
+def test_saved_bytes_of_other_settings(policy, options, monkeypatch):
+    model, step = built(WIDE, "attn+mlp", 4, **options)
     model.dropout_clock.indices = [0, 1]
     x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
     policies = [policy] * 3
     truth = counted(model, x, policies, monkeypatch)
     assert predicted(step, shape, policies) == pytest.approx(truth, rel=0.02)
-
-
-def test_blocks_before_the_first_lora_keep_nothing(monkeypatch):
-    model, step = built(WIDE, "attn+mlp", 4, include=("single_blocks",))
-    x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    assert saved_bytes.block_saved(step, "double_blocks.1", shape, "keep").device == 0
-    truth = counted(model, x, ["keep"] * 3, monkeypatch)
-    assert predicted(step, shape, ["keep"] * 3) == pytest.approx(truth, rel=0.02)
-
-
-def test_8_bit_products_keep_what_dense_ones_do(monkeypatch):
-    model, step = built(WIDE, "attn+mlp", 4, storage="int8", compute="int8")
-    x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    truth = counted(model, x, ["gelu_int8"] * 3, monkeypatch)
-    assert predicted(step, shape, ["gelu_int8"] * 3) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])

@@ -126,7 +126,7 @@ def test_a_pass_without_backward_does_no_harm(stop):
     for _ in range(2):  # the next passes are whole and right
         expected = model.run_forward(engine, copies)
         model.run_backward(engine, copies, expected)
-    with pytest.raises(RuntimeError, match="new pass has begun"):
+    with pytest.raises(RuntimeError, match="a new pass has begun"):
         stale[0].get(stale[1])
 
 
@@ -180,7 +180,7 @@ def test_backward_out_of_turn_is_refused():
         get(1)
     assert (get(3) == 3).all()
     engine.block_backward_done(3)
-    with pytest.raises(RuntimeError, match="declared over"):
+    with pytest.raises(RuntimeError, match="backward is over"):
         get(3)
     assert (get(1) == 1).all()
 

@@ -18,7 +18,6 @@ from pydantic import PositiveFloat, TypeAdapter
 from fluxfast.errors import ConfigError
 
 MEASURED = Path(__file__).with_name("measured.json")
-_OLDEST = (8, 0)  # compute capability: the first with bf16 products
 
 
 @dataclass(frozen=True)
@@ -103,25 +102,24 @@ def card(name: str, measured: Path = MEASURED) -> Card:
 
 
 def closest(capability: tuple[int, int], vram_gib: float, measured: Path = MEASURED) -> Card:
-    """Returns a stand-in for a GPU that is not in the table: of its generation, with the nearest
-    memory.
+    """Returns a stand-in for a GPU that is not in the table: of the same compute capability, else
+    of the same major version, else of the next older one.
 
-    Of the same compute capability; else of the same major version; else of the next older one. Of
-    two that are as near, the slower. Raises ConfigError before 8.0, which has no bf16 products.
+    Of several, the one with the nearest memory; of two that are as near, the slower. Raises
+    ConfigError before 8.0, which has no bf16 products.
     """
-    if capability < _OLDEST:
+    if capability < (8, 0):
         raise ConfigError(
             f"compute capability {capability[0]}.{capability[1]} has no bf16 products: 8.0 and "
             "above are known"
         )
-    older = max(c.capability for c in CARDS if c.capability <= capability)
-    same = (
-        [c for c in CARDS if c.capability == capability]
-        or [c for c in CARDS if c.capability[0] == capability[0]]
-        or [c for c in CARDS if c.capability == older]
-    )
-    near = min(same, key=lambda c: (abs(c.vram_gib - vram_gib), c.peaks["bf16"]))
-    return _with_factors(near, measured)
+    major, _ = max(c.capability for c in CARDS if c.capability <= capability)
+
+    def distance(c: Card) -> tuple:
+        memory = abs(c.vram_gib - vram_gib)
+        return c.capability != capability, c.capability[0] != major, memory, c.peaks["bf16"]
+
+    return _with_factors(min(CARDS, key=distance), measured)
 
 
 def _with_factors(known: Card, measured: Path) -> Card:

@@ -154,17 +154,17 @@ class BlockOps:
 
 
 class _Linear:
-    """One linear over M rows. made: input columns whose producer writes their 8-bit codes.
+    """One linear over M rows. quantized: input columns whose producer writes their 8-bit codes.
     modulation: the linear that computes the gate of residual + gate · y, "" where there is none."""
 
-    def __init__(self, step: StepSpec, name: str, M: int, made: int = 0, modulation: str = ""):
+    def __init__(self, step: StepSpec, name: str, M: int, quantized: int = 0, modulation: str = ""):
         self.step, self.name, self.M = step, name, M
         self.gated, self.trains_gate = modulation != "", step.trains(modulation)
         self.N, self.K = linear_shape(name, step.spec)
         self.P, self.rows = step.lora.modules.get(name, (0, 0))
         self.R, self.e, self.matmul = step.lora.rank, step.width, step.precisions[name].matmul
         self.drops = step.dropout and self.P > 0  # takes a path that fuses nothing
-        self.made = 0 if self.drops or not self.matmul else made
+        self.quantized = 0 if self.drops or not self.matmul else quantized
         self.apart = self.trains_gate or (self.gated and self.drops)
         # what the product multiplies, and in how many bytes
         self.kind = self.matmul or step.activations
@@ -173,19 +173,19 @@ class _Linear:
     def forward(self) -> list[Op]:
         M, N, K, e = self.M, self.N, self.K, self.e
         ops, weight = self._weight()
-        unmade = M * (K - self.made) if self.matmul else 0
-        if unmade and (self.drops or not self.P):
-            ops.append(self._pass("codes", unmade, e + 1, 4.0))
-            unmade = 0
+        unquantized = M * (K - self.quantized) if self.matmul else 0
+        if unquantized and (self.drops or not self.P):
+            ops.append(self._pass("codes", unquantized, e + 1, 4.0))
+            unquantized = 0
         if self.drops:
             ops += self._masked()
-        if self.P:  # the codes of what another op made are written on the way
-            ops.append(self._skinny("down", self.P * K, e * M * K + unmade))
+        if self.P:  # the codes of what is not quantized yet are written on the way
+            ops.append(self._skinny("down", self.P * K, e * M * K + unquantized))
         residual = e * M * N if self.gated and not self.apart else 0
         ops.append(self._product("product", N, K, weight, residual))
         if self.P:
-            again = 2 * e * M * self.rows if self.drops else 0
-            ops.append(self._skinny("up", self.rows, again, int(self.drops)))
+            added = 2 * e * M * self.rows if self.drops else 0
+            ops.append(self._skinny("up", self.rows, added, int(self.drops)))
         if self.apart:
             ops.append(self._pass("gate", M * N, 3 * e, 2.0))
         return ops
@@ -193,7 +193,7 @@ class _Linear:
     def backward(self, need_dx: bool = True) -> list[Op]:
         M, N, K, e = self.M, self.N, self.K, self.e
         ops, weight = self._weight(towards_x=True) if need_dx else ([], 0)
-        codes = 1 if self.matmul and need_dx else 0  # of dy, still to be made
+        codes = 1 if self.matmul and need_dx else 0  # of dy, still to be written
         if self.gated:  # dy = gate · dout; the gate's own gradient reads y as well
             each = 3 * e if self.trains_gate else 2 * e
             if not self.apart:  # dy's codes on the way
@@ -266,9 +266,9 @@ def _normed(
     """Returns norm_modulate_lora_linear. modulation: the linear that computes shift and scale.
     recompute: it is what recompute_mlp runs again."""
     D = linear_shape(name, step.spec)[1]
-    linear = _Linear(step, name, M, made=D)
+    linear = _Linear(step, name, M, quantized=D)
     passes = 2 * step.width + 8 / D  # h and x; mean and rstd in fp32
-    codes = 1 + 4 / D if linear.made else 0
+    codes = 1 + 4 / D if linear.quantized else 0
     forward = [element_op(f"{name} norm", M * D, passes + codes, 8.0), *linear.forward()]
     backward = []
     if linear.P and not linear.drops:
@@ -286,7 +286,7 @@ def _gelued(step: StepSpec, name: str, M: int, modulation: str) -> BlockOps:
     u."""
     F, K, e = step.spec.mlp_hidden, linear_shape(name, step.spec)[1], step.width
     linear = _Linear(step, name, M, F, modulation)
-    codes = 1 + 4 / F if linear.made else 0
+    codes = 1 + 4 / F if linear.quantized else 0
     forward = [element_op(f"{name} gelu", M * F, 2 * e + codes, 10.0), *linear.forward()]
     backward = linear.backward()
     if linear.drops and K > F:

@@ -56,13 +56,9 @@ def table(rows: list[Row]) -> list[str]:
         figures = [f"{(plan.peak + CONTEXT) / GIB:.2f}", host, f"{seconds:.3f}"]
         lines.append([*start, *figures, f"{1 / seconds:.2f}", describe(plan)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = [
-        "  ".join(
-            cell.rjust(width) if 3 <= index < 7 else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    cells = zip("<<<>>>><", widths, strict=True)
+    layout = "  ".join(f"{{:{side}{width}}}" for side, width in cells)
+    table = [layout.format(*line).rstrip() for line in lines]
     sources = {
         f"measured steps ({row.card.name})"
         if row.card.factors
