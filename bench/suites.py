@@ -27,7 +27,7 @@ CAPS_GIB = (12, 16, 24)
 FIRST_TESTS = [  # of the kernels that a step runs
     f"tests/kernels/test_{name}.py"
     for name in (
-        *("qk_norm_rope", "attention", "nf4_dequantize", "modulated"),
+        *("qk_norm_rope", "attention", "frozen", "modulated"),
         *("flow_loss", "gelu", "fused_linears"),
     )
 ]

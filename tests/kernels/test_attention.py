@@ -147,13 +147,12 @@ def test_choice_of_backend():
 # ---------------------------------------------------------------- the op
 
 
-@pytest.mark.parametrize("name", ["triton", "cpu"])
-def test_op(name):
+def test_op(path):
     q, k, v, do = heads(torch.float32, "cpu", 32, 70)
-    with backend.cpu_launches(name == "triton"):
-        results = outputs_and_gradients(attention, [q, k, v], [do])
+    results = outputs_and_gradients(attention, [q, k, v], [do])
     check(results, q, k, v, do)
-    assert torch.equal(results[0], attention(q, k, v, name))
+    chosen = {"launched": "triton", "reference": "cpu"}[path]
+    assert torch.equal(results[0], attention(q, k, v, chosen))
     formula = outputs_and_gradients(lambda *x: attention_reference(*x)[0], [q, k, v], [do])
     check(formula, q, k, v, do)
 

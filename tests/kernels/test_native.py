@@ -1,12 +1,7 @@
 """The C++ library gives the bytes that plain PyTorch gives, on every instruction set and number of
 threads; it may be missing."""
 
-import os
-import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +20,6 @@ from fluxfast_kernels.quant.nf4 import (
 from fluxfast_kernels.quant.rows import QuantizedRows, quantize_reference
 from numerics import assert_same_bits, randn
 
-ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(native.isa() is None, reason="csrc/ was not built: no C++ compiler")
 SHAPES = [(1, 64), (3, 64), (257, 64), (130, 320)]  # blocks: 1, 3, 257, 650
 
@@ -287,34 +281,3 @@ def test_a_broken_library_is_ignored(content, tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         native._library.cache_clear()
-
-
-def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, Path]:
-    """Build the extension of a copy of the tree -> the process, where the library would lie."""
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    for package in ("fluxfast", "kernels/fluxfast_kernels"):
-        (tmp_path / package).mkdir(parents=True)
-        (tmp_path / package / "__init__.py").write_text("__version__ = '0'\n")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    return done, tmp_path / "kernels" / "fluxfast_kernels" / "lib" / "native.so"
-
-
-def test_an_install_without_a_compiler_goes_on(tmp_path):
-    done, library = build(tmp_path, CXX="/bin/false")
-    assert done.returncode == 0, done.stderr
-    assert "csrc/ was not built" in done.stderr and not library.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
-def test_an_install_with_one_builds_it(tmp_path):
-    done, library = build(tmp_path)
-    assert done.returncode == 0 and library.is_file(), done.stderr

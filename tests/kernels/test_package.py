@@ -123,13 +123,23 @@ def test_the_kernels_need_torch_and_triton_alone(alone, tmp_path, script):
         assert done.stdout.strip() in ("portable", "avx2", "avx512")
 
 
-def test_the_kernels_install_without_csrc(source, alone, tmp_path):
+def test_the_kernels_install_without_csrc(source, alone, both, tmp_path):
     """As from an sdist of kernels/: the same files, no library."""
-    shutil.copytree(
-        source / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("build")
-    )
+    without_build = shutil.ignore_patterns("build")
+    shutil.copytree(source / "kernels", tmp_path / "kernels", ignore=without_build)
     site = install_kernels(tmp_path / "kernels", tmp_path / "site")
     assert files_of("fluxfast_kernels", site) == files_of("fluxfast_kernels", alone)
     assert not [*site.rglob("*.so")]
     if shutil.which("c++"):
-        assert [path.name for path in alone.rglob("*.so")] == ["native.so"]
+        for installed in (alone, both):
+            assert [path.name for path in installed.rglob("*.so")] == ["native.so"]
+
+
+def test_an_install_without_a_compiler_goes_on(source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    how = {"cwd": tmp_path / "source", "env": os.environ | {"CXX": "/bin/false"}}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    assert done.returncode == 0, done.stderr
+    library = tmp_path / "source/kernels/fluxfast_kernels/lib/native.so"
+    assert "csrc/ was not built" in done.stderr and not library.exists()

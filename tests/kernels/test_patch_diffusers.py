@@ -7,6 +7,7 @@ diffusers makes in that dtype against its fp32 self.
 
 import copy
 import warnings
+from functools import partial
 from itertools import combinations
 
 import bitsandbytes as bnb
@@ -23,7 +24,7 @@ from torch import nn
 from bench.step.peers import LORA_MODULES
 
 BATCH, ROWS, COLUMNS, TEXT, CHANNELS = 2, 3, 5, 7, 16
-BF16, FP16 = torch.bfloat16, torch.float16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ONCE = {  # calls of a forward
     "norm_modulate_lora_linear": 4 + 2,
     "qk_norm_rope_attention": 1 + 2,
@@ -32,7 +33,7 @@ ONCE = {  # calls of a forward
 }
 
 
-def build(width=64, nf4=None, compute=torch.float32, seed=0) -> FluxTransformer2DModel:
+def build(width=64, nf4=None, compute=FP32, seed=0) -> FluxTransformer2DModel:
     """Two heads of `width`, one double and two single blocks, every tensor random and frozen, every
     value exact in bf16. nf4: "plain" or "nested" for the blocks' linears."""
     spatial = 2 * (7 * width // 32)
@@ -85,7 +86,7 @@ def add_lora(model, targets=LORA_MODULES, seed=1, adapter="default", **config):
     return model.train()
 
 
-def inputs(dtype=torch.float32) -> dict:
+def inputs(dtype=FP32) -> dict:
     img_ids = torch.zeros(ROWS, COLUMNS, 3)
     img_ids[..., 1], img_ids[..., 2] = torch.arange(ROWS)[:, None], torch.arange(COLUMNS)
     x = {
@@ -99,13 +100,13 @@ def inputs(dtype=torch.float32) -> dict:
     return x | {"img_ids": img_ids.view(-1, 3), "txt_ids": torch.zeros(TEXT, 3)}
 
 
-def predict(model, dtype=torch.float32, autocast=False, **more) -> dict[str, torch.Tensor]:
+def predict(model, dtype=FP32, autocast=False, **more) -> dict[str, torch.Tensor]:
     """{"output": ...}, without gradients."""
     with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
         return {"output": model(**(inputs(dtype) | more), return_dict=False)[0]}
 
 
-def run(model, dtype=torch.float32, autocast=False, **more) -> dict[str, torch.Tensor]:
+def run(model, dtype=FP32, autocast=False, **more) -> dict[str, torch.Tensor]:
     """The output and every trained parameter's gradient."""
     model.zero_grad()
     with torch.autocast("cpu", BF16, enabled=autocast):
@@ -126,16 +127,14 @@ def computed() -> set[torch.dtype]:
 def fused(monkeypatch, computed):
     """How often each op was called from a patched block."""
     calls = dict.fromkeys(ONCE, 0)
+
+    def counted(name, op, x, *arguments, **more):
+        calls[name] += 1
+        computed.add((x[0] if isinstance(x, list) else x).dtype)
+        return op(x, *arguments, **more)
+
     for name in calls:
-        op = getattr(module, name)
-
-        def counted(*arguments, name=name, op=op, **more):
-            calls[name] += 1
-            first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-            computed.add(first.dtype)
-            return op(*arguments, **more)
-
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
     return calls
 
 
@@ -172,6 +171,15 @@ def assert_as_exact(results: dict, eager: dict, truth: dict, unit: float) -> Non
 # ---------------------------------------------------------------- the same results
 
 
+def check_patched(model, fused, compare=predict, forwards=1, **more) -> None:
+    """A patched model gives what it gave before, by the fused ops."""
+    truth = compare(model, **more)
+    fused.update(times(0))
+    patch_diffusers(model)
+    assert_close(compare(model, **more), truth)
+    assert fused == times(forwards)
+
+
 MODULATIONS = LORA_MODULES + r"|.*_blocks\.\d+\.(norm1|norm1_context|norm)\.linear"
 RANKS = {"rank_pattern": {"to_q": 1, "proj_mlp": 6}, "alpha_pattern": {"to_v": 2}}
 IN_FP32 = {  # arguments of build and add_lora
@@ -192,14 +200,9 @@ IN_FP32 = {  # arguments of build and add_lora
 def test_fp32(name, fused):
     model_options, lora_options = IN_FP32[name]
     model = add_lora(build(**model_options), **lora_options)
-    truth, state = run(model), state_of(model)
-    assert not any(fused.values())
-    patch_diffusers(model)
-    assert_close(run(model), truth)
-    assert fused == ONCE
+    state = state_of(model)
+    check_patched(model, fused, run)
     assert_same_state(model, state)
-    if "shift" in name:
-        assert any("norm1_context.linear.lora_B" in name for name in truth)
 
 
 @pytest.mark.parametrize("width", [32, 64])  # at 32 a part's nested blocks are not whole
@@ -215,69 +218,53 @@ def test_nested_statistics_are_joined_where_blocks_are_whole(width):
 def test_gradient_checkpointing(fused):
     model = add_lora(build())
     model.enable_gradient_checkpointing()
-    truth = run(model)
-    patch_diffusers(model)
-    assert_close(run(model), truth)
-    assert fused == times(2)
+    check_patched(model, fused, run, forwards=2)
 
 
-def test_without_lora_and_with_controlnet(fused):
-    model, hidden = build(), randn(BATCH, ROWS * COLUMNS, 128, seed=4)
+def test_controlnet(fused):
+    hidden = randn(BATCH, ROWS * COLUMNS, 128, seed=4)
     control = {
         "controlnet_block_samples": [hidden],
         "controlnet_single_block_samples": [hidden, -hidden],
     }
-    for more in ({}, control):
-        truth = predict(model, **more)
-        patch_diffusers(model)
-        assert_close(predict(model, **more), truth)
-        unpatch_diffusers(model)
-    assert fused == times(2)
+    check_patched(build(), fused, **control)
 
 
-def test_a_trainable_model_predicts_fused_without_gradients(fused):
-    model = build().requires_grad_(True)
-    truth = predict(model)
-    patch_diffusers(model)
-    assert_close(predict(model), truth)
-    assert fused == ONCE
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_model_without_lora_predicts_fused(fused, trains):
+    check_patched(build().requires_grad_(trains), fused)
 
 
-def cast_frozen(model, dtype):
-    """Casts what is neither LoRA nor quantized."""
-    for name, tensor in model.named_parameters():
-        if "lora_" not in name and tensor.dtype == torch.float32:
-            tensor.data = tensor.data.to(dtype)
-    return model
+def test_dropout_is_fused_in_eval(fused):
+    check_patched(add_lora(build(), ["to_q"], lora_dropout=0.5).eval(), fused)
 
 
-HALF = {  # the model, the inputs' dtype, whether under autocast, and what the ops compute in
-    "bf16": (lambda: cast_frozen(add_lora(build()), BF16), BF16, False, BF16),
-    "fp16": (lambda: cast_frozen(add_lora(build()), FP16), FP16, False, FP16),
-    "LoRA too": (lambda: add_lora(build()).bfloat16(), BF16, False, BF16),
-    "autocast": (lambda: cast_frozen(add_lora(build()), BF16), torch.float32, True, BF16),
-    "autocast over fp32": (lambda: add_lora(build()), torch.float32, True, BF16),
-    "NF4": (lambda: add_lora(build(nf4="plain", compute=BF16)), torch.float32, True, BF16),
-    "nested": (lambda: add_lora(build(nf4="nested", compute=BF16)), torch.float32, True, BF16),
+HALF = {  # build's arguments; dtypes of the frozen weights, the inputs and the ops; under autocast?
+    "bf16": ({}, BF16, BF16, BF16, False),
+    "fp16": ({}, FP16, FP16, FP16, False),
+    "LoRA too": ({}, BF16, BF16, BF16, False),
+    "autocast": ({}, BF16, FP32, BF16, True),
+    "autocast over fp32": ({}, FP32, FP32, BF16, True),
+    "NF4": ({"nf4": "plain", "compute": BF16}, FP32, FP32, BF16, True),
+    "nested NF4": ({"nf4": "nested", "compute": BF16}, FP32, FP32, BF16, True),
     # bitsandbytes' default compute dtype: the products are fp32, what is between them bf16
-    "NF4 in fp32": (
-        lambda: cast_frozen(add_lora(build(nf4="plain")), BF16), BF16, False, torch.float32
-    ),
-}  # fmt: skip
+    "NF4 in fp32": ({"nf4": "plain"}, BF16, BF16, FP32, False),
+}
 
 
 @pytest.mark.parametrize("mode", HALF)
 def test_half_precision(mode, fused, computed):
-    make, dtype, autocast, within = HALF[mode]
-    model = make()
-    if "NF4" in mode or "nested" in mode:
-        exact = add_lora(build(nf4="nested" if mode == "nested" else "plain"))
-    else:
-        exact = copy.deepcopy(model).float()
-    truth, eager = run(exact), run(model, dtype, autocast)
+    options, frozen, dtype, of_ops, autocast = HALF[mode]
+    model = add_lora(build(**options))
+    for name, tensor in model.named_parameters():
+        if tensor.dtype == FP32 and ("lora_" not in name or mode == "LoRA too"):
+            tensor.data = tensor.data.to(frozen)
+    nf4 = options.get("nf4")
+    truth = run(add_lora(build(nf4=nf4)) if nf4 else copy.deepcopy(model).float())
+    eager = run(model, dtype, autocast)
     patch_diffusers(model)
     results = run(model, dtype, autocast)
-    assert fused == ONCE and computed == {within}
+    assert fused == ONCE and computed == {of_ops}
     assert_as_exact(results, eager, truth, unit=2.0**-12 if mode == "fp16" else 2.0**-9)
 
 
@@ -327,7 +314,7 @@ def test_a_stream_wider_than_what_is_computed_in(nf4, fused, computed):
     eager = outputs(model, True)
     patch_diffusers(model)
     results = outputs(model, True)
-    assert all(out.dtype == torch.float32 for out in results.values())
+    assert all(out.dtype == FP32 for out in results.values())
     assert fused["gelu_lora_linear"] == 3 and computed == {BF16}
     assert_as_exact(results, eager, truth, unit=0.0)
 
@@ -553,14 +540,6 @@ def test_fallbacks_are_announced_once(reason, fused):
     torch.manual_seed(0)
     assert_close(results, run(peer))
     assert fused["qk_norm_rope_attention"] == (2 if reason in CHANGES else 0)
-
-
-def test_dropout_is_fused_in_eval(fused):
-    model = add_lora(build(), ["to_q"], lora_dropout=0.5).eval()
-    truth = predict(model)
-    patch_diffusers(model)
-    assert_close(predict(model), truth)
-    assert fused == ONCE
 
 
 def test_attention_kwargs_are_passed_on(fused):

@@ -105,26 +105,19 @@ def launch(arguments, grads):
 # ---------------------------------------------------------------- norm and rotation
 
 
-@pytest.mark.grid(1)
+@pytest.mark.grid(8)
 @pytest.mark.parametrize(
     ("streams", "dtype", "C", "rope_batch"),
-    [(2, dtype, 64, B) for dtype in DTYPES]
+    [(streams, dtype, 64, B) for streams in (1, 2) for dtype in DTYPES]
     + [(1, torch.bfloat16, 128, 1), (2, torch.float32, 32, 1)],
 )
-def test_kernels(device, streams, dtype, C, rope_batch):
+def test_norm_and_rotation(path, device, streams, dtype, C, rope_batch):
     arguments = problem(streams, dtype, device, C, rope_batch)
     grads = joint_gradients(dtype, device, C, 110)
-    results = launch(arguments, grads)
-    check(results, eager_norm_rope, arguments, grads)
-    assert_same_bits(launch(arguments, grads), results)
-
-
-@pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_reference(streams, dtype):
-    arguments = problem(streams, dtype)
-    grads = joint_gradients(dtype, "cpu", 64, 110)
-    with backend.cpu_launches(False):
+    if path == "launched":
+        results = launch(arguments, grads)
+        assert_same_bits(launch(arguments, grads), results)
+    else:
         streams = Streams(*arguments)
         results = [*qk_norm_rope_forward(streams), *qk_norm_rope_backward(grads, streams)]
     check(results, eager_norm_rope, arguments, grads)
@@ -151,28 +144,17 @@ def test_tiny_and_huge_rows(path):
 # ---------------------------------------------------------------- the op
 
 
-@pytest.mark.grid(1)
-@pytest.mark.parametrize(
-    ("streams", "dtype"), [(2, dtype) for dtype in DTYPES] + [(1, torch.bfloat16)]
-)
-def test_op(device, streams, dtype):
-    arguments = problem(streams, dtype, device, heads=2)
-    do = randn(B, 110, 2 * 64, dtype=dtype, device=device, seed=40)
-    results = through_autograd(qk_norm_rope_attention, arguments, [do])
-    assert results[0].is_contiguous()
-    check(results, eager_attention, arguments, [do])
-
-
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_op_by_reference(streams, dtype):
-    arguments = problem(streams, dtype)
-    do = randn(B, 110, H * 64, dtype=dtype, seed=40)
-    with backend.cpu_launches(False):
-        results = through_autograd(qk_norm_rope_attention, arguments, [do])
-        formula = qk_norm_rope_attention_reference(*arguments)
-    check(results, eager_attention, arguments, [do])
-    check([formula, *results[1:]], eager_attention, arguments, [do])
+def test_op(path, device, streams, dtype):
+    arguments = problem(streams, dtype, device, heads=2)
+    do = randn(B, 110, 2 * 64, dtype=dtype, device=device, seed=40)
+    o, *dqkv = through_autograd(qk_norm_rope_attention, arguments, [do])
+    assert o.is_contiguous()
+    check([o, *dqkv], eager_attention, arguments, [do])
+    formula = qk_norm_rope_attention_reference(*arguments)
+    check([formula, *dqkv], eager_attention, arguments, [do])
 
 
 @pytest.mark.parametrize("streams", [1, 2])

@@ -14,7 +14,6 @@ from fluxfast_kernels.quant.rows import (
     multiply_8bit,
     quantize_reference,
     quantize_rows,
-    quantize_rows_reference,
 )
 from numerics import (
     KINDS,
@@ -112,7 +111,7 @@ def by_gate(x, kind, rotation):
     channel = random_channel(x.shape[-1], x.device)
     rows, dy = quantize_rows(x, kind, channel, rotation, gate)
     assert dy.is_contiguous()
-    assert_same_bits([dy], [x * gate])
+    torch.testing.assert_close(dy, x * gate, rtol=0, atol=0, equal_nan=True)
     return [(rows, dy.float() * channel)]
 
 
@@ -250,16 +249,7 @@ def test_very_small_and_very_large_rows(path, device, kind):
     assert (rows.values.float()[0, :, 2] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cpp_and_torch_agree_in_every_bit(dtype):
-    for B, T, K, _ in SHAPES:
-        x, channel = tokens(B, T, K, dtype, "cpu"), random_channel(K, "cpu")
-        for given in (None, channel, torch.full((K,), 1e-20), torch.full((K,), 1e20)):
-            v = x.float() if given is None else x.float() * given
-            assert_rows("int8", quantize_rows_reference(x, "int8", given), v, "int8")
-
-
-# ---------------------------------------------------------------- 8-bit products on a CPU
+# ---------------------------------------------------------------- 8-bit matmuls on a CPU
 
 
 @pytest.mark.parametrize("by_int_mm", [True, False])
