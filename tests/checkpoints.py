@@ -1,4 +1,4 @@
-"""FLUX-shaped checkpoints in the forms that people have, small, from one set of BFL tensors."""
+"""Writes small FLUX-shaped checkpoints in every form that is read, from one set of BFL tensors."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from fluxfast.formats.base.reader import open_base
 from fluxfast.model.names import linear_shape, part_rows, tensor_sources
 from fluxfast.model.spec import FluxSpec, rope_axes
 
@@ -36,7 +37,7 @@ PREFIX = "model.diffusion_model."
 
 
 def tensors_of(spec: FluxSpec = WIDE, dtype=torch.bfloat16, seed: int = 0):
-    """BFL name -> tensor: matrices N(0, 1/K), the rest near 0, norm scales near 1."""
+    """Returns tensors by BFL name: matrices N(0, 1/K), vectors near 0, norm scales near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in tensor_sources(spec):
@@ -53,7 +54,7 @@ def tensors_of(spec: FluxSpec = WIDE, dtype=torch.bfloat16, seed: int = 0):
 
 
 def split_tensors(tensors, spec: FluxSpec = WIDE):
-    """The same in diffusers' names."""
+    """Returns the same tensors in diffusers' names."""
     split = {}
     for name, sources in tensor_sources(spec).items():
         tensor, module = tensors[name], name.rpartition(".")[0]
@@ -80,7 +81,7 @@ def config_of(spec: FluxSpec = WIDE) -> dict:
 
 
 def write_diffusers(folder: Path, tensors, spec: FluxSpec = WIDE) -> Path:
-    """By diffusers itself."""
+    """Saves with diffusers itself."""
     from diffusers import FluxTransformer2DModel
 
     dtype = next(iter(tensors.values())).dtype
@@ -91,7 +92,7 @@ def write_diffusers(folder: Path, tensors, spec: FluxSpec = WIDE) -> Path:
 
 
 def write_diffusers_nf4(folder: Path, source: Path, nested: bool, monkeypatch, **options) -> Path:
-    """By diffusers through bitsandbytes on the CPU, whose kernels need no GPU for it."""
+    """Saves with diffusers through bitsandbytes on the CPU."""
     from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
     from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 
@@ -112,7 +113,7 @@ def write_diffusers_nf4(folder: Path, source: Path, nested: bool, monkeypatch, *
 
 
 def bnb_tensors(tensors, nested: bool, kind: str = "nf4", blocksize: int = 64, skip=()):
-    """BFL names, every matrix (but `skip`) in bitsandbytes' form, as lllyasviel's files have it."""
+    """Returns every matrix (but `skip`) in bitsandbytes' form, as lllyasviel's files have it."""
     import bitsandbytes.functional as bnb
 
     out = {}
@@ -129,7 +130,7 @@ def bnb_tensors(tensors, nested: bool, kind: str = "nf4", blocksize: int = 64, s
 
 
 def bnb_both_ways(matrix, nested: bool, kind: str = "nf4", blocksize: int = 64):
-    """By bitsandbytes: the packed bytes, and the matrix that these stand for in fp32."""
+    """Returns what bitsandbytes makes: the packed bytes, and the fp32 matrix that they mean."""
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(
@@ -140,7 +141,7 @@ def bnb_both_ways(matrix, nested: bool, kind: str = "nf4", blocksize: int = 64):
 
 
 def fp8_tensors(tensors, scaled: bool, dtype=torch.float8_e4m3fn):
-    """ComfyUI's fp8: every tensor plain, or matrices with one scale each and a marker."""
+    """Returns ComfyUI's fp8: every tensor plain, or matrices with one scale each and a marker."""
     out = {}
     for name, tensor in tensors.items():
         if not scaled:
@@ -156,7 +157,7 @@ def fp8_tensors(tensors, scaled: bool, dtype=torch.float8_e4m3fn):
 
 
 def all_in_one(tensors):
-    """As ComfyUI has it: the transformer under its prefix, other networks beside it."""
+    """Returns ComfyUI's all-in-one file: the transformer under its prefix beside other networks."""
     others = {
         "vae.decoder.up.0.block.0.conv1.weight": torch.zeros(3),
         "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": (
@@ -168,8 +169,8 @@ def all_in_one(tensors):
 
 
 def write_gguf(path: Path, tensors, kind: str) -> dict[str, torch.Tensor]:
-    """By gguf's own writer, as city96's converter does: matrices in `kind`, vectors in F32. Returns
-    what each tensor decodes to, by gguf."""
+    """Writes with the gguf package, as city96's converter does: matrices in `kind`, vectors in F32.
+    Returns the tensors that gguf itself dequantizes."""
     import gguf
 
     quant = gguf.GGMLQuantizationType[kind]
@@ -203,8 +204,7 @@ def finish_gguf(writer) -> None:
 
 
 def _gguf_blocks(values: np.ndarray, quant) -> np.ndarray:
-    """gguf quantizes to the plain types; to the K types it cannot, so these hold random codes with
-    sane scales, which decode to something all the same."""
+    """gguf cannot quantize to K types, so these get random codes with sane scales."""
     import gguf
 
     try:
@@ -227,8 +227,14 @@ def write(path: Path, tensors, metadata=None) -> Path:
 
 
 def write_header(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
-    """A safetensors file by hand. header: JSON or bytes; length: what the first 8 bytes say."""
+    """Writes a raw safetensors file. header: JSON or bytes; length: in the file's first 8 bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(text) if length is None else length
     path.write_bytes(length.to_bytes(8, "little") + text + data)
     return path
+
+
+def spec_of(path: Path) -> FluxSpec:
+    """Opens a base checkpoint and returns its sizes."""
+    with open_base(path) as base:
+        return base.spec

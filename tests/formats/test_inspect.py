@@ -6,13 +6,21 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from checkpoints import PREFIX, all_in_one, bnb_tensors, fp8_tensors, tensors_of, write, write_gguf
+from checkpoints import (
+    PREFIX,
+    all_in_one,
+    bnb_tensors,
+    fp8_tensors,
+    spec_of,
+    tensors_of,
+    write,
+    write_gguf,
+)
 from small import SMALL, random_flux
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.detect import model_name
 from fluxfast.formats.base.quantize import quantize
-from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.inspect import inspect
 from fluxfast.formats.lora.apply import extract_lora, save_lora
 from fluxfast.formats.lora.write import FORMATS, to_state
@@ -25,7 +33,7 @@ def tensors():
     return tensors_of()
 
 
-def seen(path: Path, **options) -> dict[str, str]:
+def rows_of(path: Path, **options) -> dict[str, str]:
     lines = inspect(path, **options)
     return dict(re.fullmatch(r"(\w+) +(.*)", line).groups() for line in lines)
 
@@ -43,26 +51,26 @@ def seen(path: Path, **options) -> dict[str, str]:
 )
 def test_base_checkpoints(tmp_path, tensors, form, layout, how):
     file = write(tmp_path / "a.bin", form(tensors))
-    found = seen(file)
-    assert found["format"] == (
+    rows = rows_of(file)
+    assert rows["format"] == (
         "safetensors, BFL names" + (f" under {layout}" if layout else "") + f", {how}"
     )
-    assert found["model"].startswith("a FLUX.1 of other sizes, dev's kind: 1 double and 1 single")
-    assert "hidden 256, 4 heads, with guidance" in found["model"]
-    assert (found["missing"], found["extra"]) == ("none", "none")
-    assert ("beside" in found) is bool(layout)
+    assert rows["model"].startswith("a FLUX.1 of other sizes, dev's kind: 1 double and 1 single")
+    assert "hidden 256, 4 heads, with guidance" in rows["model"]
+    assert (rows["missing"], rows["extra"]) == ("none", "none")
+    assert ("beside" in rows) is bool(layout)
     if layout:
-        assert all(part in found["beside"] for part in ("CLIP-L", "T5", "VAE", "3 tensors"))
+        assert all(part in rows["beside"] for part in ("CLIP-L", "T5", "VAE", "3 tensors"))
     size = file.stat().st_size
-    assert found["file"] == f"{file}, {size / 1e6:.1f} MB"
+    assert rows["file"] == f"{file}, {size / 1e6:.1f} MB"
 
 
 def test_dtypes_with_counts(tmp_path, tensors):
     mixed = {k: v.float() if v.ndim == 1 else v for k, v in tensors.items()}
-    found = seen(write(tmp_path / "a", mixed))
+    rows = rows_of(write(tmp_path / "a", mixed))
     vectors = sum(v.ndim == 1 for v in tensors.values())
     counts = {f"F32 {vectors}", f"BF16 {len(tensors) - vectors}"}
-    assert set(found["dtypes"].split(", ")) == counts
+    assert set(rows["dtypes"].split(", ")) == counts
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -72,19 +80,19 @@ def test_missing_and_extra(tmp_path, tensors, split):
     for key in gone:
         del named[key]
     named["something.else"] = torch.zeros(1)
-    found = seen(write(tmp_path / "a", named))
-    assert found["missing"] == f"2: {', '.join(gone)}"
-    assert found["extra"] == "1: something.else"
+    rows = rows_of(write(tmp_path / "a", named))
+    assert rows["missing"] == f"2: {', '.join(gone)}"
+    assert rows["extra"] == "1: something.else"
 
 
 def test_folders_and_prequantized_files(tmp_path, tensors):
     folder = checkpoints.write_diffusers(tmp_path / "d", tensors)
-    assert seen(folder)["format"] == "safetensors, diffusers names, BF16"
+    assert rows_of(folder)["format"] == "safetensors, diffusers names, BF16"
     quantize(folder, tmp_path / "q", "fp8")
-    found = seen(tmp_path / "q")
-    assert "quantized to fp8 by fluxfast" in found["format"]
-    assert "--checksum" in found["checksum"]
-    assert seen(tmp_path / "q", checksum=True)["checksum"] == "right"
+    rows = rows_of(tmp_path / "q")
+    assert "quantized to fp8 by fluxfast" in rows["format"]
+    assert "--checksum" in rows["checksum"]
+    assert rows_of(tmp_path / "q", checksum=True)["checksum"] == "right"
     content = bytearray((tmp_path / "q").read_bytes())
     content[-7] ^= 1
     (tmp_path / "q").write_bytes(content)
@@ -94,9 +102,9 @@ def test_folders_and_prequantized_files(tmp_path, tensors):
 
 def test_gguf(tmp_path, tensors):
     write_gguf(tmp_path / "a", tensors, "Q8_0")
-    found = seen(tmp_path / "a")
-    assert found["format"] == "GGUF, BFL names, Q8_0"
-    assert "Q8_0 " in found["dtypes"] and "F32 " in found["dtypes"]
+    rows = rows_of(tmp_path / "a")
+    assert rows["format"] == "GGUF, BFL names, Q8_0"
+    assert "Q8_0 " in rows["dtypes"] and "F32 " in rows["dtypes"]
 
 
 def test_names_of_models():
@@ -109,19 +117,19 @@ def test_lora_files(tmp_path, form):
     """Of every format that is written here: its name, its layers, its rank and alpha."""
     model = random_flux(SMALL)
     inject_lora(model, rank=4, alpha=2.0, targets="attn")
-    found = seen(save_lora(model, tmp_path / "a.safetensors", form))
-    assert found["format"] == f"safetensors, {form}"
+    rows = rows_of(save_lora(model, tmp_path / "a.safetensors", form))
+    assert rows["format"] == f"safetensors, {form}"
     linears = "img_attn.proj, img_attn.qkv, txt_attn.proj, txt_attn.qkv"
     single = "linear1, linear2" if form == "xlabs" else "linear1"  # xlabs fills in zeros
     said = f"LoRA of FLUX.1: 1 double block ({linears}); 2 single blocks ({single})"
-    assert found["model"] == said
-    assert (found["missing"], found["extra"]) == ("none", "none")
+    assert rows["model"] == said
+    assert (rows["missing"], rows["extra"]) == ("none", "none")
     # a format of fused linears stacks the A's of q, k and v; XLabs has one rank throughout
     ranks = {"diffusers": "4 (14)", "xlabs": "12 (8)"}
-    assert found["rank"] == ranks.get(form, "12 (4), 4 (2)")
-    assert found["alpha"] == ("12 (4), 4 (2)" if form == "kohya" else "none: scale 1")
+    assert rows["rank"] == ranks.get(form, "12 (4), 4 (2)")
+    assert rows["alpha"] == ("12 (4), 4 (2)" if form == "kohya" else "none: scale 1")
     with pytest.raises(ConfigError, match="it is a LoRA"):
-        open_base(tmp_path / "a.safetensors")
+        spec_of(tmp_path / "a.safetensors")
 
 
 def test_alphas_of_a_lora(tmp_path):
@@ -133,13 +141,13 @@ def test_alphas_of_a_lora(tmp_path):
             state[key] = torch.tensor(0.5 if "double" in key else 3.0)
     state["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(4, 8)
     state["bundle_emb.cat"] = torch.zeros(8)
-    found = seen(write(tmp_path / "a", state))
-    assert found["alpha"] == "0.5 (4), 3 (2)"
-    assert found["model"].endswith("; 1 CLIP-L")
-    assert found["missing"] == "1: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
-    assert found["extra"] == "1: bundle_emb.cat"
+    rows = rows_of(write(tmp_path / "a", state))
+    assert rows["alpha"] == "0.5 (4), 3 (2)"
+    assert rows["model"].endswith("; 1 CLIP-L")
+    assert rows["missing"] == "1: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    assert rows["extra"] == "1: bundle_emb.cat"
     plain = {k: v for k, v in state.items() if not k.endswith(".alpha")}
-    assert seen(write(tmp_path / "b", plain))["alpha"] == "none: scale 1"
+    assert rows_of(write(tmp_path / "b", plain))["alpha"] == "none: scale 1"
 
 
 @pytest.mark.parametrize(
@@ -153,8 +161,8 @@ def test_alphas_of_a_lora(tmp_path):
     ],
 )
 def test_other_adapters(tmp_path, keys, model):
-    found = seen(write(tmp_path / "a", {key: torch.zeros(4, 4) for key in keys}))
-    assert found["model"].startswith(model)
+    rows = rows_of(write(tmp_path / "a", {key: torch.zeros(4, 4) for key in keys}))
+    assert rows["model"].startswith(model)
 
 
 # keys that these models' files have, from their published layouts
@@ -212,9 +220,9 @@ OTHERS = {
 def test_other_models_have_names(tmp_path, name):
     file = write(tmp_path / "flux1-dev.safetensors", {k: torch.zeros(2, 2) for k in OTHERS[name]})
     with pytest.raises(ConfigError) as caught:
-        open_base(file)
+        spec_of(file)
     assert caught.value.message.endswith(f"does not hold a FLUX.1 transformer: it is a {name}")
-    assert seen(file)["model"] == f"{name}: not a FLUX.1 transformer"
+    assert rows_of(file)["model"] == f"{name}: not a FLUX.1 transformer"
     with pytest.raises(ConfigError):
         quantize(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -222,7 +230,7 @@ def test_other_models_have_names(tmp_path, name):
 
 def test_a_file_of_nothing_known(tmp_path):
     file = write(tmp_path / "a", {"weight": torch.zeros(2)})
-    for read in (open_base, inspect):
+    for read in (spec_of, inspect):
         with pytest.raises(ConfigError, match=r"does not hold a FLUX.1 transformer\n"):
             read(file)
 

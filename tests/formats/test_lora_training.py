@@ -1,19 +1,19 @@
-"""Training and LoRA files: an assistant that acts in training only, a start from a file, several
-formats at once, the command line's several LoRAs.
+"""Training with LoRA files: an assistant that acts in training only, a start from a file, several
+formats at once; sampling with several LoRAs.
 """
 
-import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lora_files import meaning, same, trained, update
 from PIL import Image
 from runs import losses, metrics, planned, start
 from safetensors.torch import load_file
-from small import SMALL, inputs, noise_pictures, random_flux, randomize
+from small import SMALL, inputs, random_flux, randomize
 
 from bench.saved import kept_bytes
-from fluxfast import cli
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import load_transformer
 from fluxfast.formats.lora.apply import extract_lora, load_assistant, load_lora, save_lora
@@ -21,11 +21,6 @@ from fluxfast.formats.lora.read import read_lora
 from fluxfast.model.lora import inject_lora, lora_layers, set_assisted, set_lora_strength
 from fluxfast.tools.plan import assistant_bytes
 from fluxfast.train import train
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 4, "a thing")
 
 
 def loss_and_gradients(model, parameters, x):
@@ -208,50 +203,37 @@ def test_a_format_that_cannot_hold_the_targets_is_refused_before_training(config
 
 
 @pytest.mark.slow
-def test_sampling_with_two(nano_model, tmp_path, monkeypatch, capsys):
-    """`--lora A --lora B --strength 1 --strength 0.5` draws what their sum draws."""
+def test_sampling_with_two(nano_model, tmp_path, fluxfast):
+    """`--lora A --lora B --strength 1 --strength 0.5` gives the picture of their sum."""
     a = nano_lora(nano_model, tmp_path / "a.safetensors", "kohya", share_a=True)
     b = nano_lora(nano_model, tmp_path / "b.safetensors", "comfyui", rank=3, targets="all")
     model = load_transformer(nano_model, "fp32", "fp32", "cpu")
     load_lora(model, [a, b], [1.0, 0.5])
     total = save_lora(model, tmp_path / "total.safetensors")
+    size = [
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--steps",
+        "2",
+        "--storage",
+        "fp32",
+        "--compute",
+        "fp32",
+    ]
+    sample = partial(fluxfast, "sample", "--model", nano_model, "--prompt", "a cat", *size, "--out")
 
-    def draw(folder, *more):
-        words = [
-            "fluxfast",
-            "sample",
-            "--model",
-            nano_model,
-            "--prompt",
-            "a cat",
-            "--width",
-            64,
-            "--height",
-            64,
-            "--steps",
-            2,
-            "--storage",
-            "fp32",
-            "--compute",
-            "fp32",
-            "--out",
-            tmp_path / folder,
-            *more,
-        ]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        try:
-            cli.main()
-        except SystemExit as stop:
-            assert not stop.code, capsys.readouterr().err
-        return torch.frombuffer(
-            bytearray(Image.open(capsys.readouterr().out.strip()).tobytes()), dtype=torch.uint8
-        ).float()
+    def picture(folder, *loras):
+        code, out, err = sample(tmp_path / folder, *loras)
+        assert code == 0, err
+        return np.asarray(Image.open(out.strip()), np.float32)
 
-    two = draw("two", "--lora", a, "--lora", b, "--strength", 1, "--strength", 0.5)
-    one, first = draw("one", "--lora", total), draw("first", "--lora", a)
-    assert (two - one).abs().max() <= 1 and (two - first).abs().max() > 1
-    with pytest.raises(AssertionError, match="2 strengths for 1 LoRAs"):
-        draw("none", "--lora", a, "--strength", 1, "--strength", 2)
+    two = picture("two", "--lora", a, "--lora", b, "--strength", 1, "--strength", 0.5)
+    one, first = picture("one", "--lora", total), picture("first", "--lora", a)
+    assert abs(two - one).max() <= 1 and abs(two - first).max() > 1
+    code, _, err = sample(tmp_path / "none", "--lora", a, "--strength", 1, "--strength", 2)
+    assert code == 2 and "2 strengths for 1 LoRAs" in err
 
 
 @pytest.mark.grid(1)

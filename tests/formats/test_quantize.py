@@ -1,9 +1,9 @@
-"""`fluxfast quantize`: what it writes loads to what loading with that storage makes, byte for byte;
-small in memory; whole or not at all."""
+"""`fluxfast quantize` writes what loading with that storage makes, byte for byte, in little memory,
+whole or not at all."""
 
+import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +16,10 @@ from checkpoints import (
     bnb_tensors,
     fp8_tensors,
     split_tensors,
-    tensor_sources,
     tensors_of,
     write,
     write_gguf,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fluxfast import load_transformer
@@ -30,10 +28,10 @@ from fluxfast.formats.base import quantize as module
 from fluxfast.formats.base.load import choose_precision
 from fluxfast.formats.base.quantize import STORAGES, quantize, verify
 from fluxfast.formats.base.reader import open_base
+from fluxfast.formats.container import tensor_bytes
 from fluxfast.formats.opened import Files
 from fluxfast.memory.planner.step_spec import shape_of
-from fluxfast.model.names import linear_shape, part_rows
-from fluxfast.model.spec import DEV, FluxSpec
+from fluxfast.model.spec import FluxSpec
 from fluxfast.run.interrupt import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +209,7 @@ def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model)
 
 
 def test_training_starts_from_the_file(tmp_path, configure, nano_model):
-    """`train` takes it as it lies and learns what it learns from the folder in that storage."""
+    """`train` learns the same from it as from the folder in that storage."""
     from fluxfast.train import train
 
     quantize(nano_model, tmp_path / "nano.safetensors", "int8")
@@ -234,17 +232,19 @@ def test_training_starts_from_the_file(tmp_path, configure, nano_model):
 
 def test_metadata_and_checksum(tmp_path, source):
     quantize(source, tmp_path / "b", "int8")
-    with safe_open(tmp_path / "b", "pt") as handle:
-        metadata = handle.metadata()
-    assert metadata["fluxfast.storage"] == "int8" and metadata["fluxfast.source"] == source.name
-    assert metadata["format"] == "pt" and len(metadata["fluxfast.sha256"]) == 64
     with Files([tmp_path / "b"]) as files:
-        assert verify(files) is True
+        metadata, tensors = files.metadata, files.entries
+        digests = [
+            hashlib.sha256(tensor_bytes(files.read(key))).digest() for key in sorted(tensors)
+        ]
+        assert verify(files)
+    assert metadata["fluxfast.storage"] == "int8" and metadata["fluxfast.source"] == source.name
+    assert metadata["fluxfast.sha256"] == hashlib.sha256(b"".join(digests)).hexdigest()
     content = bytearray((tmp_path / "b").read_bytes())
     content[-7] ^= 1
     (tmp_path / "b").write_bytes(content)
     with Files([tmp_path / "b"]) as files:
-        assert verify(files) is False
+        assert not verify(files)
 
 
 def test_every_tensor_is_aligned(tmp_path, source):
@@ -339,14 +339,6 @@ def test_a_disk_that_is_full(tmp_path, source, monkeypatch):
     assert left(tmp_path) == []
 
 
-def test_a_source_that_is_damaged(tmp_path, tensors):
-    file = write(tmp_path / "a", tensors)
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match="cannot read"):
-        quantize(file, tmp_path / "b")
-    assert left(tmp_path) == ["a"]
-
-
 # ---------------------------------------------------------------- memory
 
 MEMORY = """
@@ -380,7 +372,7 @@ print(before, peak[0])
 
 
 def peak_over_start(work: str, source: Path, target: Path, storage: str) -> float:
-    """MiB of RssAnon that the work adds, in a process of its own."""
+    """Returns the MiB of RssAnon that the work adds, in a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, work, str(source), str(target), storage],
@@ -417,37 +409,3 @@ def test_memory_stays_small(tmp_path, storage, mib):
     assert peak_over_start("quantize", source, tmp_path / "b", storage) < mib
     if storage == "nf4":  # mapped: biases, the layers around the blocks and nothing of the codes
         assert peak_over_start("load", tmp_path / "b", tmp_path, storage) < 40
-
-
-@pytest.mark.slow
-def test_memory_of_the_12_billion(tmp_path):
-    """FLUX.1-dev's sizes, written shard by shard by hand, removed as soon as it is read."""
-    if shutil.disk_usage(tmp_path).free < 45e9:
-        pytest.skip("needs 45 GB of disk")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({"_class_name": "FluxTransformer2DModel", **checkpoints.config_of(DEV)})
-    )
-    names = list(tensor_sources(DEV))
-    try:
-        for start in range(0, len(names), 60):
-            shard = {}
-            for name in names[start : start + 60]:
-                module, _, kind = name.rpartition(".")
-                rows, columns = linear_shape(module, DEV) if kind != "scale" else (128, 1)
-                shape = (rows, columns) if kind == "weight" else (rows,)
-                values = torch.full(shape, 0.5, dtype=torch.bfloat16)
-                values.view(-1)[::64].uniform_(-1, 1)  # cheap, and every block differs
-                sources = tensor_sources(DEV)[name]
-                parts = part_rows(module, DEV) if len(sources) > 1 else [(0, rows)]
-                for source, (first, last) in zip(sources, parts, strict=True):
-                    shard[source] = values[first:last].clone()
-            write(folder / f"part-{start:04d}.safetensors", shard)
-            del shard
-        target = tmp_path / "nf4.safetensors"
-        assert peak_over_start("quantize", folder, target, "nf4") < 2048
-        shutil.rmtree(folder)
-        assert peak_over_start("load", target, tmp_path, "nf4") < 2048
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)

@@ -54,7 +54,7 @@ class Gguf:
             raise ConfigError(
                 f"cannot read {path}: {error}", hint="download the file again"
             ) from None
-        self.metadata = header.metadata
+        self.metadata: dict[str, str] = {}  # what GGUF has there is not used
         self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
         self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
 
@@ -100,7 +100,7 @@ def _dequantize(data: np.ndarray, entry: Entry) -> Tensor:
 
 
 class _Header:
-    """A parsed header. metadata: its strings; tensors: name -> (Entry, offset in the file)."""
+    """A parsed header. tensors: name -> (Entry, offset in the file)."""
 
     def __init__(self, data: mmap.mmap):
         self._data, self._at = data, 4
@@ -109,13 +109,10 @@ class _Header:
         if version not in (2, 3):
             raise _Damaged(f"GGUF version {version} is not 2 or 3")
         tensors, pairs = self._number("Q"), self._number("Q")
-        self.metadata: dict[str, str] = {}
         alignment = 32
         for _ in range(pairs):
             key, value = self._string(), self._value(self._number("I"))
-            if isinstance(value, str):
-                self.metadata[key] = value
-            elif key == "general.alignment":
+            if key == "general.alignment" and value is not None:
                 alignment = value
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise _Damaged(f"its alignment {alignment!r} is no power of two")
@@ -155,9 +152,10 @@ class _Header:
             raise _Damaged("its header is damaged: a name is not UTF-8") from None
 
     def _value(self, kind: int):
-        """Returns a number, bool or string; skips an array and returns None."""
+        """Returns a number or bool; skips a string or an array and returns None."""
         if kind == _STRING:
-            return self._string()
+            self._string()
+            return None
         if kind != _ARRAY:
             return self._number(_scalar(kind))
         inner, count = self._number("I"), self._number("Q")

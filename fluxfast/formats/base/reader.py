@@ -39,14 +39,13 @@ STORAGE_KEY = "fluxfast.storage"  # metadata of a prequantized file: the storage
 
 
 class BaseCheckpoint:
-    """An opened base model: `spec`, and `read(BFL name)` for each of its tensors. A context
-    manager.
+    """An opened base model: `spec`, and `read(BFL name)` for each of its tensors.
 
     storage: nf4, int8 or fp8 if the file was quantized for it, else None.
     """
 
     def __init__(self, path: Path, spec: FluxSpec, files: Files, naming: Naming):
-        self.path, self.spec, self.files, self.naming = path, spec, files, naming
+        self.spec, self.files, self.naming = spec, files, naming
         self._sources = tensor_sources(spec)
         keys = [key for name in self._sources for key in self.keys(name)]
         if missing := [key for key in keys if key not in files.entries]:
@@ -165,15 +164,6 @@ class BaseCheckpoint:
         in_nf4 = sum(state is not None and state.is_nf4 for state in states)
         return "nf4" if 2 * in_nf4 > len(states) else None
 
-    def close(self) -> None:
-        self.files.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
 
 def _kind(part: Weight) -> object:
     return part.values.dtype if isinstance(part, QuantizedRows) else type(part)
@@ -187,40 +177,36 @@ def _is_finite(part: Weight) -> bool:
     return all_finite(part)
 
 
-def open_base(path: Path | str) -> BaseCheckpoint:
+@contextmanager
+def open_base(path: Path | str) -> Iterator[BaseCheckpoint]:
     """Opens a diffusers pipeline folder, its `transformer/` folder, or one .safetensors or GGUF
     file.
 
     Raises FluxfastError if it does not exist, ConfigError if it cannot be read or is no FLUX.1
     text-to-image transformer.
     """
-    path = Path(path)
-    spec, naming = None, Naming("", split=True)
+    path, spec = Path(path), None
+    paths = [path]
     if path.is_dir():
         folder = transformer_folder(path)
         with impossible_sizes(path):
             spec = folder_spec(path, folder)
-        files = Files(weight_files(folder))
-    elif path.is_file():
-        files = Files([path])
-    else:
+        paths = weight_files(folder)
+    elif not path.is_file():
         raise FluxfastError(
             f"model path {path} does not exist",
             hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
             "black-forest-labs/FLUX.1-dev",
         )
-    try:
-        if spec is not None:
+    with Files(paths) as files:
+        naming = Naming("", split=True) if spec else find_naming(files.entries)
+        if naming is None:
+            raise not_flux(path, files.entries)
+        if spec:
             check_weights_match(path, spec, files.entries)
         else:
-            naming = find_naming(files.entries)
-            if naming is None:
-                raise not_flux(path, files.entries)
             spec = file_spec(path, files, naming)
-        return BaseCheckpoint(path, spec, files, naming)
-    except BaseException:
-        files.close()
-        raise
+        yield BaseCheckpoint(path, spec, files, naming)
 
 
 def not_flux(path: Path, keys: Iterable[str]) -> ConfigError:

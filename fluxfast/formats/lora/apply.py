@@ -26,7 +26,7 @@ from fluxfast.formats.lora.update import (
     split,
     split_scale,
 )
-from fluxfast.formats.lora.write import known_format, to_bytes, to_state
+from fluxfast.formats.lora.write import to_bytes, to_state
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate
@@ -73,7 +73,6 @@ def save_lora(
     format that is unknown or has no place for some of the layers, FluxfastError if there is no
     LoRA, it is not finite or the disk refuses.
     """
-    known_format(format)
     lora = extract_lora(model, tensors)
     if not lora.pieces:
         raise FluxfastError("the model carries no LoRA to save")

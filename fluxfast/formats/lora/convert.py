@@ -12,7 +12,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.read import from_tensors, read_all
 from fluxfast.formats.lora.update import LoraWeights, balanced, difference, merged, scaled
-from fluxfast.formats.lora.write import known_format, to_bytes, to_state
+from fluxfast.formats.lora.write import to_bytes, to_state
 from fluxfast.util.files import check_new, write_atomic
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ def convert(
     read and a target that is there already, FluxfastError if the disk refuses or verify finds more
     than rounding; then nothing is written.
     """
-    known_format(format)
     target = Path(target)
     check_new(target)
     for number in (*strengths, scale):

@@ -1,5 +1,5 @@
-"""What a key of a LoRA file means: which linear, which of its parts, which factor. And how each
-format spells it.
+"""Parses the keys of LoRA files: which linear, which of its parts, which factor, in which format's
+spelling.
 
 Sources: sd-scripts `networks/lora_flux.py`; x-flux `layers.py`; BFL `modules/lora.py`; ComfyUI
 `comfy/lora.py`, `lora_convert.py` and `weight_adapter/lora.py` (suffixes); diffusers
@@ -22,11 +22,11 @@ from fluxfast.model.names import (
 
 
 class LoraKey(NamedTuple):
-    """What a key says.
+    """A parsed key.
 
-    role: down (A), up (B), alpha, bias (of the transformer's), norm (a whole new scale) or shape;
-    module: BFL name of a linear or a norm, or `clip/` or `t5/` and transformers' name; parts:
-    of a fused linear's (q, k, v, mlp), in row order; style, prefix: whose spelling it is.
+    role: down (A), up (B), alpha, bias (of the transformer), norm (a new scale) or shape; module:
+    BFL name of a linear or a norm, or `clip/` or `t5/` and transformers' name; parts: of a fused
+    linear (q, k, v, mlp), in row order; style, prefix: of the spelling.
     """
 
     role: str
@@ -37,11 +37,11 @@ class LoraKey(NamedTuple):
 
     @property
     def swapped(self) -> bool:
-        """Whether the output's halves stand in diffusers' order, [scale, shift]."""
+        """Whether the output's halves are in diffusers' order, [scale, shift]."""
         return self.module == SWAPPED and self.style == "diffusers"
 
 
-_Place = tuple[str, tuple[int, ...], str]  # module, parts, style
+_Linear = tuple[str, tuple[int, ...], str]  # module, parts, style
 
 # ---------------------------------------------------------------- suffixes
 
@@ -60,7 +60,7 @@ _ROLE_PATTERNS = {
 }
 _ROLES = [(re.compile(f"(.*?)(?:{pattern})"), role) for pattern, role in _ROLE_PATTERNS.items()]
 
-# what is no plain pair of factors, by the end of a key
+# relatives of LoRA that are no plain pair of factors, by the end of a key
 _FOREIGN = {
     "LoKr": r"\.lokr_(w1|w2|t2)(_[ab])?$",
     "LoHa": r"\.hada_[wt]\d(_[ab])?$",
@@ -74,7 +74,7 @@ _FOREIGN = {
 
 
 def foreign_kind(key: str) -> str | None:
-    """The name of the kind that is no plain LoRA, where a key gives it away."""
+    """Returns the kind of a key that no plain LoRA has, None if it may be one."""
     return next((kind for kind, pattern in _FOREIGN.items() if re.search(pattern, key)), None)
 
 
@@ -103,8 +103,8 @@ _BLOCK = re.compile(rf"({'|'.join(_BFL_GROUP)})[._]([0-9]{{1,4}})[._](.+)")
 
 
 def _block_tables() -> tuple[dict, dict]:
-    """Of a block's linears and of its norms: (group's spelling, rest of a name) -> place in the
-    block.
+    """Returns tables of a block's linears and norms: (spelling of the group, rest of a name) ->
+    (name in the block, parts, style).
     """
     linear_table, norm_table = {}, {}
     for ours, theirs, linears, norms, xlabs in _GROUPS:
@@ -135,11 +135,11 @@ _OUTER = {
 } | {"img_in.proj": ("img_in", (0,), "omi")}
 
 
-def _in_block(name: str, table: dict) -> _Place | None:
-    if (match := _BLOCK.fullmatch(name)) is None:
-        return None
-    place = table.get(match.group(1, 3))
-    return place and (f"{_BFL_GROUP[match[1]]}.{int(match[2])}.{place[0]}", *place[1:])
+def _in_block(name: str, table: dict) -> _Linear | None:
+    if (match := _BLOCK.fullmatch(name)) and (entry := table.get(match.group(1, 3))):
+        module, parts, style = entry
+        return f"{_BFL_GROUP[match[1]]}.{int(match[2])}.{module}", parts, style
+    return None
 
 
 # ---------------------------------------------------------------- the text encoders' linears
@@ -155,17 +155,12 @@ _TEXT_DOTTED = {
     "lora_clip_l.": "clip",
     "lora_t5.": "t5",
 }
-_CLIP = re.compile(
-    r"text_model_encoder_layers_(\d+)_(?:(self_attn)_((?:q|k|v|out)_proj)|(mlp)_(fc[12]))"
-)
-_T5 = re.compile(
-    r"encoder_block_(\d+)_layer_([01])_"
-    r"(?:(SelfAttention)_([qkvo]|relative_attention_bias)|(DenseReluDense)_(wi_0|wi_1|wi|wo))"
-)
+# words of a joined name that hold an underscore of their own
+_WORD = re.compile(r"text_model|self_attn|(?:[qkv]|out)_proj|wi_[01]|relative_attention_bias|_")
 
 
 def _text(name: str) -> tuple[str, str] | None:
-    """The module and the prefix."""
+    """Returns the module and the prefix of a text encoder's linear."""
     for prefix, encoder in _TEXT_DOTTED.items():
         if name.startswith(prefix):
             module = name.removeprefix(prefix)
@@ -176,46 +171,43 @@ def _text(name: str) -> tuple[str, str] | None:
     if (joined := re.fullmatch(r"(lora_te([123]?)_)(.+)", name)) is None:
         return None
     prefix, number, rest = joined.groups()
-    if number in ("", "1") and (match := _CLIP.fullmatch(rest)):
-        index, *words = filter(None, match.groups())
-        return f"clip/text_model.encoder.layers.{index}.{'.'.join(words)}", prefix
-    if number in ("2", "3") and (match := _T5.fullmatch(rest)):  # OneTrainer counts 2, kohya 3
-        block, layer, *words = filter(None, match.groups())
-        return f"t5/encoder.block.{block}.layer.{layer}.{'.'.join(words)}", prefix
-    return None
+    module = _WORD.sub(lambda word: "." if word[0] == "_" else word[0], rest)
+    encoder = "t5" if number in ("2", "3") else "clip"  # OneTrainer counts T5 as 2, kohya as 3
+    start = "encoder.block." if encoder == "t5" else "text_model.encoder.layers."
+    return (f"{encoder}/{module}", prefix) if module.startswith(start) else None
 
 
 # ---------------------------------------------------------------- a key, whole
 
 
 def parse(key: str) -> LoraKey | None:
-    """What the key says, None for one that has no place in FLUX.1."""
+    """Returns the parsed key, None for one that has no place in FLUX.1."""
     for pattern, role in _ROLES:
         if (match := pattern.fullmatch(key)) is None:
             continue
         plain, prefix = _strip(match[1])
         if role == "norm":
-            place = _in_block(plain, _NORMS)
+            linear = _in_block(plain, _NORMS)
         else:
-            place = _OUTER.get(plain) or _in_block(plain, _LINEARS)
-        if place:
-            return LoraKey(role, *place, prefix)
+            linear = _OUTER.get(plain) or _in_block(plain, _LINEARS)
+        if linear:
+            return LoraKey(role, *linear, prefix)
         if role == "norm":
             continue
         if text := _text(plain) or _text(match[1]):
-            # a text encoder's bias has a place in no format that is written
+            # no format that is written holds a text encoder's bias
             return None if role == "bias" else LoraKey(role, text[0], (0,), "text", text[1])
     return None
 
 
 def _strip(name: str) -> tuple[str, str]:
-    """A name without its prefix, and the prefix."""
+    """Returns a name without its prefix, and the prefix."""
     match = _DOTTED.match(name) or _JOINED.match(name)
     return (name[match.end() :], match[0]) if match else (name, "")
 
 
 def form_of(keys: Collection[LoraKey]) -> str:
-    """What a file's keys say of its format, in one word or two, for people."""
+    """Returns the name of the format with such keys, for people."""
     spellings = [(key.style, key.prefix) for key in keys if key.style != "text"]
     spellings = spellings or [(key.style, key.prefix) for key in keys]
     ((style, prefix), _), *_ = Counter(spellings).most_common(1)

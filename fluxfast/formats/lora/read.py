@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,14 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, parse
-from fluxfast.formats.lora.update import LoraWeights, Piece, part_count, scaled, split_scale
+from fluxfast.formats.lora.update import (
+    LoraWeights,
+    Piece,
+    part_count,
+    scaled,
+    split_scale,
+    swap_halves,
+)
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import SWAPPED, linear_shape
 from fluxfast.model.spec import FluxSpec, rope_axes
@@ -26,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LAST = "final_layer.linear"
+_FROM_MLP = ("img_mlp.2", "txt_mlp.2", "linear2")  # their inputs are the MLP's, at least in part
 _OTHER_MODELS = {
     "FLUX.2": r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj",
     "Chroma": r"distilled_guidance_layer",
@@ -245,7 +253,7 @@ def _read(
     factors: list[_Factors] = []
     biases: list[tuple[str, tuple[int, ...], Tensor]] = []
     for (module, parts), roles in linears.items():
-        order = _swap if module in swapped else (lambda tensor: tensor)
+        order = swap_halves if module in swapped else (lambda rows: rows)
         bias = file.floats(roles["bias"], 1) if "bias" in roles else None
         scale = 1.0
         if roles.keys() != {"bias"}:
@@ -338,11 +346,6 @@ class _Checked:
         return ConfigError(f"{self._path}: {problem}")
 
 
-def _swap(tensor: Tensor) -> Tensor:
-    """Swaps [scale, shift] and [shift, scale], along the rows."""
-    return torch.cat(tensor.chunk(2)[::-1])
-
-
 # ---------------------------------------------------------------- shapes
 
 
@@ -391,25 +394,18 @@ def _check_shapes(
 
 
 def _widths(factors: list[_Factors]) -> tuple[int, int]:
-    """Returns the (hidden, mlp) that most factors of the blocks have, (0, 0) if there are none."""
+    """Returns (hidden, mlp) by the first factors that tell them, (0, 0) if none lie in a block."""
     blocks = [
         (module.split(".", 2)[2], parts, len(b), a.shape[1])
         for module, parts, a, b in factors
         if "_blocks." in module
     ]
-    hidden, mlp = Counter(), Counter()
-    for tail, _, rows, columns in blocks:
-        hidden[rows if tail in ("img_mlp.2", "txt_mlp.2", "linear2") else columns] += 1
-    if not hidden:
-        return 0, 0
-    width = hidden.most_common(1)[0][0]
+    hidden = next((rows if tail in _FROM_MLP else columns for tail, _, rows, columns in blocks), 0)
     for tail, parts, rows, columns in blocks:
         if tail in ("img_mlp.0", "txt_mlp.0"):
-            mlp[rows] += 1
-        elif tail in ("img_mlp.2", "txt_mlp.2"):
-            mlp[columns] += 1
-        elif tail == "linear2":
-            mlp[columns - width] += 1
-        elif tail == "linear1" and 3 in parts:
-            mlp[rows - (len(parts) - 1) * width] += 1
-    return width, mlp.most_common(1)[0][0] if mlp else 4 * width
+            return hidden, rows
+        if tail in _FROM_MLP:
+            return hidden, columns - hidden if tail == "linear2" else columns
+        if tail == "linear1" and 3 in parts:
+            return hidden, rows - (len(parts) - 1) * hidden
+    return hidden, 4 * hidden

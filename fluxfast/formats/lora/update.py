@@ -86,6 +86,11 @@ def split_scale(scale: float) -> tuple[float, float]:
     return power, scale / power
 
 
+def swap_halves(rows: Tensor) -> Tensor:
+    """Swaps the rows of [scale, shift] and [shift, scale]."""
+    return torch.cat(rows.chunk(2)[::-1])
+
+
 # ---------------------------------------------------------------- between fused and split
 
 

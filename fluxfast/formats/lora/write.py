@@ -26,6 +26,7 @@ from fluxfast.formats.lora.update import (
     part_count,
     split,
     stack_by_parts,
+    swap_halves,
 )
 from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
 
@@ -76,20 +77,15 @@ FORMATS = {
 }
 
 
-def known_format(name: str) -> str:
-    """Returns the name. Raises ConfigError for a format that is not written."""
-    if name not in FORMATS:
-        raise ConfigError(f"LoRA format {name!r} is not one of {', '.join(FORMATS)}")
-    return name
-
-
 def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str, Tensor]:
     """Returns the fp32 tensors of a file by key.
 
     Raises ConfigError naming what the format has no place for; drop leaves that out, with a
     warning.
     """
-    form = FORMATS[known_format(format)]
+    if format not in FORMATS:
+        raise ConfigError(f"LoRA format {format!r} is not one of {', '.join(FORMATS)}")
+    form = FORMATS[format]
     is_split = format == "diffusers"
     state: dict[str, Tensor] = {}
     left_out: list[str] = []
@@ -160,7 +156,7 @@ def _split_linears(lora: LoraWeights) -> dict[str, Piece]:
     for module, pieces in lora.pieces.items():
         for piece in stack_by_parts(split(pieces)):
             ((part, b),) = piece.b.items()
-            b = _swap(b) if module == SWAPPED else b
+            b = swap_halves(b) if module == SWAPPED else b
             linears[_diffusers(module)[part]] = Piece(piece.a, {part: b})
     return linears
 
@@ -222,13 +218,8 @@ def _biases(lora: LoraWeights, module: str, is_split: bool) -> dict[str, Tensor]
     if not is_split:
         return {module: torch.cat([parts[part] for part in sorted(parts)])}
     if module == SWAPPED:
-        parts[0] = _swap(parts[0])
+        parts[0] = swap_halves(parts[0])
     return {name: parts[part] for part, name in enumerate(_diffusers(module))}
-
-
-def _swap(tensor: Tensor) -> Tensor:
-    """Swaps scale and shift into diffusers' order."""
-    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def _diffusers(module: str) -> list[str]:
