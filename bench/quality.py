@@ -1,23 +1,25 @@
-"""What 8-bit products do to training: the same runs in bf16, NF4, int8 and fp8, paired.
+"""What 8-bit matmuls do to training: the same runs in bf16, NF4, int8 and fp8, paired.
 
     python -m bench.quality            three seeds, 300 steps; 1 past a limit
     python -m bench.quality --short    one seed, few steps: that it runs
 
 Each mode (storage/compute) teaches the pretrained nano model the zorb of `examples/nano/zorb.yaml`,
-from the same drawings, noise, timesteps and LoRA start for a seed, so that two modes differ by
-their arithmetic alone; activations are bf16 (fp32 on a CPU without it). Held-out drawings are
-judged every 25 steps at fixed noise. A mode's best validation loss is compared with that of its
-reference, the same storage (or bf16 for int8 storage) with bf16 products, seed by seed.
+from the same images, noise, timesteps and initial LoRA for a seed, so that two modes differ by
+their arithmetic alone; activations are bf16 (fp32 on a CPU without it). The held-out loss is
+measured every 25 steps at fixed noise. A mode's best is compared with that of its reference, the
+same storage (or bf16 for int8 storage) with bf16 matmuls, seed by seed.
 
 Then, at the LoRA that the first seed's bf16 run trained, the gradient of every layer's LoRA with
-8-bit products and everything else in fp32 is compared with the same in fp32, as a cosine.
+8-bit matmuls and everything else in fp32 is compared with the same in fp32, as a cosine.
 
 Rows go to bench/results/quality.jsonl with --save; `python -m bench.report` draws them.
 """
 
+import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -50,7 +52,7 @@ LEAST_COSINE = {"int8": 0.99}
 
 
 def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
-    """One run's configuration."""
+    """Returns one run's configuration."""
     storage, compute = MODES[mode]
     sets = {
         "name": f"{mode.replace('/', '-')}-{seed}",
@@ -75,149 +77,170 @@ def settings(mode: str, seed: int, steps: int, folder: Path) -> Config:
 
 
 def trained(config: Config) -> dict:
-    """Train once -> what a row says of it: the validation curve [[step, loss], …] and its best."""
+    """Trains once. Returns a row's fields: the validation curve [[step, loss], …] and its best."""
     train(config, restart=True)
-    measured = read_validations(config.run_dir / "validation.jsonl")
-    lowest = best(measured)
+    validations = read_validations(config.run_dir / "validation.jsonl")
+    lowest = best(validations)
+    say(f"{config.name}: best {lowest.loss:.4f} at step {lowest.step}")
     return {
         "seed": config.seed,
         "steps": config.train.steps,
         "base_loss": lowest.base_loss,
         "best_loss": lowest.loss,
         "best_step": lowest.step,
-        "curve": [[row.step, row.loss] for row in measured],
+        "curve": [[row.step, row.loss] for row in validations],
     }
 
 
-def run(mode: str, seed: int, steps: int, folder: Path) -> dict:
-    """The row of one run."""
-    start = time.perf_counter()
-    found = trained(settings(mode, seed, steps, folder))
-    seconds = round(time.perf_counter() - start, 1)
-    return {"bench": "quality", "mode": mode, "seconds": seconds, **found}
+def lora_file(config: Config) -> Path:
+    """Returns the LoRA that a finished run has left."""
+    return config.run_dir / f"{config.name}.safetensors"
+
+
+def batches_of(config: Config, seed: int, count: int) -> list:
+    """Returns the first batches of the configuration's images in the order of a seed."""
+    dataset = prepare(config, torch.device("cpu")).dataset
+    loader = Loader(dataset, config.train.batch_size, seed)
+    return [loader.batch(index) for index in range(count)]
 
 
 def gradients(model, config: Config, batch) -> dict[str, torch.Tensor]:
-    """Per layer its LoRA's gradients, A's and B's in one vector."""
+    """Returns per layer its LoRA's gradients, A's and B's in one fp64 vector."""
     for layer in lora_layers(model).values():
         layer.lora_A.grad = layer.lora_B.grad = None
     train = config.train
     inputs = noise_batch(batch, config.seed, train.timesteps, train.timestep_bias)
     sample_losses(model, inputs, train.guidance).mean().backward()
     return {
-        name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])
+        name: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()]).double()
         for name, layer in lora_layers(model).items()
     }
 
 
 def cosines(config: Config, kinds: list[str]) -> list[dict]:
     """At the LoRA that `config`'s run left: the cosine per layer of the gradients with 8-bit
-    products in the layers that `compute` gives them, against fp32 throughout."""
-    device = torch.device("cpu")
-    batch = Loader(prepare(config, device).dataset, config.train.batch_size, 7).batch(0)
-    file = config.run_dir / f"{config.name}.safetensors"
-    found = {}
+    matmuls in the layers that `compute` gives them, against fp32 throughout."""
+    (batch,) = batches_of(config, 7, 1)
+    by_kind = {}
     for kind in ["fp32", *kinds]:
-        model = load_transformer(config.model.path, "fp32", kind, device, activations="fp32")
-        load_lora(model, file)
-        found[kind] = gradients(model, config, batch)
-    rows = []
-    for kind in kinds:
-        layers = {
-            name: torch.cosine_similarity(found[kind][name].double(), truth.double(), dim=0).item()
-            for name, truth in found["fp32"].items()
+        model = load_transformer(config.model.path, "fp32", kind, "cpu", activations="fp32")
+        load_lora(model, lora_file(config))
+        by_kind[kind] = gradients(model, config, batch)
+    truth = by_kind.pop("fp32")
+    return [
+        {
+            "bench": "quality-cosine",
+            "products": kind,
+            "cosines": {
+                name: torch.cosine_similarity(layer, truth[name], dim=0).item()
+                for name, layer in layers.items()
+            },
         }
-        rows.append({"bench": "quality-cosine", "products": kind, "cosines": layers})
-    return rows
+        for kind, layers in by_kind.items()
+    ]
 
 
 def ratios(rows: list[dict], mode: str) -> list[float]:
-    """A mode's best loss over its reference's, minus one, per seed."""
-    of = {(row["mode"], row["seed"]): row["best_loss"] for row in rows if row["bench"] == "quality"}
-    pairs = [(of[mode, seed], of.get((REFERENCE[mode], seed))) for m, seed in of if m == mode]
-    return [loss / reference - 1 for loss, reference in pairs if reference]
+    """Returns a mode's best loss over its reference's, minus one, per seed."""
+    runs = [row for row in rows if row["bench"] == "quality"]
+    references = {r["seed"]: r["best_loss"] for r in runs if r["mode"] == REFERENCE[mode]}
+    own = [row for row in runs if row["mode"] == mode and row["seed"] in references]
+    return [row["best_loss"] / references[row["seed"]] - 1 for row in own]
 
 
 def deviation(values: list[float]) -> float:
-    """The standard deviation; 0 of one value."""
+    """Returns the standard deviation, 0 of one value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
+def least(cosines: Iterable[tuple[str, float]]) -> tuple[str, float]:
+    """Returns the least cosine and its layer; NaN is less than any."""
+    return min(cosines, key=lambda pair: (pair[1] == pair[1], pair[1]))
+
+
 def over_limits(rows: list[dict]) -> list[str]:
-    """A line for each limit that is exceeded."""
+    """Returns a line for each limit that is exceeded."""
     wrong = []
     for mode, limit in LIMITS.items():
-        found = ratios(rows, mode)
-        if found and fmean(found) > limit:
-            over = f"{fmean(found):+.2%} over {REFERENCE[mode]}'s"
-            wrong.append(f"{mode}: best loss {over}, at most {limit:+.0%}")
+        over = ratios(rows, mode)
+        if over and fmean(over) > limit:
+            message = f"best loss {fmean(over):+.2%} over {REFERENCE[mode]}'s, at most {limit:+.0%}"
+            wrong.append(f"{mode}: {message}")
     for row in rows:
         if row["bench"] == "quality-cosine" and row["products"] in LEAST_COSINE:
-            limit = LEAST_COSINE[row["products"]]
-            name, least = min(row["cosines"].items(), key=lambda item: (item[1] >= 0, item[1]))
-            if not least >= limit:
-                said = f"gradient cosine {least:.4f} in {name}, at least {limit}"
-                wrong.append(f"{row['products']}: {said}")
+            kind, limit = row["products"], LEAST_COSINE[row["products"]]
+            name, cosine = least(row["cosines"].items())
+            if not cosine >= limit:
+                wrong.append(f"{kind}: gradient cosine {cosine:.4f} in {name}, at least {limit}")
     return wrong
 
 
 def table(rows: list[dict]) -> str:
-    """The results, for a terminal."""
+    """Returns the results, for a terminal."""
     lines = [["mode", "best loss", "over its reference", "s a run"]]
     for mode in MODES:
         own = [row for row in rows if row.get("mode") == mode]
         if not own:
             continue
-        losses, values = [row["best_loss"] for row in own], []
-        if mode in REFERENCE:
-            values = ratios(rows, mode)
-        each = " ".join(f"{value:+.2%}" for value in values)
+        losses = [row["best_loss"] for row in own]
+        over = ratios(rows, mode) if mode in REFERENCE else []
+        each = " ".join(f"{value:+.2%}" for value in over)
         lines.append(
             [
                 mode,
                 f"{fmean(losses):.4f} ± {deviation(losses):.4f}",
-                f"{fmean(values):+.2%} ({each})" if values else "",
+                f"{fmean(over):+.2%} ({each})" if over else "",
                 f"{fmean(row['seconds'] for row in own):.1f}",
             ]
         )
-    cosines = []
+    text = [aligned(lines)]
     for row in rows:
         if row["bench"] == "quality-cosine":
-            values = sorted(row["cosines"].items(), key=lambda item: item[1])
-            middle = values[len(values) // 2][1]
-            cosines.append(
-                f"{row['products']} products: gradient cosine per layer, least {values[0][1]:.5f} "
-                f"({values[0][0]}), median {middle:.5f}"
+            layers = sorted(row["cosines"].items(), key=lambda item: item[1])
+            (name, lowest), (_, middle) = layers[0], layers[len(layers) // 2]
+            text.append(
+                f"{row['products']} products: gradient cosine per layer, least {lowest:.5f} "
+                f"({name}), median {middle:.5f}"
             )
-    return "\n".join([aligned(lines), *cosines])
+    return "\n".join(text)
+
+
+def finish(rows: list[dict], wrong: list[str], path: Path | None) -> int:
+    """Prints what is over a limit and appends the rows to `path`, if any. Returns the exit code."""
+    print("\n".join(wrong) if wrong else "within the limits")
+    if path:
+        conditions = timing.conditions("cpu")
+        timing.append_rows(path, [row | conditions for row in rows])
+    return 1 if wrong else 0
+
+
+def parser(doc: str, seeds: int, steps: int, short: str, rows: Path) -> argparse.ArgumentParser:
+    made = terminal.parser(doc)
+    made.add_argument("--seeds", type=int, default=seeds, help="runs of each mode")
+    made.add_argument("--steps", type=int, default=steps)
+    made.add_argument("--short", action="store_true", help=short)
+    made.add_argument("--save", action="store_true", help=f"append rows to {rows.name}")
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = terminal.parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each mode")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--short", action="store_true", help="one seed, 8 steps, no limits on loss")
-    parser.add_argument("--save", action="store_true", help=f"append rows to {ROWS.name}")
-    options = parser.parse_args(arguments)
+    options_of = parser(__doc__, 3, 300, "one seed, 8 steps, no limits on loss", ROWS)
+    options_of.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    options = options_of.parse_args(arguments)
     if options.short:
         options.seeds, options.steps = 1, 8
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, options.seeds + 1):
             for mode in options.modes:
-                row = run(mode, seed, options.steps, Path(folder))
-                best = f"best {row['best_loss']:.4f} at step {row['best_step']}"
-                say(f"{mode} seed {seed}: {best}, {row['seconds']:.0f} s")
-                rows.append(row)
+                start = time.perf_counter()
+                fields = trained(settings(mode, seed, options.steps, Path(folder)))
+                seconds = round(time.perf_counter() - start, 1)
+                rows.append({"bench": "quality", "mode": mode, "seconds": seconds, **fields})
         rows += cosines(settings(options.modes[0], 1, options.steps, Path(folder)), ["int8", "fp8"])
     print(table(rows))
     wrong = over_limits([r for r in rows if not options.short or r["bench"] != "quality"])
-    print("\n".join(wrong) if wrong else "within the limits")
-    if options.save:
-        noted = timing.conditions("cpu")
-        timing.append_rows(ROWS, [row | noted for row in rows])
-    return 1 if wrong else 0
+    return finish(rows, wrong, ROWS if options.save else None)
 
 
 if __name__ == "__main__":

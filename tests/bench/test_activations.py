@@ -1,5 +1,5 @@
-"""The bench of 8-bit saved activations: its short form runs, its limits refuse, its block says the
-rows."""
+"""The bench of 8-bit saved activations: its short form runs, its limits refuse, its block shows
+the rows."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from bench import activations
+from bench import activations, quality
 from bench.report import cli as report
 from bench.rows import last_run
 from fluxfast.model.activations import BlockRunner, Int8Store
@@ -17,50 +17,24 @@ PAGES = "\n".join(report.pages(report.ROOT).values())
 
 def made(cosine=0.9999, loss=0.7, counted=1_000_000) -> list[dict]:
     """Rows of a run of two seeds; the arguments are gelu_int8's."""
-    conditions = {
-        "date": "now",
-        "device_name": "a CPU",
-        "threads": 2,
-        "torch": "2",
-        "commit": "0123456789",
-    }
     rows = []
     for policy in activations.POLICIES:
         u8 = policy == "gelu_int8"
-        for seed in (1, 2):
-            rows.append(
-                {
-                    "bench": "activations-loss",
-                    "policy": policy,
-                    "seed": seed,
-                    "steps": 9,
-                    "best_loss": loss if u8 else 0.7,
-                }
-            )
+        run = {"policy": policy, "steps": 9, "best_loss": loss if u8 else 0.7}
+        rows += [{"bench": "activations-loss", "seed": seed} | run for seed in (1, 2)]
+        sizes = {
+            **{"batch_size": 8, "tokens": 48, "lora_rank": 16, "lora_targets": "attn+mlp"},
+            **{"counted": counted if u8 else 1_000_000, "predicted": 1_000_000},
+            **{"flux_dev_predicted": 15_000_000_000, "flux_dev_pixels": 1024},
+        }
+        rows.append({"bench": "activations-bytes", "policy": policy, **sizes})
         if policy != "keep":
-            rows.append(
-                {
-                    "bench": "activations-gradients",
-                    "policy": policy,
-                    "cosines": {"a": [0.99999, 0.9999], "b": [1.0, cosine if u8 else 0.9995]},
-                    "errors": {"a": [0.01, 0.02], "b": [0.03, 0.06]},
-                }
-            )
-        rows.append(
-            {
-                "bench": "activations-bytes",
-                "policy": policy,
-                "batch_size": 8,
-                "tokens": 48,
-                "counted": counted if u8 else 1_000_000,
-                "predicted": 1_000_000,
-                "flux_dev_predicted": 15_000_000_000,
-                "flux_dev_pixels": 1024,
-                "lora_rank": 16,
-                "lora_targets": "attn+mlp",
-            }
-        )
-    return [row | conditions for row in rows]
+            cosines = {"a": [0.99999, 0.9999], "b": [1.0, cosine if u8 else 0.9995]}
+            errors = {"a": [0.01, 0.02], "b": [0.03, 0.06]}
+            fields = {"policy": policy, "cosines": cosines, "errors": errors}
+            rows.append({"bench": "activations-gradients", **fields})
+    where = {"date": "now", "device_name": "a CPU", "threads": 2, "torch": "2", "commit": "0123456"}
+    return [row | where for row in rows]
 
 
 def megabytes(line: str) -> list[float]:
@@ -80,12 +54,12 @@ def test_short_form(capsys, monkeypatch):
 
     monkeypatch.setattr(BlockRunner, "__init__", noted)
     assert activations.main(["--short"]) == 0
-    said = capsys.readouterr().out
-    assert said.rstrip().endswith("within the limits")
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("within the limits")
     steps = 4
     gradients = [{"keep"}, {"gelu_int8"}, {"int8"}]
     assert passes == [{"int8"}] * steps + gradients + gradients  # the last for the bytes
-    keep, u8, all_8 = (line for line in said.splitlines() if line.startswith("| `"))
+    keep, u8, all_8 = (line for line in printed.splitlines() if line.startswith("| `"))
     for line, smallest in ((u8, 1e-4), (all_8, 1e-3)):
         median, largest = map(float, re.search(r"([\d.]+)% \(([\d.]+)%\)", line).groups())
         assert smallest < median / 100 < largest / 100 < 0.042
@@ -99,8 +73,8 @@ def test_short_form(capsys, monkeypatch):
 def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
     """What the limits are for: with four bits instead of eight they refuse int8, and only that."""
     config = activations.settings("keep", 1, 1, tmp_path)
-    batches = activations.batches_of(config, 1)
-    activations.quality.trained(config)
+    batches = quality.batches_of(config, config.seed, 1)
+    quality.trained(config)
     put = Int8Store.put
 
     def four_bits(self, flat):
@@ -108,13 +82,13 @@ def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
         return (codes.float() / 16).round().mul(16).clamp(-127, 127).to(torch.int8), scale, dtype
 
     monkeypatch.setattr(Int8Store, "put", four_bits)
-    lora = config.run_dir / f"{config.name}.safetensors"
-    wrong = activations.over_limits(activations.gradient_rows(config, batches, lora))
+    rows = activations.gradient_rows(config, batches, quality.lora_file(config))
+    wrong = activations.over_limits(rows)
     assert len(wrong) == 1 and wrong[0].startswith("int8: gradient cosine 0.9")
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (made(), None),
         (made(loss=0.7 * 1.009), None),
@@ -126,9 +100,9 @@ def test_coarser_codes_are_past_the_limits(tmp_path, monkeypatch):
         (made(counted=1_030_000), "gelu_int8: predicted bytes off by -2.9%"),
     ],
 )
-def test_limits(rows, said):
+def test_limits(rows, message):
     wrong = activations.over_limits(rows)
-    assert wrong == [] if said is None else len(wrong) == 1 and wrong[0].startswith(said)
+    assert wrong == [] if message is None else len(wrong) == 1 and wrong[0].startswith(message)
 
 
 def test_block_of_the_newest_run(tmp_path):

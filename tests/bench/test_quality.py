@@ -1,4 +1,4 @@
-"""The quality bench: its short form runs, its limits refuse, its table says the rows."""
+"""The quality bench: its short form runs, its limits refuse, its table shows the rows."""
 
 import json
 
@@ -11,20 +11,10 @@ from bench.rows import last_run
 
 def row(mode: str, seed: int, loss: float) -> dict:
     return {
-        "bench": "quality",
-        "mode": mode,
-        "seed": seed,
-        "steps": 50,
-        "seconds": 1.0,
-        "base_loss": 2.0,
-        "best_loss": loss,
-        "best_step": 50,
+        **{"bench": "quality", "mode": mode, "seed": seed, "steps": 50, "seconds": 1.0},
+        **{"base_loss": 2.0, "best_loss": loss, "best_step": 50},
         "curve": [[0, 2.0], [25, 1.5], [50, loss]],
-        "date": "now",
-        "device_name": "a CPU",
-        "threads": 2,
-        "torch": "2",
-        "commit": "0123456789",
+        **{"date": "now", "device_name": "a CPU", "threads": 2, "torch": "2", "commit": "0123456"},
     }
 
 
@@ -43,14 +33,14 @@ def test_short_form(capsys):
     """Trains, validates and compares gradients; the losses of so few steps prove nothing."""
     modes = ["bf16/bf16", "int8/int8", "nf4/int8"]
     assert quality.main(["--short", "--modes", *modes]) == 0
-    said = capsys.readouterr().out
-    assert all(mode in said for mode in modes) and said.rstrip().endswith("within the limits")
-    cosine = float(said.split("int8 products: gradient cosine per layer, least ")[1].split()[0])
+    printed = capsys.readouterr().out
+    assert all(mode in printed for mode in modes) and printed.rstrip().endswith("within the limits")
+    cosine = float(printed.split("int8 products: gradient cosine per layer, least ")[1].split()[0])
     assert 0.99 <= cosine < 1  # 1 would mean that int8 was not used
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (made(), None),
         (made(int8=0.7 * 1.009), None),
@@ -59,9 +49,9 @@ def test_short_form(capsys):
         (made(cosine=float("nan")), "int8: gradient cosine nan"),
     ],
 )
-def test_limits(rows, said):
+def test_limits(rows, message):
     wrong = quality.over_limits(rows)
-    assert wrong == [] if said is None else len(wrong) == 1 and wrong[0].startswith(said)
+    assert wrong == [] if message is None else len(wrong) == 1 and wrong[0].startswith(message)
 
 
 def test_block_and_chart_of_the_newest_run(tmp_path):

@@ -19,8 +19,6 @@ from fluxfast.model.modulation import MODULATION_ROWS
 from fluxfast.model.spec import DEV
 from fluxfast.tools.plan import plan_rows
 
-LABEL = "512 px"
-
 
 def planned(setting: str, gpu: str, *overrides: str) -> Plan:
     return plan_rows(configuration(setting, list(overrides)), None, gpu)[-1].plan
@@ -51,15 +49,18 @@ def test_ops_add_up_to_what_the_plan_predicts(plain, stock):
     assert "gelu_int8" in policies  # else the sum above says nothing of them
 
 
-def test_a_factor_of_whole_steps_leaves_the_ops_as_they_are(plain):
+def test_a_factor_of_whole_steps_is_projected_and_leaves_the_ops_as_they_are(plain):
     """And adds nothing that looks like a copy."""
     factor = Efficiency(1.3, "measured: commit abc, a card, 9 rows")
     slower = replace(plain.card, factors={"int8": factor})
-    given = plain.request, slower, usable(24)
-    plan = make_plan(*given)
-    label = "512 px"
-    assert plan.seconds(label) > 1.25 * plain.seconds(label)
-    assert roofline.lines_of(plan, label) == roofline.lines_of(plain, label)
+    plan = make_plan(plain.request, slower, usable(24))
+    assert plan.seconds("512 px") > 1.25 * plain.seconds("512 px")
+    lines = {label: roofline.lines_of(plan, label) for label in plan.buckets}
+    assert lines["512 px"] == roofline.lines_of(plain, "512 px")
+    projection = roofline.project(plan, lines)
+    assert projection.seconds == pytest.approx(sum(map(plan.seconds, plan.buckets)) / 3)
+    basis = "1.3 of what shipped shares predict (measured: commit abc, a card, 9 rows)"
+    assert projection.basis == basis
 
 
 @pytest.mark.parametrize("policy", ["recompute_mlp", "checkpoint", "int8", "offload"])
@@ -87,11 +88,10 @@ def test_what_a_policy_costs_is_in_the_step(policy):
 
 
 def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):
-    ops = [one for one in roofline.step_of(plain, "512 px") if one.group == "modulation"]
-    assert {one.times for one in ops} == {1 / MODULATION_ROWS}
     batch = planned("plain", "h100", "train.batch_size=4", "data.0.resolution=512")
-    ops = [one for one in roofline.step_of(batch, "512 px") if one.group == "modulation"]
-    assert {one.times for one in ops} == {4 / MODULATION_ROWS}
+    for plan, samples in ((plain, 1), (batch, 4)):
+        ops = [one for one in roofline.step_of(plan, "512 px") if one.group == "modulation"]
+        assert {one.times for one in ops} == {samples / MODULATION_ROWS}
 
 
 def test_every_launch_of_a_block_has_its_op(stock):
@@ -150,27 +150,15 @@ def test_the_bound_is_what_takes_longer(plain):
     assert bounds["modulation", "product"] == "memory"  # sixteen rows over every weight
 
 
-def kernel_row(op: str, direction: str, median_ms: float, **other) -> dict:
+def kernel_row(op: str, direction: str, median_ms: float) -> dict:
     """As bench.kernels writes it: at 512 px, on an RTX 4090, NF4 and int8."""
-    tokens = 1024 if op == "lora_linear" else 1536
     return {
-        "bench": "kernels",
-        "op": op,
-        "direction": direction,
-        "name": "fluxfast",
-        "status": "ok",
-        "storage": "nf4",
-        "products": "int8",
-        "compute": "bfloat16",
-        "pixels": 512,
-        "batch": 1,
-        "tokens": tokens,
-        "text_tokens": 512,
-        "hidden": 3072,
-        "rank": 16,
-        "median_ms": median_ms,
+        **{"bench": "kernels", "op": op, "direction": direction, "name": "fluxfast"},
+        **{"status": "ok", "storage": "nf4", "products": "int8", "compute": "bfloat16"},
+        **{"pixels": 512, "batch": 1, "tokens": 1024 if op == "lora_linear" else 1536},
+        **{"text_tokens": 512, "hidden": 3072, "rank": 16, "median_ms": median_ms},
         "device_name": "NVIDIA GeForce RTX 4090",
-    } | other
+    }
 
 
 def predicted_ms(plan: Plan, op: str, direction: str) -> float:
@@ -231,13 +219,7 @@ def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, whe
         {"pixels": 768},
         {"batch": 4},
         {"hidden": 128},
-        {
-            "op": "nf4_dequantize",
-            "pixels": None,
-            "batch": None,
-            "tokens": None,
-            "products": "bfloat16",
-        },
+        {"op": "nf4_dequantize", "pixels": None, "batch": None, "tokens": None},
     ],
 )
 def test_rows_of_something_else_count_for_nothing(plain, other):
@@ -246,23 +228,18 @@ def test_rows_of_something_else_count_for_nothing(plain, other):
 
 
 def test_attention_has_no_weight_whose_storage_counts(plain):
-    rows = [kernel_row(roofline.ATTENTION, "forward", 5.0, storage=None, products="bfloat16")]
-    sources = {
-        (line.group, line.direction): line.source
-        for line in roofline.lines_of(plain, "512 px", rows)
-    }
+    row = kernel_row(roofline.ATTENTION, "forward", 5.0) | {"storage": None, "products": "bfloat16"}
+    lines = roofline.lines_of(plain, "512 px", [row])
+    sources = {(line.group, line.direction): line.source for line in lines}
     assert sources[roofline.ATTENTION, "forward"] == "measured"
     assert sources[roofline.ATTENTION, "backward"] == "assumed"  # forward alone was timed
 
 
-def test_shares_that_are_measured_are_said_to_be(plain):
+def test_measured_shares_are_named(plain):
     measured = {**plain.card.efficiency, "int8": Efficiency(0.7, "measured: commit abc, a card")}
     plan = replace(plain, card=replace(plain.card, efficiency=measured))
-    sources = {
-        line.part: line.source
-        for line in roofline.lines_of(plan, "512 px")
-        if line.group == "lora_linear"
-    }
+    lines = roofline.lines_of(plan, "512 px")
+    sources = {line.part: line.source for line in lines if line.group == "lora_linear"}
     assert sources["product"] == "measured" and sources["update"] == "assumed"
 
 
@@ -273,13 +250,13 @@ REPORTED = ["4090, batch 1: 0.4375 it/s", "L40S, batch 1: 0.838 it/s"]
 REPORTED += ["A100, batch 4: 0.3478 it/s", "H100, batch 4: 0.4537 it/s"]
 
 
-def said(capsys, *arguments: str) -> str:
+def printed(capsys, *arguments: str) -> str:
     assert roofline.main(list(arguments)) == 0
     return capsys.readouterr().out
 
 
 def test_the_stock_setting_is_set_beside_the_headline(capsys, stock):
-    text = said(capsys, "--card", "4090", "--setting", "stock")
+    text = printed(capsys, "--card", "4090", "--setting", "stock")
     seconds = sum(stock.seconds(label) for label in stock.buckets) / 3
     assert f"Projection, not measured: {1 / seconds:.2f} it/s ({seconds:.3f} s a step" in text
     assert "; 0% of it from measured ops, the rest from assumed shares" in text
@@ -293,21 +270,15 @@ def test_the_stock_setting_is_set_beside_the_headline(capsys, stock):
         assert f"\n{label}: " in text
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--card", "4090"),
-        ("--card", "4090", "--setting", "stock", "--pixels", "1024"),
-    ],
-)
-def test_other_settings_are_not(capsys, arguments):
-    text = said(capsys, *arguments)
+@pytest.mark.parametrize("options", [[], ["--setting", "stock", "--pixels", "1024"]])
+def test_other_settings_are_not(capsys, options):
+    text = printed(capsys, "--card", "4090", *options)
     assert "Projection, not measured:" in text and "none is set beside this" in text
     assert not any(line in text for line in REPORTED) and "times that" not in text
 
 
 def test_another_batch_is_no_ratio(capsys):
-    text = said(capsys, "--card", "L40S", "--setting", "stock", "--batch", "4")
+    text = printed(capsys, "--card", "L40S", "--setting", "stock", "--batch", "4")
     assert all(line in text for line in REPORTED) and "times that" not in text
 
 
@@ -315,8 +286,8 @@ def test_rows_count_in_the_projection(capsys, tmp_path):
     row = kernel_row("lora_linear", "forward", 1e3)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     common = ["--card", "4090", "--pixels", "512"]
-    without = said(capsys, *common, "--rows", str(tmp_path / "none.jsonl"))
-    text = said(capsys, *common, "--rows", str(tmp_path / "rows.jsonl"))
+    without = printed(capsys, *common, "--rows", str(tmp_path / "none.jsonl"))
+    text = printed(capsys, *common, "--rows", str(tmp_path / "rows.jsonl"))
     assert "lora_linear" in without and "measured\n" not in without
     assert re.search(r"lora_linear +forward +product .* measured\n", text)
     rate = float(re.search(r"measured: ([\d.]+) it/s", text)[1])
@@ -324,32 +295,9 @@ def test_rows_count_in_the_projection(capsys, tmp_path):
     assert rate < 0.1 and share > 95  # 38 projections of about a second
 
 
-def test_whole_measured_steps_are_what_is_projected(plain):
-    factor = Efficiency(1.3, "measured: commit abc, a card, 9 rows")
-    plan = replace(plain, card=replace(plain.card, factors={"int8": factor}))
-    lines = {label: roofline.lines_of(plain, label) for label in plain.buckets}
-    found = roofline.project(plan, lines)
-    seconds = [plan.seconds(label) for label in plan.buckets]
-    assert found.seconds == pytest.approx(sum(seconds) / 3)
-    assert (
-        found.basis == "1.3 of what shipped shares predict (measured: commit abc, a card, 9 rows)"
-    )
-
-
 def test_options_reach_the_plan(capsys):
-    text = said(
-        capsys,
-        "--card",
-        "4090",
-        "--pixels",
-        "512",
-        "--batch",
-        "2",
-        "--storage",
-        "int8",
-        "--compute",
-        "int8",
-    )
+    options = "--card 4090 --pixels 512 --batch 2 --storage int8 --compute int8"
+    text = printed(capsys, *options.split())
     assert "int8 base, int8 products, batch 2" in text and "\n512 px: " in text
     assert "\n768 px: " not in text and " at 512 px)" in text
 
@@ -368,10 +316,9 @@ def test_a_bad_call_says_why(capsys, arguments, words):
 
 
 def test_what_does_not_fit_says_what_is_missing(capsys, monkeypatch):
-    row = Row(
-        card("3060"), 12, "mixed", None, "it needs at least 14 GiB; what fits: a smaller batch"
-    )
-    monkeypatch.setattr(roofline, "plan_rows", lambda *given: [row])
+    reason = "it needs at least 14 GiB; what fits: a smaller batch"
+    row = Row(card("3060"), 12, "mixed", None, reason)
+    monkeypatch.setattr(roofline, "plan_rows", lambda *_: [row])
     assert roofline.main(["--card", "3060", "--batch", "4"]) == 2
     assert "RTX 3060 12 GB: it needs at least 14 GiB; what fits" in capsys.readouterr().err
 
@@ -394,15 +341,16 @@ def test_sums_are_of_the_lines():
     assert last.split() == ["step", "7", "7.0", "10.00", "4.00", "7.00"]
 
 
-def test_an_op_of_no_block_is_told_from_one():
-    assert roofline.fused_op("double_blocks.1", Op("attention forward", "bf16", 0, 0)) == (
-        roofline.ATTENTION
-    )
-    for name, op in (
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("attention forward", roofline.ATTENTION),
         ("double_blocks.1.txt_mlp.2 dx", "gelu_lora_linear"),
         ("double_blocks.1.img_attn.qkv norm", "norm_modulate_lora_linear"),
         ("double_blocks.1.img_attn.qkv gradients added", "autograd"),
         ("double_blocks.1 gradients joined", "autograd"),
         ("double_blocks.1 qk norm", roofline.ATTENTION),
-    ):
-        assert roofline.fused_op("double_blocks.1", Op(name, "element", 0, 0)) == op
+    ],
+)
+def test_a_launch_has_its_op(name, op):
+    assert roofline.fused_op("double_blocks.1", Op(name, "element", 0, 0)) == op
