@@ -3,15 +3,15 @@
     python -m bench.quantize [--save | --out FILE]
 
 The same matrix (FLUX.1's linear1, 21504 x 3072, N(0, 1/K)) goes to both, in one process on the same
-threads; bytes and decoded values are compared before anything is timed, and rounds are interleaved.
-fluxfast decodes into memory that it reuses, as a training step does; bitsandbytes has no such way
-on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1 where
-quantizing is less than LEAST["quantize"] times as fast, or decoding less than LEAST["decode"].
+threads; bytes and dequantized values are compared before anything is timed, and rounds are
+interleaved. fluxfast dequantizes into memory that it reuses, as a training step does; bitsandbytes
+has no such way on a CPU (another row shows fluxfast without it). With AVX-512 the exit code is 1
+where quantizing is less than LEAST["quantize"] times as fast, or dequantizing less than
+LEAST["decode"].
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import fluxfast_kernels as fk
@@ -27,12 +27,11 @@ OURS, FRESH, THEIRS = "fluxfast", "fluxfast, fresh memory", "bitsandbytes"
 ROWS = RESULTS / "quantize.jsonl"
 
 
-def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
-    """Returns the work by "quantize" or "decode" and by name, and gate(what): None, or what is
-    wrong."""
+def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, object]]:
+    """Returns one row per "quantize" or "decode" (a row's `what`) and candidate."""
     import bitsandbytes.functional as bnb
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = fk.nf4_quantize(weight)
@@ -56,16 +55,10 @@ def candidates(shape: tuple[int, int], seed: int = 0) -> tuple[dict, Callable]:
         same = torch.equal(work[what][OURS](), bnb.dequantize_4bit(packed, state))
         return None if same else "decoded values differ"
 
-    return work, gate
-
-
-def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, object]]:
-    """One row a candidate."""
-    work, gate = candidates(shape)
     rows = []
-    for what, named in work.items():
+    for what, candidates in work.items():
         results = timing.compare(
-            named, rounds, warmup, lambda name, what=what: gate(what), baseline=THEIRS
+            candidates, rounds, warmup, lambda _, what=what: gate(what), baseline=THEIRS
         )
         for result in results.values():
             rate = None
@@ -77,18 +70,14 @@ def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, obje
     return rows
 
 
-def speedups(rows: list[dict[str, object]]) -> dict[str, float | None]:
-    """what -> how many times as fast ours is; None where either could not be timed."""
-    ours = [row for row in rows if row["name"] == OURS]
-    return {row["what"]: 1 / row["ratio"] if row["ratio"] else None for row in ours}
-
-
 def too_slow(rows: list[dict[str, object]], isa: str | None) -> list[str]:
-    """What misses LEAST, in words. Without AVX-512 only a failed comparison counts."""
+    """Returns a line for each failed comparison and, with AVX-512, for each miss of LEAST."""
     missed = [f"{row['name']} {row['what']}: {row['reason']}" for row in rows if row["reason"]]
-    for what, times in speedups(rows).items():
-        if isa == "avx512" and times is not None and times < LEAST[what]:
-            missed.append(f"{what}: {times:.1f}x, not {LEAST[what]:g}x")
+    for row in rows:
+        if row["name"] == OURS and row["ratio"] and isa == "avx512":
+            times, least = 1 / row["ratio"], LEAST[row["what"]]
+            if times < least:
+                missed.append(f"{row['what']}: {times:.1f}x, not {least:g}x")
     return missed
 
 

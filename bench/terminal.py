@@ -1,15 +1,28 @@
-"""What the commands share: their arguments, tables and progress."""
+"""Arguments, tables and progress of the bench's commands."""
 
 import argparse
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench import RESULTS
+from fluxfast.model.spec import FluxSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Sizes(NamedTuple):
+    """What a bench measures by default."""
+
+    spec: FluxSpec
+    pixels: list[int]
+    batch: list[int]
+    text_tokens: int
+    rounds: int
+    warmup: int
 
 
 def say(progress: str) -> None:
@@ -17,7 +30,7 @@ def say(progress: str) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns two spaces apart; those whose index is in `left` begin, the others end together."""
+    """Returns columns two spaces apart, those whose index is in `left` flush left, others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -41,12 +54,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
-def device_parser(doc: str, bench: str, candidates: Iterable[str], usual: str, sizes: dict):
-    """The parser of a bench that compares `candidates` on a device. usual: which of them run by
-    default; sizes: the defaults of pixels, batch, text_tokens and rounds, in words."""
+def device_parser(
+    doc: str, bench: str, candidates: Iterable[str], usual: str, sizes: dict[str, Sizes]
+) -> argparse.ArgumentParser:
+    """Returns the parser of a bench that compares `candidates` on a device. usual: the ones that
+    run by default; sizes: by "cpu", "cuda" or "tiny"."""
+
+    def default(key: str) -> str:
+        values = ((device, getattr(sizes[device], key)) for device in ("cpu", "cuda"))
+        return "; ".join(f"{device}: {str(value).strip('[]')}" for device, value in values)
+
     made = parser(doc)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", choices=["cpu", "cuda"], default=default)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", choices=["cpu", "cuda"], default=device)
     made.add_argument(
         "--candidates",
         nargs="+",
@@ -54,11 +74,11 @@ def device_parser(doc: str, bench: str, candidates: Iterable[str], usual: str, s
         metavar="NAME",
         help=f"of {', '.join(candidates)}{usual}",
     )
-    made.add_argument("--pixels", nargs="+", type=int, help=f"image sides ({sizes['pixels']})")
-    made.add_argument("--batch", nargs="+", type=int, help=f"batch sizes ({sizes['batch']})")
-    made.add_argument("--text-tokens", type=int, help=f"T5 tokens ({sizes['text_tokens']})")
+    made.add_argument("--pixels", nargs="+", type=int, help=f"image sides ({default('pixels')})")
+    made.add_argument("--batch", nargs="+", type=int, help=f"batch sizes ({default('batch')})")
+    made.add_argument("--text-tokens", type=int, help=f"T5 tokens ({default('text_tokens')})")
     made.add_argument("--rank", type=int, default=16)
-    made.add_argument("--rounds", type=int, help=sizes["rounds"])
+    made.add_argument("--rounds", type=int, help=default("rounds"))
     made.add_argument(
         "--compute",
         choices=DTYPES,
@@ -72,8 +92,11 @@ def device_parser(doc: str, bench: str, candidates: Iterable[str], usual: str, s
     return made
 
 
-def parse(made: argparse.ArgumentParser, bench: str, arguments: list[str] | None):
-    """Options of a `device_parser`, with `compute` as a dtype and `out` as --save has it."""
+def parse(
+    made: argparse.ArgumentParser, bench: str, arguments: list[str] | None
+) -> argparse.Namespace:
+    """Returns the options of a `device_parser`, with `compute` as a dtype and `out` as --save has
+    it."""
     from fluxfast.model.precision import multiplies_bf16  # with it come the kernels
 
     options = made.parse_args(arguments)
@@ -86,3 +109,12 @@ def parse(made: argparse.ArgumentParser, bench: str, arguments: list[str] | None
     if options.save and options.out is None:
         options.out = RESULTS / f"{bench}-{options.device}.jsonl"
     return options
+
+
+def settings(options: argparse.Namespace, sizes: dict[str, Sizes]) -> dict[str, object]:
+    """Sets the sizes that were not given. Returns the settings that all such benches have."""
+    for key, value in sizes["tiny" if options.tiny else options.device]._asdict().items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
+    keys = ("spec", "device", "compute", "text_tokens", "rank", "rounds", "warmup")
+    return {key: getattr(options, key) for key in keys}

@@ -29,14 +29,13 @@ from bench.kernels.gate import verdicts
 from bench.kernels.problem import CANDIDATES, COMPILED, EAGER, FORWARD, OURS, Problem
 from bench.kernels.table import row, table
 from bench.step.settings import TINY_SPEC
-from bench.terminal import say
+from bench.terminal import Sizes, say
 from fluxfast.model.spec import DEV
 
 SIZES = {
-    "pixels": "cpu: 128; cuda: 512 768 1024",
-    "batch": "cpu: 1; cuda: 1 4",
-    "text_tokens": "cpu: 64; cuda: 512",
-    "rounds": "cpu: 5; cuda: 30",
+    "cpu": Sizes(DEV, [128], [1], 64, rounds=5, warmup=1),
+    "cuda": Sizes(DEV, [512, 768, 1024], [1, 4], 512, rounds=30, warmup=3),
+    "tiny": Sizes(TINY_SPEC, [64], [2], 8, rounds=1, warmup=1),
 }
 DEVICE_LOST = 3  # exit code of a process whose device does not answer any more
 
@@ -164,26 +163,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
+    shared = terminal.settings(options, SIZES)
     cuda = options.device == "cuda"
-    if options.tiny:
-        spec, pixels, batches, text, rounds, warmup = TINY_SPEC, [64], [2], 8, 1, 1
-    elif cuda:
-        spec, pixels, batches, text, rounds, warmup = DEV, [512, 768, 1024], [1, 4], 512, 30, 3
-    else:
-        spec, pixels, batches, text, rounds, warmup = DEV, [128], [1], 64, 5, 1
     usual = CANDIDATES if cuda else [name for name in CANDIDATES if name != COMPILED]
     return Settings(
-        spec=spec,
-        device=options.device,
-        compute=options.compute,
+        **shared,
         ops=tuple(options.ops or OPS),
         modes=MODES if cuda or options.tiny else CPU_MODES,
-        shapes=tuple((p, b) for b in options.batch or batches for p in options.pixels or pixels),
-        text_tokens=options.text_tokens or text,
-        rank=options.rank,
+        shapes=tuple((side, batch) for batch in options.batch for side in options.pixels),
         candidates=tuple(options.candidates or usual),
-        rounds=options.rounds or rounds,
-        warmup=warmup,
         tiny=options.tiny,
     )
 

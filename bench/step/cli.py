@@ -39,21 +39,22 @@ from bench.step.settings import (
     image_tokens,
 )
 from bench.step.table import over_limits, rows, table, verdicts
-from bench.terminal import say
+from bench.terminal import Sizes, say
 from fluxfast.model.lora import PRESETS
 from fluxfast.model.spec import DEV
 
 SIZES = {
-    "pixels": "cpu: 256; cuda: 512 768 1024",
-    "batch": "cpu: 1; cuda: 1 4; stock: 1",
-    "text_tokens": "cpu: 128; cuda: 512",
-    "rounds": "default: 9",
+    "cpu": Sizes(CPU_SPEC, [256], [1], 128, rounds=9, warmup=3),
+    "cuda": Sizes(DEV, [512, 768, 1024], [1, 4], 512, rounds=9, warmup=3),
+    "tiny": Sizes(TINY_SPEC, [64], [1], 8, rounds=9, warmup=3),
 }
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = terminal.device_parser(__doc__, "step", CANDIDATES, "", SIZES)
-    parser.add_argument("--setting", choices=SETTINGS, default="plain")
+    parser.add_argument(
+        "--setting", choices=SETTINGS, default="plain", help="stock has a batch of 1 by default"
+    )
     parser.add_argument(
         "--targets",
         choices=[preset for preset in PRESETS if preset != "attn"],
@@ -63,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cap", nargs="+", type=float, metavar="GIB", help="GPU memory allowed, one run for each"
     )
     parser.add_argument(
-        "--warmup", type=int, default=3, help="steps thrown away; the last measures memory"
+        "--warmup", type=int, help="steps thrown away (3); the last measures memory"
     )
     parser.add_argument("--apart", action="store_true", help="a process per candidate on cpu too")
     options = terminal.parse(parser, "step", arguments)
@@ -75,27 +76,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    cuda, stock = options.device == "cuda", options.setting == "stock"
-    if options.tiny:
-        spec, pixels, batches, text = TINY_SPEC, [64], [1], 8
-    elif cuda:
-        spec, pixels, batches, text = DEV, [512, 768, 1024], [1] if stock else [1, 4], 512
-    else:
-        spec, pixels, batches, text = CPU_SPEC, [256], [1], 128
-    pixels, batches = options.pixels or pixels, options.batch or batches
-    cycles = [Cycle((side,), batch) for batch in batches for side in pixels]
-    if stock and len(pixels) > 1:
-        cycles += [Cycle(tuple(pixels), batch) for batch in batches]
+    stock = options.setting == "stock"
+    if stock and options.batch is None:
+        options.batch = [1]
+    shared = terminal.settings(options, SIZES)
+    cycles = [Cycle((side,), batch) for batch in options.batch for side in options.pixels]
+    if stock and len(options.pixels) > 1:
+        cycles += [Cycle(tuple(options.pixels), batch) for batch in options.batch]
     return Settings(
-        spec=spec,
-        device=options.device,
-        compute=options.compute,
+        **shared,
         cycles=cycles,
-        text_tokens=options.text_tokens or text,
-        rank=options.rank,
-        rounds=options.rounds or 9,
-        warmup=options.warmup,
-        apart=cuda or options.apart,
+        apart=options.apart or options.device == "cuda",
         setting=options.setting,
         targets=STOCK_TARGETS if stock else options.targets or "attn+mlp",
     )
