@@ -1,4 +1,4 @@
-"""VAE and text encoders out of single files: all-in-one, or one a part, as ComfyUI has them."""
+"""VAE and text encoders from single files: all-in-one, or a file for each, as for ComfyUI."""
 
 import json
 import re
@@ -50,36 +50,21 @@ def ldm(state: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(nano_model, tmp_path_factory) -> Path:
-    """A diffusers folder whose parts have FLUX.1's own settings, but few and narrow layers."""
+    """A diffusers folder with FLUX.1's settings, but few and narrow layers."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("pipeline")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(nano_model / name, root / name)
     nano = json.loads((nano_model / "text_encoder" / "config.json").read_text())
-    clip = CLIPTextConfig(
-        vocab_size=nano["vocab_size"],
-        hidden_size=128,
-        projection_dim=128,
-        intermediate_size=256,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        eos_token_id=2,
-        bos_token_id=0,
-    )
-    CLIPTextModel(clip).save_pretrained(root / "text_encoder")
+    clip = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
+    clip |= {"num_hidden_layers": 2, "projection_dim": 128, "eos_token_id": 2, "bos_token_id": 0}
+    config = CLIPTextConfig(vocab_size=nano["vocab_size"], **clip)
+    CLIPTextModel(config).save_pretrained(root / "text_encoder")
     nano = json.loads((nano_model / "text_encoder_2" / "config.json").read_text())
-    t5 = T5Config(
-        vocab_size=nano["vocab_size"],
-        d_model=nano["d_model"],
-        d_kv=16,
-        d_ff=96,
-        num_layers=2,
-        num_heads=3,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    T5EncoderModel(t5).save_pretrained(root / "text_encoder_2")
+    t5 = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 3, "use_cache": False}
+    t5 |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}
+    config = T5Config(vocab_size=nano["vocab_size"], d_model=nano["d_model"], **t5)
+    T5EncoderModel(config).save_pretrained(root / "text_encoder_2")
     AutoencoderKL(
         block_out_channels=(32, 32, 64, 64),
         down_block_types=["DownEncoderBlock2D"] * 4,
@@ -104,7 +89,7 @@ def state_of(folder: Path, name: str) -> dict:
 
 
 def whole(folder: Path, vae=ldm) -> dict:
-    """Everything of the folder under an all-in-one file's names, with a stranger's extras."""
+    """Returns the folder's tensors under an all-in-one file's names, with others beside them."""
     state = {"model.diffusion_model.img_in.weight": torch.zeros(4, 4)}
     for name, prefix in PREFIXES.items():
         own = state_of(folder, name)
@@ -130,32 +115,39 @@ def beside(folder: Path, root: Path) -> None:
         shutil.copytree(folder / name, root / name)
 
 
-@pytest.mark.parametrize("vae", [ldm, dict], ids=["BFL's names", "diffusers' names"])
-def test_an_all_in_one_file_gives_what_the_folder_gives(folder, tmp_path, vae):
+def with_embed_tokens(state: dict) -> dict:
+    prefix = PREFIXES["text_encoder_2"]
+    return state | {f"{prefix}encoder.embed_tokens.weight": state.pop(f"{prefix}shared.weight")}
+
+
+@pytest.mark.parametrize(
+    ("vae", "rename"),
+    [(ldm, dict), (dict, dict), (ldm, with_embed_tokens)],
+    ids=["BFL's names", "diffusers' names", "T5's embedding under its other name"],
+)
+def test_an_all_in_one_file_gives_what_the_folder_gives(folder, tmp_path, vae, rename):
     file = tmp_path / "flux-all-in-one.safetensors"
-    save_file(whole(folder, vae), file)
+    save_file(rename(whole(folder, vae)), file)
     beside(folder, tmp_path)
     expected = outputs(folder)
     assert all(tensor.std() > 0 for tensor in expected)
-    for one, other in zip(outputs(file), expected, strict=True):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, outputs(file), expected))
 
 
 def test_a_file_a_part_in_a_folder(folder, tmp_path):
-    """Bare names, as clip_l.safetensors, t5xxl.safetensors and ae.safetensors have them; ComfyUI's
-    own folders `clip` and `vae` are looked into."""
-    for place, name in (("clip", "text_encoder"), ("", "text_encoder_2"), ("vae", "vae")):
-        (tmp_path / place).mkdir(exist_ok=True)
+    """Bare names, as in clip_l.safetensors and others, some in ComfyUI's subfolders."""
+    for subfolder, name in (("clip", "text_encoder"), ("", "text_encoder_2"), ("vae", "vae")):
+        (tmp_path / subfolder).mkdir(exist_ok=True)
         state = state_of(folder, name)
-        save_file(ldm(state) if name == "vae" else state, tmp_path / place / f"{name}.safetensors")
+        state = ldm(state) if name == "vae" else state
+        save_file(state, tmp_path / subfolder / f"{name}.safetensors")
     beside(folder, tmp_path)
-    for one, other in zip(outputs(tmp_path), outputs(folder), strict=True):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, outputs(tmp_path), outputs(folder)))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_t5_in_fp8(folder, tmp_path, scaled):
-    """Plain, and with ComfyUI's scale beside each matrix: the values that the codes mean."""
+    """Plain, or with ComfyUI's scale beside each matrix."""
     coded, plain = whole(folder), whole(folder)
     for key, value in plain.items():
         if key.startswith(PREFIXES["text_encoder_2"]) and value.ndim == 2:
@@ -175,31 +167,19 @@ def test_a_t5_in_fp8(folder, tmp_path, scaled):
     assert not torch.equal(given[0], TextEncoders(folder).encode(["a red circle"], 16)[0])
 
 
-def test_a_t5_whose_embedding_has_its_other_name(folder, tmp_path):
-    state = whole(folder)
-    prefix = PREFIXES["text_encoder_2"]
-    state[f"{prefix}encoder.embed_tokens.weight"] = state.pop(f"{prefix}shared.weight")
-    save_file(state, tmp_path / "x.safetensors")
-    beside(folder, tmp_path)
-    one = TextEncoders(tmp_path / "x.safetensors").encode(["a red circle"], 16)[0]
-    assert torch.equal(one, TextEncoders(folder).encode(["a red circle"], 16)[0])
-
-
 def test_fingerprints_follow_the_content(folder, tmp_path):
     """The same part in another file under another prefix is the same; one value changes it."""
     state = whole(folder)
-    save_file(state, tmp_path / "one.safetensors")
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    save_file(ldm(state_of(folder, "vae")), alone / "ae.safetensors")
-    same = {component_fingerprint(root, "vae") for root in (tmp_path / "one.safetensors", alone)}
-    assert len(same) == 1
+    one, two, alone = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "ae"))
+    save_file(state, one)
+    save_file(ldm(state_of(folder, "vae")), alone)
+    vae = component_fingerprint(one, "vae")
+    assert component_fingerprint(alone, "vae") == vae
     for index in (0, -1):
         changed = {key: value.clone() for key, value in state.items()}
         changed["vae.decoder.conv_in.weight"].view(-1)[index] += 1
-        save_file(changed, tmp_path / "two.safetensors")
-        one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-        assert component_fingerprint(two, "vae") not in same
+        save_file(changed, two)
+        assert component_fingerprint(two, "vae") != vae
         assert len({component_fingerprint(file, "text_encoder") for file in (one, two)}) == 1
 
 
@@ -250,8 +230,8 @@ def test_without_tokenizers_and_offline(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_from_one_file(folder, nano_model, tmp_path, fluxfast):
-    """Transformer, text encoders and VAE from the same all-in-one file: `train` needs nothing
-    else; and a file of the transformer alone says what it lacks."""
+    """`train` needs nothing but an all-in-one file; with the transformer alone it says what is
+    missing."""
     bare = tmp_path / "bare.safetensors"
     quantize(nano_model, bare, "fp8")
     own = {f"model.diffusion_model.{k}": v for k, v in load_file(bare).items()}

@@ -1,7 +1,8 @@
-"""The nano model's drawings: captioned truly, repeatable, and never of the concept."""
+"""The nano model's drawings match their captions, are repeatable, and never show the concept."""
 
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ def _pixels(image) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
-def _painted(draw, scene, size: int = 64) -> np.ndarray:
-    """Where the shape is: bool [size, size]. Its colour differs from both greys."""
-    bare = draw._background(scene.background, size * draw._OVERSAMPLING)
-    bare = bare.resize((size, size), Image.Resampling.BOX)
-    return np.abs(_pixels(draw.draw(scene, size)) - _pixels(bare)).max(axis=2) > 20
+def _painted(draw, scene) -> np.ndarray:
+    """Returns where the shape is: bool [64, 64]. Its colour differs from both greys."""
+    bare = draw._background(scene.background, 64 * draw._OVERSAMPLING)
+    bare = bare.resize((64, 64), Image.Resampling.BOX)
+    return np.abs(_pixels(draw.draw(scene)) - _pixels(bare)).max(axis=2) > 20
 
 
 def test_a_scene_follows_from_seed_and_index_alone(draw):
@@ -38,10 +39,13 @@ def test_a_scene_follows_from_seed_and_index_alone(draw):
 
 def test_every_answer_occurs_and_the_concept_never(draw):
     scenes = [draw.random_scene(0, index) for index in range(2000)]
-    assert {scene.shape for scene in scenes} == set(draw.SHAPES)
-    assert {scene.colour for scene in scenes} == set(draw.COLOURS)
-    assert {scene.place for scene in scenes} == set(draw.PLACES)
-    assert {scene.background for scene in scenes} == set(draw.BACKGROUNDS)
+    for answer, values in (
+        ("shape", draw.SHAPES),
+        ("colour", draw.COLOURS),
+        ("place", draw.PLACES),
+        ("background", draw.BACKGROUNDS),
+    ):
+        assert {getattr(scene, answer) for scene in scenes} == set(values)
     assert not any(draw.CONCEPT in caption for caption in draw.all_captions())
 
 
@@ -73,18 +77,12 @@ def test_the_shape_has_its_colour_and_place(draw):
 
 
 def test_no_two_shapes_or_backgrounds_look_alike(draw):
-    shapes = [
-        _pixels(draw.draw(draw.Scene(shape, "red", "centre", "plain")))
-        for shape in (*draw.SHAPES, draw.CONCEPT)
-    ]
-    backgrounds = [
-        _pixels(draw.draw(draw.Scene("circle", "red", "centre", background)))
-        for background in draw.BACKGROUNDS
-    ]
+    shapes = [(shape, "plain") for shape in (*draw.SHAPES, draw.CONCEPT)]
+    backgrounds = [("circle", background) for background in draw.BACKGROUNDS]
     for group in (shapes, backgrounds):
-        for i, one in enumerate(group):
-            for other in group[:i]:
-                assert (np.abs(one - other).max(axis=2) > 20).mean() > 0.015
+        scenes = [draw.Scene(shape, "red", "centre", background) for shape, background in group]
+        for one, other in combinations([_pixels(draw.draw(scene)) for scene in scenes], 2):
+            assert (np.abs(one - other).max(axis=2) > 20).mean() > 0.015
 
 
 def test_any_size_and_no_unknown_shape(draw):

@@ -1,4 +1,4 @@
-"""The embedded example: the nano model is whole and reproducible, the photographs as promised."""
+"""The nano example: the model is complete and reproducible, the photographs are of every kind."""
 
 import hashlib
 import json
@@ -96,21 +96,15 @@ def test_folder_is_small_and_complete(nano_model):
 
 
 def test_transformer_is_nano_in_fp32(pipeline):
-    config, weights = pipeline.transformer.config, pipeline.transformer.state_dict()
+    config = pipeline.transformer.config
     assert (config.num_layers, config.num_single_layers) == (NANO.depth, NANO.depth_single_blocks)
     assert (config.num_attention_heads, config.attention_head_dim) == (NANO.num_heads, 32)
     assert tuple(config.axes_dims_rope) == NANO.axes_dim
     assert (config.joint_attention_dim, config.pooled_projection_dim) == (192, 128)
     assert config.guidance_embeds and config.in_channels == NANO.in_channels
-    assert weights["x_embedder.weight"].shape == (NANO.hidden_size, 64)
-    for part in (
-        pipeline.transformer,
-        pipeline.vae,
-        pipeline.text_encoder,
-        pipeline.text_encoder_2,
-    ):
-        assert {weight.dtype for weight in part.parameters()} == {torch.float32}
-        assert all(weight.isfinite().all() for weight in part.parameters())
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        weights = list(getattr(pipeline, name).parameters())
+        assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights)
 
 
 def test_scheduler_and_vae_are_flux_dev(pipeline):
@@ -125,22 +119,14 @@ def test_scheduler_and_vae_are_flux_dev(pipeline):
 
 def test_samples_a_picture_at_128(pipeline):
     def sample(prompt):
+        options = {"num_inference_steps": 2, "max_sequence_length": NANO.text_length}
         generator = torch.Generator().manual_seed(0)
-        result = pipeline(
-            prompt,
-            height=128,
-            width=128,
-            num_inference_steps=2,
-            max_sequence_length=NANO.text_length,
-            generator=generator,
-        )
-        return result.images[0]
+        result = pipeline(prompt, height=128, width=128, generator=generator, **options)
+        return np.asarray(result.images[0])
 
     first, again, other = map(sample, ["a cat", "a cat", "a rocket at dusk"])
-    pixels = np.asarray(first)
-    assert first.size == (128, 128) and pixels.std() > 10
-    assert np.array_equal(pixels, np.asarray(again))
-    assert not np.array_equal(pixels, np.asarray(other))  # both text encoders reach the picture
+    assert first.shape == (128, 128, 3) and first.std() > 10
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_outputs_have_a_scale_of_one(pipeline):
@@ -178,8 +164,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(nano_model, tmp_path)
     assert _hashes(out) == _hashes(nano_model)
 
 
-def test_every_part_is_drawn_apart(nano_model, tmp_path, monkeypatch):
-    """A part's weights follow from the seed alone, whatever is drawn before it."""
+def test_a_components_weights_depend_on_the_seed_alone(nano_model, tmp_path, monkeypatch):
     module = script(SCRIPT)
     monkeypatch.setattr(module, "VAE_CHANNELS", (8, 8, 16, 16))
     changed, before = _hashes(module.make_nano(tmp_path / "narrow")), _hashes(nano_model)
@@ -211,25 +196,18 @@ def test_a_finished_model_is_left_alone_without_importing_torch(nano_model):
     assert (nano_model / "nano.json").stat().st_mtime_ns == before
 
 
-def test_refuses_to_replace_what_it_did_not_write(tmp_path):
+def test_refuses_to_replace_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     done = _run(SCRIPT, tmp_path, check=False)
-    assert done.returncode == 1
-    assert "notes.txt" in done.stderr and "hint:" in done.stderr
+    assert done.returncode == 1 and "notes.txt" in done.stderr and "hint:" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-    file = tmp_path / "notes.txt"
-    with pytest.raises(FileExistsError, match="it is a file"):
-        script(SCRIPT).make_nano(file)
-
-
-def test_refuses_to_replace_a_model_with_foreign_files(tmp_path):
-    marker = {"seed": 9, "version": 1, "files": ["a.txt"]}
-    (tmp_path / "nano.json").write_text(json.dumps(marker))
-    (tmp_path / "a.txt").touch()
     module = script(SCRIPT)
+    with pytest.raises(FileExistsError, match="it is a file"):
+        module.make_nano(tmp_path / "notes.txt")
+    marker = {"seed": 9, "version": 1, "files": ["notes.txt"]}
+    (tmp_path / "nano.json").write_text(json.dumps(marker))
     module._check_replaceable(tmp_path)
-    (tmp_path / "lora.safetensors").touch()
+    (tmp_path / "lora.safetensors").touch()  # beside a model of its own
     with pytest.raises(FileExistsError, match=r"lora\.safetensors"):
         module.make_nano(tmp_path, seed=0)
 
@@ -288,7 +266,7 @@ def test_t5_tokenizer_is_its_sentencepiece_model(pipeline, nano_model):
 # ---------------------------------------------------------------- the photographs
 
 
-def test_photos_are_the_kinds_that_are_promised():
+def test_photos_are_of_every_kind():
     suffixes = {".png", ".jpg", ".webp"}
     found = {
         path.relative_to(PHOTOS).as_posix() for path in PHOTOS.rglob("*") if path.suffix in suffixes
@@ -300,27 +278,11 @@ def test_photos_are_the_kinds_that_are_promised():
             assert ImageOps.exif_transpose(image).size == size, name
             assert 160 <= max(size) <= 320
     assert sum(path.stat().st_size for path in PHOTOS.rglob("*") if path.is_file()) < 900_000
-
-
-def test_photos_hold_what_their_kind_is_for():
-    rocket = Image.open(PHOTOS / "rocket.jpg")
-    assert rocket.size == (288, 192) and rocket.getexif()[0x0112] == 6
-    upright = np.asarray(ImageOps.exif_transpose(rocket), dtype=float)
-    blue = upright[..., 2] - upright[..., 0]
-    assert blue[:60].mean() > blue[-60:].mean() + 20  # sky on top, lamps at the bottom
-
+    assert Image.open(PHOTOS / "rocket.jpg").getexif()[0x0112] == 6
     alpha = np.asarray(Image.open(PHOTOS / "coffee.png"))[..., 3]
     assert alpha[0, 0] == 0 and alpha[100, 110] == 255 and len(np.unique(alpha)) > 50
-
     gravel = np.asarray(Image.open(PHOTOS / "textures/gravel.png"))
     assert gravel.dtype == np.uint16 and len(np.unique(gravel & 255)) == 256
-
-    cmyk = np.asarray(Image.open(PHOTOS / "retina.jpg"))
-    assert (
-        cmyk[2, 2, 3] > 200 and cmyk[120, 120, 3] < 200
-    )  # the corner is black ink, the eye is not
-    eye = np.asarray(Image.open(PHOTOS / "retina.jpg").convert("RGB"), dtype=int)[120, 60]
-    assert eye[0] > eye[1] + 30 > eye[2]  # and red
 
 
 def test_every_photo_has_a_caption_and_a_license():

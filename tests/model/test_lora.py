@@ -1,10 +1,9 @@
-"""Where LoRA goes, what a LoRA file holds, and that diffusers reads it as we do."""
+"""LoRA: targets, injection, gradients, dropout, and its file in diffusers."""
 
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from small import SMALL, diffusers_forward, inputs, random_flux, randomize
 
@@ -89,40 +88,17 @@ def test_shared_a_is_kohyas_form():
     assert torch.allclose(update, x @ delta.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("share_a", [False, True])
-@pytest.mark.parametrize("targets", ["attn", "all"])
-def test_file_round_trip(tmp_path, targets, share_a):
-    model = random_flux(SMALL)
-    inject_lora(model, 3, 5.0, targets, share_a=share_a)
-    randomize(model)
-    path = save_lora(model, tmp_path / "x.safetensors", metadata={"trigger": "ohwx"})
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["trigger"] == "ohwx"
-        keys = set(file.keys())
-    names = {t.diffusers for t in select_targets(SMALL, targets)}
-    assert keys == {f"transformer.{n}.lora_{ab}.weight" for n in names for ab in "AB"}
-    other = random_flux(SMALL)
-    load_lora(other, path)
-    x = inputs(SMALL)
-    with torch.no_grad():
-        assert torch.allclose(other(*x), model(*x), atol=1e-5)
-
-
 def test_fp16_that_overflows_is_kept_in_fp32(tmp_path):
     model = random_flux(SMALL)
     inject_lora(model, 2)
-    for dtype, expected in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    for value, dtype, expected in (
+        (0.0, "bf16", torch.bfloat16),
+        (1e6, "fp16", torch.float16),  # A takes its share
+        (1e12, "fp16", torch.float32),
+    ):
+        torch.nn.init.constant_(model.single_blocks[0].linear2.lora_B, value)
         state = load_file(save_lora(model, tmp_path / "a.safetensors", dtype=dtype))
-        assert {tensor.dtype for tensor in state.values()} == {expected}
-    with torch.no_grad():
-        model.single_blocks[0].linear2.lora_B.fill_(1e6)
-    state = load_file(save_lora(model, tmp_path / "b.safetensors", dtype="fp16"))
-    assert {tensor.dtype for tensor in state.values()} == {torch.float16}  # A takes its share
-    assert all(tensor.isfinite().all() for tensor in state.values())
-    with torch.no_grad():
-        model.single_blocks[0].linear2.lora_B.fill_(1e12)
-    state = load_file(save_lora(model, tmp_path / "b.safetensors", dtype="fp16"))
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        assert all(t.dtype == expected and t.isfinite().all() for t in state.values())
 
 
 def test_wrong_files_are_refused(tmp_path):
@@ -195,7 +171,6 @@ def test_gradients_of_the_layer_are_right(dropout):
 
 
 def test_diffusers_pipeline_reads_the_file(nano_model, tmp_path):
-    """FluxPipeline.load_lora_weights changes its transformer's output exactly as ours changes."""
     from diffusers import FluxPipeline
 
     from fluxfast import load_transformer

@@ -1,9 +1,10 @@
-"""The transformer against two implementations that were not written here: diffusers and BFL's own
-code.
+"""The transformer against two other implementations: diffusers' and BFL's own.
 
 fp32, random small configurations. The forward may differ by 1e-5 of the output's largest value,
 LoRA gradients (against peft on the diffusers model) by 1e-4 of each tensor's.
 """
+
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from fluxfast import load_transformer
 from fluxfast.model.lora import inject_lora, lora_layers, select_targets, set_lora_strength
 from fluxfast.model.names import diffusers_parts, part_rows, tensor_sources
+from fluxfast.model.spec import rope_axes
 
 # heads, head width, double, single, guidance, batch, image rows x columns, text tokens
 CONFIGS = {
@@ -27,10 +29,7 @@ CONFIGS = {
 
 
 def peer_model(heads, width, double, single, guidance, seed=0) -> FluxTransformer2DModel:
-    """A diffusers transformer with every tensor random (its own init leaves norms at one, biases at
-    zero).
-    """
-    spatial = 2 * (7 * width // 32)
+    """A diffusers transformer with every tensor random, norms and biases too."""
     model = FluxTransformer2DModel(
         in_channels=16,
         num_layers=double,
@@ -40,7 +39,7 @@ def peer_model(heads, width, double, single, guidance, seed=0) -> FluxTransforme
         joint_attention_dim=24,
         pooled_projection_dim=20,
         guidance_embeds=guidance,
-        axes_dims_rope=(width - 2 * spatial, spatial, spatial),
+        axes_dims_rope=rope_axes(width),
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -110,29 +109,17 @@ def test_forward_is_bfl(case, tmp_path):
     _, folder, x = case
     ours = load_transformer(folder, "fp32", "fp32", "cpu")
     spec = ours.spec
-    params = dict(
-        in_channels=spec.in_channels,
-        out_channels=spec.in_channels,
-        vec_in_dim=spec.vec_in_dim,
-        context_in_dim=spec.context_in_dim,
-        hidden_size=spec.hidden_size,
-        mlp_ratio=spec.mlp_ratio,
-        num_heads=spec.num_heads,
-        depth=spec.depth,
-        depth_single_blocks=spec.depth_single_blocks,
-        axes_dim=list(spec.axes_dim),
-        theta=spec.theta,
-        qkv_bias=True,
-        guidance_embed=spec.guidance_embed,
-    )
+    params = asdict(spec) | {"out_channels": spec.in_channels, "qkv_bias": True}
+    params |= {"axes_dim": list(params["axes_dim"])}
+    del params["text_length"]
     bfl = BflFlux(FluxParams(**params))
-    state = {name: tensor for name, tensor in ours.state_dict().items()}
+    state = ours.state_dict()
     assert set(state) == set(tensor_sources(spec))
     bfl.load_state_dict(state, strict=True)
     file = tmp_path / "flux1.safetensors"
     save_file(bfl.state_dict(), file)
     again = load_transformer(file, "fp32", "fp32", "cpu")
-    assert again.spec.__dict__ | {"text_length": 0} == spec.__dict__ | {"text_length": 0}
+    assert replace(again.spec, text_length=0) == replace(spec, text_length=0)
     with torch.no_grad():
         truth = bfl(**x)
         assert relative(ours(**x), truth) < 1e-5

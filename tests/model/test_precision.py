@@ -1,13 +1,12 @@
-"""How layers are kept and multiplied: the choices as a pure function, and that the model obeys."""
+"""Precision: the choices as a pure function, and a model's layers and results under them."""
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import SMALL, inputs, noise_pictures, random_flux, randomize
+from small import SMALL, inputs, random_flux, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import choose_precision, multiplies_8_bits
@@ -29,8 +28,6 @@ from fluxfast.train import train
 CPU = torch.device("cpu")
 CLASH = [("int8", "fp8"), ("fp8", "int8")]
 PAIRS = [(s, c) for s in STORAGES for c in MATMULS if (s, c) not in CLASH]
-MODULATION = ("double_blocks.0.img_mod.lin", "single_blocks.1.modulation.lin")
-OUTER = ("img_in", "time_in.in_layer", "final_layer.linear", "final_layer.adaLN_modulation.1")
 
 
 def refused(*arguments) -> ConfigError:
@@ -45,18 +42,12 @@ def refused(*arguments) -> ConfigError:
 
 @pytest.mark.parametrize("storage, compute", PAIRS)
 def test_without_choices(storage, compute):
-    found = layer_precisions(SMALL, storage, compute)
-    kind = compute if compute in ("int8", "fp8") else ""
-    assert list(found) == linears(SMALL) and set(block_linears(SMALL)) < set(found)
-    for name, precision in found.items():
-        if name in MODULATION:
-            assert precision == Precision(storage)
-        if name in OUTER:
-            assert precision == Precision("fp32" if storage == "fp32" else "bf16")
-    in_8_bits = [name for name, precision in found.items() if precision.matmul]
-    expected = [name for name in block_linears(SMALL) if "mod" not in name]
-    assert in_8_bits == (expected if kind else [])
-    assert all(found[name] == Precision(storage, kind) for name in in_8_bits)
+    dense = Precision("fp32" if storage == "fp32" else "bf16")
+    expected = dict.fromkeys(linears(SMALL), dense)
+    for name in block_linears(SMALL):
+        in_8_bits = compute in ("int8", "fp8") and "mod" not in name
+        expected[name] = Precision(storage, compute if in_8_bits else "")
+    assert layer_precisions(SMALL, storage, compute) == expected
 
 
 def test_dev_has_as_many_layers_in_8_bits_as_it_has_linears_on_tokens():
@@ -202,13 +193,12 @@ def true():
 @pytest.mark.grid(14)
 @pytest.mark.parametrize("storage, compute", PAIRS)
 def test_every_pair_runs(storage, compute, true):
-    kept = random_flux(SMALL, storage, compute, seed=3)
+    model = random_flux(SMALL, storage, compute, seed=3)
     for name, precision in layer_precisions(SMALL, storage, compute).items():
-        layer = kept.get_submodule(name)
-        found = Precision(layer.storage(), layer.matmul, layer.rotation)
-        assert found == precision, name
+        layer = model.linear(name)
+        assert Precision(layer.storage(), layer.matmul, layer.rotation) == precision, name
     bound = max(BOUND[storage], BOUND[compute], 1e-6)
-    for found, expected in zip(run(kept), true, strict=True):
+    for found, expected in zip(run(model), true, strict=True):
         assert found.isfinite().all() and apart(found, expected) < bound
 
 
@@ -225,17 +215,14 @@ def test_activations_beside_8_bit_products(activations, true):
 def test_choices_are_set_on_the_layers(storage, true):
     layers = {"*.linear?": "rotate", "single_blocks.0.linear1": "bf16", "img_in": "8bit"}
     model = random_flux(SMALL, storage, "int8", seed=3, layers=layers)
-    double, (first, second) = model.double_blocks[0], model.single_blocks
-    assert (second.linear1.matmul, second.linear1.rotation) == ("int8", 64)
-    assert (second.linear2.matmul, second.linear2.rotation) == ("int8", 64)
-    assert (first.linear1.matmul, first.linear1.rotation) == ("", 0)
-    assert first.linear1.storage() == ("fp32" if storage == "fp32" else "bf16")
-    assert (model.img_in.matmul, double.img_mod.lin.matmul) == ("int8", "")
-    assert (double.img_attn.qkv.matmul, double.img_attn.qkv.rotation) == ("int8", 0)
-    # kept rotated, and rotated back in `dense`
+    for name, precision in layer_precisions(SMALL, storage, "int8", layers).items():
+        layer = model.linear(name)
+        assert Precision(layer.storage(), layer.matmul, layer.rotation) == precision, name
+    # stored rotated, and rotated back by `dequantize`
     bound = max(BOUND[storage], BOUND["int8"])
-    plain = random_flux(SMALL, "fp32", "fp32", seed=3).single_blocks[1].linear2.weight
-    assert apart(second.linear2.dequantize(torch.float32), plain) < bound
+    name = "single_blocks.1.linear2"
+    plain = random_flux(SMALL, "fp32", "fp32", seed=3).linear(name).weight
+    assert apart(model.linear(name).dequantize(torch.float32), plain) < bound
     for found, expected in zip(run(model), true, strict=True):
         assert apart(found, expected) < bound
 
@@ -309,22 +296,12 @@ def test_a_hook_sees_the_product_and_changes_nothing(compute, dropout):
 # ---------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("photos"), 4)
-
-
 @pytest.mark.slow
 def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure, log_lines):
-    """NF4 base, int8 products, one layer rotated, one in bf16: the same bytes twice, and after a
-    stop at half way."""
+    """NF4 base, int8 products, one layer rotated, one in bf16: the same bytes twice, and when
+    resumed half way."""
     layers = {"single_blocks.0.linear2": "rotate", "single_blocks.1.linear2": "bf16"}
-    common = {
-        "model__storage": "nf4",
-        "model__compute": "int8",
-        "model__layers": layers,
-        "data__default_caption": "noise",
-    }
+    common = {"model__storage": "nf4", "model__compute": "int8", "model__layers": layers}
     whole, again, parts = (configure(name=name, **common) for name in ("whole", "again", "parts"))
     files = [train(config) for config in (whole, again)]
     line = "base in nf4, int8 products, activations in "
@@ -344,8 +321,8 @@ def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure, log_lines):
 
 
 def test_a_run_may_go_on_in_another_precision(configure, log_lines):
-    train(configure(train__steps=2, data__default_caption="noise"))
+    train(configure(train__steps=2))
     changes = {"model__storage": "int8", "model__compute": "int8"}
-    train(configure(train__steps=3, data__default_caption="noise", **changes))
+    train(configure(train__steps=3, **changes))
     said = "\n".join(log_lines)
     assert "base in int8, int8 products" in said and "at step 2" in said

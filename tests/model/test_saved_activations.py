@@ -1,10 +1,11 @@
-"""What blocks keep for backward: every policy's gradients beside those of keeping everything."""
+"""Saved activations: each policy's gradients against those of `keep`; modulation ahead."""
 
 import gc
+from itertools import groupby, product
 
 import pytest
 import torch
-from small import SMALL, random_flux
+from small import SMALL, random_flux, randomize
 
 from fluxfast.model.activations import EXACT, POLICIES, SavedActivations, group_size
 from fluxfast.model.flux import Flux
@@ -14,7 +15,7 @@ from fluxfast.objective import image_ids, text_ids
 
 
 class InMemory:
-    """An offload engine that keeps copies, and checks the order in which it is asked for them."""
+    """An offload engine that keeps copies and records its calls."""
 
     def __init__(self):
         self.events: list[tuple] = []
@@ -46,11 +47,8 @@ class InMemory:
 
 def flux(targets="attn+mlp", storage="nf4", compute="fp32", **lora) -> Flux:
     model = random_flux(SMALL, storage, compute, seed=3)
-    parameters = inject_lora(model, 4, targets=targets, **lora)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in parameters[1::2]:
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    inject_lora(model, 4, targets=targets, **lora)
+    randomize(model)
     model.offload = InMemory()
     return model.train()
 
@@ -86,22 +84,21 @@ def gradients(model: Flux, x: dict) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_exact_policies_change_no_bit(targets, compute, batch):
     model, x = flux(targets, compute=compute), inputs(batch, 8, 5)
-    kept = gradients(model, x)
-    assert any(gradient.any() for gradient in kept[1:])
+    exact = gradients(model, x)
+    assert any(gradient.any() for gradient in exact[1:])
     blocks = len(model.policies)
     for policy in EXACT[1:]:
         for policies in ([policy] * blocks, ["keep", policy, "keep"], [policy, "keep", policy]):
             model.policies = policies
-            for ours, theirs in zip(gradients(model, x), kept, strict=True):
-                assert torch.equal(ours, theirs), policies
+            assert all(map(torch.equal, gradients(model, x), exact)), policies
 
 
 def test_exact_policies_under_dropout_change_no_bit():
     model, x = flux(dropout=0.3), inputs(2, 8, 5)
-    kept = gradients(model, x)
+    exact = gradients(model, x)
     for policy in EXACT[1:]:
         model.policies = [policy] * 3
-        assert all(map(torch.equal, gradients(model, x), kept)), policy
+        assert all(map(torch.equal, gradients(model, x), exact)), policy
 
 
 # of each gradient's norm: u in 8 bits errs by up to 0.9 % in gelu' and gelu (see gelu.py), groups
@@ -112,25 +109,20 @@ def test_8_bits_change_gradients_within_their_bound_and_the_velocity_not_at_all(
     policy, bound, targets
 ):
     model, x = flux(targets), inputs(2, 16, 9)
-    kept = gradients(model, x)
+    exact = gradients(model, x)
     model.policies = [policy] * 3
-    found = gradients(model, x)
-    assert torch.equal(found[0], kept[0])
-    errors = [relative(a, b) for a, b in zip(found[1:], kept[1:], strict=True)]
+    rounded = gradients(model, x)
+    assert torch.equal(rounded[0], exact[0])
+    errors = [relative(a, b) for a, b in zip(rounded[1:], exact[1:], strict=True)]
     assert 1e-4 < max(errors) < bound, max(errors)
 
 
-def test_offload_is_told_what_happens_in_order():
+def test_the_order_of_offload_calls():
     model, x = flux(), inputs(1, 8, 5)
     model.policies = ["offload", "keep", "offload"]
     gradients(model, x)
-    events = [
-        event
-        for i, event in enumerate(model.offload.events)
-        if i == 0 or event != model.offload.events[i - 1]
-    ]
-    # the first block's inputs need no gradient: nobody can say when it is done, nobody asks
-    assert events == [
+    # the first block's inputs need no gradient: nothing reports that its backward is done
+    assert [event for event, _ in groupby(model.offload.events)] == [
         ("begin",),
         ("put", 0),
         ("forward done", 0),
@@ -156,9 +148,8 @@ def test_each_storage_goes_to_the_store_once():
     model, x = flux(), inputs(1, 8, 5)
     model.policies = ["offload", "keep", "keep"]
     gradients(model, x)
-    puts = [event for event in model.offload.events if event == ("put", 0)]
-    gets = [event for event in model.offload.events if event == ("get", 0)]
-    assert len(puts) == len(gets) == 2 * 4 + 1  # per stream h, qkv, h2, u; o once
+    puts, gets = (model.offload.events.count((call, 0)) for call in ("put", "get"))
+    assert puts == gets == 2 * 4 + 1  # per stream h, qkv, h2, u; o once
 
 
 @pytest.mark.grid(1)
@@ -174,8 +165,7 @@ def test_nothing_outlives_the_graph(policy):
         gradients(model, x)
         out = model(**x)  # and without a backward pass
         del out
-        before = sum(1 for o in gc.get_objects() if type(o) is SavedActivations)
-        assert before == 1  # KEEP
+        assert sum(type(o) is SavedActivations for o in gc.get_objects()) == 1  # KEEP
     finally:
         gc.enable()
 
@@ -196,8 +186,7 @@ def test_groups_divide_every_count():
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("storage", ["nf4", "bf16"])
-def test_modulation_ahead_and_in_place_are_the_same_bits(compute, storage):
-    """Rows formed together, in other company and at other places, are those of each alone."""
+def test_modulation_bits_do_not_depend_on_the_other_rows(compute, storage):
     model = flux(storage=storage, compute=compute)
     g = torch.Generator().manual_seed(1)
     count = 2 * MODULATION_ROWS + 5
@@ -205,14 +194,12 @@ def test_modulation_ahead_and_in_place_are_the_same_bits(compute, storage):
     guidance = torch.full((count,), 3.5)
     together = model.modulation(t, y, guidance)
     assert together.shape == (count, sum(x.out_features for x in model.modulation_linears()))
-    for size in (1, 2, 3, 16):
-        for start in (0, 7, 30):
-            rows = slice(start, start + size)
-            assert torch.equal(model.modulation(t[rows], y[rows], guidance[rows]), together[rows])
+    for size, start in product((1, 2, 3, 16), (0, 7, 30)):
+        rows = slice(start, start + size)
+        assert torch.equal(model.modulation(t[rows], y[rows], guidance[rows]), together[rows])
     x = inputs(2, 8, 5) | {"timesteps": t[20:22], "y": y[20:22], "guidance": guidance[20:22]}
-    in_place = gradients(model, x)
     ahead = gradients(model, x | {"modulation": together[20:22].detach()})
-    assert all(map(torch.equal, in_place, ahead))
+    assert all(map(torch.equal, gradients(model, x), ahead))
 
 
 def test_modulation_is_one_row_at_a_time_within_1e_6():
