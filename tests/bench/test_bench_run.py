@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,18 @@ from bench.suite_items import CommandItem, StepItem, run_python
 from bench.suite_table import table, wrong
 from bench.suites import CHECKPOINTED, SIDES, TRAINERS, cpu_suite, gpu_suite
 
+OURS = "fluxfast-nf4"
 CYCLES = [Cycle((64,), 1), Cycle((96,), 1)]
 SETTINGS = Settings(TINY_SPEC, "cpu", torch.float32, CYCLES, 8, 16, rounds=1, warmup=0, apart=True)
-HERE = timing.conditions("cpu")
+CONDITIONS = timing.conditions("cpu")
 TRACEBACK = "Traceback (most recent call last):"
 
 
 class Bench:
     """Stands in for what takes time: candidates and commands, by a clock of its own."""
 
-    def __init__(self, monkeypatch):
-        self.now, self.ran, self.takes_s = 0.0, [], {}
+    def __init__(self, out, monkeypatch):
+        self.out, self.now, self.ran, self.takes_s = out, 0.0, [], {}
         self.outcomes: dict[str, timing.Result] = {}
         self.commands: dict[str, tuple[int | None, str]] = {}
         monkeypatch.setattr(suite_items, "measure_apart", self.measure)
@@ -39,14 +39,12 @@ class Bench:
         self.ran.append(names[0])
         takes = self.takes_s.get(names[0], 0.0)
         for number, cycle in enumerate(settings.cycles, 1):
-            share = takes * number / len(settings.cycles)
+            cut = takes * number / len(settings.cycles) > limit_s
             results = {}
             for name in names:
-                known = self.outcomes.get(name)
                 result = timing.Result(name, median_ms=200.0, p10_ms=199.0, p90_ms=201.0)
-                if share > limit_s:
-                    result = timing.Result(name, "out of time", "cut")
-                results[name] = known or result
+                result = timing.Result(name, "out of time", "cut") if cut else result
+                results[name] = self.outcomes.get(name) or result
             report(cycle, results, {name: {} for name in names})
         self.now += min(takes, limit_s)
 
@@ -57,59 +55,64 @@ class Bench:
         self.now += min(takes, limit_s)
         return (None, "") if takes > limit_s else self.commands.get(name, (0, "8 passed"))
 
-    def suite(self, items, out, budget_s) -> RowFile:
-        kept = RowFile(out, HERE)
-        suite_items.run_items(items, kept, self.now + budget_s, lambda: self.now)
-        return kept
+    def suite(self, items, budget_s=1000) -> RowFile:
+        """The rows after a run of the items; `ran` is what this run has begun."""
+        self.ran.clear()
+        file = RowFile(self.out, CONDITIONS)
+        suite_items.run_items(items, file, self.now + budget_s, lambda: self.now)
+        return file
+
+    def statuses(self, name: str) -> list[str]:
+        return [row["status"] for row in read(self.out) if row["name"] == name]
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    return Bench(monkeypatch)
+def bench(tmp_path, monkeypatch):
+    return Bench(tmp_path / "rows.jsonl", monkeypatch)
 
 
-def rows_by(kept: RowFile, name: str) -> list[str]:
-    return [row["status"] for row in kept.rows if row["name"] == name]
+def item(name=OURS, **changes) -> StepItem:
+    return StepItem(replace(SETTINGS, **changes), [name], 30)
 
 
-def test_eight_minutes_hold_what_is_worth_most(bench, tmp_path):
+# ---------------------------------------------------------------- what is measured
+
+
+def test_eight_minutes_hold_what_is_worth_most(bench):
     """By the estimates: kernels right, every mode and the peer at three sizes, the kernels."""
     items = gpu_suite(tiny=True)
-    for item in items:
-        word = "pytest" if "kernels right" in str(item) else "bench.kernels"
-        key = item.names[0] if isinstance(item, StepItem) else word
-        bench.takes_s.setdefault(key, item.estimate_s)
-    kept = bench.suite(items, tmp_path / "rows.jsonl", 480)
+    for one in items:
+        word = "pytest" if "kernels right" in str(one) else "bench.kernels"
+        key = one.names[0] if isinstance(one, StepItem) else word
+        bench.takes_s.setdefault(key, one.estimate_s)
+    rows = bench.suite(items, 480).rows
     assert bench.ran[:3] == ["pytest", BASELINE, "fluxfast-nf4-trainer"]
     for name in (BASELINE, *TRAINERS):
+        settings = {"name": name, "setting": "plain", "batch": 1, "lora_targets": "attn+mlp"}
         plain = [
-            row["status"]
-            for row in kept.rows
-            if row["name"] == name
-            and row["setting"] == "plain"
-            and (row["batch"], row["lora_targets"], row["memory_cap_gib"]) == (1, "attn+mlp", None)
+            row for row in rows if (settings | {"memory_cap_gib": None}).items() <= row.items()
         ]
-        assert plain == ["ok"] * len(SIDES), name
-    assert rows_by(kept, "kernels right") == rows_by(kept, "kernels") == ["ok"]
-    assert rows_by(kept, CHECKPOINTED)[-1] == "out of time"
-    assert "takes about" in table(kept.rows) and wrong(kept.rows) == []
+        assert [row["status"] for row in plain] == ["ok"] * len(SIDES), name
+    assert bench.statuses("kernels right") == bench.statuses("kernels") == ["ok"]
+    assert bench.statuses(CHECKPOINTED)[-1] == "out of time"
+    assert "takes about" in table(rows) and wrong(rows) == []
 
 
-def test_the_whole_gpu_suite_has_every_row_once(bench, tmp_path):
+def test_the_whole_gpu_suite_has_every_row_once(bench):
     """Missing peers, exhausted memory and a kernel that raises are rows beside the others."""
-    for name in (BASELINE, CHECKPOINTED, "diffusers-dense-compile"):
-        reason = "ModuleNotFoundError: No module named 'diffusers'"
-        bench.outcomes[name] = timing.Result(name, "skipped", reason)
-    dense = "fluxfast-dense-trainer"
-    bench.outcomes[dense] = timing.Result(dense, "out of memory", "OutOfMemoryError: CUDA")
-    broken = "fluxfast-fp8-fp8-trainer"
-    bench.outcomes[broken] = timing.Result(broken, "failed", "RuntimeError: misaligned address")
-    out = tmp_path / "rows.jsonl"
-    kept = bench.suite(gpu_suite(tiny=True), out, 1e6)
-    found = read(out)
-    assert len({identity(row) for row in found}) == len(found) == len(kept.rows)
-    settings = {(r["setting"], r["lora_targets"], r["memory_cap_gib"]) for r in found if "mix" in r}
-    assert settings == {
+    missing = "ModuleNotFoundError: No module named 'diffusers'"
+    dense, broken = "fluxfast-dense-trainer", "fluxfast-fp8-fp8-trainer"
+    for name, status, reason in (
+        *((name, "skipped", missing) for name in (BASELINE, CHECKPOINTED)),
+        ("diffusers-dense-compile", "skipped", missing),
+        (dense, "out of memory", "OutOfMemoryError: CUDA"),
+        (broken, "failed", "RuntimeError: misaligned address"),
+    ):
+        bench.outcomes[name] = timing.Result(name, status, reason)
+    rows = bench.suite(gpu_suite(tiny=True), 1e6).rows
+    assert len({identity(row) for row in rows}) == len(rows) and rows == read(bench.out)
+    steps = [row for row in rows if row["bench"] == "step"]
+    assert {(r["setting"], r["lora_targets"], r["memory_cap_gib"]) for r in steps} == {
         ("plain", "attn+mlp", None),
         ("plain", "all", None),
         ("stock", "all", None),
@@ -118,100 +121,87 @@ def test_the_whole_gpu_suite_has_every_row_once(bench, tmp_path):
         ("plain", "attn+mlp", 24),
         ("stock", "all", 24),
     }
-    mixes = [row for row in found if row.get("mix")]
+    mixes = [row for row in steps if row["mix"]]
     assert all(row["setting"] == "stock" and row["pixels"] is None for row in mixes)
     mixed = {row["name"] for row in mixes if row["memory_cap_gib"] is None}
     assert mixed == {BASELINE, CHECKPOINTED, *TRAINERS}
-    assert {row["batch"] for row in found if row["bench"] == "step"} == {1, 4}
-    assert set(rows_by(kept, dense)) == {"out of memory"}
-    assert set(rows_by(kept, broken)) == {"failed"}
-    said = table(kept.rows)
-    assert "skipped: diffusers-nf4" in said and "No module named 'diffusers'" in said
-    assert "kernels right: ok after 0 s 8 passed" in said and "mixed" in said
-    assert wrong(kept.rows) == []
-
-    bench.ran.clear()
-    bench.suite(gpu_suite(tiny=True), out, 1e6)
-    assert bench.ran == [] and read(out) == found
+    assert {row["batch"] for row in steps} == {1, 4}
+    assert set(bench.statuses(dense)) == {"out of memory"}
+    assert set(bench.statuses(broken)) == {"failed"}
+    text = table(rows)
+    assert "skipped: diffusers-nf4" in text and "No module named 'diffusers'" in text
+    assert "kernels right: ok after 0 s 8 passed" in text and "mixed" in text
+    assert wrong(rows) == []
+    bench.suite(gpu_suite(tiny=True), 1e6)
+    assert bench.ran == [] and read(bench.out) == rows
 
 
-def test_what_takes_too_long_is_cut_and_taken_up_again(bench, tmp_path):
-    out, items = tmp_path / "rows.jsonl", [StepItem(SETTINGS, ["fluxfast-nf4"], 30)]
-    items += [StepItem(SETTINGS, ["fluxfast-dense"], 30), CommandItem("NF4", ["nf4"], 10)]
-    bench.takes_s = {"fluxfast-nf4": 100.0, "nf4": 50.0}
-    kept = bench.suite(items, out, 1000)
-    assert rows_by(kept, "fluxfast-nf4") == ["ok", "out of time"]  # three times its estimate
-    assert rows_by(kept, "fluxfast-dense") == ["ok", "ok"]
-    assert rows_by(kept, "NF4") == ["out of time"]
-
-    bench.ran.clear()
-    bench.takes_s.clear()
-    kept = bench.suite(items, out, 10)  # no time for the first
-    assert bench.ran == ["nf4"] and rows_by(kept, "fluxfast-nf4") == ["ok", "out of time"]
-    assert rows_by(kept, "NF4") == ["out of time", "ok"]
-    kept = bench.suite(items, out, 1000)
-    assert bench.ran == ["nf4", "fluxfast-nf4"]
-    assert rows_by(kept, "fluxfast-nf4") == ["ok", "out of time", "ok"]
-    pixels = [row["pixels"] for row in kept.rows if row["name"] == "fluxfast-nf4"]
-    assert pixels == [64, 96, 96]
+def test_what_takes_too_long_is_cut_and_resumed(bench):
+    items = [item(), item("fluxfast-dense"), CommandItem("NF4", ["nf4"], 10)]
+    bench.takes_s = {OURS: 100.0, "nf4": 50.0}
+    bench.suite(items)
+    assert bench.statuses(OURS) == ["ok", "out of time"]  # three times its estimate
+    assert bench.statuses("fluxfast-dense") == ["ok", "ok"]
+    assert bench.statuses("NF4") == ["out of time"]
+    bench.takes_s = {}
+    bench.suite(items, 10)  # no time for the first
+    assert bench.ran == ["nf4"] and bench.statuses(OURS) == ["ok", "out of time"]
+    assert bench.statuses("NF4") == ["out of time", "ok"]
+    rows = bench.suite(items).rows
+    assert bench.ran == [OURS] and bench.statuses(OURS) == ["ok", "out of time", "ok"]
+    assert [row["pixels"] for row in rows if row["name"] == OURS] == [64, 96, 96]
 
 
-def test_a_killed_run_goes_on_without_its_half_line(bench, tmp_path):
-    out, item = tmp_path / "rows.jsonl", StepItem(SETTINGS, ["fluxfast-nf4"], 30)
-    bench.suite([item], out, 1000)
-    lines = out.read_text().splitlines(keepends=True)
-    out.write_text(lines[0] + lines[1][:40])
-    bench.suite([item], out, 1000)
-    assert bench.ran == ["fluxfast-nf4"] * 2
-    assert [row["pixels"] for row in read(out)] == [64, 96]
+def test_a_killed_run_resumes_without_its_half_line(bench):
+    bench.suite([item()])
+    lines = bench.out.read_text().splitlines(keepends=True)
+    bench.out.write_text(lines[0] + lines[1][:40])
+    bench.suite([item()])
+    assert bench.ran == [OURS] and [row["pixels"] for row in read(bench.out)] == [64, 96]
 
 
 @pytest.mark.parametrize("field", ["commit", "device_name", "torch", "diffusers", "threads"])
-def test_rows_of_other_conditions_do_not_count(bench, tmp_path, field):
-    out, item = tmp_path / "rows.jsonl", StepItem(SETTINGS, ["fluxfast-nf4"], 30)
-    bench.suite([item], out, 1000)
-    out.write_text("".join(json.dumps(row | {field: "other"}) + "\n" for row in read(out)))
-    kept = bench.suite([item], out, 1000)
-    assert bench.ran == ["fluxfast-nf4"] * 2 and len(kept.rows) == 2
+def test_rows_of_other_conditions_do_not_count(bench, field):
+    rows = bench.suite([item()]).rows
+    bench.out.write_text("".join(json.dumps(row | {field: "other"}) + "\n" for row in rows))
+    assert len(bench.suite([item()]).rows) == 2 and bench.ran == [OURS]
 
 
-def test_ratios_are_of_the_baseline_of_the_same_work(bench, tmp_path):
-    names = [BASELINE, "fluxfast-nf4-trainer"]
-    bench.outcomes[names[0]] = timing.Result(names[0], median_ms=400.0, p10_ms=1, p90_ms=1)
-    items = [StepItem(SETTINGS, [name], 30) for name in names]
-    kept = bench.suite(items, tmp_path / "rows.jsonl", 1000)
-    assert [row["ratio"] for row in kept.rows] == [1.0, 1.0, 0.5, 0.5]
-    other = StepItem(replace(SETTINGS, targets="all"), names[1:], 30)
-    kept = bench.suite([other], tmp_path / "rows.jsonl", 1000)
-    assert [row["ratio"] for row in kept.rows[-2:]] == [None, None]
+def test_ratios_are_to_the_baseline_of_the_same_work(bench):
+    bench.outcomes[BASELINE] = timing.Result(BASELINE, median_ms=400.0, p10_ms=1, p90_ms=1)
+    rows = bench.suite([item(BASELINE), item(), item(targets="all")]).rows
+    assert [row["ratio"] for row in rows] == [1.0, 1.0, 0.5, 0.5, None, None]
 
 
-def test_a_stopped_suite_ends_with_its_table(bench, tmp_path, monkeypatch, capsys):
-    """SIGTERM in the middle of an item; the same command goes on."""
-    monkeypatch.setitem(run.SUITES, "cpu", lambda tiny: [StepItem(SETTINGS, ["fluxfast-nf4"], 9)])
-    stops = count()
+def test_a_stopped_suite_ends_with_its_table(bench, monkeypatch, capsys):
+    """SIGTERM in the middle of an item; the same command resumes it."""
+    monkeypatch.setitem(run.SUITES, "cpu", lambda tiny: [item()])
 
     def measure(settings, names, references, report, limit_s):
-        result = timing.Result(names[0], median_ms=7.0, p10_ms=7, p90_ms=7)
-        report(settings.cycles[0], {names[0]: result}, {names[0]: {}})
-        if next(stops) == 0:
+        bench.ran.append(settings.cycles)
+        result = timing.Result(OURS, median_ms=7.0, p10_ms=7, p90_ms=7)
+        report(settings.cycles[0], {OURS: result}, {OURS: {}})
+        if len(bench.ran) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-        assert settings.cycles == CYCLES[1:]
 
     monkeypatch.setattr(suite_items, "measure_apart", measure)
     before = signal.getsignal(signal.SIGTERM)
-    command = ["--suite", "cpu", "--tiny", "--out", str(tmp_path / "rows.jsonl")]
+    command = ["--suite", "cpu", "--tiny", "--out", str(bench.out)]
     assert run.main(command) == 130
     assert signal.getsignal(signal.SIGTERM) == before
-    said = capsys.readouterr()
-    assert "fluxfast-nf4" in said.out and "64 px" in said.out and "goes on" in said.err
+    printed = capsys.readouterr()
+    assert OURS in printed.out and "64 px" in printed.out and "goes on" in printed.err
     assert run.main(command) == 0
-    assert [row["pixels"] for row in read(tmp_path / "rows.jsonl")] == [64, 96]
+    assert bench.ran == [CYCLES, CYCLES[1:]]
+    assert [row["pixels"] for row in read(bench.out)] == [64, 96]
+
+
+# ---------------------------------------------------------------- what makes the exit code
 
 
 @pytest.mark.parametrize(
-    ("row", "code"),
+    ("row", "failures"),
     [
         ({"status": "ok"}, 0),
         ({"status": "gate failed"}, 1),
@@ -221,19 +211,21 @@ def test_a_stopped_suite_ends_with_its_table(bench, tmp_path, monkeypatch, capsy
         ({"bench": "suite", "status": "out of time"}, 0),
     ],
 )
-def test_what_makes_the_exit_code(row, code):
+def test_statuses_that_make_the_exit_code(row, failures):
     whole = {"bench": "kernels", "name": "fluxfast", "reason": "why", "device": "cpu", "said": ""}
-    assert len(wrong([whole | row])) == code
+    assert len(wrong([whole | row])) == failures
+
+
+def ratio_row(name: str, ratio: float | None, median_ms: float = 500.0, **changes) -> dict:
+    row = {"bench": "step", "name": name, "status": "ok", "reason": None, "pixels": 256, "batch": 1}
+    return row | {"ratio": ratio, "median_ms": median_ms} | changes
 
 
 def test_a_slow_step_makes_the_exit_code():
-    def row(name: str, median: float) -> dict:
-        shared = {"bench": "step", "status": "ok", "reason": None, "device": "cpu"}
-        return {**shared, "name": name, "hidden": 3072, "median_ms": median}
-
-    peer = row(BASELINE, 1000.0)
-    assert wrong([peer, row("fluxfast-nf4", 600.0)]) == []
-    assert "too slow" in wrong([peer, row("fluxfast-nf4", 700.0)])[0]
+    shared = {"device": "cpu", "hidden": 3072}
+    peer = ratio_row(BASELINE, None, 1000.0, **shared)
+    assert wrong([peer, ratio_row(OURS, None, 600.0, **shared)]) == []
+    assert "too slow" in wrong([peer, ratio_row(OURS, None, 700.0, **shared)])[0]
 
 
 @pytest.mark.parametrize(
@@ -243,22 +235,18 @@ def test_a_slow_step_makes_the_exit_code():
         (1, "a table\nmissed: decode: 1.2x, not 2.5x\n", "missed", "decode: 1.2x, not 2.5x"),
         (1, f"{TRACEBACK}\nValueError: x\n", "failed", "ValueError: x"),
         (1, f"{TRACEBACK}\nImportError: no bnb\n", "skipped", "ImportError: no bnb"),
+        (1, "python: No module named pytest\n", "skipped", "python: No module named pytest"),
         (-9, "", "failed", "ended with code -9"),
         (None, "...", "out of time", "cut after 30 s: ..."),
     ],
 )
-def test_how_a_command_ended(bench, tmp_path, code, output, status, reason):
+def test_how_a_command_ended(bench, code, output, status, reason):
     bench.commands["script.py"] = (code, output)
-    (row,) = bench.suite([CommandItem("NF4", ["script.py"], 10)], tmp_path / "r", 1000).rows
+    (row,) = bench.suite([CommandItem("NF4", ["script.py"], 10)]).rows
     assert (row["status"], row["reason"]) == (status, reason)
 
 
-def test_a_missing_module_is_a_row(tmp_path):
-    items = [CommandItem("one", ["-S", "-m", "nothing_here"], 100)]
-    kept = RowFile(tmp_path / "rows.jsonl", HERE)
-    suite_items.run_items(items, kept, time.monotonic() + 100)
-    (row,) = kept.rows
-    assert row["status"] == "skipped" and "nothing_here" in row["reason"]
+# ---------------------------------------------------------------- processes
 
 
 def test_a_command_is_killed_with_what_it_started(tmp_path):
@@ -292,55 +280,51 @@ def reports_once_and_dies(settings, names, references, sender):
     os._exit(7)
 
 
-def found_of(limit_s: float | None = None, settings: Settings = SETTINGS) -> list[tuple]:
+def measured(limit_s: float | None = None, settings: Settings = SETTINGS) -> list[tuple]:
     found = []
     step_run.measure_apart(
-        settings, ["fluxfast-nf4"], Path("nowhere"), lambda *f: found.append(f), limit_s
+        settings, [OURS], Path("nowhere"), lambda *report: found.append(report), limit_s
     )
-    return [(cycle, r["fluxfast-nf4"].status, r["fluxfast-nf4"].reason) for cycle, r, _ in found]
+    return [(cycle, r[OURS].status, r[OURS].reason) for cycle, r, _ in found]
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_costs_what_it_owed(monkeypatch):
+def test_a_process_that_dies_costs_what_it_had_not_reported(monkeypatch):
     monkeypatch.setattr(step_run, "_child", reports_once_and_dies)
     died = "its process ended with code 7"
-    assert found_of() == [(CYCLES[0], "ok", None), (CYCLES[1], "failed", died)]
+    assert measured() == [(CYCLES[0], "ok", None), (CYCLES[1], "failed", died)]
 
 
-def test_a_process_that_goes_on_for_too_long_is_killed(monkeypatch):
+def test_a_process_that_takes_too_long_is_killed():
     started = time.monotonic()
-    assert found_of(0.3) == [(c, "out of time", "not done after 0 s") for c in CYCLES]
+    assert measured(0.3) == [(c, "out of time", "not done after 0 s") for c in CYCLES]
     assert time.monotonic() - started < 5
     assert not step_run.multiprocessing.active_children()
 
 
 def test_a_cap_on_a_cpu_is_skipped():
     capped = replace(SETTINGS, cap_gib=12.0)
-    assert [status for _, status, _ in found_of(None, capped)] == ["skipped"] * 2
+    assert [status for _, status, _ in measured(None, capped)] == ["skipped"] * 2
 
 
-def ratio_row(name: str, ratio: float | None, median_ms: float = 500.0, **other) -> dict:
-    row = {"bench": "step", "name": name, "status": "ok", "pixels": 256, "batch": 1}
-    return row | {"ratio": ratio, "median_ms": median_ms} | other
+# ---------------------------------------------------------------- the command
 
 
 def test_two_runs_agree_within_15_percent(tmp_path, capsys):
     first = [
         ratio_row(BASELINE, 1.0),
-        ratio_row("fluxfast-nf4", 9.0),
-        ratio_row("fluxfast-nf4", 0.50),
+        ratio_row(OURS, 9.0),
+        ratio_row(OURS, 0.50),
         ratio_row("short", 0.5, 99.0),
         ratio_row("failed", None, status="failed"),
         ratio_row("gone", 0.5),
     ]
-    second = [ratio_row("fluxfast-nf4", 0.57), ratio_row("short", 5.0), ratio_row(BASELINE, 1.0)]
+    second = [ratio_row(OURS, 0.57), ratio_row("short", 5.0), ratio_row(BASELINE, 1.0)]
     lines, agree = compare(first, second)
     assert agree and len(lines) == 1 and "0.500 and 0.570" in lines[0] and "14.0%" in lines[0]
-    second.append(ratio_row("fluxfast-nf4", 0.58))
-    assert not compare(first, second)[1]
-    assert compare(first, [ratio_row("fluxfast-nf4", 0.5, pixels=512)]) == ([], False)
+    assert compare(first, [ratio_row(OURS, 0.5, pixels=512)]) == ([], False)
     files = [tmp_path / "a", tmp_path / "b"]
-    for file, rows in zip(files, (first, second), strict=True):
+    for file, rows in zip(files, (first, [*second, ratio_row(OURS, 0.58)]), strict=True):
         timing.append_rows(file, rows)
     assert run.main(["--compare", *map(str, files)]) == 1
     assert "differ by more than 15%" in capsys.readouterr().out
@@ -350,8 +334,8 @@ def test_two_runs_agree_within_15_percent(tmp_path, capsys):
 def test_saved_rows_go_to_the_file_of_their_bench(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     rows = [
-        ratio_row("fluxfast-nf4", 0.5, device="cuda"),
-        ratio_row("fluxfast-nf4", 0.5, device="cpu"),
+        ratio_row(OURS, 0.5, device="cuda"),
+        ratio_row(OURS, 0.5, device="cpu"),
         ratio_row("late", None, device="cpu", status="out of time"),
         {"bench": "kernels", "name": "fluxfast", "device": "cuda", "status": "ok"},
         {"bench": "suite", "name": "NF4", "device": "cpu", "status": "ok"},
@@ -359,27 +343,27 @@ def test_saved_rows_go_to_the_file_of_their_bench(tmp_path, monkeypatch):
     timing.append_rows(tmp_path / "rows.jsonl", rows)
     for _ in range(2):
         assert run.main(["--save", str(tmp_path / "rows.jsonl")]) == 0
-        kept = {file.name: read(file) for file in (tmp_path / "results").iterdir()}
-        wanted = {"step-cuda.jsonl": rows[:1], "step-cpu.jsonl": rows[1:2]}
-        assert kept == wanted | {"kernels-cuda.jsonl": rows[3:4]}
+        saved = {file.name: read(file) for file in (tmp_path / "results").iterdir()}
+        steps = {"step-cuda.jsonl": rows[:1], "step-cpu.jsonl": rows[1:2]}
+        assert saved == steps | {"kernels-cuda.jsonl": rows[3:4]}
 
 
 def test_the_table_ranks_kernels_by_time_over_their_floor():
     def kernel(op: str, median: float, floor: float, name: str = "fluxfast") -> dict:
-        shared = {"bench": "kernels", "status": "ok", "direction": "forward", "pixels": 1024}
-        more = {"median_ms": median, "floor_ms": floor, "percent_of_floor": 100 * floor / median}
-        return {**shared, **more, "op": op, "name": name, "batch": 1}
+        times = {"floor_ms": floor, "percent_of_floor": 100 * floor / median}
+        work = {"bench": "kernels", "op": op, "direction": "forward"}
+        return ratio_row(name, None, median, **work, **times)
 
     rows = [kernel(f"op{i}", 1.0 + i, 1.0) for i in range(7)]
     rows += [kernel("theirs", 99.0, 1.0, "eager"), kernel("bound", 50.0, 50.0)]
-    said = table(rows)
-    order = [line.split("forward")[0].split()[-1] for line in said.splitlines()[1:]]
-    assert order == ["op6", "op5", "op4", "op3", "op2"] and "14 % of the floor" in said
+    text = table(rows)
+    order = [line.split("forward")[0].split()[-1] for line in text.splitlines()[1:]]
+    assert order == ["op6", "op5", "op4", "op3", "op2"] and "14 % of the floor" in text
 
 
 def test_the_cpu_suite_fits_ten_minutes_and_make_runs_it():
     items = cpu_suite()
-    assert sum(item.estimate_s for item in items) <= run.BUDGET_S["cpu"] < 600
+    assert sum(one.estimate_s for one in items) <= run.BUDGET_S["cpu"] < 600
     step = items[0]
     assert step.names == DEFAULTS["cpu"] and not step.settings.apart
     assert step.settings.spec.hidden_size == 3072
@@ -388,27 +372,27 @@ def test_the_cpu_suite_fits_ten_minutes_and_make_runs_it():
 
 
 @pytest.mark.parametrize(
-    "bad", [[], ["--suite", "tpu"], ["--compare", "a"], ["--save", "nowhere.jsonl"]]
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments"),
+        (["--suite", "tpu"], "invalid choice"),
+        (["--suite", "gpu"], "no CUDA device"),
+        (["--compare", "a"], "expected 2"),
+        (["--save", "nowhere.jsonl"], "no such file"),
+    ],
 )
-def test_a_bad_call_ends_with_2(bad):
+def test_a_bad_call_ends_with_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        run.parse(bad)
-    assert error.value.code == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_suite_wants_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        run.parse(["--suite", "gpu"])
-    assert "no CUDA device" in capsys.readouterr().err
+        run.parse(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_real_suite_from_end_to_end(tmp_path, monkeypatch, capsys):
     """One candidate in its own process, a command, and a budget that ends before the last item."""
-    one = replace(SETTINGS, cycles=CYCLES[:1])
     items = [
-        StepItem(one, ["fluxfast-nf4-trainer"], 40),
+        item("fluxfast-nf4-trainer", cycles=CYCLES[:1]),
         CommandItem("version", ["-c", "print('1 passed')"], 20),
         CommandItem("never", ["-c", "raise SystemExit(3)"], 10_000),
     ]
