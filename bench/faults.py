@@ -21,7 +21,6 @@ handlers, its own files and locks, no threads.
 """
 
 import argparse
-import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -84,7 +83,7 @@ MOMENTS = [
 
 
 def warm_up() -> None:
-    """Import what a run imports. No tensor is computed: a fork would lack the threads."""
+    """Imports what a run imports. No tensor is computed: a fork would lack the threads."""
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
@@ -139,19 +138,13 @@ def finish(
     return None
 
 
-def names(folder: Path) -> list[str]:
-    """The names in a folder, none where it does not exist yet."""
-    with contextlib.suppress(OSError):
-        return os.listdir(folder)
-    return []
-
-
 def watched(moment: Moment, folder: Path) -> set[str]:
     """The files that the moment waits for, as far as they exist."""
     return {
         f"{below}/{name}"
         for below in moment.folders
-        for name in names(folder / below)
+        if (folder / below).is_dir()
+        for name in os.listdir(folder / below)
         if re.fullmatch(moment.pattern, name)
     }
 
@@ -172,8 +165,8 @@ def kill_at(moment: Moment, process: BaseProcess, folder: Path, rng: random.Rand
 
 def newest(folder: Path) -> int:
     """The step of the newest checkpoint, 0 without one."""
-    steps = [n for n in names(folder / _RUN / "checkpoints") if re.fullmatch(r"step-\d+", n)]
-    return max((int(name.removeprefix("step-")) for name in steps), default=0)
+    checkpoints = (folder / _RUN / "checkpoints").glob("step-[0-9]*")
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
 
 
 def partial_files(folder: Path) -> list[str]:

@@ -62,16 +62,6 @@ def step_ops(kind: str, side: int, recompute: bool) -> list[Op]:
     return ops.forward * (1 + recompute) + ops.backward
 
 
-def step_ms(name: str, kind: str, recompute: bool, side: int) -> tuple[float, float]:
-    """At the card's peak, and at the assumed shares of it."""
-    ops, known = step_ops(kind, side, recompute), shipped(name)
-    return 1e3 * total_seconds(ops, at_peak(known)), 1e3 * total_seconds(ops, known)
-
-
-def forward_ms(name: str, kind: str, side: int) -> float:
-    return 1e3 * total_seconds(matmuls(kind, side).forward, shipped(name))
-
-
 def saved_gb(targets: str, side: int) -> float:
     """What the blocks save for backward, all of them under `keep`."""
     step = StepSpec(DEV, "nf4", "bf16", "bf16", lora_of(DEV, RANK, targets))
@@ -89,16 +79,18 @@ def figures(side: int) -> dict[str, str]:
         tflop = total_flop(step_ops("bf16", side, recompute)) / 1e12
         found[f"step with {name}, TFLOP"] = f"{tflop:.1f}"
     for name, kind, recompute in STEPS:
-        peak, assumed = step_ms(name, kind, recompute, side)
+        ops, known = step_ops(kind, side, recompute), shipped(name)
+        peak, assumed = (1e3 * total_seconds(ops, each) for each in (at_peak(known), known))
         line = f"{name}, {kind}, {RECOMPUTE[recompute]}: peak / assumed, ms"
         found[line] = f"{peak:.0f} / {assumed:.0f}"
     saved = saved_gb("attn+mlp", side)
     copy_ms = 1e3 * cost.seconds(Op("saved", "copy", 0.0, 1e9 * saved), shipped(LINK))
+    int8_ms = 1e3 * total_seconds(matmuls("int8", side).forward, shipped(LINK))
     return found | {
         "kept by the blocks, LoRA on attn+mlp, GB": f"{saved:.2f}",
         "kept by the blocks, LoRA on all, GB": f"{saved_gb('all', side):.1f}",
         f"{LINK}: attn+mlp's over PCIe, one way, ms": f"{copy_ms:.0f}",
-        f"{LINK}: an int8 forward, assumed, ms": f"{forward_ms(LINK, 'int8', side):.0f}",
+        f"{LINK}: an int8 forward, assumed, ms": f"{int8_ms:.0f}",
     }
 
 

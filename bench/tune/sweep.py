@@ -144,12 +144,8 @@ class TileJob(Job):
         finals = dict.fromkeys([self.default] * (self.default in ran) + best + list(others))
         results = {name: r for name, r in screen.items() if name not in ran}
         results |= compare(finals, target.rounds)
-        fields = {
-            "source": self.source,
-            "linear": problem.linear,
-            "what": problem.pass_name,
-            "share": round(problem.share, 5),
-        }
+        fields = {"source": self.source, "linear": problem.linear, "what": problem.pass_name}
+        fields |= {"share": round(problem.share, 5)}
         screened = {name: round(ms, 5) for name, ms in ran.items()}
         timed = []
         for name, result in results.items():

@@ -94,13 +94,8 @@ class HandOverJob(Job):
         results = self.compare(
             works, lambda name: disagreement(works[name](), truth), target.rounds, shipped
         )
-        fields = {
-            "m": M,
-            "linear": pair.linear,
-            "what": pair.pass_name,
-            "source": choice.kind_source,
-            "tile": None,
-        }
+        asked = {"m": M, "linear": pair.linear, "what": pair.pass_name, "tile": None}
+        fields = asked | {"source": choice.kind_source}
         return [
             (result, fields | {"way": name.split()[0], "shipped": name == shipped})
             for name, result in results.items()

@@ -3,70 +3,49 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import quantize, rows
+from bench import quantize, rows, timing
 from bench.report import charts, plan_table, step_chart, technique_table
 from bench.report import cli as report
+from bench.step.settings import Cycle, Settings
+from bench.step.table import row_settings
 from fluxfast.memory.planner import saved_bytes
+from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = (ROOT / "bench" / "LOG.md").read_text(encoding="utf-8")
 
 
-def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **changes) -> dict:
-    """A row of bench.step: full-size FLUX.1-dev on an H100 but for the changes."""
-    timed = median_ms is not None
-    return {
-        "name": name,
-        "status": "ok" if timed else "failed",
-        "reason": None,
-        "median_ms": median_ms,
-        "p10_ms": timed and median_ms - 5,
-        "p90_ms": timed and median_ms + 9,
-        "ratio": 0.5 if timed else None,
-        "rounds": 9 if timed else 0,
-        "peak_memory_bytes": 13 * 2**30,
-        "saved_bytes": 5 * 2**30,
-        "bench": "step",
-        "device": "cuda",
-        "device_name": "NVIDIA H100 80GB HBM3",
-        "driver": "580.1",
-        "threads": 8,
-        "storage": "nf4",
-        "compute": "bfloat16",
-        "hidden": 3072,
-        "double_blocks": 19,
-        "single_blocks": 38,
-        "pixels": 512,
-        "image_tokens": 1024,
-        "text_tokens": 512,
-        "batch": 1,
-        "rank": 16,
-        "lora_targets": "attn+mlp",
-        "optimizer": "torch AdamW, fused",
-        "interleaved": False,
-        "torch": "2.11.0",
-        "commit": "0123456789",
-        "date": "today",
-    } | changes
-
-
+SETTINGS = Settings(DEV, "cuda", torch.bfloat16, [], 512, 16, rounds=9, warmup=3, apart=True)
+H100 = {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "driver": "580.1"}
+VERSIONS = {"torch": "2.11.0", "commit": "0123456789", "date": "today"}
 CPU = {
     "device": "cpu",
     "device_name": "a CPU",
-    "driver": None,
     "threads": 2,
     "double_blocks": 1,
     "single_blocks": 2,
     "pixels": 256,
     "image_tokens": 256,
-    "text_tokens": 128,
     "interleaved": True,
 }
 STOCK = {"setting": "stock", "lora_targets": "all", "ema": True, "optimizer": "AdamW8bit"}
+
+
+def row(name: str = "fluxfast-nf4", median_ms: float | None = 100.0, **changes) -> dict:
+    """A row of bench.step: full-size FLUX.1-dev on an H100 but for the changes."""
+    result = timing.Result(name, status="failed", peak_memory_bytes=13 * 2**30)
+    if median_ms is not None:
+        times = {"median_ms": median_ms, "p10_ms": median_ms - 5, "p90_ms": median_ms + 9}
+        result = replace(result, status="ok", ratio=0.5, **times)
+    settings = row_settings(SETTINGS, name, Cycle((512,), 1))
+    more = {"rounds": 9, "saved_bytes": 5 * 2**30}
+    return timing.row(result, **settings) | H100 | VERSIONS | more | changes
 
 
 @pytest.fixture
@@ -90,17 +69,22 @@ def lines(text: str) -> list[list[str]]:
 
 
 def test_gpus_come_first_and_are_on_the_chart(write, tmp_path):
-    write("step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU))
+    write(
+        "step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU | {"device_name": "a newer CPU"})
+    )
     assert step_chart.NO_GPU in step_chart.block(tmp_path)
-    write("step-cuda.jsonl", row("diffusers-nf4"), row())
+    rtx = {"device_name": "NVIDIA GeForce RTX 4090"}
+    write("step-cuda.jsonl", row("diffusers-nf4"), row(**rtx), row())
     text = step_chart.block(tmp_path)
     assert "No GPU has timed" not in text and "tested under" in text
-    gpu, cpu = step_chart.tables(tmp_path)
-    assert (gpu[0]["device"], cpu[0]["device"]) == ("cuda", "cpu")
+    groups = step_chart.tables(tmp_path)
+    names = [[one["device_name"] for one in group] for group in groups]
+    h100 = "NVIDIA H100 80GB HBM3"
+    assert names == [[h100, h100], ["NVIDIA GeForce RTX 4090"], ["a newer CPU"]]
     image = "![one training step of FLUX.1-dev on one NVIDIA H100 80GB HBM3, beside diffusers + "
     assert f"{image}peft + bitsandbytes](bench/results/step-cuda.svg)" in text
-    assert text.index(image) < text.index("NVIDIA H100 80GB HBM3, driver") < text.index("a CPU, 2")
-    assert step_chart.charted([gpu, cpu]) == gpu
+    assert text.index(image) < text.index(f"{h100}, driver") < text.index("a newer CPU, 2 threads")
+    assert step_chart.charted(groups) == groups[0]
 
 
 def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(write, tmp_path):
@@ -140,15 +124,6 @@ def test_the_main_table_is_plain_and_each_other_setting_has_one(write, tmp_path)
     ]
     assert [cells[3] for cells in found["With LoRA on all:"]] == ["800"] and len(found) == 3
     assert step_chart.heading(others[-1]).startswith("With the GPU's memory capped")
-
-
-def test_every_gpu_has_a_table_and_the_last_cpu(write, tmp_path):
-    other = {"device_name": "NVIDIA GeForce RTX 4090"}
-    write("step-cuda.jsonl", row(), row(**other), row("fluxfast-nf4-int8"))
-    write("step-cpu.jsonl", row(**CPU), row(**CPU | {"device_name": "a newer CPU"}))
-    names = [[one["device_name"] for one in group] for group in step_chart.tables(tmp_path)]
-    h100, cpu = "NVIDIA H100 80GB HBM3", "a newer CPU"
-    assert names == [[h100, h100], ["NVIDIA GeForce RTX 4090"], [cpu]]
 
 
 def test_the_newest_row_counts_but_not_one_that_was_never_tried(write, tmp_path):
@@ -227,13 +202,10 @@ def test_without_rows_nothing_is_called_measured(tmp_path):
     assert sum(cell.startswith("counted: ") for cell in found) == 3 == len(found) - 7
 
 
-def test_every_class_is_one_that_the_table_explains(tmp_path):
-    text = technique_table.block(tmp_path)
-    kinds = {cells[1] for cells in lines(text)}
-    assert kinds == {"exact", "rounding", "lossy"} == set(technique_table.CLASSES)
-    assert all(meaning in text for meaning in technique_table.CLASSES.values())
-    for cells in lines(text):  # what is exact changes nothing
-        assert (cells[1] == "exact") == cells[2].startswith("nothing"), cells
+def test_what_is_exact_changes_nothing():
+    for one in technique_table.TECHNIQUES:
+        assert one.kind in technique_table.CLASSES
+        assert (one.kind == "exact") == one.changes.startswith("nothing"), one
 
 
 def kernel_row(name: str, op: str, median_ms: float, **changes) -> dict:
@@ -303,7 +275,6 @@ def test_counted_figures_are_the_cost_models(tmp_path):
     found = gains(tmp_path)
     modulation = saved_bytes.weights(technique_table.DEFAULTS)["modulation"]
     assert f"{modulation / 1e9:.1f} GB of weights" in found[8]
-    assert 1.8e9 < modulation < 1.9e9  # 3.25 B weights at 4.5 bits, the last layer's in bf16
     apart, fused = re.search(r"move ([\d.]+) GB .* instead of ([\d.]+)", found[6]).groups()
     assert float(fused) > float(apart) > 50
     (count,) = re.findall(r"counted: (\d+) launches", found[9])
