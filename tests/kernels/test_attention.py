@@ -95,33 +95,27 @@ def test_scores_far_from_zero(device, sign):
 # ---------------------------------------------------------------- the aten backends
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cpu_backend(dtype):
-    q, k, v, do = heads(dtype, "cpu")
-    o, lse = attention_forward(q, k, v, "cpu")
-    assert o.transpose(1, 2).is_contiguous()
-    assert lse.is_contiguous() and lse.dtype == torch.float32
-    grads = attention_backward(do, q, k, v, o, lse, "cpu")
-    assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
-    check([o, *grads], q, k, v, do)
+CUDA_BACKENDS = [("flash", dtype) for dtype in DTYPES[1:]] + [("efficient", torch.float32)]
+CUDA_BACKENDS += [("cudnn", dtype) for dtype in DTYPES[1:]]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, dtype) for name in ("flash", "cudnn") for dtype in DTYPES[1:]]
-    + [("efficient", torch.float32)],
+    [("cpu", dtype) for dtype in DTYPES]
+    + [pytest.param(*each, marks=pytest.mark.gpu) for each in CUDA_BACKENDS],
 )
-def test_cuda_backends(name, dtype):
+def test_backend(name, dtype):
     if name == "cudnn" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("cuDNN attention is for Hopper and Blackwell here")
-    q, k, v, do = heads(dtype, "cuda")
+    q, k, v, do = heads(dtype, "cpu" if name == "cpu" else "cuda")
     o, lse = attention_forward(q, k, v, name)
     assert o.transpose(1, 2).is_contiguous() and lse.shape == q.shape[:3]
+    assert lse.is_contiguous() and lse.dtype == torch.float32
     truth = attention_reference(q.double(), k.double(), v.double())[1]
     assert relative_error(lse, truth) < 1e-5
     for gradient in (do, do.contiguous()):  # stored otherwise than o, and otherwise again
         grads = attention_backward(gradient, q, k, v, o, lse, name)
+        assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
         check([o, *grads], q, k, v, do)
 
 

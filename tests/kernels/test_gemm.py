@@ -167,15 +167,6 @@ def test_an_index_no_part_names_gets_zeros(device):
     assert not d_down[:, 16:].any() and d_down[:, :16].any()
 
 
-def test_no_rows(device):
-    linear = Dense(Case(), torch.float32, device)
-    xs, dys = [linear.xs[0][:, :0]], [linear.dys[0][:, :0]]
-    down = lora_down(xs, linear.update.lora_a)
-    (y,) = lora_gemm(xs, linear.frozen, down, linear.update)
-    assert y.shape == (2, 0, 144)
-    assert not lora_da(xs, down).any() and not lora_db(dys, down, linear.update).any()
-
-
 def test_two_runs_are_equal(device):
     linear = Dense(CASES["nf4 nested, all at once"], torch.bfloat16, device)
     for call in (forward, backward):

@@ -188,13 +188,14 @@ def test_odd_widths(path, device, kind, inner, outer):
         assert relative_error(each, truth) < (0.02 if kind == "int8" else 0.06)
 
 
-def test_no_rows(path, device):
+@pytest.mark.parametrize("matmul", ["", "int8"])
+def test_no_rows(path, device, matmul):
     x = torch.zeros(2, 0, K, device=device).requires_grad_()
     a, b = (randn(*s, device=device).requires_grad_() for s in ((4, K), (N, 4)))
-    weight = quantized("int8", device, N, K)
-    for rotation in (0, 32):
+    weight = quantized("int8", device, N, K) if matmul else [randn(N, K, device=device)]
+    for rotation in (0, 32) if matmul else (0,):
         update = LoRAUpdate(a, b, [0, N, 0])
-        y = lora_linear(x, FrozenWeight(weight, None, "int8", rotation), update)
+        y = lora_linear(x, FrozenWeight(weight, None, matmul, rotation), update)
         assert y.shape == (2, 0, N)
         dx, da, db = torch.autograd.grad(y.sum(), (x, a, b))
         assert dx.shape == x.shape and not da.any() and not db.any()

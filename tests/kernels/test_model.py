@@ -22,7 +22,7 @@ def small_flux(storage: str, compute: str, device: str, targets: str, **how) -> 
 
 
 def step(model: Flux, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """-> velocity, and the gradient of every LoRA parameter."""
+    """The velocity, and the gradient of every LoRA parameter."""
     g = torch.Generator().manual_seed(5)
     y = model(
         torch.randn(2, 6, SMALL.in_channels, generator=g).to(device),
@@ -50,22 +50,22 @@ def test_launchers_and_references_agree(device, storage, compute, tolerance, tar
     with backend.cpu_launches(False):
         reference = step(model.cpu() if device == "cuda" else model, "cpu")
     assert relative_error(launched[0].cpu(), reference[0]) < tolerance
-    for found, expected in zip(launched[1], reference[1], strict=True):
-        assert relative_error(found.cpu(), expected) < tolerance
+    for gradient, expected in zip(launched[1], reference[1], strict=True):
+        assert relative_error(gradient.cpu(), expected) < tolerance
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "layers"), [("int8", None), ("nf4", {"single_blocks.*.linear2": "rotate"})]
 )
-def test_int8_products_launched_and_in_plain_torch_agree(device, storage, layers):
-    """Equal inputs give equal codes; the inputs of later layers are equal but for fp32's rounding.
+def test_int8_matmuls_launched_and_in_plain_torch_agree(device, storage, layers):
+    """Equal inputs give equal 8-bit values; later layers' inputs are equal but for fp32's rounding.
 
-    That is 2e-5 as above, unless a value lies so near to a tie that its code falls to the other
-    side: 1e5 codes, each within 127 · 1e-7 of one with a chance of 1e-5: about one a step. One unit
-    of one code is 1/127 of its token's largest, so at most about 1 % of that token's share in a
-    gradient that sums over 22 tokens, and a weight's norm less in the velocity: 5e-3 at the most
-    (seen: 1.7e-3), a fifth of the 2.5e-2 that int8 products themselves change.
+    That is 2e-5 as above, unless a value lies so near to a tie that it is rounded to the other
+    side: 1e5 values, each within 127 · 1e-7 of one with a chance of 1e-5: about one a step. One
+    unit of an 8-bit value is 1/127 of its token's largest, so at most about 1 % of that token's
+    share in a gradient that sums over 22 tokens, and a weight's norm less in the velocity: 5e-3 at
+    the most (seen: 1.7e-3), a fifth of the 2.5e-2 that int8 matmuls themselves change.
     """
     how = {"activations": "fp32", "layers": layers}
     model = small_flux(storage, "int8", device, "attn+mlp", **how)
@@ -78,9 +78,9 @@ def test_int8_products_launched_and_in_plain_torch_agree(device, storage, layers
                 module.matmul, module.rotation = "", 0
         exact = step(model, "cpu") if layers is None else None
     errors = [relative_error(launched[0].cpu(), reference[0])]
-    for found, expected in zip(launched[1], reference[1], strict=True):
-        errors.append(relative_error(found.cpu(), expected))
+    for gradient, expected in zip(launched[1], reference[1], strict=True):
+        errors.append(relative_error(gradient.cpu(), expected))
     assert max(errors) < 5e-3, errors
-    if exact is not None:  # the products were in 8 bits: what that changes is far above
+    if exact is not None:  # the matmuls were in 8 bits: what that changes is far above
         changed = [relative_error(a, b) for a, b in zip(reference[1], exact[1], strict=True)]
         assert 1e-2 < max(changed) < 5e-2, changed
