@@ -19,7 +19,7 @@ TENSOR_CORE = ("HMMA", "IMMA", "QMMA", "WGMMA", "HGMMA", "IGMMA", "QGMMA", "UTCH
 
 
 def verdict(case, cost: dict, arch: int) -> str | None:
-    """The fault of a compiled kernel, or None."""
+    """Returns the fault of a compiled kernel, or None."""
     from bench.offline import SHARED_LIMIT
 
     local = sum(count for opcode, count in cost["sass"].items() if opcode in ("LDL", "STL"))

@@ -4,7 +4,7 @@ A tile's cases take all options, which is the most likely to spill, and few. `be
 `tile_cases` for those of a tile that no row ships yet. The process must not interpret Triton.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,20 +25,19 @@ from fluxfast_kernels.quant import frozen, hadamard, nf4, rows
 from fluxfast_kernels.quant.rows import TOP
 
 DTYPES = ("bf16", "fp16", "fp32")
-CODES = {"int8": "i8", "fp8": "fp8e4nv"}
-LEAST_ARCH = {"int8": 80, "fp8": 89}
+TYPES_8BIT = {"int8": "i8", "fp8": "fp8e4nv"}
+FP8_ARCH = 89  # the oldest compute capability that has fp8
+SKINNY = ("lora_skinny", "lora_grads", "lora_skinny_8bit")
 Tile = dispatch.Tile | AttentionTile
-Archs = tuple[int, ...] | None
 
 
 class KernelCase(NamedTuple):
     """One kernel in one configuration.
 
     signature: Triton type per run-time argument ("*bf16", "*fp32", "i32", "fp32", or a tuple of
-    such);
-    constants: value per constexpr argument, None for a pointer that is absent; matrix: whether it
-    must use tensor cores; least_arch: the oldest compute capability that has what it needs;
-    archs: those whose rows choose it, None for all.
+    such); constants: value per constexpr argument, None for a pointer that is absent; matrix:
+    whether it must use tensor cores; least_arch: the oldest compute capability that has what it
+    needs; archs: those whose rows choose it, None for all.
     """
 
     name: str
@@ -49,21 +48,20 @@ class KernelCase(NamedTuple):
     num_stages: int = 3
     matrix: bool = False
     least_arch: int = 80
-    archs: Archs = None
+    archs: tuple[int, ...] | None = None
 
 
 def _case(
     name: str,
     kernel,
     types: Mapping[str, object],
-    constants: Mapping[str, object],
-    absent: Iterable[str] = (),
+    constants: dict[str, object],
     **options,
 ) -> KernelCase:
-    """types: of what is no i32. absent: pointers that are None."""
-    constants = {**constants, **dict.fromkeys(absent)}
+    """types: of what is no i32; None of what is absent."""
     signature = {arg: types.get(arg, "i32") for arg in kernel.arg_names if arg not in constants}
-    return KernelCase(name, kernel, signature, constants, **options)
+    least_arch = FP8_ARCH if TYPES_8BIT["fp8"] in str(signature) else 80
+    return KernelCase(name, kernel, signature, constants, least_arch=least_arch, **options)
 
 
 def _matrix(dtype: str) -> Matrix:
@@ -96,21 +94,20 @@ def cases() -> Iterator[KernelCase]:
     yield from _frozen_cases()
 
 
-def tile_cases(op: str, storage: str, dtype: str, tile: Tile, archs: Archs = None):
+def tile_cases(op: str, storage: str, dtype: str, tile: Tile) -> Iterator[KernelCase]:
     """The cases of one tile. op, storage and dtype: as in the rows of dispatch; attention's
     kernels by the names in `attention.json`, in "dense", "half"."""
     if op == "qk_norm_rope":
-        return _qk_norm_rope_cases(128, tile, archs)
+        return _qk_norm_rope_cases(128, tile)
     if op in attention.KERNELS:
-        return _attention_cases(op, 128, "bf16", tile, archs)
-    family = {
-        "lora_gemm": _gemm_cases,
-        "lora_gemm_dx": _gemm_cases,
-        "lora_skinny": _skinny_cases,
-        "lora_grads": _skinny_cases,
-        "lora_skinny_8bit": _quantizing_cases,
-    }
-    return family.get(op, _gemm_8bit_cases)(op, storage, dtype, tile, archs)
+        return _attention_cases(op, 128, "bf16", tile)
+    if op == "lora_skinny_8bit":
+        return _quantizing_cases(dtype, tile)
+    if op in SKINNY:
+        return _skinny_cases(op, dtype, tile)
+    if op in ("lora_gemm", "lora_gemm_dx"):
+        return _gemm_cases(op, storage, dtype, tile)
+    return _gemm_8bit_cases(op, storage, dtype, tile)
 
 
 def _shipped_attention() -> Iterator[KernelCase]:
@@ -118,14 +115,15 @@ def _shipped_attention() -> Iterator[KernelCase]:
         for C in attention.WIDTHS:
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 for tile, archs in shipped_to(kernel, dtype, C).items():
-                    yield from _attention_cases(kernel, C, name, tile, archs)
+                    for case in _attention_cases(kernel, C, name, tile):
+                        yield case._replace(archs=archs)
     for C in (64, 128):
-        shipped = shipped_to("qk_norm_rope", torch.bfloat16, C)
-        for tile, archs in shipped.items():
-            yield from _qk_norm_rope_cases(C, tile, archs)
+        for tile, archs in shipped_to("qk_norm_rope", torch.bfloat16, C).items():
+            for case in _qk_norm_rope_cases(C, tile):
+                yield case._replace(archs=archs)
 
 
-def _attention_cases(kernel: str, C: int, dtype: str, tile, archs: Archs) -> Iterator[KernelCase]:
+def _attention_cases(kernel: str, C: int, dtype: str, tile) -> Iterator[KernelCase]:
     """With queries or keys past T in the last block, and without at C=128."""
     tensor = attention.Heads(f"*{dtype}", "i32", "i32", "i32")
     types = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), tensor)
@@ -142,41 +140,37 @@ def _attention_cases(kernel: str, C: int, dtype: str, tile, archs: Archs) -> Ite
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             matrix=dtype != "fp32",
-            archs=archs,
         )
 
 
-def _qk_norm_rope_cases(C: int, tile, archs: Archs) -> Iterator[KernelCase]:
+def _qk_norm_rope_cases(C: int, tile) -> Iterator[KernelCase]:
     types = _pointers("q_ptr k_ptr v_ptr q_scale_ptr k_scale_ptr dqkv_ptr", "bf16")
     types |= dict.fromkeys(("dq", "dk", "dv"), attention.Heads("*bf16", "i32", "i32", "i32"))
     types |= {"qkv": _matrix("bf16"), "cos": _matrix("fp32"), "sin_ptr": "*fp32"}
     constants = {"C": C, "ROWS": tile.block_m, "EPSILON": qk_norm_rope.EPSILON}
-    name = f"{C} {tile.block_m} w{tile.num_warps}"
-    options = {"num_warps": tile.num_warps, "archs": archs}
-    forward, backward = qk_norm_rope._forward_kernel, qk_norm_rope._backward_kernel
-    copying = constants | {"COPY_V": True}
-    yield _case(f"qk_norm_rope forward {name}", forward, types, copying, **options)
-    yield _case(f"qk_norm_rope backward {name}", backward, types, constants, **options)
+    for way, kernel, more in (
+        ("forward", qk_norm_rope._forward_kernel, {"COPY_V": True}),
+        ("backward", qk_norm_rope._backward_kernel, {}),
+    ):
+        name = f"qk_norm_rope {way} {C} {tile.block_m} w{tile.num_warps}"
+        yield _case(name, kernel, types, constants | more, num_warps=tile.num_warps)
 
 
 def _shipped_gemm() -> Iterator[KernelCase]:
     for op in dispatch.OPS:
-        is_8bit, is_skinny = (
-            "gemm_8bit" in op,
-            op in ("lora_skinny", "lora_grads", "lora_skinny_8bit"),
-        )
-        for dtype in CODES if is_8bit else ("half", "fp32"):
-            for storage in ("dense",) if is_skinny else dispatch.STORAGES:
+        for dtype in TYPES_8BIT if "gemm_8bit" in op else ("half", "fp32"):
+            for storage in ("dense",) if op in SKINNY else dispatch.STORAGES:
                 for tile, archs in dispatch.shipped_to(op, storage, dtype).items():
-                    yield from tile_cases(op, storage, dtype, tile, archs)
+                    for case in tile_cases(op, storage, dtype, tile):
+                        yield case._replace(archs=archs)
 
 
 def _tile_name(*sizes: int, tile: dispatch.Tile) -> str:
     return f"{'x'.join(map(str, sizes))}.{tile.num_warps}w{tile.num_stages}"
 
 
-def _options(tile: dispatch.Tile, archs: Archs, matrix: bool) -> dict[str, object]:
-    return tile.options | {"archs": archs, "matrix": matrix}
+def _float_types(dtype: str) -> tuple[str, ...]:
+    return ("bf16", "fp16") if dtype == "half" else ("fp32",)
 
 
 def _epilogue(dtype: str, full: bool, forward: bool) -> tuple[dict[str, object], int, tuple]:
@@ -193,51 +187,40 @@ def _epilogue(dtype: str, full: bool, forward: bool) -> tuple[dict[str, object],
     return {"after": after, "out": out}, 128 if full else 16, parts
 
 
-def _gemm_cases(
-    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: Archs
-) -> Iterator[KernelCase]:
-    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
-        for full in (True, False) if kind != "fp16" else (False,):
-            yield _gemm_case(op, kind, storage, tile, full, archs)
-
-
-def _gemm_case(
-    op: str, dtype: str, storage: str, tile: dispatch.Tile, full: bool, archs: Archs
-) -> KernelCase:
+def _gemm_cases(op: str, storage: str, dtype: str, tile: dispatch.Tile) -> Iterator[KernelCase]:
     """full: rank 128, two inputs and outputs, masks, nested absmax; forward also parts, a gate."""
     forward = op == "lora_gemm"
-    types, rank, parts = _epilogue(dtype, full, forward)
-    if storage == "dense":
-        weight = dense.Weight(f"*{dtype}", "i32")
-    elif full:
-        statistics = ("*u8", "*fp32", "*fp32", "*fp32", "*fp32")
-        weight = dense.Weight("*u8", "i32", *statistics)
-    else:
-        weight = dense.Weight("*u8", "i32", "*fp32", code="*fp32")
-    types |= {"x0": _matrix(dtype), "x1": _matrix(dtype) if full else None, "w": weight}
     shape = _tile_name(tile.block_m, tile.block_n, tile.block_k, tile=tile)
-    return _case(
-        f"{op}.{dtype}.{storage}.{shape}{'.full' * full}",
-        dense._gemm_kernel,
-        types,
-        {"SPEC": Spec(tile, rank, parts, forward, full, full)},
-        **_options(tile, archs, dtype != "fp32"),
-    )
+    for kind in _float_types(dtype):
+        for full in (True, False) if kind != "fp16" else (False,):
+            types, rank, parts = _epilogue(kind, full, forward)
+            weight = dense.Weight("*u8", "i32", "*fp32", code="*fp32")
+            if storage == "dense":
+                weight = dense.Weight(f"*{kind}", "i32")
+            elif full:
+                weight = dense.Weight("*u8", "i32", "*u8", *["*fp32"] * 4)
+            types |= {"x0": _matrix(kind), "x1": _matrix(kind) if full else None, "w": weight}
+            yield _case(
+                f"{op}.{kind}.{storage}.{shape}{'.full' * full}",
+                dense._gemm_kernel,
+                types,
+                {"SPEC": Spec(tile, rank, parts, forward, full, full)},
+                matrix=kind != "fp32",
+                **tile.options,
+            )
 
 
-def _gemm_8bit_cases(
-    op: str, storage: str, kind: str, tile: dispatch.Tile, archs: Archs
-) -> Iterator[KernelCase]:
+def _gemm_8bit_cases(op: str, storage: str, kind: str, tile: dispatch.Tile) -> Iterator[KernelCase]:
     """Forward in bf16 and fp32; towards x with the weight as it is stored and transposed, two
     inputs with all options."""
     forward, full = op == "gemm_8bit", op == "gemm_8bit_dx_pair"
     if forward:
-        yield gemm_8bit_case(op, kind, storage, tile, True, True, archs)
-    yield gemm_8bit_case(op, kind, storage, tile, full, forward, archs)
+        yield gemm_8bit_case(op, kind, storage, tile, True, True)
+    yield gemm_8bit_case(op, kind, storage, tile, full, forward)
     if not full:
-        yield gemm_8bit_case(op, kind, storage, tile, False, forward, archs, "fp32")
+        yield gemm_8bit_case(op, kind, storage, tile, False, forward, "fp32")
     if not forward and storage == "dense":
-        yield gemm_8bit_case(op, kind, storage, tile, full, True, archs)
+        yield gemm_8bit_case(op, kind, storage, tile, full, True)
 
 
 def gemm_8bit_case(
@@ -247,19 +230,18 @@ def gemm_8bit_case(
     tile: dispatch.Tile,
     full: bool,
     transposed: bool,
-    archs: Archs = None,
     dtype: str = "bf16",
     with_update: bool = True,
 ) -> KernelCase:
     """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""
-    forward, code = op == "gemm_8bit", f"*{CODES[kind]}"
+    forward, pointer = op == "gemm_8bit", f"*{TYPES_8BIT[kind]}"
     types, rank, parts = _epilogue(dtype, full, forward)
     if not with_update:
         types["after"], rank = types["after"]._replace(update=None), 0
-    weight = dense.Weight(code, "i32", scale_ptr="*fp32" if forward else None)
+    weight = dense.Weight(pointer, "i32", scale_ptr="*fp32" if forward else None)
     if storage == "nf4":
         weight = weight._replace(ptr="*u8", absmax_ptr="*fp32", code="*fp32", inverse_ptr="*fp32")
-    row = rows.RowsPointer(code, "*fp32")
+    row = rows.RowsPointer(pointer, "*fp32")
     types |= {"x0": row, "x1": row if full else None, "w": weight}
     spec = Spec(tile, rank, parts, transposed, full, top=TOP[kind])
     sum_dtype = tl.int32 if kind == "int8" else tl.float32
@@ -271,8 +253,8 @@ def gemm_8bit_case(
         eight_bit._gemm_8bit_kernel,
         types,
         {"SPEC": spec._replace(sum=sum_dtype, update_dtype=update_dtype)},
-        least_arch=LEAST_ARCH[kind],
-        **_options(tile, archs, True),
+        matrix=True,
+        **tile.options,
     )
 
 
@@ -282,13 +264,11 @@ def _skinny_types(dtype: str, second_input: bool) -> dict[str, object]:
     return types | {"out": grads.Strided(f"*{dtype}", "i32", "i32")}
 
 
-def _skinny_cases(
-    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: Archs
-) -> Iterator[KernelCase]:
+def _skinny_cases(op: str, dtype: str, tile: dispatch.Tile) -> Iterator[KernelCase]:
     """At ranks 128, 48 (three parts of 16) and 16 over K or N of 3072."""
     shape = _tile_name(tile.block_m, tile.block_k, tile=tile)
     whole = (grads.Segment(0, 0, 3072, 0, 0),)
-    for kind in ("bf16", "fp16") if dtype == "half" else ("fp32",):
+    for kind in _float_types(dtype):
         for rank in (128, 48, 16):
             cut = grads.fitted(tile, rank)
             if op == "lora_skinny":
@@ -299,13 +279,11 @@ def _skinny_cases(
                 kernel, spec = grads._grads_kernel, grads.GradsSpec(cut, rank, whole)
                 types = {"x": _matrix(kind), "skinny": grads.Strided(f"*{kind}", "i32", "i32")}
                 types |= {"out": grads.Strided("*fp32", "i32", "i32"), "scale": "fp32"}
-            options = _options(tile, archs, kind != "fp32")
+            options = {"matrix": kind != "fp32", **tile.options}
             yield _case(f"{op}.{kind}.r{rank}.{shape}", kernel, types, {"SPEC": spec}, **options)
 
 
-def _quantizing_cases(
-    op: str, storage: str, dtype: str, tile: dispatch.Tile, archs: Archs
-) -> Iterator[KernelCase]:
+def _quantizing_cases(dtype: str, tile: dispatch.Tile) -> Iterator[KernelCase]:
     """The skinny product that writes 8-bit rows. x: two inputs, the first quantized and rotated;
     dy: two of three parts, both with scales."""
     shape = _tile_name(tile.block_m, tile.block_k, tile=tile)
@@ -315,22 +293,22 @@ def _quantizing_cases(
         grads.Segment(0, 3072, 6144, 1, 3072),
         grads.Segment(1, 0, 12288, 2, 6144),
     )
-    for dtype_ in ("bf16", "fp16") if dtype == "half" else ("fp32",):
-        for kind, code in CODES.items():
-            row = rows.RowsPointer(f"*{code}", "*fp32")
-            both = _skinny_types(dtype_, True) | {"rows0": row, "rows1": row}
+    for float_type in _float_types(dtype):
+        for kind, type_8bit in TYPES_8BIT.items():
+            row = rows.RowsPointer(f"*{type_8bit}", "*fp32")
+            both = _skinny_types(float_type, True) | {"rows0": row, "rows1": row}
             first = both | dict.fromkeys(("rows1", "channel_ptr"))
             for side, types, rank, *spec in (
                 ("x", first, 48, of_x, 1, TOP[kind], 256, 256),
                 ("dy", both, 16, of_dy, 3, TOP[kind], 0, grads.BLOCK_Q),
             ):
                 yield _case(
-                    f"{op}.{kind}.{dtype_}.{side}.{shape}",
+                    f"lora_skinny_8bit.{kind}.{float_type}.{side}.{shape}",
                     grads._skinny_kernel,
                     types,
                     {"SPEC": grads.SkinnySpec(grads.fitted(tile, rank), rank, *spec)},
-                    least_arch=LEAST_ARCH[kind],
-                    **_options(tile, archs, dtype_ != "fp32"),
+                    matrix=float_type != "fp32",
+                    **tile.options,
                 )
 
 
@@ -342,16 +320,15 @@ def _flow_cases(dtype: str) -> Iterator[KernelCase]:
     yield _case(f"flow_mix_{dtype}", flow_loss._mix_kernel, types, block)
     for masked in (False, True):
         name = f"flow_loss_{dtype}{'_masked' * masked}"
-        absent = () if masked else ("mask_ptr",)
-        constants = block | {"CHUNK": flow_loss.CHUNK}
-        yield _case(name, flow_loss._loss_kernel, types, constants, absent)
+        mask = types | {"mask_ptr": "*fp32" if masked else None}
+        yield _case(name, flow_loss._loss_kernel, mask, block | {"CHUNK": flow_loss.CHUNK})
     yield _case(f"flow_loss_backward_{dtype}", flow_loss._loss_backward_kernel, types, block)
     if dtype == "fp32":
         for present in (False, True):
             constants = {"HAS_MASK": present, "BLOCK": flow_loss.SUM_BLOCK}
             name = f"flow_loss_sum{'_weighted' * present}"
-            absent = () if present else ("weight_ptr",)
-            yield _case(name, flow_loss._loss_sum_kernel, types, constants, absent)
+            weight = types | {"weight_ptr": "*fp32" if present else None}
+            yield _case(name, flow_loss._loss_sum_kernel, weight, constants)
 
 
 def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
@@ -362,12 +339,12 @@ def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
         name, block = f"{dtype}{'_codes' * is_8bit}", {"BLOCK": gelu.BLOCK}
         yield _case(f"gelu_{name}", gelu._gelu_kernel, types, block)
         yield _case(f"gelu_backward_{name}", gelu._gelu_backward_kernel, types, block)
-    for kind in ("", *CODES):
+    for kind in ("", *TYPES_8BIT):
         for saves, rotation in ((True, 0), (False, 0), (False, 256)):
             if not kind and not saves:
                 continue
             types = {"u": x, "x": x, "saved": rows.RowsPointer("*i8", "*fp32") if saves else None}
-            types["rows"] = rows.RowsPointer(f"*{CODES[kind]}", "*fp32") if kind else None
+            types["rows"] = rows.RowsPointer(f"*{TYPES_8BIT[kind]}", "*fp32") if kind else None
             constants = {"TOP": TOP[kind or "int8"], "ROTATION": rotation}
             yield _case(
                 f"gelu_rows_{dtype}{'_codes' * saves}{f'_{kind}' * bool(kind)}_{rotation}",
@@ -375,7 +352,6 @@ def _gelu_cases(dtype: str) -> Iterator[KernelCase]:
                 types,
                 constants | {"BLOCK": gelu.ROW_BLOCK},
                 num_warps=8,
-                least_arch=LEAST_ARCH[kind or "int8"],
             )
 
 
@@ -391,25 +367,24 @@ def _norm_modulate_cases(dtype: str) -> Iterator[KernelCase]:
             name = f"norm_modulate {'rebuild ' * recompute}{dtype} {D}"
             constants = {"SPEC": spec._replace(recompute=recompute)}
             yield _case(name, kernel, types | {"rows": None}, constants, num_warps=warps)
-        for kind, code in CODES.items():
+        for kind, type_8bit in TYPES_8BIT.items():
             for rotation in (0, min(256, D)):
                 tokens, columns, warps_8bit = norm_modulate.tile(D, rotation)
                 spec_8bit = norm_modulate.Spec(D, tokens, columns, False, TOP[kind], rotation)
                 yield _case(
                     f"norm_modulate {kind} {rotation} {dtype} {D}",
                     kernel,
-                    types | {"rows": rows.RowsPointer(f"*{code}", "*fp32")},
+                    types | {"rows": rows.RowsPointer(f"*{type_8bit}", "*fp32")},
                     {"SPEC": spec_8bit},
                     num_warps=warps_8bit,
-                    least_arch=LEAST_ARCH[kind],
                 )
         for has_dh, has_sums in ((True, False), (True, True), (False, True)):
-            given = {"dh_ptr": f"*{dtype}" if has_dh else None}
-            given["sums_ptr"] = "*fp32" if has_sums else None
+            inputs = {"dh_ptr": f"*{dtype}" if has_dh else None}
+            inputs["sums_ptr"] = "*fp32" if has_sums else None
             yield _case(
                 f"norm_modulate_backward {'dh ' * has_dh}{'sums ' * has_sums}{dtype} {D}",
                 norm_modulate._norm_modulate_backward_kernel,
-                types | given,
+                types | inputs,
                 {"SPEC": spec, "STEPS": norm_modulate.STEPS if has_sums else 1},
                 num_warps=warps,
             )
@@ -424,20 +399,19 @@ def _gate_residual_cases() -> Iterator[KernelCase]:
         types |= dict.fromkeys(("h", "y", "dout"), _matrix(dtype))
         yield _case(f"gate_residual {dtype} {D}", gate_residual._forward_kernel, types, shape)
         for has_dy, has_dgate in ((True, False), (True, True), (False, True)):
-            constants = shape | {"STEPS": gate_residual.STEPS if has_dgate else 1}
+            absent = () if has_dy else ("gate_ptr", "gate_stride", "dy_ptr")
+            absent += () if has_dgate else ("y", "partial_ptr")
             yield _case(
                 f"gate_residual_backward {'dy ' * has_dy}{'dgate ' * has_dgate}{dtype} {D}",
                 gate_residual._backward_kernel,
-                types,
-                constants,
-                [*(() if has_dy else ("gate_ptr", "gate_stride", "dy_ptr"))]
-                + [*(() if has_dgate else ("y", "partial_ptr"))],
+                types | dict.fromkeys(absent),
+                shape | {"STEPS": gate_residual.STEPS if has_dgate else 1},
             )
 
 
 def _rows_cases(dtype: str) -> Iterator[KernelCase]:
-    for kind, code in CODES.items():
-        types = {"values_ptr": f"*{code}", "scale_ptr": "*fp32", "x": _matrix(dtype)}
+    for kind, type_8bit in TYPES_8BIT.items():
+        types = {"values_ptr": f"*{type_8bit}", "scale_ptr": "*fp32", "x": _matrix(dtype)}
         gated = {"gate": _matrix(dtype), "channel_ptr": "*fp32", "dy_ptr": f"*{dtype}"}
         for name, rotation, block in (
             ("plain", 0, rows.BLOCK),
@@ -451,22 +425,20 @@ def _rows_cases(dtype: str) -> Iterator[KernelCase]:
                 types | (gated if name == "gated" else dict.fromkeys(gated)),
                 {"TOP": TOP[kind], "ROTATION": rotation, "BLOCK": block},
                 num_warps=rows.warps(block),
-                least_arch=LEAST_ARCH[kind],
             )
 
 
 def _frozen_cases() -> Iterator[KernelCase]:
     types = {"packed_ptr": "*u8"} | _pointers("absmax_ptr code_ptr scale_ptr", "fp32")
-    for kind, code in CODES.items():
+    for kind, type_8bit in TYPES_8BIT.items():
         for transposed in (False, True):
             for groups in (64, 256):
                 constants = {"GROUPS": groups, "TOP": TOP[kind], "TRANSPOSED": transposed}
                 yield _case(
                     f"nf4_codes.{kind}.{groups}{'.transposed' * transposed}",
                     frozen._nf4_to_8bit_kernel,
-                    types | {"out_ptr": f"*{code}"},
+                    types | {"out_ptr": f"*{type_8bit}"},
                     constants | {"ROWS": frozen.ROWS, "SPAN": frozen.SPAN},
-                    least_arch=LEAST_ARCH[kind],
                 )
     constants = {"ROWS": frozen.ROWS, "COLUMNS": frozen.COLUMNS}
     types = _pointers("in_ptr out_ptr", "u8")

@@ -1,4 +1,4 @@
-"""Three ways to multiply dY·W with 8-bit codes when W is kept as [N, K], compared by their code.
+"""Three ways to multiply dY·W in 8 bits when W is stored as [N, K], compared by their code.
 
     python -m bench.dx_layouts [--arch 89]
 
@@ -8,7 +8,7 @@ per step of the inner loop of a 128x128x64 tile (8 warps, 3 stages), without upd
 
     as kept      W's tile is read byte by byte and permuted (gemm_8bit_dx)
     swapped      dXᵀ = Wᵀ·dYᵀ: the operands change roles, in a kernel of this file
-    transposed   W as [K, N], written so when NF4 is decoded, else by a pass of 2 bytes a weight
+    transposed   W as [K, N], written so when NF4 is dequantized, else by a pass of 2 bytes a weight
 
 Fewer instructions per tensor-core instruction is better; nothing is timed here.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from fluxfast_kernels.dispatch import dispatch
 
 from bench import terminal
-from bench.compile_cases import gemm_8bit_case
+from bench.compile_cases import TYPES_8BIT, gemm_8bit_case
 from bench.offline import compile_for, hot_loop, resources
 
 TILE = dispatch.Tile(128, 128, 64, 8, 8, 3)
@@ -54,10 +54,10 @@ def _swapped_kernel(
 
 
 def compiled(way: str, kind: str, arch: int):
-    """One of the three for one card."""
+    """Compiles one of the three for one card."""
     if way == "swapped":
-        code = "*i8" if kind == "int8" else "*fp8e4nv"
-        types = {"dy": code, "w": code, "s": "*fp32", "dx": "*bf16"}
+        pointer = f"*{TYPES_8BIT[kind]}"
+        types = {"dy": pointer, "w": pointer, "s": "*fp32", "dx": "*bf16"}
         types |= dict.fromkeys(("M", "N", "K"), "i32")
         constants = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k}
         constants["SUM"] = tl.int32 if kind == "int8" else tl.float32
@@ -68,7 +68,8 @@ def compiled(way: str, kind: str, arch: int):
 
 
 def rows(arch: int) -> list[list]:
-    """[kind, way, registers, MMA, PRMT, LDS, LDSM, all, all per MMA] each, of the inner loop."""
+    """Returns [kind, way, registers, MMA, PRMT, LDS, LDSM, all, all per MMA] each, of the inner
+    loop."""
     table = []
     for kind in ("int8", "fp8") if arch >= 89 else ("int8",):
         for way in ("as kept", "swapped", "transposed"):

@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for a GPU that this machine does not have, and reads what it costs.
+"""Compiles a Triton kernel for a GPU that need not be here, and reads the resources it takes.
 
     kernel = compile_for(fn, {"x": "*bf16", "n": "i32"}, {"BLOCK": 1024}, arch=89, num_warps=8)
     print(resources(kernel))    # registers, stack bytes, shared bytes, counts of SASS instructions
@@ -24,7 +24,7 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 
 def compile_for(fn, signature, constants, arch, num_warps=4, num_stages=3, **options):
-    """Compile `fn` for compute capability `arch` (89 = RTX 4090, 90 = H100, 120 = RTX 5090).
+    """Compiles `fn` for compute capability `arch` (89 = RTX 4090, 90 = H100, 120 = RTX 5090).
 
     signature: a Triton type per run-time argument, or a (named, nested) tuple of types, None for
     what is None; constants: a value per constexpr.
@@ -56,7 +56,7 @@ def _types(kind):
 
 
 def _leaves(kind, path):
-    """(path, type) of every argument that is no tuple."""
+    """Yields (path, type) of every argument that is no tuple."""
     if not isinstance(kind, tuple):
         yield path, kind
         return
@@ -65,7 +65,7 @@ def _leaves(kind, path):
 
 
 def _sass(kernel):
-    """What cuobjdump says of resource usage, and the instructions."""
+    """Returns what cuobjdump prints: resource usage, and the instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

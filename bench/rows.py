@@ -1,5 +1,5 @@
-"""Rows as JSON lines: which of them measured the same thing, and under which conditions; the file
-that a suite appends to and resumes from; whether two runs agree.
+"""Rows as JSON lines: which of them measured the same under the same conditions, the file that a
+suite appends to and resumes from, and whether two runs agree.
 """
 
 import json
@@ -10,13 +10,13 @@ from bench import timing
 
 Row = dict[str, object]
 
-# what was measured, by whom and on what; a bench has some of these
+# what was measured, with which candidate; a bench has some of these
 WORK = (
     *("bench", "what", "op", "direction", "step", "setting", "lora_targets", "memory_cap_gib"),
     *("pixels", "mix", "batch", "shape", "rank", "text_tokens", "hidden", "double_blocks"),
     *("single_blocks", "compute", "device"),
 )
-WHO = ("name", "storage", "products")
+CANDIDATE = ("name", "storage", "products")
 # rows that differ in these are not taken for each other
 CONDITIONS = ("commit", "dirty", "device_name", "threads", "torch", *timing.LIBRARIES)
 AGREEMENT = 0.15  # of the smaller of two ratios
@@ -29,18 +29,18 @@ def _values(row: Row, fields: Iterable[str]) -> tuple:
 
 
 def identity(row: Row) -> tuple:
-    """Equal for rows that measure the same."""
-    return _values(row, (*WORK, *WHO))
+    """Returns a value that is equal for rows that measure the same."""
+    return _values(row, (*WORK, *CANDIDATE))
 
 
 def peers(row: Row) -> tuple:
-    """Equal for rows that are compared with each other."""
+    """Returns a value that is equal for rows that are compared with each other."""
     return _values(row, (field for field in WORK if field != "step"))
 
 
 def read(path: Path) -> list[Row]:
-    """Rows in the file's order; none where there is no file. A last line that a killed process left
-    unfinished is left out."""
+    """Returns the rows of a file, if it exists, in order, without a last line that a killed process
+    left unfinished."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -48,21 +48,19 @@ def read(path: Path) -> list[Row]:
 
 
 def last_run(path: Path) -> list[Row]:
-    """The rows of a file's last run: those with the last row's date."""
-    found = read(path)
-    return [row for row in found if row["date"] == found[-1]["date"]]
+    """Returns the rows of a file's last run: those with the last row's date."""
+    rows = read(path)
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each identity, in the order in which they first came."""
+    """Returns the last row of each identity, in the order in which they first came."""
     return list({identity(row): row for row in rows}.values())
 
 
 class RowFile:
-    """The rows of a file that were measured under the conditions of now, and those to come.
-
-    conditions: `timing.conditions`. A line that a killed process left unfinished is cut off.
-    """
+    """The rows of a file that were measured under the same conditions (`timing.conditions`), and
+    those to come. A line that a killed process left unfinished is cut off."""
 
     def __init__(self, path: Path, conditions: Row):
         self.path, self.conditions = path, conditions
@@ -70,28 +68,25 @@ class RowFile:
         self.refresh()
 
     def append_news(self, rows: list[Row]) -> None:
-        """Append rows, but none that says for a second time that there was no time."""
-        news = [row for row in rows if row["status"] != "out of time" or not self._ran_out(row)]
+        """Appends rows, but none that is "out of time" for a second time."""
+        late = "out of time"
+        news = [row for row in rows if not row["status"] == self._status(row) == late]
         timing.append_rows(self.path, news)
         self.rows += news
 
     def refresh(self) -> None:
-        """Take in what another process has appended."""
+        """Reads what another process has appended."""
         now = _values(self.conditions, CONDITIONS)
         self.rows = [row for row in read(self.path) if _values(row, CONDITIONS) == now]
 
-    def _find(self, row: Row) -> Row | None:
-        """The newest row of the same identity."""
-        wanted = identity(row)
-        return next((r for r in reversed(self.rows) if identity(r) == wanted), None)
-
-    def _ran_out(self, row: Row) -> bool:
-        found = self._find(row)
-        return found is not None and found["status"] == "out of time"
+    def _status(self, row: Row) -> object:
+        """Returns the status of the newest row of the same identity, None without one."""
+        same = (r["status"] for r in reversed(self.rows) if identity(r) == identity(row))
+        return next(same, None)
 
     def measured(self, row: Row) -> bool:
         """Whether it is there and need not be taken again."""
-        return self._find(row) is not None and not self._ran_out(row)
+        return self._status(row) not in (None, "out of time")
 
 
 def cut_unfinished(path: Path) -> None:
@@ -131,7 +126,7 @@ def _counts(row: Row) -> bool:
 
 
 def title(row: Row) -> str:
-    """Such as: step fluxfast-nf4 256 px batch 1."""
+    """Returns a row's name, such as: step fluxfast-nf4 256 px batch 1."""
     sizes = row.get("mix") or row.get("pixels")
     parts = [row["bench"], row.get("what"), row.get("op"), row.get("direction"), row["name"]]
     if row["bench"] == "kernels":
