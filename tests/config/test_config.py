@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxfast.config.schema import OLD_POLICIES, Config, build_config, dump_config, load_config
+from fluxfast.config.schema import OLD_POLICIES, build_config, dump_config, load_config
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,25 +58,23 @@ def test_only_model_and_data_are_required():
     assert "data.0.folder is missing" in refused({"model": {"path": "m"}, "data": {}})
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_shipped_configurations_validate(path):
-    config = load_config(path)
-    assert all((ROOT / entry.folder).is_dir() for entry in config.data)
-
-
-def test_there_are_shipped_configurations():
+def test_shipped_configurations_validate():
     assert EXAMPLES
+    for path in EXAMPLES:
+        assert all((ROOT / entry.folder).is_dir() for entry in load_config(path).data), path
 
 
 def test_what_is_written_reads_back_the_same(tmp_path):
+    """Words that look like numbers stay words."""
     changes = dict(
+        name="1e4",
         trigger="ohwx, naïve: [dog]",
         train={"lr": 1e-5, "optimizer_args": {"betas": [0.9, 0.99]}, "max_grad_norm": None},
-        data=[{"folder": "a", "mask": "folder", "mask_folder": "b"}, {"folder": "c"}],
+        data=[{"folder": "a", "mask": "folder", "mask_folder": "b"}, {"folder": "12e-3"}],
     )
     config = build_config(minimal(**changes))
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == config
 
 
@@ -172,11 +170,9 @@ def test_a_wrong_value_names_place_and_value(raw, parts):
         assert part in message
 
 
-@pytest.mark.parametrize(
-    "given, read", [(512, [512]), ([512], [512]), ([512, 768], [512, 768]), (64, [64])]
-)
-def test_resolution_is_one_or_several(given, read):
-    assert build_config(data(resolution=given)).data[0].resolution == read
+def test_resolution_is_one_or_several():
+    for given, read in ((64, [64]), ([512], [512]), ([512, 768], [512, 768])):
+        assert build_config(data(resolution=given)).data[0].resolution == read
 
 
 @pytest.mark.parametrize("given", [63, 0, -64, [], [512, 32], None, "big", [512, "x"], 512.5])
@@ -381,17 +377,3 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_bytes(b"\xef\xbb\xbfmodel: {path: m}\ndata: {folder: f}\n")
     assert load_config(file).model.path == "m"
-
-
-def test_the_configuration_may_not_be_extended():
-    assert Config.model_config["extra"] == "forbid"
-
-
-def test_dump_reads_back(tmp_path):
-    """Words that look like numbers stay words."""
-    raw = {"name": "1e4", "trigger": "12e-3", "model": {"path": "1e4"}, "data": {"folder": "x"}}
-    config = build_config(raw, ["data.0.flip=true", "train.lr=1e-4"])
-    assert config.data[0].flip and config.train.lr == 1e-4
-    file = tmp_path / "config.yaml"
-    file.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(file) == config

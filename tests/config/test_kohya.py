@@ -76,8 +76,6 @@ def refused(text: str, **native) -> ConfigError:
     error = caught.value
     assert error.exit_code == 2 and "d.toml" in error.message
     assert "\n" not in error.message
-    for foreign in ("pydantic", "http", "Traceback"):
-        assert foreign not in str(error)
     return error
 
 
@@ -189,28 +187,15 @@ def test_every_documented_key():
     read, notes = config(EVERY)
     assert sorted(keys(notes)) == sorted(EVERY_NOTES.split())
     assert all("\n" not in note and note.startswith("d.toml: ") for note in notes)
-    assert read == build_config(
-        {
-            "model": {"path": "m"},
-            "data": {
-                "folder": "a",
-                "recursive": False,
-                "resolution": 886,
-                "num_repeats": 10,
-                "caption_ext": ".txt",
-                "default_caption": "sks girl",
-                "caption_prefix": "best,",
-                "caption_suffix": ", from the side",
-                "caption_dropout": 0.5,
-                "shuffle_captions": True,
-                "keep_tokens": 1,
-                "flip": True,
-                "mask": "alpha",
-            },
-            "train": {"batch_size": 4},
-            "validation": {"share": 0.1},
-        }
-    )
+    native = """
+    model: {path: m}
+    data: {folder: a, recursive: false, resolution: 886, num_repeats: 10, caption_ext: .txt,
+      default_caption: sks girl, caption_prefix: "best,", caption_suffix: ", from the side",
+      caption_dropout: 0.5, shuffle_captions: true, keep_tokens: 1, flip: true, mask: alpha}
+    train: {batch_size: 4}
+    validation: {share: 0.1}
+    """
+    assert read == build_config(yaml.safe_load(native))
     parsed = _parse(Path("d.toml"))
     (dataset,) = parsed["datasets"]
     written = {*parsed["general"], *dataset, *dataset["subsets"][0]} - {"subsets"}
@@ -242,17 +227,12 @@ def test_every_native_key_of_the_table_is_a_setting():
 
 
 @pytest.mark.parametrize(
-    "given, read, said",
-    [
-        ("768", 768, []),
-        ("[512, 512]", 512, []),
-        ("[768, 1024]", 886, ["datasets[0].resolution"]),
-        ("[64, 4096]", 512, ["datasets[0].resolution"]),
-    ],
+    "given, side, noted",
+    [("768", 768, []), ("[512, 512]", 512, []), ("[768, 1024]", 886, ["datasets[0].resolution"])],
 )
-def test_resolution_is_a_side_or_an_area(given, read, said):
+def test_resolution_is_a_side_or_an_area(given, side, noted):
     made, notes = config(PLAIN.replace("resolution = 512", f"resolution = {given}"))
-    assert made.data[0].resolution == [read] and keys(notes) == said
+    assert made.data[0].resolution == [side] and keys(notes) == noted
 
 
 def test_what_a_file_leaves_out_is_announced_where_it_matters():
@@ -273,7 +253,7 @@ def test_a_subset_comes_once_and_not_without_repeats():
     assert [entry.resolution for entry in config(both)[0].data] == [[512], [768]]
 
 
-def test_what_lies_in_the_folder_is_announced(folder):
+def test_what_lies_in_the_folder_is_noted(folder):
     photos = folder / "photos"
     photos.mkdir()
     (photos / "a.txt").write_text("one line\n\n")
@@ -282,6 +262,9 @@ def test_what_lies_in_the_folder_is_announced(folder):
     _, notes = config(PLAIN)
     assert keys(notes) == ["datasets[0].subsets[0].image_dir"]
     assert "the first line: 1 have more" in notes[0] and "1 .bmp" in notes[0]
+    with open(photos / "c.txt", "wb") as file:  # a caption without end is left to the scan
+        file.truncate(2**40)
+    assert config(PLAIN)[1] == []
 
 
 def test_a_windows_file_is_read():
@@ -553,15 +536,3 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
         (found,) = scan_folders(written.data, folder / "sizes.json", SkipReport())
     assert not lines
     assert [image.name for image in found] == ["a.png", "b.png", "c.png"]
-
-
-def test_a_look_into_the_folder_reads_no_more_than_a_caption_may_hold(folder):
-    """Captions without end are left to the scan, which says so."""
-    (folder / "photos").mkdir()
-    (folder / "photos" / "a.txt").write_text("one\ntwo")
-    (folder / "photos" / "b.txt").write_text("one\n")
-    _, notes = config(PLAIN)
-    assert "captions are read whole, kohya takes the first line: 1 have more" in notes[0]
-    with open(folder / "photos" / "c.txt", "wb") as file:
-        file.truncate(2**40)
-    assert config(PLAIN)[1] == []

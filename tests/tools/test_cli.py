@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from small import noise_pictures
 
 from fluxfast import cli
 from fluxfast.formats.base.reader import open_base
@@ -71,24 +71,21 @@ def process(*arguments, cwd: Path, code: str | None = None, **env) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def pictures(folder: Path, captions: bool = True) -> Path:
-    folder.mkdir(parents=True)
-    for index, color in enumerate(("red", "teal")):
-        Image.new("RGB", (64 + 16 * index, 64), color).save(folder / f"{index}.png")
-        if captions:
-            (folder / f"{index}.txt").write_text(f"a {color} square")
-    return folder
-
-
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    return pictures(tmp_path / "photos")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    return noise_pictures(folder, 2, "a square", sizes=((64, 64), (80, 64)))
 
 
 def config(path: Path, **changes) -> Path:
     raw = {"model": {"path": "/no/such/model"}, "data": {"folder": "photos"}, **changes}
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
 
 
 # ---------------------------------------------------------------- help
@@ -131,8 +128,8 @@ def test_help_names_commands_options_and_an_example(fluxfast):
         assert command in general.out
         result = fluxfast(command, "--help")
         assert result.code == 0 and "Example" in result.out
-    for option in ("--set", "--model", "--trigger", "--restart", "--name", "--encoders"):
-        assert option in fluxfast("train", "--help").out
+    options = {"--set", "--model", "--trigger", "--restart", "--name", "--encoders"}
+    assert options <= set(fluxfast("train", "--help").out.split())
 
 
 def test_no_color_is_honored(tmp_path):
@@ -168,46 +165,20 @@ def test_a_folder_needs_a_model(fluxfast, photos, command):
 
 
 @pytest.mark.parametrize(
-    "content, part",
+    "content, override, part",
     [
-        ("a: b: c", "not valid YAML"),
-        ("- a", "must hold a mapping"),
-        ("", "must hold a mapping"),
-        ("model: {path: m}", "data is missing"),
-        ("model: {path: m}\ndata: {folder: f}\ntrain: {lerning_rate: 1}", "did you mean"),
-        ("model: {path: m}\ndata: {folder: f}\ntrain: {steps: lots}", "train.steps"),
-        ("model: {path: m}\ndata: {folder: f}\ndevice: tpu", "device"),
+        ("a: b: c", "train.steps=5", "c.yaml is not valid YAML"),
+        ("model: {path: m}", "train.steps=5", "c.yaml: data is missing"),
+        ("model: {path: m}\ndata: {folder: f}", "train.stesp=5", "did you mean 'train.steps'"),
+        ("model: {path: m}\ndata: {folder: f}", "train.steps", "takes KEY=VALUE"),
     ],
 )
-def test_a_bad_configuration(fluxfast, tmp_path, content, part):
+def test_a_bad_configuration(fluxfast, tmp_path, content, override, part):
     file = tmp_path / "c.yaml"
     file.write_text(content)
-    result = fluxfast("train", "c.yaml")
-    assert result.code == 2
-    assert part in result.error and "c.yaml" in result.error
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_configuration_that_is_a_picture(fluxfast, photos):
-    result = fluxfast("train", "photos/0.png")
-    assert result.code == 2 and "not valid YAML" in result.error
-
-
-@pytest.mark.parametrize(
-    "override, part",
-    [
-        ("train.steps", "KEY=VALUE"),
-        ("train.steps=few", "train.steps"),
-        ("train.stesp=5", "did you mean 'train.steps'"),
-        ("name=[", "not a YAML value"),
-        ("data.5.flip=true", "not an index"),
-        ("train..steps=5", "dot"),
-    ],
-)
-def test_a_bad_override(fluxfast, tmp_path, override, part):
-    config(tmp_path / "c.yaml")
     result = fluxfast("train", "c.yaml", "--set", override)
     assert result.code == 2 and part in result.error
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_gpu_that_is_not_there(fluxfast, tmp_path, monkeypatch):
@@ -246,20 +217,8 @@ def test_a_picture_in_an_unknown_precision(fluxfast, option, word, part):
     ],
 )
 def test_layers_that_the_model_has_not(fluxfast, photos, nano_model, layers, part):
-    result = fluxfast(
-        "train",
-        "photos",
-        "--model",
-        nano_model,
-        "--set",
-        "data.resolution=64",
-        "--set",
-        "model.compute=fp32",
-        "--set",
-        f"model.layers={json.dumps(layers)}",
-        "--set",
-        "device=cpu",
-    )
+    options = sets("data.resolution=64", "model.compute=fp32", f"model.layers={json.dumps(layers)}")
+    result = fluxfast("train", "photos", "--model", nano_model, *options, *sets("device=cpu"))
     assert result.code == 2 and result.error.startswith("error: model.layers: ")
     assert part in result.err and "encoding" not in result.err
 
@@ -290,91 +249,44 @@ def test_a_model_that_cannot_be_read(fluxfast, photos, tmp_path):
     assert f"cannot read {file}" in result.error
 
 
-def test_a_single_file_needs_encoders(fluxfast, photos, tmp_path):
-    (tmp_path / "flux.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")
-    result = fluxfast("train", "photos", "--model", "flux.safetensors")
-    assert result.code == 2
-    assert "brings no vae, text_encoder" in result.error and "model.encoders" in result.err
-
-
-def test_a_folder_of_images_that_does_not_exist(fluxfast, tmp_path, nano_model):
-    config(tmp_path / "c.yaml", model={"path": str(nano_model)}, data={"folder": "absent"})
-    result = fluxfast("train", "c.yaml")
-    assert result.code == 1
-    assert "cannot read the folder absent" in result.error
-
-
-def test_a_folder_without_images(fluxfast, tmp_path, nano_model):
-    (tmp_path / "empty").mkdir()
-    result = fluxfast("train", "empty", "--model", nano_model)
-    assert result.code == 1
-    assert "no images in empty" in result.error
-
-
 def test_a_broken_image(fluxfast, photos, nano_model):
     (photos / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    arguments = ("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
-    result = fluxfast(*arguments, "--set", "data.strict=true")
-    assert result.code == 1
-    assert "0.png" in result.error
+    arguments = ("cache", "photos", "--model", nano_model, *sets("data.resolution=64"))
+    result = fluxfast(*arguments, *sets("data.strict=true"))
+    assert result.code == 1 and "0.png" in result.error
     result = fluxfast(*arguments)
     assert result.code == 0 and "1 samples" in result.err
-    lines = [line for line in result.err.splitlines() if "skipped" in line]
-    assert [line[:30] for line in lines] == [
-        "skipped: photos/0.png is not a",
-        "1 of 2 pictures skipped; stric",
-    ]
-
-
-def test_a_truncated_image(fluxfast, photos, nano_model):
-    image = photos / "big.jpg"
-    Image.effect_noise((128, 128), 90).convert("RGB").save(image)
-    image.write_bytes(image.read_bytes()[:-3000])
-    (photos / "big.txt").write_text("noise")
-    arguments = ("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
-    result = fluxfast(*arguments, "--set", "data.strict=true")
-    assert result.code == 1
-    assert "big.jpg" in result.error
-    result = fluxfast(*arguments)
-    assert result.code == 0 and "skipped: the image photos/big.jpg is broken" in result.err
-
-
-def test_images_without_captions(fluxfast, tmp_path, nano_model):
-    pictures(tmp_path / "bare", captions=False)
-    result = fluxfast("cache", "bare", "--model", nano_model, "--set", "data.resolution=64")
-    assert result.code == 1
-    assert "2 of 2 images have no caption" in result.error and "trigger" in result.err
+    skipped, total = [line for line in result.err.splitlines() if "skipped" in line]
+    assert skipped.startswith("skipped: photos/0.png is not a")
+    assert total.startswith("1 of 2 pictures skipped; stric")
 
 
 def test_an_output_folder_that_is_a_file(fluxfast, photos, tmp_path, nano_model):
     (tmp_path / "taken").write_text("")
-    arguments = ("--model", nano_model, "--set", "data.resolution=64", "--set", "output_dir=taken")
-    result = fluxfast("cache", "photos", *arguments)
-    assert result.code == 1
-    assert "taken" in result.error
+    options = sets("data.resolution=64", "output_dir=taken")
+    result = fluxfast("cache", "photos", "--model", nano_model, *options)
+    assert result.code == 1 and "taken" in result.error
 
 
-def test_ctrl_c_ends_with_a_word(fluxfast, photos, monkeypatch):
-    from fluxfast import train
-
-    def interrupted(config, restart):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train", interrupted)
-    result = fluxfast("train", "photos", "--model", "m")
-    assert result.code == 130
-    assert "goes on where it stopped" in result.err and "Traceback" not in result.err
-
-
-def test_ctrl_c_promises_what_the_command_keeps(fluxfast, monkeypatch):
-    from fluxfast.formats.lora import convert as lora_convert
-
+@pytest.mark.parametrize(
+    "function, arguments, word",
+    [
+        ("fluxfast.train.train", ["train", "photos", "--model", "m"], "goes on where it stopped"),
+        (
+            "fluxfast.formats.lora.convert.convert",
+            ["convert", "a", "b", "--to", "kohya"],
+            "nothing was",
+        ),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(fluxfast, photos, monkeypatch, function, arguments, word):
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora_convert, "convert", interrupted)
-    result = fluxfast("convert", "a", "b", "--to", "kohya")
-    assert result.code == 130 and result.err == "stopped; nothing was written\n"
+    monkeypatch.setattr(function, interrupted)
+    result = fluxfast(*arguments)
+    assert result.code == 130
+    assert word in result.err and "Traceback" not in result.err
 
 
 # ---------------------------------------------------------------- what the options become
@@ -392,23 +304,9 @@ def resolved(monkeypatch, fluxfast, *arguments):
 
 
 def test_options_and_overrides(monkeypatch, fluxfast, photos):
-    given, restart = resolved(
-        monkeypatch,
-        fluxfast,
-        "photos",
-        "--model",
-        "org/flux",
-        "--trigger",
-        'öhwx "dog": 😀',
-        "--name",
-        "007",
-        "--encoders",
-        "parts",
-        "--set",
-        "train.steps=7",
-        "--set",
-        "model.path=last",
-    )
+    options = ["--trigger", 'öhwx "dog": 😀', "--name", "007", "--encoders", "parts"]
+    options += sets("train.steps=7", "model.path=last")
+    given, restart = resolved(monkeypatch, fluxfast, "photos", "--model", "org/flux", *options)
     assert given.trigger == 'öhwx "dog": 😀' and given.name == "007"
     assert given.model.path == "last" and given.model.encoders == "parts"
     assert given.train.steps == 7 and not restart
@@ -423,13 +321,7 @@ def test_options_win_over_the_file(monkeypatch, fluxfast, tmp_path):
 
 @pytest.mark.parametrize(
     "folder, name",
-    [
-        ("photos (1)", "photos _1_"),
-        ("käse", "käse"),
-        (".hidden", "hidden"),
-        ("---", "lora"),
-        ("a&b", "a_b"),
-    ],
+    [("photos (1)", "photos _1_"), ("käse", "käse"), (".hidden", "hidden"), ("---", "lora")],
 )
 def test_a_folder_of_any_name_gives_a_run_name(monkeypatch, fluxfast, tmp_path, folder, name):
     (tmp_path / folder).mkdir()
@@ -440,12 +332,18 @@ def test_a_folder_of_any_name_gives_a_run_name(monkeypatch, fluxfast, tmp_path, 
 # ---------------------------------------------------------------- the commands at work
 
 
-def test_doctor(fluxfast):
+def test_doctor(fluxfast, monkeypatch):
+    from fluxfast.tools import doctor
+
     result = fluxfast("doctor")
     assert result.code == 0, result.out
     for word in ("torch", "python", "CPU", "auto means", "activations", "Hub cache"):
         assert word in result.out
     assert torch.__version__.split("+")[0] in result.out
+    monkeypatch.setattr(doctor, "_NEEDED", ("torch", "no-such-library"))
+    result = fluxfast("doctor")
+    assert result.code == 1
+    assert re.search(r"no-such-library\s+MISSING", result.out)
 
 
 def test_doctor_tells_what_a_gpu_multiplies(fluxfast, monkeypatch):
@@ -454,29 +352,9 @@ def test_doctor_tells_what_a_gpu_multiplies(fluxfast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    said = fluxfast("doctor").out
-    assert "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in said
-    assert "device cuda, storage int8, compute int8, activations bfloat16" in said
-
-
-def test_doctor_reports_what_is_missing(fluxfast, monkeypatch):
-    from fluxfast.tools import doctor
-
-    monkeypatch.setattr(doctor, "_NEEDED", ("torch", "no-such-library"))
-    result = fluxfast("doctor")
-    assert result.code == 1
-    assert re.search(r"no-such-library\s+MISSING", result.out)
-
-
-SECOND = """
-import sys
-from fluxfast.cli import main
-try:
-    main()
-finally:
-    late = {"transformers", "diffusers"} & set(sys.modules)
-    print("LATE", *sorted(late), file=sys.stderr)
-"""
+    out = fluxfast("doctor").out
+    assert "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in out
+    assert "device cuda, storage int8, compute int8, activations bfloat16" in out
 
 
 def test_cache_prints_its_folder_and_a_second_run_needs_no_encoder(
@@ -488,10 +366,11 @@ def test_cache_prints_its_folder_and_a_second_run_needs_no_encoder(
     assert "2 samples" in first.err
     before = snapshot(tmp_path / "runs")
     assert before
-    # the process is a real one: in this one the encoders' libraries are loaded already
-    second = process(*arguments, cwd=tmp_path, code=SECOND)
+    # in this process the encoders' libraries are loaded already
+    second = process(*arguments, cwd=tmp_path, code=PROBE)
     assert (second.code, second.out) == (0, "runs/cache\n"), second.err
-    assert second.err.splitlines()[-1] == "LATE"
+    loaded = set(second.err.split("LOADED", 1)[1].split())
+    assert "torch" in loaded and not loaded & {"transformers", "diffusers"}
     assert snapshot(tmp_path / "runs") == before
 
 
@@ -501,26 +380,9 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.slow
 def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
-    arguments = (
-        "train",
-        "photos",
-        "--model",
-        nano_model,
-        "--trigger",
-        "ohwx",
-        "--set",
-        "train.steps=2",
-        "--set",
-        "data.resolution=64",
-        "--set",
-        "log_every=1",
-        "--set",
-        "model.storage=fp32",
-        "--set",
-        "model.compute=fp32",
-        "--set",
-        "lora.rank=2",
-    )
+    options = sets("train.steps=2", "data.resolution=64", "log_every=1", "lora.rank=2")
+    options += sets("model.storage=fp32", "model.compute=fp32")
+    arguments = ("train", "photos", "--model", nano_model, "--trigger", "ohwx", *options)
     run = tmp_path / "runs" / "photos"
     first = fluxfast(*arguments)
     assert (first.code, first.out) == (0, "runs/photos/photos.safetensors\n"), first.err
@@ -540,7 +402,7 @@ def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
     assert (run / "checkpoints" / "step-00000002").stat().st_mtime_ns == stamp  # nothing trained
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
-    longer = fluxfast(*arguments, "--set", "train.steps=3")
+    longer = fluxfast(*arguments, *sets("train.steps=3"))
     assert longer.code == 0 and "resuming" in longer.err and "at step 2" in longer.err
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     finished = snapshot(run)
@@ -560,20 +422,8 @@ def test_train_from_a_folder(fluxfast, photos, tmp_path, nano_model):
 
 
 def test_a_changed_setting_is_refused_on_resume(fluxfast, photos, nano_model):
-    arguments = (
-        "train",
-        "photos",
-        "--model",
-        nano_model,
-        "--set",
-        "train.steps=1",
-        "--set",
-        "data.resolution=64",
-        "--set",
-        "lora.rank=2",
-        "--set",
-        "lora.targets=attn",
-    )
+    options = sets("train.steps=1", "data.resolution=64", "lora.rank=2", "lora.targets=attn")
+    arguments = ("train", "photos", "--model", nano_model, *options)
     assert fluxfast(*arguments).code == 0
     result = fluxfast(*arguments, "--set", "lora.rank=4")
     assert result.code == 2
