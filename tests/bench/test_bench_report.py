@@ -18,6 +18,7 @@ from fluxfast.memory.planner import saved_bytes
 from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = Path(__file__).with_name("step_page.md")
 LOG = (ROOT / "bench" / "LOG.md").read_text(encoding="utf-8")
 
 
@@ -68,23 +69,32 @@ def lines(text: str) -> list[list[str]]:
 # ---------------------------------------------------------------- steps
 
 
-def test_gpus_come_first_and_are_on_the_chart(write, tmp_path):
-    write(
-        "step-cpu.jsonl", row("diffusers-nf4", **CPU), row(**CPU | {"device_name": "a newer CPU"})
-    )
+def test_the_page_of_rows(write, tmp_path):
+    """step_page.md: a table for each device, setting and work, GPUs first and of CPUs the last;
+    the newest row counts but not one that was never tried; captions hold for all of their rows."""
+    newer = CPU | {"device_name": "a newer CPU"}
+    write("step-cpu.jsonl", row(**CPU), row("diffusers-nf4", **newer))
+    write("step-cpu.jsonl", row(**newer | {"commit": "abcdef012345"}))
     assert step_chart.NO_GPU in step_chart.block(tmp_path)
-    rtx = {"device_name": "NVIDIA GeForce RTX 4090"}
-    write("step-cuda.jsonl", row("diffusers-nf4"), row(**rtx), row())
-    text = step_chart.block(tmp_path)
-    assert "No GPU has timed" not in text and "tested under" in text
-    groups = step_chart.tables(tmp_path)
-    names = [[one["device_name"] for one in group] for group in groups]
-    h100 = "NVIDIA H100 80GB HBM3"
-    assert names == [[h100, h100], ["NVIDIA GeForce RTX 4090"], ["a newer CPU"]]
-    image = "![one training step of FLUX.1-dev on one NVIDIA H100 80GB HBM3, beside diffusers + "
-    assert f"{image}peft + bitsandbytes](bench/results/step-cuda.svg)" in text
-    assert text.index(image) < text.index(f"{h100}, driver") < text.index("a newer CPU, 2 threads")
-    assert step_chart.charted(groups) == groups[0]
+    write(
+        "step-cuda.jsonl",
+        row("diffusers-nf4", ratio=1.0),
+        row("diffusers-nf4", None, status="skipped", reason="no module named peft"),
+        row(ratio=None, peak_memory_bytes=None, saved_bytes=None),
+        row("fluxfast-nf4-fp8"),
+        row("fluxfast-nf4-fp8", None, status="gate failed", reason="loss|norm"),
+        row("fluxfast-dense", None, status="out of time", reason="60 s"),
+        row(
+            "fluxfast-int8-int8-trainer", 500.0, batch=4, mfu=0.314, launches=37, image_tokens=4096
+        ),
+        row(rank=64),
+        row(lora_targets="all", device_name="NVIDIA GeForce RTX 4090"),
+        row(median_ms=900.0, memory_cap_gib=24.0),
+        row(median_ms=None, memory_cap_gib=12.0, status="out of memory", reason="no room"),
+        row(median_ms=750.0, **STOCK, pixels=None, image_tokens=None, mix=[512, 768, 1024]),
+        row(median_ms=700.0, **STOCK),
+    )
+    assert step_chart.block(tmp_path) + "\n" == PAGE.read_text(encoding="utf-8")
 
 
 def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(write, tmp_path):
@@ -93,86 +103,6 @@ def test_a_gpu_that_timed_nothing_is_shown_and_is_no_claim(write, tmp_path):
     text = step_chart.block(tmp_path)
     assert "| fluxfast | 512 | 1 | out of memory: 2 GiB |" in text
     assert "step-cpu.svg" in text and step_chart.NO_GPU in text
-
-
-def test_the_main_table_is_plain_and_each_other_setting_has_one(write, tmp_path):
-    write(
-        "step-cuda.jsonl",
-        row(setting="plain", memory_cap_gib=None),
-        row(median_ms=900.0, memory_cap_gib=24.0),
-        row(median_ms=950.0, memory_cap_gib=16.0),
-        row("fluxfast-nf4", None, memory_cap_gib=12.0, status="out of memory", reason="no room"),
-        row(median_ms=700.0, **STOCK),
-        row(median_ms=750.0, **STOCK, pixels=None, image_tokens=None, mix=[512, 768, 1024]),
-        row(median_ms=800.0, lora_targets="all"),
-        row("fluxfast-nf4-int8", 90.0),
-    )
-    plain, *others = step_chart.tables(tmp_path)
-    assert [one["median_ms"] for one in plain] == [100.0, 90.0]
-    assert step_chart.heading(plain) == ""
-    found = {step_chart.heading(one): lines(step_chart.table(one)) for one in others}
-    stock = found["With ai-toolkit's stock setting, LoRA on all:"]
-    assert [cells[:4] for cells in stock] == [
-        ["fluxfast", "512", "1", "700"],
-        ["fluxfast", "512/768/1024", "1", "750"],
-    ]
-    capped = found["With the GPU's memory capped, as on smaller cards:"]
-    assert [cells[:5] for cells in capped] == [
-        ["fluxfast", "12", "512", "1", "out of memory: no room"],
-        ["fluxfast", "16", "512", "1", "950"],
-        ["fluxfast", "24", "512", "1", "900"],
-    ]
-    assert [cells[3] for cells in found["With LoRA on all:"]] == ["800"] and len(found) == 3
-    assert step_chart.heading(others[-1]).startswith("With the GPU's memory capped")
-
-
-def test_the_newest_row_counts_but_not_one_that_was_never_tried(write, tmp_path):
-    write(
-        "step-cuda.jsonl",
-        *(row("diffusers-nf4"), row(median_ms=100.0), row(median_ms=110.0, batch=4)),
-        row("diffusers-nf4", None, status="skipped", reason="no module named peft"),
-        row("fluxfast-nf4", None, status="gate failed", reason="loss|norm"),
-        row(median_ms=120.0, batch=4),
-        row("fluxfast-nf4-fp8", None, status="out of time", reason="60 s"),
-    )
-    (group,) = step_chart.tables(tmp_path)
-    assert [cells[:4] for cells in lines(step_chart.table(group).replace("\\|", "/"))] == [
-        ["diffusers + peft + bitsandbytes", "512", "1", "100"],
-        ["fluxfast", "512", "1", "gate failed: loss/norm"],
-        ["fluxfast, fp8 matmuls", "512", "1", "out of time: 60 s"],
-        ["fluxfast", "512", "4", "120"],
-    ]
-
-
-def test_rows_whose_caption_differs_share_no_table(write, tmp_path):
-    write("step-cuda.jsonl", row(), row(rank=64), row(text_tokens=77))
-    captions = [step_chart.caption(group) for group in step_chart.tables(tmp_path)]
-    assert len(captions) == 3 and "rank 64" in captions[1] and "77 text" in captions[2]
-
-
-def test_a_gpus_figures():
-    full = row(median_ms=500.0, batch=4, mfu=0.314, launches=37)
-    bare = row(ratio=None, peak_memory_bytes=None, saved_bytes=None)
-    first, second = lines(step_chart.table([full, bare]))
-    assert first == [
-        *("fluxfast", "512", "4", "500", "495–509", "0.50", "8.00", "31%", "37", "13.0", "5120")
-    ]
-    assert second[5:] == ["", "10.00", "", "", "", ""]
-    assert step_chart.title("fluxfast-nf4-int8-trainer") == (
-        "fluxfast, int8 matmuls, as `fluxfast train` runs it"
-    )
-
-
-def test_a_caption_holds_for_all_rows():
-    one = row("diffusers-nf4", **CPU)
-    two = row("fluxfast-nf4-int8", **CPU | {"commit": "abcdef012345"})
-    text = step_chart.caption([one, two])
-    start = "a CPU, 2 threads; 1 double and 2 single blocks of width 3072, 256 image"
-    assert text.startswith(start) and text.endswith("commit 0123456, abcdef0.")
-    assert "NF4 base" in text and "medians of 9 rounds, interleaved;" in text
-    text = step_chart.caption([row(**STOCK), row(**STOCK, storage="int8", image_tokens=2304)])
-    assert "driver 580.1" in text and "AdamW8bit, EMA; medians of 9 rounds;" in text
-    assert "NF4" not in text and "image" not in text
 
 
 def test_the_chart_has_the_largest_image_of_the_smallest_batch(write, tmp_path):

@@ -13,7 +13,7 @@ from fluxfast_kernels.dispatch.attention import AttentionTile, choose_backend, c
 from bench import compile_cases, timing
 from bench.tune import cli as tune
 from bench.tune import write as tune_write
-from bench.tune.write import changes, dumped, merged, merged_attention
+from bench.tune.write import dumped, merged, merged_attention
 
 OWN = sorted(tune_write.CONFIGS.glob("gemm_sm_*.json"))
 N, K = 21504, 3072
@@ -28,7 +28,6 @@ def row(name, ms, shipped=False, spread=0.01, **more):
     common = {
         "bench": "tune",
         "name": name,
-        "status": "ok" if ms else "failed",
         "shipped": shipped,
         "source": "assumed: it compiles",
         "arch": 89,
@@ -65,36 +64,35 @@ def backends(T, **by_name):
     return [row(name, ms, name == "flash", way=name, **more) for name, ms in by_name.items()]
 
 
-def forget_rows() -> None:
-    functions = (dispatch.rows, dispatch.choose, attention_rows.table, choose_backend, choose_tile)
-    for function in functions:
-        function.cache_clear()
-
-
 class Configs:
-    """The shipped files, copied: what dispatch reads and `write` writes."""
+    """A copy of the shipped files, which `write` changes and dispatch reads."""
 
     def __init__(self, folder, capsys):
         self.folder, self.rows, self.capsys = folder, folder.parent / "rows.jsonl", capsys
 
     def write(self, rows, *arguments):
-        """Returns the command's exit code and output; dispatch reads anew."""
+        """Returns the command's exit code and output; dispatch reads the files anew."""
         timing.append_rows(self.rows, rows)
         code = tune.main(["write", "--rows", str(self.rows), *arguments])
-        forget_rows()
-        for arch in dispatch.ARCHITECTURES:
-            check_gemm(self.table(arch))
-        check_attention(json.loads((self.folder / "attention.json").read_text()))
+        self.forget()
+        for name, text in self.texts().items():
+            check = check_attention if name == "attention.json" else check_gemm
+            check(json.loads(text))
         return code, self.capsys.readouterr()
 
-    def table(self, arch=89) -> dict:
-        return json.loads((self.folder / f"gemm_sm_{arch}.json").read_text())
-
-    def measured(self, kind="tiles", arch=89) -> list[dict]:
-        return [r for r in self.table(arch)[kind] if r["source"].startswith("measured: ")]
+    def forget(self) -> None:
+        for function in (
+            *(dispatch.rows, dispatch.choose),
+            *(attention_rows.table, choose_backend, choose_tile),
+        ):
+            function.cache_clear()
 
     def texts(self) -> dict[str, str]:
         return {path.name: path.read_text() for path in self.folder.iterdir()}
+
+    def measured(self, kind="tiles", arch=89) -> list[dict]:
+        table = json.loads(self.texts()[f"gemm_sm_{arch}.json"])
+        return [r for r in table[kind] if r["source"].startswith("measured: ")]
 
 
 @pytest.fixture
@@ -104,9 +102,10 @@ def configs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune_write, "ATTENTION_PATH", tmp_path / "configs" / "attention.json")
     for module in (dispatch, attention_rows):
         monkeypatch.setattr(module, "files", lambda package: tmp_path)
-    forget_rows()
-    yield Configs(tmp_path / "configs", capsys)
-    forget_rows()
+    copied = Configs(tmp_path / "configs", capsys)
+    copied.forget()
+    yield copied
+    copied.forget()
 
 
 def chosen(M, op="lora_gemm", arch=89, dtype=torch.bfloat16, storage="dense", n=N, k=K):
@@ -126,24 +125,27 @@ def test_a_file_that_nothing_changes_stays_as_it_is(path):
     assert dumped(same) == text
 
 
+# ---------------------------------------------------------------- tiles
+
+
+OTHER_QUESTIONS = [
+    {"arch": 86},
+    {"arch": 90},
+    {"op": "lora_gemm_dx"},
+    {"storage": "nf4"},
+    {"dtype": torch.float32},
+    {"n": 9216},
+    {"k": 15360},
+    {"op": "gemm_8bit", "dtype": torch.int8},
+]
+
+
 def test_dispatch_picks_a_winner_for_its_own_question_alone(configs):
     before = configs.texts()
     assert configs.write(won())[0] == 0
-    assert {name for name, text in configs.texts().items() if before[name] != text} == {
-        "gemm_sm_89.json"
-    }
+    assert {name for name, _ in configs.texts().items() - before.items()} == {"gemm_sm_89.json"}
     assert block_n(4608) == 256 and block_n(4608, dtype=torch.float16) == 256
-    others = [
-        {"arch": 86},
-        {"arch": 90},
-        {"op": "lora_gemm_dx"},
-        {"storage": "nf4"},
-        {"dtype": torch.float32},
-        {"n": 9216},
-        {"k": 15360},
-        {"op": "gemm_8bit", "dtype": torch.int8},
-    ]
-    for question in others:
+    for question in OTHER_QUESTIONS:
         assert block_n(4608, **question) != 256, question
     choice = chosen(4608)
     assert choice.tile == dispatch.Tile(128, 256, 64, 8, 8, 3)
@@ -155,51 +157,46 @@ def test_dispatch_picks_a_winner_for_its_own_question_alone(configs):
 
 def test_a_winner_is_compiled_for_its_own_card(configs):
     """`bench/compile.py` has it for sm_89 alone, and the shipped tile for every card as before."""
-    archs = {op: {} for op in ("lora_gemm", "lora_skinny", "gemm_8bit_dx")}
     skinny, dx = {"op": "lora_skinny", "n": 16, "k": 3072}, {"op": "gemm_8bit_dx", "dtype": "int8"}
     configs.write([*won(), *won("32x128x128.8w2g1", **skinny), *won(FASTER, **dx)])
-    for case in compile_cases.cases():
-        op = case.name.split(".")[0]
-        if op in archs:
-            archs[op].setdefault(case.name, case.archs)
+    archs = {case.name: case.archs for case in reversed(list(compile_cases.cases()))}
     for op, shape in (
         ("lora_gemm", "128x256x64.8w3"),
         ("lora_skinny", "32x128.8w2"),
         ("gemm_8bit_dx", "256x128x64.8w3"),
     ):
-        own = {name for name, cards in archs[op].items() if cards == (89,)}
+        own = [name for name in archs if name.split(".")[0] == op and archs[name] == (89,)]
         assert own and all(shape in name for name in own), op
-    assert archs["lora_gemm"]["lora_gemm.bf16.dense.128x128x64.8w3"] == dispatch.ARCHITECTURES
+    assert archs["lora_gemm.bf16.dense.128x128x64.8w3"] == dispatch.ARCHITECTURES
 
 
-def test_rows_of_two_cards_go_to_a_file_each(configs):
+def test_rows_of_two_cards_go_to_a_file_each_before_the_others(configs):
+    before = configs.texts()["gemm_sm_90.json"].splitlines()
     configs.write([*won(), *won(FASTER, **H100), *won(FASTER, n=9216, **H100)])
     assert [[r["n"] for r in configs.measured(arch=arch)] for arch in (89, 90)] == [[N], [N, 9216]]
     assert block_n(4608) == 256 and chosen(4608, arch=90).tile.block_m == 256
+    lines = configs.texts()["gemm_sm_90.json"].splitlines()
+    assert [line for line in lines if "measured" not in line] == before
 
 
-def test_the_rows_that_were_there_stay_as_they_were(configs):
-    before = configs.texts()["gemm_sm_90.json"].splitlines()
-    configs.write(won(op="gemm_8bit", dtype="fp8", **H100))
-    now = configs.texts()["gemm_sm_90.json"].splitlines()
-    assert [line for line in now if line in before] == before and len(now) == len(before) + 1
+NOT_THE_LAST = [*won(M=1024), tile(SHIPPED, 1.0, 4096, shipped=True), tile(FAST, 1.5, 4096)]
 
 
-def test_each_winner_is_for_the_rows_nearest_to_its_own(configs):
-    configs.write([*won(M=1024), *won(FASTER, M=4096)])
-    wide = {M: block_n(M) for M in (511, 512, 2048, 2049, 8192, 8193)}
-    assert wide == {511: 128, 512: 256, 2048: 256, 2049: 128, 8192: 128, 8193: 128}
-    assert chosen(4096).tile.group_m == 4 and chosen(8193).tile.group_m == 8
-
-
-def test_between_winners_the_default_stays_where_it_won(configs):
-    configs.write([*won(M=1024), tile(SHIPPED, 1.0, 4096, shipped=True), tile(FAST, 1.5, 4096)])
-    assert [block_n(M) for M in (2048, 2049, 4096)] == [256, 128, 128]
-
-
-def test_neighbors_with_one_winner_are_one_row(configs):
-    configs.write([*won(M=1024), *won(M=4096)])
-    assert [(r["m_min"], r["m_max"]) for r in configs.measured()] == [(512, 8192)]
+@pytest.mark.parametrize(
+    ("rows", "ranges"),
+    [
+        ([*won(M=1024), *won(FASTER, M=4096)], [(512, 2048, 256), (2049, 8192, 128)]),
+        ([*won(M=1024), *won(M=4096)], [(512, 8192, 256)]),  # neighbors are one row
+        (NOT_THE_LAST, [(512, 2048, 256)]),
+        ([tile(SHIPPED, None, shipped=True), tile(FAST, 1.0)], [(2304, 9216, 256)]),
+    ],
+)
+def test_each_winner_is_for_the_rows_nearest_to_its_own(configs, rows, ranges):
+    configs.write(rows)
+    found = configs.measured()
+    assert [(r["m_min"], r["m_max"], r["block_n"]) for r in found] == ranges
+    assert [block_n(low) for low, _, _ in ranges] == [width for _, _, width in ranges]
+    assert block_n(ranges[0][0] - 1) == block_n(ranges[-1][1] + 1) == 128
 
 
 @pytest.mark.parametrize(
@@ -211,6 +208,7 @@ def test_neighbors_with_one_winner_are_one_row(configs):
         pytest.param(won(ms=None), id="it failed"),
         pytest.param([tile(FAST, 1.0)], id="the shipped tile has no row yet"),
         pytest.param(backends(4096, flash=1.0, triton=0.99, cudnn=None), id="a backend"),
+        pytest.param([{"bench": "step", "arch": 89}], id="another bench"),
     ],
 )
 def test_without_a_sure_gain_nothing_changes(configs, rows):
@@ -221,8 +219,7 @@ def test_without_a_sure_gain_nothing_changes(configs, rows):
 
 
 def test_where_the_shipped_tile_fails_the_best_of_the_others_is_taken(configs):
-    configs.write([tile(SHIPPED, None, shipped=True), tile(FAST, 1.0), tile(FASTER, 1.5)])
-    assert block_n(4608) == 256
+    configs.write([tile(SHIPPED, None, shipped=True), tile(FASTER, 1.5), tile(FAST, 1.0)])
     assert chosen(4608).tile_source.endswith("M = 4608: 1 ms, the shipped one fails")
 
 
@@ -250,10 +247,15 @@ def test_another_device_of_the_same_capability(configs):
     assert (block_n(4608), chosen(4608, n=9216).tile.block_m) == (256, 256)
 
 
-def test_a_card_that_no_file_is_shipped_for_is_refused(configs):
-    code, printed = configs.write(won(arch=100))
-    assert code == 2 and "gemm_sm_100.json" in printed.err
-    assert "gemm_sm_100.json" not in configs.texts()
+@pytest.mark.parametrize(
+    ("rows", "code", "message"),
+    [([], 1, "bench.tune sweep"), (won(arch=100), 2, "gemm_sm_100.json")],
+    ids=["no rows", "no file for the card"],
+)
+def test_rows_that_cannot_be_written_are_refused(configs, rows, code, message):
+    before = configs.texts()
+    ended, printed = configs.write(rows)
+    assert ended == code and message in printed.err and configs.texts() == before
 
 
 def test_a_dry_run_prints_and_changes_nothing(configs):
@@ -264,9 +266,7 @@ def test_a_dry_run_prints_and_changes_nothing(configs):
     assert len(added) == 1 and '"block_n": 256' in added[0]
 
 
-def test_without_rows_the_command_names_the_one_that_makes_them(configs):
-    code, printed = configs.write([])
-    assert code == 1 and "bench.tune sweep" in printed.err
+# ---------------------------------------------------------------- hand-overs
 
 
 def kinds(Ms, **question):
@@ -278,11 +278,9 @@ def test_a_hand_over_is_written_where_it_pays(configs):
     rows = [*ways(256, 1.0, 2.0), *ways(512, 1.0, 1.2, "decode"), *ways(1024, 2.0, 1.0, "decode")]
     configs.write(rows)
     assert kinds([256, 512, 513]) == ["fused", "fused", "decode"]
-    for question in ({"arch": 90}, {"n": 9216}, {"op": "lora_gemm_dx"}, {"storage": "dense"}):
-        now = kinds([257, 512], **question)
-        assert now == (["fused"] * 2 if question.get("storage") else ["decode"] * 2)
-    source = chosen(512, storage="nf4").kind_source
-    assert source.endswith("M = 512: 1 ms, 1.2 before")
+    for question in ({"arch": 90}, {"n": 9216}, {"op": "lora_gemm_dx"}):
+        assert kinds([257, 512], **question) == ["decode"] * 2
+    assert chosen(512, storage="nf4").kind_source.endswith("M = 512: 1 ms, 1.2 before")
 
 
 @pytest.mark.parametrize(
@@ -298,12 +296,8 @@ def test_a_hand_over_is_written_where_it_pays(configs):
 def test_thresholds(configs, fused, decode, shipped, thresholds):
     rows = [ways(M, f, d, shipped) for M, f, d in zip((16, 64, 256), fused, decode, strict=True)]
     configs.write(sum(rows, []))
-    new = configs.measured("thresholds")
-    assert [r["fused_up_to_m"] for r in new] == thresholds
-    if new:
-        keys = ("op", "storage", "dtype", "n", "k")
-        assert [new[0][key] for key in keys] == ["lora_gemm", "nf4", "half", N, K]
-        assert configs.table()["thresholds"][0] == new[0]
+    found = [list(r.values())[:-1] for r in configs.measured("thresholds")]
+    assert found == [["lora_gemm", "nf4", "half", N, K, most] for most in thresholds]
 
 
 def test_a_threshold_that_was_measured_stays_where_it_still_holds(configs):
@@ -313,6 +307,9 @@ def test_a_threshold_that_was_measured_stays_where_it_still_holds(configs):
     again = [*ways(16, 1, 2, **later), *ways(64, 1, 2, **later)]
     configs.write([*again, *ways(256, 3, 2, "decode", **later)])
     assert configs.texts() == before and kinds([64, 65])[1] == "decode"
+
+
+# ---------------------------------------------------------------- attention
 
 
 def test_a_backend_is_picked_for_its_card_and_tokens(configs):
@@ -333,16 +330,12 @@ def test_a_tile_of_attention_is_the_longest_sequences_winner(configs):
     short = [tile("128x32.8w2", 1.0, 1536, True, **asked), tile("64x64.4w2", 0.5, 1536, **asked)]
     long = [tile("128x32.8w2", 2.0, 4608, True, **asked), tile("64x32.4w3", 1.0, 4608, **asked)]
     configs.write(short + long)
-
-    def chosen_tile(kernel, arch=89, dtype=torch.bfloat16, C=128):
-        return choose_tile(kernel, arch, dtype, C)
-
-    assert chosen_tile("dq") == AttentionTile(64, 32, 4, 3)
-    default = AttentionTile(128, 32, 8, 2)
-    assert chosen_tile("dq", arch=90) == default and chosen_tile("dkdv") != chosen_tile("dq")
-    assert chosen_tile("dq", C=64).block_m == 128
-    assert chosen_tile("dq", dtype=torch.float32).block_m == 16
-
-
-def test_rows_of_other_benches_are_left_out(configs):
-    assert changes([{"bench": "step", "arch": 89}]) == {}
+    half, winner, default = (
+        torch.bfloat16,
+        AttentionTile(64, 32, 4, 3),
+        AttentionTile(128, 32, 8, 2),
+    )
+    assert choose_tile("dq", 89, half, 128) == winner
+    assert choose_tile("dq", 90, half, 128) == default
+    for question in (("dkdv", 89, half, 128), ("dq", 89, half, 64), ("dq", 89, torch.float32, 128)):
+        assert choose_tile(*question) != winner
