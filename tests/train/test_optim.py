@@ -29,6 +29,10 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(n, generator=g)) for n in (8192, 70)]
 
 
+def settings(name: str, **args) -> TrainConfig:
+    return TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01, optimizer_args=args)
+
+
 def descend(
     train: TrainConfig,
     steps: int,
@@ -37,18 +41,16 @@ def descend(
     values=None,
     poisoned=None,
     ema=None,
-    at_end=True,
     take=step_unless,
 ):
-    """Minimize the square of every parameter. -> (parameters, optimizer).
+    """Minimize the square of every parameter. Returns (parameters, optimizer), in training mode.
 
-    poisoned: a step at which one gradient is infinite. at_end: leave schedule-free at the point to
-    save, not at the one to train at.
+    state, values: of optimizer and parameters, to start from. poisoned: a step at which one
+    gradient is infinite. take: what takes the optimizer's step.
     """
     params = parameters()
-    if values:
-        for p, v in zip(params, values, strict=True):
-            p.data.copy_(v)
+    for p, v in zip(params, values or params, strict=True):
+        p.data.copy_(v)
     optimizer = build_optimizer(train, params)
     if state:
         optimizer.load_state_dict(state)
@@ -65,16 +67,23 @@ def descend(
         take(optimizer, bad)
         if ema:
             ema.update(params, bad)
-    if at_end:
-        set_mode(optimizer, training=False)
     return params, optimizer
+
+
+def same(ours, theirs) -> bool:
+    return all(map(torch.equal, ours, theirs))
+
+
+def copies(params) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in params]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_descends(name):
     before = sum(p.square().sum() for p in parameters())
-    params, _ = descend(TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01), 60)
-    assert sum(p.square().sum() for p in params) < 0.95 * before
+    params, optimizer = descend(settings(name), 60)
+    with eval_weights(optimizer, params):
+        assert sum(p.square().sum() for p in params) < 0.95 * before
 
 
 @pytest.mark.parametrize(
@@ -90,69 +99,58 @@ def test_each_optimizer_descends(name):
     ],
 )
 def test_state_goes_through_a_checkpoint_and_on(name, args, tmp_path):
-    """Ten steps in one go equal five, a save, a load, and five, bit for bit, the state too."""
-    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01, optimizer_args=args)
-    whole, straight = descend(train, 10, at_end=False)
-    half, optimizer = descend(train, 5, at_end=False)
+    """Ten steps in one go equal five, a save, a load, and five, bit for bit, the state too. The
+    checkpoint that was trained on from stays as it was."""
+    train = settings(name, **args)
+    whole, straight = descend(train, 10)
+    half, optimizer = descend(train, 5)
     state = {"step": 5, "p": [p.detach() for p in half], "o": optimizer.state_dict()}
-    saved = read_state(save_checkpoint(tmp_path, state, lambda folder: None, 1))
-    resumed, again = descend(train, 5, 5, saved["o"], saved["p"], at_end=False)
-    for a, b in zip(whole, resumed, strict=True):
-        assert torch.equal(a, b)
-    rests, tensors = zip(*(flatten_state(o.state_dict()) for o in (straight, again)), strict=True)
+    folder = save_checkpoint(tmp_path, state, lambda folder: None, 1)
+    saved, before = read_state(folder), read_state(folder)
+    resumed, again = descend(train, 5, 5, saved["o"], saved["p"])
+    assert same(whole, resumed)
+    assert_same_state(straight.state_dict(), again.state_dict())
+    assert_same_state(before, read_state(folder))
+
+
+def assert_same_state(one, other) -> None:
+    rests, tensors = zip(flatten_state(one), flatten_state(other), strict=True)
     assert rests[0] == rests[1] and tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
 
 
 def test_schedule_free_is_put_back_to_the_last_bit():
     """Both ways in fp32 would round."""
-    train = TrainConfig(optimizer="schedulefree", lr=0.01)
-    params, optimizer = descend(train, 5, at_end=False)
-    before = [p.detach().clone() for p in params]
+    params, optimizer = descend(settings("schedulefree"), 5)
+    before = copies(params)
     with eval_weights(optimizer, params):
-        assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        assert not any(map(torch.equal, params, before))
         assert not optimizer.param_groups[0]["train_mode"]
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    assert optimizer.param_groups[0]["train_mode"]
+    assert same(params, before) and optimizer.param_groups[0]["train_mode"]
     set_mode(optimizer, training=False)
     set_mode(optimizer, training=True)
-    assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    adamw, other = descend(TrainConfig(optimizer="adamw", lr=0.01), 2)
-    before = [p.detach().clone() for p in adamw]
-    with eval_weights(other, adamw):
-        assert all(torch.equal(p, b) for p, b in zip(adamw, before, strict=True))
-
-
-def everything(params, optimizer, ema) -> list[torch.Tensor]:
-    """Parameters, the optimizer's state (moments and step counts) and the average."""
-    state = optimizer.state_dict()["state"]
-    kept = [state[i][key] for i in sorted(state) for key in sorted(state[i])]
-    return [*(p.detach() for p in params), *kept, *ema.shadow, ema.updates]
-
-
-@pytest.mark.parametrize("poisoned", [0, 4, 8])
-def test_a_bad_step_leaves_no_trace(poisoned):
-    """Nine steps, one of them with an infinite gradient, are eight: the first, the last, or one in
-    the middle, when the moments would move the parameters."""
-    train = TrainConfig(optimizer="adamw", lr=0.01, optimizer_args={"weight_decay": 0.1})
-    runs = []
-    for steps, at in ((9, poisoned), (8, None), (9, None)):
-        ema = Ema(parameters(), 0.9)
-        params, optimizer = descend(train, steps, poisoned=at, ema=ema)
-        runs.append(everything(params, optimizer, ema))
-    for bad, without, whole in zip(*runs, strict=True):
-        assert torch.equal(bad, without) and not torch.equal(bad, whole)
+    assert not same(params, before)
+    params, optimizer = descend(settings("adamw"), 2)
+    before = copies(params)
+    with eval_weights(optimizer, params):
+        assert same(params, before)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("poisoned", [0, 4, 8])
 def test_a_bad_step_of_any_optimizer_leaves_no_trace_on_a_cpu(name, poisoned):
-    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
-    bad, without, whole = (
-        descend(train, steps, poisoned=at)[0] for steps, at in ((9, poisoned), (8, None), (9, None))
-    )
-    for one, other, more in zip(bad, without, whole, strict=True):
-        assert torch.equal(one, other) and not torch.equal(one, more)
+    """Nine steps, one of them with an infinite gradient, are eight: the first, the last, or one in
+    the middle, when the moments would move the parameters. The state and the average too."""
+    runs = []
+    for steps, at in ((9, poisoned), (8, None), (9, None)):
+        ema = Ema(parameters(), 0.9)
+        params, optimizer = descend(settings(name, weight_decay=0.1), steps, poisoned=at, ema=ema)
+        _, tensors = flatten_state(optimizer.state_dict())
+        runs.append(([*copies(params), *ema.shadow, ema.updates], tensors))
+    (bad, bad_state), (without, state), (whole, _) = runs
+    assert same(bad, without) and not any(map(torch.equal, bad, whole))
+    assert bad_state.keys() == state.keys()
+    assert all(torch.equal(bad_state[key], tensor) for key, tensor in state.items())
 
 
 def on_a_gpu(optimizer, bad):
@@ -162,21 +160,19 @@ def on_a_gpu(optimizer, bad):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bad_step_leaves_finite_numbers(name):
-    train = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
-    params, _ = descend(train, 8, poisoned=4, take=on_a_gpu)
+    params, _ = descend(settings(name), 8, poisoned=4, take=on_a_gpu)
     assert all(torch.isfinite(p).all() for p in params)
     moved = [(p - q).abs().max() for p, q in zip(params, parameters(), strict=True)]
     assert min(moved) > 0
 
 
 def test_adamw_that_is_not_fused_steps_on_zeros():
-    """Asked for, or from a checkpoint of a run that was not fused: no mask, and no error."""
-    plain = TrainConfig(optimizer="adamw", lr=0.01, optimizer_args={"foreach": True})
-    params, optimizer = descend(plain, 6, poisoned=3, take=on_a_gpu)
+    """Configured, or from a checkpoint of a run that was not fused: no mask, and no error."""
+    params, optimizer = descend(settings("adamw", foreach=True), 6, poisoned=3, take=on_a_gpu)
     assert all(torch.isfinite(p).all() for p in params)
     assert all(state["step"] == 6 for state in optimizer.state.values())
-    fused = TrainConfig(optimizer="adamw", lr=0.01)
-    restored, _ = descend(fused, 3, 6, optimizer.state_dict(), [p.detach() for p in params], 7)
+    state, values = optimizer.state_dict(), copies(params)
+    restored, _ = descend(settings("adamw"), 3, 6, state, values, 7)
     assert all(torch.isfinite(p).all() for p in restored)
 
 
@@ -184,17 +180,16 @@ def test_where_a_bad_step_is_left_out_exactly():
     """Elsewhere the state after a row of bad steps is no last good one, and is not saved."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for name in OPTIMIZERS:
-        optimizer = build_optimizer(TrainConfig(optimizer=name), parameters())
+        optimizer = build_optimizer(settings(name), parameters())
         assert skips_exactly(optimizer, cpu)
         assert skips_exactly(optimizer, gpu) == (name == "adamw")
-    plain = TrainConfig(optimizer_args={"foreach": True})
-    assert not skips_exactly(build_optimizer(plain, parameters()), gpu)
+    assert not skips_exactly(build_optimizer(settings("adamw", foreach=True), parameters()), gpu)
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ConfigError, match="optimizer_args of adamw"):
-        build_optimizer(TrainConfig(optimizer_args={"nonsense": 1}), parameters())
-    wrong = [
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("adamw", {"nonsense": 1}),
         ("adamw", {"betas": 3}),
         ("adamw", {"betas": [0.9]}),
         ("adamw", {"betas": [0.9, 0.99, 0.999]}),
@@ -204,11 +199,15 @@ def test_bad_arguments_are_named():
         ("prodigy", {"betas": None}),
         ("schedulefree", {"eps": "1e-8"}),
         ("adafactor", {"eps": 1e-8}),  # it takes two
-    ]
-    for name, args in wrong:
-        with pytest.raises(ConfigError, match=f"optimizer_args of {name}: .") as raised:
-            build_optimizer(TrainConfig(optimizer=name, optimizer_args=args), parameters())
-        assert "\n" not in raised.value.message
+    ],
+)
+def test_bad_arguments_are_named(name, args):
+    with pytest.raises(ConfigError, match=f"optimizer_args of {name}: .") as raised:
+        build_optimizer(settings(name, **args), parameters())
+    assert "\n" not in raised.value.message
+
+
+def test_schedule_free_takes_no_schedule():
     with pytest.raises(ConfigError, match="lr_schedule"):
         build_optimizer(TrainConfig(optimizer="schedulefree", lr_schedule="cosine"), parameters())
 
@@ -241,23 +240,23 @@ def test_clipping_is_torchs():
     assert (flat == 2.0).all()
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("gradient", [math.nan, math.inf])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_guard_keeps_poison_out(poison, max_norm):
+def test_a_gradient_that_is_not_finite_is_bad_and_zeroed(gradient, max_norm):
     params = parameters()
     flat = flat_gradients(params)
     flat.fill_(1.0)
-    params[1].grad[3] = poison
+    params[1].grad[3] = gradient
     _, bad = clip_and_guard(flat, max_norm)
     assert bad == 1 and (flat == 0).all()
 
 
-def test_a_loss_that_is_not_finite_is_bad_whatever_its_gradients():
-    for loss, expected in ((math.inf, 1), (math.nan, 1), (3.0, 0)):
-        flat = flat_gradients(parameters())
-        flat.fill_(0.5)
-        _, bad = clip_and_guard(flat, 1.0, torch.tensor(loss))
-        assert bad == expected and bool((flat == 0).all()) == bool(expected)
+@pytest.mark.parametrize("loss, expected", [(math.inf, 1), (math.nan, 1), (3.0, 0)])
+def test_a_loss_that_is_not_finite_is_bad_whatever_its_gradients(loss, expected):
+    flat = flat_gradients(parameters())
+    flat.fill_(0.5)
+    _, bad = clip_and_guard(flat, 1.0, torch.tensor(loss))
+    assert bad == expected and bool((flat == 0).all()) == bool(expected)
 
 
 def test_gradients_accumulate_into_the_buffer():
@@ -273,7 +272,7 @@ def test_gradients_accumulate_into_the_buffer():
 def test_average_follows():
     params = parameters()
     ema = Ema(params, 0.9)
-    start = [p.detach().clone() for p in params]
+    start = copies(params)
     with torch.no_grad():
         for p in params:
             p.add_(1.0)
