@@ -1,4 +1,4 @@
-"""The planner: what it must fit, that it keeps its limits, is fast, and refuses in words."""
+"""The planner: what it must fit, that it stays within its limits, is fast, and what it refuses."""
 
 import json
 import re
@@ -17,13 +17,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.choose import Chooser
-from fluxfast.memory.planner.plan import (
-    CONTEXT,
-    GIB,
-    Request,
-    cheaper_policies,
-    usable,
-)
+from fluxfast.memory.planner.plan import CONTEXT, GIB, Plan, Request, cheaper_policies, usable
 from fluxfast.memory.planner.report import breakdown, table
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.memory.planner.suggest import make_plan
@@ -36,13 +30,20 @@ STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
 FOUR_BLOCKS = replace(WIDE, depth_single_blocks=2)
 
 
-def request(sides=(1024,), targets="attn+mlp", batch=1, compute="int8", **more) -> Request:
-    step = StepSpec(DEV, "nf4", compute, "bf16", lora_of(DEV, 16, targets))
+def request(
+    sides=(1024,), targets="attn+mlp", include=(), batch=1, storage="nf4", step=None, **options
+) -> Request:
+    lora = lora_of(DEV, 16, targets, include)
+    spec = StepSpec(DEV, storage, "int8", "bf16", lora, **(step or {}))
     shapes = {f"{side}": shape_of(side, side, batch, 512) for side in sides}
-    return Request(step, shapes, **more)
+    return Request(spec, shapes, **options)
 
 
-def needed(plan) -> float:
+def planned(gpu: str, vram: float, host: int | None = None, **changes) -> Plan:
+    return make_plan(request(**changes), card(gpu), usable(vram), host)
+
+
+def needed(plan: Plan) -> float:
     """GiB of the card, CUDA itself included."""
     return (plan.peak + CONTEXT) / GIB
 
@@ -52,16 +53,14 @@ def needed(plan) -> float:
     [(24, "4090", 1024, 22.5), (16, "4060 Ti", 768, 16), (12, "3060 12 GB", 512, 12)],
 )
 def test_cards_need_neither_checkpoint_nor_offload(vram, gpu, side, most):
-    plan = make_plan(request((side,)), card(gpu), usable(vram))
+    plan = planned(gpu, vram, sides=(side,))
     assert not {"checkpoint", "offload"} & set(plan.buckets[f"{side}"].choice.policies)
     assert needed(plan) <= most and (plan.host == 0 or vram < 24)
 
 
 def test_stock_ai_toolkit_on_24_gb():
     """494 modules with their modulation, EMA, 8-bit AdamW, three resolutions, previews."""
-    config = load_config(STOCK)
-    (row,) = [row for row in plan_rows(config, 24, None) if row.label == "mixed"]
-    plan = row.plan
+    (plan,) = [row.plan for row in plan_rows(load_config(STOCK), 24, None) if row.label == "mixed"]
     assert plan is not None and needed(plan) <= 22.5
     assert plan.request.modulation_trained and plan.request.ema and plan.modulation == "in_place"
     assert set(plan.buckets) == {"512 px", "768 px", "1024 px"}
@@ -70,10 +69,10 @@ def test_stock_ai_toolkit_on_24_gb():
 
 
 @pytest.mark.grid(1)
-@pytest.mark.parametrize("gib", [12, 16, 24, 80])
-def test_limits_are_kept_in_every_phase(gib):
+@pytest.mark.parametrize("vram", [12, 16, 24, 80])
+def test_limits_are_kept_in_every_phase(vram):
     for targets, batch in (("attn+mlp", 1), ("all", 1), ("attn+mlp", 2)):
-        plan = make_plan(request((512, 1024), targets, batch), card("4090"), usable(gib))
+        plan = planned("4090", vram, sides=(512, 1024), targets=targets, batch=batch)
         assert max(plan.phases.values()) <= plan.limit
         for bucket in plan.buckets.values():
             always, choice = sum(plan.static.values()), bucket.choice
@@ -81,16 +80,12 @@ def test_limits_are_kept_in_every_phase(gib):
             assert always + peak + choice.staging <= bucket.bytes <= plan.limit
 
 
-def small_chooser() -> Chooser:
-    step = StepSpec(FOUR_BLOCKS, "bf16", "bf16", "bf16", lora_of(FOUR_BLOCKS, 4))
-    return Chooser(step, Shape(1, 1024, 128), card("4090"), launches=False)
-
-
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.8, 0.9, 0.97, 1.0])
 def test_choice_is_near_the_best_of_all_there_are(share):
     """Four blocks, three exact policies and gelu_int8: all 256 mixes tried. The chooser goes block
     by block and misses mixes that use the memory to the last byte: with blocks this few, by 6 %."""
-    chooser = small_chooser()
+    step = StepSpec(FOUR_BLOCKS, "bf16", "bf16", "bf16", lora_of(FOUR_BLOCKS, 4))
+    chooser = Chooser(step, Shape(1, 1024, 128), card("4090"), launches=False)
     words = ("keep", "gelu_int8", "recompute_mlp", "checkpoint")
     budget = int(share * chooser.fixed(["keep"] * 4).bytes)
     mixes = [chooser.fixed(mix) for mix in product(words, repeat=4)]
@@ -107,31 +102,28 @@ def test_choice_is_near_the_best_of_all_there_are(share):
 def test_more_memory_is_never_slower():
     chooser = Chooser(request().step, shape_of(1024, 1024, 1, 512), card("4090"), launches=False)
     full = chooser.fixed(["keep"] * 57).bytes
-    times = []
-    for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0):
-        choice = chooser.choose(int(share * full), EXACT)
-        times.append(choice.seconds)
+    budgets = [int(share * full) for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0)]
+    times = [chooser.choose(budget, EXACT).seconds for budget in budgets]
     assert times == sorted(times, reverse=True) and times[0] > times[-1]
 
 
-def test_saved_8bit_is_the_users_word():
-    exact = make_plan(request(saved_8bit="none"), card("4090"), usable(24))
+def test_saved_8bit_decides_what_may_be_rounded():
+    exact = planned("4090", 24, saved_8bit="none")
     assert set(exact.buckets["1024"].choice.policies) <= set(EXACT)
-    tight = make_plan(request(saved_8bit="all"), card("4090"), usable(18)).buckets["1024"]
-    assert "int8" in tight.choice.policies
+    tight = planned("4090", 18, saved_8bit="all")
+    assert "int8" in tight.buckets["1024"].choice.policies
 
 
 def test_overrides_are_honored():
     for policy in ("checkpoint", "recompute_mlp", "gelu_int8", "offload"):
-        plan = make_plan(request(policy=policy), card("H100"), usable(80))
-        bucket = plan.buckets["1024"]
+        bucket = planned("H100", 80, policy=policy).buckets["1024"]
         assert set(bucket.choice.policies) == {policy}
         assert bucket.graphed == (policy != "offload")
-    plan = make_plan(request(optimizer_state="host", modulation="host"), card("H100"), usable(80))
+    plan = planned("H100", 80, optimizer_state="host", modulation="host")
     assert plan.optimizer_state == plan.modulation == "host" and plan.host > 2 * GIB
     assert "optimizer" not in plan.static and "weights: modulation" not in plan.static
     with pytest.raises(ConfigError, match="frozen modulation"):
-        make_plan(request(targets="all", modulation="ahead"), card("H100"), usable(80))
+        planned("H100", 80, targets="all", modulation="ahead")
 
 
 @pytest.mark.grid(1)
@@ -148,31 +140,30 @@ def test_overrides_are_honored():
 )
 def test_what_a_refusal_names_does_fit(changes):
     """Every setting that is named is tried as a user would, word by word."""
-    small, limit = card("3060 12 GB"), usable(12)
     with pytest.raises(ConfigError) as caught:
-        make_plan(request(**changes), small, limit)
-    named = caught.value.hint.removeprefix("what fits: ").split("; or ")
-    assert named and "no single" not in named[0]
-    for words in named:
-        again = dict(changes)
-        if words.startswith("a card of"):
-            make_plan(request(**again), small, usable(int(words.split()[3])))
+        planned("3060 12 GB", 12, **changes)
+    cures = caught.value.hint.removeprefix("what fits: ").split("; or ")
+    assert cures and "no single" not in cures[0]
+    for cure in cures:
+        if cure.startswith("a card of"):
+            planned("3060 12 GB", int(cure.split()[3]), **changes)
             continue
-        words = words.replace(" with gradient_accumulation", "").replace(" and ", ", ")
-        for setting in words.split(", "):
+        changed = dict(changes)
+        cure = cure.replace(" with gradient_accumulation", "").replace(" and ", ", ")
+        for setting in cure.split(", "):
             key, value = setting.split(": ")
             if key == "memory":
-                again |= {"policy": "auto", "modulation": "auto", "optimizer_state": "auto"}
+                changed |= {"policy": "auto", "modulation": "auto", "optimizer_state": "auto"}
             elif key.startswith("memory."):
-                again[key.removeprefix("memory.")] = value
+                changed[key.removeprefix("memory.")] = value
             elif key == "train.batch_size":
-                again["batch"] = int(value)
+                changed["batch"] = int(value)
             elif key == "data.resolution":
-                again["sides"] = (int(value),)
+                changed["sides"] = (int(value),)
             else:
                 assert key in ("sample.width", "sample.height"), key
-                again["preview_pixels"] = int(value) ** 2
-        make_plan(request(**again), small, limit)
+                changed["preview_pixels"] = int(value) ** 2
+        planned("3060 12 GB", 12, **changed)
 
 
 @pytest.mark.slow
@@ -181,7 +172,7 @@ def test_a_batch_size_that_a_refusal_names_is_that_of_all_processes(monkeypatch)
 
     def named() -> int:
         with pytest.raises(ConfigError) as caught:
-            make_plan(request(batch=64), card("3060 12 GB"), usable(12))
+            planned("3060 12 GB", 12, batch=64)
         return int(re.search(r"train.batch_size: (\d+)", caught.value.hint)[1])
 
     share = named()
@@ -190,34 +181,34 @@ def test_a_batch_size_that_a_refusal_names_is_that_of_all_processes(monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_refusal_says_what_is_short():
-    small, limit = card("3060 12 GB"), usable(12)
-    with pytest.raises(ConfigError, match="pinned host memory, of which 1 GiB"):
-        make_plan(request(policy="offload"), card("4090"), usable(24), host=GIB)
-    with pytest.raises(ConfigError, match="previews of this size"):
-        make_plan(request((512,), preview_pixels=5000**2), small, limit)
-    with pytest.raises(ConfigError, match="encoding captions needs 9.25 GiB"):
-        make_plan(request((512,), policy="checkpoint"), small, usable(10))
-    with pytest.raises(ConfigError, match="loading needs"):
-        dense = request((512,), modulation="host")
-        dense = replace(dense, step=replace(dense.step, storage="bf16"))
-        make_plan(dense, card("4090"), usable(24))
-    with pytest.raises(ConfigError, match="nothing under lora.dropout"):
-        make_plan(
-            replace(request(policy="gelu_int8"), step=replace(request().step, dropout=True)),
-            small,
-            limit,
-        )
+@pytest.mark.parametrize(
+    ("message", "gpu", "vram", "changes"),
+    [
+        ("of pinned host memory, of which 1 GiB", "4090", 24, {"policy": "offload", "host": GIB}),
+        ("previews of this size", "3060 12 GB", 12, {"sides": (512,), "preview_pixels": 5000**2}),
+        ("encoding captions needs 9.25 GiB", "3060 12 GB", 10, {"policy": "checkpoint"}),
+        ("loading needs", "4090", 24, {"modulation": "host", "storage": "bf16"}),
+        ("needs at least", "3060 12 GB", 12, {"policy": "keep"}),
+        (
+            "nothing under lora.dropout",
+            "3060 12 GB",
+            12,
+            {"policy": "gelu_int8", "step": {"dropout": True}},
+        ),
+    ],
+)
+def test_a_refusal_says_what_is_short(message, gpu, vram, changes):
+    with pytest.raises(ConfigError, match=message):
+        planned(gpu, vram, **changes)
 
 
 def test_pinned_memory_is_limited_too():
-    lots = make_plan(request((1024,)), card("3060 12 GB"), usable(12))
-    few = make_plan(request((1024,)), card("3060 12 GB"), usable(12), host=3 * GIB)
+    lots, few = planned("3060 12 GB", 12), planned("3060 12 GB", 12, host=3 * GIB)
     assert lots.host > 3 * GIB >= few.host
 
 
 def test_a_notch_cheaper_goes_on_until_nothing_is_left():
-    bucket = make_plan(request(), card("4090"), usable(24)).buckets["1024"]
+    bucket = planned("4090", 24).buckets["1024"]
     chooser = Chooser(request().step, bucket.shape, card("4090"), launches=False)
     notches, before = 0, chooser.fixed(bucket.choice.policies)
     while policies := cheaper_policies(before.policies):
@@ -228,127 +219,103 @@ def test_a_notch_cheaper_goes_on_until_nothing_is_left():
         before, notches = choice, notches + 1
     assert set(before.policies) == {"checkpoint"} and notches > 10
     assert cheaper_policies(("offload", "checkpoint")) is None
-    assert cheaper_policies(("offload", "gelu_int8", "keep")) == (
-        "offload",
-        "recompute_mlp",
-        "keep",
-    )
+    cheaper = cheaper_policies(("offload", "gelu_int8", "keep"))
+    assert cheaper == ("offload", "recompute_mlp", "keep")
 
 
 def test_accumulation_and_batch_are_in_the_time():
-    plan = make_plan(request((512,)), card("4090"), usable(24))
+    plan = planned("4090", 24, sides=(512,))
     one = plan.seconds("512")
-    four = make_plan(request((512,), accumulation=4), card("4090"), usable(24)).seconds("512")
+    four = planned("4090", 24, sides=(512,), accumulation=4).seconds("512")
     assert four == pytest.approx(4 * one - 3 * plan.step_seconds)
-    batch = make_plan(request((512,), batch=4), card("4090"), usable(80)).seconds("512")
+    batch = planned("4090", 80, sides=(512,), batch=4).seconds("512")
     assert 2 * one < batch < 4 * one
 
 
-def test_blocks_that_save_nothing_are_never_offloaded():
+@pytest.mark.parametrize("policy", ["auto", "offload"])
+def test_blocks_that_save_nothing_are_never_offloaded(policy):
     """A LoRA on the single blocks alone: the double ones have nothing to bring away."""
-    lora = lora_of(DEV, 16, "attn+mlp", ["single_blocks"])
-    only = replace(request(), step=replace(request().step, lora=lora))
-    for each in (only, replace(only, policy="offload")):
-        policies = make_plan(each, card("3060 12 GB"), usable(12)).buckets["1024"].choice.policies
-        assert set(policies[:19]) == {"keep"} and "offload" in policies[19:]
+    plan = planned("3060 12 GB", 12, include=["single_blocks"], policy=policy)
+    policies = plan.buckets["1024"].choice.policies
+    assert set(policies[:19]) == {"keep"} and "offload" in policies[19:]
 
 
 def test_graphs_keep_their_pool_through_the_optimizers_step():
-    plan = make_plan(request((512,), optimizer_state="host"), card("4090"), usable(24))
+    options = {"sides": (512,), "optimizer_state": "host"}
+    plan, eager = planned("4090", 24, **options), planned("4090", 24, graphs=False, **options)
     state = saved_bytes.trained(plan.request.step, "adamw", ema=False)["optimizer"]
     assert plan.buckets["512"].graphed
     assert plan.phases["optimizer step"] == plan.peak + state
-    eager = make_plan(
-        request((512,), optimizer_state="host", graphs=False), card("4090"), usable(24)
-    )
     assert eager.phases["optimizer step"] < eager.peak
 
 
-def test_layers_kept_dense_are_dearer_and_known():
-    plain = request((1024,))
-    dense = replace(plain, step=replace(plain.step, layers={"single_blocks.*.linear1": "bf16"}))
-    a, b = (make_plan(each, card("H100"), usable(80)) for each in (plain, dense))
-    assert b.static["weights: blocks"] > a.static["weights: blocks"] + 3 * GIB
-    assert b.seconds("1024") > a.seconds("1024")
+def test_layers_kept_dense_cost_memory_and_time():
+    plain = planned("H100", 80)
+    dense = planned("H100", 80, step={"layers": {"single_blocks.*.linear1": "bf16"}})
+    assert dense.static["weights: blocks"] > plain.static["weights: blocks"] + 3 * GIB
+    assert dense.seconds("1024") > plain.seconds("1024")
 
 
 # ---------------------------------------------------------------- the command
 
 
-def defaults(**sets):
+def rows_of(vram: float | None, gpu: str | None, **changes) -> list:
     raw = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
     raw["data"]["resolution"] = [512, 768, 1024]
-    return build_config(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in sets.items()])
+    sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    return plan_rows(build_config(raw, sets), vram, gpu)
 
 
 @pytest.mark.slow
 def test_table_has_a_row_per_card_and_size():
-    rows = plan_rows(defaults(), None, None)
+    rows = rows_of(None, None)
     lines = table(rows)
     assert len(lines) == 1 + 16 + 2 and "predicted" in lines[-1]
-    cells = [line.split() for line in lines]
-    assert cells[0][:2] == ["card", "GiB"]
-    assert Counter(row.label for row in rows) == dict.fromkeys(
-        ("512 px", "768 px", "1024 px", "mixed"), 4
-    )
+    assert lines[0].split()[:2] == ["card", "GiB"]
+    labels = ("512 px", "768 px", "1024 px", "mixed")
+    assert Counter(row.label for row in rows) == dict.fromkeys(labels, 4)
     assert not any("does not fit" in line for line in lines)
-    small = table(plan_rows(defaults(model__storage="bf16"), 12, "3060"))
+    small = table(rows_of(12, "3060", model__storage="bf16"))
     assert all("does not fit" in line and "nf4" in line for line in small[1:5])
 
 
 @pytest.mark.slow
 def test_rows_say_what_is_planned():
-    (row,) = plan_rows(defaults(data__0__resolution=[540]), None, "4090")
+    (row,) = rows_of(None, "4090", data__0__resolution=[540])
     assert row.plan.buckets["540 px"].shape.image_tokens == 284 * 4  # as wide a bucket as there is
-    (row,) = plan_rows(
-        defaults(model__path="black-forest-labs/FLUX.1-schnell", data__0__resolution=[512]),
-        None,
-        "4090",
-    )
+    schnell = {"model__path": "black-forest-labs/FLUX.1-schnell", "data__0__resolution": [512]}
+    (row,) = rows_of(None, "4090", **schnell)
     assert row.plan.request.step.spec.guidance_embed is False
     assert row.plan.buckets["512 px"].shape.text_tokens == 256
-    (row,) = plan_rows(defaults(memory__limit_gib=8, data__0__resolution=[512]), 24, None)
+    (row,) = rows_of(24, None, memory__limit_gib=8, data__0__resolution=[512])
     assert row.vram_gib == 8
     with pytest.raises(ConfigError, match="needs a GPU of compute capability 8.9"):
-        plan_rows(defaults(model__compute="fp8"), None, "3090")
-    mixed = plan_rows(defaults(model__compute="fp8"), None, None)
-    assert [row.plan is None for row in mixed if row.label == "512 px"] == [
-        True,
-        False,
-        False,
-        False,
-    ]
+        rows_of(None, "3090", model__compute="fp8")
+    mixed = [row for row in rows_of(None, None, model__compute="fp8") if row.label == "512 px"]
+    assert [row.plan is None for row in mixed] == [True, False, False, False]
     with pytest.raises(ConfigError, match="matches no module"):
-        plan_rows(defaults(lora__include=["nothing"]), None, "4090")
+        rows_of(None, "4090", lora__include=["nothing"])
 
 
 @pytest.mark.slow
 def test_breakdown_adds_up():
-    rows = plan_rows(defaults(), None, "4090")
-    lines = breakdown(rows)
+    rows = rows_of(None, "4090")
     plan = rows[-1].plan
-    entries = (line for line in lines if line.startswith("  "))
+    entries = (line for line in breakdown(rows) if line.startswith("  "))
     figures = {line[10:]: float(line[:10]) for line in entries}
-    static = sum(
-        v
-        for k, v in figures.items()
-        if k.split(":")[0] in ("weights", "LoRA", "gradients", "optimizer", "scratch", "other")
-    )
-    total = static + figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
+    parts = ("weights", "LoRA", "gradients", "optimizer", "scratch", "other")
+    total = sum(size for name, size in figures.items() if name.split(":")[0] in parts)
+    total += figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
     assert total == pytest.approx(needed(plan), abs=0.06)
     assert figures["training"] == pytest.approx(plan.peak / GIB, abs=0.01)
-    assert breakdown(plan_rows(defaults(), None, None)[:5]) == []
+    assert breakdown(rows_of(None, None)[:5]) == []
 
 
 @pytest.mark.slow
 def test_command_line():
     def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "fluxfast", "plan", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "fluxfast", "plan", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = call(str(STOCK), "--gpu", "4090", "--set", "data.0.resolution=[512]")
     assert done.returncode == 0 and "512 px" in done.stdout and "mixed" not in done.stdout
