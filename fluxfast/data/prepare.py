@@ -161,17 +161,12 @@ def _encoders_root(model: ModelConfig, base: Path) -> Path:
     else:
         root = base.parent if base.is_dir() and base.name == "transformer" else base
     missing = [name for name in ENCODERS if not has_component(root, name)]
-    if missing and root.is_file() and not model.encoders:
-        raise ConfigError(
-            f"model.path {base} is a single file that brings no {', '.join(missing)}",
-            hint="set model.encoders to a diffusers folder or a Hub id, or to a folder with "
-            "CLIP-L, T5 and VAE files",
-        )
     if missing:
-        raise FluxfastError(
+        is_single = root.is_file() and not model.encoders
+        raise (ConfigError if is_single else FluxfastError)(
             f"{root} lacks {', '.join(missing)}",
-            hint="give a complete diffusers folder or all-in-one file, or set model.encoders to "
-            "one",
+            hint="set model.encoders to a diffusers folder, a Hub id or an all-in-one file, or to "
+            "a folder with CLIP-L, T5 and VAE files",
         )
     return root
 

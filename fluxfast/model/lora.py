@@ -5,6 +5,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -105,13 +106,11 @@ def inject_lora(
     output is unchanged.
     """
     alpha = float(rank if alpha is None else alpha)
-    by_module: dict[str, list[tuple[int, int]]] = {}
-    for target in select_targets(model.spec, targets, include, exclude):
-        by_module.setdefault(target.module, []).append(target.rows)
-    parameters = []
     model.dropout_clock.seed = seed
-    for module, rows in by_module.items():
-        layer = model.linear(module)
+    parameters = []
+    selected = select_targets(model.spec, targets, include, exclude)
+    for module, parts in groupby(selected, lambda target: target.module):
+        layer, rows = model.linear(module), [part.rows for part in parts]
         parts = [rows] if share_a else [[pair] for pair in rows]
         update = fresh_update(layer, rank, alpha, parts, seed=seed, stream=module)
         update.dropout = LoRADropout(dropout, module, model.dropout_clock) if dropout else None
@@ -152,4 +151,4 @@ def set_assisted(model: Flux, assisted: bool) -> None:
 def set_lora_strength(model: Flux, strength: float) -> None:
     """Scales every trainable update: 0 gives the base model, 1 the trained LoRA."""
     for layer in lora_layers(model).values():
-        layer.trained.strength = strength
+        layer.lora.strength = strength

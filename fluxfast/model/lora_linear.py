@@ -86,16 +86,9 @@ class LoRALinear(FrozenLinear):
         self.updates = nn.ModuleList(update for update in self.updates if not update.trainable)
 
     @property
-    def lora(self) -> LowRankUpdate | None:
-        """The trainable update."""
-        first = self.updates[0] if len(self.updates) else None
-        return first if first is not None and first.trainable else None
-
-    @property
-    def trained(self) -> LowRankUpdate:
-        """`lora` of a layer that must have one."""
-        assert self.lora is not None
-        return self.lora
+    def lora(self) -> Any:
+        """The trainable LowRankUpdate, or None."""
+        return self.updates[0] if len(self.updates) and self.updates[0].trainable else None
 
     @property
     def lora_A(self) -> nn.Parameter | None:
@@ -111,13 +104,12 @@ class LoRALinear(FrozenLinear):
 
     def drops(self) -> bool:
         """Returns whether LoRA dropout is active."""
-        return self.training and self.trains() and self.trained.dropout is not None
+        return self.training and self.trains() and self.lora.dropout is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns y [..., N] of x [..., K] in the compute dtype."""
         if self.drops():
-            frozen = self._update(frozen_only=True)
-            lora = self.trained
+            frozen, lora = self._update(frozen_only=True), self.lora
             return DroppedLinear.apply(x, *lora.as_argument(), self, frozen, lora.dropout)
         return fk.lora_linear(x, self.frozen_weight(), self._update())
 

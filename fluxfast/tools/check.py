@@ -171,9 +171,9 @@ def _set_lora(run: Run, flux: Flux, parameters: list[nn.Parameter]) -> int:
         log.warning(f"note: a fresh LoRA is measured: {error.message}")
     with torch.no_grad():
         for name, layer in lora_layers(flux).items():
-            stream, shape = f"check/{name}.lora_B", tuple(layer.trained.lora_B.shape)
+            stream, shape = f"check/{name}.lora_B", tuple(layer.lora.lora_B.shape)
             normal = rng.normal(config.seed, stream, 0, shape, run.device)[0]
-            layer.trained.lora_B.copy_(FRESH_B * normal)
+            layer.lora.lora_B.copy_(FRESH_B * normal)
     return 0
 
 
@@ -198,7 +198,7 @@ def _gradients(
         sample_losses(flux, inputs, train.guidance).mean().backward()
         advance()
     return {
-        name: torch.cat([cast(Tensor, p.grad).flatten() for p in layer.trained.parameters()]).cpu()
+        name: torch.cat([cast(Tensor, p.grad).flatten() for p in layer.lora.parameters()]).cpu()
         for name, layer in lora_layers(flux).items()
     }
 

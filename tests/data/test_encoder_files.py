@@ -247,4 +247,4 @@ def test_a_run_from_one_file(folder, nano_model, tmp_path, fluxfast):
     assert code == 0, err
     assert (tmp_path / "runs" / "x" / "x.safetensors").is_file()
     code, out, err = fluxfast(*run, "--name", "y", "--model", bare)
-    assert code == 2 and "brings no vae, text_encoder, text_encoder_2" in err
+    assert code == 2 and "lacks vae, text_encoder, text_encoder_2" in err

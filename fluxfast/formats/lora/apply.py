@@ -45,10 +45,10 @@ def extract_lora(
     """
     lora = LoraWeights(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
     for module, layer in lora_layers(model).items():
-        a, b = (tensors or {}).get(module, (layer.trained.lora_A, layer.trained.lora_B))
+        a, b = (tensors or {}).get(module, (layer.lora.lora_A, layer.lora.lora_B))
         a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
-        for_a, for_b = split_scale(layer.trained.scale)
-        slices = layer.trained.slices()
+        for_a, for_b = split_scale(layer.lora.scale)
+        slices = layer.lora.slices()
         pieces = lora.pieces[module] = []
         for parts in _parts(model, module, layer):
             _, b_rows, a_rows = zip(*itertools.islice(slices, len(parts)), strict=True)
@@ -125,7 +125,7 @@ def init_lora(model: Flux, path: Path | str) -> None:
     lora = read_lora(path)
     _check_fits(model, lora, str(path))
     layers, heights = lora_layers(model), lora.heights
-    rank = max(layer.trained.lora_B.shape[1] for layer in layers.values())
+    rank = max(layer.lora.lora_B.shape[1] for layer in layers.values())
     if lora.rank() != rank:
         raise ConfigError(
             f"lora.init_from: {path} has rank {lora.rank()}, lora.rank is {rank}",
@@ -153,10 +153,10 @@ def init_lora(model: Flux, path: Path | str) -> None:
                         "lora.share_a there is one",
                         hint="--set lora.share_a=false",
                     )
-                b = piece.stacked_b() / layer.trained.scale
+                b = piece.stacked_b() / layer.lora.scale
                 with torch.no_grad():
-                    layer.trained.lora_A[index * rank : index * rank + piece.rank] = piece.a
-                    layer.trained.lora_B[start : start + len(b), : piece.rank] = b
+                    layer.lora.lora_A[index * rank : index * rank + piece.rank] = piece.a
+                    layer.lora.lora_B[start : start + len(b), : piece.rank] = b
             start += sum(heights[part] for part in parts)
 
 
@@ -201,7 +201,7 @@ def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
 def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]:
     """Returns the parts that each A of the layer feeds."""
     rows = _rows(model, module)
-    return [tuple(rows.index((a, b)) for a, b in ranges) for ranges in layer.trained.parts]
+    return [tuple(rows.index((a, b)) for a, b in ranges) for ranges in layer.lora.parts]
 
 
 def _update(pieces: list[Piece], rows: list[tuple[int, int]], trainable: bool) -> LowRankUpdate:
