@@ -263,13 +263,13 @@ def test_encoders_are_never_loaded_together(nano_model, tmp_path, folder, monkey
 
     expected = [(cls, name) for cls in (TextEncoders, Vae) for name in ("__init__", "close")]
     calls = []
+
+    def record(call):
+        method = getattr(*call)
+        monkeypatch.setattr(*call, lambda *args: calls.append(call) or method(*args))
+
     for call in expected:
-
-        def recorded(*args, call=call, method=vars(call[0])[call[1]]):
-            calls.append(call)
-            return method(*args)
-
-        monkeypatch.setattr(*call, recorded)
+        record(call)
     prepare(nano_model, config(tmp_path))
     assert calls == expected
 
