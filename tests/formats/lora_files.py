@@ -77,7 +77,7 @@ def held_by_xlabs(deltas: dict) -> dict:
     return held
 
 
-FOUR_BITS = torch.zeros(2, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+FOUR_BITS = torch.zeros(2, 32, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
 DIFFUSERS = "transformer.transformer_blocks.0.attn."
 
 

@@ -7,9 +7,9 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,12 @@ from fluxfast.formats.lora.update import (
     swap_halves,
 )
 from fluxfast.formats.opened import Files
-from fluxfast.model.names import SWAPPED, linear_shape
+from fluxfast.model.names import SWAPPED, linear_shape, part_rows
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 log = logging.getLogger(__name__)
 
 _IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_LAST = "final_layer.linear"
 _FROM_MLP = ("img_mlp.2", "txt_mlp.2", "linear2")  # their inputs are the MLP's, at least in part
 _OTHER_MODELS = {
     "FLUX.2": r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj",
@@ -47,6 +46,8 @@ _SD3_WIDTHS = (1536, 2432)  # medium, large
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2}
 _INTEGERS = {torch.int64, torch.int32, torch.int16}
+
+_Linear = tuple[str, tuple[int, ...]]  # module and parts, see LoraKey
 
 
 def read_lora(path: Path | str, *, drop: bool = False) -> LoraWeights:
@@ -168,29 +169,28 @@ def _peft_scale(path: Path | str, metadata: dict) -> Callable[[str, int], float]
     """Returns a function (key, rank) -> scale for factors without an alpha beside them: from the
     configuration that peft saves in the same folder, or diffusers in the header; else 1.
     """
-    config, prefixes, path = {}, ("",), Path(path)
+    path, scales = Path(path), {}
     file = path.with_name("adapter_config.json")
     try:
         if path.name == "adapter_model.safetensors" and file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
+            scales[""] = _scale_of(json.loads(file.read_text(encoding="utf-8")), "")
         elif "lora_adapter_metadata" in metadata:
             config = json.loads(metadata["lora_adapter_metadata"])
-            prefixes = ("transformer.", "text_encoder.")
-        scales = {prefix: _scale_of(config, prefix) for prefix in prefixes}
-        dora = any(config.get(f"{prefix}use_dora") for prefix in prefixes)
+            for prefix in ("transformer.", "text_encoder."):
+                scales[prefix] = _scale_of(config, prefix)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: its peft configuration cannot be read: {error}") from None
-    if dora:
-        raise ConfigError(f"{path} is a DoRA (its peft configuration says so), not a plain LoRA")
 
     def scale(key: str, rank: int) -> float:
-        prefix = next((p for p in prefixes if key.startswith(p)), None)
-        return 1.0 if prefix is None else scales[prefix](key, rank)
+        fitting = (scale for prefix, scale in scales.items() if key.startswith(prefix))
+        return next((scale(key, rank) for scale in fitting), 1.0)
 
     return scale
 
 
 def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
+    if config.get(f"{prefix}use_dora"):
+        raise ValueError("it is a DoRA, not a plain LoRA")
     alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
     alpha = None if alpha is None else _finite(alpha)
     # the first pattern that matches counts
@@ -232,71 +232,53 @@ def _finite(value: Any) -> float:
 
 def _read(
     path: Path | str,
-    names: Iterable[str],
+    entries: Mapping[str, Any],
     read: Callable[[str], Tensor],
     metadata: dict[str, str],
     drop: bool,
 ) -> LoraWeights:
-    keys = _parse_all(path, names, drop)  # before anything is read
+    """entries: name -> something with a shape, as the file's header has it."""
+    keys = _parse_all(path, entries, drop)
+    linears: dict[_Linear, dict[str, str]] = defaultdict(dict)  # role -> name
+    for name, key in keys.items():
+        if key.role not in ("norm", "shape"):  # alpha may be spelled otherwise than the factors
+            linears[key.module, key.parts][key.role] = name
+    swapped = {key.module for key in keys.values() if key.swapped}
+    spec = _transformer(path, _shapes(linears, entries))
     file = _Checked(path, read)
     peft_scale = _peft_scale(path, metadata)
     lora = LoraWeights(form=form_of(keys.values()), metadata=metadata)
-    linears: dict[tuple, dict[str, str]] = defaultdict(dict)
-    swapped, taken = set(), set()
-    for name, key in keys.items():
-        if key.role == "norm":
-            lora.norms[key.module] = file.floats(name, 1)
-        elif key.role != "shape":  # alpha may be spelled otherwise than the factors
-            linears[key.module, key.parts][key.role] = name
-            if key.swapped:
-                swapped.add(key.module)
-    factors: list[_Factors] = []
-    biases: list[tuple[str, tuple[int, ...], Tensor]] = []
+    lora.norms = {k.module: file.floats(name, 1) for name, k in keys.items() if k.role == "norm"}
+    if spec:
+        lora.hidden, lora.mlp = spec.hidden_size, spec.mlp_hidden
     for (module, parts), roles in linears.items():
         order = swap_halves if module in swapped else (lambda rows: rows)
-        bias = file.floats(roles["bias"], 1) if "bias" in roles else None
-        scale = 1.0
+        heights = _heights(module, parts, spec)
+        scale, rows = 1.0, heights and sum(heights)
         if roles.keys() != {"bias"}:
             a, b = file.factors(roles)
-            if bias is not None and bias.shape != b.shape[:1]:
-                raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
-            alpha = roles.get("alpha")
-            scale = file.alpha(alpha) / len(a) if alpha else peft_scale(roles["down"], len(a))
-            for_a, for_b = split_scale(scale)
-            rows = {(module, part) for part in parts}
-            if rows & taken:  # some files hold one LoRA in two formats
+            rank, rows = b.shape[1], b.shape[0]
+            scale = peft_scale(roles["down"], rank)
+            if "alpha" in roles:
+                scale = file.alpha(roles["alpha"]) / rank
+            pieces = (lora.text if "/" in module else lora.pieces).setdefault(module, [])
+            if any(piece.b.keys() & set(parts) for piece in pieces):
+                # some files hold one LoRA in two formats
                 raise ConfigError(f"{path} has the same twice: {module}, under {roles['down']} too")
-            taken |= rows
-            factors.append(_Factors(module, parts, a * for_a, order(b) * for_b))
-        if bias is not None:
+            for_a, for_b = split_scale(scale)
+            pieces.append(Piece(a * for_a, _by_part(order(b) * for_b, parts, heights)))
+        if "bias" in roles:
+            bias = file.floats(roles["bias"], 1)
+            if rows not in (None, len(bias)) or (spec is None and part_count(module) > 1):
+                raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
             # the up factor's own, which its scale applies to; ComfyUI's `diff_b` is added as it is
             bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
-            biases.append((module, parts, order(bias)))
-    lora.hidden, lora.mlp = _widths(factors)
-    _check_shapes(path, lora, factors, biases)
-    for module, parts, a, b in factors:
-        table = lora.text if "/" in module else lora.pieces
-        table.setdefault(module, []).append(Piece(a, _by_part(module, parts, b, lora.heights)))
-    for module, parts, bias in biases:
-        lora.biases.setdefault(module, {}).update(_by_part(module, parts, bias, lora.heights))
+            lora.biases.setdefault(module, {}).update(_by_part(order(bias), parts, heights))
     return lora
 
 
-class _Factors(NamedTuple):
-    """B A on some parts of a linear. a: [R, K]; b: [rows of the parts, R]."""
-
-    module: str
-    parts: tuple[int, ...]
-    a: Tensor
-    b: Tensor
-
-
-def _by_part(
-    module: str, parts: tuple[int, ...], rows: Tensor, heights: list[int]
-) -> dict[int, Tensor]:
-    if part_count(module) == 1:
-        return {0: rows}
-    return dict(zip(parts, rows.split([heights[part] for part in parts]), strict=True))
+def _by_part(rows: Tensor, parts: tuple[int, ...], heights: list[int] | None) -> dict[int, Tensor]:
+    return dict(zip(parts, rows.split(heights or len(rows)), strict=True))
 
 
 class _Checked:
@@ -349,55 +331,65 @@ class _Checked:
 # ---------------------------------------------------------------- shapes
 
 
-def _check_shapes(
-    path: Path | str,
-    lora: LoraWeights,
-    factors: list[_Factors],
-    biases: list[tuple[str, tuple[int, ...], Tensor]],
-) -> None:
-    """Raises ConfigError unless all factors and biases fit a FLUX.1 of the LoRA's widths."""
-    hidden, mlp = lora.hidden, lora.mlp
-    if any(module == SWAPPED and len(b) % 2 for module, _, _, b in factors):
+def _shapes(
+    linears: Mapping[_Linear, dict[str, str]], entries: Mapping[str, Any]
+) -> dict[_Linear, tuple[int, int]]:
+    """Returns rows and columns of the linears, but for malformed ones, which reading refuses."""
+    shapes = {}
+    for linear, roles in linears.items():
+        if {"down", "up"} <= roles.keys():
+            up, down = (tuple(entries[roles[role]].shape) for role in ("up", "down"))
+            if min(len(up), len(down)) >= 2 and up[0] and down[1]:
+                shapes[linear] = up[0], down[1]
+    return shapes
+
+
+def _transformer(path: Path | str, shapes: dict[_Linear, tuple[int, int]]) -> FluxSpec | None:
+    """Returns the sizes of the FLUX.1 that all linears fit, None if none of them lies in a block.
+    Raises ConfigError if there is no such FLUX.1.
+    """
+    if any(module == SWAPPED and rows % 2 for (module, _), (rows, _) in shapes.items()):
         raise ConfigError(f"{path} does not fit FLUX.1: {SWAPPED} has two halves of rows")
-    in_singles = any(module.startswith("single_") for module, *_ in factors)
-    if hidden in _SD3_WIDTHS and not in_singles:
+    hidden, mlp = _widths(shapes)
+    if hidden in _SD3_WIDTHS and not any(module.startswith("single_") for module, _ in shapes):
         raise ConfigError(f"{path} is a LoRA of Stable Diffusion 3, not of FLUX.1")
     if not hidden:
-        if module := next((m for m, *_ in biases if part_count(m) > 1), None):
-            raise ConfigError(f"{path}: the bias of {module} has no factors beside it")
-        return
+        return None
     if hidden % 2 or mlp < 1:
         raise ConfigError(f"{path} does not fit FLUX.1: a hidden size of {hidden}, an MLP of {mlp}")
     spec = FluxSpec(
         hidden_size=hidden, mlp_ratio=mlp / hidden, num_heads=1, axes_dim=rope_axes(hidden)
     )
-
-    def rows_of(module: str, parts: tuple[int, ...]) -> int:
-        if part_count(module) == 1:
-            return linear_shape(module, spec)[0]
-        return sum(lora.heights[part] for part in parts)
-
-    for module, parts, a, b in factors:
+    for (module, parts), (rows, columns) in shapes.items():
         if "/" in module:
             continue
-        rows, columns = rows_of(module, parts), linear_shape(module, spec)[1]
-        # variants of the model widen inputs outside the blocks, and the last layer's output
-        fits_columns = a.shape[1] == columns or "_blocks." not in module
-        if not fits_columns or (len(b) != rows and module != _LAST):
+        needed_rows, needed_columns = _heights(module, parts, spec), linear_shape(module, spec)[1]
+        # variants of the model widen the inputs outside the blocks
+        fits = columns == needed_columns or "_blocks." not in module
+        if not fits or (needed_rows and sum(needed_rows) != rows):
             raise ConfigError(
-                f"{path} does not fit FLUX.1: {module} takes {columns} and gives {rows} in a "
-                f"transformer {hidden} wide, its factors {a.shape[1]} and {len(b)}"
+                f"{path} does not fit FLUX.1: {module} takes {needed_columns} and gives "
+                f"{sum(needed_rows or [rows])} in a transformer {hidden} wide, its factors "
+                f"{columns} and {rows}"
             )
-    for module, parts, bias in biases:
-        if len(bias) != rows_of(module, parts) and module != _LAST:
-            raise ConfigError(f"{path}: the bias of {module} has shape {list(bias.shape)}")
+    return spec
 
 
-def _widths(factors: list[_Factors]) -> tuple[int, int]:
-    """Returns (hidden, mlp) by the first factors that tell them, (0, 0) if none lie in a block."""
+def _heights(module: str, parts: tuple[int, ...], spec: FluxSpec | None) -> list[int] | None:
+    """Returns the rows of each part, None if there may be any number."""
+    if spec is None or "/" in module or module == "final_layer.linear":
+        return None
+    if "_blocks." not in module:
+        return [linear_shape(module, spec)[0]]
+    ranges = part_rows(module, spec)
+    return [ranges[part][1] - ranges[part][0] for part in parts]
+
+
+def _widths(shapes: dict[_Linear, tuple[int, int]]) -> tuple[int, int]:
+    """Returns (hidden, mlp) by the first linears that tell them, (0, 0) if none lies in a block."""
     blocks = [
-        (module.split(".", 2)[2], parts, len(b), a.shape[1])
-        for module, parts, a, b in factors
+        (module.split(".", 2)[2], parts, *shape)
+        for (module, parts), shape in shapes.items()
         if "_blocks." in module
     ]
     hidden = next((rows if tail in _FROM_MLP else columns for tail, _, rows, columns in blocks), 0)

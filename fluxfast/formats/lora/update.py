@@ -7,7 +7,7 @@ padded by reading. Alpha is folded in.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -190,17 +190,23 @@ def scaled(lora: LoraWeights, strength: float) -> LoraWeights:
     def times(b: dict[int, Tensor]) -> dict[int, Tensor]:
         return {part: tensor * strength for part, tensor in b.items()}
 
+    biases = {module: times(bias) for module, bias in lora.biases.items()}
+    lora = _changed(lora, lambda pieces: [Piece(p.a, times(p.b)) for p in pieces])
+    return replace(lora, biases=biases)
+
+
+def _changed(lora: LoraWeights, change: Callable[[list[Piece]], list[Piece]]) -> LoraWeights:
+    """Returns the LoRA with other pieces for each linear."""
     pieces, text = (
-        {module: [Piece(p.a, times(p.b)) for p in pieces] for module, pieces in table.items()}
+        {module: change(pieces) for module, pieces in table.items()}
         for table in (lora.pieces, lora.text)
     )
-    biases = {module: times(bias) for module, bias in lora.biases.items()}
-    return replace(lora, pieces=pieces, text=text, biases=biases)
+    return replace(lora, pieces=pieces, text=text)
 
 
 def balanced(lora: LoraWeights) -> LoraWeights:
-    """Returns the same update, exactly, with A and B of similar size, best for 16-bit floats.
-    A linear's pieces all get the same power of two, so that a shared A stays shared.
+    """Returns the same update, exactly, with A and B of similar size, best for 16-bit floats. A
+    linear's pieces all get the same power of two, so that a shared A stays shared.
     """
 
     def even(pieces: list[Piece]) -> list[Piece]:
@@ -211,11 +217,7 @@ def balanced(lora: LoraWeights) -> LoraWeights:
         power = 2.0 ** round(math.log2(b / a) / 2)
         return [Piece(p.a * power, {part: b / power for part, b in p.b.items()}) for p in pieces]
 
-    pieces, text = (
-        {module: even(pieces) for module, pieces in table.items()}
-        for table in (lora.pieces, lora.text)
-    )
-    return replace(lora, pieces=pieces, text=text)
+    return _changed(lora, even)
 
 
 def merged(loras: list[LoraWeights]) -> LoraWeights:
