@@ -266,9 +266,9 @@ def quantize(
                 if stop.is_set():
                     raise KeyboardInterrupt
 
-            written = run(base, destination, storage, double_quant=double_quant, progress=progress)
-    print(written.line(), file=sys.stderr)
-    print(written.path)
+            summary = run(base, destination, storage, double_quant=double_quant, progress=progress)
+    print(summary, file=sys.stderr)
+    print(destination)
 
 
 @app.command()

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import bnb, eight_bit
 from fluxfast.formats.base.detect import Naming, find_naming, is_lora, model_name, other_model
@@ -39,7 +41,8 @@ def inspect(path: Path | str, checksum: bool = False) -> list[str]:
     if folder is None and not path.is_file():
         raise FluxfastError(f"{path} does not exist")
     with Files(weight_files(folder) if folder else [path]) as files:
-        rows = [("file", f"{path}, {_size(files)}"), *_describe(path, folder, files)]
+        size = decimal(sum(file.path.stat().st_size for file in files.containers))
+        rows = [("file", f"{path}, {size}"), *_describe(path, folder, files)]
         if SHA_KEY in files.metadata:
             if checksum and not verify(files):
                 raise ConfigError(
@@ -140,12 +143,3 @@ def _is_side(key: str, needed: set[str]) -> bool:
     if name in eight_bit.SIDE:
         return f"{module}.weight" in needed
     return name == eight_bit.MARKER
-
-
-def _size(files: Files) -> str:
-    size = sum(file.path.stat().st_size for file in files.containers)
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

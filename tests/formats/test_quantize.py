@@ -72,8 +72,8 @@ def same_state(model, other) -> None:
 )
 def test_the_file_loads_to_what_loading_makes(tmp_path, source, storage, nested):
     target = tmp_path / "q.safetensors"
-    written = quantize(source, target, storage, double_quant=nested)
-    assert written.path == target and written.bytes == target.stat().st_size
+    summary = quantize(source, target, storage, double_quant=nested)
+    assert summary.startswith(f"{target.stat().st_size / 1e9:.3g} GB in {storage}")
     model = load(target)
     assert model.single_blocks[0].linear1.storage() == storage
     same_state(model, load(source, storage, double_quant=nested))

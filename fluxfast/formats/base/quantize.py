@@ -6,7 +6,7 @@ The output is a .safetensors file in Black Forest Labs' names. Inside the blocks
     int8, fp8     X.weight quantized, X.scale_weight fp32 [N, 1] (see eight_bit.py)
 
 and around them bf16; biases and norms keep the source's dtype. What the source has in the storage
-asked for is copied as it is. Every size is known before anything is read, so the header is written
+asked for is copied as it is. Every size is known before a matrix is read, so the header is written
 first and then one matrix after another.
 
 Metadata: fluxfast.storage, fluxfast.version, fluxfast.source, and fluxfast.sha256, the SHA-256 of
@@ -17,7 +17,6 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,24 +45,6 @@ _ROWS = 2048  # quantized to 8 bits at once: 25 to 126 MB of fp32 in FLUX.1-dev
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # key -> dtype and shape
 
 
-@dataclass(frozen=True)
-class Written:
-    """A file that quantize wrote. bytes: its size; source_bytes: of the source's tensors."""
-
-    path: Path
-    storage: str
-    bytes: int
-    source_bytes: int
-    seconds: float
-
-    def line(self) -> str:
-        rate = self.source_bytes / self.seconds / 1e9
-        return (
-            f"{self.bytes / 1e9:.3g} GB in {self.storage} from {self.source_bytes / 1e9:.3g} GB, "
-            f"{self.seconds:.1f} s, {rate:.2g} GB/s"
-        )
-
-
 def quantize(
     source: Path | str,
     target: Path | str,
@@ -71,8 +52,9 @@ def quantize(
     *,
     double_quant: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Written:
-    """Writes `source` (anything that `open_base` takes) to the file `target` in nf4, int8 or fp8.
+) -> str:
+    """Writes `source` (anything that `open_base` takes) to the file `target` in nf4, int8 or fp8,
+    and returns a line about sizes and speed.
 
     double_quant: nf4 with scales in 8 bits; a source in NF4 keeps its own. progress gets (done,
     total) in tensors. Raises ConfigError for a source or target that cannot be used, FluxfastError
@@ -115,7 +97,11 @@ def quantize(
             file.write(layout(shapes, metadata).header)  # of the same length
         entries, prefix = base.files.entries, base.naming.prefix
         size = sum(entry.bytes for key, entry in entries.items() if key.startswith(prefix))
-    return Written(target, storage, form.size, size, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return (
+        f"{form.size / 1e9:.3g} GB in {storage} from {size / 1e9:.3g} GB, {seconds:.1f} s, "
+        f"{size / seconds / 1e9:.2g} GB/s"
+    )
 
 
 def verify(files: Files) -> bool:
@@ -154,12 +140,11 @@ def _storages(spec: FluxSpec, storage: str) -> dict[str, str | None]:
 
 def _shapes(base: BaseCheckpoint, name: str, storage: str | None, double_quant: bool) -> Shapes:
     """Returns the dtypes and shapes of the tensors that `_tensors` makes."""
-    module, _, kind = name.rpartition(".")
-    if kind == "scale":
-        return {name: (_vector_dtype(base, name), (base.spec.head_dim,))}
-    N, K = linear_shape(module, base.spec)
+    module = name.rpartition(".")[0]
     if storage is None:
-        return {name: (_vector_dtype(base, name), (N,))}
+        vector = base.read(name)
+        return {name: (vector.dtype, tuple(vector.shape))}
+    N, K = linear_shape(module, base.spec)
     if storage == "bf16":
         return {name: (torch.bfloat16, (N, K))}
     if storage != "nf4":
@@ -179,23 +164,12 @@ def _shapes(base: BaseCheckpoint, name: str, storage: str | None, double_quant: 
     return shapes
 
 
-def _vector_dtype(base: BaseCheckpoint, name: str) -> torch.dtype:
-    """Returns the source's dtype of a bias or norm if all its parts have one float of 16 or 32
-    bits; else bf16 for fp8, fp32 for others.
-    """
-    kinds = {base.files.entries[key].dtype for key in base.keys(name)}
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if len(kinds) == 1 and (dtype := known.get(next(iter(kinds)))):
-        return dtype
-    return torch.bfloat16 if all(kind.startswith("F8") for kind in kinds) else torch.float32
-
-
 def _tensors(
     base: BaseCheckpoint, name: str, storage: str | None, double_quant: bool
 ) -> dict[str, Tensor]:
     weight = base.read_stored(name)
     if storage is None:
-        return {name: dequantize(weight).to(_vector_dtype(base, name))}
+        return {name: dequantize(weight)}
     if storage == "bf16":
         return {name: dequantize(weight).to(torch.bfloat16)}
     if storage == "nf4":
