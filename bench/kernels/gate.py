@@ -6,12 +6,10 @@ errs by in the dtype that is timed, and at least that multiple of LEAST. Both ru
 time: no more memory than batch 1.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from bench.errors import relative_errors
+from bench.errors import compare, relative_errors
 from bench.kernels.cases import Case
 from bench.kernels.problem import BOTH, Function, Problem
 
@@ -84,18 +82,8 @@ class Gate:
     def check(self, function: Function, direction: str) -> tuple[str | None, dict[str, object]]:
         """Returns what is wrong or None, and the tensor that errs most of what it may."""
         problem = self.problem
-        tensors = outputs_and_gradients(function, problem, problem.inputs, problem.dys, direction)
-        wrong, worst = None, (-1.0, {})
-        for name, tensor in tensors.items():
-            errors = relative_errors(tensor, self.truth[name])
-            measures = zip(errors, self.allowed[name], ("norm", "largest value"), strict=True)
-            for error, allowed, measure in measures:
-                if error > allowed and wrong is None:
-                    wrong = f"{name} errs by {error:.2e} of its {measure}, allowed {allowed:.2e}"
-                finite = error if math.isfinite(error) else None  # JSON has no infinity
-                compared = {"worst": name, "worst_error": finite, "tolerance": allowed}
-                worst = max(worst, (error / allowed, compared), key=lambda pair: pair[0])
-        return wrong, worst[1]
+        results = outputs_and_gradients(function, problem, problem.inputs, problem.dys, direction)
+        return compare(results, self.truth, self.allowed)
 
 
 def verdicts(problem: Problem, case: Case) -> dict[tuple[str, str], Verdict]:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.errors import relative_errors
-from bench.step.peers import Batch, Candidate
+from bench.errors import compare, relative_errors
+from bench.step.peers import Candidate
 from bench.step.settings import CANDIDATES, Settings
 from fluxfast.model.spec import FluxSpec
+from fluxfast.objective import Inputs
 
 # 8-bit storage is made of the dense weights, so its results are held to theirs
 REFERENCE_STORAGE = {"int8": "dense", "fp8": "dense"}
@@ -43,7 +44,7 @@ def tolerance(spec: FluxSpec, compute: torch.dtype, matmul: str = "") -> float:
 
 
 def check(
-    name: str, stepper, settings: Settings, batches: list[Batch], references: Path
+    name: str, stepper, settings: Settings, batches: list[Inputs], references: Path
 ) -> tuple[str | None, dict[str, object]]:
     """Returns what is wrong or None, and what was compared, of the batch that differs most.
 
@@ -57,12 +58,12 @@ def check(
         candidate.reset_adapters()
         gradients = loss_and_gradients(candidate, stepper.backward(batch))
         stepper.clear()
-        count, tokens = batch.img.shape[:2]
+        count, tokens = batch.noisy.shape[:2]
         path = references / f"{storage}-{settings.targets}-{tokens}-{count}.npz"
         author, reference = read_reference(path)
         if author == name:
             author, reference = None, None
-        wrong, compared = compare(gradients, reference, allowed)
+        wrong, compared = verdict(gradients, reference, allowed)
         compared["reference"] = author
         if wrong is not None:
             return wrong, compared
@@ -92,7 +93,7 @@ def loss_and_gradients(candidate: Candidate, loss: Tensor) -> dict[str, Tensor]:
     return result
 
 
-def compare(
+def verdict(
     results: dict[str, Tensor], reference: dict[str, Tensor] | None, allowed: float
 ) -> tuple[str | None, dict[str, object]]:
     """Returns what is wrong or None, and what was compared. Without a reference, results must be
@@ -105,11 +106,9 @@ def compare(
         return None, compared
     if missing := results.keys() ^ reference.keys():
         return f"LoRA modules differ from the reference: {sorted(missing)[:3]}", compared
-    errors = {name: relative_errors(results[name], reference[name])[0] for name in reference}
-    worst = max(errors, key=errors.get)
-    compared |= {"loss_error": errors["loss"], "worst_error": errors[worst], "worst": worst}
-    wrong = f"{worst} differs by {errors[worst]:.2e} of its norm, allowed {allowed:.2e}"
-    return wrong if errors[worst] > allowed else None, compared
+    wrong, worst = compare(results, reference, dict.fromkeys(results, (allowed, math.inf)))
+    loss_error, _ = relative_errors(results["loss"], reference["loss"])
+    return wrong, compared | {"loss_error": loss_error} | worst
 
 
 def write_reference(path: Path, author: str, results: dict[str, Tensor]) -> None:

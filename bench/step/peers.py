@@ -23,7 +23,7 @@ from fluxfast.model.names import (
     tensor_sources,
 )
 from fluxfast.model.spec import FluxSpec
-from fluxfast.objective import image_ids, text_ids
+from fluxfast.objective import Inputs, image_ids, text_ids
 
 LORA_MODULES = (  # attention and MLP of both block kinds; no modulation, nothing outside the blocks
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
@@ -38,23 +38,6 @@ LORA_TARGETS = {  # fluxfast's presets as peft's patterns
 }
 
 
-class Batch(NamedTuple):
-    """One step's inputs under BFL's names, and the velocity to predict.
-
-    img, target [B, T, 64]; txt [B, L, 4096]; img_ids [B, T, 3]; txt_ids [B, L, 3]; y [B, 768];
-    timesteps, guidance [B]. img, txt and y are in the compute dtype, the rest is fp32.
-    """
-
-    img: Tensor
-    img_ids: Tensor
-    txt: Tensor
-    txt_ids: Tensor
-    timesteps: Tensor
-    y: Tensor
-    guidance: Tensor
-    target: Tensor
-
-
 class Adapter(NamedTuple):
     """One of a LoRA's two matrices: some rows of a trained parameter."""
 
@@ -65,20 +48,20 @@ class Adapter(NamedTuple):
 class Candidate(NamedTuple):
     """A model with a LoRA, ready to train.
 
-    predict: Batch -> velocity [B, T, 64]. adapters: diffusers module name -> its A [r, K] and B
+    predict: inputs -> velocity [B, T, 64]. adapters: diffusers module name -> its A [r, K] and B
     [N, r].
     """
 
     model: nn.Module
-    predict: Callable[[Batch], Tensor]
+    predict: Callable[[Inputs], Tensor]
     adapters: dict[str, tuple[Adapter, Adapter]]
 
     def parameters(self) -> list[nn.Parameter]:
         both = [adapter.parameter for pair in self.adapters.values() for adapter in pair]
         return list({id(p): p for p in both}.values())
 
-    def loss(self, batch: Batch) -> Tensor:
-        return F.mse_loss(self.predict(batch).float(), batch.target)
+    def loss(self, inputs: Inputs) -> Tensor:
+        return F.mse_loss(self.predict(inputs).float(), inputs.target)
 
     def reset_adapters(self) -> None:
         """Gives the LoRA the values that all candidates share; none is zero, so no gradient is."""
@@ -115,8 +98,9 @@ class BaseWeights(NamedTuple):
         return values.to(torch.bfloat16).float()
 
 
-def make_batch(settings: Settings, pixels: int, batch: int) -> Batch:
-    """Random latents and prompts; x_t = (1 - t) latent + t noise, whose velocity is the target.
+def make_inputs(settings: Settings, pixels: int, batch: int) -> Inputs:
+    """Random latents and prompts in the compute dtype; x_t = (1 - t) latent + t noise, whose
+    velocity is the target.
 
     Times are powers of two and the guidance is 1, exact in bf16: diffusers rounds 1000·t to the
     compute dtype, fluxfast does not, and the gate must not see that.
@@ -126,15 +110,17 @@ def make_batch(settings: Settings, pixels: int, batch: int) -> Batch:
     latent, noise = (normal(name, (batch, T, 64), device) for name in ("latent", "noise"))
     t = 0.5 ** torch.arange(1, batch + 1, device=device)
     mixed = (1 - t[:, None, None]) * latent + t[:, None, None] * noise
-    return Batch(
-        img=mixed.to(compute),
-        img_ids=image_ids(side, side, device).expand(batch, T, 3),
-        txt=normal("txt", (batch, L, spec.context_in_dim), device).to(compute),
-        txt_ids=text_ids(L, device).expand(batch, L, 3),
-        timesteps=t,
-        y=normal("y", (batch, spec.vec_in_dim), device).to(compute),
-        guidance=torch.ones(batch, device=device),
+    return Inputs(
+        noisy=mixed.to(compute),
         target=noise - latent,
+        timesteps=t,
+        weight=torch.ones_like(t),
+        mask=None,
+        img_ids=image_ids(side, side, device).expand(batch, T, 3),
+        txt_ids=text_ids(L, device).expand(batch, L, 3),
+        t5=normal("txt", (batch, L, spec.context_in_dim), device).to(compute),
+        pooled=normal("y", (batch, spec.vec_in_dim), device).to(compute),
+        modulation=None,
     )
 
 
@@ -177,16 +163,17 @@ def build_diffusers(
         model.compile_repeated_blocks()
     device_type = torch.device(weights.device).type
 
-    def predict(batch: Batch) -> Tensor:
+    def predict(inputs: Inputs) -> Tensor:
+        guidance = torch.ones_like(inputs.timesteps) if weights.spec.guidance_embed else None
         with torch.autocast(device_type, torch.bfloat16, enabled=compute == torch.bfloat16):
             return model(
-                hidden_states=batch.img,
-                encoder_hidden_states=batch.txt,
-                pooled_projections=batch.y,
-                timestep=batch.timesteps,
-                img_ids=batch.img_ids[0],
-                txt_ids=batch.txt_ids[0],
-                guidance=batch.guidance if weights.spec.guidance_embed else None,
+                hidden_states=inputs.noisy,
+                encoder_hidden_states=inputs.t5,
+                pooled_projections=inputs.pooled,
+                timestep=inputs.timesteps,
+                img_ids=inputs.img_ids[0],
+                txt_ids=inputs.txt_ids[0],
+                guidance=guidance,
                 return_dict=False,
             )[0]
 
@@ -266,8 +253,9 @@ def build_fluxfast(
         for part, (_, b_rows, a_rows) in parts:
             adapters[part] = Adapter(layer.lora_A, a_rows), Adapter(layer.lora_B, b_rows)
 
-    def predict(batch: Batch) -> Tensor:
-        guidance = batch.guidance if weights.spec.guidance_embed else None
-        return model(*batch[:-2], guidance)
+    def predict(inputs: Inputs) -> Tensor:
+        text = inputs.t5, inputs.txt_ids, inputs.timesteps, inputs.pooled
+        guidance = torch.ones_like(inputs.timesteps) if weights.spec.guidance_embed else None
+        return model(inputs.noisy, inputs.img_ids, *text, guidance)
 
     return Candidate(model, predict, adapters)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import timing
 from bench.step import gate
-from bench.step.peers import make_batch
+from bench.step.peers import make_inputs
 from bench.step.settings import BASELINE, CANDIDATES, Cycle, Settings
 from bench.step.steps import ModelStep, TrainerStep, limit_memory
 from bench.step.table import launches
@@ -39,7 +39,7 @@ def measure(settings: Settings, names: list[str], references: Path, report: Repo
         say(f"{name}: building")
         steppers[name] = timing.attempt(build, name, settings)
     for cycle in settings.cycles:
-        batches = [make_batch(settings, side, cycle.batch) for side in cycle.pixels]
+        batches = [make_inputs(settings, side, cycle.batch) for side in cycle.pixels]
         details: dict[str, dict[str, object]] = {name: {} for name in names}
 
         def check(name: str, batches=batches, details=details) -> str | None:

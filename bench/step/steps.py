@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.saved import kept_bytes
-from bench.step.peers import Batch, build_model, normal
+from bench.step.peers import build_model, normal
 from bench.step.settings import (
     EMA_DECAY,
     LEARNING_RATE,
@@ -35,8 +35,7 @@ from bench.step.settings import (
 from fluxfast.memory.planner.plan import GIB, MARGIN, Plan, Request
 from fluxfast.memory.planner.suggest import DoesNotFit, plan_on
 from fluxfast.memory.runtime import MemoryExhausted
-from fluxfast.objective import Batch as EncodedBatch
-from fluxfast.objective import Inputs, image_ids, text_ids
+from fluxfast.objective import Batch, Inputs
 from fluxfast.setup import assemble, bucket_shapes
 from fluxfast.step import graph_key, train_step
 
@@ -57,16 +56,16 @@ class ModelStep:
 
             self.optimizer = AdamW8bit(self.parameters, lr=LEARNING_RATE)
         self.ema = [p.detach().clone() for p in self.parameters] if self.setting.ema else []
-        self.batches: list[Batch] = []
+        self.batches: list[Inputs] = []
 
-    def begin(self, cycle: Cycle, batches: list[Batch]) -> None:
+    def begin(self, cycle: Cycle, batches: list[Inputs]) -> None:
         """batches: one of each of the cycle's sizes."""
         self.batches = batches
 
-    def backward(self, batch: Batch) -> Tensor:
+    def backward(self, inputs: Inputs) -> Tensor:
         """Forward and backward alone. Returns the loss, detached; the gradients are in the
         adapters."""
-        loss = self.candidate.loss(batch)
+        loss = self.candidate.loss(inputs)
         loss.backward()
         return loss.detach()
 
@@ -94,7 +93,8 @@ class ModelStep:
         if len(self.batches) > 1:
             return {"saved_bytes": None}
         (batch,), model = self.batches, self.candidate.model
-        known = [*model.parameters(), *model.buffers(), *batch]
+        tensors = [tensor for tensor in batch if tensor is not None]
+        known = [*model.parameters(), *model.buffers(), *tensors]
         return {"saved_bytes": kept_bytes(known, lambda: self.candidate.loss(batch))}
 
     def end(self) -> None:
@@ -139,12 +139,12 @@ class RandomLoader:
         self.latent_sizes = {(side, side): (side // 8, side // 8) for side in cycle.pixels}
         self._batches = [_encoded(settings, side, cycle.batch) for side in cycle.pixels]
 
-    def batch(self, step: int) -> EncodedBatch:
+    def batch(self, step: int) -> Batch:
         first = step * self.batch_size
         indices = list(range(first, first + self.batch_size))
         return replace(self._batches[step % len(self._batches)], indices=indices)
 
-    def examples(self) -> Iterator[EncodedBatch]:
+    def examples(self) -> Iterator[Batch]:
         return iter(self._batches)
 
     def peek(self, step: int) -> tuple[list[int], int, Tensor]:
@@ -153,7 +153,7 @@ class RandomLoader:
         return batch.indices, (rows // 2) * (columns // 2), batch.pooled
 
 
-def _encoded(settings: Settings, side: int, batch: int) -> EncodedBatch:
+def _encoded(settings: Settings, side: int, batch: int) -> Batch:
     spec, compute = settings.spec, settings.compute
     latents = (batch, spec.in_channels // 4, side // 8, side // 8)
     text = (batch, settings.text_tokens, spec.context_in_dim)
@@ -166,7 +166,7 @@ def _encoded(settings: Settings, side: int, batch: int) -> EncodedBatch:
     if settings.device != "cpu":
         tensors = [tensor.pin_memory() for tensor in tensors]
     mean, std, t5, pooled = tensors
-    return EncodedBatch(mean, std, None, t5, pooled, list(range(batch)))
+    return Batch(mean, std, None, t5, pooled, list(range(batch)))
 
 
 class TrainerStep:
@@ -203,7 +203,7 @@ class TrainerStep:
         except DoesNotFit as error:
             return error
 
-    def begin(self, cycle: Cycle, batches: list[Batch]) -> None:
+    def begin(self, cycle: Cycle, batches: list[Inputs]) -> None:
         """Captures and takes a first step. Raises MemoryError where no plan fits."""
         plan = self._plans[cycle]
         if isinstance(plan, DoesNotFit):
@@ -218,26 +218,16 @@ class TrainerStep:
         limit_memory(self.settings)  # assembling has set the plan's own limit
         self._capture()
 
-    def backward(self, batch: Batch) -> Tensor:
+    def backward(self, inputs: Inputs) -> Tensor:
         """The trainer's gradient pass, as a graph where there is one."""
-        run, t = self.run, batch.timesteps
-        side = 2 * round(batch.img.shape[1] ** 0.5)
-        modulation = None
+        run, t = self.run, inputs.timesteps
         if run.modulation_cache is not None:
             with torch.no_grad():
-                modulation = run.model.modulation(t, batch.y, batch.guidance)
-        inputs = Inputs(
-            noisy=batch.img.float(),
-            target=batch.target,
-            timesteps=t,
-            weight=torch.ones_like(t),
-            mask=None,
-            img_ids=image_ids(side, side, self.device),
-            txt_ids=text_ids(batch.txt.shape[1], self.device),
-            t5=batch.txt,
-            pooled=batch.y,
-            modulation=modulation,
-        )
+                modulation = run.model.modulation(t, inputs.pooled, torch.ones_like(t))
+            inputs = inputs._replace(modulation=modulation)
+        # positions are those of one sample in the trainer
+        ids = {"img_ids": inputs.img_ids[:1], "txt_ids": inputs.txt_ids[:1]}
+        inputs = inputs._replace(noisy=inputs.noisy.float(), **ids)
         self.clear()
         return run.graphs(graph_key(inputs), inputs)
 

@@ -18,8 +18,8 @@ from bench.rows import read
 from bench.step import cli as step
 from bench.step import run as step_run
 from bench.step import steps, table
-from bench.step.gate import compare, tolerance
-from bench.step.peers import make_batch
+from bench.step.gate import tolerance, verdict
+from bench.step.peers import make_inputs
 from bench.step.settings import (
     BASELINE,
     CANDIDATES,
@@ -86,7 +86,7 @@ def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fk, "qk_norm_rope_attention", lambda *a, **k: 1.01 * right(*a, **k))
     result, details = measured(PLAIN, names[1:], tmp_path)[CYCLE, names[1]]
     assert result.status == "gate failed" and result.median_ms is None
-    assert details["worst_error"] > details["tolerance"] and "differs by" in result.reason
+    assert details["worst_error"] > details["tolerance"] and "errs by" in result.reason
 
 
 def test_the_trainers_settings_are_its_defaults():
@@ -117,7 +117,7 @@ def test_the_loader_gives_each_size_in_turn_with_its_own_numbers():
 def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
     """On a CPU the plan is carried out, though nothing keeps the process to it."""
     kind = CANDIDATES["fluxfast-nf4-trainer"]
-    batch = make_batch(PLAIN, 64, 1)
+    batch = make_inputs(PLAIN, 64, 1)
 
     def gradients(cap: float | None) -> tuple[torch.Tensor, dict]:
         stepper = TrainerStep(kind, replace(PLAIN, cap_gib=cap))
@@ -197,7 +197,7 @@ def test_the_bare_step_clips_and_averages(monkeypatch):
     stepper.candidate.reset_adapters()
     before = [p.detach().clone() for p in stepper.parameters]
     stepper.ema = [p.clone() for p in before]
-    stepper.begin(CYCLE, [make_batch(PLAIN, 64, 1)])
+    stepper.begin(CYCLE, [make_inputs(PLAIN, 64, 1)])
     stepper.step()
     assert norms == [pytest.approx(0.5, rel=1e-4)]
     for now, was, average in zip(stepper.parameters, before, stepper.ema, strict=True):
@@ -244,12 +244,12 @@ def test_a_bad_call_ends_with_2(bad):
 
 def test_the_gate_names_what_differs():
     reference = {"loss": torch.tensor(2.0), "a.lora_A": torch.ones(4, 4)}
-    assert compare(reference, reference, 1e-6)[0] is None
+    assert verdict(reference, reference, 1e-6)[0] is None
     off = reference | {"a.lora_A": torch.full((4, 4), 1.01)}
-    wrong, compared = compare(off, reference, 1e-3)
+    wrong, compared = verdict(off, reference, 1e-3)
     assert "a.lora_A" in wrong and compared["worst_error"] == pytest.approx(0.01)
-    assert "zero" in compare(reference | {"a.lora_A": torch.zeros(4, 4)}, None, 1)[0]
-    assert "modules differ" in compare({"loss": reference["loss"]}, reference, 1)[0]
+    assert "zero" in verdict(reference | {"a.lora_A": torch.zeros(4, 4)}, None, 1)[0]
+    assert "modules differ" in verdict({"loss": reference["loss"]}, reference, 1)[0]
 
 
 @pytest.mark.slow
