@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import PositiveFloat, TypeAdapter
-
 from fluxfast.errors import ConfigError
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -56,16 +54,18 @@ class Card:
     factors: Mapping[str, Efficiency] = field(default_factory=dict)
 
 
-@dataclass
-class _Factor:
-    factor: PositiveFloat
-    source: str
+def _shipped() -> tuple[Card, ...]:
+    """Plain JSON, not pydantic's: `bench.step` plans where there is torch and triton alone."""
+    cards = []
+    table = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
+    for name, row in table.items():
+        row["capability"] = tuple(row["capability"])
+        row["efficiency"] = {kind: Efficiency(**pair) for kind, pair in row["efficiency"].items()}
+        cards.append(Card(name, **row))
+    return tuple(cards)
 
 
-_ROWS = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
-CARDS = TypeAdapter(tuple[Card, ...]).validate_python(  # as shipped, without measured factors
-    [{"name": name, **row} for name, row in _ROWS.items()]
-)
+CARDS = _shipped()  # without measured factors
 
 
 def _model(name: str) -> tuple[str, int | None]:
@@ -126,12 +126,15 @@ def _with_factors(known: Card, measured: Path) -> Card:
     if not measured.is_file():
         return known
     try:
-        table = TypeAdapter(dict[str, dict[str, _Factor]]).validate_json(measured.read_bytes())
-    except ValueError:
+        rows = json.loads(measured.read_text(encoding="utf-8")).get(known.name, {})
+        factors = {
+            kind: Efficiency(float(row["factor"]), row["source"]) for kind, row in rows.items()
+        }
+        if any(not factor.value > 0 for factor in factors.values()):
+            raise ValueError("a factor that is not above 0")
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ConfigError(
             f"{measured}: not as bench/calibrate.py writes it",
             hint="write it again with bench/calibrate.py, or delete it",
         ) from None
-    rows = table.get(known.name, {})
-    factors = {kind: Efficiency(row.factor, row.source) for kind, row in rows.items()}
     return replace(known, factors=factors)
