@@ -136,6 +136,28 @@ def test_dropout_is_a_function_of_the_sample():
     assert not torch.equal(model(*x), first)
 
 
+def test_a_dropout_mask_keeps_the_mean():
+    """1/(1-p) where it is not zero: 8192 values average to 1 within five standard deviations."""
+    mask = LoRADropout(0.25, "x", DropoutClock(3)).mask(torch.ones(2, 64, 64), [7, 8])
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(mask.mean() - 1) < 5 * (1 / 3 / mask.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (0.5,), (0.5, 1.0), (0.0, 0.25)])
+def test_each_update_acts_at_its_own_strength(strengths):
+    torch.manual_seed(0)
+    layer, x = LoRALinear(64, 32), torch.randn(1, 3, 64)
+    layer.set_weight(torch.randn(32, 64))
+    expected = layer(x).detach()
+    for index, strength in enumerate(strengths):
+        update = fresh_update(layer, 4, 12.0, [[(0, 32)]], seed=index)
+        torch.nn.init.normal_(update.lora_B)
+        update.strength, update.trainable = strength, index == 0  # a layer trains one
+        layer.add_update(update)
+        expected += (strength * 3 * x @ update.lora_A.T @ update.lora_B.T).detach()
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_strength_changed_before_backward_leaves_the_gradients():
     """As a look at the base model between the two does."""
 
