@@ -8,8 +8,7 @@ import torch
 from random_inputs import WIDE, random_inputs
 from small import SMALL, random_flux
 
-import fluxfast.model.activations as activations
-from bench.saved import kept_bytes
+from bench.activations import kept_with_policies
 from fluxfast.config.schema import TrainConfig
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.cards import card
@@ -55,63 +54,16 @@ class Arena:
     def block_backward_done(self, index): ...
 
 
-def counted(model: Flux, x: dict, policies, monkeypatch) -> int:
-    """Bytes that a pass leaves on the card. What hooks of ours keep instead is added to what those
-    outside see."""
+def counted(model: Flux, inputs: dict, policies) -> int:
+    """Bytes that a pass leaves on the card."""
     model.policies, model.offload = policies, Arena()
-    inside: dict[int, torch.Tensor] = {}
-    known = [*model.parameters(), *model.buffers(), *x.values()]
-    own = {t.untyped_storage().data_ptr() for t in known}
-    codes = []
-
-    class Recorded(activations.Int8Store):
-        def put(self, flat):
-            handle = super().put(flat)
-            codes.extend(handle[:2])
-            return handle
-
-    plain = activations.saved_tensors_hooks
-
-    def hooks(pack, unpack):
-        def seen(tensor):
-            packed = pack(tensor)
-            if isinstance(packed, torch.Tensor):
-                storage = packed.untyped_storage()
-                inside[storage.data_ptr()] = packed
-            return packed
-
-        return plain(seen, unpack)
-
-    monkeypatch.setattr(activations, "Int8Store", Recorded)
-    monkeypatch.setattr(activations, "saved_tensors_hooks", hooks)
-    outside = []
-
-    def forward():
-        outside.append(model(**x))
-
-    total = kept_bytes(known, forward)
-    monkeypatch.undo()
-    # the modulation is saved by blocks with hooks and without: it counts once
-    shapes = sum(
-        t.untyped_storage().nbytes()
-        for p, t in inside.items()
-        if p not in own and not _is_modulation(model, t)
-    )
-    return total + shapes + sum(t.nbytes for t in codes)
+    known = [*model.parameters(), *model.buffers(), *inputs.values()]
+    return kept_with_policies(known, lambda: model(**inputs))
 
 
-def _is_modulation(model: Flux, tensor: torch.Tensor) -> bool:
-    columns = sum(layer.out_features for layer in model.modulation_linears())
-    rows = tensor.untyped_storage().nbytes() / tensor.element_size() / columns
-    return rows == 16
-
-
-def predicted(step: StepSpec, shape: Shape, policies) -> int:
-    blocks = zip(step.blocks, policies, strict=True)
-    kept = sum(
-        saved_bytes.block_saved(step, block, shape, policy).device for block, policy in blocks
-    )
-    return kept + saved_bytes.outer_saved(step, shape)
+def predicted(step: StepSpec, shape: Shape, policy: str) -> int:
+    blocks = (saved_bytes.block_saved(step, block, shape, policy) for block in step.blocks)
+    return sum(block.device for block in blocks) + saved_bytes.outer_saved(step, shape)
 
 
 SHAPES = [(1, 12, 20), (2, 8, 9), (3, 8, 30)]
@@ -127,25 +79,26 @@ def models():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("targets", ["attn", "attn+mlp", "all"])
 @pytest.mark.parametrize("spec", [SMALL, WIDE, NANO], ids=["small", "wide", "nano"])
-def test_saved_bytes_per_bucket(spec, targets, policy, models, monkeypatch):
+def test_saved_bytes_per_bucket(spec, targets, policy, models):
     """Of whole passes: within 2 % for every shape, in fp32 and in bf16."""
     for rank, compute, shapes in ((2, "fp32", SHAPES[:1]), (5, "bf16", SHAPES)):
         model, step = models(spec, targets, rank, compute=compute)
         for batch, side, text in shapes:
             x, shape = random_inputs(spec, batch, side, text), Shape(batch, side * side // 4, text)
-            policies = [policy] * len(model.policies)
-            truth = counted(model, x, policies, monkeypatch)
-            assert predicted(step, shape, policies) == pytest.approx(truth, rel=0.02)
+            truth = counted(model, x, [policy] * len(model.policies))
+            assert predicted(step, shape, policy) == pytest.approx(truth, rel=0.02)
             if policy == "offload":
-                blocks = step.blocks
-                host = [saved_bytes.block_saved(step, b, shape, policy).host for b in blocks]
+                host = [
+                    saved_bytes.block_saved(step, block, shape, policy).host
+                    for block in step.blocks
+                ]
                 assert model.offload.bytes == sum(host)
 
 
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_saved_bytes_per_block(kind, policy, monkeypatch):
+def test_saved_bytes_per_block(kind, policy):
     """One block more at a time: the difference is that block's, within 2 %."""
     shape = Shape(2, 64, 24)
     field = {"double": "depth", "single": "depth_single_blocks"}[kind]
@@ -154,9 +107,8 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
         spec = replace(WIDE, **{"depth": 1, "depth_single_blocks": 1, field: count})
         model, step = built(spec, "all", 4, compute="bf16")
         x = random_inputs(spec, 2, 16, 24)
-        policies = [policy] * len(model.policies)
         width = sum(layer.out_features for layer in model.modulation_linears()) * 2 * 16
-        truths.append(counted(model, x, policies, monkeypatch) - width)
+        truths.append(counted(model, x, [policy] * len(model.policies)) - width)
     block = saved_bytes.block_saved(step, f"{kind}_blocks.1", shape, policy)
     assert block.device == pytest.approx(truths[1] - truths[0], rel=0.02)
 
@@ -169,13 +121,12 @@ def test_saved_bytes_per_block(kind, policy, monkeypatch):
         ("gelu_int8", {"storage": "int8", "compute": "int8"}),
     ],
 )
-def test_saved_bytes_of_other_settings(policy, options, monkeypatch):
+def test_saved_bytes_of_other_settings(policy, options):
     model, step = built(WIDE, "attn+mlp", 4, **options)
     model.dropout_clock.indices = [0, 1]
     x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
-    policies = [policy] * 3
-    truth = counted(model, x, policies, monkeypatch)
-    assert predicted(step, shape, policies) == pytest.approx(truth, rel=0.02)
+    truth = counted(model, x, [policy] * 3)
+    assert predicted(step, shape, policy) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])
