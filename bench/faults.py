@@ -201,8 +201,8 @@ def difference(run: Path, undisturbed: Path) -> str | None:
 
 def whole_files(folder: Path) -> set[str]:
     """The run's files but for TensorBoard's, of which every start makes one."""
-    found = (path for path in (folder / _RUN).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)) for path in found if "tensorboard" not in path.parts}
+    files = (path for path in (folder / _RUN).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)) for path in files if "tensorboard" not in path.parts}
 
 
 def rows(path: Path) -> list[dict]:
@@ -292,22 +292,22 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("this needs a system that forks")
     began, rng = time.monotonic(), random.Random(options.seed)
     counts, done, runs = {moment.name: Counter() for moment in MOMENTS}, 0, 0
-    work = Path(tempfile.mkdtemp(prefix="fluxfast-faults-"))
-    make_images(work / "pictures")
+    folder = Path(tempfile.mkdtemp(prefix="fluxfast-faults-"))
+    make_images(folder / "pictures")
     warm_up()
-    undisturbed = prepare(work / "undisturbed")
+    undisturbed = prepare(folder / "undisturbed")
     log = undisturbed / "log.txt"
     if code := finish(start(undisturbed, log)):
         sys.exit(f"the undisturbed run ended with exit code {code}; see {log}")
     fault = None
     while done < options.kills and fault is None:
         runs += 1
-        killed, fault = play(work / f"run-{runs}", undisturbed, options.kills - done, rng, counts)
+        killed, fault = play(folder / f"run-{runs}", undisturbed, options.kills - done, rng, counts)
         done += killed
     print(table(counts))
     print(f"{runs} runs to their end, {time.monotonic() - began:.0f} s; seed {options.seed}")
     if fault is None:
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
     return int(fault is not None)
 
 

@@ -107,9 +107,9 @@ def save(rows: list[Row]) -> dict[Path, list[Row]]:
     for row in rows:
         if row["bench"] in FILES and row["status"] != "out of time":
             files.setdefault(RESULTS / FILES[row["bench"]].format(**row), []).append(row)
-    for file, found in files.items():
+    for file, new in files.items():
         known = read(file)
-        files[file] = [row for row in found if row not in known]
+        files[file] = [row for row in new if row not in known]
         timing.append_rows(file, files[file])
     return files
 

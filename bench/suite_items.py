@@ -47,8 +47,8 @@ class StepItem:
         return replace(self, settings=replace(self.settings, cycles=cycles)) if cycles else None
 
     def _row(self, name: str, cycle: Cycle) -> Row:
-        work = row_settings(self.settings, name, cycle)
-        return {**work, "name": name, "device": self.settings.device}
+        settings = row_settings(self.settings, name, cycle)
+        return {**settings, "name": name, "device": self.settings.device}
 
     def run(self, limit_s: float, file: RowFile) -> None:
         """Appends rows as they are measured; cut after limit_s."""

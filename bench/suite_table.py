@@ -58,16 +58,16 @@ def _steps(rows: list[Row]) -> list[list[str]]:
         if row["bench"] == "step":
             key = (row["setting"], row["lora_targets"], row["memory_cap_gib"], row["batch"])
             blocks[key].append(row)
-    return [_block(*key, found) for key, found in blocks.items()]
+    return [_block(*key, group) for key, group in blocks.items()]
 
 
 def _block(setting: str, targets: str, cap: float | None, batch: int, rows: list[Row]) -> list[str]:
     within = "" if cap is None else f", within {cap:g} GiB"
     sizes = list(dict.fromkeys(_size(row) for row in rows))
-    found = {(row["name"], _size(row)): row for row in rows}
+    by_size = {(row["name"], _size(row)): row for row in rows}
     lines = [["", *sizes, "TFLOP/s", "MFU", "launches"]]
     for name in dict.fromkeys(row["name"] for row in rows):
-        own = [found.get((name, size)) for size in sizes]
+        own = [by_size.get((name, size)) for size in sizes]
         lines.append([name, *map(_cell, own), *_rates(own)])
     title = f"step, {setting} setting, LoRA on {targets}, batch {batch}{within}"
     return [f"{title}: ms, of the baseline, peak GiB", aligned(lines)]

@@ -74,19 +74,19 @@ def figures(side: int) -> dict[str, str]:
     forward = matmuls("bf16", side).forward
     attention = total_flop(op for op in forward if op.kind.startswith("attention")) / 1e12
     linear = total_flop(forward) / 1e12 - attention
-    found = {"forward linear / attention, TFLOP": f"{linear:.2f} / {attention:.2f}"}
+    cells = {"forward linear / attention, TFLOP": f"{linear:.2f} / {attention:.2f}"}
     for recompute, name in RECOMPUTE.items():
         tflop = total_flop(step_ops("bf16", side, recompute)) / 1e12
-        found[f"step with {name}, TFLOP"] = f"{tflop:.1f}"
+        cells[f"step with {name}, TFLOP"] = f"{tflop:.1f}"
     for name, kind, recompute in STEPS:
         ops, known = step_ops(kind, side, recompute), shipped(name)
         peak, assumed = (1e3 * total_seconds(ops, each) for each in (at_peak(known), known))
         line = f"{name}, {kind}, {RECOMPUTE[recompute]}: peak / assumed, ms"
-        found[line] = f"{peak:.0f} / {assumed:.0f}"
+        cells[line] = f"{peak:.0f} / {assumed:.0f}"
     saved = saved_gb("attn+mlp", side)
     copy_ms = 1e3 * cost.seconds(Op("saved", "copy", 0.0, 1e9 * saved), shipped(LINK))
     int8_ms = 1e3 * total_seconds(matmuls("int8", side).forward, shipped(LINK))
-    return found | {
+    return cells | {
         "kept by the blocks, LoRA on attn+mlp, GB": f"{saved:.2f}",
         "kept by the blocks, LoRA on all, GB": f"{saved_gb('all', side):.1f}",
         f"{LINK}: attn+mlp's over PCIe, one way, ms": f"{copy_ms:.0f}",

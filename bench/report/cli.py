@@ -57,11 +57,11 @@ def put(texts: dict[Path, str], name: str, text: str) -> None:
 def drawings(results: Path) -> list[tuple[Path, list[Row], Callable[[list[Row], Path], None]]]:
     """(file, the rows that it shows, the function that draws them) of every chart."""
     path = results / quality.ROWS.name
-    found = [(path.with_suffix(".svg"), last_run(path), quality_chart.draw)]
+    charted = [(path.with_suffix(".svg"), last_run(path), quality_chart.draw)]
     shown = step_chart.charted(step_chart.tables(results))
     if shown:
-        found.append((step_chart.chart_path(shown, results), shown, step_chart.draw))
-    return found
+        charted.append((step_chart.chart_path(shown, results), shown, step_chart.draw))
+    return charted
 
 
 def main(arguments: list[str] | None = None) -> int:

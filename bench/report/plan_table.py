@@ -45,17 +45,17 @@ def figures(row: Row) -> tuple[str, str, str]:
     return f"{(plan.peak + CONTEXT) / GIB:.1f}", f"{plan.mean_seconds:.2f}", describe(plan)
 
 
-def block(found: list[tuple[str, Row]]) -> str:
+def block(planned: list[tuple[str, Row]]) -> str:
     """The table of every card and image size."""
-    lines = [[row.card.name, setting, row.label, *figures(row)] for setting, row in found]
+    lines = [[row.card.name, setting, row.label, *figures(row)] for setting, row in planned]
     table = markdown(["card", "trained", "picture", "needs GiB", "s/it", "how"], lines)
     return f"{table}\n\n{NOTE}"
 
 
-def short(found: list[tuple[str, Row]]) -> str:
+def short(planned: list[tuple[str, Row]]) -> str:
     """The README's table: one line a card, with the defaults."""
     cards: dict[str, dict[str, Row]] = defaultdict(dict)
-    for setting, row in found:
+    for setting, row in planned:
         if setting == DEFAULTS:
             cards[row.card.name][row.label] = row
     lines, sizes = [], []

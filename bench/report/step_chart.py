@@ -75,10 +75,10 @@ def is_timed(row: Row) -> bool:
     return row["median_ms"] is not None
 
 
-def charted(found: list[list[Row]]) -> list[Row]:
+def charted(groups: list[list[Row]]) -> list[Row]:
     """The rows on the chart: of the first table that has times, the largest image of the smallest
     batch."""
-    first = next((group for group in found if any(map(is_timed, group))), [])
+    first = next((group for group in groups if any(map(is_timed, group))), [])
     timed = [row for row in first if is_timed(row) and row["pixels"]]
     shape = min(((row["batch"], -row["pixels"]) for row in timed), default=None)
     return [row for row in timed if (row["batch"], -row["pixels"]) == shape]
@@ -195,10 +195,10 @@ def draw(group: list[Row], path: Path) -> None:
 
 def block(results: Path) -> str:
     """The chart, the tables and their captions, and whether a GPU has timed anything."""
-    found = tables(results)
-    shown = charted(found)
+    groups = tables(results)
+    shown = charted(groups)
     parts = [image(shown)] if shown else []
-    for group in found:
+    for group in groups:
         parts += [part for part in (heading(group), table(group), caption(group)) if part]
     parts.append(COMPILED if _on_gpu(shown) else f"{NO_GPU} {COMPILED}")
     return "\n\n".join(parts)

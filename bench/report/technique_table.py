@@ -42,7 +42,7 @@ def steps(results: Path, *names: str) -> list[Row] | None:
 def beside_eager(results: Path, *ops: str) -> str:
     """Forward and backward of each op, linears over NF4 with matmuls in the compute dtype, over
     the same maths in eager PyTorch: at the largest image of the smallest batch."""
-    found = []
+    ratios = []
     for op in ops:
         times: dict[tuple, dict[str, float]] = defaultdict(dict)
         for row in read(results / "kernels-cuda.jsonl"):
@@ -55,15 +55,15 @@ def beside_eager(results: Path, *ops: str) -> str:
         if both:
             key = max(both)
             ratio = times[key]["fluxfast"] / times[key]["eager"]
-            found.append(f"{op} takes {ratio:.2f} ({key[-1]})")
-    return f"measured: {', '.join(found)} of eager PyTorch's time" if found else ""
+            ratios.append(f"{op} takes {ratio:.2f} ({key[-1]})")
+    return f"measured: {', '.join(ratios)} of eager PyTorch's time" if ratios else ""
 
 
 def no_recompute(results: Path) -> str:
-    found = steps(results, "fluxfast-nf4", "diffusers-nf4", "diffusers-nf4-checkpoint")
-    if found is None:
+    rows = steps(results, "fluxfast-nf4", "diffusers-nf4", "diffusers-nf4-checkpoint")
+    if rows is None:
         return ""
-    ours, theirs, checkpointed = found
+    ours, theirs, checkpointed = rows
     saved, more = (row["saved_bytes"] / 2**20 for row in (ours, theirs))
     slower = checkpointed["median_ms"] / theirs["median_ms"]
     return (
@@ -84,10 +84,10 @@ def nf4_dequantize(results: Path) -> str:
 
 
 def int8_matmuls(results: Path) -> str:
-    found = steps(results, "fluxfast-nf4-int8", "fluxfast-nf4")
-    if found is None:
+    rows = steps(results, "fluxfast-nf4-int8", "fluxfast-nf4")
+    if rows is None:
         return ""
-    int8, bf16 = found
+    int8, bf16 = rows
     gain = f"measured: int8 takes {int8['median_ms'] / bf16['median_ms']:.2f} of the time of bf16 "
     gain += f"matmuls ({int8['device_name']})"
     trained = last_run(results / quality.ROWS.name)
@@ -106,14 +106,14 @@ def fused_quantization(results: Path) -> str:
 
 
 def int8_activations(results: Path) -> str:
-    found = last_run(results / activations.ROWS.name)
-    if not found:
+    rows = last_run(results / activations.ROWS.name)
+    if not rows:
         return ""
     keep, int8 = (
-        activations.of(found, "bytes", policy)[0]["flux_dev_predicted"] / 1e9
+        activations.of(rows, "bytes", policy)[0]["flux_dev_predicted"] / 1e9
         for policy in ("keep", "gelu_int8")
     )
-    (row,) = activations.of(found, "gradients", "gelu_int8")
+    (row,) = activations.of(rows, "gradients", "gelu_int8")
     error = statistics.median(activations.every(row["errors"]))
     return (
         f"predicted: {int8:.1f} GB kept at 1024 px instead of {keep:.1f}; measured: gradients err "
@@ -127,8 +127,8 @@ def modulation_ahead(results: Path) -> str:
 
 
 def one_graph(results: Path) -> str:
-    found = steps(results, f"fluxfast-nf4{step_chart.TRAINER}", "fluxfast-nf4") or []
-    launches = [row.get("launches") for row in found]
+    rows = steps(results, f"fluxfast-nf4{step_chart.TRAINER}", "fluxfast-nf4") or []
+    launches = [row.get("launches") for row in rows]
     if launches and all(launches):
         return f"measured: {launches[0]} launches a step instead of {launches[1]}"
     ahead = sum(op.launches for op in modulation_ops(DEFAULTS, 1).forward)

@@ -69,7 +69,7 @@ def jobs(
     sizes = [(pixels, batch) for pixels in options.pixels for batch in options.batch]
     asked = problems(DEV, card, arch, sizes, options.rank)
     asked = [problem for problem in asked if problem.kernel in kernels]
-    found: list[Job] = [
+    every: list[Job] = [
         TileJob(problem, tune_tiles.kept(verdicts, problem.kernel), target) for problem in asked
     ]
 
@@ -77,11 +77,11 @@ def jobs(
         rows = tune_write.of_one_device(read(options.out), arch, device_name)
         return tune_write.merged(dispatch.tables(arch)[0], rows)
 
-    found += [HandOverJob(h, target, measured) for h in hand_overs(asked) if h.kernel in kernels]
+    every += [HandOverJob(h, target, measured) for h in hand_overs(asked) if h.kernel in kernels]
     if any(kernel.op in ATTENTION for kernel in kernels):
         tokens = {shape_of(p, p, 1, DEV.text_length).tokens for p in options.pixels}
-        found += [BackendJob(T, target) for T in sorted(tokens)]
-    return found
+        every += [BackendJob(T, target) for T in sorted(tokens)]
+    return every
 
 
 def alive() -> bool:
@@ -111,8 +111,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     workers = min(options.workers or os.cpu_count() or 1, MOST_WORKERS)
     with closing(Precompiler(workers, DEV, options.rank, "cuda")) as precompile:
         target = Target(DEV, options.rank, "cuda", arch, options.rounds, precompile, alive)
-        found = jobs(options, target, known, verdicts, conditions["device_name"])
-        return int(not sweep(found, options.out, conditions, options.budget_s))
+        every = jobs(options, target, known, verdicts, conditions["device_name"])
+        return int(not sweep(every, options.out, conditions, options.budget_s))
 
 
 def write(options: argparse.Namespace) -> int:

@@ -63,11 +63,11 @@ def problems(
     return sorted(largest.values(), key=lambda p: -p.share)
 
 
-def hand_overs(found: list[Problem]) -> list[Problem]:
+def hand_overs(asked: list[Problem]) -> list[Problem]:
     """The hand-overs of every product among the problems, from each storage that has a second way.
     Their share is that of the product's least problem, so that its tiles are timed before."""
     products: dict[tuple, list[Problem]] = defaultdict(list)
-    for problem in found:
+    for problem in asked:
         if problem.pass_name in ("product", "dx"):
             products[problem.kernel.op, problem.kernel.dtype, problem.N, problem.K].append(problem)
     pairs = []
@@ -86,13 +86,13 @@ def _of_step(step: StepSpec, shape: Shape, card: Card, arch: int) -> dict[tuple,
     # modulation is computed for several steps at once
     ahead = cost.modulation_ops(step, MODULATION_ROWS).forward
     times += [(op, seconds(op, card) * shape.batch / MODULATION_ROWS) for op in ahead]
-    found: dict[tuple, Problem] = {}
+    by_question: dict[tuple, Problem] = {}
     for op, time in times:
         linear, _, pass_name = op.name.partition(" ")
         for *key, part in _questions(step, op, shape, arch):
-            same = found.get(tuple(key)) or Problem(*key, linear, pass_name, 0.0)
-            found[tuple(key)] = replace(same, share=same.share + part * time / whole)
-    return found
+            same = by_question.get(tuple(key)) or Problem(*key, linear, pass_name, 0.0)
+            by_question[tuple(key)] = replace(same, share=same.share + part * time / whole)
+    return by_question
 
 
 def _questions(step: StepSpec, op: Op, shape: Shape, arch: int) -> list[tuple]:

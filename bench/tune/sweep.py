@@ -79,9 +79,9 @@ class Job:
         self.trying = default
 
     def compare(
-        self, works: dict, error: Callable[[str], str | None], rounds: int, baseline: str
+        self, runs: dict, error: Callable[[str], str | None], rounds: int, baseline: str
     ) -> dict[str, Result]:
-        """Times the works, as CUDA graphs, in which `error(name)` finds nothing wrong."""
+        """Times the runs, as CUDA graphs, in which `error(name)` finds nothing wrong."""
 
         def gate(name: str) -> str | None:
             if not self.target.alive():
@@ -90,8 +90,8 @@ class Job:
             return error(name)
 
         device = self.target.device
-        works = {name: replayed(work, device) for name, work in works.items()}
-        return timing.compare(works, rounds, WARMUP, gate, baseline, device)
+        runs = {name: replayed(work, device) for name, work in runs.items()}
+        return timing.compare(runs, rounds, WARMUP, gate, baseline, device)
 
 
 class TileJob(Job):
@@ -126,8 +126,8 @@ class TileJob(Job):
             return call.error(tiles[name], reference)
 
         def compare(names: Iterable[str], rounds: int) -> dict[str, Result]:
-            works = {name: partial(call.run, tiles[name]) for name in names}
-            return self.compare(works, error, rounds, self.default)
+            runs = {name: partial(call.run, tiles[name]) for name in names}
+            return self.compare(runs, error, rounds, self.default)
 
         screen = compare(tiles, SCREEN_ROUNDS)
         ran = {name: r.median_ms for name, r in screen.items() if r.median_ms is not None}

@@ -62,10 +62,10 @@ def save(path: Path, arch: int, triton: str, verdicts: Verdicts) -> None:
     """Writes one line a heading, kernels in KERNELS' order; the file is never half written."""
     kernels: dict[str, dict[str, list[str]]] = {}
     for kernel in map(str, KERNELS):
-        found = sorted(
+        by_heading = sorted(
             verdicts.get(kernel, {}).items(), key=lambda item: (item[1] != KEPT, item[1])
         )
-        for tile, heading in found:
+        for tile, heading in by_heading:
             kernels.setdefault(kernel, {}).setdefault(heading, []).append(tile)
     text = json.dumps({"arch": arch, "triton": triton, "kernels": kernels}, indent=2)
     text = re.sub(r"\[[^]]*\]", lambda tiles: json.dumps(json.loads(tiles[0])), text)

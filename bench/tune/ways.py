@@ -88,11 +88,11 @@ class HandOverJob(Job):
                 return op_of(t, pair.pass_name)
 
         truth = [y.float() for y in run("decode")]
-        works = {f"{kind} at {M}": partial(run, kind) for kind in WAYS}
-        works = {name: work for name, work in works.items() if name not in failed}
+        runs = {f"{kind} at {M}": partial(run, kind) for kind in WAYS}
+        runs = {name: work for name, work in runs.items() if name not in failed}
         shipped = f"{choice.kind} at {M}"
         results = self.compare(
-            works, lambda name: disagreement(works[name](), truth), target.rounds, shipped
+            runs, lambda name: disagreement(runs[name](), truth), target.rounds, shipped
         )
         asked = {"m": M, "linear": pair.linear, "what": pair.pass_name, "tile": None}
         fields = asked | {"source": choice.kind_source}
@@ -122,9 +122,9 @@ class BackendJob(Job):
             return [o, lse, *attention_backward(tensors.do, *tensors.qkv, o, lse, backend)]
 
         names = [name for name in dict.fromkeys((self.default, *BACKENDS)) if name not in failed]
-        works = {name: partial(run, name) for name in names}
+        runs = {name: partial(run, name) for name in names}
         results = self.compare(
-            works, lambda name: disagreement(run(name), truth), self.target.rounds, self.default
+            runs, lambda name: disagreement(run(name), truth), self.target.rounds, self.default
         )
         fields = {"n": heads, "source": self.source, "tile": None}
         return [

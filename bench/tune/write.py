@@ -97,12 +97,12 @@ def _is_measured(row: dict) -> bool:
 
 def _questions(measured: Rows, kind: str, names: tuple[str, ...]) -> dict[tuple, dict[int, Rows]]:
     """The rows of each finished question of a kind, by the values of `names` and ascending M."""
-    found: dict[tuple, dict[int, Rows]] = defaultdict(dict)
+    by_key: dict[tuple, dict[int, Rows]] = defaultdict(dict)
     for row in sorted((row for row in measured if row["kind"] == kind), key=lambda row: row["m"]):
-        found[tuple(row[name] for name in names)].setdefault(row["m"], []).append(row)
+        by_key[tuple(row[name] for name in names)].setdefault(row["m"], []).append(row)
     finished = {
         key: {M: rows for M, rows in by_m.items() if any(row["shipped"] for row in rows)}
-        for key, by_m in found.items()
+        for key, by_m in by_key.items()
     }
     return {key: by_m for key, by_m in finished.items() if by_m}
 
@@ -221,7 +221,7 @@ def _replaced(rows: Rows, new: list[tuple[dict, Rows]], measured: Rows) -> Rows:
 def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:
     """The text of every file that the rows of a sweep change. Raises ConfigError as `of_one_device`
     does, and for a card that no file is shipped for."""
-    found: dict[Path, str] = {}
+    texts: dict[Path, str] = {}
     attention = json.loads(ATTENTION_PATH.read_text(encoding="utf-8"))
     for arch in sorted({row["arch"] for row in rows if row.get("bench") == "tune"}):
         measured, path = of_one_device(rows, arch, device), table_path(arch)
@@ -230,10 +230,10 @@ def changes(rows: Rows, device: str | None = None) -> dict[Path, str]:
         if arch not in dispatch.ARCHITECTURES:
             hint = "add it, and its number to dispatch.ARCHITECTURES"
             raise ConfigError(f"sm_{arch} has no {path.name}", hint=hint)
-        found[path] = dumped(merged(json.loads(path.read_text(encoding="utf-8")), measured))
+        texts[path] = dumped(merged(json.loads(path.read_text(encoding="utf-8")), measured))
         attention = merged_attention(attention, measured, arch)
-        found[ATTENTION_PATH] = dumped(attention)
-    return {path: text for path, text in found.items() if text != path.read_text(encoding="utf-8")}
+        texts[ATTENTION_PATH] = dumped(attention)
+    return {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
 
 
 def difference(path: Path, text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -212,35 +213,20 @@ def test_an_error_that_ends_a_job_blames_the_tile_that_broke_the_gpu(out):
     assert (row["name"], row["shipped"]) == (named(4)[0], False)
 
 
-class Pool:
-    """Stands in for processes: runs nothing, fails with `error`."""
-
-    made = []
-
-    def __init__(self, workers, context):
-        self.asked, self.open, self.error = [], True, None
-        Pool.made.append(self)
-
-    def submit(self, function, problem, names, *layer):
-        self.asked.append(names)
-        return SimpleNamespace(exception=lambda: self.error)
-
-    def shutdown(self, cancel_futures):
-        self.open = False
-
-
 def test_tiles_are_shared_among_the_processes_that_compile(monkeypatch):
-    monkeypatch.setattr(tune_sweep, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(Pool, "made", [])
+    pools = [Mock(), Mock()]
+    monkeypatch.setattr(tune_sweep, "ProcessPoolExecutor", Mock(side_effect=pools))
+    submit = pools[0].submit
+    submit.return_value.exception.return_value = None
     ahead = Precompiler(2, TINY, RANK, "cuda")
     ahead(None, list("abcde"))
     ahead(None, ["f"])
-    assert Pool.made[0].asked == [["a", "c", "e"], ["b", "d"], ["f"]]
-    Pool.made[0].error = BrokenProcessPool()  # a tile took its process with it
+    assert [call.args[2] for call in submit.call_args_list] == [["a", "c", "e"], ["b", "d"], ["f"]]
+    submit.return_value.exception.return_value = BrokenProcessPool()  # a tile ended its process
     ahead(None, ["g"])
-    assert len(Pool.made) == 2 and [pool.open for pool in Pool.made] == [False, True]
+    pools[0].shutdown.assert_called_once()
     ahead.close()
-    assert not Pool.made[1].open
+    pools[1].shutdown.assert_called_once()
 
 
 def test_a_process_that_compiles_survives_tiles_that_fail(monkeypatch):
@@ -292,6 +278,8 @@ def test_the_jobs_of_a_card():
             assert not same or "mod" in p.linear or order.index(tile) < order.index(one)
     assert hand_overs[0].measured()["tiles"] == dispatch.tables(89)[0]["tiles"]
     assert {one.identity["op"] for one in jobs_of("--op", "gemm_8bit.dense.int8")} == {"gemm_8bit"}
+    pair = jobs_of("--op", "gemm_8bit_dx")
+    assert {one.identity["op"] for one in pair} == {"gemm_8bit_dx", "gemm_8bit_dx_pair"}
 
 
 def test_without_a_gpu_sweep_refuses(out, capsys, monkeypatch):

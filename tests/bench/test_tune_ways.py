@@ -13,7 +13,7 @@ from bench.tune import ways as tune_ways
 from bench.tune.problems import Problem
 from bench.tune.space import Kernel
 from bench.tune.sweep import sweep
-from bench.tune.ways import BackendJob, HandOverJob, answering, shipping
+from bench.tune.ways import BackendJob, HandOverJob
 
 EMPTY = {"thresholds": [], "tiles": []}
 PAIR = Problem(Kernel("lora_gemm", "nf4", "half"), 0, 64, 64, PROJ, "product", 0.5)
@@ -76,17 +76,14 @@ def test_ways_that_differ_are_not_timed(kinds):
 def test_the_shipped_way_is_what_would_be_written_now(kinds):
     row = {"op": "lora_gemm", "fused_up_to_m": 16, "source": "measured: before"}
     measured = {"thresholds": [row], "tiles": []}
+    question = ("lora_gemm", 89, torch.bfloat16, "nf4", 32, 64, 64)
+    before = dispatch.choose(*question)
     one = HandOverJob(PAIR, target(1), lambda: measured)
     timed = [(r.name, more["shipped"], more["source"]) for r, more in one.time(set())]
-    assert timed == [
-        (name, shipped, "measured: before")
-        for name, shipped in (
-            ("fused at 16", True),
-            ("decode at 16", False),
-            ("fused at 32", False),
-            ("decode at 32", True),
-        )
-    ]
+    names = ["fused at 16", "decode at 16", "fused at 32", "decode at 32"]
+    shipped = [True, False, False, True]
+    assert timed == list(zip(names, shipped, ["measured: before"] * 4, strict=True))
+    assert dispatch.choose(*question) == before and before.kind == "fused"
 
 
 def test_the_way_that_breaks_the_gpu_is_known(kinds):
@@ -105,19 +102,3 @@ def test_attention_on_each_backend(tmp_path):
     assert set(rows) == {"flash", "cudnn", "triton"}
     assert rows["triton"]["status"] == "ok" and rows["triton"]["median_ms"] is not None
     assert rows["flash"]["shipped"] and rows["flash"]["status"] == "gate failed"
-
-
-def test_dispatch_answers_as_told_and_then_as_before():
-    question = ("lora_gemm", 89, torch.bfloat16, "nf4", 16, 2048, 2048)
-    before = dispatch.choose(*question)
-    with answering("lora_gemm", "nf4", "decode"):
-        assert dispatch.choose(*question).kind == "decode"
-        assert dispatch.choose(*question).tile == before.tile
-        other = ("lora_gemm", 89, torch.bfloat16, "dense", 16, 2048, 2048)
-        assert dispatch.choose(*other).kind == "fused"
-    tile = dispatch.Tile(16, 64, 32, 1, 4, 2)
-    row = {"op": "lora_gemm", **vars(tile), "source": "measured: "}
-    with shipping(89, {"thresholds": [], "tiles": [row]}):
-        assert dispatch.choose(*question).tile == tile
-        assert dispatch.choose(*question).kind == "fused"  # the default's: up to 64 rows
-    assert dispatch.choose(*question) == before
