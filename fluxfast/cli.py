@@ -38,6 +38,9 @@ Encoders = Annotated[
     str | None,
     typer.Option(help="folder, file or Hub id with VAE and text encoders, if the model has none"),
 ]
+Strength = Annotated[
+    list[float], typer.Option(help="of each LoRA file; one for all or one each; 0 leaves it out")
+]
 Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learned")]
 Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]
 
@@ -84,7 +87,7 @@ def cache(
 
     Example: `fluxfast cache examples/nano/zorb.yaml`. The cache folder is printed to stdout.
     """
-    config = configuration(target, set_, model, encoders, trigger, None)
+    config = configuration(target, set_, model, encoders, trigger)
     from fluxfast.data.prepare import prepare
     from fluxfast.distributed import init_distributed
     from fluxfast.formats.base.load import resolve_device
@@ -133,9 +136,7 @@ def sample(
     lora: Annotated[
         list[Path], typer.Option(help="a LoRA file of any format; several are added up")
     ] = [],  # noqa: B006
-    strength: Annotated[
-        list[float], typer.Option(help="of the LoRA; one for all or one each; 0 is the base model")
-    ] = [1.0],  # noqa: B006
+    strength: Strength = [1.0],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0, help="of the first picture")] = 42,
     walk_seed: Annotated[bool, typer.Option(help="seed + 1 for each further prompt")] = False,
     width: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
@@ -187,9 +188,7 @@ def convert(
         list[Path], typer.Argument(help="LoRA files of any format, then the file to write")
     ],
     to: Annotated[str, typer.Option(help="diffusers, kohya, comfyui, xlabs or bfl")],
-    strength: Annotated[
-        list[float], typer.Option(help="of each file that is added up; one for all or one each")
-    ] = [1.0],  # noqa: B006
+    strength: Strength = [1.0],  # noqa: B006
     scale: Annotated[float, typer.Option(help="of the whole")] = 1.0,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
     drop: Annotated[
@@ -294,11 +293,12 @@ def plan(
     from fluxfast.tools.plan import plan_rows
 
     if target is not None:
-        config = configuration(target, set_, None, None, None, None)
+        config = configuration(target, set_)
     else:
-        raw: dict = {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": {"folder": "."}}
-        raw["data"]["resolution"] = [512, 768, 1024]
-        config = build_config(raw, set_)
+        data = {"folder": ".", "resolution": [512, 768, 1024]}
+        config = build_config(
+            {"model": {"path": "black-forest-labs/FLUX.1-dev"}, "data": data}, set_
+        )
     rows = plan_rows(config, vram, gpu)
     print("\n".join([*table(rows), *breakdown(rows)]))
 
@@ -317,7 +317,7 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
-def configuration(target: Path, overrides, model, encoders, trigger, name):
+def configuration(target: Path, overrides, model=None, encoders=None, trigger=None, name=None):
     """Returns the configuration in a YAML file, or one for a folder of images or kohya's data set,
     with the options applied.
     """

@@ -89,28 +89,24 @@ def verify(folder: Path) -> None:
             "from its weights",
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except OSError as error:
-        raise _damaged(folder, MANIFEST, error.strerror or str(error)) from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _damaged(folder, MANIFEST, "it cannot be read") from None
-    for name in (TENSORS, REST, *entries):
-        if name not in entries:
+        manifest = dict(json.loads((folder / MANIFEST).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _damaged(folder, MANIFEST, f"it cannot be read: {_reason(error)}") from None
+    for name in (TENSORS, REST, *manifest):
+        if name not in manifest:
             raise _damaged(folder, MANIFEST, f"it does not name {name}")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise _damaged(folder, MANIFEST, f"it names {name!r}, which is not in the folder")
         try:
-            found = _measure(folder / name)
-        except OSError as error:
-            raise _damaged(folder, name, error.strerror or str(error)) from None
-        except ValueError:
-            raise _damaged(folder, MANIFEST, f"{name!r} cannot be the name of a file") from None
-        size, digest = entries[name]
-        if found["bytes"] != size:
-            raise _damaged(folder, name, f"{found['bytes']} bytes instead of {size}")
-        if found["sha256"] != digest:
-            raise _damaged(folder, name, "its checksum does not match")
+            entry = _measure(folder / name)
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            raise _damaged(folder, repr(name), _reason(error)) from None
+        if entry != manifest[name]:
+            raise _damaged(folder, name, "its size or checksum does not match")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def save_checkpoint(
@@ -134,7 +130,7 @@ def save_checkpoint(
         flush_folder(run_dir)
     except OSError as error:
         raise DiskError(
-            f"cannot write into {folder.parent}: {error.strerror or error}", hint=_HINT
+            f"cannot write into {folder.parent}: {_reason(error)}", hint=_HINT
         ) from None
     except Damaged as error:
         fault = error.message.replace(str(partial), str(folder))
@@ -215,7 +211,7 @@ def read_state(folder: Path, tensors: bool = True) -> dict[str, Any]:
     except FluxfastError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(folder, REST, f"it cannot be read: {error}") from None
+        raise _damaged(folder, REST, f"it cannot be read: {_reason(error)}") from None
 
 
 def put_weights(parameters: list[nn.Parameter], state: dict[str, Any], folder: Path) -> None:

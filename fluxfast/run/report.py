@@ -18,7 +18,7 @@ from PIL import Image
 
 from fluxfast.config.yaml_io import parse_yaml
 from fluxfast.run.plots import drawable, loss_figure, validation_figure
-from fluxfast.run.validation import Validation, best, read_validations
+from fluxfast.run.validation import best, read_validations
 from fluxfast.sampling import read_png
 from fluxfast.util.files import read_rows, write_atomic
 
@@ -41,19 +41,25 @@ def write_report(run_dir: Path) -> Path:
         settings = _mapping(parse_yaml(source))
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     files = [file for file in sorted(run_dir.glob("*.safetensors")) if file.is_file()]
-    page = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            name=settings.get("name") or run_dir.resolve().name,
-            facts=_facts(run_dir, settings, metrics),
-            loss=_loss(metrics),
-            files=[(file.name, file.stat().st_size) for file in files],
-            validation=_validation(run_dir / "validation.jsonl"),
-            sheet=_sheet(run_dir / "samples.png", _mapping(settings.get("sample"))),
-            source=source,
-            groups=_groups(settings),
-        )
+    seconds = [value for value in _values(metrics, "s_per_it") if value > 0]
+    environment = Environment(autoescape=True)
+    environment.tests["drawable"] = drawable
+    page = environment.from_string(template).render(
+        name=settings.get("name") or run_dir.resolve().name,
+        trigger=(settings.get("trigger") or "none") if settings else None,
+        model=_mapping(settings.get("model")).get("path"),
+        date=_date(run_dir / "metrics.jsonl") or _date(run_dir / "config.yaml"),
+        step=metrics[-1]["step"] if metrics else None,
+        total=_mapping(settings.get("train")).get("steps"),
+        skipped=sum(_values(metrics, "skipped_steps")),
+        s_per_it=median(seconds) if seconds else None,
+        peak_gib=max(_values(metrics, "peak_memory_gib"), default=None),
+        loss=_loss(metrics),
+        files=[(file.name, file.stat().st_size) for file in files],
+        validation=_validation(run_dir / "validation.jsonl"),
+        sheet=_sheet(run_dir / "samples.png", _mapping(settings.get("sample"))),
+        source=source,
+        groups=_groups(settings),
     )
     path = run_dir / "report.html"
     write_atomic(path, page.encode("utf-8", "replace"))
@@ -68,22 +74,10 @@ def _values(metrics: list[dict], key: str) -> list[float]:
     return [row[key] for row in metrics if drawable(row.get(key))]
 
 
-def _facts(run_dir: Path, settings: dict, metrics: list[dict]) -> dict[str, Any]:
-    facts = {"Trigger": settings.get("trigger") or "none"} if settings else {}
-    facts["Base model"] = _mapping(settings.get("model")).get("path")
-    dated = [run_dir / file for file in ("metrics.jsonl", "config.yaml")]
-    if dated := [file for file in dated if file.is_file()]:
-        facts["Date"] = f"{datetime.fromtimestamp(dated[0].stat().st_mtime):%Y-%m-%d %H:%M}"
-    if metrics:
-        steps = _mapping(settings.get("train")).get("steps")
-        total = "" if steps is None else f" of {steps}"
-        skipped = sum(_values(metrics, "skipped_steps"))
-        facts["Steps"] = f"{metrics[-1]['step']}{total} · {skipped or 'none'} skipped"
-    if seconds := [value for value in _values(metrics, "s_per_it") if value > 0]:
-        facts["Speed, median"] = f"{median(seconds):.3g} s/it · {1 / median(seconds):.3g} it/s"
-    if peaks := _values(metrics, "peak_memory_gib"):
-        facts["Peak memory"] = f"{max(peaks):.2f} GiB"
-    return {key: value for key, value in facts.items() if value is not None}
+def _date(file: Path) -> str | None:
+    return (
+        f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d %H:%M}" if file.is_file() else None
+    )
 
 
 def _loss(metrics: list[dict]) -> dict | None:
@@ -111,46 +105,9 @@ def _validation(path: Path) -> dict | str:
     rows = [row for row in measured if all(drawable(getattr(row, key)) for key in numbers)]
     if (best_row := best(rows)) is None:
         return "No validation was recorded. Set validation.share to hold pictures out of training."
-    kind, verdict = _verdict(best_row)
-    lines = [f"Best step: {best_row.step}. {_difference(best_row)}"]
-    if rows[-1].step != best_row.step:
-        lines.append(f"Last step: {rows[-1].step}. {_difference(rows[-1])}")
-    label = f"Validation loss over steps, best at step {best_row.step}: {verdict}"
-    count = f"{best_row.pictures} held-out picture" + ("s" if best_row.pictures != 1 else "")
-    caption = f"The same noise each time, {count}. The best step was chosen by these very pictures,"
-    return {
-        "kind": kind,
-        "verdict": verdict,
-        "lines": lines,
-        "svg": _labeled(validation_figure(rows), label),
-        "caption": f"{caption} which flatters it a little.",
-    }
-
-
-def _verdict(row: Validation) -> tuple[str, str]:
-    """Returns (CSS class, the words after "The LoRA")."""
-    if not (drawable(row.low) and drawable(row.high)):
-        return "", "may or may not help: one picture gives no interval."
-    if row.high < 0:
-        return "good", "helps: the whole interval lies below zero."
-    if row.low > 0:
-        return "bad", "makes it worse: the whole interval lies above zero."
-    return "", "does not help yet: the interval includes zero."
-
-
-def _difference(row: Validation) -> str:
-    """Returns the measurement in words, which carry the difference's sign."""
-    text = f"Loss {row.loss:.4f} against the base model's {row.base_loss:.4f}: "
-    if row.difference == 0:
-        text += "no difference"
-    else:
-        text += f"{abs(row.difference):.4f} {'lower' if row.difference < 0 else 'higher'}"
-        if row.base_loss:
-            text += f" ({100 * abs(row.difference / row.base_loss):.1f} %)"
-    if drawable(row.low) and drawable(row.high):
-        ends = f"{row.low:+.4f} to {row.high:+.4f}".replace("-", "−")
-        text += f"; 95 % interval of the difference {ends}"
-    return text + "."
+    label = f"Validation loss over steps, best at step {best_row.step}."
+    svg = _labeled(validation_figure(rows), label)
+    return {"best": best_row, "last": rows[-1], "svg": svg}
 
 
 def _sheet(path: Path, sample: dict) -> dict | str:

@@ -137,10 +137,7 @@ class Saves:
         for file in folder.glob(f"{self.config.name}*.safetensors"):
             if file not in _best_files(self.config, folder):
                 write_atomic(self.config.run_dir / file.name, file.read_bytes())
-        path = lora_file(self.config, self.config.run_dir)
-        if not path.is_file():
-            raise FluxfastError(f"the checkpoint {folder} has no {path.name}")
-        return step, path
+        return step, lora_file(self.config, self.config.run_dir)
 
 
 def save_best(run: Training, done: int, loss: float) -> None:
