@@ -53,14 +53,14 @@ class StepItem:
     def run(self, limit_s: float, file: RowFile) -> None:
         """Appends rows as they are measured; cut after limit_s."""
 
-        def report(cycle: Cycle, results: dict, details: dict) -> None:
+        def report(cycle: Cycle, results: dict) -> None:
             row = self._row(BASELINE, cycle)
             same = [r for r in file.rows if r["name"] == BASELINE and peers(r) == peers(row)]
             baseline = timing.Result(BASELINE, median_ms=same[-1]["median_ms"] if same else None)
             timing.add_ratios({BASELINE: baseline} | results, BASELINE)
             for result in results.values():
                 say(f"{cycle}: {result}")
-            self._append(file, cycle, results, details)
+            self._append(file, cycle, results)
 
         # the gradients that candidates are gated against are those of the same commit
         commit = str(file.conditions.get("commit"))[:12]
@@ -72,10 +72,10 @@ class StepItem:
         """Appends rows with the status "out of time"."""
         for cycle in self.settings.cycles:
             results = {n: timing.Result(n, "out of time", reason) for n in self.names}
-            self._append(file, cycle, results, {name: {} for name in self.names})
+            self._append(file, cycle, results)
 
-    def _append(self, file: RowFile, cycle: Cycle, results: dict, details: dict) -> None:
-        file.append_news(rows(self.settings, cycle, results, details, file.conditions))
+    def _append(self, file: RowFile, cycle: Cycle, results: dict) -> None:
+        file.append_news(rows(self.settings, cycle, results, file.conditions))
 
 
 @dataclass

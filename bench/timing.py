@@ -40,6 +40,7 @@ class Result:
     "out of memory", "out of time" (of a suite's budget) or "failed"; reason: of all but "ok".
     ratio: its median over the baseline's, below 1 is faster; None where either is missing.
     peak_memory_kind: what `peak_memory_bytes` counts (see `peak_memory`); both None if not known.
+    details: further fields of its row.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Result:
     ratio: float | None = None
     peak_memory_bytes: int | None = None
     peak_memory_kind: str | None = None
+    details: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.status}: {self.reason or f'{self.median_ms:.1f} ms'}"
@@ -269,11 +271,11 @@ def conditions(device: str) -> dict[str, object]:
 
 
 def row(result: Result, **fields: object) -> dict[str, object]:
-    """Returns one JSON object: the result, its number of rounds, and the fields: conditions and
-    settings."""
+    """Returns one JSON object: the result, its number of rounds, the fields (conditions and
+    settings) and the result's details."""
     values = asdict(result)
-    times = values.pop("times_ms")
-    return values | {"rounds": len(times)} | fields
+    times, details = values.pop("times_ms"), values.pop("details")
+    return values | {"rounds": len(times)} | fields | details
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -75,7 +75,8 @@ def _rows(problem: Problem, case: Case, settings: Settings, roof: Roof) -> list[
             work, settings.rounds, settings.warmup, gate, EAGER, settings.device, cold=True
         )
         for name, result in results.items():
-            rows.append(row(result, case, direction, settings, roof, judged[name, direction][1]))
+            _, result.details = judged[name, direction]
+            rows.append(row(result, case, direction, settings, roof))
     return rows
 
 
@@ -83,7 +84,7 @@ def failed(case: Case, settings: Settings, roof: Roof, error: Exception) -> list
     """Returns the row of a case that could not be built."""
     result = timing.Result(OURS)
     timing.fail(result, error)
-    return [row(result, case, FORWARD, settings, roof, {})]
+    return [row(result, case, FORWARD, settings, roof)]
 
 
 def measure_all(

@@ -11,15 +11,9 @@ SLOWEST = 5
 
 
 def row(
-    result: timing.Result,
-    case: Case,
-    direction: str,
-    settings: Settings,
-    roof: Roof,
-    compared: dict[str, object],
+    result: timing.Result, case: Case, direction: str, settings: Settings, roof: Roof
 ) -> dict[str, object]:
-    """Returns a row without the machine's conditions. Rates are of the case's bytes and FLOP.
-    compared: what the gate says of it."""
+    """Returns a row without the machine's conditions. Rates are of the case's bytes and FLOP."""
     forward, backward = ops_of(case, settings)
     ops = forward + backward if direction == BOTH else forward
     moved, flop, kind = total_bytes(ops), total_flop(ops), matmul_kind(case, settings)
@@ -49,7 +43,7 @@ def row(
         tflop_per_s=flop / median / 1e9 if median else None,
         warmup=settings.warmup,
         interleaved=True,
-        **dict.fromkeys(("worst", "worst_error", "tolerance")) | compared,
+        **dict.fromkeys(("worst", "worst_error", "tolerance")),
     )
 
 

@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
         for cap in options.cap or [None]:
             capped = replace(settings, cap_gib=cap)
             measured = _run(capped, names, Path(folder), conditions, options.out)
-            for cycle, (results, details) in measured.items():
+            for cycle, results in measured.items():
                 print(f"\n{conditions['device_name']}: {_title(capped, cycle)}")
-                print(table(results, details))
+                print(table(results))
                 print("\n".join(verdicts(results)))
                 refused = [r for r in results.values() if r.status == "gate failed"]
                 failures += [f"wrong: {result.name}: {result.reason}" for result in refused]
@@ -118,19 +118,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(
     settings: Settings, names: list[str], references: Path, conditions: dict, out: Path | None
-) -> dict[Cycle, tuple[dict, dict]]:
-    """Measures every cycle and appends rows as they come. Returns results and details by name."""
-    measured: dict[Cycle, tuple[dict, dict]] = {cycle: ({}, {}) for cycle in settings.cycles}
+) -> dict[Cycle, dict]:
+    """Measures every cycle and appends rows as they come. Returns results by name."""
+    measured: dict[Cycle, dict] = {cycle: {} for cycle in settings.cycles}
 
-    def report(cycle: Cycle, results: dict, details: dict) -> None:
-        all_results, all_details = measured[cycle]
-        all_results |= results
-        all_details |= details
-        timing.add_ratios(all_results, BASELINE)
+    def report(cycle: Cycle, results: dict) -> None:
+        measured[cycle] |= results
+        timing.add_ratios(measured[cycle], BASELINE)
         for result in results.values():
             say(f"{cycle}: {result}")
         if out is not None:
-            timing.append_rows(out, rows(settings, cycle, results, details, conditions))
+            timing.append_rows(out, rows(settings, cycle, results, conditions))
 
     for group in [[name] for name in names] if settings.apart else [names]:
         run = measure_apart if settings.apart else measure

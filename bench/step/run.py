@@ -16,8 +16,7 @@ from bench.step.steps import ModelStep, TrainerStep, limit_memory
 from bench.step.table import launches
 from bench.terminal import say
 
-# called with a cycle, results by name, details (fields of a row) by name
-Report = Callable[[Cycle, dict[str, timing.Result], dict[str, dict[str, object]]], None]
+Report = Callable[[Cycle, dict[str, timing.Result]], None]  # with results by name
 Stepper = ModelStep | TrainerStep
 EXIT_S = 30  # for a process that has reported everything to end
 
@@ -40,12 +39,12 @@ def measure(settings: Settings, names: list[str], references: Path, report: Repo
         steppers[name] = timing.attempt(build, name, settings)
     for cycle in settings.cycles:
         batches = [make_inputs(settings, side, cycle.batch) for side in cycle.pixels]
-        details: dict[str, dict[str, object]] = {name: {} for name in names}
+        compared: dict[str, dict[str, object]] = {}
 
-        def check(name: str, batches=batches, details=details) -> str | None:
+        def check(name: str, batches=batches, compared=compared) -> str | None:
             say(f"{name}: gate")
-            wrong, compared = gate.check(name, steppers[name], settings, batches, references)
-            details[name] |= compared
+            args = (name, steppers[name], settings, batches, references)
+            wrong, compared[name] = gate.check(*args)
             return wrong
 
         work = {name: timing.attempt(_begin, steppers[name], cycle, batches) for name in names}
@@ -53,10 +52,11 @@ def measure(settings: Settings, names: list[str], references: Path, report: Repo
             work, settings.rounds, settings.warmup, check, BASELINE, settings.device, say
         )
         for name, result in results.items():
+            result.details |= compared.get(name, {})
             if result.status == "ok":
                 result.divide(len(cycle.pixels))
-                details[name] |= _count(name, steppers[name], cycle, result, settings.device)
-        report(cycle, results, details)
+                _count(steppers[name], cycle, result, settings.device)
+        report(cycle, results)
         work.clear()
         for stepper in steppers.values():
             if not isinstance(stepper, Exception):
@@ -70,24 +70,20 @@ def _begin(stepper: Stepper | Exception, cycle: Cycle, batches: list) -> Callabl
     return stepper.step
 
 
-def _count(
-    name: str, stepper: Stepper, cycle: Cycle, result: timing.Result, device: str
-) -> dict[str, object]:
-    """Returns what is counted once everything is timed; peak memory goes to the result."""
+def _count(stepper: Stepper, cycle: Cycle, result: timing.Result, device: str) -> None:
+    """Adds to the result what is counted once everything is timed."""
 
     def peak() -> dict[str, object]:
         if measured := stepper.peak_memory():
             result.peak_memory_bytes, result.peak_memory_kind = measured
         return {}
 
-    details: dict[str, object] = {}
     for count in (peak, lambda: launches(stepper.step, len(cycle.pixels), device), stepper.details):
         counted = timing.attempt(count)
         if isinstance(counted, Exception):  # the times stand
-            say(f"{name}: not counted: {type(counted).__name__}: {counted}")
+            say(f"{result.name}: not counted: {type(counted).__name__}: {counted}")
         else:
-            details |= counted
-    return details
+            result.details |= counted
 
 
 def measure_apart(
@@ -132,8 +128,7 @@ def _report_all(
     cycles: list[Cycle], names: list[str], status: str, reason: str, report: Report
 ) -> None:
     for cycle in cycles:
-        results = {name: timing.Result(name, status, reason) for name in names}
-        report(cycle, results, {name: {} for name in names})
+        report(cycle, {name: timing.Result(name, status, reason) for name in names})
 
 
 def _child(settings: Settings, names: list[str], references: Path, sender) -> None:

@@ -74,17 +74,16 @@ def rows(
     settings: Settings,
     cycle: Cycle,
     results: dict[str, timing.Result],
-    details: dict[str, dict[str, object]],
     conditions: dict[str, object],
 ) -> list[dict[str, object]]:
-    """Returns a row for each result. details: by name, as far as known of DETAILS."""
+    """Returns a row for each result."""
     return [
         timing.row(
             result,
             **conditions,
             **row_settings(settings, name, cycle),
             **rates(settings, name, cycle, result.median_ms, str(conditions["device_name"])),
-            **dict.fromkeys(DETAILS) | details[name],
+            **dict.fromkeys(DETAILS),
         )
         for name, result in results.items()
     ]
@@ -143,14 +142,14 @@ def count_launches(events) -> dict[str, int]:
     return {"launches": len(calls), "kernels": len(kernels)}
 
 
-def table(results: dict[str, timing.Result], details: dict[str, dict[str, object]]) -> str:
+def table(results: dict[str, timing.Result]) -> str:
     """Returns a line per candidate: times, ratio to the baseline, peak and saved memory, the gate's
     error."""
     lines = [["candidate", "median ms", "p10-p90", "ratio", "peak MiB", "saved MiB", "gate"]]
     for name, r in results.items():
         if r.median_ms is None:
             continue
-        error, saved = (details[name].get(key) for key in ("worst_error", "saved_bytes"))
+        error, saved = (r.details.get(key) for key in ("worst_error", "saved_bytes"))
         lines.append(
             [
                 name,

@@ -45,7 +45,7 @@ class Bench:
                 result = timing.Result(name, median_ms=200.0, p10_ms=199.0, p90_ms=201.0)
                 result = timing.Result(name, "out of time", "cut") if cut else result
                 results[name] = self.outcomes.get(name) or result
-            report(cycle, results, {name: {} for name in names})
+            report(cycle, results)
         self.now += min(takes, limit_s)
 
     def command(self, words, limit_s):
@@ -180,7 +180,7 @@ def test_a_stopped_suite_ends_with_its_table(bench, monkeypatch, capsys):
     def measure(settings, names, references, report, limit_s):
         bench.ran.append(settings.cycles)
         result = timing.Result(OURS, median_ms=7.0, p10_ms=7, p90_ms=7)
-        report(settings.cycles[0], {OURS: result}, {OURS: {}})
+        report(settings.cycles[0], {OURS: result})
         if len(bench.ran) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
@@ -276,7 +276,7 @@ def test_a_command_finds_the_repository(monkeypatch):
 
 def reports_once_and_dies(settings, names, references, sender):
     result = timing.Result(names[0], median_ms=1.0, p10_ms=1, p90_ms=1)
-    sender.send((settings.cycles[0], {names[0]: result}, {names[0]: {}}))
+    sender.send((settings.cycles[0], {names[0]: result}))
     os._exit(7)
 
 
@@ -285,7 +285,7 @@ def measured(limit_s: float | None = None, settings: Settings = SETTINGS) -> lis
     step_run.measure_apart(
         settings, [OURS], Path("nowhere"), lambda *report: found.append(report), limit_s
     )
-    return [(cycle, r[OURS].status, r[OURS].reason) for cycle, r, _ in found]
+    return [(cycle, r[OURS].status, r[OURS].reason) for cycle, r in found]
 
 
 @pytest.mark.slow

@@ -65,11 +65,11 @@ def one_thread():
 
 
 def measured(settings: Settings, names: list[str], folder) -> dict[tuple, tuple]:
-    """-> (cycle, name) -> result, details."""
+    """Returns results by cycle and name."""
     found = {}
 
-    def report(cycle, results, details):
-        found.update({(cycle, name): (results[name], details[name]) for name in names})
+    def report(cycle, results):
+        found.update({(cycle, name): (results[name], results[name].details) for name in names})
 
     step_run.measure(settings, names, folder, report)
     return found
