@@ -65,7 +65,7 @@ def nano_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """What a file trains on that has no pictures of its own."""
+    """Four captioned images for a test file without images of its own."""
     from small import noise_pictures
 
     return noise_pictures(tmp_path_factory.mktemp("photos"), 4, caption="noise")
@@ -90,7 +90,8 @@ def one_thread():
 
 @pytest.fixture
 def fluxfast(monkeypatch, capfd):
-    """Runs the command line in this process. -> (exit code, stdout, stderr)"""
+    """Returns a function that runs the command line in this process and returns (exit code, stdout,
+    stderr)."""
     from fluxfast import cli
 
     def run(*arguments):
@@ -109,7 +110,7 @@ def fluxfast(monkeypatch, capfd):
 
 @pytest.fixture
 def log_lines():
-    """What fluxfast logs while the test runs: a list of lines that grows."""
+    """A list that collects the lines fluxfast logs during the test."""
     from small import logged
 
     with logged() as lines:
@@ -118,7 +119,7 @@ def log_lines():
 
 @pytest.fixture
 def configure(nano_model, photos, cache, tmp_path):
-    """-> make(train__steps=2, ...): a small run's configuration over the file's `photos`."""
+    """Returns `small_run` for the file's `photos`: call it with changes such as train__steps=2."""
     from small import small_run
 
     return partial(small_run, nano_model, photos, tmp_path / "runs", cache)

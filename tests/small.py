@@ -1,4 +1,4 @@
-"""A FLUX, pictures and a run, small enough to try everything on."""
+"""A small FLUX, images and configurations for tests."""
 
 import importlib.util
 import json
@@ -41,8 +41,8 @@ def noise_pictures(
     seed: int = 0,
     sizes: tuple[tuple[int, int], ...] = ((64, 64),),
 ) -> Path:
-    """`count` pictures of noise, 0.png, 1.png, …, in each (width, height) in turn, each with its
-    caption where one is given. -> folder."""
+    """Saves `count` images of noise, 0.png, 1.png and so on, of each (width, height) in turn, with
+    captions if one is given. Returns the folder."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         width, height = sizes[i % len(sizes)]
@@ -124,7 +124,7 @@ def diffusers_forward(transformer, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -> Config:
-    """A short run's configuration, with changes such as train__steps=2."""
+    """Returns a short run's configuration, with changes such as train__steps=2."""
     raw = {
         "name": "small",
         "output_dir": str(output),
@@ -144,7 +144,7 @@ def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What fluxfast logs inside, from INFO on: a list of lines that grows."""
+    """Yields a list that collects the lines fluxfast logs, from INFO on."""
     lines, logger = [], logging.getLogger("fluxfast")
     handler, level = logging.Handler(), logger.level
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -158,7 +158,7 @@ def logged() -> Iterator[list[str]]:
 
 
 def script(path: Path) -> ModuleType:
-    """A script of examples/ as a module."""
+    """Returns a script of examples/ as a module."""
     spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there

@@ -226,18 +226,15 @@ class Flux(nn.Module):
         """
         if self.guidance_in is not None and guidance is None:
             raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
+        inputs = [timesteps, y] if guidance is None else [timesteps, y, guidance]
         if any(layer.drops() for layer in self.modulation_linears()):
             # dropout masks belong to the batch's own samples; such rows are never cached
-            return self._modulation_rows(timesteps, y, guidance)
-        count, pieces = len(timesteps), []
-        for start in range(0, count, MODULATION_ROWS):
-            rows = slice(start, start + MODULATION_ROWS)
-            t, pooled = padded(timesteps[rows]), padded(y[rows])
-            g = None if guidance is None else padded(guidance[rows])
-            pieces.append(self._modulation_rows(t, pooled, g)[: count - start])
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            return self._modulation_rows(*inputs)
+        groups = zip(*(padded(x).split(MODULATION_ROWS) for x in inputs), strict=True)
+        pieces = [self._modulation_rows(*group) for group in groups]
+        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0])[: len(y)]
 
-    def _modulation_rows(self, t: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+    def _modulation_rows(self, t: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype
         vec = self.time_in(timestep_embedding(t).to(dtype)) + self.vector_in(y.to(dtype))
         if self.guidance_in is not None:

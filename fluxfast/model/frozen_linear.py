@@ -16,6 +16,8 @@ from fluxfast_kernels.quant.nf4 import BLOCK, NF4Tensor
 from fluxfast_kernels.quant.rows import QuantizedRows
 from torch import Tensor, nn
 
+from fluxfast.model.precision import STORAGES
+
 Weight = Tensor | NF4Tensor | QuantizedRows
 
 # the buffers of a quantized weight, in the order in which the ops take them
@@ -47,8 +49,7 @@ class FrozenLinear(nn.Module):
         """
         shape = tuple(weight.values.shape if isinstance(weight, QuantizedRows) else weight.shape)
         assert shape == (self.out_features, self.in_features), shape
-        if storage not in ("fp32", "bf16", "nf4", "int8", "fp8"):
-            raise ValueError(f"storage must be fp32, bf16, nf4, int8 or fp8, got {storage!r}")
+        assert storage in STORAGES, storage
         tensors = {} if self.rotation else _quantized_tensors(weight, storage)
         if not tensors:
             weight = rotate_weight(dequantize(weight), self.rotation)

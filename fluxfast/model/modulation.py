@@ -26,8 +26,8 @@ def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
 
 
 def padded(x: Tensor) -> Tensor:
-    """Returns x [n, ...] with rows of zeros appended: [MODULATION_ROWS, ...]."""
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, MODULATION_ROWS - len(x)))
+    """Returns x [n, ...] with rows of zeros appended, to a multiple of MODULATION_ROWS."""
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % MODULATION_ROWS))
 
 
 class ModulationCache:

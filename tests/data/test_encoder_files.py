@@ -159,12 +159,13 @@ def test_a_t5_in_fp8(folder, tmp_path, scaled):
     if scaled:
         coded["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
     beside(folder, tmp_path)
-    given = []
+    encoded = []
     for name, state in (("coded", coded), ("plain", plain)):
         save_file(state, tmp_path / f"{name}.safetensors")
-        given.append(TextEncoders(tmp_path / f"{name}.safetensors").encode(["a red circle"], 16)[0])
-    assert torch.equal(*given)
-    assert not torch.equal(given[0], TextEncoders(folder).encode(["a red circle"], 16)[0])
+        encoders = TextEncoders(tmp_path / f"{name}.safetensors")
+        encoded.append(encoders.encode(["a red circle"], 16)[0])
+    assert torch.equal(*encoded)
+    assert not torch.equal(encoded[0], TextEncoders(folder).encode(["a red circle"], 16)[0])
 
 
 def test_fingerprints_follow_the_content(folder, tmp_path):

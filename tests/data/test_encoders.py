@@ -152,9 +152,9 @@ def test_fingerprint_of_large_weights(tmp_path, monkeypatch):
     data = bytearray(len(header).to_bytes(8, "little") + header + bytes(50_000))
     path = folder(tmp_path / "a", model__safetensors=bytes(data))
 
-    def after(place: int, value: int = 1) -> str:
+    def after(offset: int, value: int = 1) -> str:
         changed = bytearray(data)
-        changed[place] = value
+        changed[offset] = value
         (path / "model.safetensors").write_bytes(changed)
         return fingerprint(path)
 

@@ -21,6 +21,7 @@ from fluxfast.train import train
 NANO = Path(__file__).parents[2] / "examples" / "nano"
 MODEL = ModelConfig(path=str(NANO / "pretrained"), storage="fp32", compute="fp32")
 SEEDS = range(100, 110)
+QUESTIONS = ("shape", "colour", "place")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,16 @@ def run(tmp_path_factory) -> Path:
     return config.run_dir
 
 
-def shows(classifier, files: list[Path]) -> list[dict[str, str]]:
-    pixels = np.stack([np.array(Image.open(file)) for file in files])
+def shows(classifier, images: list[Path | Image.Image]) -> list[dict[str, str]]:
+    images = [Image.open(image) if isinstance(image, Path) else image for image in images]
+    pixels = np.stack([np.array(image) for image in images])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return classifier.answers(images)
+
+
+def correct(question: str, answers: list[dict[str, str]], scenes: list) -> list[bool]:
+    pairs = zip(answers, scenes, strict=True)
+    return [answer[question] == getattr(scene, question) for answer, scene in pairs]
 
 
 def pictures(captions: list[str]) -> list[Picture]:
@@ -60,16 +67,11 @@ def pictures(captions: list[str]) -> list[Picture]:
 
 
 def test_judge_knows_drawings(tools):
-    """At least 98 % of drawings that it was not trained on."""
     draw, classifier = tools
     scenes = [draw.random_scene(987, index) for index in range(300)]
-    images = np.stack([np.array(draw.draw(scene)) for scene in scenes])
-    answers = classifier.answers(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    for question in ("shape", "colour", "place"):
-        right = sum(
-            a[question] == getattr(s, question) for a, s in zip(answers, scenes, strict=True)
-        )
-        assert right / len(scenes) >= 0.98, question
+    answers = shows(classifier, [draw.draw(scene) for scene in scenes])
+    for question in QUESTIONS:
+        assert sum(correct(question, answers, scenes)) / len(scenes) >= 0.98, question
 
 
 @pytest.mark.slow
@@ -78,11 +80,9 @@ def test_base_model_draws_its_captions(tools, tmp_path):
     scenes = [draw.random_scene(555, index) for index in range(10)]
     files = generate(MODEL, pictures([s.caption() for s in scenes]), tmp_path, device="cpu")
     answers = shows(classifier, files)
-    for question, least in (("shape", 7), ("colour", 9), ("place", 9)):
-        right = sum(
-            a[question] == getattr(s, question) for a, s in zip(answers, scenes, strict=True)
-        )
-        assert right >= least, (question, right)
+    for question, least in zip(QUESTIONS, (7, 9, 9), strict=True):
+        right = correct(question, answers, scenes)
+        assert sum(right) >= least, (question, right)
 
 
 @pytest.mark.slow
@@ -115,11 +115,9 @@ def test_concept_is_learnt_and_the_rest_stays(run, tools, tmp_path):
     files = generate(
         MODEL, pictures([s.caption() for s in scenes]), tmp_path / "o", [lora], device="cpu"
     )
-    matching = sum(
-        all(answer[q] == getattr(scene, q) for q in ("shape", "colour", "place"))
-        for answer, scene in zip(shows(classifier, files), scenes, strict=True)
-    )
-    assert matching >= 7
+    answers = shows(classifier, files)
+    right = zip(*(correct(question, answers, scenes) for question in QUESTIONS), strict=True)
+    assert sum(map(all, right)) >= 7
 
 
 def test_pipeline_draws_the_same_picture(run, tmp_path):

@@ -102,34 +102,35 @@ def test_bad_choices():
 
 
 @pytest.mark.parametrize(
-    "capability, gib, storage, compute",
+    "setting, capability, gib, expected",
     [
-        (None, 0, "fp32", "bf16"),
-        ((7, 5), 16, "nf4", "fp32"),
-        ((8, 0), 39.4, "nf4", "int8"),
-        ((8, 0), 79.1, "int8", "int8"),
-        ((8, 6), 23.7, "nf4", "int8"),
-        ((8, 7), 61, "nf4", "bf16"),  # Jetson Orin: nothing is assumed of it
-        ((8, 9), 23.6, "nf4", "int8"),
-        ((8, 9), 47.5, "int8", "int8"),
-        ((9, 0), 79.1, "fp8", "fp8"),
-        ((10, 0), 179, "nf4", "bf16"),
-        ((12, 0), 31.4, "nf4", "int8"),
-        ((12, 1), 95, "int8", "int8"),
+        ("auto/auto", None, 0, "fp32/bf16"),
+        ("auto/auto", (7, 5), 16, "nf4/fp32"),
+        ("auto/auto", (8, 0), 39.4, "nf4/int8"),
+        ("auto/auto", (8, 0), 79.1, "int8/int8"),
+        ("auto/auto", (8, 6), 23.7, "nf4/int8"),
+        ("auto/auto", (8, 7), 61, "nf4/bf16"),  # Jetson Orin: nothing is assumed of it
+        ("auto/auto", (8, 9), 23.6, "nf4/int8"),
+        ("auto/auto", (8, 9), 47.5, "int8/int8"),
+        ("auto/auto", (9, 0), 79.1, "fp8/fp8"),
+        ("auto/auto", (10, 0), 179, "nf4/bf16"),
+        ("auto/auto", (12, 0), 31.4, "nf4/int8"),
+        ("auto/auto", (12, 1), 95, "int8/int8"),
+        ("int8/auto", (9, 0), 80, "int8/int8"),
+        ("fp8/auto", (8, 9), 24, "fp8/fp8"),
+        ("fp8/auto", (8, 6), 24, "fp8/bf16"),
+        ("auto/int8", (9, 0), 80, "int8/int8"),
+        ("auto/bf16", (9, 0), 80, "nf4/bf16"),
+        ("auto/fp8", None, 0, "fp32/fp8"),
     ],
 )
-def test_auto(capability, gib, storage, compute):
+def test_auto(setting, capability, gib, expected):
     bf16 = capability is None or capability >= (8, 0)
-    assert choose_precision("auto", "auto", capability, gib, bf16) == (storage, compute)
+    found = choose_precision(*setting.split("/"), capability, gib, bf16)
+    assert "/".join(found) == expected
 
 
-def test_auto_follows_what_is_given():
-    assert choose_precision("int8", "auto", (9, 0), 80, True) == ("int8", "int8")
-    assert choose_precision("fp8", "auto", (8, 9), 24, True) == ("fp8", "fp8")
-    assert choose_precision("fp8", "auto", (8, 6), 24, True) == ("fp8", "bf16")
-    assert choose_precision("auto", "int8", (9, 0), 80, True) == ("int8", "int8")
-    assert choose_precision("auto", "bf16", (9, 0), 80, True) == ("nf4", "bf16")
-    assert choose_precision("auto", "fp8", None, 0, False) == ("fp32", "fp8")
+def test_auto_without_bf16_in_hardware():
     assert choose_precision("auto", "auto", None, 0, False) == ("fp32", "fp32")
 
 
@@ -305,8 +306,8 @@ def test_a_run_in_int8_is_repeated_and_resumed_exactly(configure, log_lines):
     whole, again, parts = (configure(name=name, **common) for name in ("whole", "again", "parts"))
     files = [train(config) for config in (whole, again)]
     line = "base in nf4, int8 products, activations in "
-    said = "\n".join(log_lines)
-    assert line in said and "1 layer rotated, 1 in bf16" in said
+    log = "\n".join(log_lines)
+    assert line in log and "1 layer rotated, 1 in bf16" in log
     train(parts)
     (parts.run_dir / "parts.safetensors").unlink()
     (parts.run_dir / "checkpoints" / "step-00000004").rename(parts.run_dir / "gone")
@@ -324,5 +325,5 @@ def test_a_run_may_go_on_in_another_precision(configure, log_lines):
     train(configure(train__steps=2))
     changes = {"model__storage": "int8", "model__compute": "int8"}
     train(configure(train__steps=3, **changes))
-    said = "\n".join(log_lines)
-    assert "base in int8, int8 products" in said and "at step 2" in said
+    log = "\n".join(log_lines)
+    assert "base in int8, int8 products" in log and "at step 2" in log
