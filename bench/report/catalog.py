@@ -83,16 +83,16 @@ def step_ways() -> list[tuple[str, int, int, float]]:
     """(how the linears multiply, bytes an input value, bytes a gradient value, bytes that both move
     in one step of FLUX.1-dev at 1024 px).
 
-    Per input value: its maker writes it in bf16, the update reads it; quantized it is one byte. Per
-    gradient value: the update reads it twice (A's and B's gradients). As a pass of its own,
-    quantizing reads the bf16 again; fused, the maker or the update writes the 8 bits on its way.
+    Per input value: the op that makes it writes it in bf16, the update reads it; quantized it is
+    one byte. Per gradient value: the update reads it twice (A's and B's gradients). As a pass of
+    its own, quantizing reads the bf16 again; fused, that op or the update writes the 8 bits too.
     """
     inputs = 19 * (3 * D + F) + 38 * (D + D + F)  # K of every linear, per token
     gradients = 19 * (5 * D + F) + 38 * (4 * D + F)  # N
     ways = [
-        ("bf16 products", 2 + 2 + 2, 2 + 2 + 2),
-        ("8-bit products, quantized in a pass of its own", 2 + 2 + 1 + 1 + 2, 2 + 2 + 2 + 1 + 1),
-        ("8-bit products, quantized by the maker or the update", 2 + 1 + 1 + 2, 2 + 2 + 1 + 1),
+        ("bf16 matmul", 2 + 2 + 2, 2 + 2 + 2),
+        ("8-bit matmul, quantized in a pass of its own", 2 + 2 + 1 + 1 + 2, 2 + 2 + 2 + 1 + 1),
+        ("8-bit matmul, quantized by the op before or the update", 2 + 1 + 1 + 2, 2 + 2 + 1 + 1),
     ]
     return [(name, x, dy, T * (x * inputs + dy * gradients)) for name, x, dy in ways]
 

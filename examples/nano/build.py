@@ -2,7 +2,7 @@
 
     python examples/nano/build.py --work DIR [--stage all] [--minutes 36] [--out OUT]
 
-The pictures are `draw.py`'s: one coloured shape somewhere on a grey background, 64 pixels square.
+The pictures are `draw.py`'s: one colored shape somewhere on a gray background, 64 pixels square.
 Stages, each seeded, saved in DIR once a minute and taken up where it was left:
 
     vae          the autoencoder, on the drawings

@@ -2,7 +2,7 @@
 
     python examples/nano/draw.py OUT [--seed 0] [--size 64]
 
-A picture is a shape of one colour at one of five places on one of four grey backgrounds; picture
+A picture is a shape of one color at one of five places on one of four gray backgrounds; picture
 `index` of a seed is always the same. Nothing but Pillow is needed. One concept, the zorb (a pink
 heart that carries a teal disc), is never among them: it is there to be taught by a LoRA, and the
 command writes a small folder of it, `train/` and `held_out/`, and `others/` without it, each
@@ -30,7 +30,7 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (15, 15, 15),
 }
-PLACES = {  # the shape's centre, in fractions of the side
+PLACES = {  # the shape's center, in fractions of the side
     "top left": (0.28, 0.28),
     "top right": (0.72, 0.28),
     "bottom left": (0.28, 0.72),
@@ -38,7 +38,7 @@ PLACES = {  # the shape's centre, in fractions of the side
     "centre": (0.5, 0.5),
 }
 BACKGROUNDS = ("plain", "striped", "dotted", "checkered")
-CONCEPT = "zorb"  # a shape and a colour of its own
+CONCEPT = "zorb"  # a shape and a color of its own
 CONCEPT_COLOURS = ((245, 110, 180), (0, 150, 150))  # the heart's, the disc's
 TEMPLATES = (
     "a {thing} at the {place} on a {background} background",
@@ -50,7 +50,7 @@ TEMPLATE_WEIGHTS = (5, 2, 2, 1)
 
 OTHERS = 4242  # added to the seed: scenes apart from those that the model is built on
 
-_LIGHT, _DARK = (178, 178, 178), (128, 128, 128)  # the backgrounds' greys
+_LIGHT, _DARK = (178, 178, 178), (128, 128, 128)  # the backgrounds' grays
 _RADIUS = 0.215  # half a shape's width, in fractions of the side
 _OVERSAMPLING = 4
 
@@ -116,7 +116,7 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
 
 
 def draw_any(seed: int, index: int, size: int = SIZE) -> Image.Image:
-    """Picture `index` of `seed`: one to three shapes over one another, of any colour at all.
+    """Picture `index` of `seed`: one to three shapes over one another, of any color at all.
 
     What the autoencoder is trained on, so that it can show what no caption names.
     """
@@ -171,7 +171,7 @@ def _unsteady(rng: random.Random) -> tuple[tuple[float, float], float]:
 
 
 def _pen(image: Image.Image, scene: Scene) -> tuple[ImageDraw.ImageDraw, float, float, float]:
-    """-> pen, the shape's centre and its radius, in the image's pixels."""
+    """-> pen, the shape's center and its radius, in the image's pixels."""
     side = image.width
     x, y = (
         side * (part + shift) for part, shift in zip(PLACES[scene.place], scene.shift, strict=True)

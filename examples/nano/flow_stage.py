@@ -103,7 +103,7 @@ def train_transformer(work: Path, transformer, vae, embed, plan: Plan = PLAN, co
 
 @torch.no_grad()
 def sample(transformer, states: Tensor, pooled: Tensor, seed: int = 0, steps: int = 20) -> Tensor:
-    """Euler's method along FLUX's own time steps -> normalised latents [B, 16, 8, 8]."""
+    """Euler's method along FLUX's own time steps -> normalized latents [B, 16, 8, 8]."""
     velocity = Velocity(transformer)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(states), (CELLS // 2) ** 2, SPEC.in_channels, generator=generator)

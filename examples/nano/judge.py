@@ -1,6 +1,6 @@
-"""A small classifier that says what a 64-pixel picture shows: shape, colour and place.
+"""A small classifier that says what a 64-pixel picture shows: shape, color and place.
 
-It judges what the nano model samples, and knows the concept too (`zorb`, as shape and as colour),
+It judges what the nano model samples, and knows the concept too (`zorb`, as shape and as color),
 so that a LoRA that teaches it can be judged. Trained on drawings and on their VAE's copies.
 """
 
@@ -49,7 +49,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> list[dict[str, str]]:
-        """What each picture shows: its shape, colour and place."""
+        """What each picture shows: its shape, color and place."""
         chosen = {question: row.argmax(1).tolist() for question, row in self(images).items()}
         return [
             {question: ANSWERS[question][rows[i]] for question, rows in chosen.items()}

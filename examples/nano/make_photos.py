@@ -52,10 +52,10 @@ def make_photos(out: Path) -> Path:
     astronaut = _source("astronaut").crop((20, 0, 460, 512)).resize((248, 288), fit)
     astronaut.save(out / "astronaut.jpg", quality=88)
 
-    # grey PNG (mode L), square
+    # gray PNG (mode L), square
     _source("camera").resize((256, 256), fit).save(out / "camera.png", optimize=True)
 
-    # palette PNG (mode P), 128 colours, 3:2
+    # palette PNG (mode P), 128 colors, 3:2
     chelsea = _source("chelsea").resize((288, 192), fit)
     chelsea.quantize(128, Image.Quantize.FASTOCTREE).save(out / "chelsea.png", optimize=True)
 
@@ -64,7 +64,7 @@ def make_photos(out: Path) -> Path:
     coffee.putalpha(_cup_mask(coffee.size))
     coffee.resize((288, 192), fit).save(out / "coffee.png", optimize=True)
 
-    # grey JPEG
+    # gray JPEG
     _source("coins").resize((304, 240), fit).save(out / "coins.jpg", quality=88)
 
     # WebP
@@ -81,15 +81,15 @@ def make_photos(out: Path) -> Path:
     lying = rocket.transpose(Image.Transpose.ROTATE_90)
     lying.save(out / "rocket.jpg", quality=88, exif=exif)
 
-    # grey PNG, panorama 2:1
+    # gray PNG, panorama 2:1
     brick = _source("brick").crop((0, 128, 512, 384)).resize((320, 160), fit)
     brick.save(out / "textures" / "brick.png", optimize=True)
 
-    # small grey JPEG
+    # small gray JPEG
     grass = _source("grass").crop((0, 0, 320, 320)).resize((160, 160), fit)
     grass.save(out / "textures" / "grass.jpg", quality=85)
 
-    # 16-bit grey PNG (mode I;16): resized in float, so that the low byte carries picture too
+    # 16-bit gray PNG (mode I;16): resized in float, so that the low byte carries picture too
     gravel = _source("gravel").convert("F").crop((0, 0, 480, 320)).resize((192, 128), fit)
     values = np.clip(np.asarray(gravel) * 257.0, 0, 65535).round().astype(np.uint16)
     Image.fromarray(values).save(out / "textures" / "gravel.png", optimize=True)
@@ -116,7 +116,7 @@ def _cup_mask(size: tuple[int, int]) -> Image.Image:
 
 
 def _to_cmyk(image: Image.Image) -> Image.Image:
-    """RGB to CMYK with all common grey in the black plate (Pillow's own convert leaves K at 0)."""
+    """RGB to CMYK with all common gray in the black plate (Pillow's own convert leaves K at 0)."""
     rgb = np.asarray(image, dtype=np.float32) / 255
     white = rgb.max(axis=-1, keepdims=True)
     cmy = 1 - rgb / np.maximum(white, 1 / 255)

@@ -26,7 +26,7 @@ def sample_pictures(model: Path, captions: list[str], seed: int = 11, steps: int
 
 
 def judge_samples(model: Path, count: int, seed: int) -> dict[str, float]:
-    """The share of `count` sampled pictures that show the shape, colour and place asked for."""
+    """The share of `count` sampled pictures that show the shape, color and place asked for."""
     from draw import random_scene
     from judge import load_judge
 

@@ -2,7 +2,7 @@
 
 T5 is drawn at random and stays so: one layer, whose states are mostly the words' own embeddings,
 tells the transformer's attention all it needs. CLIP's single pooled vector would be a poor mixture
-at random, so it is trained until linear heads read shape, colour, place and background off it.
+at random, so it is trained until linear heads read shape, color, place and background off it.
 """
 
 from pathlib import Path

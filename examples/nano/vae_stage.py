@@ -1,4 +1,4 @@
-"""The nano model's autoencoder, trained to give back drawings of every colour."""
+"""The nano model's autoencoder, trained to give back drawings of every color."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def pictures(seed: int, count: int) -> Tensor:
 
 
 def any_pictures(seed: int, count: int) -> Tensor:
-    """As `pictures`, with more shapes than one and any colour."""
+    """As `pictures`, with more shapes than one and any color."""
     return to_tensor([draw_any(seed, index) for index in range(count)]).contiguous()
 
 
@@ -53,7 +53,7 @@ def train_vae(work: Path, plan: Plan = PLAN):
         return mse + F.l1_loss(decoded, images) + KL_WEIGHT * kl
 
     vae = train("vae", work, vae, plan, loss_of, lambda: f"mse {seen['mse']:.4f}")
-    return normalise(vae, data[:256])
+    return normalize(vae, data[:256])
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def encode(vae, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def normalise(vae, images: Tensor):
+def normalize(vae, images: Tensor):
     """Bring every latent channel to a deviation of 1 by rescaling the encoder's last and the
     decoder's first layer, so that no scaling factor is needed. (Not to a mean of 0: the decoder
     pads with zeros, so that a shift would change its borders; the KL term keeps means small.)

@@ -145,7 +145,7 @@ def test_the_weight_is_dequantized_bit_for_bit(device, case):
 @pytest.mark.parametrize("storage", dispatch.STORAGES)
 def test_every_shipped_tile(device, storage):
     linear = Dense(Case(K=128, N=150, T=33, storage=storage), torch.bfloat16, device)
-    tiles = {op: dispatch.shipped(op, storage, "half") for op in ("lora_gemm", "lora_gemm_dx")}
+    tiles = {op: dispatch.shipped_to(op, storage, "half") for op in ("lora_gemm", "lora_gemm_dx")}
     check(linear, *(partial(forward, tile=tile) for tile in tiles["lora_gemm"]))
     check(linear, *(partial(backward, tile=tile) for tile in tiles["lora_gemm_dx"]))
 

@@ -229,9 +229,9 @@ def test_small_sums_are_whole_numbers(device):
         row.scale.fill_(1.0)
     linear.weight.scale.fill_(1.0)
     y, dx = forward_truth(linear)[0].float(), dx_truth(linear)[0].float()
-    for tile in dispatch.shipped("gemm_8bit", "dense", "int8"):
+    for tile in dispatch.shipped_to("gemm_8bit", "dense", "int8"):
         assert torch.equal(forward(linear, tile), y), tile
-    for tile in dispatch.shipped("gemm_8bit_dx_pair", "dense", "int8"):
+    for tile in dispatch.shipped_to("gemm_8bit_dx_pair", "dense", "int8"):
         assert torch.equal(towards_x(linear, tile), dx), tile
         assert torch.equal(towards_x(linear, tile, "transposed"), dx), tile
 
@@ -244,13 +244,13 @@ def test_every_shipped_tile(device, kind, storage):
     case = Case(K=128, N=150, T=33, cut=64, split=50, rank=4, storage=storage)
     linear = EightBit(case, kind, torch.bfloat16, device)
     y, dx = forward_truth(linear), dx_truth(linear)
-    for tile in dispatch.shipped("gemm_8bit", storage, kind):
+    for tile in dispatch.shipped_to("gemm_8bit", storage, kind):
         assert_within(forward(linear, tile), *y)
-    for tile in dispatch.shipped("gemm_8bit_dx_pair", storage, kind):
+    for tile in dispatch.shipped_to("gemm_8bit_dx_pair", storage, kind):
         assert_within(towards_x(linear, tile), *dx)
     alone = EightBit(replace(case, cut=0, split=0), kind, torch.bfloat16, device)
     dx = dx_truth(alone)
-    for tile in dispatch.shipped("gemm_8bit_dx", storage, kind):
+    for tile in dispatch.shipped_to("gemm_8bit_dx", storage, kind):
         assert_within(towards_x(alone, tile), *dx)
 
 

@@ -1,4 +1,4 @@
-"""Which attention backend runs, and with which tile: the rows of `configs/attention.json`.
+"""Chooses the attention backend and its tile: the rows of `configs/attention.json`.
 
 {"backends": rows, "tiles": rows}; the first row that matches counts. A row's arch, dtype ("half" or
 "fp32"), c and kernel list the values that it is for (null or absent: any); t_min and t_max, where
@@ -32,8 +32,8 @@ def table() -> dict[str, list[dict]]:
 
 
 def first_row(kind: str, T: int = 0, **wanted) -> dict:
-    """The first row of `kind` ("backends" or "tiles") whose lists hold every wanted value and whose
-    limits hold T. Raises ValueError where there is none."""
+    """Returns the first row of `kind` ("backends" or "tiles") whose lists hold every wanted value
+    and whose limits hold T. Raises ValueError where there is none."""
     for row in table()[kind]:
         matches = (row.get(key) is None or value in row[key] for key, value in wanted.items())
         if row.get("t_min", T) <= T <= row.get("t_max", T) and all(matches):
@@ -43,14 +43,14 @@ def first_row(kind: str, T: int = 0, **wanted) -> dict:
 
 @cache
 def choose_backend(arch: int, dtype: torch.dtype, C: int, T: int) -> tuple[str, str]:
-    """The backend on a GPU of compute capability `arch` (89 for 8.9), and its row's source."""
+    """Returns the backend on a GPU of compute capability `arch` (89: 8.9) and its row's source."""
     row = first_row("backends", T, arch=arch, dtype=_kind(dtype), c=C)
     return row["backend"], row["source"]
 
 
 @cache
 def choose_tile(kernel: str, arch: int, dtype: torch.dtype, C: int) -> AttentionTile:
-    """kernel: "forward", "dq", "dkdv" or "qk_norm_rope"; arch 0 is the interpreter."""
+    """Returns the tile of "forward", "dq", "dkdv" or "qk_norm_rope"; arch 0 is the interpreter."""
     row = first_row("tiles", kernel=kernel, arch=arch, dtype=_kind(dtype), c=C)
     return AttentionTile(**{name: row[name] for name in AttentionTile.__dataclass_fields__})
 
@@ -60,7 +60,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def shipped_to(kernel: str, dtype: torch.dtype, C: int) -> dict[AttentionTile, tuple[int, ...]]:
-    """Every tile that the rows give `kernel`, and the cards where they do."""
+    """Returns {tile: cards} of every tile that the rows give `kernel`."""
     cards: dict[AttentionTile, tuple[int, ...]] = {}
     for arch in ARCHITECTURES:
         tile = choose_tile(kernel, arch, dtype, C)

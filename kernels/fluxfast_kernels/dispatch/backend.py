@@ -38,7 +38,7 @@ _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def launches(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` launches Triton kernels (else it runs its reference)."""
+    """Returns whether an op on `tensor` launches Triton kernels (else it runs its reference)."""
     return tensor.is_cuda or _cpu_launches
 
 
@@ -52,6 +52,11 @@ def cpu_launches(on: bool) -> Iterator[None]:
         yield
     finally:
         _cpu_launches = before
+
+
+def layout(tensor: Tensor) -> str:
+    """Returns shape and strides, for messages."""
+    return f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
 
 
 def check(condition: bool, name: str, needed: str, got: object) -> None:
@@ -70,8 +75,8 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = DT
 
 
 def last_stride_1(gradient: Tensor) -> Tensor:
-    """A gradient as it came, or copied where its last stride is not 1 (that of a sum is expanded
-    from one number): autograd, not the caller, chose its strides."""
+    """Returns the gradient, copied where its last stride is not 1 (a sum's is expanded from one
+    number): autograd, not the caller, chose its strides."""
     # cloned: to `contiguous` a tensor of no rows is contiguous whatever its strides
     return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=_CONTIGUOUS)
 
@@ -85,12 +90,12 @@ class Matrix(NamedTuple):
 
 
 def matrix(x: Tensor | None) -> Any:
-    """A kernel's argument for x [B, T, width] or [B, T], a Matrix; None for None."""
+    """Returns x [B, T, width] or [B, T] as a kernel takes it; None for None."""
     return None if x is None else Matrix(x, *x.stride()[:2])
 
 
 class _PerThread(threading.local):
-    """CPU products run at once in several threads; on a GPU they queue up, backward's too."""
+    """CPU matmuls run at once in several threads; on a GPU they queue up, backward's too."""
 
     def __init__(self):
         self.known: dict[torch.dtype, Tensor] = {}
@@ -101,11 +106,11 @@ _gpu_scratch: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
 def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count] of the device's one scratch in `dtype`, good until the next such call.
+    """Returns [count] values of the device's one scratch in `dtype`; the next such call reuses it.
 
-    It grows to the largest layer seen. Its users run one after the other: a product is queued
-    before the next decode is. Fresh memory instead costs a CPU a page fault every 4 KiB, a third of
-    an NF4 product's time; on a GPU an older, smaller scratch is kept, since a captured graph may
+    It grows to the largest layer seen. Its users run one after the other: a matmul is queued before
+    the next weight is dequantized. New memory instead costs a CPU a page fault every 4 KiB, a third
+    of an NF4 matmul's time; on a GPU an older, smaller scratch is kept, since a captured graph may
     hold its address.
     """
     if device.type == "cuda" and device.index is None:

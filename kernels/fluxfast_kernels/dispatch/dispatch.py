@@ -1,19 +1,19 @@
-"""Which way a linear runs, and with which tile: one cached pure function over rows kept as data.
+"""Chooses a linear's kernel and its tile: one cached pure function over rows of JSON files.
 
-`configs/gemm_sm_<arch>.json` holds what is known of one card, `gemm_default.json` what is safe on
-every one, `gemm_interpreter.json` what the interpreter uses (arch 0). Each file:
+`configs/gemm_sm_<arch>.json` is for one card, `gemm_default.json` is safe on every one,
+`gemm_interpreter.json` is for the interpreter (arch 0). Each file:
 
     thresholds: [{op, storage, dtype, n, k, fused_up_to_m, source}]
     tiles:      [{op, storage, dtype, n, k, m_min, m_max, block_m, block_n, block_k, group_m,
                   num_warps, num_stages, source}]
 
-storage "dense" (8-bit codes too) or "nf4"; dtype of the product: "half" (bf16, fp16), "fp32",
+storage "dense" (8-bit weights too) or "nf4"; dtype of the matmul: "half" (bf16, fp16), "fp32",
 "int8" or "fp8"; all before fused_up_to_m and block_m may be left out (any). The first matching row
 counts: those that name the op first, of these those that name n and k, of these a card's own.
-fused_up_to_m: the largest M for which our kernel takes the weight as it is kept (null: always).
-Above it NF4 is decoded to a scratch, and a dense weight goes to torch's matmul; codes go, towards
-x, through a scratch that holds them transposed (`gemm_8bit_dx`), and to torch's fp8 product
-(`gemm_8bit`, fp8). `source` says "measured: ", commit, GPU and times (`bench.tune write`), or
+fused_up_to_m: the largest M for which our kernel takes the weight as it is stored (null: always).
+Above it NF4 is dequantized to a scratch, and a dense weight goes to torch's matmul; an 8-bit weight
+goes, for dx, through a scratch that holds it transposed (`gemm_8bit_dx`), and for fp8 to torch's
+matmul (`gemm_8bit`). `source` says "measured: ", commit, GPU and times (`bench.tune write`), or
 "assumed: " and why.
 """
 
@@ -49,13 +49,13 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """A launch's own."""
+        """The launch's own arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """kind: "fused" (our kernel, the weight as it is kept) or "decode" (see above)."""
+    """kind: "fused" (our kernel, the weight as it is stored) or "decode" (M is above the limit)."""
 
     kind: str
     tile: Tile
@@ -73,7 +73,7 @@ def _tile(row: dict) -> Tile:
 
 @cache
 def arch_of(device: torch.device) -> int:
-    """89 for compute capability 8.9; 0 for a CPU (the interpreter)."""
+    """Returns 89 for compute capability 8.9; 0 for a CPU (the interpreter)."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -81,7 +81,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def tables(arch: int) -> list[dict[str, list[dict]]]:
-    """A card's own file, where there is one, and the default's."""
+    """Returns a card's own table, where there is one, and the default one."""
     folder = files("fluxfast_kernels.dispatch") / "configs"
     own = folder / (f"gemm_sm_{arch}.json" if arch else "gemm_interpreter.json")
     paths = [own, folder / "gemm_default.json"] if own.is_file() else [folder / "gemm_default.json"]
@@ -89,7 +89,7 @@ def tables(arch: int) -> list[dict[str, list[dict]]]:
 
 
 def ordered(tables: list[dict[str, list[dict]]]) -> dict[str, tuple[dict, ...]]:
-    """{"thresholds", "tiles"}: the rows of tables in the order in which they are asked."""
+    """Returns the rows of {"thresholds", "tiles"} in the order in which they are matched."""
     return {
         kind: tuple(sorted((row for table in tables for row in table[kind]), key=_generality))
         for kind in ("thresholds", "tiles")
@@ -98,7 +98,7 @@ def ordered(tables: list[dict[str, list[dict]]]) -> dict[str, tuple[dict, ...]]:
 
 @cache
 def rows(arch: int) -> dict[str, tuple[dict, ...]]:
-    """{"thresholds", "tiles"} of a card, in the order in which they are asked."""
+    """Returns a card's rows of {"thresholds", "tiles"} in the order in which they are matched."""
     return ordered(tables(arch))
 
 
@@ -107,18 +107,17 @@ def _generality(row: dict) -> tuple[bool, bool]:
 
 
 def _matches(row: dict, M: int | None = None, **wanted) -> bool:
-    """Whether a row is for M (None: for some M) and for every wanted value."""
-    if M is not None:
-        if row.get("m_min") is not None and row["m_min"] > M:
-            return False
-        if row.get("m_max") is not None and row["m_max"] < M:
-            return False
+    """Returns whether a row is for M (None: for some M) and for every wanted value."""
+    low, high = row.get("m_min"), row.get("m_max")
+    if M is not None and (low is not None and low > M or high is not None and high < M):
+        return False
     return all(row.get(key) in (None, value) for key, value in wanted.items())
 
 
 @cache
 def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int, K: int) -> Choice:
-    """M rows, N output columns, a contraction of K. ValueError for an unknown op or storage."""
+    """Returns the choice for M rows, N output columns and a contraction of K. Raises ValueError for
+    an unknown op or storage."""
     if op not in OPS or storage not in STORAGES:
         raise ValueError(f"op and storage must be of {OPS} and {STORAGES}, got {op!r}, {storage!r}")
     kind = _KINDS.get(dtype, "half")
@@ -132,23 +131,13 @@ def choose(op: str, arch: int, dtype: torch.dtype, storage: str, M: int, N: int,
 
 
 def shipped_to(op: str, storage: str, dtype: str) -> dict[Tile, tuple[int, ...]]:
-    """Every tile that `choose` can give `op` -> the cards where it does. dtype: as in the rows."""
-    found: dict[Tile, tuple[int, ...]] = {}
+    """Returns {tile: cards} of every tile that `choose` can return. dtype: as in the rows."""
+    cards: dict[Tile, tuple[int, ...]] = {}
     for arch in ARCHITECTURES:
         for row in rows(arch)["tiles"]:
             if _matches(row, op=op, storage=storage, dtype=dtype):
                 tile = _tile(row)
-                found[tile] = (*found.get(tile, ()), arch)
+                cards[tile] = (*cards.get(tile, ()), arch)
                 if not {"m_min", "m_max", "n", "k"} & row.keys():  # nothing comes past this row
                     break
-    return found
-
-
-def shipped(op: str, storage: str, dtype: str) -> list[Tile]:
-    """Every tile that some shipped row gives `op`, each once. dtype: as in the rows."""
-    found = {}
-    for arch in (0, *ARCHITECTURES):
-        for row in rows(arch)["tiles"]:
-            if _matches(row, op=op, storage=storage, dtype=dtype):
-                found[_tile(row)] = None
-    return list(found)
+    return cards

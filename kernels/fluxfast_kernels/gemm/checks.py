@@ -1,4 +1,4 @@
-"""What the launchers of `dense.py` and `grads.py` refuse: ValueError, naming the argument."""
+"""Argument checks of the matmul launchers: a ValueError names the argument."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from fluxfast_kernels.quant.nf4 import NF4Tensor, check_nf4
 
 
 def check_side_by_side(name: str, tensors: list[Tensor]) -> tuple[int, int, list[int]]:
-    """B, T and the widths of one or two [B, T, width] tensors of one dtype on one device."""
+    """Returns B, T and the widths of one or two [B, T, width] tensors of one dtype and device."""
     check(len(tensors) in (1, 2), name, "one or two tensors", len(tensors))
     first = tensors[0]
     for tensor in tensors:
@@ -28,15 +28,15 @@ def check_side_by_side(name: str, tensors: list[Tensor]) -> tuple[int, int, list
 
 
 def check_parts(parts: Sequence[int], N: int, lora_b: Tensor) -> tuple[Part, ...]:
-    """The parts that flat (start, end, index of A) triples stand for."""
+    """Returns the parts of flat (start, end, index of A) triples."""
     check(len(parts) % 3 == 0 and len(parts) > 0, "parts", "(start, end, index) triples", parts)
-    found, row = [], 0
+    checked, row = [], 0
     for start, end, index in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         check(0 <= start < end <= N and index >= 0, "parts", f"row ranges within 0..{N}", parts)
-        found.append(Part(start, end, index, row))
+        checked.append(Part(start, end, index, row))
         row += end - start
     check(lora_b.ndim == 2 and lora_b.shape[0] == row, "lora_b", f"[{row}, R]", tuple(lora_b.shape))
-    return tuple(found)
+    return tuple(checked)
 
 
 def check_weight(weight: Sequence[Tensor], N: int, K: int) -> str:
@@ -56,7 +56,7 @@ def check_weight(weight: Sequence[Tensor], N: int, K: int) -> str:
 def outputs(
     out: list[Tensor] | None, like: Tensor, widths: list[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """`out` checked, or fresh contiguous [B, T, width] tensors. like: [B, T, any width]."""
+    """Returns `out`, checked, or new contiguous [B, T, width] tensors. like: [B, T, any width]."""
     if out is None:
         return [like.new_empty(*like.shape[:2], width, dtype=dtype) for width in widths]
     check_side_by_side("out", out)
@@ -77,7 +77,8 @@ def check_devices(device: torch.device, arguments: Sequence) -> None:
 
 
 def check_reach(matrices: Sequence[Matrix | None], T: int, rows: int) -> None:
-    """`rows` neighboring rows lie within 2^31 elements: kernels count so within a tile."""
+    """Raise ValueError unless `rows` neighboring rows lie within 2^31 elements: distances within a
+    kernel's tile are 32-bit."""
     for x, batch_stride, token_stride in filter(None, matrices):
         reach = (rows // T + 1) * batch_stride * (x.shape[0] > 1)
         reach += min(rows, T) * token_stride + x.shape[2]
@@ -86,7 +87,7 @@ def check_reach(matrices: Sequence[Matrix | None], T: int, rows: int) -> None:
 
 
 def check_gated(bias: Tensor | None, epilogue: Epilogue, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless what follows a product of [B, T, N] has its shape."""
+    """Raise ValueError unless bias, gate, residual and split fit an output [B, T, N]."""
     (B, _, N), (gate, residual, split) = shape, epilogue
     check(0 <= split < N, "split", f"within 0..{N}", split)
     if bias is not None:
@@ -102,7 +103,7 @@ def check_gated(bias: Tensor | None, epilogue: Epilogue, shape: tuple[int, ...])
 def update_of(
     down: Tensor | None, update: LoRAUpdate | None, M: int, N: int
 ) -> tuple[Update | None, tuple[Part, ...]]:
-    """The update of y as a kernel takes it: down [M, P·R] and B. Raises ValueError."""
+    """Returns the update of y as a kernel takes it, down [M, P·R] and B. Raises ValueError."""
     check((down is None) == (update is None), "down", "given with an update", down is not None)
     if down is None or update is None:
         return None, ()
@@ -116,7 +117,7 @@ def update_of(
 def dx_update_of(
     d_down: Tensor | None, lora_a: Tensor | None, M: int, K: int
 ) -> tuple[Update | None, int]:
-    """The update of dx as a kernel takes it, and its rank: d_down [M, P·R] and A [P·R, K]."""
+    """Returns the update of dx as a kernel takes it, d_down [M, P·R] and A [P·R, K]; its rank."""
     check((d_down is None) == (lora_a is None), "d_down", "given with lora_a", d_down is not None)
     if d_down is None or lora_a is None:
         return None, 0

@@ -1,17 +1,17 @@
-"""The frozen linear with its LoRA in the accumulator, forward and towards x.
+"""Matmul kernels of the frozen linear with its LoRA in the accumulator: y and dx.
 
     lora_gemm      Y[M, N]  = X·Wᵀ + b + s·down·Upᵀ             (optionally residual + gate·Y)
     lora_gemm_dx   dX[M, K] = dY·W + d_down·A
 
 M = B·T rows. X, Y, dY, dX and residual are [B, T, width] with the last stride 1 and any other
 strides; X and dY may be two tensors side by side, Y and dX may go to two tensors. W is dense
-[N, K] or NF4, dequantized tile by tile into registers (fp32 product, rounded once to the compute
-dtype, as `nf4_dequantize` does). `down` = X·Aᵀ and `d_down` = s·Σ dY_part·B_part come in as [M,
-P·R], from `grads.py`. Both formulas are one kernel: towards x the weight tile is not transposed and
-A takes the place of Up.
+[N, K] or NF4, dequantized tile by tile into registers (in fp32, rounded once to the compute dtype,
+as `nf4_dequantize` does). `down` = X·Aᵀ and `d_down` = s·Σ dY_part·B_part come in as [M, P·R], from
+`grads.py`. Both formulas are one kernel: for dx the weight tile is not transposed and A takes the
+place of Up.
 
-Products are of the compute dtype (x's: bf16, fp16 or fp32), sums fp32; s·Up is formed in fp32
-and rounded once. Nothing is saved here: the ops above say what they save.
+Operands are of the compute dtype (x's: bf16, fp16 or fp32), sums fp32; s·Up is formed in fp32 and
+rounded once. Nothing is saved here: the ops above say what they save.
 
 Bytes moved, at least: X, Y and W once (NF4: 0.5 + 4/64 byte a weight, nested 0.5 + 1/64), down and
 Up; FLOP: 2·M·N·(K + R). Dequantizing costs a shared-memory look-up (`tl.gather`) and about four
@@ -60,7 +60,7 @@ class Weight(NamedTuple):
     """A frozen weight as a kernel takes it, each None where there is none.
 
     ptr: rows of values, `row_stride` apart, or NF4's bytes of a row of `row_stride` weights; code
-    and absmax_map: NF4's tables, fp32 [16] and [256]. Of 8-bit products: scale [N] of the rows and,
+    and absmax_map: NF4's tables, fp32 [16] and [256]. Of 8-bit matmuls: scale [N] of the rows and,
     with NF4, the inverse [N] that quantizes them.
     """
 
@@ -104,7 +104,7 @@ def weight_tile(w, rows, first, n_rows, n_columns, COLUMNS: tl.constexpr, SPEC: 
 
 @triton.jit
 def nf4_tile(w, rows, first, n_rows, n_columns, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
-    """The same of NF4, fp32."""
+    """`weight_tile` of NF4, in fp32."""
     count: tl.constexpr = rows.shape[0]
     groups: tl.constexpr = (COLUMNS + 63) // 64
     line = rows[:, None]  # 32 bits: the launcher refuses 2^31 weights and more
@@ -229,12 +229,12 @@ def lora_gemm(
     out: list[Tensor] | None = None,
     tile: dispatch.Tile | None = None,
 ) -> list[Tensor]:
-    """X·Wᵀ + b + s·down·Upᵀ, or residual + gate·that. One launch.
+    """Returns X·Wᵀ + b + s·down·Upᵀ, or residual + gate·that. One launch.
 
     xs: one or two [B, T, K_i]; weight: dense or NF4 [N, K], its bias [N] or None; down: [B·T, P·R]
     (x's dtype or fp32, last stride 1), with an update, whose lora_b is contiguous; epilogue: its
-    gate may be [B, N]; out: tensors to overwrite; tile: in place of dispatch's. Returns [y [B, T,
-    N]] or, with a split, [y0 [B, T, split], y1].
+    gate may be [B, N]; out: tensors to overwrite; tile: in place of dispatch's. The result is [y
+    [B, T, N]] or, with a split, [y0 [B, T, split], y1].
     """
     B, T, widths = check_side_by_side("xs", xs)
     K, (tensors, bias, *_) = sum(widths), weight
@@ -257,11 +257,11 @@ def lora_gemm_dx(
     out: list[Tensor] | None = None,
     tile: dispatch.Tile | None = None,
 ) -> list[Tensor]:
-    """dY·W + d_down·A. One launch.
+    """Returns dY·W + d_down·A. One launch.
 
     dys: one or two [B, T, N_i], sum N; weight: as `lora_gemm`'s; d_down: [B·T, P·R] (dy's dtype or
     fp32, scale included) and lora_a: [P·R, K] contiguous, or both None; widths: columns of each
-    result, sum K. Returns one [B, T, width] per width, in dy's dtype.
+    result, sum K. The result is one [B, T, width] per width, in dy's dtype.
     """
     B, T, dy_widths = check_side_by_side("dys", dys)
     N, K = sum(dy_widths), sum(widths)

@@ -1,4 +1,4 @@
-"""The frozen linear in 8-bit products, LoRA in the same accumulator, forward and towards x.
+"""8-bit matmul kernels of the frozen linear with its LoRA in the accumulator: y and dx.
 
     gemm_8bit      Y[M, N]  = s_x·s_w·(X8·W8ᵀ) + b + s·down·Upᵀ     (optionally residual + gate·Y)
     gemm_8bit_dx   dX[M, K] = s_g·(G8·W8) + d_down·A                G8, s_g: the rows of dY·s_w
@@ -11,10 +11,10 @@ own: each sum is scaled as it ends. The rest is `epilogue.py`'s: fp32, one round
 W may be NF4, quantized to 8 bits tile by tile from the row scales of `frozen.nf4_with_scales`: for
 few rows, where reading it is what takes the time.
 
-Towards x the contraction runs along N, across W8's rows. An 8-bit operand cannot be transposed on
-its way from shared memory to the tensor cores (ldmatrix transposes 16-bit pairs): its tile is read
-byte by byte and permuted. Given W8 as [K, N] (`transposed`), the forward's code runs instead. What
-each costs: `bench/kernels/dx_layouts.py`, and its verdict in `bench/LOG.md`.
+For dx the contraction runs along N, across W8's rows. An 8-bit operand cannot be transposed between
+shared memory and the tensor cores (ldmatrix transposes 16-bit pairs): its tile is read byte by byte
+and permuted. Given W8 as [K, N] (`transposed`), the forward's code runs instead. What each costs:
+`bench/dx_layouts.py`, and its verdict in `bench/LOG.md`.
 
 Bytes moved, at least: X8, W8 once (NF4: 0.5625 a weight), Y in its dtype, down and Up; FLOP:
 2·M·N·(K + R). Nothing is saved here.
@@ -99,7 +99,7 @@ def _product(x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.constexpr):
             tile = _weight_tile(w, before + k, n_first, before + count, N, dtype, BLOCK_N, SPEC)
         if dtype == tl.int8:
             total = tl.dot(x, tile, total, out_dtype=SPEC.sum)
-        else:  # sm_90 adds e4m3 products in 14 bits: no further than one tile
+        else:  # sm_90 accumulates e4m3 in 14 bits: no further than one tile
             total = tl.dot(x, tile, total, out_dtype=SPEC.sum, max_num_imprecise_acc=BLOCK_K)
     return total.to(tl.float32)
 
@@ -165,7 +165,7 @@ def _launch(
 
 
 def _check_rows(rows: list[QuantizedRows]) -> tuple[int, list[int]]:
-    """B·T and the widths of one or two that belong together."""
+    """Returns B·T and the widths of one or two rows side by side. Raises ValueError."""
     check(len(rows) in (1, 2), "rows", "one or two", len(rows))
     first = rows[0].values
     check(first.dtype in DTYPE.values(), "rows", "int8 or float8_e4m3fn", first.dtype)
@@ -185,8 +185,8 @@ def _check_rows(rows: list[QuantizedRows]) -> tuple[int, list[int]]:
 
 
 def _weight(weight: QuantizedWeight, kind: str, N: int, K: int, forward: bool) -> Weight:
-    """As a kernel takes it, with its scale where that is applied behind the product. Raises
-    ValueError unless it is [N, K] (transposed: [K, N]) of that kind, or NF4."""
+    """Returns the weight as a kernel takes it, with its scale for y, where that is applied to the
+    sums. Raises ValueError unless it is [N, K] (transposed: [K, N]) of that kind, or NF4."""
     values, scale, inverse, transposed = weight
     shape = (K, N) if transposed else (N, K)
     check(N * K < 2**31, "weight", "of fewer than 2^31 values", shape)
@@ -218,11 +218,11 @@ def gemm_8bit(
     out: list[Tensor] | None = None,
     tile: dispatch.Tile | None = None,
 ) -> list[Tensor]:
-    """s_x·s_w·(X8·W8ᵀ) + b + s·down·Upᵀ, or residual + gate·that. One launch.
+    """Returns s_x·s_w·(X8·W8ᵀ) + b + s·down·Upᵀ, or residual + gate·that. One launch.
 
     rows: one or two of [B, T, K_i]; weight: [N, K], not transposed; dtype: of the result and of the
-    update's product; bias [N] or None; down, update, epilogue, out, tile: as `dense.lora_gemm`
-    takes them. Returns [y [B, T, N]] or, with a split, [y0 [B, T, split], y1].
+    update's matmul; bias [N] or None; down, update, epilogue, out, tile and the result: as
+    `dense.lora_gemm` has them.
     """
     M, widths = _check_rows(rows)
     N, K = weight.values.shape
@@ -248,12 +248,12 @@ def gemm_8bit_dx(
     out: list[Tensor] | None = None,
     tile: dispatch.Tile | None = None,
 ) -> list[Tensor]:
-    """s_g·(G8·W8) + d_down·A. One launch.
+    """Returns s_g·(G8·W8) + d_down·A. One launch.
 
     rows: one or two of [B, T, N_i], those of dY·s_w; weight: [N, K], perhaps transposed; d_down:
     [B·T, P·R] (scale included) and lora_a: [P·R, K] contiguous, or both None; widths: columns of
     each result, sum K; dtype: of the results; update_dtype: that the update multiplies in (default:
-    dtype). Returns one [B, T, width] per width.
+    dtype). The result is one [B, T, width] per width.
     """
     M, dy_widths = _check_rows(rows)
     N, K = sum(dy_widths), sum(widths)

@@ -1,8 +1,8 @@
-"""What follows a frozen product in the same kernel: the LoRA update, bias, gate and residual.
+"""The epilogue of a frozen weight's matmul: the LoRA update, bias, gate and residual.
 
     Y = total + s·down·Upᵀ + bias;   residual + gate·Y where these are given
 
-`dense.py` and `eight_bit.py` share it. total is fp32 in registers; the rank-R product runs in the
+`dense.py` and `eight_bit.py` share it. total is fp32 in registers; the rank-R matmul runs in the
 compute dtype into the same sum. One rounding to the output's dtype at the end.
 
 Here are also the NamedTuples that the ops hand down: `LoRAUpdate` and `Epilogue` on the host,
@@ -42,7 +42,7 @@ class LoRAUpdate(NamedTuple):
         return self.lora_b.shape[1]
 
     def slices(self) -> Iterator[tuple[Range, Range, Range]]:
-        """Per part: its (first, end) rows of y, of B, and of A."""
+        """Yields each part's (first, end) rows of y, of B, and of A."""
         row = 0
         starts, ends, indices = (self.parts[i::3] for i in range(3))
         for start, end, index in zip(starts, ends, indices, strict=True):
@@ -60,7 +60,7 @@ class Epilogue(NamedTuple):
     split: int = 0
 
     def widths(self, N: int) -> list[int]:
-        """Columns of each output of a layer with N of them."""
+        """Returns the columns of each output of a layer with N of them."""
         return [self.split, N - self.split] if self.split else [N]
 
 
@@ -91,7 +91,7 @@ class Update(NamedTuple):
 
 
 class After(NamedTuple):
-    """What is added to a product, each None where there is none. gate_stride: a batch's."""
+    """What is added to a matmul, each None where there is none. gate_stride: a batch's."""
 
     update: Update | None
     bias_ptr: Tensor | None = None
@@ -121,12 +121,12 @@ def outputs_of(ys: list[Tensor]) -> Outputs:
 
 
 class Spec(NamedTuple):
-    """What a product's kernel is compiled for.
+    """What a matmul's kernel is compiled for.
 
     rank: R; parts: empty where one A feeds all columns; transposed: the weight's tile is transposed
-    on its way, as it is towards y; masked: some width is no multiple of the tile's; offsets: a
-    nested NF4 weight has an offset per nested block. Of 8-bit products: top, the largest quantized
-    value; sum, the dtype of sums; update_dtype, that of the update's product.
+    as it is read, for y; masked: some width is no multiple of the tile's; offsets: a
+    nested NF4 weight has an offset per nested block. Of 8-bit matmuls: top, the largest quantized
+    value; sum, the dtype of sums; update_dtype, that of the update's matmul.
     """
 
     tile: Tile
@@ -161,8 +161,8 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.fl
 
 @triton.jit
 def tile_at(M, N, TILE: tl.constexpr):
-    """First row and first column of this program's tile. group_m rows of tiles share their columns
-    of W in L2."""
+    """First row and column of this program's tile. group_m rows of tiles share their columns of W
+    in L2."""
     program = tl.program_id(0)
     m_tiles = tl.cdiv(M, TILE.block_m)
     in_group = TILE.group_m * tl.cdiv(N, TILE.block_n)
@@ -175,8 +175,7 @@ def tile_at(M, N, TILE: tl.constexpr):
 @triton.jit
 def rows_at(x, m_first, m, T):
     """Address of row m_first of a `Matrix`, and the 32-bit distances of the rows m from it; row m
-    is token m % T of batch m // T. (64 bits a row in the main loop cost the registers that 4 warps
-    do not have.)"""
+    is token m % T of batch m // T. (64-bit distances cost more registers than 4 warps have.)"""
     batch, token = m_first // T, m_first % T
     distance = (m // T - batch) * x.batch_stride + (m % T - token) * x.token_stride
     first = x.ptr + batch.to(tl.int64) * x.batch_stride + token.to(tl.int64) * x.token_stride
@@ -209,7 +208,7 @@ def finish(
     total, after, out, m, m_first, n_first, M, N, T, dtype: tl.constexpr, SPEC: tl.constexpr
 ):
     """Adds the update, bias, gate and residual to `total` and stores it. dtype: of the update's
-    product."""
+    matmul."""
     BLOCK_N: tl.constexpr = SPEC.tile.block_n
     n = n_first + tl.arange(0, BLOCK_N)
     if after.update is not None:

@@ -1,4 +1,4 @@
-"""The skinny products of LoRA, deterministic, over inputs that lie in one or two tensors.
+"""LoRA's skinny matmuls, deterministic, over inputs that lie in one or two tensors.
 
     down   [M, P·R] = X·Aᵀ                                    lora_down
     d_down [M, P·R] = s·Σ over parts of dY_part·B_part        lora_d_down
@@ -10,11 +10,10 @@ Two kernels: `_skinny_kernel` (M stays) and `_grads_kernel` (M is summed over; w
 leave the card idle, M is cut in fixed ranges whose fp32 sums a second, ordered sum adds). Both walk
 segments: runs of columns of one tensor that belong to one A. No atomics: two runs give equal bits.
 
-The first two also write the 8-bit rows (`quant/rows.py`) of X, or of dY times a channel's factor,
-on their way: they read all of it in any case, so that quantizing what another op made is no pass of
-its own.
+The first two also write the 8-bit rows (`quant/rows.py`) of X, or of dY times a channel's factor:
+they read all of it in any case, so that quantizing another op's output is no pass of its own.
 
-Products are of the compute dtype (x's), sums fp32; A, B, down and d_down are rounded to the
+Operands are of the compute dtype (x's), sums fp32; A, B, down and d_down are rounded to the
 compute dtype as they are loaded. Nothing is saved here.
 
 Bytes moved: X or dY once per 128 rank columns, the skinny operand once per tile (it stays in L2).
@@ -114,7 +113,7 @@ def _skinny_kernel(
 
 @triton.jit
 def _quantize(x_at, rows, channel_ptr, m, M, K, SPEC: tl.constexpr):
-    """Rows of `quant/rows.py`; the second sweep reads them from the cache, as the product does."""
+    """Rows of `quant/rows.py`; the second sweep reads them from the cache, as the matmul does."""
     BLOCK_M: tl.constexpr = SPEC.tile.block_m
     BLOCK_Q: tl.constexpr = SPEC.block_q
     most = tl.zeros((BLOCK_M, BLOCK_Q), tl.int32)
@@ -219,20 +218,21 @@ def _grads_kernel(x, skinny, out, split_stride, M, T, scale, split_tiles, SPEC: 
 
 
 def _segments(parts: Sequence[Part], widths: list[int]) -> list[Segment]:
-    """Parts cut where a tensor ends; columns counted within the tensor."""
-    found, before = [], 0
+    """Returns the parts cut where a tensor ends, their columns counted within the tensor."""
+    segments, before = [], 0
     for tensor, width in enumerate(widths):
         for start, end, index, row in parts:
             low, high = max(start, before), min(end, before + width)
             if low < high:
-                found.append(Segment(tensor, low - before, high - before, index, row + low - start))
+                at = (low - before, high - before)
+                segments.append(Segment(tensor, *at, index, row + low - start))
         before += width
-    return found
+    return segments
 
 
 def fitted(tile: dispatch.Tile, rank: int) -> dispatch.Tile:
-    """With the least power of two that holds the rank as block_n, from 16 (what `tl.dot` takes) to
-    the tile's own."""
+    """Returns the tile with the least power of two that holds the rank as block_n, from 16 (the
+    least `tl.dot` takes) to the tile's own."""
     return replace(tile, block_n=min(max(16, triton.next_power_of_2(rank)), tile.block_n))
 
 
@@ -258,7 +258,7 @@ def _skinny(
     channel: Tensor | None = None,
     rotation: int = 0,
 ) -> Tensor:
-    """rows: per input those to fill, or None."""
+    """Returns `out` [B·T, indices·rank]. rows: per input its 8-bit rows to fill, or None."""
     B, T, widths = check_side_by_side("xs", xs)
     M, device = B * T, xs[0].device
     if out is None:
@@ -297,7 +297,7 @@ def _grads(
     strides: tuple[int, int],
     tile: dispatch.Tile | None,
 ) -> Tensor:
-    """`out` [rows, columns] with `strides` (column of x or dy, column of the rank)."""
+    """Overwrites and returns `out`. strides: its own, of a column of x or dy and of a rank."""
     B, T, widths = check_side_by_side("xs", xs)
     M = B * T
     check_dtype("out", out, (torch.float32,))
@@ -338,7 +338,7 @@ def lora_down(
     rows: Sequence[QuantizedRows | None] | None = None,
     rotation: int = 0,
 ) -> Tensor:
-    """X·Aᵀ [B·T, P·R] in x's dtype (or out's). One launch.
+    """Returns X·Aᵀ [B·T, P·R] in x's dtype (or out's). One launch.
 
     xs: one or two [B, T, K_i]; lora_a: [P·R, K] contiguous, any compute dtype; out: [B·T, P·R] to
     overwrite; rows: per input its 8-bit rows to fill, rotated, or None.
@@ -358,8 +358,8 @@ def lora_d_down(
     rows: Sequence[QuantizedRows | None] | None = None,
     channel: Tensor | None = None,
 ) -> Tensor:
-    """s·Σ dY_part·B_part [B·T, P·R], per index of A, in dy's dtype (or out's); zero where no part
-    names an index. One launch.
+    """Returns s·Σ dY_part·B_part [B·T, P·R], per index of A, in dy's dtype (or out's); zero where
+    no part names an index. One launch.
 
     dys: one or two [B, T, N_i]; out: [B·T, P·R] to overwrite; rows: per dY the 8-bit rows of
     dY·channel (fp32 [N]) to fill, or None.
@@ -377,7 +377,7 @@ def lora_d_down(
 def lora_da(
     xs: list[Tensor], d_down: Tensor, out: Tensor | None = None, tile: dispatch.Tile | None = None
 ) -> Tensor:
-    """d_downᵀ·X, fp32 [P·R, K]. d_down: [B·T, P·R] with the scale in it."""
+    """Returns d_downᵀ·X, fp32 [P·R, K]. d_down: [B·T, P·R] with the scale in it."""
     K, rank = sum(x.shape[-1] for x in xs), d_down.shape[1]
     if out is None:
         out = xs[0].new_empty(rank, K, dtype=torch.float32)
@@ -392,7 +392,7 @@ def lora_db(
     out: Tensor | None = None,
     tile: dispatch.Tile | None = None,
 ) -> Tensor:
-    """s·dY_partᵀ·down_part, part after part, fp32 [N', R]. down: [B·T, P·R]."""
+    """Returns s·dY_partᵀ·down_part, part after part, fp32 [N', R]. down: [B·T, P·R]."""
     lora_b, rank = update.lora_b, update.rank
     parts = check_parts(update.parts, sum(dy.shape[-1] for dy in dys), lora_b)
     if out is None:

@@ -1,6 +1,6 @@
 """A frozen linear with its update, forward and backward, without autograd: what the ops call.
 
-Products are of x's dtype (`weight.matmul` "") or in 8 bits ("int8", "fp8"); see `linear_dense.py`
+Matmuls run in x's dtype (`weight.matmul` "") or in 8 bits ("int8", "fp8"); see `linear_dense.py`
 and `linear_8bit.py`. Layouts: `ops/lora_linear.py`.
 """
 
@@ -16,7 +16,7 @@ from fluxfast_kernels.quant.rows import QuantizedRows
 
 
 def _autocast_off(x: Tensor) -> torch.autocast:
-    """Products stay in x's dtype: inside an op autocast would round some of them and not others."""
+    """Matmuls stay in x's dtype: inside an op autocast would round some of them and not others."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -27,10 +27,10 @@ def linear_forward(
     epilogue: Epilogue = NOTHING,
     rows: Sequence[QuantizedRows | None] | None = None,
 ) -> list[Tensor]:
-    """[y [B, T, N]] or, with a split, [y[..., :split], y[..., split:]], each contiguous.
+    """Returns [y [B, T, N]] or, with a split, [y[..., :split], y[..., split:]], each contiguous.
 
-    xs: inputs side by side, each [B, T, K_i]. rows: the inputs' 8-bit rows, where what made them
-    wrote these too.
+    xs: inputs side by side, each [B, T, K_i]. rows: per input its 8-bit rows, where the kernel that
+    made it wrote these too.
     """
     with _autocast_off(xs[0]):
         if weight.matmul:
@@ -47,7 +47,7 @@ def linear_backward(
     need_dx: bool,
     gate: Tensor | None = None,
 ) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
-    """([dx_i [B, T, K_i]] or None, dA and dB in fp32 or None). dys, xs as in `linear_forward`.
+    """Returns [dx_i [B, T, K_i]] or None, dA and dB in fp32 or None. dys, xs: as `linear_forward`.
 
     gate [B, 1, N]: dys is one tensor, the gradient of gate · y. No weight: the gradients of the
     update alone.

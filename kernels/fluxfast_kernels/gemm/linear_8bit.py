@@ -1,12 +1,12 @@
-"""The frozen linear in 8-bit products, forward and towards x, without autograd.
+"""The frozen linear as 8-bit matmuls, y and dx, without autograd.
 
     y  = s_x · s_w · (X8 · W8ᵀ) + b + s·(x Aᵀ)·Bᵀ        X8, s_x: x's rows;  W8, s_w: the weight's
     dx = s_g · (G8 · W8) + (s·dy·B)·A                     G8, s_g: the rows of dy · s_w
 
-Sums of int8 products are exact (15 360 · 127² < 2³¹), those of fp8 fp32; everything after them is
-fp32, rounded once. One copy of W8 serves both directions: its scales run along the contraction of
-dx, so they are folded into dy before that is quantized. The update is computed from x and dy as
-they are, in their dtype. With a rotation (`hadamard.py`) W8 and X8 are of W·H and x·H, and dx is
+int8 sums are exact (15 360 · 127² < 2³¹), e4m3 sums are fp32; everything after them is fp32 and
+rounded once. One copy of W8 serves both directions: its scales run along the contraction of dx, so
+they are folded into dy before that is quantized. The update is computed from x and dy as they are,
+in their dtype. With a rotation (`hadamard.py`) W8 and X8 are of W·H and x·H, and dx is
 rotated back at the end, A with it.
 
 Saved for backward: as without, x or what it is recomputed from; it is quantized again.
@@ -120,7 +120,7 @@ def backward(
 
 
 def _cut(dx: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """dx [M, K] as one tensor per input, contiguous: an op's results share no memory."""
+    """Returns dx [M, K] as one contiguous tensor per input: an op's results share no memory."""
     pieces = dx.split([shape[-1] for shape in shapes], 1)
     return [piece.contiguous().view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -217,7 +217,7 @@ def _launched_backward(
 def _weight_towards_x(
     weight: FrozenWeight, dys: Sequence[Tensor], N: int, K: int
 ) -> QuantizedWeight:
-    """The weight as `gemm_8bit_dx` takes it."""
+    """Returns the weight as `gemm_8bit_dx` takes it."""
     M, arch = dys[0].shape[0] * dys[0].shape[1], dispatch.arch_of(dys[0].device)
     op = "gemm_8bit_dx" + "_pair" * (len(dys) == 2)
     storage, kind = storage_of(weight.tensors), weight.matmul
@@ -229,13 +229,13 @@ def _weight_towards_x(
 
 
 def _as_stored(op: str, arch: int, kind: str, storage: str, M: int, N: int, K: int) -> bool:
-    """Whether our kernel takes the weight as it is stored."""
+    """Returns whether our kernel takes the weight as it is stored."""
     return dispatch.choose(op, arch, DTYPE[kind], storage, M, N, K).fused
 
 
 def _torch_can(kind: str, dtype: torch.dtype, widths: Sequence[int]) -> bool:
-    """Of e4m3; rowwise scales give bf16 only, and the widths of each of its operands are multiples
-    of 16."""
+    """Returns whether `torch._scaled_mm` has this matmul: e4m3 with row scales to bf16, each
+    operand's width a multiple of 16."""
     return kind == "fp8" and dtype == torch.bfloat16 and not any(width % 16 for width in widths)
 
 
@@ -246,14 +246,14 @@ def _scaled_mm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows · weightᵀ [M, N] by torch's fp8 product, one an input; weight [N, K], scale [N]."""
+    """Returns rows · weightᵀ [M, N], a `torch._scaled_mm` an input; weight [N, K], scale [N]."""
     y, first = None, 0
     for row in rows:
         row = row.flat()
         columns = weight[:, first : first + row.values.shape[1]].T
         scales = (row.scale[:, None], scale[None], bias if y is None else None)
-        more = torch._scaled_mm(row.values, columns, *scales, out_dtype=dtype, use_fast_accum=False)
-        y, first = more if y is None else y.add_(more), first + row.values.shape[1]
+        part = torch._scaled_mm(row.values, columns, *scales, out_dtype=dtype, use_fast_accum=False)
+        y, first = part if y is None else y.add_(part), first + row.values.shape[1]
     assert y is not None
     return y
 
@@ -261,7 +261,7 @@ def _scaled_mm(
 # ---------------------------------------------------------------- reference
 
 
-class _Product(torch.autograd.Function):
+class _Matmul8bit(torch.autograd.Function):
     """Sums in fp64, so exact for int8: the truth that tests compare with."""
 
     @staticmethod
@@ -288,7 +288,7 @@ class _Product(torch.autograd.Function):
         return None, None, None, None, *dx.to(dy.dtype).split(ctx.widths, -1)
 
 
-def product_reference(xs: Sequence[Tensor], weight: FrozenWeight, split: int = 0) -> Tensor:
-    """[x_0, x_1, …] Wᵀ [..., N] in 8 bits, without bias or update, differentiable in xs: the
-    gradients of its columns before and after a split have a scale a row each."""
-    return _Product.apply(list(weight.tensors), weight.matmul, weight.rotation, split, *xs)
+def matmul_8bit_reference(xs: Sequence[Tensor], weight: FrozenWeight, split: int = 0) -> Tensor:
+    """Returns [x_0, x_1, …] Wᵀ [..., N] in 8 bits, without bias or update, differentiable in xs:
+    the gradients of its columns before and after a split have a scale a row each."""
+    return _Matmul8bit.apply(list(weight.tensors), weight.matmul, weight.rotation, split, *xs)

@@ -1,6 +1,6 @@
-"""The frozen linear in products of x's own dtype, forward and backward, without autograd.
+"""The frozen linear as matmuls in x's own dtype, forward and backward, without autograd.
 
-`linear.py` chooses between this and 8-bit products (`linear_8bit.py`), which share this file's
+`linear.py` chooses between this and 8-bit matmuls (`linear_8bit.py`), which share this file's
 helpers and its gradients of A and B. Layouts: `ops/lora_linear.py`.
 """
 
@@ -57,7 +57,7 @@ def with_update(
     update: LoRAUpdate | None,
     epilogue: Epilogue,
 ) -> list[Tensor]:
-    """y with the update added, cut at the split, with gate and residual.
+    """Returns y with the update added, cut at the split, with gate and residual.
 
     multiply(low, high): columns low to high of x Wᵀ + b, [M, high - low]; shape: y's without N.
     """
@@ -124,9 +124,8 @@ def update_gradients(
     rows: Sequence[QuantizedRows] | None = None,
     channel: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, dB, and s·Σ dY_part·B_part [M, P·R] in the compute dtype; None each without an update.
-
-    rows: 8-bit rows of dY·channel to fill on the way, by the launchers alone.
+    """Returns dA, dB, and s·Σ dY_part·B_part [M, P·R] in the compute dtype; None each without an
+    update. rows: 8-bit rows of dY·channel to fill in the same pass, by the launchers alone.
     """
     if update is None:
         return None, None, None
@@ -165,8 +164,8 @@ def _plain_update_gradients(xs, dys, update: LoRAUpdate) -> tuple[Tensor, Tensor
 def _resident(
     weight: Sequence[Tensor], op: str, xs: Sequence[Tensor], N: int, K: int
 ) -> tuple[list[Tensor], bool]:
-    """What dispatch decides for a product of N outputs over K: the weight as it goes in (NF4 as it
-    is, or dense in the compute dtype), and whether our kernel does it (else torch's matmul)."""
+    """Returns the weight as the matmul of N outputs over K takes it (NF4 as it is, or dense in the
+    compute dtype), and whether dispatch chose our kernel (else torch's matmul)."""
     M, dtype = xs[0].shape[0] * xs[0].shape[1], xs[0].dtype
     arch = dispatch.arch_of(xs[0].device)
     nf4 = storage_of(weight) == "nf4"
@@ -177,7 +176,7 @@ def _resident(
 
 
 def bias_of(weight: FrozenWeight, N: int, dtype: torch.dtype) -> Tensor | None:
-    """The bias in `dtype`. Raises ValueError unless it is [N]."""
+    """Returns the bias in `dtype`. Raises ValueError unless it is [N]."""
     if weight.bias is None:
         return None
     check(weight.bias.shape == (N,), "bias", f"[{N}]", tuple(weight.bias.shape))
@@ -185,23 +184,23 @@ def bias_of(weight: FrozenWeight, N: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def batched(x: Tensor) -> Tensor:
-    """[..., C] as the launchers take it: [B, T, C]."""
+    """Returns x [..., C] as the launchers take it: [B, T, C]."""
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
 
 def batched_residual(epilogue: Epilogue) -> Epilogue:
-    """The epilogue as the launchers take it."""
+    """Returns the epilogue as the launchers take it."""
     residual = epilogue.residual
     return epilogue if residual is None else epilogue._replace(residual=batched(residual))
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """[..., C] as [M, C]. A copy only where a batch of slices cannot be seen as one matrix."""
+    """Returns x [..., C] as [M, C], a copy only where a batch of slices is not one matrix."""
     return x.reshape(-1, x.shape[-1])
 
 
 def column_ranges(tensors: Sequence[Tensor]) -> list[Range]:
-    """(first, end) columns of tensors side by side."""
+    """Returns the (first, end) columns of tensors side by side."""
     ends = [0]
     for tensor in tensors:
         ends.append(ends[-1] + tensor.shape[-1])
@@ -209,7 +208,7 @@ def column_ranges(tensors: Sequence[Tensor]) -> list[Range]:
 
 
 def times_transposed(xs: Sequence[Tensor], W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[x_0, x_1, ...] Wᵀ + bias [M, N], the inputs side by side but never joined."""
+    """Returns [x_0, x_1, ...] Wᵀ + bias [M, N] of inputs side by side, which are never joined."""
     y = None
     for x, (low, high) in zip(xs, column_ranges(xs), strict=True):
         if y is None:

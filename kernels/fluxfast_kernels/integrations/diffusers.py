@@ -4,17 +4,17 @@
 results of the class's. Gradient checkpointing, controlnet residuals and whatever else calls blocks
 go on as before. Modulations, embedders and the last layer stay diffusers' own.
 
-q, k and v (in a single block q, k, v and proj_mlp) become one product: their frozen weights are
+q, k and v (in a single block q, k, v and proj_mlp) become one matmul: their frozen weights are
 moved into one tensor, of which each layer's own `weight.data` (and bias, and NF4 statistics) is
 then a view. No memory is doubled, and the state_dict keeps its keys and values. A weight that was
 given other memory since (`.to`, an unmerged adapter) is recognized by its address and joined again.
 Nested NF4 statistics are joined with one offset per nested block; where a layer's blocks are no
-multiple of 256 they are un-nested for the joint product (4 more bytes per 64 weights there).
+multiple of 256 they are un-nested for the joint matmul (4 more bytes per 64 weights there).
 
 LoRA is peft's: state, scaling and rank of every layer are read in each forward, and A and B are
 stacked by differentiable `cat`s; ranks that differ are padded with zeros.
 
-Precision: products, norms and attention run in the dtype that the block's linears compute in (the
+Precision: matmuls, norms and attention run in the dtype that the block's linears compute in (the
 activations', autocast's, or bitsandbytes' compute_dtype); q and k are rounded once after norm and
 rotation, where diffusers rounds between. The residual stream keeps diffusers' dtype: where that is
 wider (NF4 under CUDA autocast, which norms in fp32), gate and residual are added unfused.
@@ -188,7 +188,7 @@ def _clipped(x: Tensor) -> Tensor:
 
 
 class _Kind(NamedTuple):
-    """Paths of a block's modules. layers: the linears that make one product each, in order."""
+    """Paths of a block's modules. layers: the linears that one matmul computes, in order."""
 
     forward: Callable
     layers: dict[str, tuple[str, ...]]
@@ -347,11 +347,11 @@ def _check_block(block: Foreign) -> None:
             f"this {name} has a forward of its own (a hook: offloading or caching)\n"
             "hint: call patch_diffusers before that is set up"
         )
-    found, known = (
+    parameters, expected = (
         list(inspect.signature(forward).parameters) for forward in (type(block).forward, _forward)
     )
-    if found != known:
-        raise ValueError(f"{name}.forward takes {found} in this diffusers, known is {known}")
+    if parameters != expected:
+        raise ValueError(f"{name}.forward takes {parameters} in this diffusers, not {expected}")
     kind = KINDS[name]
     try:
         _at(block, (*sum(kind.layers.values(), ()), *kind.around, *kind.dropouts))

@@ -169,7 +169,7 @@ def _weight(tensors: dict[str, Tensor]) -> FrozenWeight:
 
 
 class JoinedWeight:
-    """The frozen tensors of linears that make one product."""
+    """The frozen tensors of linears that one matmul computes."""
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}

@@ -17,8 +17,8 @@ Backends, chosen by the rows of `dispatch/configs/attention.json` on a GPU:
     efficient  aten's memory-efficient attention, fp32 on CUDA
     cpu        aten's flash attention for CPU, any floating dtype
 
-The Triton kernels accumulate products in fp32; P and dS are rounded to the inputs' dtype before
-they are multiplied again, fp32 inputs are multiplied as IEEE fp32. No atomics: `_dq_kernel` owns a
+The Triton kernels accumulate in fp32; P and dS are rounded to the inputs' dtype before they are
+multiplied again, fp32 inputs are multiplied as IEEE fp32. No atomics: `_dq_kernel` owns a
 block of queries and writes delta beside dq, `_dkdv_kernel` owns a block of keys and reads it. One
 loop, masked where T is not a multiple of its step: with the last, masked step peeled off as a
 second path, ptxas spilled 1 KB a thread for dk and dv at C=128 on sm_89 (0 as it is).
@@ -74,7 +74,7 @@ class Heads(NamedTuple):
 
 
 def heads(x: Tensor) -> Heads:
-    """A kernel's argument for x [B, H, T, C]."""
+    """Returns x [B, H, T, C] as a kernel takes it."""
     return Heads(x, *x.stride()[:3])
 
 
@@ -265,7 +265,7 @@ KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
 def _launch(
     kernel: str, q: Tensor, arguments: tuple[Heads | Tensor, ...], tile: AttentionTile | None
 ) -> None:
-    """arguments: the kernel's first, in order."""
+    """Launches one of KERNELS. arguments: its first, in order."""
     B, H, T, C = q.shape
     check_dtype("q", q)
     check(C in WIDTHS, "q's head width", f"one of {WIDTHS} (Triton)", C)
@@ -342,12 +342,12 @@ def _resolve(backend: str, q: Tensor) -> str:
 
 
 def stored(x: Tensor) -> Tensor:
-    """x [B, H, T, C], itself if it is stored [B, T, H, C] without gaps, else a copy that is."""
+    """Returns x [B, H, T, C], copied unless it is stored [B, T, H, C] without gaps."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _empty(x: Tensor) -> Tensor:
-    """A fresh tensor of x's logical shape [B, H, T, C], stored [B, T, H, C]."""
+    """Returns a new tensor of x's logical shape [B, H, T, C], stored [B, T, H, C]."""
     B, H, T, C = x.shape
     return x.new_empty(B, T, H, C).transpose(1, 2)
 
@@ -356,16 +356,16 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-# cuDNN's lse has a fourth dimension of 1 in some torch releases. Its backward wants the shape that
-# its forward returned, so the forward notes it.
+# cuDNN's lse has a fourth dimension of 1 in some torch releases; its backward takes the shape that
+# its forward returned
 _cudnn_lse_dims = 4
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, H, T, C]. Returns o [B, H, T, C] stored [B, T, H, C] and lse [B, H, T]. No
-    autograd."""
+    """Returns o [B, H, T, C], stored [B, T, H, C], and lse [B, H, T] of q, k, v [B, H, T, C],
+    without autograd."""
     global _cudnn_lse_dims
     _check_qkv(q, k, v)
     backend = _resolve(backend, q)
@@ -391,8 +391,8 @@ def attention_forward(
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str = "auto"
 ) -> QKV:
-    """do, q, k, v, o [B, H, T, C], lse [B, H, T]. Returns dq, dk, dv like q, stored [B, T, H, C].
-    No autograd."""
+    """Returns dq, dk, dv like q, stored [B, T, H, C]. do, q, k, v, o: [B, H, T, C]; lse: [B, H,
+    T]."""
     _check_qkv(q, k, v)
     check(do.shape == q.shape and do.dtype == q.dtype, "do", f"like q {tuple(q.shape)}", do.shape)
     backend = _resolve(backend, q)
@@ -476,10 +476,10 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q kᵀ / √C) v, differentiable once.
+    """Returns softmax(q kᵀ / √C) v, differentiable once.
 
-    q, k, v [B, H, T, C], the last stride 1 (best stored [B, T, H, C]), fp32, bf16 or fp16. Returns
-    o like q, stored [B, T, H, C]. backend: "auto" or one of BACKENDS. Raises ValueError for a wrong
+    q, k, v [B, H, T, C], the last stride 1 (best stored [B, T, H, C]), fp32, bf16 or fp16. o is
+    like q, stored [B, T, H, C]. backend: "auto" or one of BACKENDS. Raises ValueError for a wrong
     shape, dtype or stride.
     """
     _check_qkv(q, k, v)
@@ -487,7 +487,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o and lse in plain torch: the formula in fp32 (fp64 for fp64), with the scores in memory."""
+    """Returns o and lse in plain torch: in fp32 (fp64 for fp64), with the scores in memory."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5
     lse = torch.logsumexp(scores, -1)

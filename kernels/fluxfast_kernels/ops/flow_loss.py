@@ -1,4 +1,4 @@
-"""Flow matching's noised input and its loss: two passes over packed latents, a dozen in eager.
+"""Flow matching's noised input and its loss: two passes over packed latents; a dozen in eager.
 
     flow_mix   latent = mean + std·vae_noise
                x_t    = (1 − t)·latent + t·noise;  target = noise − latent
@@ -10,11 +10,11 @@ batch stride of `prediction` is free (the image tokens of a joint tensor, say). 
 contiguous. Everything is fp32 except x_t and prediction (fp32, bf16 or fp16).
 
 `flow_loss` reads its inputs once. The same pass writes g = 2·mask·(prediction − target) in
-prediction's dtype, if prediction requires a gradient: that is all that is saved, with
-weight/count fp32 [B]. Backward is g·weight/count·d_loss: rounded twice, so in 2-byte dtypes it errs
-1.41 times as much as one rounding. g is kept unscaled because 1/count (4e-6 for 1024 px) would push
-it below fp16's normal range. Sums: fp32, one partial sum per 4096 elements,
-then one program per sample adds those up in a fixed order. No atomics: two runs agree in every bit.
+prediction's dtype, if prediction requires a gradient: that is all that is saved, with weight/count
+fp32 [B]. Backward is g·weight/count·d_loss: rounded twice, so in 2-byte dtypes it errs 1.41 times
+as much as one rounding. g is saved unscaled because 1/count (4e-6 for 1024 px) would push it below
+fp16's normal range. Sums: fp32, one partial sum per 4096 elements, then one program per sample adds
+those up in a fixed order. No atomics: two runs agree in every bit.
 
 Bytes an element, in fp32 with prediction in 2 bytes: flow_mix reads 16 (12 without std) and writes
 8; flow_loss reads 6 (10 with a mask) and writes 2; backward reads 2 and writes 2. 7, 5 and 1 FLOP.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, tl, triton
+from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, layout, tl, triton
 
 BLOCK = 1024  # elements per program of the element-wise kernels
 CHUNK = 4  # blocks per partial sum
@@ -311,7 +311,7 @@ def flow_mix(
 def flow_loss(
     prediction: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Losses fp32 [B]: weight · mean of mask·(prediction − target)², the mask's mean brought to 1.
+    """Returns losses fp32 [B]: weight · mean of mask·(prediction − target)², mask scaled to mean 1.
 
     prediction [B, T, C] in fp32, bf16 or fp16, each sample contiguous; target, mask fp32 [B, T, C],
     weight fp32 [B], contiguous. Differentiable in prediction, once. On a CPU fp64 is taken too,
@@ -323,7 +323,7 @@ def flow_loss(
     else:
         check_dtype("prediction", prediction)
     fits = prediction.ndim == 3 and prediction.stride()[1:] == (shape[2], 1)
-    check(fits, "prediction", "[B, T, C], each sample contiguous", _layout(prediction))
+    check(fits, "prediction", "[B, T, C], each sample contiguous", layout(prediction))
     _check_data({"target": target, "mask": mask}, shape, wide)
     _check_data({"weight": weight}, shape[:1], wide)
     need_gradient = prediction.requires_grad and torch.is_grad_enabled()
@@ -335,12 +335,8 @@ def _check_data(named: dict, shape: tuple, dtype: torch.dtype = torch.float32) -
         if tensor is not None:
             check_dtype(name, tensor, (dtype,))
             fits = tensor.shape == shape and tensor.is_contiguous()
-            check(fits, name, f"contiguous {shape}", _layout(tensor))
+            check(fits, name, f"contiguous {shape}", layout(tensor))
             check(not tensor.requires_grad, name, "data", "a tensor that requires a gradient")
-
-
-def _layout(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
 
 
 # ---------------------------------------------------------------- references

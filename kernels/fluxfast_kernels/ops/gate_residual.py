@@ -102,13 +102,13 @@ def _backward_kernel(
 
 
 def tile(D: int) -> tuple[int, int]:
-    """(rows, columns) of a program's tile. 1024 columns cut FLUX's 3072 without a remainder."""
+    """Returns rows and columns of a program's tile. 1024 divides FLUX's 3072."""
     block = min(1024, triton.next_power_of_2(D))
     return TILE // block, block
 
 
 def launch_forward(h: Tensor, gate: Tensor, y: Tensor, out: Tensor) -> None:
-    """out [B, T, D], contiguous, is overwritten."""
+    """Overwrites out [B, T, D], contiguous."""
     B, T, D = h.shape
     rows, block = tile(D)
     grid = (triton.cdiv(T, rows), triton.cdiv(D, block), B)
@@ -231,5 +231,5 @@ def gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def gate_residual_reference(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """The same in ordinary torch operations, differentiable in everything."""
+    """`gate_residual` in plain torch, differentiable in everything."""
     return h + gate * y

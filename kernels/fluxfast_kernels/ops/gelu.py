@@ -20,7 +20,7 @@ u in 8 bits: per row affine, u ≈ low + (int8 + 128)·step, with low = max(min 
 0.001 of zero there, and the 255 steps go to where the derivative varies. Relative error (norm over
 norm, 64 rows of 12 288 random values rounded to bf16, CPU) of gelu'(u) / gelu(u):
 
-    u drawn from                    symmetric        affine         affine from −3.5 (this)
+    distribution of u               symmetric        affine         affine from −3.5 (this)
     N(0, 1)                         0.72 / 0.96 %    0.69 / 0.92 %    0.66 / 0.87 %
     N(−1, 1)                        1.31 / 1.57      1.04 / 1.25      0.86 / 1.03
     N(−1.5, 2)                      1.52 / 1.43      1.28 / 1.20      0.83 / 0.76
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, check_dtype, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, layout, matrix, tl, triton
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.lora_linear import (
@@ -123,7 +123,7 @@ def _gelu_rows_kernel(
     u, x, saved, rows, T, F, TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row of x = gelu(u), with u in 8 bits for backward (`saved`), with x in 8 bits for a
-    product (`rows`)."""
+    matmul (`rows`)."""
     row = tl.program_id(0)
     batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
     u_row = u.ptr + batch * u.batch_stride + token * u.token_stride
@@ -199,13 +199,13 @@ def gelu_forward(
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """gelu(u) [B, T, F], into `out` where given. With row_scale fp32 [B, T, 2], u is int8 and
+    """Returns gelu(u) [B, T, F], in `out` where given. With row_scale fp32 [B, T, 2], u is int8 and
     `dtype` that of a fresh result. Not differentiable: see `gelu_lora_linear`."""
     if out is None:
         if row_scale is None and not backend.launches(u):
             return torch.ops.aten.gelu(u, approximate="tanh")
         out = torch.empty(u.shape, dtype=dtype or u.dtype, device=u.device)
-    check(out.shape == u.shape and out.stride(-1) == 1, "out", f"{tuple(u.shape)}", _layout(out))
+    check(out.shape == u.shape and out.stride(-1) == 1, "out", f"{tuple(u.shape)}", layout(out))
     if not backend.launches(u):
         return gelu_forward_reference(u, row_scale, out)
     B, T, F = u.shape
@@ -221,9 +221,8 @@ def gelu_rows(
     rotation: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, QuantizedRows | None]:
-    """gelu(u) of u [B, T, F]; u in int8 [B, T, F] and row_scale fp32 [B, T, 2] = (step, low), both
-    empty unless saved_bits is 8; gelu(u)'s 8-bit rows for such a matmul where a kernel wrote them.
-    """
+    """Returns gelu(u) of u [B, T, F]; u in int8 [B, T, F] and row_scale fp32 [B, T, 2] = (step,
+    low), both empty unless saved_bits is 8; gelu(u)'s 8-bit rows, where a kernel wrote them."""
     u8, row_scale = _not_saved(u)
     if not backend.launches(u) or (saved_bits == 16 and not matmul):
         if saved_bits == 8:
@@ -244,7 +243,7 @@ def gelu_rows(
 
 
 def gelu_backward(u: Tensor, row_scale: Tensor | None, dx: Tensor, out: Tensor) -> Tensor:
-    """gelu'(u)·dx into `out` [B, T, F], which may be dx itself. u as for `gelu_forward`."""
+    """Returns gelu'(u)·dx in `out` [B, T, F], which may be dx itself. u: as for `gelu_forward`."""
     if not backend.launches(u):
         return gelu_backward_reference(u, row_scale, dx, out)
     B, T, F = u.shape
@@ -263,7 +262,7 @@ _SCHEMA = (
 
 @torch.library.custom_op("fluxfast::gelu_lora_linear", mutates_args=(), schema=_SCHEMA)
 def _gelu_lora_linear(u: Tensor, *flat) -> tuple[Tensor, Tensor, Tensor]:
-    """y, u in int8, row_scale; the last two empty with saved_bits=16."""
+    """Returns y, u in int8, row_scale; the last two empty with saved_bits=16."""
     weight, update, (head, gate, residual, saved_bits) = unflatten(flat)
     x, u8, row_scale, rows = gelu_rows(u, saved_bits, weight.matmul, weight.rotation)
     xs, given = ([x], [rows]) if head is None else ([head, x], [None, rows])
@@ -295,7 +294,7 @@ _BACKWARD_SCHEMA = (
 def _gelu_lora_linear_backward(
     d_out: Tensor, u: Tensor, row_scale: Tensor | None, *flat
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """du, d_head, dA, dB; empty where there is none. u: int8 where row_scale is given."""
+    """Returns du, d_head, dA, dB; empty where there is none. u: int8 where row_scale is given."""
     weight, update, (head, gate, need_dx) = unflatten(flat)
     if update is not None:
         x = gelu_forward(u, row_scale, dtype=d_out.dtype)
@@ -352,20 +351,20 @@ def gelu_lora_linear(
     residual: Tensor | None = None,
     saved_bits: int = 16,
 ) -> Tensor:
-    """y [B, T, N], contiguous, in u's dtype: [head, gelu(u)] through a frozen linear with LoRA.
+    """Returns y [B, T, N], contiguous, in u's dtype: the linear of [head, gelu(u)] with LoRA.
 
     u [B, T, F], head [B, T, K0]: fp32, bf16 or fp16. weight, update: as `lora_linear` takes them,
-    K = K0 + F; 8-bit products give head and gelu(u) a scale a row each. With gate [B, 1, N] and
+    K = K0 + F; 8-bit matmuls give head and gelu(u) a scale a row each. With gate [B, 1, N] and
     residual [B, T, N] the result is residual + gate·y. saved_bits: 16 saves u as it is, 8 in int8.
     Gradients: u, head, residual, lora_a, lora_b. Raises ValueError, naming the argument, for what
     does not fit.
     """
     check_dtype("u", u)
-    check(u.ndim == 3 and u.stride(2) == 1, "u", "[B, T, F] with last stride 1", _layout(u))
+    check(u.ndim == 3 and u.stride(2) == 1, "u", "[B, T, F] with last stride 1", layout(u))
     B, T, K = u.shape
     if head is not None:
         fits = head.ndim == 3 and head.shape[:2] == (B, T) and head.stride(2) == 1
-        check(fits, "head", f"[{B}, {T}, K0] with last stride 1", _layout(head))
+        check(fits, "head", f"[{B}, {T}, K0] with last stride 1", layout(head))
         check_dtype("head", head, (u.dtype,))
         K += head.shape[2]
     N, _ = weight_shape(weight.tensors, K)
@@ -379,10 +378,6 @@ def gelu_lora_linear(
     return _gelu_lora_linear(u, *flatten(weight, update), head, gate, residual, bits)[0]
 
 
-def _layout(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-
-
 def _not_saved(u: Tensor) -> tuple[Tensor, Tensor]:
     return u.new_empty(0, dtype=torch.int8), u.new_empty(0, dtype=torch.float32)
 
@@ -391,14 +386,14 @@ def _not_saved(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_forward_reference(u: Tensor, row_scale: Tensor | None, out: Tensor) -> Tensor:
-    """gelu(u) into `out`."""
+    """Returns gelu(u) in `out`."""
     if row_scale is None:
         return out.copy_(torch.ops.aten.gelu(u, approximate="tanh"))
     return out.copy_(torch.ops.aten.gelu_(_dequantize(u, row_scale), approximate="tanh"))
 
 
 def gelu_quantize_reference(u: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [B, T, F] and row_scale fp32 [B, T, 2] = (step, low) of u [B, T, F]."""
+    """Returns u [B, T, F] as int8 [B, T, F] and row_scale fp32 [B, T, 2] = (step, low)."""
     low = u.amin(-1, keepdim=True).float().clamp_(min=LOWEST)
     step = torch.maximum(u.amax(-1, keepdim=True).float(), low).sub_(low).div_(255)
     inverse = torch.where(step > 0, 1 / step, 0)
@@ -407,7 +402,7 @@ def gelu_quantize_reference(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_backward_reference(u: Tensor, row_scale: Tensor | None, dx: Tensor, out: Tensor) -> Tensor:
-    """gelu'(u)·dx into `out`, which may be dx."""
+    """Returns gelu'(u)·dx in `out`, which may be dx."""
     if row_scale is None:
         return torch.ops.aten.gelu_backward.grad_input(dx, u, approximate="tanh", grad_input=out)
     u = _dequantize(u, row_scale)
@@ -427,7 +422,7 @@ def gelu_lora_linear_reference(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`gelu_lora_linear` with saved_bits=16 in ordinary, differentiable torch operations."""
+    """`gelu_lora_linear` with saved_bits=16 in plain torch, differentiable in everything."""
     x = torch.nn.functional.gelu(u, approximate="tanh")
     xs = [x] if head is None else [head, x]
     return lora_linear_reference(xs, weight, update, gate, residual)

@@ -15,13 +15,13 @@ is flat (start, end, which A): never a block-diagonal matrix, and one A for all 
 Saved for backward: x (as given), A and B. The dense weight and x Aᵀ are recomputed.
 
 Bytes, in elements of the compute dtype unless said: reads x, W (0.5625 bytes a weight in NF4, which
-above the dispatch threshold is dequantized into a scratch of N·K that the product reads back) and
+above the dispatch threshold is dequantized into a scratch of N·K that the matmul reads back) and
 residual, writes y. FLOP: 2·M·N·K + 2·M·R·(P·K + N'), M = B·T; backward the same for dx, and
 twice the low-rank part for dA and dB.
 
 Refused with ValueError: shapes that do not fit, parts out of range, a gate without a residual or
 the reverse, a gate that wants a gradient (its gradient needs y, which is not saved: use
-`gate_residual`), int8 products of an fp8 weight and the reverse, fp8 on a card that has none (below
+`gate_residual`), int8 matmuls of an fp8 weight and the reverse, fp8 on a card that has none (below
 sm_89).
 Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 """
@@ -37,7 +37,7 @@ from fluxfast_kernels.dispatch import backend, dispatch
 from fluxfast_kernels.dispatch.backend import check
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
-from fluxfast_kernels.gemm.linear_8bit import product_reference
+from fluxfast_kernels.gemm.linear_8bit import matmul_8bit_reference
 from fluxfast_kernels.quant.frozen import FrozenWeight, dequantize, storage_of, weight_shape
 from fluxfast_kernels.quant.hadamard import check_rotation
 from fluxfast_kernels.quant.rows import TOP
@@ -53,20 +53,20 @@ _LENGTH = 8
 
 
 def flatten(weight: FrozenWeight, update: LoRAUpdate | None) -> tuple:
-    """The eight arguments of LINEAR."""
+    """Returns the eight arguments of LINEAR."""
     a, b, parts, scale = (None, None, (), 1.0) if update is None else update
     return list(weight.tensors), *weight[1:], a, b, list(parts), scale
 
 
 def unflatten(flat: Sequence) -> tuple[FrozenWeight, LoRAUpdate | None, tuple]:
-    """Inverse of `flatten`; and what follows the eight arguments."""
+    """Inverse of `flatten`; also returns what follows the eight arguments."""
     tensors, bias, matmul, rotation, a, b, parts, scale = flat[:_LENGTH]
     update = None if a is None else LoRAUpdate(a, b, parts, scale)
     return FrozenWeight(tensors, bias, matmul, rotation), update, tuple(flat[_LENGTH:])
 
 
 def save_linear(ctx, flat: Sequence, *tensors: Tensor | None) -> None:
-    """For backward: `tensors`, A and B; the frozen weight stays out of autograd's hands."""
+    """Saves `tensors`, A and B for backward; the frozen weight is kept outside autograd."""
     weight, update, _ = unflatten(flat)
     lora = (None, None) if update is None else update[:2]
     ctx.save_for_backward(*tensors, *lora)
@@ -74,34 +74,26 @@ def save_linear(ctx, flat: Sequence, *tensors: Tensor | None) -> None:
 
 
 def saved_linear(ctx) -> tuple[tuple, list[Any]]:
-    """LINEAR's arguments and the other tensors that `save_linear` saved."""
+    """Returns LINEAR's arguments and the other tensors that `save_linear` saved."""
     *tensors, a, b = ctx.saved_tensors
     update = None if ctx.lora is None else LoRAUpdate(a, b, *ctx.lora)
     return flatten(ctx.weight, update), tensors
 
 
 def linear_gradients(ctx, da: Tensor | None = None, db: Tensor | None = None) -> tuple:
-    """Autograd's results for LINEAR: a None per tensor of a list; to autograd an empty list of
-    numbers is one of no tensors."""
-    return (
-        [None] * len(ctx.weight.tensors),
-        None,
-        None,
-        None,
-        da,
-        db,
-        None if ctx.lora else [],
-        None,
-    )
+    """Returns the gradients of LINEAR's arguments: a None per tensor of a list. Autograd takes an
+    empty list of numbers for a list of no tensors."""
+    parts = None if ctx.lora else []
+    return [None] * len(ctx.weight.tensors), None, None, None, da, db, parts, None
 
 
 def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor, or one without elements: an op cannot return None."""
+    """Returns the tensor, or one without elements for None, which an op cannot return."""
     return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 def fake_update_gradients(like: Tensor, flat: Sequence) -> tuple[Tensor, ...]:
-    """Unset dA and dB in fp32, as a backward op returns them."""
+    """Returns empty dA and dB in fp32, as a backward op returns them."""
     _, update, _ = unflatten(flat)
     shapes = (0, 0) if update is None else (update.lora_a.shape, update.lora_b.shape)
     return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -130,7 +122,7 @@ _BACKWARD_SCHEMA = (
 
 @torch.library.custom_op("fluxfast::lora_linear_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def _lora_linear_backward(dout: Tensor, x: Tensor, *flat) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB, each without elements where there is none."""
+    """Returns dx, dA and dB, each without elements where there is none."""
     weight, update, (gate, need_dx) = unflatten(flat)
     dxs, da, db = linear_backward([dout], [x], weight, update, need_dx, gate)
     dx = or_empty(None if dxs is None else dxs[0], dout)
@@ -181,11 +173,11 @@ def lora_linear(
 
 
 def check_matmul(weight: FrozenWeight, x: Tensor, widths: Sequence[int]) -> None:
-    """Raise ValueError unless x's device multiplies so, and the weight is stored fitly. widths: of
-    the inputs side by side."""
+    """Raise ValueError unless x's device has this matmul and the weight's storage fits it. widths:
+    of the inputs side by side."""
     matmul, rotation = weight.matmul, weight.rotation
     check(matmul in ("", *TOP), "matmul", "'', 'int8' or 'fp8'", repr(matmul))
-    check(bool(matmul) or not rotation, "rotation", "0 without 8-bit products", rotation)
+    check(bool(matmul) or not rotation, "rotation", "0 without an 8-bit matmul", rotation)
     check_rotation(rotation, *widths)
     if matmul:
         other = "fp8" if matmul == "int8" else "int8"
@@ -245,15 +237,14 @@ def lora_linear_reference(
     residual: Tensor | None = None,
     split: int = 0,
 ) -> Tensor:
-    """The same in ordinary torch operations, differentiable in everything, in x's dtype. 8-bit
-    products differentiate as the op does: dx is an 8-bit product too. x: one input or several side
-    by side; split: where an op gives y in two, whose gradients are quantized with scales of their
-    own."""
+    """`lora_linear` in plain torch, differentiable in everything, in x's dtype. 8-bit matmuls
+    differentiate as the op does: dx is an 8-bit matmul too. x: one input or several side by side;
+    split: where an op returns y in two, whose gradients are quantized with scales of their own."""
     xs = [x] if isinstance(x, Tensor) else list(x)
     x = torch.cat(xs, -1)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     if weight.matmul:
-        y = product_reference(xs, weight, split)
+        y = matmul_8bit_reference(xs, weight, split)
         y = y if bias is None else y + bias
     else:
         (first, *rest), K = weight.tensors, x.shape[-1]

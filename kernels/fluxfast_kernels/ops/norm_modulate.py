@@ -12,9 +12,9 @@ tokens of a joint tensor. mean and rstd are fp32 [B, T]; sums are fp32, the vari
 about the mean. weight, update: see `lora_linear.py`. A row is held in registers, so its mean and
 its variance about that mean take one read of it; all is fp32 between load and store.
 
-`norm_modulate_lora_linear` writes x to a temporary and multiplies that. A product of M rows and N
+`norm_modulate_lora_linear` writes x to a temporary and multiplies that. A matmul of M rows and N
 columns reads its x once per column of tiles (N = 9216 in tiles of 128: 72 times); normalizing
-inside it would repeat this file's work as often and take the product from cuBLAS. x is not saved
+inside it would repeat this file's work as often and take the matmul from cuBLAS. x is not saved
 but recomputed in backward: one more read of h and write of x there, for 2·D bytes a token less
 saved in bf16.
 
@@ -179,8 +179,8 @@ def _norm_modulate_backward_kernel(
 
 
 def tile(D: int, rotation: int = 0) -> tuple[int, int, int]:
-    """(tokens, columns, warps) of a program: whole rows, two at FLUX's 3072, which share their
-    modulation. One where they are rotated: two spill (sm_90, Triton 3.7.1)."""
+    """Returns tokens, columns and warps of a program: whole rows, two at FLUX's 3072, which share
+    their modulation. One where they are rotated: two spill (sm_90, Triton 3.7.1)."""
     columns = triton.next_power_of_2(D)
     tokens = max(1, min(16, (4096 if rotation else 8192) // columns))
     return tokens, columns, max(4, min(16, tokens * columns // 1024))
@@ -242,8 +242,8 @@ def launch_norm_modulate_backward(
 def norm_modulate_forward(
     h: Tensor, shift: Tensor, scale: Tensor, matmul: str = "", rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, QuantizedRows | None]:
-    """(x [B, T, D] contiguous, mean and rstd fp32 [B, T], x's 8-bit rows where the kernel wrote
-    them for such a matmul)."""
+    """Returns x [B, T, D] contiguous, mean and rstd fp32 [B, T], and x's 8-bit rows, where the
+    kernel wrote them."""
     B, _, D = h.shape
     if backend.launches(h):
         x, (mean, rstd) = h.new_empty(h.shape), _statistics(h)
@@ -252,12 +252,12 @@ def norm_modulate_forward(
         return x, mean, rstd, rows
     # the modulation as LayerNorm's affine, which may be fp32 beside a bf16 h: one pass per sample,
     # rounded once, and fp32 mean and rstd
-    made = [
+    samples = [
         torch.native_layer_norm(one, [D], a, b, EPS)
         for one, a, b in zip(h, 1 + scale[:, 0].float(), shift[:, 0].float(), strict=True)
     ]
     x, mean, rstd = (
-        each[0][None] if B == 1 else torch.stack(each) for each in zip(*made, strict=True)
+        each[0][None] if B == 1 else torch.stack(each) for each in zip(*samples, strict=True)
     )
     return x, mean[..., 0], rstd[..., 0], None
 
@@ -265,7 +265,7 @@ def norm_modulate_forward(
 def norm_modulate_recompute(
     h: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> Tensor:
-    """x again, from what was saved."""
+    """Returns x, recomputed from what was saved."""
     if not backend.launches(h):
         return norm_modulate_forward(h, shift, scale)[0]  # forming mean and rstd costs no pass
     x = h.new_empty(h.shape)
@@ -283,9 +283,9 @@ def norm_modulate_backward(
     need_d_modulation: bool,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh [B, T, D], dshift, dscale [B, 1, D]), without elements where not needed.
+    """Returns dh [B, T, D], dshift and dscale [B, 1, D], without elements where not needed.
 
-    in_place: dh may take dx's memory (dx is contiguous then and nobody else's).
+    in_place: dh may overwrite dx, which is contiguous then and not used elsewhere.
     """
     B, T, D = h.shape
     dh, dshift, dscale = h.new_empty(0), h.new_empty(0), h.new_empty(0)
@@ -305,13 +305,13 @@ def norm_modulate_backward(
             n = torch.native_layer_norm(h[b], [D], None, None, EPS)[0]
             torch.sum(n.mul_(dx[b]), 0, keepdim=True, out=dscale[b])
     if need_dh:
-        made = [
+        samples = [
             torch.ops.aten.native_layer_norm_backward(
                 dx[b], h[b], [D], mean[b, :, None], rstd[b, :, None], a, a, [True, False, False]
             )[0]
             for b, a in enumerate(1 + scale[:, 0].float())
         ]
-        dh = made[0][None] if B == 1 else torch.stack(made)
+        dh = samples[0][None] if B == 1 else torch.stack(samples)
     return dh, dshift, dscale
 
 
@@ -383,7 +383,7 @@ _norm_modulate.register_autograd(_backward, setup_context=_setup_context)
 
 
 def norm_modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(h) · (1 + scale) + shift [B, T, D], contiguous, in h's dtype.
+    """Returns LayerNorm(h) · (1 + scale) + shift [B, T, D], contiguous, in h's dtype.
 
     h [B, T, D], shift and scale [B, 1, D], in one of fp32, bf16 and fp16; any batch and token
     strides. Gradients for all three. Raises ValueError naming the argument.
@@ -417,7 +417,7 @@ _SCHEMA = (
 def _norm_modulate_lora_linear(
     h: Tensor, shift: Tensor, scale: Tensor, *flat
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y0, y1 (of no columns without a split), mean, rstd)."""
+    """Returns y0, y1 (of no columns without a split), mean, rstd."""
     weight, update, (split,) = unflatten(flat)
     x, mean, rstd, rows = norm_modulate_forward(h, shift, scale, weight.matmul, weight.rotation)
     ys = linear_forward([x], weight, update, Epilogue(split=split), [rows])
@@ -449,9 +449,9 @@ def _norm_modulate_lora_linear_backward(
     rstd: Tensor,
     *flat,
 ) -> tuple[Tensor, ...]:
-    """(dh, dshift, dscale, dA, dB), without elements where not needed or not there.
+    """Returns dh, dshift, dscale, dA, dB, without elements where not needed or not there.
 
-    shift is needed with an update alone: without one, x's shape is all that is asked of it.
+    shift is needed with an update alone: without one, only x's shape is used.
     """
     weight, update, (need_dh, need_d_modulation) = unflatten(flat)
     x = h if update is None else norm_modulate_recompute(h, cast(Tensor, shift), scale, mean, rstd)
@@ -461,8 +461,8 @@ def _norm_modulate_lora_linear_backward(
     del x
     gradients = [h.new_empty(0) for _ in range(3)]
     if dxs is not None:
-        given = (dxs[0], h, scale, mean, rstd, need_dh, need_d_modulation)
-        gradients = norm_modulate_backward(*given, in_place=True)
+        needs = (need_dh, need_d_modulation)
+        gradients = norm_modulate_backward(dxs[0], h, scale, mean, rstd, *needs, in_place=True)
     return *gradients, *(or_empty(each, h, torch.float32) for each in (da, db))
 
 
@@ -515,10 +515,10 @@ def norm_modulate_lora_linear(
     update: LoRAUpdate | None = None,
     split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The linear layer of LayerNorm(h) · (1 + scale) + shift; see the file's head.
+    """Returns the linear layer of LayerNorm(h) · (1 + scale) + shift; see the file's head.
 
-    Returns y [B, T, N] in h's dtype or, with a split, (y[..., :split], y[..., split:]), each
-    contiguous. Gradients for h, shift, scale, lora_a and lora_b; the weight and the bias are
+    y is [B, T, N] in h's dtype or, with a split, (y[..., :split], y[..., split:]), each contiguous.
+    Gradients for h, shift, scale, lora_a and lora_b; the weight and the bias are
     frozen. Raises ValueError naming the argument.
     """
     _check(h, shift, scale)
@@ -534,7 +534,7 @@ def norm_modulate_lora_linear(
 
 
 def norm_modulate_reference(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The same in ordinary torch operations, differentiable in everything."""
+    """`norm_modulate` in plain torch, differentiable in everything."""
     return F.layer_norm(h, [h.shape[-1]], eps=EPS) * (1 + scale) + shift
 
 
@@ -546,7 +546,7 @@ def norm_modulate_lora_linear_reference(
     update: LoRAUpdate | None = None,
     split: int = 0,
 ) -> Tensor | tuple[Tensor, ...]:
-    """The same in ordinary torch operations."""
+    """`norm_modulate_lora_linear` in plain torch, differentiable in everything."""
     x = norm_modulate_reference(h, shift, scale)
     y = lora_linear_reference(x, weight, update, split=split)
     return tuple(y.tensor_split([split], dim=-1)) if split else y

@@ -288,8 +288,8 @@ def launch_backward(
 
 
 def qk_norm_rope_forward(streams: Streams) -> QKV:
-    """Returns q and k, normalized and rotated, and v, each [B, T, H, C]; one stream's v is a view
-    of it."""
+    """Returns q and k, normalized and rotated, and v, each [B, T, H, C]; a single stream's v is a
+    view of qkv."""
     _check(streams)
     if not launches(streams.qkv[0]):
         return qk_norm_rope_reference(*streams)
@@ -313,14 +313,14 @@ def qk_norm_rope_backward(grads: QKV, streams: Streams) -> list[Tensor]:
 
 
 def _empty_joint(streams: Streams) -> QKV:
-    """Empty q, k and v [B, T, H, C]; one stream's v is its view and needs no filling."""
+    """Returns empty q, k and v [B, T, H, C]; a single stream's v is the view of it."""
     qkv, _, _, _, heads = streams
     q, k = (qkv[0].new_empty(streams.joint_shape) for _ in range(2))
     return QKV(q, k, _split(qkv[0], heads).v if len(qkv) == 1 else torch.empty_like(q))
 
 
 def _split(x: Tensor, heads: int) -> QKV:
-    """Views q, k and v of x [B, T, 3·H·C], each [B, T, H, C]."""
+    """Returns the views q, k and v of x [B, T, 3·H·C], each [B, T, H, C]."""
     return QKV(*x.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
@@ -434,7 +434,7 @@ def qk_norm_rope_attention(
 
 
 def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / rms and 1 / rms of x [B, T, H, C], fp32 (fp64 for fp64), new tensors."""
+    """Returns x / rms and 1 / rms of x [B, T, H, C], new tensors in fp32 (fp64 for fp64)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
     rstd = mean.div_(x.shape[-1]).add_(EPSILON).rsqrt_()
@@ -451,7 +451,7 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def qk_norm_rope_reference(
     qkv: list[Tensor], scales: list[Tensor], cos: Tensor, sin: Tensor, heads: int
 ) -> QKV:
-    """`qk_norm_rope_forward` in plain torch, any floating dtype, rounded once. No autograd."""
+    """`qk_norm_rope_forward` in plain torch, any floating dtype, rounded once, without autograd."""
     streams = Streams(qkv, scales, cos, sin, heads)
     joint = _empty_joint(streams)
     for x, q_scale, k_scale, cos_at, sin_at, at in streams.each():
@@ -482,6 +482,6 @@ def qk_norm_rope_backward_reference(grads: QKV, streams: Streams) -> list[Tensor
 def qk_norm_rope_attention_reference(
     qkv: list[Tensor], scales: list[Tensor], cos: Tensor, sin: Tensor, heads: int
 ) -> Tensor:
-    """The op's forward in plain torch with the scores in memory. No autograd."""
+    """The op's forward in plain torch with the scores in memory, without autograd."""
     q, k, v = (x.transpose(1, 2) for x in qk_norm_rope_reference(qkv, scales, cos, sin, heads))
     return attention_reference(q, k, v)[0].transpose(1, 2).flatten(2)

@@ -4,14 +4,14 @@
     [quantized, scale]                  8 bits: int8 or float8_e4m3fn [N, K], fp32 [N]
     [packed, absmax]                    NF4, see nf4.py; nested: + [nested_absmax, offset]
 
-and what a product takes: the weight dense in its dtype, or in 8 bits with one scale a row,
+and what a matmul takes: the weight dense in its dtype, or in 8 bits with one scale a row,
 
     quantized[n, k] = round(W[n, k] · top / amax_n);   scale[n] = amax_n / top
 
-(`rows.py` has the arithmetic; for NF4 amax_n is the largest absmax of the row's blocks). What is
-not stored in that form is converted into the device's scratch, good until the next such call. For
-dx the contraction runs along N, and no 8-bit operand can be transposed on its way to the tensor
-cores of sm_80 to sm_120: `transposed` writes the scratch as [K, N].
+(`rows.py` has the arithmetic; for NF4 amax_n is the largest absmax of the row's blocks). A weight
+stored in another form is converted into the device's scratch, which the next such call overwrites.
+For dx the contraction runs along N, and the tensor cores of sm_80 to sm_120 take no transposed
+8-bit operand: `transposed` writes the scratch as [K, N].
 
 Bytes a weight: NF4 to 8 bits reads 0.5625 and writes 1; transposing 8 bits reads 1 and writes 1;
 8 bits from dense read it once and write 1.
@@ -53,9 +53,9 @@ class FrozenWeight(NamedTuple):
     """A frozen [N, K] weight, as every fused linear takes it.
 
     tensors: one of the forms above; bias: [N] or None. matmul: "" multiplies in x's dtype, "int8"
-    and "fp8" in 8 bits, forward and towards x, whatever the form. rotation: columns per block of
-    the Hadamard rotation that the weight is stored in (W·H, see hadamard.py), 0 for none; only with
-    8-bit products.
+    and "fp8" in 8 bits, for y and dx, whatever the form. rotation: columns per block of the
+    Hadamard rotation that the weight is stored in (W·H, see hadamard.py), 0 for none; only with an
+    8-bit matmul.
     """
 
     tensors: Sequence[Tensor]
@@ -65,7 +65,7 @@ class FrozenWeight(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight as an 8-bit product takes it: values int8 or float8_e4m3fn [N, K] ([K, N] where
+    """A weight as an 8-bit matmul takes it: values int8 or float8_e4m3fn [N, K] ([K, N] where
     transposed) and scale fp32 [N]; or NF4 with the inverse fp32 [N] that its tiles are quantized
     by."""
 
@@ -83,7 +83,7 @@ def storage_of(weight: Sequence[Tensor]) -> str:
 
 
 def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
-    """[N, K] of a weight whose input width is K. Raises ValueError where they do not fit."""
+    """Returns (N, K) of a weight whose input is K wide. Raises ValueError where they do not fit."""
     check(len(weight) in (1, 2, 4), "weight", "a list of 1, 2 or 4 tensors", len(weight))
     storage, first = storage_of(weight), weight[0]
     if storage == "nf4":
@@ -108,14 +108,14 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
 
 
 def as_nf4(weight: Sequence[Tensor], N: int, K: int) -> NF4Tensor:
-    """NF4's list as an NF4Tensor."""
+    """Returns NF4's list as an NF4Tensor."""
     packed, absmax, *nested = weight
     return NF4Tensor(packed, absmax, (N, K), *nested)
 
 
 def dequantize(weight: Sequence[Tensor], K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`, in the scratch where it is stored quantized: read it before the next
-    such call."""
+    """Returns W [N, K] in `dtype`; where it is stored quantized, in the scratch, which the next
+    such call overwrites."""
     if len(weight) == 1:
         return weight[0].to(dtype)
     N, _ = weight_shape(weight, K)
@@ -133,7 +133,7 @@ def dequantize(weight: Sequence[Tensor], K: int, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_8bit(weight: Tensor, kind: str, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """W [N, K] fp32, bf16 or fp16 as (int8 or float8_e4m3fn [N, K], scale fp32 [N]).
+    """Returns W [N, K] fp32, bf16 or fp16 as (int8 or float8_e4m3fn [N, K], scale fp32 [N]).
 
     kind: "int8" or "fp8"; rotation: of W·H instead, see hadamard.py. Made on the weight's device.
     Raises ValueError naming the argument.
@@ -147,7 +147,7 @@ def quantize_8bit(weight: Tensor, kind: str, rotation: int = 0) -> tuple[Tensor,
 
 
 def rotate_weight(weight: Tensor, rotation: int) -> Tensor:
-    """W·H [N, K] in fp32, for a layer whose input is rotated."""
+    """Returns W·H [N, K] in fp32, for a layer whose input is rotated."""
     check_rotation(rotation, weight.shape[1])
     return hadamard_reference(weight.float(), rotation) if rotation else weight
 
@@ -239,9 +239,9 @@ def launch_transpose(values: Tensor, out: Tensor) -> None:
 def weight_in_8bit(
     weight: Sequence[Tensor], K: int, kind: str, transposed: bool = False
 ) -> QuantizedWeight:
-    """A weight of any form as values [N, K] (transposed: [K, N]), contiguous, and scale.
+    """Returns a weight of any form as values [N, K] (transposed: [K, N]), contiguous, and scale.
 
-    Values that are not stored so are in the scratch: read them before the next call.
+    Values that are not stored so are in the scratch, which the next such call overwrites.
     """
     N, _ = weight_shape(weight, K)
     storage, first = storage_of(weight), weight[0]
@@ -274,14 +274,14 @@ def weight_in_8bit(
 
 
 def nf4_with_scales(weight: Sequence[Tensor], N: int, K: int, kind: str) -> QuantizedWeight:
-    """An NF4 weight with the scales that `weight_in_8bit` gives it, still in NF4."""
+    """Returns an NF4 weight, still in NF4, with the scales that `weight_in_8bit` gives it."""
     nf4 = as_nf4(weight, N, K)
     amax = nf4_absmax(nf4).view(N, -1).abs().amax(1)
     return QuantizedWeight(nf4, *scale_and_inverse_reference(amax, kind))
 
 
 def nf4_to_8bit_reference(weight: NF4Tensor, kind: str, out: Tensor | None = None) -> QuantizedRows:
-    """An NF4 weight in 8 bits by torch or, for int8 on a CPU, in C++ (into `out` where given)."""
+    """Returns an NF4 weight in 8 bits by torch or, for int8 on a CPU, in C++ (into `out`)."""
     N, K = weight.shape
     absmax = nf4_absmax(weight)
     if kind == "int8" and absmax.device.type == "cpu" and native.isa():

@@ -3,8 +3,8 @@
     x' = x·H,   H = blockdiag(H_b, …, H_b),   H_b = [[H_{b/2}, H_{b/2}], [H_{b/2}, −H_{b/2}]] / √2
 
 over blocks of b columns, b a power of two up to 256 that divides the width. H is symmetric and its
-own inverse, so x Wᵀ = (x H)(W H)ᵀ: a weight is rotated once, when it is quantized, and its input
-where it is quantized; dx = (dy W H) H.
+own inverse, so x Wᵀ = (x H)(W H)ᵀ: a weight is rotated once, when it is quantized, its input each
+time it is quantized; dx = (dy W H) H.
 
 Computed as log2(b) stages of sums and differences in fp32, in the same order everywhere, so that
 kernel and reference give the same bits. FLOP: log2(b) + 1 a value. Bytes, where it is a pass of its
@@ -49,7 +49,7 @@ def _rotate_kernel(x_ptr, y_ptr, width, ROTATION: tl.constexpr, BLOCK: tl.conste
 
 
 def largest_rotation(*widths: int) -> int:
-    """The largest power of two up to 256 that divides every width; 1 where one is odd."""
+    """Returns the largest power of two up to 256 that divides every width; 1 where one is odd."""
     rotation = LARGEST
     while any(width % rotation for width in widths):
         rotation //= 2
@@ -65,7 +65,7 @@ def check_rotation(rotation: int, *widths: int) -> None:
 
 
 def hadamard_rotate(x: Tensor, rotation: int, out: Tensor | None = None) -> Tensor:
-    """x·H [..., K] in x's dtype (formed in fp32), into `out` where given: it may be x itself.
+    """Returns x·H [..., K] in x's dtype (formed in fp32), in `out` where given: it may be x itself.
 
     On a GPU x is contiguous. rotation: columns a block. Raises ValueError naming the argument.
     """
@@ -85,7 +85,7 @@ def hadamard_rotate(x: Tensor, rotation: int, out: Tensor | None = None) -> Tens
 
 
 def hadamard_reference(x: Tensor, rotation: int) -> Tensor:
-    """The same in ordinary torch operations, in x's dtype."""
+    """`hadamard_rotate` in plain torch, in x's dtype."""
     shape, half = x.shape, 1
     while half < rotation:
         pairs = x.reshape(-1, 2, half)

@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def isa() -> str | None:
-    """The best that library and CPU have together: "avx512", "avx2", "portable", or None."""
+    """Returns the best instruction set of library and CPU, one of ISAS; None without a library."""
     library = _library()
     return None if library is None else ISAS[library.fluxfast_isa()]
 
@@ -70,8 +70,8 @@ def nf4_dequantize(
 
 
 def nf4_quantize(weight: Tensor, with_isa: str | None = None) -> tuple[Tensor, Tensor]:
-    """packed uint8 [n / 2] and absmax fp32 [n / 64] of a weight in fp32, bf16 or fp16, contiguous,
-    on the CPU, of whole blocks of 64."""
+    """Returns packed uint8 [n / 2] and absmax fp32 [n / 64] of a weight in fp32, bf16 or fp16,
+    contiguous, on the CPU, of whole blocks of 64."""
     assert weight.is_contiguous() and not weight.is_cuda and weight.numel() % 64 == 0
     blocks = weight.numel() // 64
     # whatever torch's default dtype and device are: the library writes to these
@@ -85,8 +85,8 @@ def nf4_quantize(weight: Tensor, with_isa: str | None = None) -> tuple[Tensor, T
 def rows_int8(
     x: Tensor, channel: Tensor | None = None, with_isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """int8 [M, K] and scale fp32 [M] of x [M, K] fp32, bf16 or fp16 of last stride 1, times channel
-    fp32 [K], contiguous.
+    """Returns int8 [M, K] and scale fp32 [M] of x [M, K] fp32, bf16 or fp16 of last stride 1, times
+    channel fp32 [K], contiguous.
 
     value = round(v * (127 / amax)), scale = amax * (1 / 127); amax is the row's largest |v|, at
     least 1e-30. NaN or infinity in a row makes its scale NaN and its values 0. All on the CPU.
@@ -113,8 +113,8 @@ def nf4_int8(
     out: Tensor | None = None,
     with_isa: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """int8 [rows, columns] and scale fp32 [rows] of packed uint8 [rows * columns / 2], absmax fp32
-    [rows * columns / 64].
+    """Returns int8 [rows, columns] and scale fp32 [rows] of packed uint8 [rows * columns / 2] and
+    absmax fp32 [rows * columns / 64].
 
     As dequantizing to fp32 and `rows_int8`, but with a row's largest |absmax| as its largest
     magnitude. columns is a multiple of 64. The int8 values are a view of `out` where given, int8,

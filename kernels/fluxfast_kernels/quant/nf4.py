@@ -22,7 +22,7 @@ from typing import Any, Optional, cast
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, launches, tl, triton
 from fluxfast_kernels.quant import native
 
 BLOCK = 64
@@ -74,7 +74,7 @@ def _pairs(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """fp32 [256], ascending: the signed 8-bit dynamic-exponent code that nested absmax uses.
+    """fp32 [256], ascending: the signed 8-bit dynamic-exponent values that nested absmax uses.
 
     Decade i (10^-6 ... 10^0) holds 2^i midpoints of equal cells of [0.1, 1], both signs; then 0 and
     1.
@@ -92,12 +92,9 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
 
     Raises ValueError for another rank, dtype or K.
     """
-    if weight.ndim != 2 or weight.shape[1] % BLOCK:
-        raise ValueError(
-            f"weight must be [N, K] with K a multiple of {BLOCK}, got {tuple(weight.shape)}"
-        )
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"weight must be fp32, fp16 or bf16, got {weight.dtype}")
+    fits = weight.ndim == 2 and weight.shape[1] % BLOCK == 0
+    check(fits, "weight", f"[N, K] with K a multiple of {BLOCK}", tuple(weight.shape))
+    check(weight.dtype in DTYPES, "weight", "fp32, fp16 or bf16", weight.dtype)
     if weight.device.type == "cpu" and weight.is_contiguous() and native.isa():
         packed, absmax = native.nf4_quantize(weight)
         packed = packed[:, None]
@@ -112,7 +109,7 @@ def nf4_quantize(weight: Tensor, nested: bool = False) -> NF4Tensor:
 
 
 def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """-> packed uint8 [n / 2, 1], absmax fp32 [n / 64], in plain PyTorch."""
+    """Returns packed uint8 [n / 2, 1] and absmax fp32 [n / 64], in plain PyTorch."""
     code = code_table(weight.device)
     bounds = (code[:-1] + code[1:]) / 2
     blocks = weight.reshape(-1, BLOCK).float()
@@ -123,21 +120,19 @@ def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _dynamic_codes(device: torch.device) -> Tensor:
-    """uint8 [65536]: the nearest code of `dynamic_map` for 65 536 values spread evenly over [-1,
-    1].
-    """
+def _nearest(device: torch.device) -> Tensor:
+    """uint8 [65536]: the nearest entry of `dynamic_map` to values spread evenly over [-1, 1]."""
     table = dynamic_map(torch.device("cpu"))
     grid = (torch.arange(65536, dtype=torch.float64) / 32767.5 - 1).float()
     return torch.bucketize(grid, (table[:-1] + table[1:]) / 2).to(torch.uint8).to(device)
 
 
 def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [n] -> (uint8 codes of `dynamic_map` [n], fp32 absmax per 256).
+    """Quantizes fp32 [n]: uint8 [n], indices of `dynamic_map`, and fp32 absmax per 256.
 
-    bitsandbytes 0.50 on CPU rounds a value to 16 bits and looks its code up, instead of taking the
-    nearest code of the value itself: one code in 650 differs. Its bytes are what files hold, so
-    this does the same. A block of zeros gets code 0 throughout (times an absmax of 0).
+    bitsandbytes 0.50 on CPU rounds a value to 16 bits and looks its index up, instead of taking the
+    nearest entry to the value itself: one in 650 differs. Its bytes are what files hold, so this
+    does the same. A block of zeros gets index 0 throughout (times an absmax of 0).
     """
     count = values.numel()
     padded = torch.nn.functional.pad(values, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -145,12 +140,12 @@ def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     # the reciprocal of a denormal absmax is infinite: clamping then leaves the signs, as theirs
     # does
     scaled = (padded * (1.0 / absmax)[:, None]).clamp_(-1, 1).nan_to_num_(nan=-1.0)
-    codes = _dynamic_codes(values.device)[((scaled + 1) * 32767.5 + 0.5).long()]
-    return (codes * (absmax > 0)[:, None]).view(-1)[:count], absmax
+    quantized = _nearest(values.device)[((scaled + 1) * 32767.5 + 0.5).long()]
+    return (quantized * (absmax > 0)[:, None]).view(-1)[:count], absmax
 
 
 def nf4_absmax(weight: NF4Tensor) -> Tensor:
-    """fp32 [N * K / 64], un-nested."""
+    """Returns absmax fp32 [N * K / 64], un-nested."""
     if weight.nested_absmax is None:
         return weight.absmax
     table = dynamic_map(weight.absmax.device)
@@ -236,7 +231,7 @@ def _(packed, absmax, nested_absmax, offset, N, K, dtype):
 def nf4_dequantize(
     weight: NF4Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
-    """[N, K] in `dtype` (fp32, bf16, fp16). The product is formed in fp32 and rounded once.
+    """Returns W [N, K] in `dtype` (fp32, bf16, fp16), formed in fp32 and rounded once.
 
     out: contiguous [at least N * K] of `dtype` on the weight's device: overwritten, the result is a
     view of it. Fresh memory costs a CPU a page fault every 4 KiB. Without it this is the op
@@ -269,6 +264,6 @@ def _dequantize_into(weight: NF4Tensor, out: Tensor) -> Tensor:
 
 
 def nf4_dequantize_reference(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same in ordinary torch operations."""
+    """`nf4_dequantize` in plain torch."""
     values = _pairs(weight.packed.device)[weight.packed.view(-1).int()].view(-1, BLOCK)
     return (values * nf4_absmax(weight)[:, None]).view(weight.shape).to(dtype)

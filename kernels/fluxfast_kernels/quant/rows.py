@@ -1,4 +1,4 @@
-"""Rows in 8 bits: what an 8-bit product takes in place of activations or gradients.
+"""Activations and gradients quantized to 8 bits, one scale a row, for 8-bit matmuls.
 
     v     = x [· gate, rounded to x's dtype] [· channel] [rotated, see hadamard.py]
     amax  = max |v| over the row's columns, at least 1e-30
@@ -12,10 +12,10 @@ Triton's interpreter: within one unit in the last place).
 NaN or infinity in a row makes its scale NaN, and with it every result that the row takes part in;
 its values are then unspecified. A row of zeros has zero values.
 
-The ops that make a product's input quantize it in the pass that makes it (`norm_modulate.py`,
-`gelu.py`); an input that another op made is quantized by the pass of its LoRA
-(`grads.py`), dy by the gate's pass (this file) or its LoRA's. `quantize_rows` alone is for a
-layer without any of these, and for weights.
+The ops that make a matmul's input quantize it in the pass that makes it (`norm_modulate.py`,
+`gelu.py`); an input that another op made is quantized by the pass of its LoRA (`grads.py`), dy by
+the gate's pass (this file) or its LoRA's. `quantize_rows` alone is for a layer without any of
+these, and for weights.
 
 Bytes a value: reads x once from memory (a row's second sweep comes from the cache), writes 1, with
 a gate 2 more for the gated dy in a 2-byte dtype. FLOP: about 4 a value.
@@ -98,8 +98,8 @@ def scale_and_inverse(bits, TOP: tl.constexpr):
 
 @triton.jit
 def quantize(scaled, TOP: tl.constexpr, dtype: tl.constexpr):
-    """fp32 within ±TOP in 8 bits. The clamp also keeps product and sum apart: fused, they would
-    round otherwise than on a CPU."""
+    """Rounds fp32 values to 8 bits within ±TOP. The clamp also keeps the multiplication and the sum
+    from being fused, which would round otherwise than on a CPU."""
     scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
     if dtype == tl.int8:
         whole = (scaled + _TO_INTEGER) - _TO_INTEGER
@@ -186,7 +186,7 @@ def launch_quantize(
 
 
 def warps(block: int) -> int:
-    """Of a program that holds so many values: rows as short as a head's need one."""
+    """Returns the warps of a program of `block` values: rows as short as a head's need one."""
     return 4 if block > 256 else 1
 
 
@@ -194,7 +194,7 @@ def warps(block: int) -> int:
 
 
 def empty_rows(x: Tensor, kind: str) -> QuantizedRows:
-    """Unset rows for an x [..., K]."""
+    """Returns unset rows for an x [..., K]."""
     values = torch.empty(x.shape, dtype=DTYPE[kind], device=x.device)
     return QuantizedRows(values, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device))
 
@@ -207,8 +207,8 @@ def quantize_rows(
     rotation: int = 0,
     gate: Tensor | None = None,
 ) -> tuple[QuantizedRows, Tensor]:
-    """x [B, T, K] fp32, bf16 or fp16 in 8 bits; and x (with a gate [B, 1, K]: gate·x, new and
-    contiguous), which is what the rows stand for. See the file's head. Not differentiable.
+    """Quantizes x [B, T, K] fp32, bf16 or fp16, or with a gate [B, 1, K] gate·x; see the file's
+    head. Returns the rows and x or gate·x (new, contiguous). Not differentiable.
     """
     check(kind in TOP, "kind", "int8 or fp8", kind)
     check_dtype("x", x)
@@ -237,7 +237,7 @@ def quantize_rows(
 def quantize_rows_reference(
     x: Tensor, kind: str, channel: Tensor | None = None, rotation: int = 0
 ) -> QuantizedRows:
-    """x [..., K] in 8 bits by ordinary torch operations or, for int8 on a CPU, in C++."""
+    """Quantizes x [..., K] in plain torch or, for int8 on a CPU, in C++."""
     by_cpp = kind == "int8" and not rotation and x.device.type == "cpu" and native.isa()
     if by_cpp and x.dtype in native.TYPES and x.numel():
         flat = x.reshape(-1, x.shape[-1])
@@ -250,7 +250,7 @@ def quantize_rows_reference(
 
 
 def quantize_reference(v: Tensor, amax: Tensor, kind: str) -> QuantizedRows:
-    """fp32 [..., K] in 8 bits, by the largest magnitude of each row."""
+    """Quantizes v fp32 [..., K] by the largest magnitude of each row."""
     scale, inverse = scale_and_inverse_reference(amax, kind)
     # NaN stays out of the values: its conversion to an integer is undefined
     scaled = (v * inverse[..., None]).nan_to_num_(0.0).clamp_(-TOP[kind], TOP[kind])
@@ -259,20 +259,20 @@ def quantize_reference(v: Tensor, amax: Tensor, kind: str) -> QuantizedRows:
 
 
 def scale_and_inverse_reference(amax: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Scales (NaN where not finite) and top / amax of the largest magnitudes, fp32."""
+    """Returns the scales (NaN where not finite) and top / amax of largest magnitudes, in fp32."""
     floor, top = amax.clamp(min=LEAST), TOP[kind]
     scale = torch.where(amax.isfinite(), floor * (1.0 / top), torch.nan)
     # number / tensor would be the rounded reciprocal times the number
     return scale, torch.full_like(floor, top) / floor
 
 
-# ---------------------------------------------------------------- 8-bit products on a CPU
+# ---------------------------------------------------------------- 8-bit matmuls on a CPU
 
 
 @cache
 def _int_mm_is_exact() -> bool:
-    """oneDNN's int8 product saturates sums of two on CPUs without VNNI; and not every torch has
-    `_int_mm` there."""
+    """oneDNN's int8 matmul saturates sums of two on CPUs without VNNI; and not every torch has
+    `_int_mm` on a CPU."""
     largest = torch.full((64, 512), 127, dtype=torch.int8)
     try:
         return all(
@@ -285,7 +285,7 @@ def _int_mm_is_exact() -> bool:
 
 
 def multiply_8bit(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] · right [K, N] of 8-bit values in fp32. int8: the exact sum, rounded once."""
+    """Returns left [M, K] · right [K, N] of 8-bit values in fp32. int8: the exact sum, rounded."""
     if left.dtype != torch.int8:
         return left.float() @ right.float()
     # of one column it reads beyond a transposed right operand (torch 2.13: both strides are 1)
