@@ -83,7 +83,7 @@ class ModelConfig(Section):
     """Layer name or glob (quoted if it starts with *) -> 8bit, rotate (8 bits, behind a Hadamard
     rotation) or bf16 (dense); the last match wins. Or the path of the file that `fluxfast check`
     wrote."""
-    assistant_lora: str | None = Field(None, min_length=1)
+    assistant_lora: str | None = Field(default=None, min_length=1)
     """LoRA file or Hub id that acts, frozen, during training only: what schnell needs."""
     max_sequence_length: Few | None = None
     """T5 tokens. Default: 512 for dev, 256 for schnell; at most the tokenizer's own limit."""
@@ -283,7 +283,7 @@ class Config(Section):
     """Seed of every random number of a run."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N."""
-    trigger: str | None = Field(None, max_length=1000)
+    trigger: str | None = Field(default=None, max_length=1000)
     """Replaces [trigger] in captions, and is put in front of captions without it."""
     log_every: Positive = 10
     """Steps between metric lines."""
