@@ -58,8 +58,8 @@ class Ranks:
             reason = re.sub(r"\[[^\]]*\.cc:\d+\] *", "", str(error).splitlines()[0])
             raise LostRank(
                 f"another process of this run has ended: {reason.partition('. ')[0]}",
-                hint="one has ended, and has said why; the same command goes on from the last "
-                "checkpoint, in as many processes as you like",
+                hint="its own error is above; the same command goes on from the last checkpoint, "
+                "with any number of processes",
             ) from None
 
     def allocate_buffers(self, device: torch.device) -> None:
@@ -102,8 +102,8 @@ class Ranks:
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ConfigError(
-                    f"the processes of this run differ in {name}: rank {rank} has another than "
-                    "rank 0",
+                    f"the processes of this run differ in {name}: rank {rank}'s is not that "
+                    "of rank 0",
                     hint="give all of them the same configuration, model, pictures and output_dir",
                 )
 

@@ -167,7 +167,7 @@ def _policies(
     memory = config.memory
     if "host" in (memory.modulation, memory.optimizer_state) or memory.policy == "offload":
         raise ConfigError(
-            "memory: what goes to the host is planned, and on a CPU there is no plan",
+            "memory: moving things to the host takes a plan, and on a CPU there is none",
             hint="set memory.limit_gib to try one",
         )
     policy = "keep" if memory.policy == "auto" else memory.policy

@@ -229,8 +229,7 @@ def _explained(
     """
     diagnoses = run.ranks.all_gather_json(diagnose(run, error.first))
     lines = list(dict.fromkeys(line for lines in diagnoses for line in lines)) or [
-        f"step {error.first}: taken again, sample by sample and without graphs, everything is "
-        "finite"
+        f"step {error.first}: repeated sample by sample and without graphs, everything is finite"
     ]
     if run.ranks.is_main:
         text = "".join(f"{line}\n" for line in lines)
@@ -241,8 +240,8 @@ def _explained(
             saves.try_to_save(run, error.good, {**state(error.good), "bad": 0})
     return FluxfastError(
         f"{error.message}: {'; '.join(lines)}",
-        hint="take the picture out, lower train.lr, or set model.compute to fp32; the same command "
-        "then goes on from the last good step that was saved",
+        hint="remove the picture, lower train.lr, or set model.compute to fp32; the same command "
+        "then goes on from the last good step",
     )
 
 

@@ -134,7 +134,7 @@ def save_checkpoint(
         ) from None
     except Damaged as error:
         fault = error.message.replace(str(partial), str(folder))
-        raise DiskError(f"the disk gives back other than was written: {fault}") from None
+        raise DiskError(f"the disk returned other bytes than were written: {fault}") from None
     except DiskError as error:  # raised in write_files, with the temporary name
         message = error.message.replace(str(partial), str(folder.parent))
         raise DiskError(message, hint=_HINT) from None

@@ -39,7 +39,7 @@ def diagnose(run: Training, step: int) -> list[str]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        lines.append("memory ran out while the step was looked at once more")
+        lines.append("memory ran out while the step was repeated")
     run.gradients.zero_()
     return lines
 

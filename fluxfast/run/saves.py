@@ -79,8 +79,8 @@ class Saves:
             raise FluxfastError(f"the state in {folder} does not fit this run: {reason}") from None
         if state["data"] != run.loader.fingerprint:
             log.warning(
-                "note: the pictures or captions are not those that this run began with: from here "
-                "on their order is another"
+                "note: pictures or captions have changed since this run began: from here on their "
+                "order differs"
             )
         if run.ranks.is_main:
             self._restore_best(step, folder)

@@ -206,7 +206,7 @@ def test_a_disk_that_gives_back_something_else_is_no_save(tmp_path, monkeypatch)
         verify(folder)
 
     monkeypatch.setattr(fluxfast.run.checkpoint, "verify", flips)
-    with pytest.raises(DiskError, match="gives back other than was written.*checksum"):
+    with pytest.raises(DiskError, match="returned other bytes than were written.*checksum"):
         save(tmp_path, 2, keep=1)
     assert saved_steps(tmp_path) == [1]
 

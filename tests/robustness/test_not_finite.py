@@ -151,7 +151,7 @@ def test_a_step_that_is_sound_when_repeated_is_said_to_be_one(configure, monkeyp
         return loss * float("nan"), norm, torch.ones_like(bad), lr
 
     monkeypatch.setattr(fluxfast.train, "train_step", broken)
-    with pytest.raises(FluxfastError, match="step 1: taken again, .* everything is finite"):
+    with pytest.raises(FluxfastError, match="step 1: repeated .* everything is finite"):
         train(configure(train__max_bad_steps=1))
 
 

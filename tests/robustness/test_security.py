@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import EpsImagePlugin, Image
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import noise_pictures
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxfast.config.ai_toolkit import convert_ai_toolkit
 from fluxfast.config.schema import build_config, load_config
 from fluxfast.config.yaml_io import DEEPEST, LARGEST, parse_yaml
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.run.report import write_report
+from fluxfast.sampling import contact_sheet
 from fluxfast.train import train
 from fluxfast.util.redact import names_secret, plain
 from fluxfast.util.terminal import log_to_terminal
@@ -33,6 +36,7 @@ SHIPPED = next((ROOT / "examples/nano/pretrained/transformer").glob("*.safetenso
 LOG = logging.getLogger("fluxfast.somewhere")
 TOKEN = "hf_" + "aB3" * 11
 EVIL = "<script>alert(1)</script>"
+PREVIEW = {"width": 64, "height": 64, "steps": 1, "every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +48,15 @@ def minimal(**changes) -> dict:
     return {"model": {"path": "m"}, "data": {"folder": "photos"}, **changes}
 
 
-def sources() -> list[Path]:
-    folders = ("fluxfast", "kernels", "bench", "examples")
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    assert len(found) > 100
-    return found
-
-
 # ---------------------------------------------------------------- no code from elsewhere
 
 
 def test_no_source_lets_a_model_bring_code():
     """Neither the switch, nor the classes that look up in a file which class they are."""
-    for path in sources():
+    folders = ("fluxfast", "kernels", "bench", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 100
+    for path in sources:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text, path
         named = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -285,23 +285,8 @@ def test_what_is_shown_of_a_mistake_is_short():
 
 # ---------------------------------------------------------------- nothing is written elsewhere
 
-NAMES = [
-    "../x",
-    "/tmp/x",
-    "..",
-    ".",
-    "",
-    "a/b",
-    "a\\b",
-    "a\n",
-    "-a",
-    ".a",
-    "a\0",
-    "~/x",
-    "C:x",
-    " ",
-]
-NAMES += ["n" * 151, "é" * 76]
+NAMES = ["../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", "a\n", "-a", ".a", "a\0", "~/x", "C:x"]
+NAMES += [" ", "n" * 151, "é" * 76]
 
 
 def job(**changes) -> dict:
@@ -341,13 +326,7 @@ def test_a_hostile_run_writes_into_its_own_folders_alone(configure, photos, tmp_
         cache_dir="cache",
         trigger=f"{away}/x",
         data={"folder": "photos", "resolution": 64, "caption_ext": ".txt", "caption_prefix": away},
-        sample={
-            "prompts": [f"{away}/p.png", f"{tmp_path}/away/q"],
-            "width": 64,
-            "height": 64,
-            "steps": 1,
-            "every": 0,
-        },
+        sample={"prompts": [f"{away}/p.png", f"{tmp_path}/away/q"], **PREVIEW},
         train__steps=1,
         lora__include=["img_attn"],
     )
@@ -394,7 +373,7 @@ def test_files_that_are_links_are_replaced_and_not_written_through(configure, tm
         cache_dir=str(tmp_path / "own"),
         train__steps=2,
         save__every=1,
-        sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1, "every": 0},
+        sample={"prompts": ["a"], **PREVIEW},
     )
     train(config)
     mine, replaced = tmp_path / "mine", []
@@ -499,12 +478,8 @@ def test_no_token_is_printed_or_saved(configure, monkeypatch, fluxfast, tmp_path
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     screen = io.StringIO()
-    config = configure(
-        train__steps=1,
-        save__every=1,
-        validation__share=0.5,
-        sample={"prompts": ["a"], "width": 64, "height": 64, "steps": 1},
-    )
+    sample = {"prompts": ["a"], **PREVIEW}
+    config = configure(train__steps=1, save__every=1, validation__share=0.5, sample=sample)
     with log_to_terminal(Console(file=screen, width=300)):
         train(config)
     assert TOKEN not in screen.getvalue()
@@ -542,9 +517,8 @@ def test_a_line_is_one_line_and_moves_nothing(monkeypatch):
     screen = io.StringIO()
     with log_to_terminal(Console(file=screen, width=300)):
         LOG.info("a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真")
-    assert screen.getvalue() == (
-        r"a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真" + "\n"
-    )
+    expected = r"a\nb\r\x1b[2J\x1b]0;title\x07 \u202egnp.exe \udce9 é 写真"
+    assert screen.getvalue() == f"{expected}\n"
     assert plain("C:\\new [bold]x[/]") == "C:\\new [bold]x[/]"
 
 
@@ -559,13 +533,10 @@ def test_the_command_line_says_it_in_one_line_too(fluxfast, tmp_path, monkeypatc
 
 
 def test_what_is_printed_for_scripts_moves_nothing_either(fluxfast, tmp_path):
-    from safetensors.torch import save_file
-
     name = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
     factors = {name.format("A"): torch.ones(2, 64), name.format("B"): torch.ones(64, 2)}
-    strange = dict.fromkeys(
-        ("fluxfast.storage", "fluxfast.version", "format", "ss_name", "software"), "\x1b[31m\nx"
-    )
+    keys = ("fluxfast.storage", "fluxfast.version", "format", "ss_name", "software")
+    strange = dict.fromkeys(keys, "\x1b[31m\nx")
     for tensors in (factors, load_file(SHIPPED)):
         save_file(tensors, tmp_path / "a.safetensors", metadata=strange)
         code, out, _ = fluxfast("inspect", tmp_path / "a.safetensors")
@@ -578,10 +549,6 @@ def test_what_is_printed_for_scripts_moves_nothing_either(fluxfast, tmp_path):
 
 def test_only_png_is_read_of_a_run_folder(configure, tmp_path, monkeypatch):
     """A preview of another kind is a blank cell: Pillow hands some kinds to programs."""
-    from PIL import EpsImagePlugin, Image
-
-    from fluxfast.sampling import contact_sheet
-
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # to call it would be a TypeError
     Image.init()
     paths = [tmp_path / f"{name}.png" for name in ("eps", "cut", "pipe", "gone", "fine")]
@@ -598,13 +565,8 @@ def test_only_png_is_read_of_a_run_folder(configure, tmp_path, monkeypatch):
 
 
 def test_tensorboard_gets_numbers_under_fixed_names_and_no_text(configure):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = configure(
-        trigger=f"ohwx {EVIL}",
-        train__steps=2,
-        sample={"prompts": [EVIL], "width": 64, "height": 64, "steps": 1},
-    )
+    sample = {"prompts": [EVIL], **PREVIEW}
+    config = configure(trigger=f"ohwx {EVIL}", train__steps=2, sample=sample)
     train(config)
     folder = config.run_dir / "tensorboard"
     board = EventAccumulator(str(folder))
