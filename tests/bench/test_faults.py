@@ -97,8 +97,8 @@ def test_fifty_kills():
 
 
 KEEPS_ROWS = """
-from fluxfast.run.logger import RunLog
-RunLog._drop_lines_after = lambda log, step: None
+from fluxfast.run import logger
+logger.write_atomic = lambda path, data: None
 """
 
 
