@@ -278,15 +278,6 @@ def test_parts_whose_groups_do_not_fill_up(tmp_path):
     assert torch.equal(nf4_dequantize(joined), torch.cat([nf4_dequantize(part) for part in parts]))
 
 
-def test_layers_that_were_left_dense(tmp_path, tensors):
-    """v2 files keep some: they are quantized here, the others stay."""
-    coded = bnb_tensors(tensors, nested=False, skip=("single_blocks.0",))
-    layer = load(write(tmp_path / "a", coded), "auto").single_blocks[0].linear1
-    assert layer.storage() == "nf4"
-    packed, _ = bnb_both_ways(tensors["single_blocks.0.linear1.weight"], nested=False)
-    assert torch.equal(layer.packed, packed)
-
-
 @pytest.mark.parametrize(
     "kind, blocksize, nested",
     [("fp4", 64, False), ("fp4", 128, True), ("nf4", 128, True), ("nf4", 256, False)],

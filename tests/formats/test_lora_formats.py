@@ -45,14 +45,13 @@ from fluxfast.model.names import block_linears, linear_shape, outer_linears
 
 
 def factor(state: dict, role: str, module: str = PROJ_BFL) -> torch.Tensor:
-    """The one of that role and linear."""
     keys = {name: parse(name) for name in state}
     (name,) = (name for name, key in keys.items() if (key.role, key.module) == (role, module))
     return state[name]
 
 
 def through(lora: LoraWeights, format: str, drop=False) -> LoraWeights:
-    """Written and read back, as bytes of a file would be."""
+    """Writes and reads back, without a file."""
     return from_tensors(to_state(lora, format, drop=drop), {}, format)
 
 
@@ -176,14 +175,6 @@ def outer_and_text() -> LoraWeights:
     return lora
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui"])
-def test_text_encoders_come_back(format):
-    lora = outer_and_text()
-    for name, (back,) in through(lora, format).text.items():
-        (before,) = lora.text[name]
-        assert torch.equal(back.b[0] @ back.a, before.b[0] @ before.a)
-
-
 CLIP, T5 = "text_model.encoder.layers.3.mlp.fc1", "encoder.block.2.layer.0.SelfAttention.q"
 
 
@@ -205,9 +196,14 @@ CLIP, T5 = "text_model.encoder.layers.3.mlp.fc1", "encoder.block.2.layer.0.SelfA
     ],
 )
 def test_text_encoders_in_each_format(format, clip, t5):
-    state = to_state(outer_and_text(), format)
+    lora = outer_and_text()
+    state = to_state(lora, format)
     assert {f"{clip}.weight", f"{t5}.weight"} <= state.keys()
-    assert through(outer_and_text(), format).text.keys() == outer_and_text().text.keys()
+    back = from_tensors(state, {}, "x").text
+    assert back.keys() == lora.text.keys()
+    for name, (piece,) in back.items():
+        (before,) = lora.text[name]
+        assert torch.equal(piece.b[0] @ piece.a, before.b[0] @ before.a)
 
 
 def test_norm_out_halves_are_swapped():
@@ -244,10 +240,6 @@ def test_xlabs_file_has_one_rank_and_whole_blocks():
 # ---------------------------------------------------------------- spellings of other programs
 
 
-def respelled(state: dict, rename) -> dict:
-    return {rename(key): tensor for key, tensor in state.items()}
-
-
 def onetrainer(key: str) -> str:
     """Legacy names: `lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight`."""
     name, _, side = key.removesuffix(".weight").rpartition(".")
@@ -282,62 +274,54 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", [*FORMATS, *SPELLINGS])
-def test_every_factor_gives_a_lora_away(spelling):
-    """A file may hold one linear only: `inspect` and `--model` call it a LoRA all the same."""
+def test_spellings(spelling):
     format, rename = SPELLINGS.get(spelling, (spelling, str))
-    for key in respelled(to_state(extract_lora(trained("attn")), format), rename):
+    lora = extract_lora(trained("attn" if format == "xlabs" else "all"))
+    written = to_state(lora, format)
+    state = {rename(key): tensor for key, tensor in written.items()}
+    assert (state.keys() == written.keys()) is (spelling in FORMATS)
+    same(meaning(from_tensors(state, {}, spelling)), meaning(lora))
+    for key in state:  # a file may hold one linear only, and is a LoRA all the same
         assert is_lora([key]) or key.endswith(".alpha"), key
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings(spelling):
-    format, rename = SPELLINGS[spelling]
-    lora = extract_lora(trained("attn" if format == "xlabs" else "all"))
-    state = to_state(lora, format)
-    again = respelled(state, rename)
-    assert again.keys() != state.keys()
-    same(meaning(from_tensors(again, {}, spelling)), meaning(lora))
-
-
-def test_omi_numbers_the_parts():
-    state = to_state(extract_lora(trained("attn")), "diffusers")
-    names = {"attn.to_q": "linear1.0", "attn.to_k": "linear1.1", "attn.to_v": "linear1.2"}
-    for theirs, omi in names.items():
-        key = f"transformer.single_transformer_blocks.0.{theirs}.lora_A.weight"
-        for prefix in ("transformer.", "lora_transformer."):
-            again = parse(f"{prefix}single_blocks.0.{omi}.lora_A.weight")
-            assert key in state and parse(key)[:3] == again[:3]
-    assert parse("transformer.img_in.proj.lora_down.weight").module == "img_in"
-
-
-ATTENTION, WO = "self_attn.q_proj", "1.DenseReluDense.wo"
+Q_PROJ, WO = "self_attn.q_proj", "1.DenseReluDense.wo"
 
 
 @pytest.mark.parametrize(
-    ("key", "module"),
+    "key, module, parts",
     [
-        ("lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha", "clip/11.mlp.fc2"),
-        ("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight", f"t5/0.layer.{WO}"),
+        ("lora_te1_text_model_encoder_layers_11_mlp_fc2.alpha", "clip/11.mlp.fc2", 0),
+        (
+            "lora_te2_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight",
+            f"t5/0.layer.{WO}",
+            0,
+        ),
         (
             "lora_te3_encoder_block_23_layer_0_SelfAttention_v.lora_up.weight",
             "t5/23.layer.0.SelfAttention.v",
+            0,
         ),
+        (f"lora_clip_l.text_model.encoder.layers.0.{Q_PROJ}.lora_up.weight", f"clip/0.{Q_PROJ}", 0),
+        (f"lora_t5.encoder.block.0.layer.{WO}.lora_down.weight", f"t5/0.layer.{WO}", 0),
         (
-            f"lora_clip_l.text_model.encoder.layers.0.{ATTENTION}.lora_up.weight",
-            f"clip/0.{ATTENTION}",
-        ),
-        (f"lora_t5.encoder.block.0.layer.{WO}.lora_down.weight", f"t5/0.layer.{WO}"),
-        (
-            f"text_encoder.text_model.encoder.layers.0.{ATTENTION}.lora_linear_layer.up.weight",
-            f"clip/0.{ATTENTION}",
+            f"text_encoder.text_model.encoder.layers.0.{Q_PROJ}.lora_linear_layer.up.weight",
+            f"clip/0.{Q_PROJ}",
+            0,
         ),
         # transformers 5
-        (f"text_encoder.encoder.layers.0.{ATTENTION}.lora_A.weight", f"clip/0.{ATTENTION}"),
+        (f"text_encoder.encoder.layers.0.{Q_PROJ}.lora_A.weight", f"clip/0.{Q_PROJ}", 0),
+        # OneTrainer's omi names
+        ("transformer.single_blocks.0.linear1.1.lora_A.weight", "single_blocks.0.linear1", 1),
+        ("lora_transformer.single_blocks.0.linear1.2.lora_A.weight", "single_blocks.0.linear1", 2),
+        ("transformer.img_in.proj.lora_down.weight", "img_in", 0),
     ],
 )
-def test_text_encoder_names(key, module):
+def test_names(key, module, parts):
     module = module.replace("clip/", "clip/text_model.encoder.layers.")
-    assert parse(key).module == module.replace("t5/", "t5/encoder.block.")
+    parsed = parse(key)
+    assert parsed.module == module.replace("t5/", "t5/encoder.block.")
+    assert parsed.parts == (parts,)
 
 
 def test_a_text_encoders_bias_is_dropped_by_name(log_lines):
@@ -349,40 +333,48 @@ def test_a_text_encoders_bias_is_dropped_by_name(log_lines):
 
 
 def test_peft_configuration_beside_the_file(tmp_path):
-    """peft keeps alpha in adapter_config.json; a pattern overrides it, rslora takes the root."""
+    """peft saves alpha in adapter_config.json."""
     lora = extract_lora(trained("attn", rank=4, alpha=4.0))
-    state = respelled(to_state(lora, "diffusers"), peft)
+    state = {peft(key): tensor for key, tensor in to_state(lora, "diffusers").items()}
     save_file(state, tmp_path / "adapter_model.safetensors")
-    plain = meaning(lora)
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^transformer_blocks.0.attn.to_out.0": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    scales = {name: 0.5 if name == PROJ_BFL else 2.0 for name in lora.pieces}
+    expected = {name: scales[name] * delta for name, delta in meaning(lora).items()}
+    same(meaning(read_lora(tmp_path)), expected)
 
-    def read(config) -> dict:
-        text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "adapter_config.json").write_text(text)
-        return meaning(read_lora(tmp_path))
 
-    got = read({"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_out.0": 2}})
-    same(got, {k: v * (0.5 if k.endswith("img_attn.proj") else 2.0) for k, v in plain.items()})
-    got = read({"r": 4, "lora_alpha": 8, "use_rslora": True})
-    same(got, {k: v * 4.0 for k, v in plain.items()})
-    # a name from its beginning on, as peft's own pattern: without what peft puts in front
-    pattern = {"^transformer_blocks.0.attn.to_out.0": 2}
-    got = read({"r": 4, "lora_alpha": 4, "alpha_pattern": pattern})
-    assert torch.equal(got[PROJ_BFL], 0.5 * plain[PROJ_BFL])
-    with pytest.raises(ConfigError, match="it is a DoRA"):
-        read({"use_dora": True})
-    wrong = ["[1]", '{"lora_alpha": "a"}', '{"lora_alpha": NaN}', '{"alpha_pattern": [1]}']
-    for text in (*wrong, '{"alpha_pattern": {"(": 2}}', '{"alpha_pattern": {"x": 1e999}}'):
-        with pytest.raises(ConfigError, match="peft configuration cannot be read") as error:
-            read(text)
-        assert "\n" not in error.value.message
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"use_dora": true}',
+        "[1]",
+        '{"lora_alpha": "a"}',
+        '{"lora_alpha": NaN}',
+        '{"alpha_pattern": [1]}',
+        '{"alpha_pattern": {"x": 1e999}}',
+    ],
+)
+def test_a_bad_peft_configuration(text, tmp_path):
+    save_file(ab(PROJ), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(text)
+    refused(tmp_path / "adapter_model.safetensors", "peft configuration cannot be read")
 
 
 def scale_of(config: dict, key: str = PROJ, **state) -> float:
-    """What the pair of ones under `key` is multiplied by, with diffusers' header."""
+    """Returns the scale of the factors under `key`, with the configuration in diffusers' header."""
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     lora = from_tensors({**ab(PROJ, rank=4), **ab(TEXT, rank=4), **state}, metadata, "x")
     ((piece,),) = (lora.pieces if key == PROJ else lora.text).values()
     return (piece.b[0] @ piece.a)[0, 0].item() / 4
+
+
+def test_peft_configuration_in_the_header():
+    """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""
+    config = {"transformer.lora_alpha": 2, "text_encoder.lora_alpha": 12}
+    assert scale_of(config) == 0.5 and scale_of(config, TEXT) == 3.0
+    assert scale_of(config, **{f"{PROJ}.alpha": torch.tensor(1.0)}) == 0.25
+    assert scale_of({"transformer.lora_alpha": 8, "transformer.use_rslora": True}) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -398,9 +390,8 @@ def scale_of(config: dict, key: str = PROJ, **state) -> float:
         ({"to_out.0.": 1, "x": 2}, 8),
     ],
 )
-def test_the_first_pattern_that_fits_counts(patterns, alpha):
-    """Ends of a name at its dots, or with ^ the whole; escaped as peft's regular expressions may
-    be."""
+def test_the_first_pattern_that_matches_counts(patterns, alpha):
+    """A pattern is the end of a name at its dots, or with ^ the whole, escaped or not."""
     config = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": patterns}
     assert scale_of(config) == alpha / 4
 
@@ -410,15 +401,6 @@ def test_no_pattern_of_a_file_is_run_as_an_expression(pattern):
     """One may take longer than anybody lives."""
     with pytest.raises(ConfigError, match=r"alpha_pattern has .* which is no module's name"):
         scale_of({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}})
-
-
-def test_peft_configuration_that_diffusers_keeps_in_the_header():
-    """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""
-    pattern = {"transformer.alpha_pattern": {"^transformer_blocks.0.attn.to_out.0": 2}}
-    for own in (pattern, {"transformer.lora_alpha": 2}):
-        config = {"transformer.lora_alpha": 4, "text_encoder.lora_alpha": 12, **own}
-        assert scale_of(config) == 0.5 and scale_of(config, TEXT) == 3.0
-        assert scale_of(config, **{f"{PROJ}.alpha": torch.tensor(1.0)}) == 0.25
 
 
 def test_a_bias_has_the_scale_of_its_factor():
@@ -491,9 +473,9 @@ def test_a_text_encoders_lora_first_in_a_sum():
         same(meaning(through(total, "kohya")), meaning(lora))
 
 
-def on_model(lora: LoraWeights, file):
-    """A model that carries what the file at `file` is made to hold."""
-    file.write_bytes(to_bytes(to_state(lora, "bfl"), "fp32", {}))
+def on_model(lora: LoraWeights, file, format="bfl"):
+    """Returns a model that has loaded the LoRA from a file."""
+    file.write_bytes(to_bytes(to_state(lora, format), "fp32", {}))
     model = random_flux(SMALL)
     load_lora(model, file)
     return model
@@ -503,23 +485,21 @@ def on_model(lora: LoraWeights, file):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_saved_and_loaded(format, tmp_path):
-    preset = "attn" if format == "xlabs" else "all"
+def test_no_rank_is_gained_by_saving_and_loading(format, tmp_path):
     for share_a in (False, True):
-        model = trained(preset, share_a)
-        path = save_lora(model, tmp_path / "x.safetensors", format)
-        other = random_flux(SMALL)
-        load_lora(other, path)
-        same(update(other), update(model))
-        for name, layer in lora_layers(model).items():  # no rank is gained on the way
-            if format != "xlabs":
-                loaded = other.get_submodule(name)
-                assert loaded.lora_A.shape == layer.lora_A.shape, name
-                assert loaded.lora.parts == layer.lora.parts
+        model = trained("attn" if format == "xlabs" else "all", share_a)
+        loaded = random_flux(SMALL)
+        load_lora(loaded, save_lora(model, tmp_path / "x.safetensors", format))
+        same(update(loaded), update(model))
+        for name, layer in lora_layers(model).items():
+            other = loaded.get_submodule(name)
+            if format != "xlabs":  # which has one rank throughout
+                assert other.lora_A.shape == layer.lora_A.shape, name
+                assert other.lora.parts == layer.lora.parts
 
 
 def with_weights(lora: LoraWeights, strength: float = 1.0):
-    """A model whose weights have the update added."""
+    """Returns a model whose weights have the update added."""
     model = random_flux(SMALL)
     with torch.no_grad():
         for name, delta in meaning(lora).items():
@@ -545,10 +525,9 @@ def test_linears_outside_the_blocks_act(tmp_path):
 def test_the_strength_of_one_file_acts_and_stays_adjustable(tmp_path):
     file = save_lora(trained("attn", alpha=0.3), tmp_path / "x.safetensors")
     lora, model = read_lora(file), random_flux(SMALL)
-    for strength in (0.5, [0.5], -1.0, 0.0):
-        load_lora(model, file, strength)
-        number = strength[0] if isinstance(strength, list) else strength
-        assert close(model, with_weights(lora, number), 1e-4)
+    for strength in (0.5, -1.0, 0.0):
+        load_lora(model, file, [strength])
+        assert close(model, with_weights(lora, strength), 1e-4)
     set_lora_strength(model, 1.0)
     assert close(model, with_weights(lora), 1e-4)
     assert not close(model, with_weights(lora, 0.5), 1e-2)
@@ -571,10 +550,8 @@ def test_several_are_summed(tmp_path):
         load_lora(model, files, [1, 2, 3])
 
 
-def test_text_encoder_parts_are_said_to_be_left_out(tmp_path, log_lines):
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(to_bytes(to_state(outer_and_text(), "kohya"), "fp32", {}))
-    load_lora(random_flux(SMALL), file)
+def test_text_encoder_parts_are_not_applied(tmp_path, log_lines):
+    on_model(outer_and_text(), tmp_path / "x.safetensors", "kohya")
     (line,) = log_lines
     assert line.endswith("text encoders is not applied")
 
@@ -661,8 +638,7 @@ WORDS = [
 def test_any_set_of_keys_is_read_or_refused():
     read = 0
     for seed in range(400):
-        rng = random.Random(seed)
-        state = {}
+        rng, state = random.Random(seed), {}
         for _ in range(rng.randrange(6)):
             key = "".join(rng.choices(WORDS, k=rng.randint(1, 6)))
             state[key] = torch.ones([rng.randrange(5) for _ in range(rng.randrange(5))])
