@@ -30,8 +30,8 @@ NAMES = {
 def test_names_resolve():
     assert list(NAMES) == [known.name for known in CARDS]
     for name, others in NAMES.items():
-        for said in (name, *others):
-            assert card(said).name == name, said
+        for alias in (name, *others):
+            assert card(alias).name == name, alias
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_another_card_is_refused_with_the_nearest(name, nearest):
 
 
 def test_a_stand_in_is_of_the_generation():
-    found = {
+    nearest = {
         ((8, 9), 8): "RTX 4060 Ti 16 GB",
         ((8, 9), 24): "RTX 4090",
         ((8, 9), 44.5): "L40S",
@@ -63,7 +63,7 @@ def test_a_stand_in_is_of_the_generation():
         ((12, 1), 110): "RTX 5090",
         ((10, 0), 180): "H100 SXM 80 GB",
     }
-    assert {given: closest(*given).name for given in found} == found
+    assert {gpu: closest(*gpu).name for gpu in nearest} == nearest
     # 18 GiB from either: the slower
     assert closest((8, 6), 18).name == "RTX 3060 12 GB"
     with pytest.raises(ConfigError, match=r"7\.5 has no bf16"):
@@ -122,13 +122,13 @@ def row(name: str, ratio: float, pixels: int = 512, **other) -> dict:
     bare = replace(card("4090"), factors={})
     result = timing.Result(name, median_ms=1e3 * ratio * total_seconds(ops, bare, launches=True))
     where = {"commit": "abcdef0123", "device_name": "NVIDIA GeForce RTX 4090", "device": "cuda"}
-    work = step_table.row_settings(settings, name, cycle)
-    return timing.row(result, **where, **work) | other
+    fields = step_table.row_settings(settings, name, cycle)
+    return timing.row(result, **where, **fields) | other
 
 
 @pytest.fixture
 def run(tmp_path):
-    """-> run(rows): (exit code, the file that it may have written)."""
+    """Calibrates from rows. Returns the exit code, and the file that it may have written."""
 
     def calibrated(rows: list[dict]):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -155,8 +155,8 @@ def test_the_median_ratio_of_a_card_and_a_kind_is_written(run, capsys):
     code, out = run(rows)
     assert code == 0
     source = "measured: commit abcdef0, NVIDIA GeForce RTX 4090, 3 rows"
-    wanted = {"factor": pytest.approx(1.2, abs=1e-3), "source": source}
-    assert json.loads(out.read_text()) == {"RTX 4090": {"int8": wanted}}
+    expected = {"factor": pytest.approx(1.2, abs=1e-3), "source": source}
+    assert json.loads(out.read_text()) == {"RTX 4090": {"int8": expected}}
     assert "Laptop" in capsys.readouterr().err
 
 

@@ -1,5 +1,5 @@
-"""The cost model, held to what others count: torch's FLOP counter over diffusers' blocks, tensors'
-own bytes, the parameters that injection makes."""
+"""The cost model beside what others count: torch's FLOP counter over diffusers' blocks, tensors' own
+bytes, the parameters that injection makes."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def products(ops: list[Op], *without: str) -> list[Op]:
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def diffusers_blocks():
     """diffusers' full-width blocks with peft's LoRA of rank 16 on attention and MLP, on meta."""
     from diffusers.models.transformers import transformer_flux
     from peft import LoraConfig, inject_adapter_in_model
@@ -73,7 +73,7 @@ def theirs():
 
 
 def counted(block, shape: Shape) -> tuple[int, int]:
-    """-> FLOP forward, FLOP backward, as torch counts them: of products alone."""
+    """Returns the FLOP forward and backward of products, as torch counts them."""
     with torch.device("meta"):
         tokens = (shape.image_tokens, shape.text_tokens)
         img, txt = (torch.randn(shape.batch, n, 3072, requires_grad=True) for n in tokens)
@@ -89,14 +89,14 @@ def counted(block, shape: Shape) -> tuple[int, int]:
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("shape", [Shape(1, 256, 128), Shape(2, 256, 128), Shape(2, 1024, 512)])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_flop_are_those_of_diffusers_blocks(theirs, block, shape):
+def test_flop_are_those_of_diffusers_blocks(diffusers_blocks, block, shape):
     """Where the two differ: diffusers' block has its modulation linears inside; the MATH backend
-    keeps the scores that flash makes again; peft keeps x·Aᵀ, which our backward makes again."""
+    keeps the scores that flash recomputes; peft keeps x·Aᵀ, which our backward recomputes."""
     ours = block_ops(spec_of(), block, shape, recompute_scores=False)
     inside = [
         op for op in modulation_ops(spec_of(), shape.batch).forward if op.name.startswith(block)
     ]
-    forward, backward = counted(theirs[block], shape)
+    forward, backward = counted(diffusers_blocks[block], shape)
     assert total_flop(products(ours.forward + inside)) == pytest.approx(forward, rel=1e-4)
     assert total_flop(products(ours.backward, "down again")) == pytest.approx(backward, rel=1e-4)
     # and whole, without taking anything out
@@ -104,19 +104,19 @@ def test_flop_are_those_of_diffusers_blocks(theirs, block, shape):
     assert whole == pytest.approx(forward + backward, rel=0.01)
 
 
-def test_flash_makes_the_scores_again():
+def test_flash_computes_the_scores_again():
     shape = Shape(2, 1024, 512)
     for block in BLOCKS:
-        flash, kept = (
-            block_ops(spec_of(), block, shape, again).backward for again in (True, False)
+        flash, saved = (
+            block_ops(spec_of(), block, shape, recompute).backward for recompute in (True, False)
         )
-        assert total_flop(flash) - total_flop(kept) == 2 * 2 * 1536**2 * 3072
+        assert total_flop(flash) - total_flop(saved) == 2 * 2 * 1536**2 * 3072
 
 
 def test_recomputing_the_mlp_is_a_part_of_the_forward():
-    D, F, M, plan = 3072, 12288, 2 * 384, spec_of()
+    D, F, M, step = 3072, 12288, 2 * 384, spec_of()
     for block, rows in (("double_blocks.0", F), ("single_blocks.0", 3 * D + F)):
-        ops = block_ops(plan, block, Shape(2, 256, 128))
+        ops = block_ops(step, block, Shape(2, 256, 128))
         assert set(ops.recompute_mlp) < set(ops.forward)
         assert total_flop(products(ops.recompute_mlp, "down", "up")) == 2 * M * D * rows
         norms = [op.name for op in ops.recompute_mlp if op.name.endswith("norm")]
@@ -153,43 +153,43 @@ def test_bytes_are_those_of_the_tensors():
 
 @pytest.mark.parametrize("storage", ["bf16", "nf4", "int8", "fp8"])
 @pytest.mark.parametrize("compute", ["bf16", "int8", "fp8"])
-def test_a_weight_is_made_ready_for_its_product(storage, compute):
+def test_a_weight_is_decoded_or_transposed_for_its_product(storage, compute):
     """Bytes of the pass that writes what the product reads, against real weights' bytes."""
     if {storage, compute} == {"int8", "fp8"}:
         return
     name, N, K = "single_blocks.0.linear1", 448, 64  # of SMALL
     W = torch.randn(N, K)
-    kept = {"bf16": [W.bfloat16()], "nf4": list(fk.nf4_quantize(W).tensors().values())}
-    kept |= {kind: list(fk.quantize_8bit(W, kind)) for kind in ("int8", "fp8")}
+    stored = {"bf16": [W.bfloat16()], "nf4": list(fk.nf4_quantize(W).tensors().values())}
+    stored |= {kind: list(fk.quantize_8bit(W, kind)) for kind in ("int8", "fp8")}
     bare = Lora(4, {})
     for tokens in (128, 4096):  # from 2048 rows 8-bit weights are transposed towards x
         shape = Shape(1, tokens - 16, 16)
         ops = block_ops(spec_of(storage, compute, SMALL, lora=bare), "single_blocks.0", shape)
         for side, product in ((ops.forward, "product"), (ops.backward, "dx")):
-            found = {
+            by_name = {
                 op.name.removeprefix(f"{name} "): op for op in side if op.name.startswith(name)
             }
             each = 2 if compute == "bf16" else 1
-            wanted = 0 if storage == compute else size(*kept[storage]) + each * N * K
+            expected = 0 if storage == compute else size(*stored[storage]) + each * N * K
             if storage == compute != "bf16" and product == "dx" and tokens == 4096:
-                wanted = 2 * N * K
-            passes = [op.bytes for key, op in found.items() if key in ("decode", "transpose")]
-            assert passes == ([wanted] if wanted else [])
+                expected = 2 * N * K
+            passes = [op.bytes for key, op in by_name.items() if key in ("decode", "transpose")]
+            assert passes == ([expected] if expected else [])
             # the product: its operand and the weight in `each` bytes, y (or dx) in bf16
             wide, narrow = (K, N) if product == "product" else (N, K)
             scales = 4 * N if storage == compute != "bf16" and not passes else 0
             moved = tokens * (each * wide + 2 * narrow) + each * N * K + scales
-            assert found[product].bytes == moved
+            assert by_name[product].bytes == moved
 
 
 def test_where_nf4_does_not_fit_bf16_is_kept():
     spec = replace(SMALL, hidden_size=96, num_heads=3)  # K 96 is no multiple of 64, mlp's 384 is
     layers = {"single_blocks.1.linear2": "bf16"}
     model = random_flux(spec, "nf4", "bf16", layers=layers)
-    plan = spec_of("nf4", "bf16", spec, layers=layers)
-    kept = {name: model.get_submodule(name).storage() for name in linears(spec)}
-    assert {name: plan.stored_as(name) for name in linears(spec)} == kept
-    assert {kept["double_blocks.0.img_mlp.2"], kept["img_in"]} == {"nf4", "bf16"}
+    step = spec_of("nf4", "bf16", spec, layers=layers)
+    stored = {name: model.get_submodule(name).storage() for name in linears(spec)}
+    assert {name: step.stored_as(name) for name in linears(spec)} == stored
+    assert {stored["double_blocks.0.img_mlp.2"], stored["img_in"]} == {"nf4", "bf16"}
 
 
 class Traffic(TorchDispatchMode):
@@ -264,8 +264,8 @@ def test_an_update_costs_only_where_it_is():
     assert up.flop == 2 * 384 * 16 * 3 * 3072
 
 
-def _both(plan: StepSpec, shape: Shape) -> list[Op]:
-    blocks = [block_ops(plan, block, shape) for block in BLOCKS]
+def _both(step: StepSpec, shape: Shape) -> list[Op]:
+    blocks = [block_ops(step, block, shape) for block in BLOCKS]
     return [op for ops in blocks for op in ops.forward + ops.backward]
 
 
@@ -277,14 +277,14 @@ def test_trained_modulation_keeps_y_and_trains_its_linears():
     assert sum(name.endswith("dA") for name in names) == 3
     assert not any(name.endswith("dx") for name in names)  # nothing before them is trained
     # h + gate · y in a pass of its own: y is read and the sum written, forward; y read, backward
-    more = [total_bytes(_both(plan, shape)) for plan in (frozen, trained)]
+    more = [total_bytes(_both(step, shape)) for step in (frozen, trained)]
     assert more[1] - more[0] == 3 * 384 * 3072 * 2 * (2 + 1)
 
 
 def test_an_optimizer_moves_its_states():
     model = random_flux(SMALL)
     parameters = inject_lora(model, rank=4)
-    plan = spec_of(spec=SMALL, lora=lora_of(SMALL, 4))
+    step = spec_of(spec=SMALL, lora=lora_of(SMALL, 4))
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(parameters)
@@ -292,11 +292,11 @@ def test_an_optimizer_moves_its_states():
     states = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     gradients = [p.grad for p in parameters]
     moved = size(*parameters, *gradients, *states) + size(*parameters, *states)
-    (adamw,) = optimizer_ops(plan, "adamw", guard=False)
+    (adamw,) = optimizer_ops(step, "adamw", guard=False)
     assert adamw.bytes == moved
-    averaged = optimizer_ops(plan, "adamw", ema=True, guard=False)
+    averaged = optimizer_ops(step, "adamw", ema=True, guard=False)
     assert total_bytes(averaged) - adamw.bytes == 3 * size(*parameters)
-    (eight,) = optimizer_ops(plan, "adamw8bit", guard=False)
+    (eight,) = optimizer_ops(step, "adamw8bit", guard=False)
     assert eight.bytes < 0.6 * adamw.bytes
 
 

@@ -41,13 +41,13 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        addresses = {_address(tensor) for tensor in _tensors((args, kwargs))}
         for tensor in self._written(func, args, kwargs):
             if _address(tensor) not in self.made:
                 self._before.setdefault(_address(tensor), (tensor, tensor.clone()))
         results = func(*args, **kwargs)
         for tensor in _tensors(results):
-            if _address(tensor) not in given:
+            if _address(tensor) not in addresses:
                 self.made[_address(tensor)] = tensor
         self.calls.append((func, args, kwargs, results))
         return results
@@ -106,7 +106,7 @@ class ReplayRecorder:
 
 
 class Step:
-    """A small FLUX with a LoRA, its flat gradients, and the work of a training step."""
+    """A small FLUX with a LoRA, its flat gradients, and the pass of a training step."""
 
     def __init__(self, device: str = "cpu", targets: str = "attn+mlp"):
         self.model = random_flux(SMALL, device=device)
@@ -117,7 +117,7 @@ class Step:
         self.gradients = flat_gradients(self.parameters)
         self.calls = 0
 
-    def work(self, inputs) -> Tensor:
+    def run_pass(self, inputs) -> Tensor:
         self.calls += 1
         loss = sample_losses(self.model, inputs, 1.0).mean() / 2
         loss.backward()
@@ -151,7 +151,7 @@ ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]
 def compare(device: str, recorder, tolerance: float, targets: str) -> None:
     """Four steps of two batches each, replayed against eager ones, from the same weights."""
     eager, graphed = Step(device, targets), Step(device, targets)
-    graphs = Graphs(graphed.work, graphed.gradients, recorder=recorder)
+    graphs = Graphs(graphed.run_pass, graphed.gradients, recorder=recorder)
     with logged() as lines:
         graphs.capture({bucket: draw(bucket, 90, device) for bucket in BUCKETS})
     calls = graphed.calls
@@ -161,7 +161,7 @@ def compare(device: str, recorder, tolerance: float, targets: str) -> None:
         losses = []
         for index in (2 * step, 2 * step + 1):
             inputs = draw(ORDER[index], 2 * index, device)
-            losses.append((graphs(ORDER[index], inputs), eager.work(inputs)))
+            losses.append((graphs(ORDER[index], inputs), eager.run_pass(inputs)))
         # looked at after the next replay
         for replayed, truth in losses:
             assert torch.isfinite(truth) and (replayed - truth).abs() <= tolerance * truth.abs()
@@ -184,7 +184,7 @@ def test_capture_changes_no_training_state():
     step = Step()
     step.gradients.normal_(generator=torch.Generator().manual_seed(2))
     before = [step.gradients.clone(), *(p.detach().clone() for p in step.parameters)]
-    graphs = Graphs(step.work, step.gradients, recorder=ReplayRecorder())
+    graphs = Graphs(step.run_pass, step.gradients, recorder=ReplayRecorder())
     graphs.capture({"small": draw("small", 0)})
     after = [step.gradients, *step.parameters]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -206,7 +206,7 @@ class Line:
         self.gradients = flat_gradients([self.w])
         self.factor, self.ran = 1.0, []
 
-    def work(self, inputs) -> Tensor:
+    def run_pass(self, inputs) -> Tensor:
         x, shift = inputs.x, inputs.shift
         self.ran.append(tuple(x.shape))
         loss = (self.w * x * self.factor).sum()
@@ -219,7 +219,7 @@ class Line:
 def line(*counts: int, recorder=None) -> tuple[Line, Graphs, ReplayRecorder]:
     """Captured with x [count, 3] per count."""
     step, recorder = Line(), recorder or ReplayRecorder()
-    graphs = Graphs(step.work, step.gradients, recorder=recorder)
+    graphs = Graphs(step.run_pass, step.gradients, recorder=recorder)
     graphs.capture({count: X(torch.ones(count, 3)) for count in counts})
     return step, graphs, recorder
 
@@ -234,7 +234,7 @@ def test_largest_first_and_nothing_runs_eagerly_beside_a_pool():
 
 
 def test_the_stand_in_goes_wrong_where_a_graph_does():
-    """It freezes what Python said, and a loss of the last replay is gone after the next."""
+    """It freezes what Python read, and a loss of the last replay is gone after the next."""
     step, graphs, _ = line(1, 2)
     ones = X(torch.ones(1, 3))
     step.factor = 7.0
@@ -277,12 +277,12 @@ def test_a_step_that_waits_is_run_eagerly_and_said_so_once(log_lines):
     """A capture that fails halfway through backward leaves neither gradients nor graphs."""
     step = Line()
 
-    def work(inputs):
-        loss = step.work(inputs)
+    def run_pass(inputs):
+        loss = step.run_pass(inputs)
         return loss * loss.item() if len(inputs.x) == 1 else loss
 
     recorder = ReplayRecorder()
-    graphs = Graphs(work, step.gradients, recorder=recorder)
+    graphs = Graphs(run_pass, step.gradients, recorder=recorder)
     step.gradients.fill_(5.0)
     graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2)})
     assert (step.gradients == 5.0).all()
@@ -309,11 +309,11 @@ def test_what_the_warm_up_finds_out_is_a_reason_too():
 def test_an_error_of_the_step_itself_is_raised(log_lines):
     step = Line()
 
-    def work(inputs):
-        step.work(inputs)
+    def run_pass(inputs):
+        step.run_pass(inputs)
         raise torch.OutOfMemoryError("full")
 
-    graphs = Graphs(work, step.gradients, recorder=ReplayRecorder())
+    graphs = Graphs(run_pass, step.gradients, recorder=ReplayRecorder())
     with pytest.raises(torch.OutOfMemoryError):
         graphs.capture({1: X(torch.ones(1, 3))})
     assert (step.gradients == 0).all() and graphs.reason is None and not log_lines
@@ -336,7 +336,7 @@ def test_reasons_known_beforehand(monkeypatch):
 @pytest.mark.parametrize("reason", [ON_CPU, "LoRA dropout"])
 def test_a_known_reason_is_announced_except_of_a_cpu(reason, log_lines):
     step = Line()
-    graphs = Graphs(step.work, step.gradients, reason)
+    graphs = Graphs(step.run_pass, step.gradients, reason)
     graphs.capture({1: X(torch.ones(1, 3))})
     assert not step.ran and graphs(1, X(torch.ones(1, 3))) == 3.0
     lines = [] if reason == ON_CPU else ["note: CUDA graphs are off: LoRA dropout"]
@@ -359,7 +359,7 @@ class Wide:
         self.gradients = flat_gradients([self.w])
         self.spoil = lambda: None
 
-    def work(self, inputs) -> Tensor:
+    def run_pass(self, inputs) -> Tensor:
         y = self.w
         for row in inputs.x:
             y = torch.sin(y * row)
@@ -381,7 +381,7 @@ def _reserved() -> int:
 @pytest.mark.gpu
 def test_the_pool_is_the_largest_buckets():
     step = Wide()
-    graphs = Graphs(step.work, step.gradients)
+    graphs = Graphs(step.run_pass, step.gradients)
     base = _reserved()
     graphs.capture(step.examples(12))
     largest = _reserved() - base
@@ -392,7 +392,7 @@ def test_the_pool_is_the_largest_buckets():
         step.w.grad.zero_()
         loss, replayed = graphs(n, step.examples(n)[n]), step.w.grad.clone()
         step.w.grad.zero_()
-        truth = step.work(step.examples(n)[n])
+        truth = step.run_pass(step.examples(n)[n])
         assert torch.equal(loss, truth) and torch.equal(replayed, step.w.grad)
     graphs.drop()
     del loss, replayed, truth
@@ -410,15 +410,15 @@ def test_a_wait_leaves_the_gpu_usable(hidden, log_lines):
             step.w.sum().item()
 
     step.spoil = spoil
-    graphs = Graphs(step.work, step.gradients)
+    graphs = Graphs(step.run_pass, step.gradients)
     base = _reserved()
     graphs.capture(step.examples(4, 8))
     assert len(log_lines) == 1 and graphs.reason and (step.gradients == 0).all()
-    assert _reserved() <= base + (2 << 20)  # the failed capture's memory is given back
+    assert _reserved() <= base + (2 << 20)  # the failed capture's memory is released
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.isfinite(graphs(4, step.examples(4)[4]))
 
     step.spoil = lambda: None
-    other = Graphs(step.work, step.gradients)
+    other = Graphs(step.run_pass, step.gradients)
     other.capture(step.examples(4))
     assert other.captured and len(log_lines) == 1

@@ -72,8 +72,8 @@ def tensors_of(state: dict) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
 
 
-def assert_equal(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def assert_equal(ours, others) -> None:
+    for a, b in zip(ours, others, strict=True):
         assert torch.equal(a, b)
 
 
@@ -96,9 +96,9 @@ def test_steps_are_the_same_bits(name):
     hosted.descend(range(3, 6))
     assert_same(hosted, plain)
     assert hosted.on_host.host_bytes == allocated  # once the last parameter has its state
-    kept = tensors_of(hosted.state()["state"])
-    assert_equal(kept, tensors_of(plain.state()["state"]))
-    assert allocated >= sum(t.nbytes for t in kept if t.numel() > 1) / 2  # code tables are shared
+    state = tensors_of(hosted.state()["state"])
+    assert_equal(state, tensors_of(plain.state()["state"]))
+    assert allocated >= sum(t.nbytes for t in state if t.numel() > 1) / 2  # code tables are shared
     assert not copies.problems
 
 

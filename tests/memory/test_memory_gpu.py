@@ -74,22 +74,22 @@ def test_peak_allocated_is_within_5_percent(compute, targets, policy, batch):
     made.gradients.zero_()
     made(**x).float().square().mean().backward()
     torch.cuda.synchronize()
-    found = torch.cuda.max_memory_allocated() - before
+    allocated = torch.cuda.max_memory_allocated() - before
     trained = saved_bytes.trained(planned, "adamw", ema=False)
     always = sum(saved_bytes.weights(planned).values())
     always += trained["LoRA"] + trained["gradients"] + sum(t.nbytes for t in x.values())
     predicted = always + plan.buckets["512"].choice.bytes
-    assert predicted == pytest.approx(found, rel=0.05)
+    assert predicted == pytest.approx(allocated, rel=0.05)
 
 
 @pytest.mark.parametrize("policy", ["recompute_mlp", "offload", "checkpoint"])
 def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
-    """FlashAttention's backward adds dq by atomics unless it is told not to."""
+    """FlashAttention's backward adds dq by atomics unless deterministic algorithms are on."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         made, x = model("bf16", "attn+mlp"), inputs(1)
-        kept = gradients(made, x)
-        assert torch.equal(gradients(made, x), kept)
+        reference = gradients(made, x)
+        assert torch.equal(gradients(made, x), reference)
         made.policies = [policy] * BLOCKS
         if policy == "offload":
             step, shape = step_spec("bf16", "attn+mlp"), Shape(1, SIDE * SIDE // 4, TEXT)
@@ -102,7 +102,7 @@ def test_exact_policies_are_exact_within_what_two_runs_differ_by(policy):
         for _ in range(4):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            assert torch.equal(gradients(made, x), kept)
+            assert torch.equal(gradients(made, x), reference)
             peaks.append(torch.cuda.max_memory_allocated())
         assert len(set(peaks[1:])) == 1
     finally:

@@ -31,7 +31,7 @@ def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, incl
 
 
 class Arena:
-    """An offload engine that counts what it is given; its copies are the host's."""
+    """An offload engine that counts what is put; its copies are the host's."""
 
     def __init__(self):
         self.bytes = 0
@@ -164,10 +164,10 @@ def test_trained_bytes_are_those_of_the_optimizers(optimizer):
         for key, value in each.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap") and value.numel() > 1
     )
-    found = saved_bytes.trained(step, optimizer, ema=True)
-    assert found["LoRA"] == found["EMA"] == sum(p.nbytes for p in parameters)
-    assert found["gradients"] == gradients.nbytes
-    assert found["optimizer"] == pytest.approx(state, rel=0.01)
+    sizes = saved_bytes.trained(step, optimizer, ema=True)
+    assert sizes["LoRA"] == sizes["EMA"] == sum(p.nbytes for p in parameters)
+    assert sizes["gradients"] == gradients.nbytes
+    assert sizes["optimizer"] == pytest.approx(state, rel=0.01)
 
 
 def test_peak_counts_what_is_alive_together():

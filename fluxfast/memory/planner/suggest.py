@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from fluxfast.distributed import local_rank, world_size
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import Card, card, closest
 from fluxfast.memory.planner.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
+from fluxfast.memory.planner.step_spec import Shape
 from fluxfast.util.platform import available_memory
 
 _STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
@@ -89,7 +91,7 @@ def _misfit(request: Request, card: Card, limit: int, host: int | None) -> str:
     for phase in ("encoding captions", "encoding pictures", "loading"):
         if plan.phases.get(phase, 0) > limit:
             return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {allowed}"
-    if best_plan(replace(request, preview_pixels=0), card, limit, host) is not None:
+    if best_plan(replace(request, preview_pixels=0), card, limit, host):
         return f"previews of this size do not fit beside the model: {allowed}"
     return f"this does not fit: it needs at least {_gib(_least(request, card, limit))}, {allowed}"
 
@@ -101,7 +103,7 @@ def _least(request: Request, card: Card, limit: int) -> float:
         low, high = high, 2 * high
     while high > 1.01 * low:
         middle = (low + high) / 2
-        fits = best_plan(request, card, middle, None) is not None
+        fits = best_plan(request, card, middle, None)
         low, high = (low, middle) if fits else (middle, high)
     return high
 
@@ -109,57 +111,53 @@ def _least(request: Request, card: Card, limit: int) -> float:
 def _cures(request: Request, card: Card, limit: int, host: int | None) -> list[str]:
     """Returns up to two settings that would fit, the mildest first, and the least card."""
     settings: dict[str, str] = {}  # by kind
-    for kind, setting, changed in _changes(request):
+    for kind, setting, changes in _changes(request):
         if len(settings) == 2 or kind in settings:
             continue
-        if best_plan(changed, card, limit, host) is not None:
+        if best_plan(replace(request, **changes), card, limit, host):
             settings[kind] = setting
     cures = list(settings.values())
     for gib in CARDS_GIB:
-        if usable(gib) > limit and best_plan(request, card, usable(gib), host) is not None:
+        if usable(gib) > limit and best_plan(request, card, usable(gib), host):
             return [*cures, f"a card of {gib} GiB"]
     return cures
 
 
-def _changes(request: Request) -> Iterator[tuple[str, str, Request]]:
-    """Yields (kind, setting, the request under it): of each kind the first that fits is named."""
-    free = {"policy": "auto", "optimizer_state": "auto"}
-    free |= {} if request.modulation_trained else {"modulation": "auto"}
-    decided = {name: value for name, value in free.items() if getattr(request, name) != value}
-    for name, value in decided.items():
-        yield "memory", f"memory.{name}: {value}", replace(request, **{name: value})
+def _changes(request: Request) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields (kind, setting, what it changes in the request): of each kind the first that fits is
+    named."""
+    names = ["policy", "optimizer_state"] + ["modulation"] * (not request.modulation_trained)
+    decided = {name: "auto" for name in names if getattr(request, name) != "auto"}
+    for name in decided:
+        yield "memory", f"memory.{name}: auto", {name: "auto"}
     if len(decided) > 1:
-        yield "memory", "memory: auto", replace(request, **decided)
+        yield "memory", "memory: auto", decided
     if request.saved_8bit == "none":
-        yield "saved_8bit", "memory.saved_8bit: u", replace(request, saved_8bit="u")
+        yield "saved_8bit", "memory.saved_8bit: u", {"saved_8bit": "u"}
     if request.preview_pixels > 1024**2:
-        smaller = replace(request, preview_pixels=1024**2)
-        yield "previews", "sample.width: 1024, sample.height: 1024", smaller
+        setting = "sample.width: 1024, sample.height: 1024"
+        yield "previews", setting, {"preview_pixels": 1024**2}
     if request.step.storage != "nf4":
-        smaller = replace(request, step=replace(request.step, storage="nf4"))
-        yield "storage", "model.storage: nf4", smaller
+        yield "storage", "model.storage: nf4", {"step": replace(request.step, storage="nf4")}
     if request.optimizer == "prodigy":
-        yield "optimizer", "train.optimizer: adamw8bit", replace(request, optimizer="adamw8bit")
+        yield "optimizer", "train.optimizer: adamw8bit", {"optimizer": "adamw8bit"}
     # a request's batch is one process's share; the setting counts that of all
     batch, count = max(shape.batch for shape in request.shapes.values()), world_size()
     for size in (batch // 2**n for n in range(1, batch.bit_length())):
         setting = f"train.batch_size: {size * count} with gradient_accumulation"
-        yield "batch", setting, _shaped(request, size, SIDES[0] * 64)
+        yield "batch", setting, {"shapes": _shapes(request, size, SIDES[0] * 64)}
     for size in dict.fromkeys((batch, 1)):
         for side in SIDES:
-            changed = _shaped(request, size, side)
-            if changed.shapes != request.shapes:
+            shapes = _shapes(request, size, side)
+            if shapes != request.shapes:
                 beside = f" and train.batch_size: {size * count}" if size != batch else ""
-                yield "resolution", f"data.resolution: {side}{beside}", changed
+                yield "resolution", f"data.resolution: {side}{beside}", {"shapes": shapes}
 
 
-def _shaped(request: Request, batch: int, side: int) -> Request:
-    """Returns the request with batches and pictures of at most this size."""
+def _shapes(request: Request, batch: int, side: int) -> dict[str, Shape]:
+    """Returns the request's shapes with batches and pictures of at most this size."""
     tokens = (side // 16) ** 2
-    shapes = {
-        label: replace(
-            shape, batch=min(shape.batch, batch), image_tokens=min(shape.image_tokens, tokens)
-        )
+    return {
+        label: Shape(min(shape.batch, batch), min(shape.image_tokens, tokens), shape.text_tokens)
         for label, shape in request.shapes.items()
     }
-    return replace(request, shapes=shapes)
