@@ -101,7 +101,8 @@ class Graphs:
         recorder = self._recorder
         if self.reason is not None or recorder is None:
             return
-        order = sorted(examples, key=lambda key: _nbytes(examples[key]), reverse=True)
+        sizes = {key: sum(t.nbytes for t in x if t is not None) for key, x in examples.items()}
+        order = sorted(sizes, key=lambda key: sizes[key], reverse=True)
         # sync: waits, and on the host, so that it costs no device memory
         before = self._gradients.to("cpu", copy=True)
         failure = None
@@ -176,10 +177,6 @@ def _record(recorder: "CudaRecorder", run: Callable[[], Tensor]) -> "Recording":
     except Exception as error:  # any: eagerly it has just worked
         lines = str(error).splitlines()
         raise NotCapturable(lines[0] if lines else type(error).__name__) from None
-
-
-def _nbytes(inputs: Inputs) -> int:
-    return sum(tensor.nbytes for tensor in inputs if tensor is not None)
 
 
 def _fill(static: Inputs, inputs: Inputs, key: Hashable) -> None:

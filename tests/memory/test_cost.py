@@ -1,4 +1,4 @@
-"""The cost model beside what others count: torch's FLOP counter over diffusers' blocks, tensors' own
+"""The cost model beside what others count: torch's FLOP counter over diffusers' blocks, tensors'
 bytes, the parameters that injection makes."""
 
 import math

@@ -69,8 +69,7 @@ CARDS = _shipped()  # without measured factors
 
 
 def _model(name: str) -> tuple[str, int | None]:
-    """Returns (model, GB that the name states): ("4060ti", 16) of "NVIDIA GeForce RTX 4060 Ti 16
-    GB".
+    """Returns (model, GB that the name states): ("4060ti", 16) of "GeForce RTX 4060 Ti 16 GB".
 
     What is left beside the model ("Laptop GPU", "PCIe", "D") is another chip or another memory and
     stays in it.
