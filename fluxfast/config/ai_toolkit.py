@@ -10,14 +10,7 @@ import os
 import re
 from typing import Any
 
-from fluxfast.config.ai_toolkit_keys import (
-    COUNTED_IN_STEPS,
-    OPTIMIZERS,
-    PRECISIONS,
-    SCHEDULES,
-    TABLE,
-    TIMESTEPS,
-)
+from fluxfast.config.ai_toolkit_keys import OPTIMIZERS, PRECISIONS, SCHEDULES, TABLE, TIMESTEPS
 from fluxfast.config.key_table import (
     Translation,
     flag,
@@ -201,25 +194,20 @@ def _optimizer(job: Translation) -> None:
 
 
 def _schedule(job: Translation) -> None:
-    asked = job.get("train.lr_scheduler", text, "constant").lower()
+    row = job.get("train.lr_scheduler", one_of(SCHEDULES), SCHEDULES["constant"])
+    schedule, warmup, difference = row
     params = job.get("train.lr_scheduler_params", mapping, {})
-    job.put("train.lr_schedule", job.get("train.lr_scheduler", one_of(SCHEDULES), "constant"))
-    if asked == "linear" and (params.get("start_factor"), params.get("end_factor")) != (1, 0):
-        job.note(
-            "train.lr_scheduler",
-            "read as a fall from lr to 0; ai-toolkit's would rise from a third of lr to lr unless "
-            "start_factor is 1 and end_factor 0",
-        )
-    elif asked == "polynomial":
-        job.note("train.lr_scheduler", "read as linear, from lr to 0")
-    warmup = 1000 if asked == "constant_with_warmup" else 0
+    factors = ("start_factor", "end_factor") if row is SCHEDULES["linear"] else ()
+    if difference and [params.get(name) for name in factors] != [1, 0]:
+        job.note("train.lr_scheduler", difference)
     for name, value in params.items():
         key = f"train.lr_scheduler_params.{name}"
         if name == "num_warmup_steps":
             job.given[key] = key, value
             warmup = job.get(key, whole, 0)
-        elif not (asked == "linear" and name in ("start_factor", "end_factor")):
+        elif name not in factors:
             job.note(key, "ignored, the schedule spans the run after its warm-up")
+    job.put("train.lr_schedule", schedule)
     job.put("train.warmup_steps", warmup)
 
 
@@ -339,7 +327,8 @@ def _accumulation(job: Translation) -> None:
         job.refuse(key, "and train.gradient_accumulation exclude each other")
     elif legacy > 1:
         total = job.native["train"]["steps"]
-        for section, name in COUNTED_IN_STEPS:
+        for native in ("train.steps", "train.warmup_steps", "save.every", "sample.every"):
+            section, name = native.split(".")
             job.native[section][name] = math.ceil(job.native[section][name] / legacy)
         job.note(
             key,

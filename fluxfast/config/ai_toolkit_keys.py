@@ -216,13 +216,19 @@ OPTIMIZERS = {
     "adafactor": ("adafactor", {}, None),
 }
 
+# theirs -> (ours, warm-up steps by default, what differs)
 SCHEDULES = {
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "linear": "linear",
-    "polynomial": "linear",
-    "cosine": "cosine",
-    "cosine_with_restarts": "cosine",  # its first period is the whole run
+    "constant": ("constant", 0, None),
+    "constant_with_warmup": ("constant", 1000, None),
+    "linear": (
+        "linear",
+        0,
+        "read as a fall from lr to 0; ai-toolkit's would rise from a third of lr to lr unless "
+        "start_factor is 1 and end_factor 0",
+    ),
+    "polynomial": ("linear", 0, "read as linear, from lr to 0"),
+    "cosine": ("cosine", 0, None),
+    "cosine_with_restarts": ("cosine", 0, None),  # its first period is the whole run
 }
 
 # theirs -> (ours, what differs). Their `linear` has no weight, ours is their `linear_timesteps`.
@@ -235,8 +241,3 @@ TIMESTEPS = {
     "weighted": ("linear", "read as linear_timesteps: uniform with a bell-shaped weight"),
     "lognorm_blend": ("sigmoid", "read as sigmoid, the nearest"),
 }
-
-# where a step is a batch under `gradient_accumulation_steps`
-COUNTED_IN_STEPS = (
-    ("train", "steps"), ("train", "warmup_steps"), ("save", "every"), ("sample", "every")
-)  # fmt: skip

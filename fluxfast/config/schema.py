@@ -295,7 +295,9 @@ class Config(Section):
     save: SaveConfig = SaveConfig()
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
-    memory: MemoryConfig = MemoryConfig()
+    memory: Annotated[
+        MemoryConfig, BeforeValidator(lambda value: {} if value == "auto" else value)
+    ] = MemoryConfig()
     """`auto`, or a mapping of what is not left to it."""
 
     @field_validator("name")
@@ -313,11 +315,6 @@ class Config(Section):
         if any(unicodedata.category(letter) == "Cc" for letter in str(value)):
             raise ValueError("holds a control character")
         return value
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _auto_memory(cls, value):
-        return {} if value == "auto" else value
 
     @model_validator(mode="after")
     def _cache_apart(self):

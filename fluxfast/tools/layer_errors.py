@@ -136,7 +136,7 @@ def table(layers: Sequence[Measured]) -> list[str]:
     lines = [f"{'layer':{width}} " + " ".join(f"{word:>9}" for word in heading)]
     for layer in layers:
         errors = (layer.own.worst, *layer.plain, *(layer.rotated or (None, None)), layer.cosine)
-        numbers = ["-" if error is None else f"{error:.4f}" for error in errors]
+        numbers = ["-" if n is None or math.isnan(n) else f"{n:.4f}" for n in errors]
         cells = " ".join(f"{cell:>9}" for cell in (*numbers, layer.choice))
         lines.append(f"{layer.name:{width}} {cells}")
     return lines
