@@ -90,12 +90,14 @@ def one_thread():
 
 @pytest.fixture
 def fluxfast(monkeypatch, capfd):
-    """Returns a function that runs the command line in this process and returns (exit code, stdout,
-    stderr)."""
+    """Returns a function that runs the command line in this process: CommandResult."""
+    from small import CommandResult
+
     from fluxfast import cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
+        capfd.readouterr()
         code = 0
         try:
             cli.main()
@@ -103,7 +105,7 @@ def fluxfast(monkeypatch, capfd):
             code = stop.code or 0
         out, err = capfd.readouterr()
         assert "Traceback" not in err
-        return code, out, err
+        return CommandResult(code, out, err)
 
     return run
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +141,24 @@ def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -
     }
     sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
     return build_config(raw, sets)
+
+
+class CommandResult(NamedTuple):
+    """What a command did: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one error line, after checking that there is nothing else of its kind."""
+        lines = self.err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1, self.err
+        assert all(line.startswith("hint: ") for line in lines[lines.index(errors[0]) + 1 :])
+        assert "Traceback" not in self.err and self.out == ""
+        return errors[0]
 
 
 @contextmanager

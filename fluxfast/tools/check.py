@@ -184,9 +184,7 @@ class _Check:
             sample_losses(flux, inputs, train.guidance).mean().backward()
             advance()
         return {
-            name: torch.cat(
-                [cast(Tensor, p.grad).flatten() for p in layer.lora.parameters()]
-            ).cpu()
+            name: torch.cat([cast(Tensor, p.grad).flatten() for p in layer.lora.parameters()]).cpu()
             for name, layer in lora_layers(flux).items()
         }
 

@@ -219,7 +219,7 @@ def test_alpha_is_honored_and_the_difference_told():
 
 
 @pytest.mark.parametrize(
-    "changes, kind, said",
+    "changes, kind, noted",
     [
         ({}, "sigmoid", []),
         ({"timestep_type": "linear"}, "uniform", []),
@@ -233,13 +233,13 @@ def test_alpha_is_honored_and_the_difference_told():
         ({"timestep_type": "shift", "linear_timesteps": True}, "linear", ["train.timestep_type"]),
     ],
 )
-def test_timesteps(changes, kind, said):
+def test_timesteps(changes, kind, noted):
     config, notes = read(train=changes)
-    assert config.train.timesteps == kind and keys(notes) == said
+    assert config.train.timesteps == kind and keys(notes) == noted
 
 
 @pytest.mark.parametrize(
-    "changes, expected, said",
+    "changes, expected, noted",
     [
         ({"optimizer": "AdamW", "lr": "1e-4"}, ("adamw", 1e-4, {"eps": 1e-6}), []),
         ({"optimizer": "adam"}, ("adamw", 1e-6, {"eps": 1e-6, "weight_decay": 0.0}), []),
@@ -254,16 +254,16 @@ def test_timesteps(changes, kind, said):
         ({"optimizer": "adafactor", "lr": 1e-3}, ("adafactor", 1e-3, {}), []),
     ],
 )
-def test_optimizers(changes, expected, said):
+def test_optimizers(changes, expected, noted):
     config, notes = read(train=changes)
     train = config.train
     assert (train.optimizer, train.lr, train.optimizer_args) == expected
-    assert keys(notes) == said
+    assert keys(notes) == noted
     assert train.max_grad_norm == (None if train.optimizer == "adafactor" else 1.0)
 
 
 @pytest.mark.parametrize(
-    "kind, params, expected, said",
+    "kind, params, expected, noted",
     [
         ("constant", {}, ("constant", 0), []),
         ("constant_with_warmup", {}, ("constant", 1000), []),
@@ -271,18 +271,13 @@ def test_optimizers(changes, expected, said):
         ("linear", {"start_factor": 1.0, "end_factor": 0.0}, ("linear", 0), []),
         ("linear", {}, ("linear", 0), ["train.lr_scheduler"]),
         ("cosine", {"num_warmup_steps": 9}, ("cosine", 9), []),
-        (
-            "cosine_with_restarts",
-            {"T_mult": 2},
-            ("cosine", 0),
-            ["train.lr_scheduler_params.T_mult"],
-        ),
+        ("cosine_with_restarts", {"x": 2}, ("cosine", 0), ["train.lr_scheduler_params.x"]),
     ],
 )
-def test_schedules(kind, params, expected, said):
+def test_schedules(kind, params, expected, noted):
     config, notes = read(train__lr_scheduler=kind, train__lr_scheduler_params=params)
     assert (config.train.lr_schedule, config.train.warmup_steps) == expected
-    assert keys(notes) == said
+    assert keys(notes) == noted
 
 
 def test_accumulation_of_both_kinds():
@@ -297,18 +292,18 @@ def test_accumulation_of_both_kinds():
 
 
 @pytest.mark.parametrize(
-    "changes, storage, compute",
+    "dtype, quantize, storage, compute, noted",
     [
-        ({"model__quantize": True, "train__dtype": "bf16"}, "auto", "bf16"),
-        ({"train__dtype": "bfloat16"}, "bf16", "bf16"),
-        ({"train__dtype": "float32"}, "fp32", "fp32"),
-        ({"train__dtype": "float16"}, "bf16", "bf16"),
+        ("bf16", True, "auto", "bf16", ["model.quantize"]),
+        ("bfloat16", False, "bf16", "bf16", []),
+        ("float32", False, "fp32", "fp32", []),
+        ("float16", False, "bf16", "bf16", ["train.dtype"]),
     ],
 )
-def test_precision(changes, storage, compute):
-    config, notes = read(**changes)
+def test_precision(dtype, quantize, storage, compute, noted):
+    config, notes = read(train__dtype=dtype, model__quantize=quantize)
     assert (config.model.storage, config.model.compute) == (storage, compute)
-    assert len(notes) == ("model__quantize" in changes or changes["train__dtype"] == "float16")
+    assert keys(notes) == noted
 
 
 def test_sampling_can_be_off():
@@ -497,28 +492,25 @@ def test_a_native_configuration_is_left_alone():
 
 
 @pytest.fixture
-def fluxfast(fluxfast, monkeypatch, tmp_path):
-    """Inside an empty folder."""
+def folder(monkeypatch, tmp_path):
+    """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
-    return fluxfast
+    return tmp_path
 
 
-def test_a_mistake_in_the_file_ends_in_one_message(fluxfast, tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(theirs(train__steps="x")))
-    code, out, err = fluxfast("train", "c.yaml")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: c.yaml: train.steps takes a whole number, got 'x'\nhint: ")
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(theirs(train__steps=-3)))
-    code, out, err = fluxfast("train", "c.yaml")
-    assert code == 2 and "train.steps" in err and "Traceback" not in err
+def test_a_mistake_in_the_file_ends_in_one_message(fluxfast, folder):
+    (folder / "c.yaml").write_text(yaml.safe_dump(theirs(train__steps="x")))
+    result = fluxfast("train", "c.yaml")
+    assert result.code == 2
+    assert result.error == "error: c.yaml: train.steps takes a whole number, got 'x'"
 
 
-def test_notes_go_to_stderr_and_overrides_use_native_keys(fluxfast, tmp_path, monkeypatch):
+def test_notes_go_to_stderr_and_overrides_use_native_keys(fluxfast, folder, monkeypatch):
     from fluxfast import train
 
     seen = []
     monkeypatch.setattr(train, "train", lambda config, restart: seen.append(config))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(theirs(train__lr_sheduler="cosine")))
+    (folder / "c.yaml").write_text(yaml.safe_dump(theirs(train__lr_sheduler="cosine")))
     code, _, err = fluxfast("train", "c.yaml", "--set", "train.steps=7", "--trigger", "ohwx")
     assert code == 0
     assert err == ("note: train.lr_sheduler: unknown, ignored; did you mean train.lr_scheduler?\n")
@@ -526,10 +518,10 @@ def test_notes_go_to_stderr_and_overrides_use_native_keys(fluxfast, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_stock_file_trains(fluxfast, tmp_path, nano_model):
+def test_a_stock_file_trains(fluxfast, folder, nano_model):
     """The shipped dev file with other paths and sizes, nothing else."""
     text = (EXAMPLES / "flux_dev_24gb.yaml").read_text(encoding="utf-8")
-    photos = tmp_path / "photos"
+    photos = folder / "photos"
     photos.mkdir()
     for name, color in (("a", "red"), ("b", "teal")):
         Image.new("RGB", (96, 64), color).save(photos / f"{name}.png")
@@ -545,12 +537,12 @@ def test_a_stock_file_trains(fluxfast, tmp_path, nano_model):
     ):
         assert before in text
         text = text.replace(before, after)
-    (tmp_path / "theirs.yaml").write_text(text, encoding="utf-8")
+    (folder / "theirs.yaml").write_text(text, encoding="utf-8")
     code, out, err = fluxfast("train", "theirs.yaml")
     assert (code, out) == (0, "output/my_flux_lora/my_flux_lora.safetensors\n"), err
     notes = [line.removeprefix("note: ") for line in err.splitlines() if line.startswith("note: ")]
     assert set(keys(notes)) >= STOCK_NOTES
-    run = tmp_path / "output" / "my_flux_lora"
+    run = folder / "output" / "my_flux_lora"
     with safe_open(run / "my_flux_lora.safetensors", "pt") as file:
         assert any("norm1.linear" in name for name in file.keys())  # noqa: SIM118
         assert file.metadata()["steps"] == "2"

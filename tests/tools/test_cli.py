@@ -12,50 +12,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from small import noise_pictures
+from small import CommandResult, noise_pictures
 
-from fluxfast import cli
 from fluxfast.formats.base.reader import open_base
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def error(self) -> str:
-        """The one error line, after checking that there is nothing else of its kind."""
-        lines = self.err.splitlines()
-        errors = [line for line in lines if line.startswith("error: ")]
-        assert len(errors) == 1, self.err
-        assert all(line.startswith("hint: ") for line in lines[lines.index(errors[0]) + 1 :])
-        assert "Traceback" not in self.err and self.out == ""
-        return errors[0]
-
-
-@pytest.fixture
-def fluxfast(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process, inside an empty folder."""
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fluxfast", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return Result(code, out, err)
 
-    return run
-
-
-def process(*arguments, cwd: Path, code: str | None = None, **env) -> Result:
+def process(*arguments, cwd: Path, code: str | None = None, **env) -> CommandResult:
     """The same as a process of its own: `python -m fluxfast`, or python code."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "fluxfast"])]
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
@@ -68,7 +38,7 @@ def process(*arguments, cwd: Path, code: str | None = None, **env) -> Result:
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -145,23 +115,23 @@ def test_no_color_is_honored(tmp_path):
 
 def test_a_call_that_typer_refuses(fluxfast):
     for arguments in ((), ("train",), ("trian",), ("train", "x", "--no-such-option")):
-        result = fluxfast(*arguments)
-        assert result.code == 2
-        assert "Traceback" not in result.err
+        assert fluxfast(*arguments).code == 2
 
 
 @pytest.mark.parametrize("command", ["train", "cache", "check"])
-def test_a_target_that_does_not_exist(fluxfast, command):
+def test_a_target_that_cannot_be_used(fluxfast, photos, tmp_path, command):
     result = fluxfast(command, "absent.yaml")
     assert result.code == 2
     assert "absent.yaml does not exist" in result.error and "hint: " in result.err
-
-
-@pytest.mark.parametrize("command", ["train", "cache", "check"])
-def test_a_folder_needs_a_model(fluxfast, photos, command):
     result = fluxfast(command, "photos")
     assert result.code == 2
     assert "needs a model" in result.error and "--model" in result.err
+    # refused before anything is looked for, the model too
+    config(tmp_path / "c.yaml", model={"path": "absent", "storage": "int8", "compute": "fp8"})
+    result = fluxfast(command, "c.yaml", *sets("device=cpu"))
+    assert result.code == 2 and "storage int8 and compute fp8" in result.error
+    assert "--set model.compute=int8" in result.err
+    assert not (tmp_path / "runs" / "lora").exists()
 
 
 @pytest.mark.parametrize(
@@ -186,16 +156,6 @@ def test_a_gpu_that_is_not_there(fluxfast, tmp_path, monkeypatch):
     config(tmp_path / "c.yaml", device="cuda:7")
     result = fluxfast("train", "c.yaml")
     assert result.code == 2 and "cuda:7" in result.error
-
-
-@pytest.mark.parametrize("command", ["train", "cache", "check"])
-def test_two_kinds_of_8_bits(fluxfast, tmp_path, command):
-    """Refused before anything is looked for, the model too."""
-    config(tmp_path / "c.yaml", model={"path": "absent", "storage": "int8", "compute": "fp8"})
-    result = fluxfast(command, "c.yaml", "--set", "device=cpu")
-    assert result.code == 2 and "storage int8 and compute fp8" in result.error
-    assert "--set model.compute=int8" in result.err
-    assert not (tmp_path / "runs" / "lora").exists()
 
 
 @pytest.mark.parametrize(
