@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.kernels import linears
-from bench.kernels.cases import Case, Settings
+from bench.kernels.cases import LINEARS, Case, Settings
 from bench.kernels.problem import (
     COMPILED,
     DEQUANTIZE_4BIT,
@@ -230,9 +230,7 @@ def _nf4_dequantize(case: Case, settings: Settings) -> Problem:
 
 
 _BUILDERS = {
-    "lora_linear": linears.lora_linear,
-    "norm_modulate_lora_linear": linears.norm_modulate_lora_linear,
-    "gelu_lora_linear": linears.gelu_lora_linear,
+    **dict.fromkeys(LINEARS, linears.linear),
     "qk_norm_rope_attention": _qk_norm_rope_attention,
     "attention": _attention,
     "norm_modulate": _norm_modulate,

@@ -6,6 +6,7 @@ adds the update part by part as peft does, each with an A of its own.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import fluxfast_kernels as fk
 import torch
@@ -28,22 +29,123 @@ from bench.kernels.problem import (
     RandomInputs,
 )
 from fluxfast.model.names import linear_shape, part_rows
+from fluxfast.model.spec import FluxSpec
 
-SHARED = ("lora_a", "lora_b")
+LORA = ("lora_a", "lora_b")
 Product = Callable[[Tensor], Tensor]  # x [B, T, K] -> x Wᵀ + b
-Arguments = Callable[[Tensor, Tensor, torch.dtype], tuple[fk.FrozenWeight, fk.LoRAUpdate]]
+
+
+class Form(NamedTuple):
+    """How an op is called.
+
+    ours, reference: with the inputs, the first `before` of them before weight and update, and with
+    `split` last, if not 0. eager: with a linear (x -> x Wᵀ + b + update) and the inputs. widths:
+    columns of the linear's inputs, side by side; split: columns of the first of two outputs.
+    """
+
+    ours: Function
+    reference: Function
+    eager: Function
+    inputs: dict[str, Tensor]
+    trained: tuple[str, ...]
+    dys: list[Tensor]
+    widths: list[int]
+    before: int = 1
+    split: int = 0
+
+
+def linear(case: Case, settings: Settings) -> Problem:
+    form = _FORMS[case.op](RandomInputs(case, settings), settings.spec)
+    layer = Linear(case, settings, form)
+
+    def fused(op: Function, weight: Callable[[torch.dtype], list[Tensor]]) -> Function:
+        def run(lora_a, lora_b, **inputs):
+            tensors = list(inputs.values())
+            frozen = fk.FrozenWeight(weight(tensors[0].dtype), layer.bias, case.matmul)
+            update = fk.LoRAUpdate(lora_a, lora_b, layer.parts)
+            last = [form.split] if form.split else []
+            before, after = tensors[: form.before], tensors[form.before :]
+            return op(*before, frozen, update, *after, *last)
+
+        return run
+
+    def eager(product: Product) -> Function:
+        return lambda lora_a, lora_b, **inputs: form.eager(
+            lambda x: layer.updated(product(x), x, lora_a, lora_b), **inputs
+        )
+
+    candidates = {
+        name: product if isinstance(product, Exception) else eager(product)
+        for name, product in layer.products().items()
+    }
+    return Problem(
+        form.inputs | layer.lora,
+        {OURS: fused(form.ours, lambda dtype: layer.stored)} | candidates,
+        fused(form.reference, layer.plain_weight),
+        form.dys,
+        (*form.trained, *LORA),
+        LORA,
+        wide=settings.matmul_truth,
+    )
+
+
+def _lora_linear(random: RandomInputs, spec: FluxSpec) -> Form:
+    D = spec.hidden_size
+
+    def eager(linear, x, gate, residual):
+        return residual + gate * linear(x)
+
+    inputs = {
+        "x": random.tokens("x", D),
+        "gate": random.modulation(6)[2],
+        "residual": random.tokens("residual", D),
+    }
+    ops = (fk.lora_linear, fk.lora_linear_reference, eager)
+    return Form(*ops, inputs, ("x", "residual"), [random.tokens("dy", D)], [D])
+
+
+def _norm_modulate_lora_linear(random: RandomInputs, spec: FluxSpec) -> Form:
+    D = spec.hidden_size
+    shift, scale, _ = random.modulation(3)
+
+    def eager(linear, h, shift, scale):
+        return linear(fk.norm_modulate_reference(h, shift, scale)).tensor_split([3 * D], -1)
+
+    inputs = {"h": random.tokens("h", D), "shift": shift, "scale": scale}
+    dys = [random.tokens("dqkv", 3 * D), random.tokens("du", spec.mlp_hidden)]
+    ops = (fk.norm_modulate_lora_linear, fk.norm_modulate_lora_linear_reference, eager)
+    return Form(*ops, inputs, ("h",), dys, [D], before=3, split=3 * D)
+
+
+def _gelu_lora_linear(random: RandomInputs, spec: FluxSpec) -> Form:
+    D, F_ = spec.hidden_size, spec.mlp_hidden
+
+    def eager(linear, u, head, gate, residual):
+        return residual + gate * linear(torch.cat([head, F.gelu(u, approximate="tanh")], -1))
+
+    inputs = {
+        "u": random.tokens("u", F_),
+        "head": random.tokens("head", D),
+        "gate": random.modulation(3)[2],
+        "residual": random.tokens("residual", D),
+    }
+    ops = (fk.gelu_lora_linear, gelu_lora_linear_reference, eager)
+    return Form(*ops, inputs, ("u", "head", "residual"), [random.tokens("dy", D)], [D, F_])
+
+
+_FORMS = {
+    "lora_linear": _lora_linear,
+    "norm_modulate_lora_linear": _norm_modulate_lora_linear,
+    "gelu_lora_linear": _gelu_lora_linear,
+}
 
 
 class Linear:
-    """The layer of a case: its weight in every form that a candidate takes, its bias, its update.
+    """The layer of a case: its weight in every form that a candidate takes, its bias, its LoRA."""
 
-    widths: columns of each of its inputs, side by side. split: columns of the first of two outputs.
-    """
-
-    def __init__(self, case: Case, settings: Settings, widths: list[int], split: int = 0):
-        self.case, self.settings, self.widths, self.split = case, settings, widths, split
-        self.random = random = RandomInputs(case, settings)
-        name = LINEARS[case.op]
+    def __init__(self, case: Case, settings: Settings, form: Form):
+        self.case, self.settings, self.form = case, settings, form
+        random, name = RandomInputs(case, settings), LINEARS[case.op]
         N, K = linear_shape(name, settings.spec)
         dense = random.normal("weight", N, K, std=K**-0.5)
         self.dense, self.nf4, self.stored = dense, None, [dense]
@@ -57,22 +159,15 @@ class Linear:
         self.rows, rank = part_rows(name, settings.spec), settings.rank
         self.parts = [n for i, (start, end) in enumerate(self.rows) for n in (start, end, i)]
         fp32 = torch.float32
-        self.inputs = {
+        self.lora = {
             "lora_a": random.normal("a", len(self.rows) * rank, K, std=K**-0.5, dtype=fp32),
             "lora_b": random.normal("b", N, rank, std=0.05, dtype=fp32),
         }
 
-    def as_stored(self, lora_a: Tensor, lora_b: Tensor, _: torch.dtype):
-        """Returns the arguments of our ops."""
-        frozen = fk.FrozenWeight(self.stored, self.bias, self.case.matmul)
-        return frozen, fk.LoRAUpdate(lora_a, lora_b, self.parts)
-
-    def plain(self, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype):
-        """Returns the arguments of the references, without a kernel of ours: the weight dense in
-        the dtype, or the 8 bits that are multiplied."""
-        weight = self.in_8_bits() if self.case.matmul else [self.dense.to(dtype)]
-        frozen = fk.FrozenWeight(weight, self.bias, self.case.matmul)
-        return frozen, fk.LoRAUpdate(lora_a, lora_b, self.parts)
+    def plain_weight(self, dtype: torch.dtype) -> list[Tensor]:
+        """Returns the weight without a kernel of ours: dense in the dtype, or the 8 bits that are
+        multiplied."""
+        return self.in_8_bits() if self.case.matmul else [self.dense.to(dtype)]
 
     def in_8_bits(self) -> list[Tensor]:
         """int8 or e4m3 [N, K] and scale fp32 [N]; of NF4 they are computed at every call."""
@@ -94,8 +189,8 @@ class Linear:
         }
 
     def _eager_8bit(self, x: Tensor) -> Tensor:
-        xs = x.split(self.widths, -1)
-        return _Matmul8bit.apply(*self.in_8_bits(), self.case.matmul, self.split, *xs) + self.bias
+        matmul, split, xs = self.case.matmul, self.form.split, x.split(self.form.widths, -1)
+        return _Matmul8bit.apply(*self.in_8_bits(), matmul, split, *xs) + self.bias
 
     def _gemm_4bit(self) -> Product:
         """As bitsandbytes' Linear4bit calls it, which picks its own kernel."""
@@ -118,32 +213,6 @@ class Linear:
             pieces.append(y[..., start:end] + update)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
-    def problem(
-        self,
-        inputs: dict[str, Tensor],
-        trained: tuple[str, ...],
-        dys: list[Tensor],
-        ops: tuple[Function, Function],
-        fused: Callable[[Function, Arguments], Function],
-        eager: Callable[[Product], Function],
-    ) -> Problem:
-        """ops: ours and its reference. fused: makes a function of the inputs of such an op; eager:
-        of a product."""
-        ours, reference = ops
-        others = {
-            name: product if isinstance(product, Exception) else eager(product)
-            for name, product in self.products().items()
-        }
-        return Problem(
-            inputs | self.inputs,
-            {OURS: fused(ours, self.as_stored)} | others,
-            fused(reference, self.plain),
-            dys,
-            (*trained, *SHARED),
-            SHARED,
-            wide=self.settings.matmul_truth,
-        )
-
 
 def quant_state(nf4: fk.NF4Tensor, dtype: torch.dtype):
     """Returns packed, and bitsandbytes' QuantState of our very bytes."""
@@ -153,82 +222,6 @@ def quant_state(nf4: fk.NF4Tensor, dtype: torch.dtype):
     _, state = quantize_4bit(like, blocksize=64, quant_type="nf4")
     state.absmax = nf4.absmax
     return nf4.packed, state
-
-
-def lora_linear(case: Case, settings: Settings) -> Problem:
-    D = settings.spec.hidden_size
-    layer = Linear(case, settings, [D])
-    random = layer.random
-
-    def fused(op: Function, arguments: Arguments) -> Function:
-        return lambda x, gate, residual, lora_a, lora_b: op(
-            x, *arguments(lora_a, lora_b, x.dtype), gate, residual
-        )
-
-    def eager(product: Product) -> Function:
-        return lambda x, gate, residual, lora_a, lora_b: (
-            residual + gate * layer.updated(product(x), x, lora_a, lora_b)
-        )
-
-    inputs = {
-        "x": random.tokens("x", D),
-        "gate": random.modulation(6)[2],
-        "residual": random.tokens("residual", D),
-    }
-    ops = (fk.lora_linear, fk.lora_linear_reference)
-    return layer.problem(inputs, ("x", "residual"), [random.tokens("dy", D)], ops, fused, eager)
-
-
-def norm_modulate_lora_linear(case: Case, settings: Settings) -> Problem:
-    D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
-    layer = Linear(case, settings, [D], 3 * D)
-    random = layer.random
-
-    def fused(op: Function, arguments: Arguments) -> Function:
-        return lambda h, shift, scale, lora_a, lora_b: op(
-            h, shift, scale, *arguments(lora_a, lora_b, h.dtype), 3 * D
-        )
-
-    def eager(product: Product) -> Function:
-        def run(h, shift, scale, lora_a, lora_b):
-            x = fk.norm_modulate_reference(h, shift, scale)
-            return layer.updated(product(x), x, lora_a, lora_b).tensor_split([3 * D], -1)
-
-        return run
-
-    shift, scale, _ = random.modulation(3)
-    inputs = {"h": random.tokens("h", D), "shift": shift, "scale": scale}
-    dys = [random.tokens("dqkv", 3 * D), random.tokens("du", F_)]
-    ops = (fk.norm_modulate_lora_linear, fk.norm_modulate_lora_linear_reference)
-    return layer.problem(inputs, ("h",), dys, ops, fused, eager)
-
-
-def gelu_lora_linear(case: Case, settings: Settings) -> Problem:
-    D, F_ = settings.spec.hidden_size, settings.spec.mlp_hidden
-    layer = Linear(case, settings, [D, F_])
-    random = layer.random
-
-    def fused(op: Function, arguments: Arguments) -> Function:
-        return lambda u, head, gate, residual, lora_a, lora_b: op(
-            u, *arguments(lora_a, lora_b, u.dtype), head, gate, residual
-        )
-
-    def eager(product: Product) -> Function:
-        def run(u, head, gate, residual, lora_a, lora_b):
-            x = torch.cat([head, F.gelu(u, approximate="tanh")], -1)
-            return residual + gate * layer.updated(product(x), x, lora_a, lora_b)
-
-        return run
-
-    inputs = {
-        "u": random.tokens("u", F_),
-        "head": random.tokens("head", D),
-        "gate": random.modulation(3)[2],
-        "residual": random.tokens("residual", D),
-    }
-    ops = (fk.gelu_lora_linear, gelu_lora_linear_reference)
-    trained, dys = ("u", "head", "residual"), [random.tokens("dy", D)]
-    return layer.problem(inputs, trained, dys, ops, fused, eager)
 
 
 class _Matmul8bit(torch.autograd.Function):
