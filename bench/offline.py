@@ -96,13 +96,14 @@ def hot_loop(kernel, marks=("IMMA", "QMMA", "HMMA", "IGMMA", "QGMMA", "HGMMA")):
     """Returns {opcode: count} of the innermost loop that holds most of the instructions in
     `marks`."""
     lines = _INSTRUCTION.findall(_sass(kernel)[1])
-    found = [(int(at, 16), opcode, rest) for at, opcode, rest in lines]
+    instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in lines]
     best, best_key = collections.Counter(), (0, 0)
-    for end, opcode, rest in found:
+    for end, opcode, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if opcode != "BRA" or not target or int(target[1], 16) > end:
             continue
-        body = collections.Counter(o for at, o, _ in found if int(target[1], 16) <= at <= end)
+        start = int(target[1], 16)
+        body = collections.Counter(o for at, o, _ in instructions if start <= at <= end)
         key = (sum(body[mark] for mark in marks), -sum(body.values()))
         if key > best_key:
             best, best_key = body, key

@@ -215,18 +215,18 @@ def finish(rows: list[dict], wrong: list[str], path: Path | None) -> int:
 
 
 def parser(doc: str, seeds: int, steps: int, short: str, rows: Path) -> argparse.ArgumentParser:
-    made = terminal.parser(doc)
-    made.add_argument("--seeds", type=int, default=seeds, help="runs of each mode")
-    made.add_argument("--steps", type=int, default=steps)
-    made.add_argument("--short", action="store_true", help=short)
-    made.add_argument("--save", action="store_true", help=f"append rows to {rows.name}")
-    return made
+    args = terminal.parser(doc)
+    args.add_argument("--seeds", type=int, default=seeds, help="runs of each mode")
+    args.add_argument("--steps", type=int, default=steps)
+    args.add_argument("--short", action="store_true", help=short)
+    args.add_argument("--save", action="store_true", help=f"append rows to {rows.name}")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options_of = parser(__doc__, 3, 300, "one seed, 8 steps, no limits on loss", ROWS)
-    options_of.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    options = options_of.parse_args(arguments)
+    args = parser(__doc__, 3, 300, "one seed, 8 steps, no limits on loss", ROWS)
+    args.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    options = args.parse_args(arguments)
     if options.short:
         options.seeds, options.steps = 1, 8
     rows = []

@@ -48,23 +48,23 @@ def run(shape: tuple[int, int], rounds: int, warmup: int) -> list[dict[str, obje
         },
     }
 
-    def gate(what: str) -> str | None:
-        if what == "quantize":
+    def gate(task: str) -> str | None:
+        if task == "quantize":
             same = torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
             return None if same else "codes or scales differ"
-        same = torch.equal(work[what][OURS](), bnb.dequantize_4bit(packed, state))
+        same = torch.equal(work[task][OURS](), bnb.dequantize_4bit(packed, state))
         return None if same else "decoded values differ"
 
     rows = []
-    for what, candidates in work.items():
+    for task, candidates in work.items():
         results = timing.compare(
-            candidates, rounds, warmup, lambda _, what=what: gate(what), baseline=THEIRS
+            candidates, rounds, warmup, lambda _, task=task: gate(task), baseline=THEIRS
         )
         for result in results.values():
             rate = None
             if result.median_ms:
                 rate = round(shape[0] * shape[1] / result.median_ms / 1e6, 4)
-            settings = {"bench": "quantize", "what": what, "shape": list(shape), "warmup": warmup}
+            settings = {"bench": "quantize", "what": task, "shape": list(shape), "warmup": warmup}
             more = {"gweights_per_s": rate, "isa": native.isa(), "interleaved": True}
             rows.append(timing.row(result, **settings, **more, **timing.conditions("cpu")))
     return rows

@@ -123,7 +123,7 @@ def diffusers_counts() -> dict[str, float]:
 
 def rows() -> list[dict[str, object]]:
     """Returns a row for each of COUNTED; "skipped" where a library is missing."""
-    found, conditions = [], timing.conditions("cpu")
+    measured, conditions = [], timing.conditions("cpu")
     for name, targets in COUNTED:
         result, counts = timing.Result(name), {}
         try:
@@ -132,8 +132,8 @@ def rows() -> list[dict[str, object]]:
             timing.fail(result, error)
         fields = {"bench": "saved", "lora_targets": targets, "rank": RANK}
         fields |= {f"{kind}_bytes": counts.get(kind) for kind in ("double", "single")}
-        found.append(timing.row(result, **fields, **conditions))
-    return found
+        measured.append(timing.row(result, **fields, **conditions))
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="append rows to this file")
     out = parser.parse_args(arguments).out
     print(f"{'bytes saved per token':24} {'targets':10} {'double block':>13} {'single block':>13}")
-    over, found = False, rows()
-    for row in found:
+    over, measured = False, rows()
+    for row in measured:
         name, targets = row["name"], row["lora_targets"]
         double, single = row["double_bytes"], row["single_bytes"]
         if double is None:
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             for kind, count in (("double", double), ("single", single)):
                 over |= count > LIMITS.get((kind, targets), float("inf"))
     if out is not None:
-        timing.append_rows(out, found)
+        timing.append_rows(out, measured)
     return int(over)
 
 

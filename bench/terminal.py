@@ -64,46 +64,46 @@ def device_parser(
         values = ((device, getattr(sizes[device], key)) for device in ("cpu", "cuda"))
         return "; ".join(f"{device}: {str(value).strip('[]')}" for device, value in values)
 
-    made = parser(doc)
+    args = parser(doc)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    made.add_argument(
+    args.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    args.add_argument(
         "--candidates",
         nargs="+",
         choices=candidates,
         metavar="NAME",
         help=f"of {', '.join(candidates)}{usual}",
     )
-    made.add_argument("--pixels", nargs="+", type=int, help=f"image sides ({default('pixels')})")
-    made.add_argument("--batch", nargs="+", type=int, help=f"batch sizes ({default('batch')})")
-    made.add_argument("--text-tokens", type=int, help=f"T5 tokens ({default('text_tokens')})")
-    made.add_argument("--rank", type=int, default=16)
-    made.add_argument("--rounds", type=int, help=default("rounds"))
-    made.add_argument(
+    args.add_argument("--pixels", nargs="+", type=int, help=f"image sides ({default('pixels')})")
+    args.add_argument("--batch", nargs="+", type=int, help=f"batch sizes ({default('batch')})")
+    args.add_argument("--text-tokens", type=int, help=f"T5 tokens ({default('text_tokens')})")
+    args.add_argument("--rank", type=int, default=16)
+    args.add_argument("--rounds", type=int, help=default("rounds"))
+    args.add_argument(
         "--compute",
         choices=DTYPES,
         help="default: bf16 on cuda and on a CPU that multiplies it, else fp32",
     )
-    made.add_argument("--tiny", action="store_true", help="narrow layers: checks the bench itself")
-    made.add_argument(
+    args.add_argument("--tiny", action="store_true", help="narrow layers: checks the bench itself")
+    args.add_argument(
         "--save", action="store_true", help=f"append to bench/results/{bench}-DEVICE.jsonl"
     )
-    made.add_argument("--out", type=Path, help="append to this file instead")
-    return made
+    args.add_argument("--out", type=Path, help="append to this file instead")
+    return args
 
 
 def parse(
-    made: argparse.ArgumentParser, bench: str, arguments: list[str] | None
+    args: argparse.ArgumentParser, bench: str, arguments: list[str] | None
 ) -> argparse.Namespace:
     """Returns the options of a `device_parser`, with `compute` as a dtype and `out` as --save has
     it."""
     from fluxfast.model.precision import multiplies_bf16  # with it come the kernels
 
-    options = made.parse_args(arguments)
+    options = args.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        made.error("--device cuda: torch sees no CUDA device here; hint: --device cpu")
+        args.error("--device cuda: torch sees no CUDA device here; hint: --device cpu")
     if bad := [p for p in options.pixels or [] if p < 16 or p % 16]:
-        made.error(f"--pixels: multiples of 16 only, got {bad}")
+        args.error(f"--pixels: multiples of 16 only, got {bad}")
     usual = "bf16" if multiplies_bf16(torch.device(options.device)) else "fp32"
     options.compute = DTYPES[options.compute or usual]
     if options.save and options.out is None:

@@ -1,8 +1,8 @@
 """Which ops `bench.kernels` times, at which shapes, in which order; what each moves and multiplies.
 
 Bytes and FLOP are the cost model's (`fluxfast/memory/planner/cost.py`): an op's are those of its
-launches in a block of FLUX, an NF4 weight's dequantization with them. They are of the work and the
-same for everyone who does it: a peer that moves more shows less of the floor.
+launches in a block of FLUX, an NF4 weight's dequantization with them. They are the same for every
+candidate: a peer that moves more shows less of the floor.
 """
 
 from collections.abc import Callable, Iterator

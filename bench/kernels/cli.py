@@ -43,8 +43,7 @@ Report = Callable[[Case, list[dict[str, object]]], None]
 
 
 def measure(case: Case, settings: Settings, roof: Roof) -> list[dict[str, object]]:
-    """Gates and times everyone who does this op's work at this shape. Returns a row each and
-    direction."""
+    """Gates and times all candidates of a case. Returns a row for each of them and direction."""
     problem = timing.attempt(build, case, settings)
     if isinstance(problem, Exception):  # no memory for the inputs, say
         return failed(case, settings, roof, problem)

@@ -87,8 +87,8 @@ class Gate:
 
 
 def verdicts(problem: Problem, case: Case) -> dict[tuple[str, str], Verdict]:
-    """By (candidate, direction). The truth's memory is free again when this returns."""
-    found: dict[tuple[str, str], Verdict] = {}
+    """Returns the verdicts by (candidate, direction), when the truth's memory is free again."""
+    judged: dict[tuple[str, str], Verdict] = {}
     try:
         gate: Gate | Exception = Gate(problem, case)
     except Exception as error:  # a truth that cannot be formed lets nobody through
@@ -99,8 +99,8 @@ def verdicts(problem: Problem, case: Case) -> dict[tuple[str, str], Verdict]:
                 for built in (function, gate):
                     if isinstance(built, Exception):
                         raise built
-                found[name, direction] = gate.check(function, direction)
+                judged[name, direction] = gate.check(function, direction)
             except Exception as error:
                 error.__traceback__ = None  # it holds the tensors of the failed call
-                found[name, direction] = error, {}
-    return found
+                judged[name, direction] = error, {}
+    return judged

@@ -1,8 +1,8 @@
-"""The three linears of `fluxfast_kernels` and those who do their work: torch's own operations in a
-row, bitsandbytes' 4-bit product, and its dequantizing with torch's product.
+"""The three linears of `fluxfast_kernels` beside torch's own operations in a row, bitsandbytes'
+4-bit product, and its dequantization with torch's product.
 
-All take the same frozen weight (the same NF4 bytes, the same 8-bit values), and everyone but us
-adds the update part by part as peft does, each with an A of its own.
+All take the same frozen weight (the same NF4 bytes, the same 8-bit values), and all but ours add
+the update part by part as peft does, each with an A of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,7 +177,7 @@ class Linear:
         return [rows.values, rows.scale]
 
     def products(self) -> dict[str, Product | Exception]:
-        """Returns everyone's but ours, by name."""
+        """Returns those of all candidates but ours, by name."""
         if self.case.matmul:
             return {EAGER: self._eager_8bit}
         if self.nf4 is None:

@@ -49,7 +49,7 @@ def row(
 
 def table(rows: list[dict[str, object]]) -> str:
     """Returns a line per case and direction of fluxfast, its median over each of the others'; then
-    who could not be timed and why; then the slowest."""
+    candidates that could not be timed, with the reason; then the slowest."""
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in KEY), {})[row["name"]] = row

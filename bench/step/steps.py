@@ -39,7 +39,7 @@ from fluxfast.objective import Batch, Inputs
 from fluxfast.setup import assemble, bucket_shapes
 from fluxfast.step import graph_key, train_step
 
-ENDLESS = 10**6  # steps of the run that the trainer is told of
+ENDLESS = 10**6  # steps of the run in the trainer's configuration
 
 
 class ModelStep:
@@ -196,7 +196,7 @@ class TrainerStep:
             graphs=self.device.type == "cuda",
             encodes=False,
         )
-        # what a card of that size leaves free, so that this one is planned for as that one is
+        # less the margin of a card of that size, as a plan for such a card has it
         limit = None if cap is None else cap * (1 - MARGIN)
         try:
             return plan_on(self.device, request, limit)
@@ -259,8 +259,8 @@ class TrainerStep:
         return timing.peak_memory(self._capture, self.settings.device)
 
     def details(self) -> dict[str, object]:
-        """Returns how memory was planned, and what became of the plan. Saved bytes are not counted:
-        a graph keeps its own, and policies have hooks of theirs."""
+        """Returns how memory is planned and used. Saved bytes are not counted: a graph keeps its
+        own, and policies have hooks of theirs."""
         run, plan = self.run, self._plans[self._cycle]
         policies = {label: dict(Counter(words)) for label, words in run.memory.policies.items()}
         in_place = run.modulation_cache is None

@@ -38,13 +38,18 @@ def total(lines, key: str = "seconds") -> float:
     return sum(getattr(line, key) for line in lines)
 
 
+def where(items, **fields) -> list:
+    """Returns the lines or counted ops that have these values."""
+    return [one for one in items if all(getattr(one, k) == v for k, v in fields.items())]
+
+
 def test_ops_add_up_to_what_the_plan_predicts(plain, stock):
     for plan in (plain, stock):
         for label in plan.buckets:
             lines = roofline.lines_of(plan, label)
             assert total(lines) == pytest.approx(plan.seconds(label), rel=1e-9)
             assert {line.source for line in lines} == {"assumed"}
-            assert not any(line.bound == "copies" for line in lines)
+            assert not where(lines, bound="copies")
     policies = {word for bucket in stock.buckets.values() for word in bucket.choice.policies}
     assert "gelu_int8" in policies  # else the sum above says nothing of them
 
@@ -69,20 +74,16 @@ def test_what_a_policy_costs_is_in_the_step(policy):
     lines = roofline.lines_of(plan, "768 px")
     assert total(lines) == pytest.approx(plan.seconds("768 px"), rel=1e-9)
     if policy == "offload":
-        assert [line.group for line in lines if line.bound == "copies"]
+        assert where(lines, bound="copies")
         assert plan.seconds("768 px") > 1.02 * total(line for line in lines if line.flop)
         return
-    more = [line for line in lines if line.group == f"policy {policy}"]
-    forward, backward = (
-        [line for line in more if line.direction == way] for way in ("forward", "backward")
-    )
+    more = where(lines, group=f"policy {policy}")
+    forward, backward = (where(more, direction=way) for way in ("forward", "backward"))
     if policy == "int8":  # forward writes the codes of u besides, a byte each
         u = 57 * 2816 * DEV.mlp_hidden
         assert total(forward, "bytes") - total(backward, "bytes") == pytest.approx(u)
     else:
-        blocks = [
-            one for one in lines if one.direction == "forward" and one.group in roofline.TIMED
-        ]
+        blocks = [one for one in where(lines, direction="forward") if one.group in roofline.TIMED]
         again = total(backward, "flop") / total(blocks, "flop")
         assert not forward and (again == 1 if policy == "checkpoint" else 0.3 < again < 0.7)
 
@@ -90,32 +91,27 @@ def test_what_a_policy_costs_is_in_the_step(policy):
 def test_modulation_that_is_formed_ahead_is_shared_by_steps(plain):
     batch = planned("plain", "h100", "train.batch_size=4", "data.0.resolution=512")
     for plan, samples in ((plain, 1), (batch, 4)):
-        ops = [one for one in roofline.step_of(plan, "512 px") if one.group == "modulation"]
+        ops = where(roofline.step_of(plan, "512 px"), group="modulation")
         assert {one.times for one in ops} == {samples / MODULATION_ROWS}
 
 
 def test_every_launch_of_a_block_has_its_op(stock):
     counted = roofline.step_of(stock, "512 px")
-    groups = {one.group for one in counted}
-    wanted = {"autograd", "outside the blocks", "modulation", "optimizer", *roofline.TIMED}
-    assert groups == wanted
-    parts = {one.part for one in counted if one.group == "gelu_lora_linear"}
+    groups = {"autograd", "outside the blocks", "modulation", "optimizer", *roofline.TIMED}
+    assert {one.group for one in counted} == groups
+    parts = {one.part for one in where(counted, group="gelu_lora_linear")}
     assert parts == {"product", "update", "weight", "element-wise"}
-    forward = [
-        one.op
-        for one in counted
-        if (one.group, one.part) == ("lora_linear", "product") and one.direction == "forward"
-    ]
+    forward = where(counted, group="lora_linear", part="product", direction="forward")
     # the projections of both streams
-    assert total_flop(forward) == 19 * 2 * (1024 + 512) * 3072 * 3072
+    assert total_flop(one.op for one in forward) == 19 * 2 * (1024 + 512) * 3072 * 3072
 
 
 def test_lines_hold_their_ops(plain):
     counted = roofline.step_of(plain, "512 px")
     lines = roofline.lines_of(plain, "512 px")
-    key = ("norm_modulate_lora_linear", "backward", "update")
-    (line,) = [line for line in lines if (line.group, line.direction, line.part) == key]
-    ops = [one.op for one in counted if (one.group, one.direction, one.part) == key]
+    key = {"group": "norm_modulate_lora_linear", "direction": "backward", "part": "update"}
+    (line,) = where(lines, **key)
+    ops = [one.op for one in where(counted, **key)]
     assert len(ops) > 100
     assert (line.flop, line.bytes) == (total_flop(ops), pytest.approx(total_bytes(ops)))
     assert line.seconds == pytest.approx(total_seconds(ops, plain.card))
@@ -126,8 +122,8 @@ def test_lines_hold_their_ops(plain):
 def test_weights_are_decoded_or_transposed():
     """An 8-bit base that is multiplied so is only transposed, towards x."""
     plan = planned("plain", "h100", "model.storage=int8", "model.compute=int8")
-    counted = [one for one in roofline.step_of(plan, "1024 px") if one.group in roofline.TIMED]
-    ready = [one for one in counted if one.part == "weight"]
+    weights = where(roofline.step_of(plan, "1024 px"), part="weight")
+    ready = [one for one in weights if one.group in roofline.TIMED]
     assert {one.op.name.partition(" ")[2] for one in ready} == {"transpose"}
     assert {one.direction for one in ready} == {"backward"}
 
@@ -186,20 +182,17 @@ def test_a_measured_op_stretches_its_lines_and_no_others(plain, op):
 
 
 @pytest.mark.parametrize(
-    "op, where",
+    ("op", "prefix"),
     [
         ("norm_modulate_lora_linear", "single_blocks.7."),
         ("gelu_lora_linear", "single_blocks.7."),
         ("lora_linear", "double_blocks.7.img_"),
     ],
 )
-def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, where):
+def test_an_op_timed_at_the_steps_own_shape_takes_that_time_in_it(plain, op, prefix):
     """What is predicted of a row is what the step has of it in one block."""
-    own = [
-        one.op
-        for one in roofline.step_of(plain, "512 px")
-        if one.group == op and one.op.name.startswith(where)
-    ]
+    counted = where(roofline.step_of(plain, "512 px"), group=op)
+    own = [one.op for one in counted if one.op.name.startswith(prefix)]
     assert 1e3 * total_seconds(own, plain.card) == pytest.approx(
         sum(predicted_ms(plain, op, way) for way in ("forward", "backward"))
     )
