@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,19 +71,25 @@ def component_fingerprint(root: Path, name: str) -> str:
     return fingerprint_part(source) if isinstance(source, Part) else fingerprint(source)
 
 
-def load_model(cls, source: Path | Part, dtype: torch.dtype, options: dict):
-    """Returns the component as a `cls` of transformers or diffusers, frozen, on the CPU.
+def load_model(cls, root: Path, name: str, dtype: torch.dtype):
+    """Returns a component as a `cls` of transformers or diffusers, frozen, on the CPU.
 
-    options: for `from_pretrained`, with the dtype under its library's name. Raises FluxfastError
-    for a folder that is damaged, lacks weights or refers to any but safetensors of its own.
+    Raises FluxfastError if it is missing, damaged, lacks weights or refers to any but safetensors
+    of its own folder.
     """
+    source = component(root, name)
     if isinstance(source, Part):
-        return load_part(source, dtype)
+        with _quiet(cls):
+            return load_part(source, dtype)
     _check_names(source)
     # without use_safetensors pickles would be loaded
-    model, info = from_pretrained(
-        cls, source, output_loading_info=True, use_safetensors=True, **options
-    )
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}
+    if name == "vae":
+        options["torch_dtype"] = dtype
+    else:
+        # without attn_implementation config.json may name a repository of code to fetch and run
+        options |= {"dtype": dtype, "attn_implementation": None}
+    model, info = _from_pretrained(cls, source, **options)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise FluxfastError(
@@ -93,10 +100,25 @@ def load_model(cls, source: Path | Part, dtype: torch.dtype, options: dict):
     return model.eval().requires_grad_(False)
 
 
-def from_pretrained(cls, folder: Path, **options):
+def load_tokenizer(cls, root: Path, name: str, vocabulary: str):
+    """Returns a tokenizer. vocabulary: a file that makes up for tokenizer.json."""
+    folder = component(root, name)
+    assert isinstance(folder, Path)
+    tokenizer = _from_pretrained(cls, folder)
+    # transformers silently makes an empty tokenizer of a folder without vocabulary
+    if not (folder / "tokenizer.json").is_file() and not (folder / vocabulary).is_file():
+        raise FluxfastError(
+            f"{folder} holds neither tokenizer.json nor {vocabulary}",
+            hint="download the folder again",
+        )
+    return tokenizer
+
+
+def _from_pretrained(cls, folder: Path, **options):
     """Loads a folder with its library, offline. Raises FluxfastError."""
     try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **options)
+        with _quiet(cls):
+            return cls.from_pretrained(str(folder), local_files_only=True, **options)
     # OSError, SafetensorError, JSON and pickle errors, RuntimeError for shapes
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -106,8 +128,9 @@ def from_pretrained(cls, folder: Path, **options):
 
 
 @contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Silences a library's notes on unused weights, and its progress bars."""
+def _quiet(cls) -> Iterator[None]:
+    """Silences the notes of a class's library on unused weights, and its progress bars."""
+    library = cls.__module__.partition(".")[0]
     library_log = importlib.import_module(f"{library}.utils.logging")
     level, bars = library_log.get_verbosity(), library_log.is_progress_bar_enabled()
     library_log.set_verbosity_error()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import component, from_pretrained, load_model, quiet
+from fluxfast.encoders.components import load_model, load_tokenizer
 from fluxfast.errors import FluxfastError
 
 log = logging.getLogger(__name__)
@@ -27,16 +27,10 @@ class TextEncoders:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore
 
         self.device = torch.device(device)
-        # without attn_implementation config.json may name a repository of code to fetch and run
-        options = {"dtype": dtype, "attn_implementation": None}
-        with quiet("transformers"):
-            self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, root, "tokenizer", "vocab.json")
-            self._t5_tokenizer = _load_tokenizer(
-                T5TokenizerFast, root, "tokenizer_2", "spiece.model"
-            )
-            clip, t5 = component(root, "text_encoder"), component(root, "text_encoder_2")
-            self._clip: Any = load_model(CLIPTextModel, clip, dtype, options).to(self.device)
-            self._t5: Any = load_model(T5EncoderModel, t5, dtype, options).to(self.device)
+        self._clip_tokenizer = load_tokenizer(CLIPTokenizer, root, "tokenizer", "vocab.json")
+        self._t5_tokenizer = load_tokenizer(T5TokenizerFast, root, "tokenizer_2", "spiece.model")
+        self._clip: Any = load_model(CLIPTextModel, root, "text_encoder", dtype).to(self.device)
+        self._t5: Any = load_model(T5EncoderModel, root, "text_encoder_2", dtype).to(self.device)
         self._announced: set[str] = set()
 
     @torch.no_grad()
@@ -68,30 +62,16 @@ class TextEncoders:
         torch.cuda.empty_cache()
 
     def _tokenize(self, tokenizer, prompts: list[str], length: int, name: str) -> Tensor:
+        if name not in self._announced:
+            uncut = tokenizer(prompts, verbose=False).input_ids
+            for prompt, tokens in zip(prompts, uncut, strict=True):
+                if len(tokens) > length:
+                    self._announced.add(name)
+                    start = prompt if len(prompt) <= 60 else prompt[:60] + "…"
+                    log.warning(
+                        f"{name} reads {length} tokens and cuts longer prompts; the first, of "
+                        f"{len(tokens)}: {start!r}"
+                    )
+                    break
         options = {"padding": "max_length", "max_length": length, "truncation": True}
-        with quiet("transformers"):
-            ids = tokenizer(prompts, **options, return_tensors="pt").input_ids
-            if name not in self._announced:
-                for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids, strict=True):
-                    if len(tokens) > length:
-                        self._announced.add(name)
-                        start = prompt if len(prompt) <= 60 else prompt[:60] + "…"
-                        log.warning(
-                            f"{name} reads {length} tokens and cuts longer prompts; the first, of "
-                            f"{len(tokens)}: {start!r}"
-                        )
-                        break
-        return ids
-
-
-def _load_tokenizer(cls, root: Path, name: str, vocabulary: str):
-    folder = component(root, name)
-    assert isinstance(folder, Path)
-    tokenizer = from_pretrained(cls, folder)
-    # transformers silently makes an empty tokenizer of a folder without vocabulary
-    if not (folder / "tokenizer.json").is_file() and not (folder / vocabulary).is_file():
-        raise FluxfastError(
-            f"{folder} holds neither tokenizer.json nor {vocabulary}",
-            hint="download the folder again",
-        )
-    return tokenizer
+        return tokenizer(prompts, **options, return_tensors="pt").input_ids

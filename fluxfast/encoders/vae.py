@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.encoders.components import component, load_model, quiet
+from fluxfast.encoders.components import load_model
 from fluxfast.errors import FluxfastError
 
 
@@ -26,9 +26,7 @@ class Vae:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         self.device, self.dtype = torch.device(device), dtype
-        with quiet("diffusers"):
-            vae = load_model(AutoencoderKL, component(root, "vae"), dtype, {"torch_dtype": dtype})
-            self._vae: Any = vae.to(self.device)
+        self._vae: Any = load_model(AutoencoderKL, root, "vae", dtype).to(self.device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels

@@ -13,7 +13,6 @@ import torch
 from PIL import Image, ImageOps
 from small import script
 
-from fluxfast.config.schema import load_config
 from fluxfast.model.spec import NANO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -308,14 +307,3 @@ def test_script_makes_these_photos(tmp_path):
             assert np.abs(new - old).mean() < 1, name  # codecs may differ in the last bit
     for path in (*PHOTOS.rglob("*.txt"), *PHOTOS.rglob("*.jsonl")):
         assert (made / path.relative_to(PHOTOS)).read_bytes() == path.read_bytes()
-
-
-# ---------------------------------------------------------------- the configuration
-
-
-def test_train_yaml_is_valid_and_points_at_the_example():
-    config = load_config(EXAMPLE / "train.yaml")
-    assert (config.name, config.model.path) == ("photos", "examples/nano/model")
-    assert (config.model.storage, config.model.compute) == ("fp32", "fp32")
-    assert config.save.dtype == "fp32" and config.data[0].resolution == [128, 192]
-    assert (ROOT / config.data[0].folder).resolve() == PHOTOS.resolve()
