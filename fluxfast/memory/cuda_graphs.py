@@ -23,7 +23,6 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +108,7 @@ class Graphs:
         try:
             for key in order:
                 self._inputs[key] = self._make_static(examples[key])
-            runs = {key: partial(self._run_pass, self._inputs[key]) for key in order}
+            runs = {key: lambda key=key: self._run_pass(self._inputs[key]) for key in order}
             for run in runs.values():
                 recorder.warm_up(run)
             gc.collect()

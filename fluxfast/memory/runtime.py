@@ -68,6 +68,7 @@ class MemoryRuntime:
         self.expected = 0.0  # seconds predicted for the passes since `take_expected`
         self._copies = CudaCopies(device) if device.type == "cuda" else CpuCopies()
         self._engine: Offload | None = None
+        model.offload = None  # an earlier run's, whose memory this one needs
         self._optimizer: OptimizerOnHost | None = None
         if plan is None:
             return
