@@ -11,22 +11,14 @@ from dataclasses import dataclass
 import torch
 from fluxfast_kernels.dispatch.dispatch import arch_of
 
+from bench.step.settings import MODES
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.cost import NF4, Op, block_ops, element_op, outer_ops, total_seconds
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model.spec import FluxSpec
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# storage of a linear's weight ("dense" is the compute dtype), matmul ("" is the compute dtype)
-MODES = (
-    ("nf4", ""),
-    ("nf4", "int8"),
-    ("nf4", "fp8"),
-    ("int8", "int8"),
-    ("fp8", "fp8"),
-    ("dense", ""),
-)
-CPU_MODES = MODES[:2]  # what a CPU trains in
+CPU_MODES = {"nf4": MODES["nf4"], "nf4-int8": MODES["nf4-int8"]}  # what a CPU trains in
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
 # op -> the linear of FLUX that it is timed as
 LINEARS = {
@@ -56,7 +48,8 @@ YARDSTICK = card("RTX 4090")  # its predicted times put the cases in order
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. storage, matmul: of a linear's weight, as in MODES, "" for other ops.
+    """One op at one shape. storage: of a linear's weight, "dense" is the compute dtype; matmul: ""
+    is the compute dtype; both "" for other ops, as in `bench.step.settings.MODES`.
     pixels, batch: 0 where the op sees no image."""
 
     op: str

@@ -23,12 +23,12 @@ import torch
 
 from bench import terminal, timing
 from bench.kernels.build import build
-from bench.kernels.cases import CPU_MODES, MODES, OPS, Case, Settings, cases, matmul_kind
+from bench.kernels.cases import CPU_MODES, OPS, Case, Settings, cases, matmul_kind
 from bench.kernels.floor import Roof, measure_roof
 from bench.kernels.gate import verdicts
 from bench.kernels.problem import CANDIDATES, COMPILED, EAGER, FORWARD, OURS, Problem
 from bench.kernels.table import row, table
-from bench.step.settings import TINY_SPEC
+from bench.step.settings import MODES, TINY_SPEC
 from bench.terminal import Sizes, say
 from fluxfast.model.spec import DEV
 
@@ -169,7 +169,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(
         **shared,
         ops=tuple(options.ops or OPS),
-        modes=MODES if cuda or options.tiny else CPU_MODES,
+        modes=tuple((MODES if cuda or options.tiny else CPU_MODES).values()),
         shapes=tuple((side, batch) for batch in options.batch for side in options.pixels),
         candidates=tuple(options.candidates or usual),
         tiny=options.tiny,

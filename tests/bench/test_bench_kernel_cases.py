@@ -17,6 +17,7 @@ from bench.kernels.cases import Case, cases, ops_of
 from bench.kernels.gate import Gate
 from bench.kernels.problem import BOTH, EAGER, FORWARD, OURS
 from bench.report import catalog
+from bench.step.settings import MODES
 from fluxfast.memory.planner.cost import block_ops, total_bytes, total_flop
 from fluxfast.memory.planner.step_spec import StepSpec, lora_of, shape_of
 from fluxfast.model.spec import DEV
@@ -29,7 +30,7 @@ def test_every_op_of_the_catalog_has_a_case():
     settings = tiny()
     assert {case.op for case in cases(settings)} == documented
     linears = {(c.storage, c.matmul) for c in cases(settings) if c.op == "lora_linear"}
-    assert linears == set(kernel_cases.MODES)
+    assert linears == set(MODES.values())
     rows = [c.matmul for c in cases(settings) if c.op == "quantize_rows"]
     assert sorted(rows) == ["fp8", "int8"]
 
@@ -74,7 +75,7 @@ def test_bytes_and_flop_are_the_catalogs(op):
         assert total_flop(forward) == pytest.approx(flop)
 
 
-@pytest.mark.parametrize(("storage", "matmul"), kernel_cases.MODES)
+@pytest.mark.parametrize(("storage", "matmul"), MODES.values())
 def test_a_single_blocks_ops_are_those_of_its_three_cases(storage, matmul):
     """All but the sum of two gradients, which autograd takes."""
     settings = replace(tiny(compute="bf16"), spec=DEV, text_tokens=512)

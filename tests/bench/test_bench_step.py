@@ -64,37 +64,34 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def measured(settings: Settings, names: list[str], folder) -> dict[tuple, tuple]:
+def measured(settings: Settings, names: list[str], folder) -> dict[Cycle, dict]:
     """Returns results by cycle and name."""
-    found = {}
-
-    def report(cycle, results):
-        found.update({(cycle, name): (results[name], results[name].details) for name in names})
-
-    step_run.measure(settings, names, folder, report)
-    return found
+    by_cycle = {}
+    step_run.measure(settings, names, folder, by_cycle.__setitem__)
+    return by_cycle
 
 
 def test_a_broken_kernel_is_refused(tmp_path, monkeypatch):
     """By a right candidate that came before, though no peer is there."""
     names = ["fluxfast-nf4", "fluxfast-nf4-trainer"]
     first = measured(PLAIN, names, tmp_path)
-    assert [first[CYCLE, name][0].status for name in names] == ["ok", "ok"]
-    assert first[CYCLE, names[1]][1]["reference"] == names[0]
+    assert [result.status for result in first[CYCLE].values()] == ["ok", "ok"]
+    assert first[CYCLE][names[1]].details["reference"] == names[0]
 
     right = fk.qk_norm_rope_attention
     monkeypatch.setattr(fk, "qk_norm_rope_attention", lambda *a, **k: 1.01 * right(*a, **k))
-    result, details = measured(PLAIN, names[1:], tmp_path)[CYCLE, names[1]]
+    result = measured(PLAIN, names[1:], tmp_path)[CYCLE][names[1]]
     assert result.status == "gate failed" and result.median_ms is None
+    details = result.details
     assert details["worst_error"] > details["tolerance"] and "errs by" in result.reason
 
 
 def test_the_trainers_settings_are_its_defaults():
     """Every key that a step reads is one of the configuration's, with its value."""
     whole = build_config({"model": {"path": "x"}, "data": {"folder": "."}})
-    given = trainer_config(PLAIN, batch=1)
+    config = trainer_config(PLAIN, batch=1)
     for section in ("train", "memory", "lora"):
-        for key, value in vars(getattr(given, section)).items():
+        for key, value in vars(getattr(config, section)).items():
             wanted = getattr(getattr(whole, section), key)
             if key == "ema":
                 assert (value.enabled, value.decay) == (wanted.enabled, wanted.decay)
@@ -138,28 +135,24 @@ def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
     assert 0 < error < 0.05
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
-
-
 @pytest.mark.parametrize(
-    ("patched", "settings", "status", "reason"),
+    ("function", "settings", "reason"),
     [
-        ("bench.step.run.build", PLAIN, "out of memory", "CUDA out of memory"),
-        ("bench.step.steps.TrainerStep.backward", PLAIN, "out of memory", "CUDA out of memory"),
+        ("bench.step.run.build", PLAIN, "CUDA out of memory"),
+        ("bench.step.steps.TrainerStep.backward", PLAIN, "CUDA out of memory"),
         # the trainer changes to cheaper policies first, as it does in a run
-        ("fluxfast.step.sample_losses", PLAIN, "out of memory", "memory is full"),
-        (None, replace(PLAIN, cap_gib=0.01), "out of memory", "does not fit"),
+        ("fluxfast.step.sample_losses", PLAIN, "memory is full"),
+        (None, replace(PLAIN, cap_gib=0.01), "does not fit"),
     ],
 )
-def test_what_fails_is_a_row(tmp_path, monkeypatch, patched, settings, status, reason):
+def test_memory_that_ends_is_a_row(tmp_path, monkeypatch, function, settings, reason):
     def full(*_):
-        raise OUT_OF_MEMORY
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    if patched:
-        monkeypatch.setattr(patched, full)
-    name = "fluxfast-nf4-trainer"
-    result, _ = measured(settings, [name], tmp_path)[CYCLE, name]
-    assert result.status == status and reason in result.reason
+    if function:
+        monkeypatch.setattr(function, full)
+    (result,) = measured(settings, ["fluxfast-nf4-trainer"], tmp_path)[CYCLE].values()
+    assert result.status == "out of memory" and reason in result.reason
 
 
 @pytest.mark.slow
@@ -167,14 +160,14 @@ def test_everyone_trains_the_same_in_the_stock_setting(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     names = [BASELINE, "fluxfast-nf4", "fluxfast-nf4-trainer"]
-    found = measured(replace(STOCK, cycles=[MIX]), names, tmp_path)
-    for (_, name), (result, details) in found.items():
+    results = measured(replace(STOCK, cycles=[MIX]), names, tmp_path)[MIX]
+    for name, result in results.items():
         assert result.status == "ok", (name, result.reason)
         if name != BASELINE:
-            assert details["reference"] == BASELINE
-            assert details["worst_error"] <= details["tolerance"]
+            assert result.details["reference"] == BASELINE
+            assert result.details["worst_error"] <= result.details["tolerance"]
     # the modulation is trained: not ahead, and both sizes have their policies
-    details = found[MIX, "fluxfast-nf4-trainer"][1]
+    details = results["fluxfast-nf4-trainer"].details
     assert details["modulation"] == "in_place" and len(details["policies"]) == 2
     row = row_settings(STOCK, BASELINE, MIX)
     assert (row["pixels"], row["mix"], row["ema"]) == (None, [64, 96], True)
@@ -212,11 +205,10 @@ def test_a_mix_is_timed_as_a_cycle_and_reported_per_step(tmp_path, monkeypatch):
     name = "fluxfast-dense"
     monkeypatch.setattr(timing.time, "perf_counter", count(0, 0.6).__next__)  # 600 ms a call
     results = measured(replace(PLAIN, cycles=[CYCLE, MIX], rounds=2), [name], tmp_path)
-    assert results[CYCLE, name][0].median_ms == pytest.approx(600)
-    mixed = results[MIX, name][0]
+    single, mixed = results[CYCLE][name], results[MIX][name]
+    assert single.median_ms == pytest.approx(600) and single.details["saved_bytes"] > 0
     assert mixed.times_ms == pytest.approx([300, 300]) and mixed.p90_ms == pytest.approx(300)
-    assert results[CYCLE, name][1]["saved_bytes"] > 0
-    assert results[MIX, name][1]["saved_bytes"] is None
+    assert mixed.details["saved_bytes"] is None
 
 
 def test_settings_of_the_command_line():
