@@ -74,6 +74,14 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = DT
     check(tensor.dtype in allowed, name, words, tensor.dtype)
 
 
+def check_alike(named: dict[str, Tensor], like: Tensor) -> None:
+    """Raise ValueError unless the tensors have last stride 1 and `like`'s dtype and device."""
+    for name, tensor in named.items():
+        check(tensor.stride(-1) == 1, name, "of last stride 1", tensor.stride())
+        check(tensor.dtype == like.dtype, name, f"{like.dtype} as h is", tensor.dtype)
+        check(tensor.device == like.device, name, f"on {like.device} as h is", tensor.device)
+
+
 def last_stride_1(gradient: Tensor) -> Tensor:
     """Returns the gradient, copied where its last stride is not 1 (a sum's is expanded from one
     number): autograd, not the caller, chose its strides."""
@@ -98,11 +106,10 @@ class _PerThread(threading.local):
     """CPU matmuls run at once in several threads; on a GPU they queue up, backward's too."""
 
     def __init__(self):
-        self.known: dict[torch.dtype, Tensor] = {}
+        self.scratches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
 
-_cpu_scratch = _PerThread()
-_gpu_scratch: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+_cpu, _gpu = _PerThread(), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
 
 
 def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -115,16 +122,12 @@ def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cpu":
-        known = _cpu_scratch.known.get(dtype)
-    else:
-        known = _gpu_scratch.get((device, dtype), [None])[-1]
-    if known is None or known.numel() < count:
+    on_cpu = device.type == "cpu"
+    made = (_cpu.scratches if on_cpu else _gpu).setdefault((device, dtype), [])
+    if not made or made[-1].numel() < count:
+        if on_cpu:
+            made.clear()
         # one that a preview made in inference mode could not be written to in training
         with torch.inference_mode(False):
-            known = torch.empty(count, dtype=dtype, device=device)
-        if device.type == "cpu":
-            _cpu_scratch.known[dtype] = known
-        else:
-            _gpu_scratch.setdefault((device, dtype), []).append(known)
-    return known[:count]
+            made.append(torch.empty(count, dtype=dtype, device=device))
+    return made[-1][:count]

@@ -23,8 +23,9 @@ width is not, tensors of another shape, dtype or device.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
@@ -44,7 +45,6 @@ from fluxfast_kernels.gemm.epilogue import (
     After,
     Epilogue,
     LoRAUpdate,
-    Part,
     after_of,
     finish,
     outputs_of,
@@ -181,34 +181,35 @@ def _gemm_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
     finish(total, after, out, m, m_first, n_first, M, N, T, x0.ptr.dtype.element_ty, SPEC)
 
 
-def _launch(
+def launch(
+    kernel: Any,
     op: str,
-    xs: list[Tensor],
-    weight: Sequence[Tensor],
+    dtype: torch.dtype,
+    xs: Sequence[Tensor],
+    operands: Sequence,
+    w: Weight,
     ys: list[Tensor],
     after: After,
-    rank: int,
-    parts: tuple[Part, ...],
     tile: dispatch.Tile | None,
+    **compiled,
 ) -> list[Tensor]:
-    """Both formulas: Y = X·Wᵀ, or with op "lora_gemm_dx" X·W. Overwrites and returns ys."""
+    """Launches a matmul kernel over xs, given as the kernel's `operands`; overwrites and returns
+    ys. op, dtype: for dispatch, where tile is None; compiled: the other fields of the `Spec`."""
     (B, T), device = xs[0].shape[:2], xs[0].device
-    widths, transposed = [x.shape[2] for x in xs], op == "lora_gemm"
+    widths, out = [x.shape[2] for x in xs], outputs_of(ys)
     M, N, K = B * T, sum(y.shape[2] for y in ys), sum(widths)
-    w = _weight(weight, K if transposed else N)
-    (x0, x1), out = [*map(matrix, xs), None][:2], outputs_of(ys)
     check_devices(device, (w, after, out))
     if M == 0:
         return ys
     if tile is None:
-        arch, storage = dispatch.arch_of(device), "dense" if len(weight) == 1 else "nf4"
-        tile = dispatch.choose(op, arch, xs[0].dtype, storage, M, N, K).tile
-    check_reach([x0, x1, out.first, out.second, after.residual], T, tile.block_m)
-    spec = spec_of(tile, widths, N, rank, parts, transposed)
-    spec = spec._replace(offsets=w.offset_ptr is not None and w.offset_ptr.numel() > 1)
+        storage = "dense" if w.absmax_ptr is None else "nf4"
+        tile = dispatch.choose(op, dispatch.arch_of(device), dtype, storage, M, N, K).tile
+    check_reach([*map(matrix, xs), out.first, out.second, after.residual], T, tile.block_m)
+    offsets = w.offset_ptr is not None and w.offset_ptr.numel() > 1
+    spec = spec_of(tile, widths, N, offsets=offsets, **compiled)
     grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
-    K0, K1 = [*widths, 0][:2]
-    _gemm_kernel[grid](x0, x1, w, after, out, M, N, T, K0, K1, SPEC=spec, **tile.options)
+    (x0, x1), (K0, K1) = [*operands, None][:2], [*widths, 0][:2]
+    kernel[grid](x0, x1, w, after, out, M, N, T, K0, K1, SPEC=spec, **tile.options)
     return ys
 
 
@@ -242,10 +243,14 @@ def lora_gemm(
     if check_weight(tensors, N, K) == "nf4":
         check(all(w % BLOCK == 0 for w in widths), "xs", f"{BLOCK} columns times a whole", widths)
     check_gated(bias, epilogue, (B, T, N))
-    ys = outputs(out, xs[0], epilogue.widths(N), xs[0].dtype)
+    dtype = xs[0].dtype
+    ys = outputs(out, xs[0], epilogue.widths(N), dtype)
     added, parts = update_of(down, update, B * T, N)
     after = after_of(added, bias, epilogue)
-    return _launch("lora_gemm", xs, tensors, ys, after, update.rank if update else 0, parts, tile)
+    rank, w = update.rank if update else 0, _weight(tensors, K)
+    spec = {"rank": rank, "parts": parts, "transposed": True}
+    operands = [*map(matrix, xs)]
+    return launch(_gemm_kernel, "lora_gemm", dtype, xs, operands, w, ys, after, tile, **spec)
 
 
 def lora_gemm_dx(
@@ -267,6 +272,9 @@ def lora_gemm_dx(
     N, K = sum(dy_widths), sum(widths)
     check(len(widths) in (1, 2) and min(widths) > 0, "widths", "one or two widths", widths)
     check_weight(weight.tensors, N, K)
-    dxs = outputs(out, dys[0], list(widths), dys[0].dtype)
+    dtype = dys[0].dtype
+    dxs = outputs(out, dys[0], list(widths), dtype)
     added, rank = dx_update_of(d_down, lora_a, B * T, K)
-    return _launch("lora_gemm_dx", dys, weight.tensors, dxs, After(added), rank, (), tile)
+    w, operands, after = _weight(weight.tensors, K), [*map(matrix, dys)], After(added)
+    spec = {"rank": rank, "transposed": False}
+    return launch(_gemm_kernel, "lora_gemm_dx", dtype, dys, operands, w, dxs, after, tile, **spec)

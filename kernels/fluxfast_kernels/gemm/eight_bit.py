@@ -28,27 +28,17 @@ from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.backend import Matrix, check, tl, triton
-from fluxfast_kernels.gemm.checks import (
-    check_devices,
-    check_gated,
-    check_reach,
-    dx_update_of,
-    outputs,
-    update_of,
-)
-from fluxfast_kernels.gemm.dense import Weight, weight_tile, with_tables
+from fluxfast_kernels.gemm.checks import check_gated, dx_update_of, outputs, update_of
+from fluxfast_kernels.gemm.dense import Weight, launch, weight_tile, with_tables
 from fluxfast_kernels.gemm.epilogue import (
     NOTHING,
     TRITON_DTYPE,
     After,
     Epilogue,
     LoRAUpdate,
-    Part,
     after_of,
     finish,
-    outputs_of,
     rows_at,
-    spec_of,
     tile_at,
 )
 from fluxfast_kernels.quant.frozen import QuantizedWeight
@@ -133,35 +123,17 @@ def _launch(
     w: Weight,
     ys: list[Tensor],
     after: After,
-    rank: int,
-    parts: tuple[Part, ...],
-    transposed: bool,
-    update_dtype: torch.dtype,
     tile: dispatch.Tile | None,
+    update_dtype: torch.dtype,
+    **compiled,
 ) -> list[Tensor]:
-    """Both formulas: Y = X8·W8ᵀ where transposed, else X8·W8. Overwrites and returns ys."""
-    xs = [row.values for row in rows]
-    (B, T), device, kind = xs[0].shape[:2], xs[0].device, rows[0].kind
-    widths = [x.shape[2] for x in xs]
-    M, N, K = B * T, sum(y.shape[2] for y in ys), sum(widths)
-    out = outputs_of(ys)
-    check_devices(device, (w, after, out))
-    if M == 0:
-        return ys
-    if tile is None:
-        op += "_pair" if op == "gemm_8bit_dx" and len(rows) == 2 else ""
-        arch, storage = dispatch.arch_of(device), "dense" if w.absmax_ptr is None else "nf4"
-        tile = dispatch.choose(op, arch, DTYPE[kind], storage, M, N, K).tile
-    matrices = [Matrix(x, *x.stride()[:2]) for x in xs]
-    check_reach([*matrices, out.first, out.second, after.residual], T, tile.block_m)
-    spec = spec_of(tile, widths, N, rank, parts, transposed)
-    sum_dtype = tl.int32 if kind == "int8" else tl.float32
-    spec = spec._replace(top=TOP[kind], sum=sum_dtype, update_dtype=TRITON_DTYPE[update_dtype])
-    grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
-    x0, x1 = [*map(rows_pointer, rows), None][:2]
-    K0, K1 = [*widths, 0][:2]
-    _gemm_8bit_kernel[grid](x0, x1, w, after, out, M, N, T, K0, K1, SPEC=spec, **tile.options)
-    return ys
+    """Both formulas, see `dense.launch`: Y = X8·W8ᵀ where transposed, else X8·W8."""
+    kind = rows[0].kind
+    compiled |= {"sum": tl.int32 if kind == "int8" else tl.float32, "top": TOP[kind]}
+    compiled["update_dtype"] = TRITON_DTYPE[update_dtype]
+    xs, operands = [row.values for row in rows], [*map(rows_pointer, rows)]
+    given = (op, DTYPE[kind], xs, operands, w, ys, after, tile)
+    return launch(_gemm_8bit_kernel, *given, **compiled)
 
 
 def _check_rows(rows: list[QuantizedRows]) -> tuple[int, list[int]]:
@@ -234,7 +206,8 @@ def gemm_8bit(
     ys = outputs(out, rows[0].values, epilogue.widths(N), dtype)
     added, parts = update_of(down, update, M, N)
     after, rank = after_of(added, bias, epilogue), update.rank if update else 0
-    return _launch("gemm_8bit", rows, w, ys, after, rank, parts, True, dtype, tile)
+    spec = {"rank": rank, "parts": parts, "transposed": True}
+    return _launch("gemm_8bit", rows, w, ys, after, tile, dtype, **spec)
 
 
 def gemm_8bit_dx(
@@ -261,5 +234,6 @@ def gemm_8bit_dx(
     w = _weight(weight, rows[0].kind, N, K, False)
     dxs = outputs(out, rows[0].values, list(widths), dtype)
     added, rank = dx_update_of(d_down, lora_a, M, K)
-    how = (weight.transposed, update_dtype or dtype, tile)
-    return _launch("gemm_8bit_dx", rows, w, dxs, After(added), rank, (), *how)
+    op, spec = "gemm_8bit_dx" + "_pair" * (len(rows) == 2), {"transposed": weight.transposed}
+    how = (After(added), tile, update_dtype or dtype)
+    return _launch(op, rows, w, dxs, *how, rank=rank, **spec)

@@ -141,19 +141,14 @@ class Spec(NamedTuple):
 
 
 def spec_of(
-    tile: Tile,
-    widths: list[int],
-    N: int,
-    rank: int,
-    parts: tuple[Part, ...],
-    transposed: bool,
+    tile: Tile, widths: list[int], N: int, *, transposed: bool, parts: tuple[Part, ...] = (), **more
 ) -> Spec:
-    """widths: of the inputs side by side; N: output columns."""
+    """widths: of the inputs side by side; N: output columns; more: other fields."""
     masked = any(width % tile.block_k for width in widths)
     masked |= not transposed and N % tile.block_n != 0
     if parts == (Part(0, N, 0, 0),):
         parts = ()  # all columns, one A: no branch
-    return Spec(tile, rank, parts, transposed, masked)
+    return Spec(tile=tile, parts=parts, transposed=transposed, masked=masked, **more)
 
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -223,10 +223,7 @@ def gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     check(y.shape == h.shape, "y", f"of h's shape {tuple(h.shape)}", tuple(y.shape))
     shape = _gate_shape(h)
     check(tuple(gate.shape) == shape, "gate", f"[B, 1, D] = {shape}", tuple(gate.shape))
-    for name, tensor in (("h", h), ("gate", gate), ("y", y)):
-        check(tensor.stride(-1) == 1, name, "of last stride 1", tensor.stride())
-        check(tensor.dtype == h.dtype, name, f"{h.dtype} as h is", tensor.dtype)
-        check(tensor.device == h.device, name, f"on {h.device} as h is", tensor.device)
+    backend.check_alike({"h": h, "gate": gate, "y": y}, h)
     return _gate_residual(h, gate, y)
 
 

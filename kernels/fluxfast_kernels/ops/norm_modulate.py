@@ -399,10 +399,7 @@ def _check(h: Tensor, shift: Tensor, scale: Tensor) -> None:
     shape = (h.shape[0], 1, h.shape[2])
     for name, tensor in (("shift", shift), ("scale", scale)):
         check(tuple(tensor.shape) == shape, name, f"[B, 1, D] = {shape}", tuple(tensor.shape))
-    for name, tensor in (("h", h), ("shift", shift), ("scale", scale)):
-        check(tensor.stride(-1) == 1, name, "of last stride 1", tensor.stride())
-        check(tensor.dtype == h.dtype, name, f"{h.dtype} as h is", tensor.dtype)
-        check(tensor.device == h.device, name, f"on {h.device} as h is", tensor.device)
+    backend.check_alike({"h": h, "shift": shift, "scale": scale}, h)
 
 
 # ---------------------------------------------------------------- the op: with the linear layer

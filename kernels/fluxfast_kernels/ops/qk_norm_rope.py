@@ -52,18 +52,6 @@ EPSILON = 1e-6
 WIDTHS = (16, 32, 64, 128, 256)
 
 
-class Stream(NamedTuple):
-    """One stream's tokens: qkv [B, T_i, 3·H·C], scales [C], cos and sin of its positions, and where
-    its tokens lie among the joint ones."""
-
-    qkv: Tensor
-    q_scale: Tensor
-    k_scale: Tensor
-    cos: Tensor
-    sin: Tensor
-    tokens: slice
-
-
 class Streams(NamedTuple):
     """The op's inputs, see `qk_norm_rope_attention`."""
 
@@ -79,13 +67,15 @@ class Streams(NamedTuple):
         B, _, width = self.qkv[0].shape
         return B, sum(x.shape[1] for x in self.qkv), self.heads, width // (3 * self.heads)
 
-    def each(self) -> Iterator[Stream]:
+    def each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, slice]]:
+        """Yields each stream's qkv [B, T_i, 3·H·C], scales of q and k [C], cos and sin of its
+        positions, and the slice of its tokens among the joint ones."""
         end = 0
         for i, x in enumerate(self.qkv):
             start, end = end, end + x.shape[1]
             at = slice(start, end)
             q_scale, k_scale = self.scales[2 * i : 2 * i + 2]
-            yield Stream(x, q_scale, k_scale, self.cos[:, at], self.sin[:, at], at)
+            yield x, q_scale, k_scale, self.cos[:, at], self.sin[:, at], at
 
 
 # ---------------------------------------------------------------- kernels
