@@ -72,7 +72,7 @@ class DroppedLinear(torch.autograd.Function):
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
         for y_rows, b_rows, a_rows in fk.LoRAUpdate(a, b, parts, scale).slices():
-            y_2d[:, slice(*y_rows)].addmm_(down_2d[:, slice(*a_rows)], up[slice(*b_rows)].T)
+            y_2d[:, y_rows].addmm_(down_2d[:, a_rows], up[b_rows].T)
         return y
 
     @staticmethod

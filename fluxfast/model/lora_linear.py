@@ -45,9 +45,8 @@ class LowRankUpdate(nn.Module):
         return fk.LoRAUpdate(self.lora_A, self.lora_B, _flat(self.parts), scale)
 
     def slices(self) -> Iterator[tuple[slice, ...]]:
-        """Yields (rows of y, rows of B, rows of A), one per part and range."""
-        for ranges in self.as_argument().slices():
-            yield tuple(slice(*pair) for pair in ranges)
+        """Returns (rows of y, rows of B, rows of A), one per part and range."""
+        return self.as_argument().slices()
 
     def spread(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """Returns A [P', R, K] and scaled B [N'', R] for `parts`, zeros for those it lacks."""

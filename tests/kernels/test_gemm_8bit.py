@@ -120,8 +120,7 @@ def forward_truth(linear: EightBit):
     if linear.down is not None:
         up = (linear.update.lora_b * linear.update.scale).to(linear.dtype).double()
         down = linear.down.double().view(linear.case.B, linear.case.T, -1)
-        for part in linear.update.slices():
-            columns, rows, ranks = (slice(*ends) for ends in part)
+        for columns, rows, ranks in linear.update.slices():
             y[..., columns] += down[..., ranks] @ up[rows].T
             magnitude[..., columns] += down[..., ranks].abs() @ up[rows].abs().T
     if linear.bias is not None:

@@ -21,9 +21,6 @@ from fluxfast_kernels.dispatch.dispatch import Tile
 # ---------------------------------------------------------------- on the host
 
 
-Range = tuple[int, int]
-
-
 class LoRAUpdate(NamedTuple):
     """A low-rank update of some rows of a layer: y[..., start:end] += scale · (x A_indexᵀ) B_partᵀ.
 
@@ -41,13 +38,17 @@ class LoRAUpdate(NamedTuple):
         """R."""
         return self.lora_b.shape[1]
 
-    def slices(self) -> Iterator[tuple[Range, Range, Range]]:
-        """Yields each part's (first, end) rows of y, of B, and of A."""
+    def slices(self, low: int = 0, high: int | None = None) -> Iterator[tuple[slice, slice, slice]]:
+        """Yields each part's rows of y, of B and of A. low, high: only y's rows in that range,
+        counted from low."""
         row = 0
         starts, ends, indices = (self.parts[i::3] for i in range(3))
         for start, end, index in zip(starts, ends, indices, strict=True):
-            a_rows = (index * self.rank, (index + 1) * self.rank)
-            yield (start, end), (row, row + end - start), a_rows
+            first, last = max(start, low), end if high is None else min(end, high)
+            if first < last:
+                b_rows = slice(row + first - start, row + last - start)
+                a_rows = slice(index * self.rank, (index + 1) * self.rank)
+                yield slice(first - low, last - low), b_rows, a_rows
             row += end - start
 
 

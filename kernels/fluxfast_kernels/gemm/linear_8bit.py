@@ -79,8 +79,8 @@ def forward(
     if update is not None:
         down = times_transposed(flat, update.lora_a.to(dtype)).float()
         up = (update.lora_b * update.scale).to(dtype).float()
-        for (start, end), (b_start, b_end), (a_start, a_end) in update.slices():
-            y[:, start:end].addmm_(down[:, a_start:a_end], up[b_start:b_end].T)
+        for columns, b_rows, a_rows in update.slices():
+            y[:, columns].addmm_(down[:, a_rows], up[b_rows].T)
     y = y.view(*shape, N)
     if epilogue.residual is not None:
         y = torch.addcmul(epilogue.residual.float(), cast(Tensor, epilogue.gate).float(), y)

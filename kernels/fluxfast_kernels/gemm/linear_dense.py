@@ -15,7 +15,7 @@ from fluxfast_kernels.dispatch import backend, dispatch
 from fluxfast_kernels.dispatch.backend import check
 from fluxfast_kernels.gemm import grads
 from fluxfast_kernels.gemm.dense import lora_gemm, lora_gemm_dx
-from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate, Range
+from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.quant.frozen import FrozenWeight, dequantize, storage_of, weight_shape
 from fluxfast_kernels.quant.rows import QuantizedRows
 
@@ -63,16 +63,13 @@ def with_update(
     """
     ys, low = [], 0
     for width in epilogue.widths(N):
-        y, high = multiply(low, low + width), low + width
+        y = multiply(low, low + width)
         if down is not None and update is not None:
             up = update.lora_b.to(y.dtype) * update.scale
-            for (start, end), (b_start, _), (a_start, a_end) in update.slices():
-                first, last = max(start, low), min(end, high)
-                if first < last:
-                    rows = up[b_start + first - start : b_start + last - start]
-                    y[:, first - low : last - low].addmm_(down[:, a_start:a_end], rows.T)
+            for columns, b_rows, a_rows in update.slices(low, low + width):
+                y[:, columns].addmm_(down[:, a_rows], up[b_rows].T)
         ys.append(y.view(*shape, width))
-        low = high
+        low += width
     if epilogue.residual is not None:
         torch.addcmul(epilogue.residual, cast(Tensor, epilogue.gate), ys[0], out=ys[0])
     return ys
@@ -144,13 +141,9 @@ def _plain_update_gradients(xs, dys, update: LoRAUpdate) -> tuple[Tensor, Tensor
     down = times_transposed(xs, lora_a.to(dtype))
     d_down, up, db = torch.zeros_like(down), lora_b.to(dtype), torch.empty_like(lora_b)
     for dy, (low, high) in zip(dys, column_ranges(dys), strict=True):
-        for (start, end), (b_start, _), (a_start, a_end) in update.slices():
-            first, last = max(start, low), min(end, high)
-            if first < last:
-                rows = slice(b_start + first - start, b_start + last - start)
-                dy_part = dy[:, first - low : last - low]
-                db[rows] = dy_part.T @ down[:, a_start:a_end]
-                d_down[:, a_start:a_end].addmm_(dy_part, up[rows])
+        for columns, b_rows, a_rows in update.slices(low, high):
+            db[b_rows] = dy[:, columns].T @ down[:, a_rows]
+            d_down[:, a_rows].addmm_(dy[:, columns], up[b_rows])
     d_down *= scale
     da = torch.empty_like(lora_a)
     for x, (low, high) in zip(xs, column_ranges(xs), strict=True):
@@ -199,7 +192,7 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def column_ranges(tensors: Sequence[Tensor]) -> list[Range]:
+def column_ranges(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Returns the (first, end) columns of tensors side by side."""
     ends = [0]
     for tensor in tensors:

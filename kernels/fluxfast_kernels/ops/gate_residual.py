@@ -185,14 +185,10 @@ def _gate_residual_backward(
 
 def _empty_gradients(dout, gate, y) -> tuple[Tensor, Tensor]:
     dy = dout.new_empty(dout.shape if gate is not None else 0)
-    return dy, dout.new_empty(_gate_shape(dout) if y is not None else 0)
+    return dy, dout.new_empty((dout.shape[0], 1, dout.shape[2]) if y is not None else 0)
 
 
 _gate_residual_backward.register_fake(_empty_gradients)
-
-
-def _gate_shape(h: Tensor) -> tuple[int, int, int]:
-    return (h.shape[0], 1, h.shape[2])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -221,7 +217,7 @@ def gate_residual(h: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     backend.check_dtype("h", h)
     check(h.ndim == 3, "h", "[B, T, D]", tuple(h.shape))
     check(y.shape == h.shape, "y", f"of h's shape {tuple(h.shape)}", tuple(y.shape))
-    shape = _gate_shape(h)
+    shape = (h.shape[0], 1, h.shape[2])
     check(tuple(gate.shape) == shape, "gate", f"[B, 1, D] = {shape}", tuple(gate.shape))
     backend.check_alike({"h": h, "gate": gate, "y": y}, h)
     return _gate_residual(h, gate, y)

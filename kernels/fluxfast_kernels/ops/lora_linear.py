@@ -252,10 +252,10 @@ def lora_linear_reference(
         y = F.linear(x, W.to(x.dtype), bias)
     if update is not None:
         pieces, at = [], 0
-        for (start, end), (b_start, b_end), (a_start, a_end) in update.slices():
-            down = x @ update.lora_a[a_start:a_end].to(x.dtype).T
-            added = update.scale * (down @ update.lora_b[b_start:b_end].to(x.dtype).T)
-            pieces += [y[..., at:start], y[..., start:end] + added]
-            at = end
+        for columns, b_rows, a_rows in update.slices():
+            down = x @ update.lora_a[a_rows].to(x.dtype).T
+            added = update.scale * (down @ update.lora_b[b_rows].to(x.dtype).T)
+            pieces += [y[..., at : columns.start], y[..., columns] + added]
+            at = columns.stop
         y = torch.cat([*pieces, y[..., at:]], dim=-1)
     return y if residual is None else residual + cast(Tensor, gate) * y
