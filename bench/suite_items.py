@@ -60,7 +60,7 @@ class StepItem:
             timing.add_ratios({BASELINE: baseline} | results, BASELINE)
             for result in results.values():
                 say(f"{cycle}: {result}")
-            self._append(file, cycle, results)
+            file.append_news(rows(self.settings, cycle, results, file.conditions))
 
         # the gradients that candidates are gated against are those of the same commit
         commit = str(file.conditions.get("commit"))[:12]
@@ -72,10 +72,7 @@ class StepItem:
         """Appends rows with the status "out of time"."""
         for cycle in self.settings.cycles:
             results = {n: timing.Result(n, "out of time", reason) for n in self.names}
-            self._append(file, cycle, results)
-
-    def _append(self, file: RowFile, cycle: Cycle, results: dict) -> None:
-        file.append_news(rows(self.settings, cycle, results, file.conditions))
+            file.append_news(rows(self.settings, cycle, results, file.conditions))
 
 
 @dataclass

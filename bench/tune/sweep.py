@@ -32,7 +32,6 @@ SCREEN_ROUNDS, WARMUP = 3, 2
 FINALISTS, REGROUPED = 5, 2  # tiles that are timed again; of these, tried with other groups
 COMPILED_ROWS = 256  # a kernel's code does not depend on M
 STOPPED = "the GPU stopped working in this process"
-Timed = list[tuple[Result, Row]]  # results, each with further fields of its row
 
 
 class Target(NamedTuple):
@@ -113,7 +112,7 @@ class TileJob(Job):
         identity = {"kind": "tile", **kernel._asdict(), "m": M, "n": N, "k": K}
         super().__init__(identity, problem.share, tile_name(self.shipped), target)
 
-    def time(self, failed: set[str]) -> Timed:
+    def time(self, failed: set[str]) -> list[Result]:
         """The shipped tile, the best ones beside it, and every one that fails."""
         problem, target = self.problem, self.target
         tiles = {tile_name(tile): tile for tile in (self.shipped, *self.candidates)}
@@ -147,12 +146,11 @@ class TileJob(Job):
         fields = {"source": self.source, "linear": problem.linear, "what": problem.pass_name}
         fields |= {"share": round(problem.share, 5)}
         screened = {name: round(ms, 5) for name, ms in ran.items()}
-        timed = []
         for name, result in results.items():
             shipped = name == self.default
             own = {"tile": name, "shipped": shipped, "screened_ms": screened if shipped else None}
-            timed.append((result, fields | own))
-        return timed
+            result.details = fields | own
+        return list(results.values())
 
 
 def _launch_each(
@@ -209,30 +207,28 @@ def sweep(jobs: Iterable[Job], out: Path, conditions: Row, budget_s: float | Non
             say("the budget is spent: run again to continue")
             return True
         try:
-            timed = job.time({row["name"] for row in before})
+            results = job.time({row["name"] for row in before})
         except Exception as error:  # a problem that does not fit is a row too
-            result = Result(job.default)
-            timing.fail(result, error)
-            timed = [(result, {"tile": job.default, "shipped": True})]
+            results = [Result(job.default, details={"tile": job.default, "shipped": True})]
+            timing.fail(results[0], error)
         broken = not job.target.alive()
         if broken:  # what followed the one that broke it is not to blame
-            result = Result(job.trying, "failed", STOPPED)
-            timed = [(result, {"tile": job.trying, "shipped": job.trying == job.default})]
+            details = {"tile": job.trying, "shipped": job.trying == job.default}
+            results = [Result(job.trying, "failed", STOPPED, details=details)]
         fields = {"bench": "tune", **job.identity, "warmup": WARMUP, "interleaved": True}
-        fields |= conditions
-        timing.append_rows(out, [timing.row(result, **fields | more) for result, more in timed])
-        say(_line(job, timed))
+        timing.append_rows(out, [timing.row(r, **fields | conditions) for r in results])
+        say(_line(job, results))
         if broken:
             say(f"{STOPPED}: run again")
             return False
     return True
 
 
-def _line(job: Job, timed: Timed) -> str:
+def _line(job: Job, results: list[Result]) -> str:
     name = " ".join(str(value) for value in job.identity.values())
-    ran = [r for r, _ in timed if r.median_ms is not None]
+    ran = [r for r in results if r.median_ms is not None]
     if not ran:
-        return f"{name}: " + "; ".join(f"{r.name} {r.status}: {r.reason}" for r, _ in timed)
+        return f"{name}: " + "; ".join(f"{r.name} {r.status}: {r.reason}" for r in results)
     best = min(ran, key=lambda r: r.median_ms)
     ratio = "" if best.ratio is None else f", {best.ratio:.2f} of {job.default}"
-    return f"{name}: {best.name} {best.median_ms:.3f} ms{ratio}, {len(timed) - len(ran)} failed"
+    return f"{name}: {best.name} {best.median_ms:.3f} ms{ratio}, {len(results) - len(ran)} failed"

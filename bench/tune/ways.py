@@ -18,9 +18,10 @@ from fluxfast_kernels.ops.attention import attention_backward, attention_forward
 from fluxfast_kernels.quant import frozen
 from torch import Tensor
 
+from bench.timing import Result
 from bench.tune.calls import HALF, Heads, LinearTensors, disagreement
 from bench.tune.problems import MATMUL_DTYPE, Problem
-from bench.tune.sweep import Job, Target, Timed
+from bench.tune.sweep import Job, Target
 from bench.tune.write import Table
 
 WAYS = ("fused", "decode")
@@ -69,12 +70,12 @@ class HandOverJob(Job):
         super().__init__(identity, pair.share, WAYS[0], target)
         self.pair, self.measured = pair, measured
 
-    def time(self, failed: set[str]) -> Timed:
+    def time(self, failed: set[str]) -> list[Result]:
         """A result for each way and M."""
         with shipping(self.target.arch, self.measured()):
-            return [pair for M in HAND_OVER_ROWS for pair in self._at(M, failed)]
+            return [result for M in HAND_OVER_ROWS for result in self._at(M, failed)]
 
-    def _at(self, M: int, failed: set[str]) -> Timed:
+    def _at(self, M: int, failed: set[str]) -> list[Result]:
         (kernel, pair), target = (self.pair.kernel, self.pair), self.target
         t = LinearTensors(replace(pair, M=M), target.spec, target.rank, target.device)
         if kernel.storage == "dense" and t.matmul:  # stored in 8 bits
@@ -96,10 +97,9 @@ class HandOverJob(Job):
         )
         asked = {"m": M, "linear": pair.linear, "what": pair.pass_name, "tile": None}
         fields = asked | {"source": choice.kind_source}
-        return [
-            (result, fields | {"way": name.split()[0], "shipped": name == shipped})
-            for name, result in results.items()
-        ]
+        for name, result in results.items():
+            result.details = fields | {"way": name.split()[0], "shipped": name == shipped}
+        return list(results.values())
 
 
 class BackendJob(Job):
@@ -111,7 +111,7 @@ class BackendJob(Job):
         identity = {"kind": "attention", "dtype": "half", "m": T, "k": self.C}
         super().__init__(identity, 1.0, default, target)  # a few comparisons: before all else
 
-    def time(self, failed: set[str]) -> Timed:
+    def time(self, failed: set[str]) -> list[Result]:
         """A result for each backend."""
         heads = self.target.spec.num_heads
         tensors = Heads(self.T, heads, self.C, self.target.device)
@@ -127,7 +127,6 @@ class BackendJob(Job):
             runs, lambda name: disagreement(run(name), truth), self.target.rounds, self.default
         )
         fields = {"n": heads, "source": self.source, "tile": None}
-        return [
-            (result, fields | {"way": name, "shipped": name == self.default})
-            for name, result in results.items()
-        ]
+        for name, result in results.items():
+            result.details = fields | {"way": name, "shipped": name == self.default}
+        return list(results.values())

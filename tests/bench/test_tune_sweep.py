@@ -68,9 +68,8 @@ class Op:
         return job
 
     def time(self, *stages, failed=()):
-        """Results by tile, and the fields of their rows."""
-        timed = self.job(*stages).time(set(failed))
-        return {r.name: r for r, _ in timed}, {r.name: fields for r, fields in timed}
+        """Results by tile."""
+        return {result.name: result for result in self.job(*stages).time(set(failed))}
 
 
 def named(*stages, group=8):
@@ -84,16 +83,16 @@ def out(tmp_path):
 
 def test_the_best_are_timed_again_beside_the_shipped_one():
     op = Op(w2=1, w3=6, w4=2, w5=3, w6=4, w7=9, w8=9)
-    results, fields = op.time(2, 4, 5, 6, 7, 8)
+    results = op.time(2, 4, 5, 6, 7, 8)
     # of the best two other groups; the slow ones are not timed again, but their times are kept
     others = [*named(2, 4, group=4), *named(2, 4, group=16)]
     assert set(results) == {SHIPPED, *named(2, 4, 5, 6), *others}
     assert results[SHIPPED].ratio == 1
     assert results[named(2)[0]].ratio == pytest.approx(1 / 6)
-    assert fields[SHIPPED]["screened_ms"] == pytest.approx(
+    assert results[SHIPPED].details["screened_ms"] == pytest.approx(
         dict(zip([SHIPPED, *named(2, 4, 5, 6, 7, 8)], (6, 1, 2, 3, 4, 9, 9), strict=True))
     )
-    assert fields[named(2)[0]]["screened_ms"] is None
+    assert results[named(2)[0]].details["screened_ms"] is None
     assert all(len(r.times_ms) == 5 for r in results.values())
     screened = 1 + WARMUP + SCREEN_ROUNDS
     assert op.ran.count(named(8)[0]) == screened
@@ -104,7 +103,7 @@ def test_failures_are_results_and_end_nothing():
     oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     op = Op(w2=RuntimeError("out of resource: shared memory"), w3=2, w4=oom, w5="wrong", w6=1)
     op.by_stages["w7"] = "none"
-    results, _ = op.time(2, 4, 5, 6, 7)
+    results = op.time(2, 4, 5, 6, 7)
     two, four, five, six, seven = (results[name] for name in named(2, 4, 5, 6, 7))
     assert two.status == five.status == seven.status == "gate failed"
     assert four.status == "out of memory"
@@ -115,8 +114,8 @@ def test_failures_are_results_and_end_nothing():
 
 
 def test_where_the_shipped_tile_fails_the_others_are_timed():
-    results, fields = Op(w3=RuntimeError("no"), w4=1).time(4)
-    assert results[SHIPPED].status == "gate failed" and fields[SHIPPED]["shipped"]
+    results = Op(w3=RuntimeError("no"), w4=1).time(4)
+    assert results[SHIPPED].status == "gate failed" and results[SHIPPED].details["shipped"]
     assert results[named(4)[0]].median_ms and results[named(4)[0]].ratio is None
 
 
@@ -316,7 +315,7 @@ def test_the_exit_code_tells_whether_the_gpu_still_works(works, out, monkeypatch
 
     def time_of(self, failed):
         done.append(self.identity)
-        return [(Result(self.default), {"tile": self.default, "shipped": True})]
+        return [Result(self.default, details={"tile": self.default, "shipped": True})]
 
     monkeypatch.setattr(TileJob, "time", time_of)
     monkeypatch.setattr(HandOverJob, "time", lambda self, failed: [])

@@ -67,10 +67,10 @@ def kinds(monkeypatch):
 def test_ways_that_differ_are_not_timed(kinds):
     kinds.fused = 2.0
     one = HandOverJob(PAIR, target(2), lambda: EMPTY)
-    timed = {r.name: r for r, _ in one.time(set())}
+    timed = {r.name: r for r in one.time(set())}
     assert timed["fused at 16"].status == "gate failed" and kinds.count("fused") == 2
     assert timed["decode at 16"].median_ms is not None
-    assert "fused at 16" not in {r.name for r, _ in one.time({"fused at 16"})}
+    assert "fused at 16" not in {r.name for r in one.time({"fused at 16"})}
 
 
 def test_the_shipped_way_is_what_would_be_written_now(kinds):
@@ -79,7 +79,7 @@ def test_the_shipped_way_is_what_would_be_written_now(kinds):
     question = ("lora_gemm", 89, torch.bfloat16, "nf4", 32, 64, 64)
     before = dispatch.choose(*question)
     one = HandOverJob(PAIR, target(1), lambda: measured)
-    timed = [(r.name, more["shipped"], more["source"]) for r, more in one.time(set())]
+    timed = [(r.name, r.details["shipped"], r.details["source"]) for r in one.time(set())]
     names = ["fused at 16", "decode at 16", "fused at 32", "decode at 32"]
     shipped = [True, False, False, True]
     assert timed == list(zip(names, shipped, ["measured: before"] * 4, strict=True))
@@ -91,7 +91,7 @@ def test_the_way_that_breaks_the_gpu_is_known(kinds):
     one = HandOverJob(PAIR, of, lambda: EMPTY)
     timed = one.time(set())
     assert one.trying == "fused at 16"
-    assert {r.name: r.status for r, _ in timed}["decode at 32"] == "gate failed"
+    assert {r.name: r.status for r in timed}["decode at 32"] == "gate failed"
 
 
 def test_attention_on_each_backend(tmp_path):
