@@ -93,7 +93,7 @@ def test_pickles_are_refused_and_never_loaded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("low", [0x0280, 0x0580, 0x3C20])
-def test_a_header_whose_length_looks_like_something_else(tmp_path, tensors, low):
+def test_a_header_length_that_looks_like_another_format(tmp_path, tensors, low):
     """The file's first two bytes are pickle protocol 2's or 5's, or those of a web page."""
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     length = int.from_bytes(content[:8], "little")
@@ -105,7 +105,7 @@ def test_a_header_whose_length_looks_like_something_else(tmp_path, tensors, low)
     assert spec_of(file).hidden_size == 64
 
 
-def test_a_name_that_a_terminal_would_obey(tmp_path, tensors):
+def test_control_characters_in_a_name(tmp_path, tensors):
     message = refused(write(tmp_path / "a", tensors | {"a\nb\x1b[31m": torch.zeros(1)}))
     assert r"'a\nb\x1b[31m'" in message
 
@@ -172,7 +172,7 @@ BOMBS = {
 }
 
 
-def test_blocks_without_end(tmp_path):
+def test_too_many_blocks(tmp_path):
     """A small file whose names speak of ten thousand blocks: no table of them is built."""
     tensors = dict(tensors_of(SMALL))
     for index in range(10_000):
@@ -375,7 +375,7 @@ def test_any_set_of_keys(tmp_path, chosen, more, shape):
 
 @quickly
 @given(gone=st.sets(st.sampled_from(NAMES), min_size=1, max_size=4))
-def test_what_is_missing_is_named(tmp_path, tensors, gone):
+def test_missing_tensors_are_named(tmp_path, tensors, gone):
     left = {name: tensor for name, tensor in tensors.items() if name not in gone}
     message = refused(write(tmp_path / "a", left))
     if "tensors are missing" in message:

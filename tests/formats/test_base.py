@@ -45,7 +45,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def diffusers_folder(tmp_path_factory, tensors) -> Path:
-    """Written by diffusers itself, from our tensors."""
+    """Folders that diffusers saved from our tensors."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(**checkpoints.config_of(SMALL))
@@ -124,7 +124,7 @@ def with_a_tensor_more(folder: Path, tensors, written: Path) -> Path:
 LAYOUTS = {
     "all in one": in_one_file,
     "a pipeline's folder": a_pipeline,
-    "its transformer": lambda *given: a_pipeline(*given) / "transformer",
+    "its transformer": lambda *arguments: a_pipeline(*arguments) / "transformer",
     "shards": lambda folder, tensors, written: written / "sharded",
     "shards beside a whole copy": shards_beside_a_copy,
     "one file of a folder": lambda folder, tensors, written: written / "whole" / WHOLE,
@@ -216,8 +216,8 @@ def test_an_mlp_width_that_is_no_exact_multiple():
 # ---------------------------------------------------------------- storage
 
 
-def test_nf4_leaves_what_does_not_fit_and_says_so(tmp_path, log_lines):
-    """Hidden 96: K = 96 is no multiple of 64, K = 384 and 480 - one is, one is not."""
+def test_matrices_that_nf4_cannot_hold_stay_bf16(tmp_path, log_lines):
+    """Hidden 96: of K = 96, 384 and 480 only 384 is a multiple of 64."""
     tensors = tensors_of(checkpoints.ODD, torch.float32)
     model = load(write(tmp_path / "flux1.safetensors", tensors), storage="nf4")
     assert model.get_submodule("double_blocks.0.img_mlp.2").weight is None
@@ -249,9 +249,7 @@ def test_layers_and_activations_reach_the_model(diffusers_folder):
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
-def test_the_base_is_frozen_and_nothing_is_said_where_all_fits(
-    diffusers_folder, storage, log_lines
-):
+def test_the_base_is_frozen_without_a_warning(diffusers_folder, storage, log_lines):
     assert not list(load(diffusers_folder / "whole", storage=storage).parameters())
     assert not log_lines
 
@@ -321,7 +319,7 @@ def test_an_index_that_is_damaged(shards, content):
         "double_blocks.0.img_mlp.0.weight",
     ],
 )
-def test_a_file_whose_sizes_cannot_be_read(tmp_path, tensors, name):
+def test_a_file_with_unreadable_sizes(tmp_path, tensors, name):
     for shape in (None, (), (0, 0), (64,)):
         changed = {k: v for k, v in tensors.items() if k != name}
         if shape is not None:
@@ -371,7 +369,7 @@ def test_parts_of_wrong_size_that_add_up(own_folder, tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool])
-def test_a_dtype_that_is_not_read(tmp_path, tensors, dtype):
+def test_an_unsupported_dtype(tmp_path, tensors, dtype):
     name = "double_blocks.0.img_attn.qkv.weight"
     file = write(tmp_path / "flux1.safetensors", tensors | {name: tensors[name].to(dtype)})
     with safe_open(file, "pt") as handle:
@@ -406,7 +404,7 @@ def test_a_folder_without_a_config(own_folder):
 
 
 @pytest.mark.parametrize("key", [key for key in CONFIG if type(CONFIG[key]) is int])
-def test_a_size_that_is_missing_or_of_the_wrong_kind(tmp_path, key):
+def test_a_missing_or_invalid_size(tmp_path, key):
     for value in (None, "2", 2.0, [2], {}, True, 0, -1):
         config = {k: v for k, v in (CONFIG | {key: value}).items() if v is not None}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -448,7 +446,7 @@ def test_a_config_of_another_model(tmp_path, tensors, changes, part):
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["diffusion_pytorch_model-00001-of-00002", "x"]])
-def test_a_tensor_that_two_files_have(own_folder, names):
+def test_a_tensor_in_two_files(own_folder, names):
     whole = own_folder / WHOLE
     for name in names:
         (own_folder / f"{name}.safetensors").write_bytes(whole.read_bytes())
@@ -462,8 +460,8 @@ def test_a_tensor_that_two_files_have(own_folder, names):
 @pytest.mark.parametrize(
     "name", ["../{}", "/tmp/{}", "sub/{}", "..", ".", "", "a\0b", "a\nb", "{}/"]
 )
-def test_an_index_that_leads_out_of_the_folder(tmp_path, tensors, name):
-    """Though the file exists."""
+def test_an_index_that_points_elsewhere(tmp_path, tensors, name):
+    """Even to a file that exists."""
     outside = write_folder(tmp_path, tensors) / WHOLE
     folder = write_folder(tmp_path / "d", tensors)
     (folder / "sub").mkdir()

@@ -137,7 +137,7 @@ def decoded(coded, name: str) -> torch.Tensor:
 
 
 def as_nf4_keeps_it(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Rounded to bf16 around the blocks, as quantized storage keeps it."""
+    """Rounds to bf16 around the blocks, as quantized storage does."""
     outer = "_blocks." not in name and value.ndim == 2
     return value.bfloat16().float() if outer else value
 
@@ -154,7 +154,7 @@ def as_nf4_keeps_it(name: str, value: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_comfyui_fp8(tmp_path, tensors, scaled, layout, dtype):
-    """Exactly what codes times scale are; near the dense model, as e4m3 keeps 3 bits, e5m2 2."""
+    """The model equals values times scale, and is near the dense one: e4m3 keeps 3 bits, e5m2 2."""
     coded = fp8_tensors(tensors, scaled, dtype)
     named = coded
     if layout == "all in one":
@@ -177,7 +177,7 @@ def test_newer_names_of_the_scale(tmp_path, tensors):
     same_output(load(write(tmp_path / "b", newer)), load(write(tmp_path / "a", coded)))
 
 
-def test_fp8_codes_stay_as_they_are(tmp_path, tensors):
+def test_fp8_values_stay_as_they_are(tmp_path, tensors):
     coded = fp8_tensors(tensors, scaled=True)
     model = load(write(tmp_path / "a", all_in_one(coded)), "fp8")
     layer = model.get_submodule(MATRIX)
@@ -187,8 +187,8 @@ def test_fp8_codes_stay_as_they_are(tmp_path, tensors):
     same_output(model, of_dense({k: as_nf4_keeps_it(k, decoded(coded, k)) for k in tensors}))
 
 
-def test_a_scale_that_is_missing_beside_the_marker(tmp_path, tensors):
-    """Codes without their scale would be weights a thousand times too large."""
+def test_a_scale_missing_beside_the_marker(tmp_path, tensors):
+    """Values without their scale would be weights a thousand times too large."""
     coded = fp8_tensors(tensors, True)
     del coded[scale_name(WEIGHT)]
     for wrong in (coded, all_in_one(coded)):
@@ -208,7 +208,7 @@ def dense_of(path: Path, names) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_nf4_in_bfl_names(tmp_path, tensors, nested):
-    """lllyasviel's v1 (nested) and v2 (plain): the packed bytes and scales go straight in."""
+    """lllyasviel's v1 (nested) and v2 (plain): the packed bytes and scales are taken as they are."""
     coded = bnb_tensors(tensors, nested)
     file = write(tmp_path / "a", all_in_one(coded) if nested else coded)
     model = load(file, "auto")
@@ -247,7 +247,7 @@ def test_nf4_that_diffusers_saved(tensors, nf4_folder):
 
 
 def test_diffusers_computes_the_same_from_its_nf4(nf4_folder):
-    """Its own output from its own file, which rounds every decoded matrix to bf16 first."""
+    """diffusers' own weights from its file, which it rounds to bf16."""
     import bitsandbytes.functional as bnb
     from diffusers import FluxTransformer2DModel
 
@@ -267,7 +267,7 @@ def test_diffusers_computes_the_same_from_its_nf4(nf4_folder):
                 torch.testing.assert_close(base.read(name), joined.float(), rtol=2**-8, atol=1e-7)
 
 
-def test_parts_whose_groups_do_not_fill_up(tmp_path):
+def test_scales_of_partial_groups_are_joined_unnested(tmp_path):
     """Hidden 64: q has 64 blocks, a quarter of a group: the scales are joined un-nested."""
     coded = bnb_tensors(split_tensors(tensors_of(SMALL), SMALL), nested=True)
     with open_base(write(tmp_path / "a", coded)) as base:
@@ -313,7 +313,7 @@ STATE = "quant_state.bitsandbytes__nf4"
         (STATE, {"quant_type": "fp4"}),
     ],
 )
-def test_a_state_that_does_not_fit(tmp_path, nested, key, value):
+def test_an_inconsistent_bnb_state(tmp_path, nested, key, value):
     coded = dict(nested)
     name = f"{WEIGHT}.{key}"
     if isinstance(value, dict):
@@ -340,8 +340,8 @@ GGUF_ERROR |= {"Q4_1": 0.25, "Q4_0": 0.25}
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", [*GGUF_ERROR, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_gguf(tmp_path, tensors, kind):
-    """Exactly what gguf itself decodes; for the types that it writes, near the dense model too."""
-    file = tmp_path / "flux.safetensors"  # told by its content
+    """The model equals what gguf dequantizes; for types that gguf writes it is near the dense one."""
+    file = tmp_path / "flux.safetensors"  # detected by its content
     dense = write_gguf(file, tensors, kind)
     model = load(file)
     assert model.spec == WIDE
@@ -353,7 +353,7 @@ def test_gguf(tmp_path, tensors, kind):
         same_output(load(file, "nf4"), of_dense(dense, "nf4"))
 
 
-def test_a_gguf_type_that_is_not_read(tmp_path, tensors):
+def test_an_unsupported_gguf_type(tmp_path, tensors):
     import gguf
 
     kind = gguf.GGMLQuantizationType.IQ4_XS
@@ -372,7 +372,7 @@ def test_a_gguf_type_that_is_not_read(tmp_path, tensors):
 # ---------------------------------------------------------------- what is read, and how
 
 
-def test_codes_stay_in_the_file(tmp_path, tensors):
+def test_a_prequantized_file_is_mapped(tmp_path, tensors):
     """On a CPU a prequantized file is mapped, not copied."""
     file = write(tmp_path / "mapped.safetensors", bnb_tensors(tensors, nested=False))
     model = load(file, "auto")
@@ -390,7 +390,7 @@ def to(dtype: torch.dtype):
 
 
 e5m2 = partial(fp8_tensors, scaled=False, dtype=torch.float8_e5m2)
-# the form, the tensor that is changed in one place, what is put there (an int: a code)
+# the form, the tensor in which one value is changed, that value (an int: a byte)
 NOT_FINITE = {
     "bf16": (dict, "weight", torch.nan),
     "fp16": (to(torch.float16), "weight", torch.inf),
@@ -405,7 +405,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("form", NOT_FINITE)
-def test_nan_and_infinity_are_named(tmp_path, tensors, form):
+def test_nan_and_infinity_are_refused(tmp_path, tensors, form):
     make, name, value = NOT_FINITE[form]
     coded = make(tensors)
     key = f"{MATRIX}.{name}"
@@ -420,15 +420,15 @@ def test_nan_and_infinity_are_named(tmp_path, tensors, form):
     assert [left.name for left in tmp_path.iterdir()] == ["a"]
 
 
-def test_fp16_whose_sum_overflows_is_finite(tmp_path, tensors):
+def test_fp16_with_an_overflowing_sum_is_finite(tmp_path, tensors):
     large = torch.full_like(tensors[WEIGHT], 1.0).half()
     assert not large.sum().isfinite()
     with open_base(write(tmp_path / "a", {**tensors, WEIGHT: large})) as base:
         assert torch.equal(base.read(WEIGHT), large)
 
 
-def test_what_was_quantized_is_not_looked_through_again(tmp_path, tensors, monkeypatch):
-    """It was when it was written; a mapped file is not read whole to start from it."""
+def test_quantized_files_are_not_checked_again(tmp_path, tensors, monkeypatch):
+    """They were when they were written; a mapped file need not be read whole."""
     quantize(write(tmp_path / "a", tensors), tmp_path / "b", "nf4")
     monkeypatch.setattr(module, "_is_finite", lambda part: pytest.fail("looked through"))
     load(tmp_path / "b")

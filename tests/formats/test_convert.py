@@ -118,8 +118,8 @@ def test_merge_scale_and_dtype(convert, tmp_path):
         assert (got - expected[name]).abs().max() < 0.03 * expected[name].abs().max()
 
 
-def test_metadata_that_would_be_wrong_is_left_out(convert, tmp_path):
-    """alpha is folded in: a loader must not apply it again. Of a sum, nobody's are right."""
+def test_wrong_metadata_is_left_out(convert, tmp_path):
+    """alpha is folded in, so no loader may apply it again; a sum takes no source's metadata."""
     metadata = {"trigger": "ohwx", "lora_adapter_metadata": '{"transformer.lora_alpha": 8}'}
     for name in "ab":
         save_file(ab(PROJ, rank=4), tmp_path / f"{name}.safetensors", metadata)
@@ -135,7 +135,7 @@ def test_metadata_that_would_be_wrong_is_left_out(convert, tmp_path):
 
 
 def test_verify_reports_rounding(convert, tmp_path):
-    """The largest difference of every layer, compared with ΔW formed whole."""
+    """Every layer's largest difference equals that of the whole ΔW."""
     save_lora(trained("attn"), tmp_path / "a.safetensors")
     before, worst = meaning(read_lora(tmp_path / "a.safetensors")), {}
     for dtype in ("fp32", "fp16", "bf16"):
@@ -153,8 +153,8 @@ def test_verify_reports_rounding(convert, tmp_path):
     assert worst["fp32"] < 1e-6 < 1e-5 < worst["fp16"] < worst["bf16"] < 5e-2
 
 
-def test_factors_that_stay_are_not_multiplied(convert, tmp_path, monkeypatch):
-    """In fp32 nothing is rounded: ΔW of 12 billion entries need not be formed to say so."""
+def test_unchanged_factors_are_not_multiplied(convert, tmp_path, monkeypatch):
+    """fp32 rounds nothing: no ΔW of 12 billion entries need be formed."""
     save_lora(trained("all"), tmp_path / "a.safetensors")
     save_lora(trained("attn", True, seed=2), tmp_path / "b.safetensors", "kohya")
     monkeypatch.setattr(torch, "mm", lambda *arguments, **named: pytest.fail("multiplied"))
@@ -166,8 +166,8 @@ def test_factors_that_stay_are_not_multiplied(convert, tmp_path, monkeypatch):
         assert all(line.split()[1:] == ["0"] for line in layers) and "0 in every layer" in worst
 
 
-def test_verify_bears_updates_that_cancel(a_to_b, convert):
-    """What is left of a sum may be smaller than the rounding of one product."""
+def test_verify_accepts_updates_that_cancel(a_to_b, convert):
+    """The sum may be smaller than the rounding of one product."""
     words = "a.safetensors a.safetensors --strength 1 --strength -0.9999 --to kohya b.safetensors"
     code, out, err = convert(*words.split(), "--verify")
     assert code == 0 and "0 in every layer" in out, err
@@ -194,7 +194,7 @@ def test_verify_finds_a_wrong_file(source, word, module, a_to_b, convert, tmp_pa
 
 
 @pytest.mark.parametrize("lost", [PROJ_BFL, "single_blocks.1.linear1"])
-def test_verify_misses_nothing_that_is_gone(lost, a_to_b, tmp_path, monkeypatch):
+def test_verify_finds_missing_parts(lost, a_to_b, tmp_path, monkeypatch):
     """A linear that is not written, or a part of one."""
     right = lora_convert.to_state
 
@@ -209,8 +209,8 @@ def test_verify_misses_nothing_that_is_gone(lost, a_to_b, tmp_path, monkeypatch)
     assert left(tmp_path) == ["a.safetensors"]
 
 
-def test_what_overflows_is_not_written(a_to_b, convert, tmp_path):
-    """Not in fp32 either; what fp16 alone cannot hold goes into fp32, and that is said."""
+def test_overflow_is_not_written(a_to_b, convert, tmp_path):
+    """Not in fp32 either; a file that fp16 alone cannot hold is fp32, with a warning."""
     save_file({k: t * 1e10 for k, t in ab(PROJ).items()}, tmp_path / "a.safetensors")
     run = partial(convert, "a.safetensors", "--to", "kohya", "b.safetensors")
     for words in (("--scale", "nan"), ("--scale", "inf"), ("--strength", "nan")):
@@ -288,7 +288,7 @@ WIDE = dataclasses.replace(DEV, depth=1, depth_single_blocks=1)  # diffusers ass
 
 
 def wide_flux() -> Flux:
-    """Its weights repeat a million drawn numbers: half a billion would take a minute."""
+    """Its weights repeat a million random numbers: half a billion would take a minute."""
     bank = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # prime: rows differ
 
     def read(name: str) -> torch.Tensor:
@@ -344,7 +344,7 @@ def x():
         ],
     ],
 )
-def test_diffusers_loads_what_we_write(format, share_a, pair, x, tmp_path):
+def test_diffusers_loads_our_files(format, share_a, pair, x, tmp_path):
     from diffusers.loaders import FluxLoraLoaderMixin
 
     theirs, ours = pair
@@ -368,8 +368,8 @@ def test_diffusers_loads_what_we_write(format, share_a, pair, x, tmp_path):
     assert torch.equal(diffusers_forward(theirs, x), base)
 
 
-def test_peft_writes_what_we_load(pair, x, tmp_path):
-    """A LoRA that peft made on diffusers' model, saved by peft: its own keys and configuration."""
+def test_we_load_a_file_of_peft(pair, x, tmp_path):
+    """A LoRA that peft made on diffusers' model and saved, with its keys and configuration."""
     from peft import LoraConfig, get_peft_model
 
     theirs, ours = pair
@@ -389,7 +389,7 @@ def test_peft_writes_what_we_load(pair, x, tmp_path):
 
 
 def control_state() -> dict[str, torch.Tensor]:
-    """All that a BFL control LoRA holds, of one double and one single block."""
+    """Returns a BFL control LoRA of one double and one single block."""
     g, state = torch.Generator().manual_seed(5), {}
     for name in [*block_linears(WIDE), *outer_linears(WIDE)]:
         rows, columns = linear_shape(name, WIDE)
@@ -459,7 +459,7 @@ def test_comfyui_applies_our_files():
 
 
 def test_ranks_of_a_merge_add_up():
-    """Nothing is decomposed anew: the factors of both files are there."""
+    """No new decomposition: the factors of both files remain."""
     loras = [extract_lora(trained("attn", rank=2)), extract_lora(trained("attn", rank=5, seed=2))]
     state = to_state(merged(loras), "diffusers")
     assert {t.shape[0] for k, t in state.items() if "lora_A" in k} == {7}

@@ -1,4 +1,4 @@
-"""`fluxfast inspect`, and what other files than FLUX.1's are called."""
+"""`fluxfast inspect` on every format, and the names of other models."""
 
 import re
 from pathlib import Path
@@ -114,15 +114,15 @@ def test_names_of_models():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_lora_files(tmp_path, form):
-    """Of every format that is written here: its name, its layers, its rank and alpha."""
+    """Every format that is written here: its name, layers, rank and alpha."""
     model = random_flux(SMALL)
     inject_lora(model, rank=4, alpha=2.0, targets="attn")
     rows = rows_of(save_lora(model, tmp_path / "a.safetensors", form))
     assert rows["format"] == f"safetensors, {form}"
     linears = "img_attn.proj, img_attn.qkv, txt_attn.proj, txt_attn.qkv"
     single = "linear1, linear2" if form == "xlabs" else "linear1"  # xlabs fills in zeros
-    said = f"LoRA of FLUX.1: 1 double block ({linears}); 2 single blocks ({single})"
-    assert rows["model"] == said
+    described = f"LoRA of FLUX.1: 1 double block ({linears}); 2 single blocks ({single})"
+    assert rows["model"] == described
     assert (rows["missing"], rows["extra"]) == ("none", "none")
     # a format of fused linears stacks the A's of q, k and v; XLabs has one rank throughout
     ranks = {"diffusers": "4 (14)", "xlabs": "12 (8)"}

@@ -95,7 +95,7 @@ def test_every_format_keeps_any_update(seed, tmp_path):
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui", "bfl"])
 def test_fused_and_back_keeps_every_rank(format):
-    """Split A's come back as blocks, of a shared A there is one again: no rank is gained."""
+    """Split A's come back as blocks, a shared A as one: no rank is gained."""
     for share_a in (False, True):
         lora = extract_lora(trained("all", share_a))
         state = to_state(lora, format)
@@ -132,15 +132,15 @@ def test_a_1x1_convolution_is_a_linear():
         from_tensors({key: t.expand(-1, -1, 3, 3) for key, t in state.items()}, {}, "x")
 
 
-def test_the_last_layer_has_as_many_rows_as_the_model_has_channels():
-    """Which the blocks do not tell."""
+def test_the_last_layers_rows_are_free():
+    """The blocks do not tell the model's channels."""
     name = "transformer.proj_out"
     lora = from_tensors({**ab(PROJ), **ab(name, rows=16)}, {}, "x")
     assert to_state(lora, "kohya")["lora_unet_final_layer_linear.lora_up.weight"].shape == (16, 2)
 
 
 def test_an_update_of_zero_keeps_its_factors():
-    """What was saved before it learned anything is still a LoRA of those linears."""
+    """A file saved before the first step is still a LoRA of those linears."""
     state = kohya(f"{KOHYA}qkv", torch.randn(4, 64), torch.zeros(192, 4))
     split = to_state(from_tensors(state, {}, "x"), "diffusers")
     for part in ("to_q", "to_k", "to_v"):
@@ -370,7 +370,7 @@ def scale_of(config: dict, key: str = PROJ, **state) -> float:
 
 
 def test_peft_configuration_in_the_header():
-    """Of the transformer and of CLIP apart; an alpha beside the factors comes first."""
+    """It has alphas of the transformer and of CLIP; an alpha beside the factors overrides them."""
     config = {"transformer.lora_alpha": 2, "text_encoder.lora_alpha": 12}
     assert scale_of(config) == 0.5 and scale_of(config, TEXT) == 3.0
     assert scale_of(config, **{f"{PROJ}.alpha": torch.tensor(1.0)}) == 0.25
@@ -390,7 +390,7 @@ def test_peft_configuration_in_the_header():
         ({"to_out.0.": 1, "x": 2}, 8),
     ],
 )
-def test_the_first_pattern_that_matches_counts(patterns, alpha):
+def test_the_first_matching_pattern_counts(patterns, alpha):
     """A pattern is the end of a name at its dots, or with ^ the whole, escaped or not."""
     config = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": patterns}
     assert scale_of(config) == alpha / 4
@@ -398,7 +398,7 @@ def test_the_first_pattern_that_matches_counts(patterns, alpha):
 
 @pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+X", "(.|.)" * 30 + "X", ".*.*.*.*.*.*X"])
 def test_no_pattern_of_a_file_is_run_as_an_expression(pattern):
-    """One may take longer than anybody lives."""
+    """These would hang a regular expression engine."""
     with pytest.raises(ConfigError, match=r"alpha_pattern has .* which is no module's name"):
         scale_of({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}})
 
@@ -465,7 +465,7 @@ def test_comfyui_files_have_the_width_of_a_wider_img_in():
 
 
 def test_a_text_encoders_lora_first_in_a_sum():
-    """What tells the widths need not be the first file."""
+    """The first file need not tell the widths."""
     text = from_tensors(ab(TEXT), {}, "x")
     lora = extract_lora(trained("attn"))
     for total in (merged([text, lora]), merged([lora, text])):
@@ -580,7 +580,7 @@ def test_training_starts_from_a_file(format, share_a, tmp_path):
         ({"share_a": True}, "lora.share_a", "share_a=false"),
     ],
 )
-def test_a_start_that_does_not_fit_names_the_setting(changes, message, hint, tmp_path):
+def test_an_unsuitable_start_names_the_setting(changes, message, hint, tmp_path):
     file = save_lora(trained("attn+mlp", rank=4), tmp_path / "old.safetensors")
     model = random_flux(SMALL)
     inject_lora(model, **{"rank": 4, "targets": "attn+mlp", **changes})
@@ -607,7 +607,7 @@ def test_tensors_that_are_refused(case, tmp_path):
 
 
 def test_a_file_of_something_else_is_not_read_to_be_refused(tmp_path, monkeypatch):
-    """A base checkpoint has tens of GB: its names are enough."""
+    """A base checkpoint has tens of GB; its names are enough."""
     path = tmp_path / "base.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}, path)
     monkeypatch.setattr(Safetensors, "read", lambda self, key: pytest.fail(f"{key} was read"))
@@ -615,7 +615,7 @@ def test_a_file_of_something_else_is_not_read_to_be_refused(tmp_path, monkeypatc
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path):
-    """As a Hub repository keeps a LoRA, under a name of its own."""
+    """A Hub repository holds a LoRA under any name."""
     refused(tmp_path, "is a folder without")
     save_file(ab(PROJ), tmp_path / "anything.safetensors")
     assert read_lora(tmp_path).rank() == 2
@@ -635,7 +635,7 @@ WORDS = [
 ]
 
 
-def test_any_set_of_keys_is_read_or_refused():
+def test_any_keys_are_read_or_refused():
     read = 0
     for seed in range(400):
         rng, state = random.Random(seed), {}

@@ -36,8 +36,8 @@ def loss_and_gradients(model, parameters, x):
     ids=["split", "shared", "some"],
 )
 @pytest.mark.parametrize("kind", ["split", "shared"])
-def test_an_assistant_is_as_if_merged_into_the_base(own, kind, dropout, tmp_path):
-    """Loss and every gradient, against a base that has the assistant's ΔW in its weights."""
+def test_an_assistant_equals_merging_into_the_base(own, kind, dropout, tmp_path):
+    """Loss and every gradient equal those of a base with the assistant's ΔW in its weights."""
     helper = trained("all", kind == "shared", rank=2, alpha=0.5, seed=7)
     file = save_lora(helper, tmp_path / "assistant.safetensors", "kohya")
     ours, merged, x = random_flux(SMALL), random_flux(SMALL), inputs(SMALL)
@@ -73,10 +73,10 @@ def lora_parameters(model):
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
 
 
-def test_an_assistant_is_counted(tmp_path):
-    """What its factors take, and what a pass keeps because of it, as the planner counts both."""
+def test_the_planner_counts_an_assistant(tmp_path):
+    """The memory of its factors, and what a pass saves because of it."""
     file = save_lora(trained(targets="all", rank=3), tmp_path / "assistant.safetensors")
-    kept, x = [], inputs(SMALL)
+    saved, x = [], inputs(SMALL)
     for helps in (False, True):
         model = random_flux(SMALL)
         inject_lora(model, rank=2, alpha=2.0, targets="attn+mlp")
@@ -84,11 +84,11 @@ def test_an_assistant_is_counted(tmp_path):
             load_assistant(model, file)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         known = [*model.parameters(), *model.buffers(), *x]
-        kept.append(kept_bytes(known, lambda m=model: m(*x).sum()))
+        saved.append(kept_bytes(known, lambda m=model: m(*x).sum()))
     own = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     counted = assistant_bytes(file, SMALL)
     assert counted == sum(4 * t.numel() for t in frozen)
-    assert 0 < kept[1] - kept[0] <= counted + own
+    assert 0 < saved[1] - saved[0] <= counted + own
 
 
 def test_an_assistant_of_another_model_is_refused(tmp_path, configure):
@@ -100,7 +100,7 @@ def test_an_assistant_of_another_model_is_refused(tmp_path, configure):
 
 
 @pytest.mark.parametrize("key", ["model__assistant_lora", "lora__init_from"])
-def test_a_file_that_cannot_be_read_is_said_first(key, tmp_path, configure, monkeypatch):
+def test_an_unreadable_file_is_reported_before_training(key, tmp_path, configure, monkeypatch):
     """Before pictures are encoded, and before an earlier run is moved aside."""
     import fluxfast.train as module
 
@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_read_is_said_first(key, tmp_path, configure, monk
     assert [folder.name for folder in config.run_dir.parent.iterdir()] == [config.name]
 
 
-def test_a_lora_that_cannot_be_drawn_with_is_said_first(nano_model, tmp_path, monkeypatch):
+def test_an_unreadable_lora_is_reported_before_sampling(nano_model, tmp_path, monkeypatch):
     import fluxfast.tools.generate as module
     from fluxfast.config.schema import ModelConfig
 
@@ -136,8 +136,8 @@ def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
 
 @pytest.mark.slow
 def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
-    """It changes what is learned, not what is saved or drawn: the run's own preview before the
-    first step is the base model's.
+    """It changes what is learned, not what is saved or sampled: the preview before the first step
+    is the base model's.
     """
     file = nano_lora(nano_model, tmp_path / "assistant.safetensors", "kohya", targets="all")
     sample = {"prompts": ["a thing"], "every": 0, "width": 64, "height": 64, "steps": 2}
@@ -153,7 +153,7 @@ def test_a_run_with_an_assistant(nano_model, tmp_path, configure):
         assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
 
 
-def test_a_run_that_starts_from_a_file(nano_model, tmp_path, configure):
+def test_a_run_starts_from_a_file(nano_model, tmp_path, configure):
     file = nano_lora(nano_model, tmp_path / "old.safetensors", "kohya")
     run, _ = start(configure(lora__init_from=str(file)))
     same_meaning(extract_lora(run.model), read_lora(file), run.model.spec)
@@ -162,7 +162,7 @@ def test_a_run_that_starts_from_a_file(nano_model, tmp_path, configure):
 
 
 def test_a_resumed_run_does_not_start_again(nano_model, tmp_path, configure):
-    """The checkpoint is what it goes on from; the file may even be gone."""
+    """It continues from its checkpoint; the file may even be gone."""
     file = nano_lora(nano_model, tmp_path / "old.safetensors")
     config = configure(lora__init_from=str(file), train__steps=2)
     first = load_file(train(config))
@@ -238,9 +238,7 @@ def test_sampling_with_two(nano_model, tmp_path, fluxfast):
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("policy", ["offload", "recompute_mlp", "checkpoint"])
-def test_no_way_of_keeping_activations_changes_an_assisted_step(
-    policy, nano_model, tmp_path, configure
-):
+def test_no_activation_policy_changes_an_assisted_step(policy, nano_model, tmp_path, configure):
     file = nano_lora(nano_model, tmp_path / "assistant.safetensors", targets="all")
     config = configure(model__assistant_lora=str(file))
     plain = losses(*start(config))

@@ -70,7 +70,7 @@ def same_state(model, other) -> None:
 @pytest.mark.parametrize(
     "storage, nested", [("nf4", False), ("nf4", True), ("int8", False), ("fp8", False)]
 )
-def test_the_file_loads_to_what_loading_makes(tmp_path, source, storage, nested):
+def test_loading_the_file_equals_quantizing_at_load(tmp_path, source, storage, nested):
     target = tmp_path / "q.safetensors"
     summary = quantize(source, target, storage, double_quant=nested)
     assert summary.startswith(f"{target.stat().st_size / 1e9:.3g} GB in {storage}")
@@ -107,7 +107,7 @@ SOURCES = {
     ],
 )
 def test_any_input(tmp_path, tensors, form, storage):
-    """The same weights from the source and from the file, bit for bit."""
+    """The source and the file load as the same weights, bit for bit."""
     source = write(tmp_path / "a", SOURCES[form](tensors))
     quantize(source, tmp_path / "b", storage)
     theirs, mine = load(source, storage), load(tmp_path / "b", storage)
@@ -127,7 +127,7 @@ def test_gguf_goes_in(tmp_path, tensors):
     same_state(load(tmp_path / "b"), load(tmp_path / "a.gguf", "nf4"))
 
 
-def test_codes_pass_through(tmp_path, tensors):
+def test_quantized_matrices_pass_through(tmp_path, tensors):
     """Nothing is quantized twice: the bytes are the source's, nested scales too."""
     coded = bnb_tensors(tensors, nested=True)
     quantize(write(tmp_path / "a", coded), tmp_path / "b", "nf4")
@@ -143,7 +143,7 @@ def test_codes_pass_through(tmp_path, tensors):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_reads_it(tmp_path, source, nested):
-    """Its own parser, from the file's tensors, decodes what we decode."""
+    """Its own parser dequantizes the file's tensors to the same weights."""
     import bitsandbytes.functional as bnb
 
     quantize(source, tmp_path / "b", "nf4", double_quant=nested)
@@ -158,8 +158,8 @@ def test_bitsandbytes_reads_it(tmp_path, source, nested):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
-def test_quantizing_what_was_quantized(tmp_path, source):
-    """From one storage to another; nf4 to nf4 is the same file but for its source's name."""
+def test_quantizing_a_quantized_file(tmp_path, source):
+    """From one storage to another; nf4 to nf4 changes only the source's name."""
     quantize(source, tmp_path / "a", "nf4")
     quantize(tmp_path / "a", tmp_path / "b", "nf4")
     assert load_file(tmp_path / "a").keys() == load_file(tmp_path / "b").keys()
@@ -168,7 +168,7 @@ def test_quantizing_what_was_quantized(tmp_path, source):
     same_state(load(tmp_path / "c"), load(tmp_path / "a", "int8"))
 
 
-def test_what_nf4_cannot_hold_stays_bf16(tmp_path):
+def test_rows_that_nf4_cannot_hold_stay_bf16(tmp_path):
     source = write(tmp_path / "a", tensors_of(checkpoints.ODD))
     quantize(source, tmp_path / "b", "nf4")
     same_state(load(tmp_path / "b", "nf4"), load(source, "nf4"))
@@ -187,11 +187,11 @@ def test_what_nf4_cannot_hold_stays_bf16(tmp_path):
         ("int8", "auto", "fp8", "int8"),
     ],
 )
-def test_auto_is_what_the_file_is_in(storage, compute, stored, expected):
+def test_auto_takes_the_files_storage(storage, compute, stored, expected):
     assert choose_precision(storage, compute, None, 0.0, True, stored)[0] == expected
 
 
-def test_plans_know_what_the_file_is_in(tmp_path, source, configure, nano_model):
+def test_plans_use_the_files_storage(tmp_path, source, configure, nano_model):
     from fluxfast.data.prepare import resolve_parts
     from fluxfast.tools.plan import plan_run
 
@@ -289,7 +289,7 @@ def test_wrong_arguments(tmp_path, source):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "disk full")])
-def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
+def test_a_failure_leaves_no_file(tmp_path, source, monkeypatch, error):
     seen = []
 
     def stop(done: int, total: int) -> None:
@@ -304,7 +304,7 @@ def test_nothing_is_left_of_what_failed(tmp_path, source, monkeypatch, error):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_it_between_two_tensors(tmp_path, source, monkeypatch, fluxfast, number):
+def test_a_signal_stops_between_two_tensors(tmp_path, source, monkeypatch, fluxfast, number):
     """Ctrl-C, `kill`, a closed terminal: no file is cut off, none is left."""
 
     def unheard(signum, frame):
@@ -331,7 +331,7 @@ def test_a_signal_ends_it_between_two_tensors(tmp_path, source, monkeypatch, flu
     assert left(tmp_path) == []
 
 
-def test_a_disk_that_is_full(tmp_path, source, monkeypatch):
+def test_a_full_disk(tmp_path, source, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(FluxfastError, match="GB free"):
@@ -402,7 +402,7 @@ MEDIUM = FluxSpec(
     "storage, mib", [("nf4", 40), pytest.param("int8", 60, marks=pytest.mark.slow)]
 )
 def test_memory_stays_small(tmp_path, storage, mib):
-    """A few copies of one matrix, not of the file."""
+    """It takes a few copies of one matrix, not of the file."""
     source = write(tmp_path / "a", tensors_of(MEDIUM))
     size = source.stat().st_size / 2**20
     assert size > 200
