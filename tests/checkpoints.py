@@ -60,7 +60,7 @@ def split_tensors(tensors, spec: FluxSpec = WIDE):
         tensor, module = tensors[name], name.rpartition(".")[0]
         if "final_layer.adaLN_modulation" in name:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        rows = part_rows(module, spec) if len(sources) > 1 else [(0, len(tensor))]
+        rows = [(0, len(tensor))] if name.endswith(".scale") else part_rows(module, spec)
         parts = [tensor[start:end].clone() for start, end in rows]
         split |= dict(zip(sources, parts, strict=True))
     return split

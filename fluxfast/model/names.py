@@ -58,7 +58,9 @@ def outer_linears(spec: FluxSpec) -> list[str]:
 
 
 def diffusers_parts(module: str) -> list[str]:
-    """Returns the diffusers names of a block linear's parts (by its BFL name), in row order."""
+    """Returns the diffusers names of a linear's parts (by its BFL name), in row order."""
+    if module in OUTER:
+        return [OUTER[module]]
     group, index, name = module.split(".", 2)
     if group == "double_blocks":
         return [f"transformer_blocks.{index}.{part}" for part in DOUBLE_PARTS[name]]
@@ -66,7 +68,7 @@ def diffusers_parts(module: str) -> list[str]:
 
 
 def part_rows(module: str, spec: FluxSpec) -> list[tuple[int, int]]:
-    """Returns the (start, end) rows of each part of a block linear."""
+    """Returns the (start, end) rows of each part of a linear."""
     rows, hidden = linear_shape(module, spec)[0], spec.hidden_size
     parts = len(diffusers_parts(module))
     starts = [i * hidden for i in range(parts)]

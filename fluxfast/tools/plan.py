@@ -13,13 +13,12 @@ from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import ResolvedModel, choose_precision
 from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.lora.read import ranks_of
-from fluxfast.formats.lora.update import part_count
 from fluxfast.memory.planner.cards import Card, card
 from fluxfast.memory.planner.plan import Plan, Request, usable
 from fluxfast.memory.planner.report import Row
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.memory.planner.suggest import DoesNotFit, make_plan, plan_on
-from fluxfast.model.names import linear_shape
+from fluxfast.model.names import diffusers_parts, linear_shape
 from fluxfast.model.precision import DTYPES, layer_precisions, linears
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
 from fluxfast.util.hub import fetch_lora
@@ -67,7 +66,7 @@ def assistant_bytes(path: Path, spec: FluxSpec) -> int:
     for name, rank in ranks_of(path).items():
         if name in names:
             rows, columns = linear_shape(name, spec)
-            values += rank * (part_count(name) * columns + rows)
+            values += rank * (len(diffusers_parts(name)) * columns + rows)
     return 4 * values
 
 

@@ -49,7 +49,7 @@ def meaning(lora: LoraWeights, spec=SMALL) -> dict[str, torch.Tensor]:
     deltas = {}
     for name, pieces in lora.pieces.items():
         delta = deltas[name] = torch.zeros(linear_shape(name, spec))
-        ranges = part_rows(name, spec) if "_blocks." in name else [(0, len(delta))]
+        ranges = part_rows(name, spec)
         for piece in pieces:
             for part, b in piece.b.items():
                 delta[slice(*ranges[part])] += b @ piece.a

@@ -132,8 +132,8 @@ def scale_name(name: str) -> str:
     return name.removesuffix("weight") + "scale_weight"
 
 
-def decoded(coded, name: str) -> torch.Tensor:
-    return coded[name].float() * coded.get(scale_name(name), torch.tensor(1.0))
+def dequantized(quantized, name: str) -> torch.Tensor:
+    return quantized[name].float() * quantized.get(scale_name(name), torch.tensor(1.0))
 
 
 def as_nf4_keeps_it(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -155,46 +155,50 @@ def as_nf4_keeps_it(name: str, value: torch.Tensor) -> torch.Tensor:
 )
 def test_comfyui_fp8(tmp_path, tensors, scaled, layout, dtype):
     """The model equals values times scale, and is near the dense one: e4m3 keeps 3 bits, e5m2 2."""
-    coded = fp8_tensors(tensors, scaled, dtype)
-    named = coded
+    quantized = fp8_tensors(tensors, scaled, dtype)
+    named = quantized
     if layout == "all in one":
-        named = all_in_one(coded)
+        named = all_in_one(quantized)
     elif layout == "diffusers":
-        named = split_tensors({k: coded[k] for k in tensors})
+        named = split_tensors({k: quantized[k] for k in tensors})
         for name, sources in tensor_sources(WIDE).items():
-            if scale_name(name) in coded:  # each part brings the scale of what it was cut from
-                scale = coded[scale_name(name)]
+            if scale_name(name) in quantized:  # each part brings the scale of what it was cut from
+                scale = quantized[scale_name(name)]
                 named |= {scale_name(source): scale.clone() for source in sources}
     model = load(write(tmp_path / "a", named))
-    same_output(model, of_dense({name: decoded(coded, name) for name in tensors}))
+    same_output(model, of_dense({name: dequantized(quantized, name) for name in tensors}))
     assert 1e-3 < error_of(model, of_dense(tensors)) < FP8_ERROR[dtype]
 
 
 def test_newer_names_of_the_scale(tmp_path, tensors):
-    coded = fp8_tensors(tensors, scaled=True)
-    newer = {k.replace(".scale_weight", ".weight_scale"): v for k, v in coded.items()}
-    assert newer.keys() != coded.keys()
-    same_output(load(write(tmp_path / "b", newer)), load(write(tmp_path / "a", coded)))
+    quantized = fp8_tensors(tensors, scaled=True)
+    newer = {k.replace(".scale_weight", ".weight_scale"): v for k, v in quantized.items()}
+    assert newer.keys() != quantized.keys()
+    same_output(load(write(tmp_path / "b", newer)), load(write(tmp_path / "a", quantized)))
 
 
 def test_fp8_values_stay_as_they_are(tmp_path, tensors):
-    coded = fp8_tensors(tensors, scaled=True)
-    model = load(write(tmp_path / "a", all_in_one(coded)), "fp8")
+    quantized = fp8_tensors(tensors, scaled=True)
+    model = load(write(tmp_path / "a", all_in_one(quantized)), "fp8")
     layer = model.get_submodule(MATRIX)
     assert layer.storage() == "fp8"
-    assert torch.equal(layer.codes.view(torch.uint8), coded[WEIGHT].view(torch.uint8))
-    assert torch.equal(layer.row_scale, coded[scale_name(WEIGHT)].expand(1024))
-    same_output(model, of_dense({k: as_nf4_keeps_it(k, decoded(coded, k)) for k in tensors}))
+    assert torch.equal(layer.codes.view(torch.uint8), quantized[WEIGHT].view(torch.uint8))
+    assert torch.equal(layer.row_scale, quantized[scale_name(WEIGHT)].expand(1024))
+    same_output(
+        model, of_dense({k: as_nf4_keeps_it(k, dequantized(quantized, k)) for k in tensors})
+    )
 
 
 def test_a_scale_missing_beside_the_marker(tmp_path, tensors):
     """Values without their scale would be weights a thousand times too large."""
-    coded = fp8_tensors(tensors, True)
-    del coded[scale_name(WEIGHT)]
-    for wrong in (coded, all_in_one(coded)):
+    quantized = fp8_tensors(tensors, True)
+    del quantized[scale_name(WEIGHT)]
+    for wrong in (quantized, all_in_one(quantized)):
         with pytest.raises(ConfigError, match=f"{WEIGHT} has no scale_weight"):
             load(write(tmp_path / "a", wrong))
-    marker = {"text_encoders.t5xxl.transformer.scaled_fp8": coded["scaled_fp8"]}  # another part's
+    marker = {
+        "text_encoders.t5xxl.transformer.scaled_fp8": quantized["scaled_fp8"]
+    }  # another part's
     load(write(tmp_path / "c", all_in_one(fp8_tensors(tensors, False)) | marker))
 
 
@@ -208,15 +212,15 @@ def dense_of(path: Path, names) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_nf4_in_bfl_names(tmp_path, tensors, nested):
-    """lllyasviel's v1 (nested) and v2 (plain): the packed bytes and scales are taken as they are."""
-    coded = bnb_tensors(tensors, nested)
-    file = write(tmp_path / "a", all_in_one(coded) if nested else coded)
+    """lllyasviel's v1 (nested) and v2 (plain): packed bytes and scales are taken as they are."""
+    quantized = bnb_tensors(tensors, nested)
+    file = write(tmp_path / "a", all_in_one(quantized) if nested else quantized)
     model = load(file, "auto")
     for name in (MATRIX, *FUSED):
         layer = model.get_submodule(name)
         assert layer.storage() == "nf4"
-        assert torch.equal(layer.packed, coded[f"{name}.weight"])
-        assert torch.equal(layer.absmax, coded[f"{name}.weight.absmax"])
+        assert torch.equal(layer.packed, quantized[f"{name}.weight"])
+        assert torch.equal(layer.absmax, quantized[f"{name}.weight.absmax"])
         assert (layer.nested_absmax is not None) is nested
         _, theirs = bnb_both_ways(tensors[f"{name}.weight"], nested)
         # the offset they add is the file's float64, ours fp32
@@ -269,8 +273,8 @@ def test_diffusers_computes_the_same_from_its_nf4(nf4_folder):
 
 def test_scales_of_partial_groups_are_joined_unnested(tmp_path):
     """Hidden 64: q has 64 blocks, a quarter of a group: the scales are joined un-nested."""
-    coded = bnb_tensors(split_tensors(tensors_of(SMALL), SMALL), nested=True)
-    with open_base(write(tmp_path / "a", coded)) as base:
+    quantized = bnb_tensors(split_tensors(tensors_of(SMALL), SMALL), nested=True)
+    with open_base(write(tmp_path / "a", quantized)) as base:
         parts = [base._read_part(key) for key in base.keys("single_blocks.0.linear1.weight")]
         joined = base.read_stored("single_blocks.0.linear1.weight")
     assert all(part.nested_absmax is not None for part in parts)
@@ -283,7 +287,7 @@ def test_scales_of_partial_groups_are_joined_unnested(tmp_path):
     [("fp4", 64, False), ("fp4", 128, True), ("nf4", 128, True), ("nf4", 256, False)],
 )
 def test_other_4_bit_forms(tmp_path, tensors, kind, blocksize, nested):
-    """NF4 with larger blocks stays quantized, each scale repeated; FP4 is decoded."""
+    """NF4 with larger blocks stays quantized, each scale repeated; FP4 is dequantized."""
     with open_base(write(tmp_path / "a", bnb_tensors(tensors, nested, kind, blocksize))) as base:
         assert isinstance(base.read_stored(WEIGHT), NF4Tensor) is (kind == "nf4")
         assert base.storage == ("nf4" if kind == "nf4" else None)
@@ -314,15 +318,15 @@ STATE = "quant_state.bitsandbytes__nf4"
     ],
 )
 def test_an_inconsistent_bnb_state(tmp_path, nested, key, value):
-    coded = dict(nested)
+    quantized = dict(nested)
     name = f"{WEIGHT}.{key}"
     if isinstance(value, dict):
-        state = json.loads(bytes(coded[name].tolist())) | value
+        state = json.loads(bytes(quantized[name].tolist())) | value
         value = json.dumps(state).encode()
     if isinstance(value, bytes):
         value = torch.tensor(list(value), dtype=torch.uint8)
-    coded[name] = value
-    file = write(tmp_path / "a", {k: v for k, v in coded.items() if v is not None})
+    quantized[name] = value
+    file = write(tmp_path / "a", {k: v for k, v in quantized.items() if v is not None})
     with pytest.raises(ConfigError, match=re.escape(MATRIX)) as error:
         load(file)
     assert name in error.value.message or WEIGHT in error.value.message
@@ -340,7 +344,7 @@ GGUF_ERROR |= {"Q4_1": 0.25, "Q4_0": 0.25}
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", [*GGUF_ERROR, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_gguf(tmp_path, tensors, kind):
-    """The model equals what gguf dequantizes; for types that gguf writes it is near the dense one."""
+    """The model equals what gguf dequantizes; for types that gguf writes, nearly the dense one."""
     file = tmp_path / "flux.safetensors"  # detected by its content
     dense = write_gguf(file, tensors, kind)
     model = load(file)
@@ -407,12 +411,12 @@ NOT_FINITE = {
 @pytest.mark.parametrize("form", NOT_FINITE)
 def test_nan_and_infinity_are_refused(tmp_path, tensors, form):
     make, name, value = NOT_FINITE[form]
-    coded = make(tensors)
+    quantized = make(tensors)
     key = f"{MATRIX}.{name}"
-    changed = coded[key].clone().view(-1)
+    changed = quantized[key].clone().view(-1)
     view = changed.view(torch.uint8) if isinstance(value, int) else changed
     view[min(5, len(view) - 1)] = value
-    file = write(tmp_path / "a", {**coded, key: changed.view(coded[key].shape)})
+    file = write(tmp_path / "a", {**quantized, key: changed.view(quantized[key].shape)})
     named = key if name == "bias" else WEIGHT
     for read in (load, partial(quantize, target=tmp_path / "b", storage="nf4")):
         with pytest.raises(ConfigError, match=rf"{re.escape(named)} holds NaN or infinity"):

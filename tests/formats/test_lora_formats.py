@@ -36,12 +36,11 @@ from fluxfast.formats.lora.update import (
     Piece,
     balanced,
     merged,
-    part_count,
     scaled,
 )
 from fluxfast.formats.lora.write import FORMATS, to_bytes, to_state
 from fluxfast.model.lora import inject_lora, lora_layers, set_lora_strength
-from fluxfast.model.names import block_linears, linear_shape, outer_linears
+from fluxfast.model.names import block_linears, linear_shape, outer_linears, part_rows
 
 
 def factor(state: dict, role: str, module: str = PROJ_BFL) -> torch.Tensor:
@@ -63,8 +62,8 @@ def any_pieces(seed: int) -> LoraWeights:
     lora = LoraWeights(hidden=SMALL.hidden_size, mlp=SMALL.mlp_hidden)
     modules = [*block_linears(SMALL), *outer_linears(SMALL)]
     for module in rng.sample(modules, rng.randint(4, len(modules))):
-        rows, columns = linear_shape(module, SMALL)
-        heights = lora.heights[: part_count(module)] if part_count(module) > 1 else [rows]
+        columns = linear_shape(module, SMALL)[1]
+        heights = [end - start for start, end in part_rows(module, SMALL)]
         shared = [torch.randn(rng.randint(1, 3), columns, generator=g) for _ in range(2)]
         for _ in range(rng.randint(1, 3)):
             parts = sorted(rng.sample(range(len(heights)), rng.randint(1, len(heights))))

@@ -130,7 +130,7 @@ class BaseCheckpoint:
             shapes = [(self.spec.head_dim,)]
         else:
             rows, *columns = linear_shape(module, self.spec)[: 2 if kind == "weight" else 1]
-            parts = part_rows(module, self.spec) if len(sources) > 1 else [(0, rows)]
+            parts = part_rows(module, self.spec) if self.naming.split else [(0, rows)]
             shapes = [(end - start, *columns) for start, end in parts]
         for key, needed in zip(sources, shapes, strict=True):
             shape = self.files.entries[key].shape

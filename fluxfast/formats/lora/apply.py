@@ -109,7 +109,7 @@ def load_lora(
         layer.remove_lora()
     parameters = []
     for module, pieces in lora.pieces.items():
-        update = _update(group(pieces), _rows(model, module), trainable=True)
+        update = _update(group(pieces), part_rows(module, model.spec), trainable=True)
         model.linear(module).add_update(update)
         update.strength = strengths[0] if alone else 1.0
         parameters += update.parameters()
@@ -185,22 +185,15 @@ def load_assistant(model: Flux, path: Path | str) -> None:
             fuse([p for p in pieces if p.parts[0] in parts] or [nothing], lora.heights, parts)
             for parts in part_sets
         ]
-        layer.add_update(_update(aligned, _rows(model, module), trainable=False))
+        layer.add_update(_update(aligned, part_rows(module, model.spec), trainable=False))
 
 
 # ---------------------------------------------------------------- between pieces and layers
 
 
-def _rows(model: Flux, module: str) -> list[tuple[int, int]]:
-    """Returns the rows of each part of a linear."""
-    if "_blocks." in module:
-        return part_rows(module, model.spec)
-    return [(0, model.linear(module).out_features)]
-
-
 def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]:
     """Returns the parts that each A of the layer feeds."""
-    rows = _rows(model, module)
+    rows = part_rows(module, model.spec)
     return [tuple(rows.index((a, b)) for a, b in ranges) for ranges in layer.lora.parts]
 
 

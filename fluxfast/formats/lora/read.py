@@ -20,7 +20,6 @@ from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, parse
 from fluxfast.formats.lora.update import (
     LoraWeights,
     Piece,
-    part_count,
     scaled,
     split_scale,
     swap_halves,
@@ -269,7 +268,7 @@ def _read(
             pieces.append(Piece(a * for_a, _by_part(order(b) * for_b, parts, heights)))
         if "bias" in roles:
             bias = file.floats(roles["bias"], 1)
-            if rows not in (None, len(bias)) or (spec is None and part_count(module) > 1):
+            if rows not in (None, len(bias)) or (spec is None and len(parts) > 1):
                 raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
             # the up factor's own, which its scale applies to; ComfyUI's `diff_b` is added as it is
             bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
@@ -379,8 +378,6 @@ def _heights(module: str, parts: tuple[int, ...], spec: FluxSpec | None) -> list
     """Returns the rows of each part, None if there may be any number."""
     if spec is None or "/" in module or module == "final_layer.linear":
         return None
-    if "_blocks." not in module:
-        return [linear_shape(module, spec)[0]]
     ranges = part_rows(module, spec)
     return [ranges[part][1] - ranges[part][0] for part in parts]
 

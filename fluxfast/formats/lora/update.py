@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
-from fluxfast.model.names import diffusers_parts
 
 _BLOCK = 1 << 18  # entries of ΔW formed at a time: 1 MiB, which stays in a core's cache
 
@@ -69,11 +68,6 @@ class LoraWeights:
         """Returns the highest rank of a transformer's linear, or of a part with an A of its own."""
         grouped = itertools.chain.from_iterable(map(group, self.pieces.values()))
         return max((piece.rank for piece in grouped), default=0)
-
-
-def part_count(module: str) -> int:
-    """Returns how many of diffusers' linears a BFL linear is."""
-    return len(diffusers_parts(module)) if "_blocks." in module else 1
 
 
 def split_scale(scale: float) -> tuple[float, float]:

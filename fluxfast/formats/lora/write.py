@@ -23,12 +23,11 @@ from fluxfast.formats.lora.update import (
     LoraWeights,
     Piece,
     fuse,
-    part_count,
     split,
     stack_by_parts,
     swap_halves,
 )
-from fluxfast.model.names import DOUBLE_NORMS, OUTER, SINGLE_NORMS, SWAPPED, diffusers_parts
+from fluxfast.model.names import DOUBLE_NORMS, SINGLE_NORMS, SWAPPED, diffusers_parts
 
 log = logging.getLogger(__name__)
 
@@ -157,13 +156,13 @@ def _split_linears(lora: LoraWeights) -> dict[str, Piece]:
         for piece in stack_by_parts(split(pieces)):
             ((part, b),) = piece.b.items()
             b = swap_halves(b) if module == SWAPPED else b
-            linears[_diffusers(module)[part]] = Piece(piece.a, {part: b})
+            linears[diffusers_parts(module)[part]] = Piece(piece.a, {part: b})
     return linears
 
 
 def _fused_linears(lora: LoraWeights) -> dict[str, Piece]:
     return {
-        module: fuse(pieces, lora.heights, tuple(range(part_count(module))))
+        module: fuse(pieces, lora.heights, tuple(range(len(diffusers_parts(module)))))
         for module, pieces in lora.pieces.items()
     }
 
@@ -212,18 +211,14 @@ def _put(state: dict, form: LoraFormat, name: str, piece: Piece) -> None:
 def _biases(lora: LoraWeights, module: str, is_split: bool) -> dict[str, Tensor]:
     """Returns a linear's bias under BFL's name, or split under diffusers' names."""
     parts = dict(lora.biases[module])
-    for part in range(part_count(module)):
+    for part in range(len(diffusers_parts(module))):
         if part not in parts:
             parts[part] = torch.zeros(lora.heights[part])
     if not is_split:
         return {module: torch.cat([parts[part] for part in sorted(parts)])}
     if module == SWAPPED:
         parts[0] = swap_halves(parts[0])
-    return {name: parts[part] for part, name in enumerate(_diffusers(module))}
-
-
-def _diffusers(module: str) -> list[str]:
-    return [OUTER[module]] if module in OUTER else diffusers_parts(module)
+    return {name: parts[part] for part, name in enumerate(diffusers_parts(module))}
 
 
 def _diffusers_norm(module: str) -> str:
