@@ -62,12 +62,6 @@ class Ranks:
                 "with any number of processes",
             ) from None
 
-    def allocate_buffers(self, device: torch.device) -> None:
-        """Make the backend allocate its communication buffers on the device, as the first
-        all-reduce does, before free memory is planned with.
-        """
-        self.all_reduce_(torch.zeros(1, device=device))
-
     def any(self, flag: bool) -> bool:
         """Returns whether `flag` is true on any rank. Hosts wait for each other, GPUs do not."""
         if self.world_size == 1:

@@ -37,21 +37,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return [c0, c1, c2, c3]
 
 
-def _key(seed: int, stream: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
 def bits(seed: int, stream: str, indices: Tensor, count: int) -> Tensor:
     """Returns int64 [len(indices), count] of 32 random bits each, on the device of `indices`."""
+    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
     blocks = (count + 3) // 4
     position = torch.arange(blocks, device=indices.device, dtype=torch.int64)[None, :]
     index = indices.to(torch.int64)[:, None]
     zero = torch.zeros_like(position + index)
-    words = philox(
-        (position + zero, zero, (index & _MASK) + zero, ((index >> 32) & _MASK) + zero),
-        _key(seed, stream),
-    )
+    counter = position + zero, zero, (index & _MASK) + zero, ((index >> 32) & _MASK) + zero
+    words = philox(counter, key)
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 

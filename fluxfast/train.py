@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from fluxfast.config.schema import Config, dump_config
 from fluxfast.data.loader import Loader
 from fluxfast.data.prepare import prepare, resolve_parts
@@ -100,7 +102,8 @@ def _train(config: Config, ranks: Ranks) -> Path:
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
     if ranks.world_size > 1:
         log.info(f"{ranks.world_size} processes, each takes {len(places)} of {batch} samples")
-    ranks.allocate_buffers(device)
+    # the first all-reduce allocates buffers on the device, which free memory is planned without
+    ranks.all_reduce_(torch.zeros(1, device=device))
     plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
     for line in run_lines(plan, device.type == "cuda") if plan else []:
         log.info(line)

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 from PIL import Image
 
 from fluxfast.config.schema import build_config, dump_config
-from fluxfast.errors import FluxfastError
 from fluxfast.run.plots import loss_figure, plot_validation, validation_figure
 from fluxfast.run.report import SHEET_SIDE, write_report
 from fluxfast.run.validation import Validation
@@ -183,10 +183,9 @@ def test_broken_parts(run_dir):
     assert "samples.png is not a picture" in text
 
 
-@pytest.mark.grid(1)
-@pytest.mark.parametrize("number", [10**400, 1e308, -1e308, 1e31], ids=["int", "high", "low", "31"])
-def test_numbers_beyond_what_a_chart_holds(run_dir, number):
-    """Of a file that was made to: they are passed over."""
+@pytest.mark.grid(3)
+@pytest.mark.parametrize("number", [10**400, 1e308, -1e308, 1e31, math.nan, None])
+def test_numbers_that_a_chart_cannot_hold_are_passed_over(run_dir, number):
     rows = [metric(10, loss=number), metric(20), {"step": number, "loss": 1.0}, metric(30)]
     rows.append(metric(30, loss_smooth=number, s_per_it=number, peak_memory_gib=number))
     write_rows(run_dir / "metrics.jsonl", rows)
@@ -195,15 +194,6 @@ def test_numbers_beyond_what_a_chart_holds(run_dir, number):
     write_rows(run_dir / "validation.jsonl", rows + wild)
     text = page(run_dir).text
     assert "30 of 200" in text and "1.25 s/it" in text and "Best step: 1." in text
-
-
-def test_losses_that_are_not_numbers(run_dir):
-    rows = [metric(10, loss=None), metric(20, loss=float("nan")), metric(30, s_per_it=None)]
-    write_rows(run_dir / "metrics.jsonl", rows)
-    rows = [Validation(0, *[float("nan")] * 3, None, None, 1)]
-    write_rows(run_dir / "validation.jsonl", rows)
-    text = page(run_dir).text
-    assert "1.25 s/it" in text and "No validation" in text
 
 
 @pytest.mark.grid(4)
@@ -226,12 +216,6 @@ def test_the_verdict(tmp_path, low, high, words):
 def test_the_same_run_makes_the_same_page(run_dir):
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FluxfastError, match="cannot write"):
-        plot_validation(ROWS, tmp_path / "file" / "validation.png")
 
 
 @pytest.mark.grid(2)

@@ -3,8 +3,6 @@
 import gc
 import json
 import math
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from fluxfast.objective import pack
 from fluxfast.sampling import Picture, contact_sheet, noise_for, save_picture, schedule
 from fluxfast.tools.generate import generate
 
-ROOT = Path(__file__).parents[2]
 CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
 
 
@@ -144,13 +141,11 @@ def test_nothing_stays_in_memory(nano_model, monkeypatch):
     assert after <= before and model.training
 
 
-@pytest.mark.slow
-def test_command(nano_model, lora, tmp_path):
-    command = [sys.executable, "-m", "fluxfast", "sample", "--model", str(nano_model)]
-    command += ["--lora", str(lora), "--prompt", "a cat", "--prompt", "a dog", "--walk-seed"]
-    command += ["--width", "64", "--height", "64", "--steps", "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    files = done.stdout.splitlines()
-    assert [Path(file).name for file in files] == ["00-seed42-a-cat.png", "01-seed43-a-dog.png"]
+def test_command(nano_model, lora, tmp_path, fluxfast):
+    size = ("--width", "64", "--height", "64", "--steps", "2", "--out", tmp_path)
+    prompts = ("--prompt", "a cat", "--prompt", "a dog", "--walk-seed")
+    code, out, err = fluxfast("sample", "--model", nano_model, "--lora", lora, *prompts, *size)
+    files = [Path(line) for line in out.splitlines()]
+    assert code == 0, err
+    assert [file.name for file in files] == ["00-seed42-a-cat.png", "01-seed43-a-dog.png"]
     assert all(Image.open(file).size == (64, 64) for file in files)
