@@ -72,6 +72,20 @@ def test_every_sample_comes_in_every_epoch_and_sizes_never_mix(dataset, batch_si
             assert max(often) - min(often) <= 1
 
 
+def test_processes_share_the_samples_of_one(dataset):
+    """Each sample has the random numbers of its place in the batch, whichever process takes it."""
+    whole = Loader(dataset, 4, seed=3)
+    halves = [Loader(dataset, 4, seed=3, places=range(i, i + 2)) for i in (0, 2)]
+    for step in range(2 * whole.batches_per_epoch):
+        batch, (one, other) = whole.batch(step), (half.batch(step) for half in halves)
+        assert one.indices + other.indices == batch.indices
+        assert one.names + other.names == batch.names
+        for name in ("mean", "pooled"):
+            assert torch.equal(
+                torch.cat([getattr(one, name), getattr(other, name)]), getattr(batch, name)
+            )
+
+
 def test_tensors_belong_to_their_samples(dataset):
     loader = Loader(dataset, 3, seed=5)
     for step in range(2 * loader.batches_per_epoch):
