@@ -49,10 +49,10 @@ def convert_ai_toolkit(raw: dict) -> tuple[dict, list[str]]:
     _accumulation(job)
     if job.mistakes:
         raise ConfigError(
-            "; ".join(f"{place} {mistake}" for place, mistake in job.mistakes.items()),
+            "; ".join(f"{location} {mistake}" for location, mistake in job.mistakes.items()),
             hint="change it in the file, or start from a configuration in examples/",
         )
-    return job.native, [f"{place}: {note}" for place, note in job.notes.items()]
+    return job.native, [f"{location}: {note}" for location, note in job.notes.items()]
 
 
 # ---------------------------------------------------------------- the file's form
@@ -114,13 +114,13 @@ def _replace(value: Any, name: str) -> Any:
     return value.replace("[name]", name)
 
 
-def _flatten(node: dict, section: str = "", place: str = "") -> dict[str, tuple[str, Any]]:
+def _flatten(node: dict, section: str = "", location: str = "") -> dict[str, tuple[str, Any]]:
     """Returns dotted key -> (where it is written, value), down to the keys of the table. A key
     without a value is left out.
     """
     flat = {}
     for name, value in node.items():
-        key, where = f"{section}{name}", f"{place}{name}"
+        key, where = f"{section}{name}", f"{location}{name}"
         is_section = any(known.startswith(f"{key}.") for known in TABLE.known)
         if value is None:
             continue
@@ -137,13 +137,13 @@ def _flatten(node: dict, section: str = "", place: str = "") -> dict[str, tuple[
 
 
 def _network(job: Translation) -> None:
-    if not any(key.startswith("network") for key in job.given):
+    if not any(key.startswith("network") for key in job.written):
         job.refuse("network", "is missing: fluxfast trains a LoRA, not the whole model")
     # locon adds convolutions, of which FLUX has none
     job.get("network.type", one_of({"lora": "lora", "locon": "lora"}))
     linear = job.get("network.linear", whole, 4)
     rank = job.get("network.rank", whole, linear)
-    key = "network.linear_alpha" if "network.linear_alpha" in job.given else "network.alpha"
+    key = "network.linear_alpha" if "network.linear_alpha" in job.written else "network.alpha"
     alpha = job.get(key, number, rank)
     job.put("lora.targets", "all")
     job.put("lora.rank", rank)
@@ -155,7 +155,7 @@ def _network(job: Translation) -> None:
             f"ignores it for FLUX and takes {rank} (--set lora.alpha={rank} does so too)",
         )
     for ignored, used in (("alpha", "linear_alpha"), ("linear", "rank")):
-        if {f"network.{ignored}", f"network.{used}"} <= job.given.keys():
+        if {f"network.{ignored}", f"network.{used}"} <= job.written.keys():
             job.note(f"network.{ignored}", f"ignored, network.{used} is given")
 
 
@@ -178,7 +178,7 @@ def _optimizer(job: Translation) -> None:
     lr = job.get("train.lr", number, 1e-6)
     if name == "prodigy" and lr < 0.1:
         lr = 1.0
-        if "train.lr" in job.given:
+        if "train.lr" in job.written:
             job.note("train.lr", "read as 1, as ai-toolkit does below 0.1 with this optimizer")
     if difference:
         job.note("train.optimizer", difference)
@@ -186,7 +186,7 @@ def _optimizer(job: Translation) -> None:
         job.note("train.optimizer_params", "weight_decay acts on the weights, as in AdamW")
     if name == "adafactor":
         job.put("train.max_grad_norm", None)
-        if "train.max_grad_norm" in job.given:
+        if "train.max_grad_norm" in job.written:
             job.note("train.max_grad_norm", "ignored, as ai-toolkit does with adafactor")
     job.put("train.optimizer", name)
     job.put("train.optimizer_args", {**args, **params})
@@ -203,7 +203,7 @@ def _schedule(job: Translation) -> None:
     for name, value in params.items():
         key = f"train.lr_scheduler_params.{name}"
         if name == "num_warmup_steps":
-            job.given[key] = key, value
+            job.written[key] = key, value
             warmup = job.get(key, whole, 0)
         elif name not in factors:
             job.note(key, "ignored, the schedule spans the run after its warm-up")
@@ -237,7 +237,7 @@ def _ema(job: Translation) -> None:
 def _previews(job: Translation) -> None:
     key, prompts = "sample.prompts", job.get("sample.prompts", texts, [])
     differences = []
-    if "sample.samples" in job.given:
+    if "sample.samples" in job.written:
         if prompts:
             job.note(key, "ignored, sample.samples is given")
         key, samples = "sample.samples", job.get("sample.samples", mappings, [])
@@ -277,8 +277,8 @@ def _datasets(job: Translation, entries: Any) -> None:
         )
     data = []
     for index, entry in enumerate(entries):
-        given = _flatten(entry, "datasets.", f"datasets[{index}].")
-        part = Translation(given, job.notes, job.mistakes)
+        written = _flatten(entry, "datasets.", f"datasets[{index}].")
+        part = Translation(written, job.notes, job.mistakes)
         reg = next((k for k in ("is_reg", "prior_reg") if part.get(f"datasets.{k}", flag)), None)
         if reg:
             reason = "this folder is left out, there is no training on regularization pictures"
@@ -299,7 +299,7 @@ def _dataset(part: Translation, trigger: str | None, folder_key: str) -> None:
     if data["caption_ext"].lstrip(".") in ("json", "jsonl"):
         reason = "json is not supported: write the captions to .txt files"
         part.refuse("datasets.caption_ext", reason)
-    if part.given.get("datasets.trigger_word", ("", ""))[1] not in ("", trigger):
+    if part.written.get("datasets.trigger_word", ("", ""))[1] not in ("", trigger):
         part.note("datasets.trigger_word", "ignored, one trigger serves all data sets")
     if data["shuffle_captions"] and trigger:
         data["keep_tokens"] += 1

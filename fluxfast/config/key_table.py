@@ -143,33 +143,33 @@ class Translation:
 
     def __init__(
         self,
-        given: dict[str, tuple[str, Any]],
+        written: dict[str, tuple[str, Any]],
         notes: dict[str, str],
         mistakes: dict[str, str],
     ):
-        self.given = given  # key -> (where it is written, value)
+        self.written = written  # key -> (where it is written, value)
         self.notes, self.mistakes = notes, mistakes  # where it is written -> text
         self.native: dict = {}
 
     def get(self, key: str, read: Callable, default: Any = None) -> Any:
         """Returns a key's value through its reader; the default where it is absent or a mistake."""
-        if key not in self.given:
+        if key not in self.written:
             return default
-        place, value = self.given[key]
+        location, value = self.written[key]
         try:
             return read(value)
         except ValueError as error:
-            self.mistakes[place] = f"{error}, got {value!r}"
+            self.mistakes[location] = f"{error}, got {value!r}"
             return default
 
     def note(self, key: str, text: str) -> None:
-        self.notes[self._place(key)] = text
+        self.notes[self._location(key)] = text
 
     def refuse(self, key: str, text: str) -> None:
-        self.mistakes[self._place(key)] = text
+        self.mistakes[self._location(key)] = text
 
-    def _place(self, key: str) -> str:
-        return self.given[key][0] if key in self.given else key
+    def _location(self, key: str) -> str:
+        return self.written[key][0] if key in self.written else key
 
     def put(self, native: str, value: Any) -> None:
         node = self.native
@@ -184,14 +184,14 @@ class Translation:
             value = self.get(key, read, copy.deepcopy(default))
             if value is not None:
                 self.put(native, value)
-        for key, (place, value) in self.given.items():
-            for rows, told in ((table.ignored, self.notes), (table.refused, self.mistakes)):
+        for key, (location, value) in self.written.items():
+            for rows, reasons in ((table.ignored, self.notes), (table.refused, self.mistakes)):
                 reason, quiet = rows.get(key, ("", (value,)))
                 if value not in quiet:
-                    told[place] = reason
+                    reasons[location] = reason
             if key in table.noted and value not in OFF:
-                self.notes[place] = table.noted[key]
+                self.notes[location] = table.noted[key]
             if key not in table.known:
                 nearest = table.nearest(key, 0.75)
                 hint = f"; did you mean {nearest}?" if nearest else ""
-                self.notes[place] = f"unknown, ignored{hint}"
+                self.notes[location] = f"unknown, ignored{hint}"

@@ -25,7 +25,7 @@ from fluxfast.errors import ConfigError
 
 _MOST_DOTS = 300  # in a line
 
-Given = dict[str, tuple[str, Any]]  # key -> (where it is written, value)
+Written = dict[str, tuple[str, Any]]  # key -> (where it is written, value)
 
 
 class KohyaFile:
@@ -46,7 +46,7 @@ class KohyaFile:
             missing = "holds no subset to train on: [[datasets]], [[datasets.subsets]]"
             self.mistakes["datasets"] = missing
         if self.mistakes:
-            listed = "; ".join(f"{place} {mistake}" for place, mistake in self.mistakes.items())
+            listed = "; ".join(f"{where} {mistake}" for where, mistake in self.mistakes.items())
             raise ConfigError(  # a quoted key may hold a line break
                 f"{path}: {' '.join(listed.split())}",
                 hint="examples/kohya/dataset.toml holds the form that is read",
@@ -59,23 +59,23 @@ class KohyaFile:
             self.mistakes[listed] = "unknown; a data set has [general] and [[datasets]]"
             return []
         general = self._level(raw.get("general", {}), "general", OF_SUBSETS)
-        for place, dataset in self._tables(raw.get("datasets"), "datasets"):
+        for where, dataset in self._tables(raw.get("datasets"), "datasets"):
             subsets = dataset.pop("subsets", None) if isinstance(dataset, dict) else None
-            inherited = general | self._level(dataset, place, OF_SUBSETS)
+            inherited = general | self._level(dataset, where, OF_SUBSETS)
             shared = Translation(inherited, self.notes, self.mistakes)
             for key, (native, read, _) in OUTSIDE.items():
                 if (value := shared.get(key, read)) is not None:
                     self.settings.setdefault(native, {})[inherited[key][0]] = value
             folders = set()
-            for where, subset in self._tables(subsets, f"{place}.subsets"):
-                given = inherited | self._level(subset, where, OF_DATASETS)
-                entry = self._entry(given, where)
+            for subset_where, subset in self._tables(subsets, f"{where}.subsets"):
+                written = inherited | self._level(subset, subset_where, OF_DATASETS)
+                entry = self._entry(written, subset_where)
                 if entry.get("folder") in folders:
-                    self.notes[f"{where}.image_dir"] = (
+                    self.notes[f"{subset_where}.image_dir"] = (
                         "this subset is left out, as kohya does: one before it has the same folder"
                     )
                 elif entry["num_repeats"] < 1:
-                    self.notes[given["num_repeats"][0]] = "below 1, left out, as kohya does"
+                    self.notes[written["num_repeats"][0]] = "below 1, left out, as kohya does"
                 else:
                     entries.append(entry)
                     folders.add(entry.get("folder"))
@@ -84,52 +84,52 @@ class KohyaFile:
             self.settings.pop("validation.share", None)
         return entries
 
-    def _tables(self, value: Any, place: str) -> list[tuple[str, Any]]:
+    def _tables(self, value: Any, where: str) -> list[tuple[str, Any]]:
         if not isinstance(value, list) or not value:
-            self.mistakes[place] = "is missing" if value is None else f"takes tables: [[{place}]]"
+            self.mistakes[where] = "is missing" if value is None else f"takes tables: [[{where}]]"
             return []
-        return [(f"{place}[{index}]", table) for index, table in enumerate(value)]
+        return [(f"{where}[{index}]", table) for index, table in enumerate(value)]
 
-    def _level(self, table: Any, place: str, elsewhere: tuple[str, ...]) -> Given:
+    def _level(self, table: Any, where: str, elsewhere: tuple[str, ...]) -> Written:
         """Returns the keys written at one level; an unknown key or one of another level is a
         mistake.
         """
         if not isinstance(table, dict):
-            self.mistakes[place] = f"takes a table of settings, got {table!r}"
+            self.mistakes[where] = f"takes a table of settings, got {table!r}"
             return {}
-        given = {}
+        written = {}
         for key, value in table.items():
             if key not in TABLE.known:
                 nearest = TABLE.nearest(key, 0.6)
                 hint = f", did you mean {nearest}?" if nearest else ""
-                self.mistakes[f"{place}.{key}"] = f"is unknown{hint}"
+                self.mistakes[f"{where}.{key}"] = f"is unknown{hint}"
             elif key in elsewhere:
                 home = "[[datasets.subsets]]" if elsewhere is OF_SUBSETS else "[[datasets]]"
-                self.mistakes[f"{place}.{key}"] = f"belongs in {home}"
+                self.mistakes[f"{where}.{key}"] = f"belongs in {home}"
             else:
-                given[key] = (f"{place}.{key}", value)
-        return given
+                written[key] = (f"{where}.{key}", value)
+        return written
 
-    def _entry(self, given: Given, where: str) -> dict:
+    def _entry(self, written: Written, subset_where: str) -> dict:
         """Returns one subset with all that it inherits, as an entry of `data`."""
-        subset = Translation(given, self.notes, self.mistakes)
+        subset = Translation(written, self.notes, self.mistakes)
         subset.put("recursive", False)
         subset.apply(TABLE)
         entry = subset.native
         for key in ("image_dir", "resolution"):
-            if key not in given and "metadata_file" not in given:
-                self.mistakes[f"{where}.{key}"] = "is missing"
+            if key not in written and "metadata_file" not in written:
+                self.mistakes[f"{subset_where}.{key}"] = "is missing"
         for key, (reason, quiet) in rows_of(SHUFFLING).items():
-            if entry["shuffle_captions"] and key in given and given[key][1] not in quiet:
+            if entry["shuffle_captions"] and key in written and written[key][1] not in quiet:
                 subset.refuse(key, reason)
-        place, value = given.get("resolution", ("", 0))
+        where, value = written.get("resolution", ("", 0))
         if isinstance(value, list) and value[1:] != value[:1]:
             read = entry.get("resolution")
-            self.notes[place] = f"read as {read}, the side of a square of that area"
-        if "caption_extension" not in given:
+            self.notes[where] = f"read as {read}, the side of a square of that area"
+        if "caption_extension" not in written:
             self.notes["caption_extension"] = "not given, read as kohya's default, .caption"
         for key in ("enable_bucket", "bucket_no_upscale"):
-            if key not in given:
+            if key not in written:
                 self.notes[key] = f"not given, {TABLE.ignored[key][0]}"
         if "folder" in entry and (notes := _look_into(Path(entry["folder"]), entry["caption_ext"])):
             subset.note("image_dir", "; ".join(notes))
@@ -198,9 +198,9 @@ def settle_kohya(raw: dict, files: list[KohyaFile]) -> list[str]:
     notes = [f"{file.path}: {at}: {note}" for file in files for at, note in file.notes.items()]
     for key in (row.native for row in OUTSIDE.values()):
         values = {
-            f"{file.path}: {place}": value
+            f"{file.path}: {where}": value
             for file in files
-            for place, value in file.settings.get(key, {}).items()
+            for where, value in file.settings.get(key, {}).items()
         }
         section, _, name = key.partition(".")
         node = raw.setdefault(section, {}) if values else None
@@ -209,15 +209,15 @@ def settle_kohya(raw: dict, files: list[KohyaFile]) -> list[str]:
         own = name if name in node else "folder" if node.get("folder") else None
         if own:
             reason = f"ignored, {section}.{own} is {node[own]} in the configuration"
-            others = [place for place, value in values.items() if value != node[own]]
-            notes += [f"{place}: {reason}" for place in others]
+            others = [where for where, value in values.items() if value != node[own]]
+            notes += [f"{where}: {reason}" for where in others]
             continue
         if len(set(values.values())) > 1:
-            listed = ", ".join(f"{place} = {value}" for place, value in values.items())
+            listed = ", ".join(f"{where} = {value}" for where, value in values.items())
             raise ConfigError(
                 f"{listed}: one {key} serves all data",
                 hint=f"choose one: --set {key}={max(values.values())}",
             )
-        notes += [f"{place}: taken as {key}: {value}" for place, value in values.items()]
+        notes += [f"{where}: taken as {key}: {value}" for where, value in values.items()]
         node[name] = next(iter(values.values()))
     return notes

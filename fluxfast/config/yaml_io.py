@@ -103,9 +103,9 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
-def read_mapping(path: Path, what: str) -> dict:
-    """Returns the mapping that a YAML file holds. Raises ConfigError, naming `what` it is."""
-    content = read_limited(path, what)
+def read_mapping(path: Path, title: str) -> dict:
+    """Returns the mapping that a YAML file holds. Raises ConfigError, calling the file `title`."""
+    content = read_limited(path, title)
     try:
         raw = parse_yaml(content.decode("utf-8"))
     except ValueError as error:
@@ -116,13 +116,13 @@ def read_mapping(path: Path, what: str) -> dict:
     return raw
 
 
-def read_limited(path: Path, what: str) -> bytes:
+def read_limited(path: Path, title: str) -> bytes:
     """Returns a file's bytes. Raises ConfigError where it cannot be read or is above LARGEST."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {title} {path}: {error.strerror or error}") from None
     if len(content) > LARGEST:
         raise ConfigError(f"{path} is larger than {LARGEST} bytes")
     return content
@@ -132,28 +132,28 @@ def check_texts(raw: Any) -> None:
     """Raises ConfigError, naming the setting, for text that must not be kept or cannot be: an
     access token, which would be in config.yaml and in every LoRA file; NUL, half a character.
     """
-    for place, text in _texts(raw, ""):
+    for location, text in _texts(raw, ""):
         if holds_token(text):
             raise ConfigError(
-                f"{place} holds an access token, which would be saved with the run and its LoRA",
+                f"{location} holds an access token, which would be saved with the run and its LoRA",
                 hint="leave it out, and run `hf auth login` or set the variable HF_TOKEN",
             )
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError(f"{place} holds a character that no text file can: {text[:60]!r}")
+            raise ConfigError(f"{location} holds a character that no text file can: {text[:60]!r}")
 
 
-def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+def _texts(value: Any, location: str) -> Iterator[tuple[str, str]]:
     """Yields (where it stands, text) of every key and value."""
     if isinstance(value, str):
-        yield place or "the value", value
+        yield location or "the value", value
     elif isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(key, str):
-                yield f"a key in {place or 'the settings'}", key
-            yield from _texts(inner, f"{place}.{key}".lstrip("."))
+                yield f"a key in {location or 'the settings'}", key
+            yield from _texts(inner, f"{location}.{key}".lstrip("."))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _texts(inner, f"{place}.{index}".lstrip("."))
+            yield from _texts(inner, f"{location}.{index}".lstrip("."))
 
 
 def insert_layers(raw: dict) -> None:

@@ -1,4 +1,4 @@
-"""ai-toolkit's YAML: what each key becomes, what is said about it, what is refused."""
+"""ai-toolkit's YAML: what each key becomes, the notes about it, what is refused."""
 
 import copy
 from pathlib import Path

@@ -187,10 +187,10 @@ UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "s
 
 
 def _unpickling(tree: ast.AST) -> list[str]:
-    """What in a source reads or writes pickles: such a module, torch.load and torch.save under any
-    name, numpy's allow_pickle, objects sent between processes.
+    """Returns what in a source reads or writes pickles: such a module, torch.load and torch.save
+    under any name, numpy's allow_pickle, objects sent between processes.
     """
-    found, torch = [], {"torch", "torch.serialization"}
+    unpickling, torch = [], {"torch", "torch.serialization"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             torch |= {alias.asname for alias in node.names if alias.name in torch and alias.asname}
@@ -198,25 +198,23 @@ def _unpickling(tree: ast.AST) -> list[str]:
             names = [alias.name for alias in node.names]
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
             roots = {name.split(".")[0] for name in modules}
-            found += sorted(roots & UNPICKLES)
+            unpickling += sorted(roots & UNPICKLES)
             if isinstance(node, ast.ImportFrom) and "torch" in roots:
-                found += [name for name in names if name in ("load", "save")]
+                unpickling += [name for name in names if name in ("load", "save")]
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
-            owner = ast.unparse(node.value)
-            found += [f"{owner}.{node.attr}"] if owner in torch else []
+            unpickling += [ast.unparse(node)] if ast.unparse(node.value) in torch else []
         if isinstance(node, ast.Attribute | ast.alias):
             name = node.attr if isinstance(node, ast.Attribute) else node.name
-            found += [name] if name.endswith(("_object", "_object_list")) else []
+            unpickling += [name] if name.endswith(("_object", "_object_list")) else []
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            found.append("allow_pickle")
-    return found
+            unpickling.append("allow_pickle")
+    return unpickling
 
 
 def test_nothing_reads_or_writes_a_pickle():
     others = [*(ROOT / "bench").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
-    paths = [*MODULES.values(), *others]
     assert len(others) > 20
-    for path in paths:
+    for path in [*MODULES.values(), *others]:
         assert not _unpickling(ast.parse(path.read_text(encoding="utf-8"))), path
     for source in (
         "import pickle",
@@ -284,20 +282,15 @@ def test_what_is_installed(monkeypatch):
     """Two packages and what is below them; never one called `kernels`, which is taken on PyPI."""
     import setuptools
 
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    installed = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: installed.update(arguments))
     monkeypatch.chdir(ROOT)
     exec(compile((ROOT / "setup.py").read_text(encoding="utf-8"), "setup.py", "exec"), {})
-    assert {name.split(".")[0] for name in given["packages"]} == set(SOURCES)
-    directories = given["package_dir"]
-    for name in given["packages"]:
+    packages, directories = installed["packages"], installed["package_dir"]
+    assert {name.split(".")[0] for name in packages} == set(SOURCES)
+    for name in packages:
         top, _, below = name.partition(".")
         folder = ROOT / directories.get(top, Path(directories[""], top)) / below.replace(".", "/")
         assert (folder / "__init__.py").is_file(), name
-    assert {name for name in MODULES if MODULES[name].name == "__init__.py"} == set(
-        given["packages"]
-    )
-
-
-def test_no_source_folder_is_called_kernels_as_a_package():
+    assert set(packages) == {name for name in MODULES if MODULES[name].name == "__init__.py"}
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -154,7 +154,7 @@ def test_check_finds_the_outlier_and_train_takes_its_file(
     in_8_bits, outlier_model, tmp_path, fluxfast
 ):
     config = in_8_bits(model__path=str(outlier_model), name="outlier")
-    layers, said, written = checked(config, batches=2)
+    layers, log, written = checked(config, batches=2)
     assert len(layers) == 2 * 8 + 4 * 2  # the nano model's blocks, without modulation
     assert layers[OUTLIER].choice == "rotate"
     assert layers[OUTLIER].rotated.worst < 0.03 < layers[OUTLIER].plain.forward
@@ -162,7 +162,7 @@ def test_check_finds_the_outlier_and_train_takes_its_file(
     assert all(layer.cosine > 0.98 for layer in layers.values())
     path = config.run_dir / "check.yaml"
     line = f"23 layers in plain int8, 1 rotated, 0 in bf16; train so with --set model.layers={path}"
-    assert said.splitlines()[-1] == line
+    assert log.splitlines()[-1] == line
     text = path.read_text()
     assert all(f"# {row}\n" in text for row in table(list(layers.values())))
 
@@ -178,10 +178,10 @@ def test_check_finds_the_outlier_and_train_takes_its_file(
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("kind, storage", [("int8", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
 def test_check_in_other_storages(in_8_bits, kind, storage):
-    layers, said, written = checked(
+    layers, log, written = checked(
         in_8_bits(model__compute=kind, model__storage=storage), batches=1
     )
-    assert written == {"layers": {}} and f"24 layers in plain {kind}" in said
+    assert written == {"layers": {}} and f"24 layers in plain {kind}" in log
     for layer in layers.values():
         assert layer.plain.worst <= layer.bound and layer.cosine > 0.98
         assert (layer.own.worst > 0.03) == (storage == "nf4")
@@ -227,11 +227,11 @@ def test_layers_that_the_configuration_names(in_8_bits):
 
 
 def test_a_limit_that_nothing_keeps(in_8_bits):
-    layers, said, written = checked(in_8_bits(), batches=1, limit=0.0)
+    layers, log, written = checked(in_8_bits(), batches=1, limit=0.0)
     kept = {name for name, layer in layers.items() if layer.choice == "bf16"}
     rotated = {name for name, layer in layers.items() if layer.choice == "rotate"}
     assert kept and kept | rotated == set(layers) == set(written["layers"])
-    assert ("still above the limit" in said) == bool(rotated)
+    assert ("still above the limit" in log) == bool(rotated)
 
 
 @pytest.mark.slow
@@ -239,14 +239,14 @@ def test_the_newest_checkpoint_is_what_is_measured(in_8_bits):
     config = in_8_bits(train__steps=2)
     fresh = checked(config, batches=1)[0]
     train(config)
-    trained, said, _ = checked(config, batches=1)
-    assert "that of step 2" in said and trained != fresh
+    trained, log, _ = checked(config, batches=1)
+    assert "that of step 2" in log and trained != fresh
     # how it is trained does not matter, another LoRA does
-    same, said, _ = checked(in_8_bits(train__lr=1.0, lora__dropout=0.2), batches=1)
-    assert "that of step 2" in said and same.keys() == trained.keys()
+    same, log, _ = checked(in_8_bits(train__lr=1.0, lora__dropout=0.2), batches=1)
+    assert "that of step 2" in log and same.keys() == trained.keys()
     assert "LoRA of step 2" in (config.run_dir / "check.yaml").read_text()
-    _, said, _ = checked(in_8_bits(lora__rank=3), batches=1)
-    assert "a fresh LoRA is measured" in said and "lora.rank was 2, is 3" in said
+    _, log, _ = checked(in_8_bits(lora__rank=3), batches=1)
+    assert "a fresh LoRA is measured" in log and "lora.rank was 2, is 3" in log
     assert "LoRA of step 0" in (config.run_dir / "check.yaml").read_text()
 
 

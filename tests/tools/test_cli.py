@@ -266,17 +266,17 @@ def resolved(monkeypatch, fluxfast, *arguments):
 def test_options_and_overrides(monkeypatch, fluxfast, photos):
     options = ["--trigger", 'öhwx "dog": 😀', "--name", "007", "--encoders", "parts"]
     options += sets("train.steps=7", "model.path=last")
-    given, restart = resolved(monkeypatch, fluxfast, "photos", "--model", "org/flux", *options)
-    assert given.trigger == 'öhwx "dog": 😀' and given.name == "007"
-    assert given.model.path == "last" and given.model.encoders == "parts"
-    assert given.train.steps == 7 and not restart
-    assert given.data[0].folder == Path("photos")
+    settings, restart = resolved(monkeypatch, fluxfast, "photos", "--model", "org/flux", *options)
+    assert settings.trigger == 'öhwx "dog": 😀' and settings.name == "007"
+    assert settings.model.path == "last" and settings.model.encoders == "parts"
+    assert settings.train.steps == 7 and not restart
+    assert settings.data[0].folder == Path("photos")
 
 
 def test_options_win_over_the_file(monkeypatch, fluxfast, tmp_path):
     config(tmp_path / "c.yaml", name="filed", trigger="filed")
-    given, restart = resolved(monkeypatch, fluxfast, "c.yaml", "--name", "asked", "--restart")
-    assert (given.name, given.trigger, restart) == ("asked", "filed", True)
+    settings, restart = resolved(monkeypatch, fluxfast, "c.yaml", "--name", "asked", "--restart")
+    assert (settings.name, settings.trigger, restart) == ("asked", "filed", True)
 
 
 @pytest.mark.parametrize(

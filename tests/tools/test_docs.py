@@ -42,31 +42,24 @@ def blocks(language: str, *documents: Path) -> list[str]:
 
 
 def commands(*documents: Path) -> list[list[str]]:
-    """Words of each line of the bash blocks; variables put in, `> FILE` left out."""
-    found, variables = [], {}
+    """Returns the words of each line of the bash blocks, with variables put in and without
+    `> FILE`.
+    """
+    lines, variables = [], {}
     for line in "\n".join(blocks("bash", *documents)).splitlines():
         words = shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line), comments=True)
         if len(words) == 1 and re.fullmatch(r"[A-Z]+=.*", words[0]):
             name, _, variables[name] = words[0].partition("=")
         elif words:
             words[0] = Path(words[0]).name  # .venv/bin/python
-            found.append(words[: words.index(">")] if ">" in words else words)
-    return found
+            lines.append(words[: words.index(">")] if ">" in words else words)
+    return lines
 
 
-def of_fluxfast() -> list[list[str]]:
-    """Arguments of `fluxfast` and of `torchrun … -m fluxfast`."""
-    found = [words[1:] for words in commands() if words[0] == "fluxfast"]
-    launched = [words for words in commands() if words[0] == "torchrun"]
-    return found + [words[words.index("fluxfast") + 1 :] for words in launched]
-
-
-def of_modules() -> list[list[str]]:
-    return [words[2:] for words in commands() if words[:2] == ["python", "-m"]]
-
-
-def named_once(found: list[list[str]]) -> list[str]:
-    return sorted({shlex.join(words) for words in found})
+def arguments_of(*program: str) -> list[str]:
+    """Returns what follows a program's name, or the module that it launches, each once."""
+    lines = [words for words in commands() if words[0] == program[0] and program[-1] in words]
+    return sorted({shlex.join(words[words.index(program[-1]) + 1 :]) for words in lines})
 
 
 def test_every_command_is_of_a_known_program():
@@ -74,7 +67,7 @@ def test_every_command_is_of_a_known_program():
     assert all(words[1] == "-m" for words in commands() if words[0] == "python")
 
 
-@pytest.mark.parametrize("command", named_once(of_fluxfast()))
+@pytest.mark.parametrize("command", arguments_of("fluxfast") + arguments_of("torchrun", "fluxfast"))
 def test_fluxfast_commands_parse(command):
     name, *arguments = shlex.split(command)
     parsed = typer.main.get_command(app).commands[name].make_context(name, arguments)
@@ -82,7 +75,7 @@ def test_fluxfast_commands_parse(command):
     assert target is None or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("command", named_once(of_modules()))
+@pytest.mark.parametrize("command", arguments_of("python", "-m"))
 def test_module_commands_parse(command, monkeypatch):
     """The module is there, and its argument parser takes the arguments."""
     module, *arguments = shlex.split(command)
