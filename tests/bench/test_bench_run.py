@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import run, suite_items, timing
-from bench.rows import RowFile, compare, identity, read
+from bench.rows import RowFile, identity, read
 from bench.step import run as step_run
 from bench.step.settings import BASELINE, DEFAULTS, TINY_SPEC, Cycle, Settings
 from bench.suite_items import CommandItem, StepItem, run_python
@@ -310,7 +310,15 @@ def test_a_cap_on_a_cpu_is_skipped():
 # ---------------------------------------------------------------- the command
 
 
-def test_two_runs_agree_within_15_percent(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"ratio": 0.57}, 0, "0.500 and 0.570 of the baseline: 14.0% apart, agree"),
+        ({"ratio": 0.58}, 1, "differ by more than 15%"),
+        ({"pixels": 512}, 1, "nothing to compare"),
+    ],
+)
+def test_two_runs_agree_within_15_percent(tmp_path, capsys, changes, code, message):
     first = [
         ratio_row(BASELINE, 1.0),
         ratio_row(OURS, 9.0),
@@ -319,16 +327,12 @@ def test_two_runs_agree_within_15_percent(tmp_path, capsys):
         ratio_row("failed", None, status="failed"),
         ratio_row("gone", 0.5),
     ]
-    second = [ratio_row(OURS, 0.57), ratio_row("short", 5.0), ratio_row(BASELINE, 1.0)]
-    lines, agree = compare(first, second)
-    assert agree and len(lines) == 1 and "0.500 and 0.570" in lines[0] and "14.0%" in lines[0]
-    assert compare(first, [ratio_row(OURS, 0.5, pixels=512)]) == ([], False)
-    files = [tmp_path / "a", tmp_path / "b"]
-    for file, rows in zip(files, (first, [*second, ratio_row(OURS, 0.58)]), strict=True):
-        timing.append_rows(file, rows)
-    assert run.main(["--compare", *map(str, files)]) == 1
-    assert "differ by more than 15%" in capsys.readouterr().out
-    assert run.main(["--compare", str(files[0]), str(files[0])]) == 0
+    second = [ratio_row(OURS, 0.5) | changes, ratio_row("short", 5.0), ratio_row(BASELINE, 1.0)]
+    timing.append_rows(tmp_path / "a", first)
+    timing.append_rows(tmp_path / "b", second)
+    assert run.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == code
+    (line,) = capsys.readouterr().out.splitlines()
+    assert message in line
 
 
 def test_saved_rows_go_to_the_file_of_their_bench(tmp_path, monkeypatch):
@@ -336,16 +340,16 @@ def test_saved_rows_go_to_the_file_of_their_bench(tmp_path, monkeypatch):
     rows = [
         ratio_row(OURS, 0.5, device="cuda"),
         ratio_row(OURS, 0.5, device="cpu"),
-        ratio_row("late", None, device="cpu", status="out of time"),
         {"bench": "kernels", "name": "fluxfast", "device": "cuda", "status": "ok"},
+        ratio_row("late", None, device="cpu", status="out of time"),
         {"bench": "suite", "name": "NF4", "device": "cpu", "status": "ok"},
     ]
     timing.append_rows(tmp_path / "rows.jsonl", rows)
+    names = ["step-cuda.jsonl", "step-cpu.jsonl", "kernels-cuda.jsonl"]
     for _ in range(2):
         assert run.main(["--save", str(tmp_path / "rows.jsonl")]) == 0
         saved = {file.name: read(file) for file in (tmp_path / "results").iterdir()}
-        steps = {"step-cuda.jsonl": rows[:1], "step-cpu.jsonl": rows[1:2]}
-        assert saved == steps | {"kernels-cuda.jsonl": rows[3:4]}
+        assert saved == {name: [row] for name, row in zip(names, rows, strict=False)}
 
 
 def test_the_table_ranks_kernels_by_time_over_their_floor():

@@ -113,7 +113,7 @@ def test_failures_are_results_and_end_nothing():
     assert op.ran.count(named(5)[0]) == 1  # what is wrong is not timed
 
 
-def test_where_the_shipped_tile_fails_the_others_are_timed():
+def test_other_tiles_are_timed_where_the_shipped_one_fails():
     results = Op(w3=RuntimeError("no"), w4=1).time(4)
     assert results[SHIPPED].status == "gate failed" and results[SHIPPED].details["shipped"]
     assert results[named(4)[0]].median_ms and results[named(4)[0]].ratio is None
@@ -171,11 +171,7 @@ def test_the_largest_share_goes_first_and_the_budget_ends_it(out, capsys):
 def test_a_problem_that_cannot_be_built_is_a_row(out, capsys):
     op = Op(w3=1, w4=1)
     too_large = op.job(4, share=0.9)
-
-    def build(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    too_large.build = build
+    too_large.build = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     assert sweep([too_large, op.job(4, M=512)], out, CONDITIONS)
     rows = read(out)
     assert (rows[0]["status"], rows[0]["m"], rows[0]["shipped"]) == ("out of memory", 4608, True)
@@ -269,8 +265,7 @@ def test_the_jobs_of_a_card():
     order = sorted(found, key=lambda one: -one.share)
     assert tile_name(order[1].shipped) == SHIPPED
     assert [tile_name(tile) for tile in order[1].candidates] == named(2)
-    # a hand-over waits for the tiles of its product
-    for one in hand_overs:
+    for one in hand_overs:  # each waits for the tiles of its product
         for tile in tiles:
             p = tile.problem
             same = (p.kernel, p.N, p.K) == (one.pair.kernel, one.pair.N, one.pair.K)
