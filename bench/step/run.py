@@ -72,18 +72,12 @@ def _begin(stepper: Stepper | Exception, cycle: Cycle, batches: list) -> Callabl
 
 def _count(stepper: Stepper, cycle: Cycle, result: timing.Result, device: str) -> None:
     """Adds to the result what is counted once everything is timed."""
-
-    def peak() -> dict[str, object]:
-        if measured := stepper.peak_memory():
-            result.peak_memory_bytes, result.peak_memory_kind = measured
-        return {}
-
-    for count in (peak, lambda: launches(stepper.step, len(cycle.pixels), device), stepper.details):
-        counted = timing.attempt(count)
-        if isinstance(counted, Exception):  # the times stand
-            say(f"{result.name}: not counted: {type(counted).__name__}: {counted}")
-        else:
-            result.details |= counted
+    for error in (
+        timing.attempt(stepper.count, result),
+        timing.attempt(launches, stepper.step, cycle, result, device),
+    ):
+        if error:  # the times stand
+            say(f"{result.name}: not counted: {type(error).__name__}: {error}")
 
 
 def measure_apart(

@@ -85,17 +85,14 @@ class ModelStep:
                 now = [p.detach() for p in self.parameters]
                 torch._foreach_lerp_(self.ema, now, 1 - EMA_DECAY)
 
-    def peak_memory(self) -> tuple[int, str] | None:
-        """Returns None: the step's own high-water mark is its peak."""
-
-    def details(self) -> dict[str, object]:
-        """Returns the bytes that autograd keeps of one step; None of a cycle of several sizes."""
-        if len(self.batches) > 1:
-            return {"saved_bytes": None}
-        (batch,), model = self.batches, self.candidate.model
-        tensors = [tensor for tensor in batch if tensor is not None]
-        known = [*model.parameters(), *model.buffers(), *tensors]
-        return {"saved_bytes": kept_bytes(known, lambda: self.candidate.loss(batch))}
+    def count(self, result: timing.Result) -> None:
+        """Adds the bytes that autograd keeps of a step, in a cycle of one size."""
+        if len(self.batches) == 1:
+            (batch,), model = self.batches, self.candidate.model
+            tensors = [tensor for tensor in batch if tensor is not None]
+            known = [*model.parameters(), *model.buffers(), *tensors]
+            kept = kept_bytes(known, lambda: self.candidate.loss(batch))
+            result.details["saved_bytes"] = kept
 
     def end(self) -> None:
         """Frees what the cycle took."""
@@ -251,26 +248,24 @@ class TrainerStep:
         self._within_memory(self.run.memory.capture)
         self.step()
 
-    def peak_memory(self) -> tuple[int, str] | None:
-        """A graph's replay allocates nothing: what counts is the pass that captures it, beside the
-        optimizer's state, as after every validation of a run. None where there are no graphs."""
-        if not self.run.graphs.captured:
-            return None
-        return timing.peak_memory(self._capture, self.settings.device)
-
-    def details(self) -> dict[str, object]:
-        """Returns how memory is planned and used. Saved bytes are not counted: a graph keeps its
-        own, and policies have hooks of theirs."""
+    def count(self, result: timing.Result) -> None:
+        """Adds how memory is planned and used. A graph's replay allocates nothing: what counts is
+        the pass that captures it, beside the optimizer's state, as after every validation of a run.
+        Saved bytes are not counted: a graph keeps its own, and policies have hooks of theirs."""
         run, plan = self.run, self._plans[self._cycle]
-        policies = {label: dict(Counter(words)) for label, words in run.memory.policies.items()}
-        in_place = run.modulation_cache is None
-        return {
-            "policies": policies,
-            "modulation": plan.modulation if plan else "in_place" if in_place else "ahead",
-            "graphs": run.graphs.captured,
-            "planned_gib": plan.peak / GIB if plan else None,
-            "notes": list(self._notes),
-        }
+        try:
+            if run.graphs.captured:
+                peak = timing.peak_memory(self._capture, self.settings.device)
+                result.peak_memory_bytes, result.peak_memory_kind = peak
+        finally:
+            in_place = run.modulation_cache is None
+            result.details |= {
+                "policies": {label: dict(Counter(p)) for label, p in run.memory.policies.items()},
+                "modulation": plan.modulation if plan else "in_place" if in_place else "ahead",
+                "graphs": run.graphs.captured,
+                "planned_gib": plan.peak / GIB if plan else None,
+                "notes": list(self._notes),
+            }
 
     def end(self) -> None:
         run, self.run = self.run, None

@@ -114,19 +114,18 @@ def rates(
     }
 
 
-def launches(work: Callable[[], object], steps: int, device: str) -> dict[str, int | None]:
-    """Runs `work`, of so many steps, once under the profiler. Returns per step launches: calls of
-    the host that start something on the GPU, a CUDA graph being one; and kernels: what ran there.
-    Both None on a CPU.
-    """
+def launches(step: Callable[[], object], cycle: Cycle, result: timing.Result, device: str) -> None:
+    """Profiles a cycle's steps and adds, per step, launches: calls of the host that start something
+    on the GPU, a CUDA graph being one; and kernels: what ran there."""
     if device == "cpu":
-        return {"launches": None, "kernels": None}
+        return
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        work()
+        step()
         torch.cuda.synchronize()
-    return {name: round(n / steps) for name, n in count_launches(profiler.events()).items()}
+    counts, steps = count_launches(profiler.events()), len(cycle.pixels)
+    result.details |= {name: round(count / steps) for name, count in counts.items()}
 
 
 def count_launches(events) -> dict[str, int]:
