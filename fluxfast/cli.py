@@ -192,7 +192,7 @@ def convert(
     scale: Annotated[float, typer.Option(help="of the whole")] = 1.0,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
     drop: Annotated[
-        bool, typer.Option("--drop", help="leave out what the format has no place for")
+        bool, typer.Option("--drop", help="leave out what the format cannot hold")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="read it back: max |ΔW difference| per layer")

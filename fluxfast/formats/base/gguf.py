@@ -54,7 +54,7 @@ class Gguf:
             raise ConfigError(
                 f"cannot read {path}: {error}", hint="download the file again"
             ) from None
-        self.metadata: dict[str, str] = {}  # what GGUF has there is not used
+        self.metadata: dict[str, str] = {}  # GGUF's is not used
         self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
         self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
 

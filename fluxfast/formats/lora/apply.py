@@ -70,7 +70,7 @@ def save_lora(
 
     format: diffusers, kohya, comfyui, xlabs or bfl. dtype: fp32, fp16 or bf16; a tensor that fp16
     cannot hold makes the whole file fp32. tensors: see `extract_lora`. Raises ConfigError for a
-    format that is unknown or has no place for some of the layers, FluxfastError if there is no
+    format that is unknown or cannot hold some of the layers, FluxfastError if there is no
     LoRA, it is not finite or the disk refuses.
     """
     lora = extract_lora(model, tensors)

@@ -36,7 +36,7 @@ def convert(
     a line per layer with the difference between its ΔW before and after.
 
     Exact except for the rounding to dtype: files are summed by stacking their ranks. drop leaves
-    out, and logs, what the format has no place for. Raises ConfigError for files that cannot be
+    out, and logs, what the format cannot hold. Raises ConfigError for files that cannot be
     read and a target that is there already, FluxfastError if the disk refuses or verify finds more
     than rounding; then nothing is written.
     """

@@ -1,6 +1,4 @@
-"""What a LoRA file is, for `fluxfast inspect`: from names and shapes, and the alphas; no factor is
-read.
-"""
+"""Describes a LoRA file for `fluxfast inspect` by names, shapes and alphas; no factor is read."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -14,7 +12,7 @@ _LISTED = 4  # keys named of a list
 
 
 def describe_lora(files: Files) -> list[tuple[str, str]]:
-    """Rows of (title, value): format, model, layers, rank, alpha, and keys missing or extra."""
+    """Returns (title, value) of format, model, layers, rank, alpha, and keys missing or extra."""
     names, container = list(files.entries), files.containers[0].kind
     if foreign := next(filter(None, map(foreign_kind, names)), None):
         return [
@@ -40,7 +38,7 @@ def describe_lora(files: Files) -> list[tuple[str, str]]:
     return [
         ("format", f"{container}, {form_of(keys.values())}"),
         ("model", f"LoRA of FLUX.1: {_layers({key.module for key in keys.values()})}"),
-        # as they stand in the file: the rows of every A, or down, matrix
+        # the rows of every A, or down, matrix as stored
         ("rank", _counted(shape[0] for shape in shapes if shape)),
         ("alpha", _counted(_alphas(files, linears)) or "none: scale 1"),
         ("missing", listed(sorted(roles.get("down") or roles["up"] for roles in halves))),
@@ -49,33 +47,25 @@ def describe_lora(files: Files) -> list[tuple[str, str]]:
 
 
 def listed(keys: list[str]) -> str:
-    """How many there are, and the first few."""
+    """Returns the number of keys, and the first few of them."""
     more = ", …" if len(keys) > _LISTED else ""
     return f"{len(keys)}: {', '.join(keys[:_LISTED])}{more}" if keys else "none"
 
 
 def _layers(modules: set[str]) -> str:
-    """Which blocks, with which of their linears; what else it changes."""
-    blocks: dict[str, set[int]] = defaultdict(set)
-    tails: dict[str, dict[str, None]] = defaultdict(dict)
-    others: Counter[str] = Counter()
-    for module in sorted(modules):
-        encoder, slash, _ = module.partition("/")
-        group, _, rest = module.partition(".")
-        if slash:
-            others[_ENCODERS[encoder]] += 1
-        elif group.endswith("_blocks"):
-            index, _, tail = rest.partition(".")
-            blocks[group].add(int(index))
-            tails[group][tail] = None
-        else:
-            others["outside the blocks"] += 1
-    layers = [
-        f"{len(blocks[group])} {kind} block{'s' * (len(blocks[group]) > 1)} "
-        f"({', '.join(tails[group])})"
-        for group, kind in (("double_blocks", "double"), ("single_blocks", "single"))
-        if blocks[group]
-    ]
+    """Returns the number of blocks, the names of their linears, and what else the LoRA changes."""
+    layers = []
+    for kind in ("double", "single"):
+        linears = [m.split(".", 2) for m in modules if m.startswith(f"{kind}_blocks.")]
+        if linears:
+            count, tails = len({index for _, index, _ in linears}), {tail for *_, tail in linears}
+            blocks = "block" if count == 1 else "blocks"
+            layers.append(f"{count} {kind} {blocks} ({', '.join(sorted(tails))})")
+    others = Counter(
+        _ENCODERS.get(module.partition("/")[0], "outside the blocks")
+        for module in sorted(modules)
+        if "_blocks." not in module
+    )
     return "; ".join([*layers, *(f"{count} {name}" for name, count in others.items())])
 
 

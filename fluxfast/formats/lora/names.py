@@ -181,7 +181,7 @@ def _text(name: str) -> tuple[str, str] | None:
 
 
 def parse(key: str) -> LoraKey | None:
-    """Returns the parsed key, None for one that has no place in FLUX.1."""
+    """Returns the parsed key, None for one that FLUX.1 does not have."""
     for pattern, role in _ROLES:
         if (match := pattern.fullmatch(key)) is None:
             continue

@@ -53,8 +53,8 @@ def read_lora(path: Path | str, *, drop: bool = False) -> LoraWeights:
     """Reads a LoRA file of any format as fp32, alpha folded in.
 
     path: a .safetensors file, or a folder that peft or diffusers saved one into, or with only one
-    such file. drop: leave out keys that have no place in FLUX.1, with a warning, instead of
-    refusing them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1,
+    such file. drop: leave out keys that FLUX.1 does not have, with a warning, instead of refusing
+    them. Raises ConfigError for a file that cannot be read or is no LoRA of FLUX.1,
     naming what it is if that is known.
     """
     path = _file(Path(path))
@@ -114,7 +114,7 @@ def _file(path: Path) -> Path:
 
 
 def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, LoraKey]:
-    """Returns the meaning of each name that has a place in FLUX.1.
+    """Returns the parsed keys that FLUX.1 has.
 
     Raises ConfigError for the others, or with drop logs them.
     """
@@ -133,7 +133,7 @@ def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, 
         taken[key[:3]] = name
         keys[name] = key
     if unknown and drop and keys and not other_lora(unknown):
-        log.warning(f"note: {path}: left out {_some(unknown)}: no place in FLUX.1")
+        log.warning(f"note: {path}: left out {_some(unknown)}, which FLUX.1 does not have")
     elif unknown or not any(key.role == "down" for key in keys.values()):
         raise _not_flux_lora(path, unknown or list(keys))
     return keys
@@ -151,7 +151,7 @@ def _not_flux_lora(path: Path | str, names: list[str]) -> ConfigError:
     if model := other_lora(names):
         return ConfigError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(names)})")
     return ConfigError(
-        f"{path} is not a LoRA of FLUX.1: no place here for {_some(names)}",
+        f"{path} is not a LoRA of FLUX.1: unknown keys {_some(names)}",
         hint="`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
     )
 

@@ -79,8 +79,7 @@ FORMATS = {
 def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str, Tensor]:
     """Returns the fp32 tensors of a file by key.
 
-    Raises ConfigError naming what the format has no place for; drop leaves that out, with a
-    warning.
+    Raises ConfigError naming what the format cannot hold; drop leaves that out, with a warning.
     """
     if format not in FORMATS:
         raise ConfigError(f"LoRA format {format!r} is not one of {', '.join(FORMATS)}")
@@ -118,12 +117,12 @@ def to_state(lora: LoraWeights, format: str, *, drop: bool = False) -> dict[str,
         state[f"{form.prefix}img_in.reshape_weight"] = torch.tensor(shape)
     if left_out:
         more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
-        message = f"{format} files have no place for {', '.join(left_out[:4])}{more}"
+        message = f"{format} files cannot hold {', '.join(left_out[:4])}{more}"
         if not drop:
             raise ConfigError(message, hint="--drop leaves it out")
         log.warning(f"note: left out: {message}")
     if not state:
-        raise ConfigError(f"nothing of this LoRA has a place in {format} files")
+        raise ConfigError(f"{format} files can hold nothing of this LoRA")
     return state
 
 
