@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import fluxfast_kernels as fk
 import pytest
@@ -163,13 +164,13 @@ def forked(monkeypatch):
 
 
 def test_a_case_that_ends_its_process_costs_its_own_rows(forked):
-    found = []
+    reports = []
 
     def report(case, rows):
-        found.append((case.op, rows[0].get("reason"), rows[0].get("roof")))
+        reports.append((case.op, rows[0].get("reason"), rows[0].get("roof")))
 
     assert kernels.measure_apart(WANTED, tiny(), report, float("inf")) == []
-    assert found == [
+    assert reports == [
         ("attention", None, False),
         ("norm_modulate", "RuntimeError: its process ended with code 9", None),
         ("gate_residual", None, True),  # the first process's roof goes on
@@ -184,28 +185,16 @@ def test_a_process_that_cannot_start_is_not_tried_for_every_case(forked, monkeyp
 
 
 def test_a_lost_device_ends_the_process_after_its_rows(monkeypatch):
-    sent = []
-
-    class Sender:
-        send = sent.append
-
-        def close(self):
-            sent.append("closed")
-
-    def answers_no_more(device):
-        raise RuntimeError("an illegal address")
-
-    def end(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(kernels, "roof_of", None)  # the roof is given
-    monkeypatch.setattr(timing, "synchronize", answers_no_more)
-    monkeypatch.setattr(kernels.os, "_exit", end)
+    sender = Mock()
+    lost = Mock(side_effect=RuntimeError("an illegal address"))
+    monkeypatch.setattr(timing, "synchronize", lost)
+    monkeypatch.setattr(kernels.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        kernels._child(WANTED[3:] + WANTED, tiny(), ROOF, float("inf"), Sender())
+        kernels._child(WANTED[3:] + WANTED, tiny(), ROOF, float("inf"), sender)
     assert ended.value.code == kernels.DEVICE_LOST
-    roof, rows, last = sent
-    assert roof is ROOF and rows[0]["op"] == "flow_mix" and last == "closed"
+    (roof,), (rows,) = (call.args for call in sender.send.call_args_list)
+    assert roof is ROOF and rows[0]["op"] == "flow_mix"
+    sender.close.assert_called_once()
 
 
 @pytest.mark.slow
@@ -254,11 +243,10 @@ def test_the_table_shows_what_costs_a_step_most():
 
 
 def test_ops_are_timed_cold(monkeypatch):
-    seen = []
-    real = timing.compare
-    monkeypatch.setattr(timing, "compare", lambda *a, **k: seen.append(k) or real(*a, **k))
+    compare = Mock(side_effect=timing.compare)
+    monkeypatch.setattr(timing, "compare", compare)
     measured(case_of("flow_mix"))
-    assert seen == [{"cold": True}]
+    assert compare.call_args.kwargs["cold"]
 
 
 def test_no_script_hides_the_package_kernels():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import fluxfast_kernels as fk
 import pytest
@@ -379,13 +380,10 @@ def test_rows_from_before_are_comparable_and_the_new_ones_only_where_they_are():
 
 
 def test_a_cap_is_so_many_gib_of_the_card(monkeypatch):
-    asked = []
-    card = SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given)
-    )
+    cuda = Mock()
+    cuda.current_device.return_value = 0
+    cuda.get_device_properties.return_value.total_memory = 80 * 2**30
+    monkeypatch.setattr(torch, "cuda", cuda)
     for cap in (None, 12.0, 96.0):
         limit_memory(replace(PLAIN, device="cuda", cap_gib=cap))
-    assert asked == [(0.15, 0), (1.0, 0)]
+    assert cuda.set_per_process_memory_fraction.call_args_list == [call(0.15, 0), call(1.0, 0)]

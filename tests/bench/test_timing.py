@@ -1,5 +1,7 @@
 """Timing of interleaved candidates: the order, what is thrown away, failures, memory, a GPU."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -110,34 +112,16 @@ def test_outside_a_checkout_the_commit_is_null(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_a_gpu_is_timed_by_its_own_events(monkeypatch, cold):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, end):
-            return 12.5
-
-    class Flushed:
-        def zero_(self):
-            log.append("flush")
-
-    def empty(count, dtype, device):
-        assert count >= 256 << 20 and dtype.itemsize == 1 and device == "cuda"
-        return Flushed()
-
-    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: log.append("ready"))
-    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: log.append("spin"))
-    with monkeypatch.context() as patch:
-        patch.setattr(timing.torch, "empty", empty)
-        assert timing.elapsed_ms(lambda: log.append("work"), "cuda", cold) == 12.5
-    before = ["ready", "flush", "spin"] if cold else ["ready"]
-    assert log == [*before, "record", "work", "record", "wait"]
+    gpu = MagicMock()  # stands in for torch
+    gpu.device.return_value.type = "cuda"
+    gpu.cuda.Event.return_value.elapsed_time.return_value = 12.5
+    monkeypatch.setattr(timing, "torch", gpu)
+    assert timing.elapsed_ms(gpu.work, "cuda", cold) == 12.5
+    calls = [name.replace("cuda.Event()", "event") for name, *_ in gpu.mock_calls]
+    flush = ["empty", "empty().zero_", "cuda._sleep"] if cold else []
+    events = ["cuda.Event", "cuda.Event", "event.record", "work", "event.record"]
+    wanted = ["cuda.synchronize", *flush, *events, "event.synchronize", "event.elapsed_time"]
+    assert [name for name in calls if name != "device"] == wanted
+    if cold:
+        (count,), options = gpu.empty.call_args
+        assert count >= 256 << 20 and options == {"dtype": gpu.int8, "device": "cuda"}
