@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from small import noise_pictures, random_flux
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fluxfast.train
 from fluxfast.config.schema import Config, load_config
 from fluxfast.errors import FluxfastError
 from fluxfast.model.spec import NANO
@@ -54,14 +55,17 @@ def test_run_folder(configure):
     assert [step for step, _ in checkpoints(config.run_dir)] == [4, 6]
 
 
-def test_finished_run_is_left_alone_and_restart_keeps_it(configure):
-    config = configure()
+def test_finished_run_is_left_alone_and_restart_keeps_it(configure, monkeypatch):
+    config = configure(validation={"share": 0.2, "every": 2, "timesteps": 1})
     first = train(config).read_bytes()
-    assert train(config).read_bytes() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(fluxfast.train, "_look", lambda *_: pytest.fail("measured again"))
+        assert train(config).read_bytes() == first
     assert [row["step"] for row in metrics(config)] == [2, 4]
     train(config, restart=True)
     assert (config.output_dir / "small.1" / "small.safetensors").read_bytes() == first
-    more = configure(train__steps=6)
+    more = config.model_copy(deep=True)
+    more.train.steps = 6
     train(more)
     assert [row["step"] for row in metrics(more)] == [2, 4, 6]
 

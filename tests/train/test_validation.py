@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from runs import CPU, start
 from safetensors import safe_open
-from safetensors.torch import load_file
 from small import noise_pictures, small_run
 
 from fluxfast.data.prepare import hold_out, prepare
@@ -121,15 +120,6 @@ def test_run_measures_keeps_the_best_and_resumes(configure):
     train(config)
     assert read_validations(run / "validation.jsonl") == rows
     assert Image.open(files[2]).tobytes() == trained
-
-
-@pytest.mark.slow
-def test_watching_changes_nothing(configure):
-    """A run with validation and previews trains the same weights as one without the previews."""
-    sample = {"prompts": ["x"], "every": 1, "width": 64, "height": 64, "steps": 1}
-    watched, blind = configure(name="w", sample=sample), configure(name="b")
-    a, b = (load_file(train(config)) for config in (watched, blind))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_folder_instead_of_share(configure, photos):
