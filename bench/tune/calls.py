@@ -21,6 +21,7 @@ from fluxfast_kernels.quant import frozen, nf4
 from fluxfast_kernels.quant.rows import empty_rows, quantize_rows, quantize_rows_reference
 from torch import Tensor
 
+from bench.errors import compare
 from bench.tune.problems import MATMUL_DTYPE, Problem
 from bench.tune.space import ATTENTION
 from fluxfast.model.names import linear_shape, part_rows
@@ -52,18 +53,9 @@ class Call:
 
 def disagreement(results: list[Tensor], reference: list[Tensor]) -> str | None:
     """The first result that is too far from its reference, in words, or None."""
-    for i, (result, truth) in enumerate(zip(results, reference, strict=True)):
-        result, truth = result.float(), truth.float()
-        if not torch.isfinite(result).all():
-            return f"result {i} is not finite"
-        difference = result - truth
-        error = float(difference.norm() / truth.norm())
-        if error > ALLOWED_NORM:
-            return f"result {i} differs by {error:.1e} of its norm, allowed {ALLOWED_NORM:.1e}"
-        worst = float(difference.abs().max() / truth.abs().max())
-        if worst > ALLOWED_VALUE:
-            return f"a value of result {i} differs by {worst:.1e}, allowed {ALLOWED_VALUE:.1e}"
-    return None
+    truth = {f"result {i}": tensor.float() for i, tensor in enumerate(reference)}
+    allowed = dict.fromkeys(truth, (ALLOWED_NORM, ALLOWED_VALUE))
+    return compare(dict(zip(truth, results, strict=True)), truth, allowed)[0]
 
 
 class LinearTensors:
