@@ -97,59 +97,29 @@ def same(model, tensors) -> None:
 # ---------------------------------------------------------------- layouts
 
 
-def in_one_file(folder: Path, tensors, written: Path) -> Path:
+def test_layouts(tmp_path, diffusers_folder, tensors):
+    whole, sharded = diffusers_folder / "whole", diffusers_folder / "sharded"
     stranger = {"text_encoders.clip_l.double_blocks.9.x": torch.tensor(1.0)}
-    return write(folder / "all.safetensors", all_in_one(tensors) | stranger)
-
-
-def a_pipeline(folder: Path, tensors, written: Path) -> Path:
-    shutil.copytree(written / "whole", folder / "transformer")
-    (folder / "model_index.json").write_text("{}")
-    return folder
-
-
-def shards_beside_a_copy(folder: Path, tensors, written: Path) -> Path:
-    """If there is an index, only the files that it names are read."""
-    shutil.copytree(written / "sharded", folder, dirs_exist_ok=True)
-    (folder / "old.safetensors").write_bytes(b"left over")
-    return folder
-
-
-def with_a_tensor_more(folder: Path, tensors, written: Path) -> Path:
-    write_folder(folder, tensors)
-    write(folder / WHOLE, {**split(tensors), "ema.decay": torch.tensor(0.9)})
-    return folder
-
-
-LAYOUTS = {
-    "all in one": in_one_file,
-    "a pipeline's folder": a_pipeline,
-    "its transformer": lambda *arguments: a_pipeline(*arguments) / "transformer",
-    "shards": lambda folder, tensors, written: written / "sharded",
-    "shards beside a whole copy": shards_beside_a_copy,
-    "one file of a folder": lambda folder, tensors, written: written / "whole" / WHOLE,
-    "a path as a string": lambda folder, tensors, written: str(written / "whole"),
-    "more tensors than needed": with_a_tensor_more,
-    "a config with out_channels": lambda folder, tensors, written: write_folder(
-        folder, tensors, out_channels=16
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(tmp_path, diffusers_folder, tensors, layout):
-    model = load(LAYOUTS[layout](tmp_path, tensors, diffusers_folder))
-    assert model.spec == SMALL
-    same(model, tensors)
-    stored = load_file(diffusers_folder / "whole" / WHOLE)  # reading left it as it was
+    all_file = write(tmp_path / "all.safetensors", all_in_one(tensors) | stranger)
+    shutil.copytree(whole, tmp_path / "pipeline" / "transformer")
+    shutil.copytree(sharded, tmp_path / "shards")
+    (tmp_path / "shards" / "old.safetensors").write_bytes(b"not in the index, so never read")
+    more = write_folder(tmp_path / "more", tensors, split(tensors) | {"ema.decay": torch.ones(())})
+    out = write_folder(tmp_path / "out", tensors, out_channels=16)
+    pipeline = tmp_path / "pipeline"
+    folders = (pipeline, pipeline / "transformer", sharded, tmp_path / "shards", more, out)
+    for path in (all_file, whole / WHOLE, str(whole), *folders):
+        model = load(path)
+        assert model.spec == SMALL, path
+        same(model, tensors)
+    stored = load_file(whole / WHOLE)  # reading left it as it was
     assert all(torch.equal(stored[key], value) for key, value in split(tensors).items())
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_a_bf16_file(diffusers_folder, tensors, storage):
+@pytest.mark.parametrize("storage, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_bf16_file(diffusers_folder, tensors, storage, dtype):
     model = load(diffusers_folder / "bf16", storage=storage)
-    matrix = model.get_submodule("double_blocks.0.img_attn.qkv").weight
-    assert matrix.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[storage]
+    assert model.get_submodule("double_blocks.0.img_attn.qkv").weight.dtype == dtype
     same(model.float(), {name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 

@@ -182,11 +182,9 @@ def test_several_formats(configure):
         train__steps=2,
     )
     path = train(config)
-    names = {file.name for file in config.run_dir.glob("*.safetensors")}
-    stems = {
-        f"small{ema}{form}" for ema in ("", "_ema") for form in ("", "_kohya", "_comfyui", "_bfl")
-    }
-    assert names == {f"{stem}.safetensors" for stem in stems}
+    names = {file.stem for file in config.run_dir.glob("*.safetensors")}
+    suffixes = ("", "_kohya", "_comfyui", "_bfl")
+    assert names == {f"small{ema}{suffix}" for ema in ("", "_ema") for suffix in suffixes}
     spec = load_transformer(config.model.path, "fp32", "fp32", "cpu").spec
     for form in ("kohya", "comfyui", "bfl"):
         other = read_lora(path.with_stem(f"{path.stem}_{form}"))
