@@ -12,8 +12,11 @@ from math import prod
 
 import pytest
 import torch
+from fluxfast_kernels.dispatch import backend
 from fluxfast_kernels.quant.rows import DTYPE, TOP, QuantizedRows, quantize_reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 KINDS = ("int8", "fp8")
@@ -145,6 +148,29 @@ def assert_refused(calls: dict[str, list[Callable]], pattern: str = "^{} must be
             with pytest.raises(ValueError, match=pattern.format(name)):
                 call()
                 pytest.fail(f"{name}, call {index} was not refused")
+
+
+def opcheck(*calls: Callable) -> None:
+    """Checks schema, fake tensors and autograd of every op, backward ops too, that the calls run on
+    the plain-torch path. A call returns a sequence of outputs."""
+    recorded = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "fluxfast":
+                recorded.append((op, args))
+            return op(*args, **(kwargs or {}))
+
+    with backend.cpu_launches(False):
+        with Recorder():
+            for call in calls:
+                for y in call():
+                    if y.requires_grad:
+                        y.sum().backward(retain_graph=True)
+        for op, args in recorded:
+            if "backward" in op.name():
+                args = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, args)
+            torch.library.opcheck(op, args)
 
 
 def skip_without_fp8(kind: str, device: str) -> None:

@@ -8,6 +8,7 @@ from fluxfast_kernels.ops import flow_loss
 from numerics import (
     assert_all_as_exact,
     assert_same_bits,
+    opcheck,
     outputs_and_gradients,
     poisoned,
     randn,
@@ -151,17 +152,14 @@ def test_gradcheck():
 
 
 def test_opcheck(device):
-    mean, std, vae_noise, noise, t = mix_inputs(device)
-    prediction, (target, weight, mask) = loss_inputs(device, torch.bfloat16)
-    ops = torch.ops.fluxfast
-    for spread, dtype in ((std, torch.bfloat16), (None, torch.float32)):
-        torch.library.opcheck(ops.flow_mix.default, (mean, spread, vae_noise, noise, t, dtype))
-    with backend.cpu_launches(False):
-        for given in ((weight, mask, True), (None, None, False)):
-            own = prediction.detach().requires_grad_(given[-1])
-            torch.library.opcheck(ops.flow_loss.default, (own, target, *given))
-    torch.library.opcheck(
-        ops.flow_loss_backward.default, (noise.bfloat16(), weight, weight.flip(0))
+    mean, std, *rest = mix_inputs(device)
+    prediction, data = loss_inputs(device, torch.bfloat16)
+    trained = prediction.detach().requires_grad_()
+    opcheck(
+        lambda: flow_loss.flow_mix(mean, std, *rest, torch.bfloat16),
+        lambda: flow_loss.flow_mix(mean, None, *rest),
+        lambda: [flow_loss.flow_loss(trained, *data)],
+        lambda: [flow_loss.flow_loss(prediction, data[0])],
     )
 
 

@@ -7,7 +7,6 @@ from fluxfast_kernels.dispatch.backend import DTYPES
 from fluxfast_kernels.quant import frozen
 from fluxfast_kernels.quant.nf4 import (
     NF4Tensor,
-    _nf4_dequantize,
     launch_dequantize,
     nf4_absmax,
     nf4_dequantize,
@@ -15,7 +14,7 @@ from fluxfast_kernels.quant.nf4 import (
     nf4_quantize,
 )
 from fluxfast_kernels.quant.rows import TOP, QuantizedRows, quantize_reference, quantize_rows
-from numerics import GUARD, KINDS, assert_same_bits, bits, guarded, randn, skip_without_fp8
+from numerics import GUARD, KINDS, assert_same_bits, bits, guarded, opcheck, randn, skip_without_fp8
 
 
 def stored(N: int, K: int, form: str, device: str) -> list[torch.Tensor]:
@@ -141,5 +140,4 @@ def test_writes_every_value_and_no_other(device):
 @pytest.mark.parametrize("nested", [False, True])
 def test_opcheck(device, nested):
     weight = quantized((5, 128), nested, device)
-    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
-    torch.library.opcheck(_nf4_dequantize, (*parts, 5, 128, torch.bfloat16))
+    opcheck(lambda: [nf4_dequantize(weight, torch.bfloat16)])

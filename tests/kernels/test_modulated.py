@@ -3,6 +3,8 @@
 test_fused_linears.py has norm_modulate with its linear.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from fluxfast_kernels import (
@@ -18,6 +20,7 @@ from numerics import (
     assert_all_as_exact,
     assert_refused,
     assert_same_bits,
+    opcheck,
     outputs_and_gradients,
     poisoned,
     saved_for_backward,
@@ -110,21 +113,14 @@ def test_each_gradient_alone(path, device, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(device, op):
-    leaves, d_output = inputs(op, (2, 5, 128), torch.float32, device)
-    trained = tuple(x.detach().requires_grad_() for x in leaves)
-    if op == "gate":
-        _, gate, y = leaves
-        forward, backward = gate_ops._gate_residual, gate_ops._gate_residual_backward
-        calls = [(d_output, gate, y), (d_output, None, y), (d_output, gate, None)]
-    else:
-        h, _, scale = leaves
-        forward, backward = norm_ops._norm_modulate, norm_ops._norm_modulate_backward
-        _, mean, rstd, _ = norm_ops.norm_modulate_forward(*leaves)
-        needs = [(True, True), (True, False), (False, True)]
-        calls = [(d_output, h, scale, mean, rstd, *each) for each in needs]
-    torch.library.opcheck(forward, trained)
-    for call in calls:
-        torch.library.opcheck(backward, call)
+    leaves, _ = inputs(op, (2, 5, 128), torch.float32, device)
+
+    def call(*needs):
+        pairs = zip(leaves, needs, strict=True)
+        return [OPS[op][0](*(leaf.detach().requires_grad_(need) for leaf, need in pairs))]
+
+    every = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+    opcheck(*(partial(call, *needs) for needs in every))
 
 
 @pytest.mark.parametrize("op", OPS)

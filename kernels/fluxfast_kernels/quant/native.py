@@ -88,8 +88,7 @@ def rows_int8(
     """Returns int8 [M, K] and scale fp32 [M] of x [M, K] fp32, bf16 or fp16 of last stride 1, times
     channel fp32 [K], contiguous.
 
-    value = round(v * (127 / amax)), scale = amax * (1 / 127); amax is the row's largest |v|, at
-    least 1e-30. NaN or infinity in a row makes its scale NaN and its values 0. All on the CPU.
+    The formula is that of `rows.py`; where a scale is NaN its row's values are 0. All on the CPU.
     with_isa: one of ISAS, for tests.
     """
     assert x.ndim == 2 and x.is_cpu and x.dtype in TYPES, (x.shape, x.device, x.dtype)
