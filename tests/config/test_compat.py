@@ -209,7 +209,7 @@ def test_every_native_key_of_the_table_is_a_setting():
 # ---------------------------------------------------------------- meaning, group by group
 
 
-def test_alpha_is_honored_and_the_difference_told():
+def test_alpha_is_read_as_written_with_a_note():
     config, notes = read(network__linear=32, network__linear_alpha=8)
     assert (config.lora.rank, config.lora.alpha) == (32, 8)
     (note,) = notes
@@ -368,7 +368,7 @@ def test_conversion_changes_nothing_of_the_file():
         ({"zzz": {"a": 1}}, "zzz: unknown, ignored"),
     ],
 )
-def test_an_unknown_key_is_announced_with_the_nearest(changes, note):
+def test_an_unknown_key_is_noted_with_the_nearest(changes, note):
     assert read(**changes)[1] == [note]
 
 
@@ -460,7 +460,7 @@ def test_every_mistake_is_named_at_once():
 
 @pytest.mark.grid(5)
 @pytest.mark.parametrize("junk", [True, -1, "", "x", [[]], {1: 2}, 10**400, float("nan")], ids=str)
-def test_whatever_stands_anywhere_converts_or_is_refused(junk):
+def test_any_value_in_any_place_is_converted_or_refused(junk):
     stock = parse_yaml((EXAMPLES / "flux_dev_24gb.yaml").read_text(encoding="utf-8"))
 
     def places(node, path=()):

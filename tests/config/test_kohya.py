@@ -86,7 +86,7 @@ def keys(notes: list[str]) -> list[str]:
 # ---------------------------------------------------------------- what is read
 
 
-def test_a_plain_file_says_nothing_and_takes_kohyas_defaults():
+def test_a_plain_file_has_no_notes_and_takes_kohyas_defaults():
     file = KohyaFile(write(PLAIN))
     assert (file.entries, file.settings, file.notes) == ([ENTRY], {}, {})
     entry = config(PLAIN)[0].data[0]
@@ -217,7 +217,7 @@ def test_an_ignored_key_is_noted_once_and_its_resting_values_never(key):
             assert noted(value) == []
 
 
-def test_a_general_key_that_nothing_inherits_is_not_announced():
+def test_a_general_key_that_nothing_inherits_is_not_noted():
     assert config(plain("color_aug = true", subset="color_aug = false"))[1] == []
 
 
@@ -235,7 +235,7 @@ def test_resolution_is_a_side_or_an_area(given, side, noted):
     assert made.data[0].resolution == [side] and keys(notes) == noted
 
 
-def test_what_a_file_leaves_out_is_announced_where_it_matters():
+def test_what_a_file_leaves_out_is_noted_where_it_matters():
     text = '[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "a"\n'
     made, notes = config(text)
     assert made.data[0].caption_ext == ".caption"
@@ -272,7 +272,7 @@ def test_a_windows_file_is_read():
     assert KohyaFile("d.toml").entries == [ENTRY]
 
 
-def test_the_example_says_what_it_does(monkeypatch, log_lines):
+def test_the_notes_on_the_example(monkeypatch, log_lines):
     monkeypatch.chdir(ROOT)
     path = str(EXAMPLE.relative_to(ROOT))
     made = build_config({"model": {"path": "m"}, "data": path})
@@ -464,7 +464,7 @@ def test_a_file_that_cannot_be_read(folder):
 @pytest.mark.parametrize(
     "junk", ["true", "-1", "''", "'x'", "[[]]", "{a = 1}", "1e400", "nan", "1979-05-27", "9" * 400]
 )
-def test_whatever_stands_anywhere_is_read_or_refused(junk):
+def test_any_value_in_any_place_is_read_or_refused(junk):
     lines = EVERY.splitlines()
     for index, line in enumerate(lines):
         if " = " in line:

@@ -188,7 +188,7 @@ def test_check_in_other_storages(in_8_bits, kind, storage):
 
 
 @pytest.mark.slow
-def test_the_same_twice_and_whatever_the_blocks_do(in_8_bits):
+def test_check_depends_on_the_seed_and_not_on_the_memory_policy(in_8_bits):
     """Every draw is the seed's; recomputing blocks, or not, is no matter of the configuration."""
     first = checked(in_8_bits(), batches=1)[0]
     assert checked(in_8_bits(memory__policy="checkpoint"), batches=1)[0] == first
@@ -207,7 +207,7 @@ def test_nothing_before_the_first_lora_has_a_dx(in_8_bits):
 
 
 @pytest.mark.slow
-def test_layers_that_the_configuration_names(in_8_bits):
+def test_layers_named_in_the_configuration_are_measured(in_8_bits):
     """Asked-for layers are measured as well; what is said of others stays in the file."""
     given = {
         "*.img_mod.lin": "bf16",  # not in 8 bits anyhow: kept
@@ -226,7 +226,7 @@ def test_layers_that_the_configuration_names(in_8_bits):
     assert checked(again, batches=1, limit=0.1)[2] == written
 
 
-def test_a_limit_that_nothing_keeps(in_8_bits):
+def test_a_limit_of_zero_is_met_by_no_layer(in_8_bits):
     layers, log, written = checked(in_8_bits(), batches=1, limit=0.0)
     kept = {name for name, layer in layers.items() if layer.choice == "bf16"}
     rotated = {name for name, layer in layers.items() if layer.choice == "rotate"}
@@ -250,7 +250,7 @@ def test_the_newest_checkpoint_is_what_is_measured(in_8_bits):
     assert "LoRA of step 0" in (config.run_dir / "check.yaml").read_text()
 
 
-def test_what_is_no_number_is_not_measured(in_8_bits, outlier_model, tmp_path):
+def test_nan_is_not_measured(in_8_bits, outlier_model, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(outlier_model, folder)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"

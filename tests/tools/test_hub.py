@@ -77,7 +77,7 @@ def test_a_whole_snapshot_needs_no_network(snapshot, monkeypatch):
         "tokenizer_2/tokenizer.json",
     ],
 )
-def test_a_missing_file_sends_us_online(snapshot, damage):
+def test_a_missing_file_is_looked_for_online(snapshot, damage):
     (snapshot / damage).unlink()
     error = refused("org/flux")
     assert "org/flux" in error.message and damage.split("/")[0] in error.message
