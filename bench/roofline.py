@@ -228,24 +228,18 @@ def _line(
     )
 
 
-class Projection(NamedTuple):
-    """seconds: of a step, the mean over picture sizes. basis: what it rests on, in words."""
-
-    seconds: float
-    basis: str
-
-
-def project(plan: Plan, lines: dict[str, list[Line]]) -> Projection:
-    """lines: by bucket."""
+def project(plan: Plan, lines: dict[str, list[Line]]) -> tuple[float, str]:
+    """Returns seconds of a step, the mean over image sizes, and what they rest on. lines: by
+    bucket."""
     if factor := plan.card.factors.get(plan.request.step.matmul):
         total = sum(plan.seconds(label) for label in lines)
         basis = f"{factor.value:g} of what shipped shares predict ({factor.source})"
-        return Projection(total / len(lines), basis)
+        return total / len(lines), basis
     every = [line for bucket in lines.values() for line in bucket]
     total = sum(line.seconds for line in every)
     measured = sum(line.seconds for line in every if line.source == "measured")
     basis = f"{measured / total:.0%} of it from measured ops, the rest from assumed shares"
-    return Projection(total / len(lines), basis)
+    return total / len(lines), basis
 
 
 def table(lines: list[Line]) -> str:
@@ -271,15 +265,14 @@ def title(setting: str, config: Config, plan: Plan) -> str:
     )
 
 
-def beside(setting: str, config: Config, plan: Plan, projection: Projection) -> list[str]:
+def beside(setting: str, config: Config, plan: Plan, seconds: float, basis: str) -> list[str]:
     """Returns the projection, and ai-toolkit's figures where they are of the same setting."""
     pixels, batch = sorted(config.data[0].resolution), config.train.batch_size
-    rate = 1 / projection.seconds
+    rate = 1 / seconds
     sizes = ", ".join(f"{side}" for side in pixels)
     over = f"at {sizes} px" if len(pixels) == 1 else f"the mean of {sizes} px"
     lines = [
-        f"Projection, not measured: {rate:.2f} it/s ({projection.seconds:.3f} s a step, {over}); "
-        f"{projection.basis}."
+        f"Projection, not measured: {rate:.2f} it/s ({seconds:.3f} s a step, {over}); {basis}."
     ]
     if setting != "stock" or pixels != MIX:
         note = "ai-toolkit's figures are of the stock setting at 512, 768 and 1024 px: none is set"
@@ -303,7 +296,7 @@ def report(setting: str, gpu: str, overrides: list[str], timed: list[dict]) -> s
     for label, bucket in lines.items():
         policies = summary(plan.buckets[label].choice.policies)
         parts.append(f"{label}: {policies}\n{table(bucket)}")
-    parts.append("\n".join(beside(setting, config, plan, project(plan, lines))))
+    parts.append("\n".join(beside(setting, config, plan, *project(plan, lines))))
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,7 @@ larger of bytes over the rate of a large copy and FLOP over the rate of a large 
 measured by this run (`floor.py`); % of the floor is floor over median. Nothing is timed that
 `gate.py` finds wrong. On a GPU each run starts with a cold L2 and its launches queued, as in a
 captured graph, and cases run in a process of their own: one that takes the device down costs its
-own rows. A peer whose library is missing is a row that says so. The exit code is 1 where a
+own rows. A peer whose library is missing is a "skipped" row. The exit code is 1 where a
 fluxfast op failed or was wrong.
 """
 

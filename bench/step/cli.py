@@ -5,16 +5,16 @@
     … --setting stock       ai-toolkit's stock settings, its sizes one by one and mixed
     … --cap 12 16 24        what fits into so many GiB of the GPU
 
-Everyone trains the same LoRA (rank 16 on attention and MLP, fp32, fused AdamW) over the same
+All candidates train the same LoRA (rank 16 on attention and MLP, fp32, fused AdamW) over the same
 random base weights on the same inputs. The stock setting trains the modulation too, with
-bitsandbytes' AdamW8bit, clipping and an average of the weights, for everyone. Candidates that end
-in `-trainer` are the step of `fluxfast train`: planned memory, modulation ahead, CUDA graphs.
+bitsandbytes' AdamW8bit, clipping and a moving average of the weights. Candidates that end in
+`-trainer` are the step of `fluxfast train`: planned memory, modulation ahead, CUDA graphs.
 
 Before anything is timed, a gate compares loss and LoRA gradients with the diffusers candidate of
 the same storage, or with the first one that ran where that is missing. On CPU all candidates live
 in one process and are interleaved round by round. On CUDA two full-size models do not fit beside
 each other: each candidate has a process of its own, one after the other, so a crash or an exhausted
-memory costs one row. A candidate whose library is missing is a row that says so: torch, triton and
+memory costs one row. A candidate whose library is missing is a "skipped" row: torch, triton and
 numpy are enough to run the rest. The exit code is 1 where a gate failed, or on a CPU where
 fluxfast's step takes more of a peer's than LIMITS allow.
 """
