@@ -99,13 +99,13 @@ class RunLog:
             self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
         self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
         # rich shortens every column where they do not fit, the step count too: so they must fit
-        line = TextColumn("{task.fields[line]}", markup=False)
+        width, line = terminal_width(), TextColumn("{task.fields[line]}", markup=False)
         columns = [MofNCompleteColumn(), line]
-        width = terminal_width()
-        if wide := width >= ROOMY:
-            columns = [TextColumn("{task.description}"), BarColumn(), columns[0]]
-            columns += [TimeElapsedColumn(), line]
-        self._room = width - (70 if wide else 2) - 2 * len(str(steps))
+        self._room = width - 2 - 2 * len(str(steps))  # for the line
+        if width >= ROOMY:
+            bar = TextColumn("{task.description}"), BarColumn()
+            columns = [*bar, columns[0], TimeElapsedColumn(), line]
+            self._room -= 68
         self._progress = progress_bars(*columns)
         self._task = self._progress.add_task("training", total=steps, completed=first, line="")
 
