@@ -1,4 +1,4 @@
-"""What a file of `dispatch/configs` may hold, shipped or written by `bench.tune`."""
+"""Checks of the files in `dispatch/configs`, shipped or written by `bench.tune`."""
 
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.attention import AttentionTile
@@ -9,7 +9,7 @@ FILTERS = {"op", "storage", "dtype", "n", "k"}
 
 
 def check_gemm(table: dict) -> None:
-    """A `gemm_*.json`."""
+    """Asserts that a `gemm_*.json` is well formed."""
     assert set(table) == {"thresholds", "tiles"}
     needed = {"thresholds": {"fused_up_to_m", "source"}}
     needed["tiles"] = set(dispatch.Tile.__dataclass_fields__) | {"source"}
@@ -25,7 +25,7 @@ def check_gemm(table: dict) -> None:
 
 
 def check_attention(table: dict) -> None:
-    """`attention.json`."""
+    """Asserts that `attention.json` is well formed."""
     assert set(table) == {"backends", "tiles"}
     tile = set(AttentionTile.__dataclass_fields__)
     for row in table["backends"]:

@@ -1,4 +1,4 @@
-"""A tensor that tells when anything is made beside it in a GPU's memory, where there is no GPU."""
+"""A stand-in for a GPU tensor, on a CPU, that fails when an operation would allocate GPU memory."""
 
 import weakref
 
@@ -7,10 +7,9 @@ from torch.utils._pytree import tree_map
 
 
 class OnDevice(torch.Tensor):
-    """Stands for a tensor in a GPU's memory: it can be viewed, copied to the CPU and written over,
-    nothing else.
+    """Allows views, copies to the CPU and writes in place, nothing else.
 
-    copies: those that are still held, whenever another is made.
+    held: at each copy to the CPU, how many earlier copies are still referenced.
     """
 
     copies: list = []
@@ -18,8 +17,8 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values):
-        kind = {"dtype": values.dtype, "device": "meta", "strides": values.stride()}
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **kind)
+        options = {"dtype": values.dtype, "device": "meta", "strides": values.stride()}
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **options)
 
     def __init__(self, values):
         self.values = values
@@ -35,5 +34,5 @@ class OnDevice(torch.Tensor):
         if name == "copy_":
             args[0].values.copy_(args[1])
             return args[0]
-        assert name in ("detach", "alias"), f"{name} would make a tensor on the device"
+        assert name in ("detach", "alias"), f"{name} would allocate device memory"
         return tree_map(lambda x: cls(x.values) if isinstance(x, cls) else x, args[0])

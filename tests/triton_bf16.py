@@ -1,7 +1,7 @@
 """Makes Triton's CPU interpreter compute bf16, and round to e4m3, as the hardware does.
 
 Under TRITON_INTERPRET=1 (Triton 3.4 to 3.9) a bf16 value is kept as its 16 bits, and arithmetic is
-done on those as integers: sums, products, comparisons and `tl.dot` are silently wrong, and a store
+done on those as integers: arithmetic, comparisons and `tl.dot` are silently wrong, and a store
 from fp32 truncates. So does a cast to e4m3 (fp8e4nv): one unit in the last place off for half of
 the values. `install()` replaces four methods of the interpreter: bf16 and e4m3 operands are widened
 to fp32, results are rounded to the nearest even.
@@ -53,7 +53,7 @@ def _round_e4m3(values):
 
 
 def install():
-    """Patch the interpreter's builder in place; calling it twice changes nothing more."""
+    """Patches the interpreter's builder in place, once."""
     builder, handle_type = interpreter.InterpreterBuilder, interpreter.TensorHandle
     if getattr(builder, "_bf16_as_hardware", False):
         return

@@ -32,7 +32,6 @@ except ImportError:
     triton = tl = _Absent()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CONTIGUOUS = torch.contiguous_format
 
 _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -85,8 +84,10 @@ def check_alike(named: dict[str, Tensor], like: Tensor) -> None:
 def last_stride_1(gradient: Tensor) -> Tensor:
     """Returns the gradient, copied where its last stride is not 1 (a sum's is expanded from one
     number): autograd, not the caller, chose its strides."""
+    if gradient.stride(-1) == 1:
+        return gradient
     # cloned: to `contiguous` a tensor of no rows is contiguous whatever its strides
-    return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=_CONTIGUOUS)
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 class Matrix(NamedTuple):

@@ -366,17 +366,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dx: Tensor | None, *_):
-    needs_h, needs_shift, needs_scale = ctx.needs_input_grad
+    needs = ctx.needs_input_grad
     if dx is None:
         return None, None, None
-    dh, dshift, dscale = _norm_modulate_backward(
-        dx, *ctx.saved_tensors, needs_h, needs_shift or needs_scale
-    )
-    return (
-        dh if needs_h else None,
-        dshift if needs_shift else None,
-        dscale if needs_scale else None,
-    )
+    gradients = _norm_modulate_backward(dx, *ctx.saved_tensors, needs[0], needs[1] or needs[2])
+    return tuple(d if need else None for d, need in zip(gradients, needs, strict=True))
 
 
 _norm_modulate.register_autograd(_backward, setup_context=_setup_context)
@@ -487,16 +481,13 @@ def _backward_of_linear(ctx, dy0: Tensor | None, dy1: Tensor | None, *_):
         h.new_zeros(*h.shape[:2], width) if dy is None else dy
         for dy, width in zip((dy0, dy1), ctx.widths, strict=False)
     ]
-    dh, dshift, dscale, da, db = _norm_modulate_lora_linear_backward(
+    needs = (needs_h, needs_shift, needs_scale)
+    *gradients, da, db = _norm_modulate_lora_linear_backward(
         dys, h, *saved, *flat, needs_h, needs_shift or needs_scale
     )
-    return (
-        dh if needs_h else None,
-        dshift if needs_shift else None,
-        dscale if needs_scale else None,
-        *linear_gradients(ctx, da if needs_a else None, db if needs_b else None),
-        None,
-    )
+    inputs = (d if need else None for d, need in zip(gradients, needs, strict=True))
+    lora = linear_gradients(ctx, da if needs_a else None, db if needs_b else None)
+    return *inputs, *lora, None
 
 
 _norm_modulate_lora_linear.register_autograd(
