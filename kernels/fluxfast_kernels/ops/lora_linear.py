@@ -196,7 +196,8 @@ def check_update(update: LoRAUpdate | None, N: int, K: int) -> None:
     lora_a, lora_b, parts, _ = update
     check(lora_a is not None, "lora_a", "given with lora_b", None)
     check(lora_b is not None, "lora_b", "given with lora_a", None)
-    check(len(parts) % 3 == 0 and len(parts) > 0, "parts", "triples (start, end, A)", len(parts))
+    fits = len(parts) > 0 and len(parts) % 3 == 0
+    check(fits, "parts", "flat triples: start, end, index of A, start, …", parts)
     check(min(parts[2::3]) >= 0, "parts", "with an index of A from 0", list(parts))
     last = 0
     for start, end in zip(parts[::3], parts[1::3], strict=True):
