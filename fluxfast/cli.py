@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Train FLUX.1 LoRAs on one GPU.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # fills paragraphs; "rich" keeps the docstrings' line breaks
     pretty_exceptions_enable=False,
 )
 
@@ -42,7 +43,10 @@ Strength = Annotated[
     list[float], typer.Option(help="of each LoRA file; one for all or one each; 0 leaves it out")
 ]
 Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learned")]
-Name = Annotated[str | None, typer.Option(help="of the run and the LoRA file")]
+Name = Annotated[
+    str | None,
+    typer.Option(help="of the run and the LoRA file; default: the folder's or data set's own"),
+]
 
 
 @app.command()
@@ -61,10 +65,11 @@ def train(
     """Train a LoRA; a run of the same name goes on where it stopped.
 
     Examples: `fluxfast train examples/nano/zorb.yaml --set train.steps=500`, or without a
-    configuration `fluxfast train photos/ --model black-forest-labs/FLUX.1-dev --trigger "ohwx
-    dog"`. The sections of a configuration are model, lora, data, train and save; the path of the
-    finished LoRA is printed to stdout. Several GPUs: `torchrun --nproc-per-node 2 -m fluxfast train
-    …`, train.batch_size being that of all together.
+    configuration: `fluxfast train photos/ --model black-forest-labs/FLUX.1-dev --trigger "ohwx
+    dog"`. The sections of a configuration are model, lora, data, train, save, sample, validation
+    and memory; docs/config.md lists every setting. The path of the finished LoRA is printed to
+    stdout. Several GPUs: `torchrun --nproc-per-node 2 -m fluxfast train …`, train.batch_size being
+    that of all together.
     """
     config = configuration(target, set_, model, encoders, trigger, name)
     from fluxfast.train import train as run
@@ -332,7 +337,8 @@ def configuration(target: Path, overrides, model=None, encoders=None, trigger=No
         if not any(item.startswith("model.path=") for item in overrides):
             raise ConfigError(
                 f"training on {target} needs a model",
-                hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk",
+                hint="--model black-forest-labs/FLUX.1-dev, or the path of a model on this disk; "
+                "`fluxfast plan` takes --set model.path=…",
             )
         # a folder's name may hold what a run's may not
         name = target.resolve().name if target.is_dir() else target.stem

@@ -383,7 +383,7 @@ def build_config(raw: dict, overrides: Sequence[str] = (), source: str = "the se
             mistakes[_MOST:] = [f"and {len(mistakes) - _MOST} more"]
         raise ConfigError(
             f"{source}: {'; '.join(mistakes)}",
-            hint="`fluxfast train --help` names the sections; examples/ holds complete files",
+            hint="docs/config.md lists every setting; examples/ holds complete files",
         ) from None
     for note in notes:
         log.warning(f"note: {note}")
