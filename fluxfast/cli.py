@@ -285,7 +285,10 @@ def plan(
         float | None, typer.Option(min=1.0, help="GiB of the card; default: the named card's own")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="4090, 3090, 5090, 4060 Ti, 3060, L40S, A100 or H100")
+        str | None,
+        typer.Option(
+            help="4090, 3090, 5090, 4060 Ti, 3060, L40S, A100 or H100; other cards: --vram alone"
+        ),
     ] = None,
 ) -> None:
     """Predict what a run needs and how fast it is on a card, before there is one.
