@@ -89,7 +89,7 @@ def verify(folder: Path) -> None:
             "from its weights",
         )
     try:
-        manifest = dict(json.loads((folder / MANIFEST).read_bytes()))
+        manifest = {**json.loads((folder / MANIFEST).read_bytes())}  # TypeError unless a mapping
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, MANIFEST, f"it cannot be read: {_reason(error)}") from None
     for name in (TENSORS, REST, *manifest):

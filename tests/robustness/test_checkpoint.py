@@ -225,6 +225,11 @@ def name_in_manifest(folder: Path, file: str) -> None:
     (folder / MANIFEST).write_text(json.dumps({**entries, file: entries[REST]}))
 
 
+def pairs_in_manifest(folder: Path) -> None:
+    entries = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps([*entries.items(), (1, entries[REST])]))
+
+
 def copy_of_another(folder: Path) -> None:
     shutil.rmtree(folder)
     shutil.copytree(folder.with_name("step-00000002"), folder)
@@ -243,6 +248,7 @@ DAMAGE = {
     "half a manifest": lambda f: os.truncate(f / MANIFEST, 50),
     "a manifest of nothing": lambda f: (f / MANIFEST).write_text("{}"),
     "a manifest that is a list": lambda f: (f / MANIFEST).write_text("[1]"),
+    "a manifest that is a list of pairs": lambda f: pairs_in_manifest(f),
     "a manifest that is no JSON": lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"),
     "a manifest that leads outside": lambda f: name_in_manifest(f, "../../../etc/passwd"),
     "a manifest of what is no name": lambda f: name_in_manifest(f, "a\0b"),
