@@ -165,7 +165,7 @@ def kill_at(moment: Moment, process: BaseProcess, folder: Path, rng: random.Rand
 
 def newest(folder: Path) -> int:
     """The step of the newest checkpoint, 0 without one."""
-    checkpoints = (folder / _RUN / "checkpoints").glob("step-[0-9]*")
+    checkpoints = (folder / _RUN / "checkpoints").glob("step-" + 8 * "[0-9]")  # none `.damaged`
     return max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
 
 

@@ -59,12 +59,13 @@ def test_harm_is_noticed(tmp_path, harm):
     [(24, None), (20, "resumed at step 20, step 24 was saved"), (None, "began anew, step 24")],
 )
 def test_resuming_before_a_checkpoint_is_noticed(tmp_path, monkeypatch, resumed, fault):
-    """After a kill that left the checkpoint of step 24."""
+    """After a kill that left the checkpoint of step 24, and a damaged one."""
     finished(tmp_path / "a")
 
     def start(folder: Path, log: Path) -> None:
         if log.name == "log-0.txt":
             shutil.copytree(tmp_path / "a" / "runs", folder / "runs")
+            (folder / "runs" / faults.NAME / "checkpoints/step-00000030.damaged").mkdir()
         elif resumed:
             log.write_text(f"reading images: 5\nresuming runs/faults at step {resumed}\n")
 
