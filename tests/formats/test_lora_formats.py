@@ -463,6 +463,13 @@ def test_comfyui_files_have_the_width_of_a_wider_img_in():
     assert not any("reshape" in key for key in to_state(plain, "comfyui"))
 
 
+@pytest.mark.parametrize("name", ["x_blocks.0", "double_blocks.0.img_mlp.2"])
+def test_a_text_encoders_widths_are_its_own(name):
+    """Whatever its linears are called, and first in the file."""
+    lora = from_tensors(ab(f"text_encoder.{name}", 48, 32) | ab(PROJ), {}, "a file")
+    assert list(lora.text) == [f"clip/{name}"] and (lora.hidden, lora.mlp) == (64, 256)
+
+
 def test_a_text_encoders_lora_first_in_a_sum():
     """The first file need not tell the widths."""
     text = from_tensors(ab(TEXT), {}, "x")

@@ -333,10 +333,12 @@ class _Checked:
 def _shapes(
     linears: Mapping[_Linear, dict[str, str]], entries: Mapping[str, Any]
 ) -> dict[_Linear, tuple[int, int]]:
-    """Returns rows and columns of the linears, but for malformed ones, which reading refuses."""
+    """Returns rows and columns of the transformer's linears, but for malformed ones, which reading
+    refuses.
+    """
     shapes = {}
     for linear, roles in linears.items():
-        if {"down", "up"} <= roles.keys():
+        if {"down", "up"} <= roles.keys() and "/" not in linear[0]:
             up, down = (tuple(entries[roles[role]].shape) for role in ("up", "down"))
             if min(len(up), len(down)) >= 2 and up[0] and down[1]:
                 shapes[linear] = up[0], down[1]
@@ -360,8 +362,6 @@ def _transformer(path: Path | str, shapes: dict[_Linear, tuple[int, int]]) -> Fl
         hidden_size=hidden, mlp_ratio=mlp / hidden, num_heads=1, axes_dim=rope_axes(hidden)
     )
     for (module, parts), (rows, columns) in shapes.items():
-        if "/" in module:
-            continue
         needed_rows, needed_columns = _heights(module, parts, spec), linear_shape(module, spec)[1]
         # variants of the model widen the inputs outside the blocks
         fits = columns == needed_columns or "_blocks." not in module
