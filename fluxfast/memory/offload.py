@@ -75,9 +75,8 @@ class BlockStore:
 
 
 class Offload:
-    """Copies what blocks save out and back. At most two blocks' sources are in flight: those of
-    block i are released before block i + LAG starts, at the latest before the next but one
-    offloaded block.
+    """Copies what blocks save out and back. At most LAG blocks' sources are in flight: those of
+    block i are released before block i + LAG starts.
 
     buckets: name -> {offloaded block: bytes that it saves}.
     """
@@ -107,7 +106,7 @@ class Offload:
 
     def block(self, index: int) -> BlockStore:
         """Returns where the offloaded block `index`, which is about to start, saves."""
-        self._release(index, most=1)
+        self._release(index)
         limit = self._sizes[index]
         store = self._stores[index] = BlockStore(self, index, self._used, limit)
         self._used += room(limit)
@@ -151,13 +150,11 @@ class Offload:
         self._used = 0
         self._pass += 1
 
-    def _release(self, start: float = math.inf, most: int = STAGING_BUFFERS) -> None:
-        """Drops sources before block `start` begins, all of them by default; at most `most` blocks
-        keep theirs.
-        """
+    def _release(self, start: float = math.inf) -> None:
+        """Drops sources before block `start` begins, all of them by default."""
         while self._pending:
             store, copied = self._pending[0]
-            if store.index + LAG > start and len(self._pending) <= most:
+            if store.index + LAG > start:
                 break
             # compute uses memory that is freed now: it has to wait for the copy
             self._copies.compute_wait(copied)

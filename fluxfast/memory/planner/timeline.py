@@ -67,7 +67,7 @@ def _forward(
     in_flight = most = 0
     pending: deque[tuple[int, float]] = deque()  # (block, when its copy out is over)
     for i, (seconds, nbytes) in enumerate(zip(forward_s, offload_bytes, strict=True)):
-        while pending and (pending[0][0] + LAG <= i or (nbytes and len(pending) > 1)):
+        while pending and pending[0][0] + LAG <= i:
             block, copied = pending.popleft()
             now = max(now, copied)
             in_flight -= offload_bytes[block]
