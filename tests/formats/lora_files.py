@@ -135,6 +135,10 @@ REFUSED = {
         ab(PROJ) | ab(TEXT) | {f"{TEXT}.lora_B.bias": torch.ones(64)},
         "unknown keys text_encoder.*bias\n",
     ),
+    "norm of a text encoder": (
+        ab(PROJ) | ab("lora_te1_text_model_encoder_layers_0_layer_norm1"),
+        "unknown keys lora_te1_",
+    ),
     "block of many digits": (ab(PROJ.replace("0", "9" * 5000, 1)), "unknown keys"),
     "block of other digits": (ab(PROJ.replace("0", "\u0663", 1)), "unknown keys"),
 }

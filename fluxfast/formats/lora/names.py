@@ -155,6 +155,12 @@ _TEXT_DOTTED = {
     "lora_clip_l.": "clip",
     "lora_t5.": "t5",
 }
+# the linears that are read from joined names; the dots of others are not known
+_TEXT_LINEARS = {
+    "clip": r"text_model\.encoder\.layers\.[0-9]+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
+    "t5": r"encoder\.block\.[0-9]+\.layer\.[01]\."
+    r"(SelfAttention\.([qkvo]|relative_attention_bias)|DenseReluDense\.(wi|wi_[01]|wo))",
+}
 # words of a joined name that hold an underscore of their own
 _WORD = re.compile(r"text_model|self_attn|(?:[qkv]|out)_proj|wi_[01]|relative_attention_bias|_")
 
@@ -173,8 +179,8 @@ def _text(name: str) -> tuple[str, str] | None:
     prefix, number, rest = joined.groups()
     module = _WORD.sub(lambda word: "." if word[0] == "_" else word[0], rest)
     encoder = "t5" if number in ("2", "3") else "clip"  # OneTrainer counts T5 as 2, kohya as 3
-    start = "encoder.block." if encoder == "t5" else "text_model.encoder.layers."
-    return (f"{encoder}/{module}", prefix) if module.startswith(start) else None
+    known = re.fullmatch(_TEXT_LINEARS[encoder], module)
+    return (f"{encoder}/{module}", prefix) if known else None
 
 
 # ---------------------------------------------------------------- a key, whole
