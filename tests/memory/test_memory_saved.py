@@ -129,6 +129,16 @@ def test_saved_bytes_of_other_settings(policy, options):
     assert predicted(step, shape, policy) == pytest.approx(truth, rel=0.02)
 
 
+@pytest.mark.parametrize("targets", ["attn+mlp", "all"])
+def test_an_arena_has_room_for_what_dropout_saves(targets):
+    model, step = built(WIDE, targets, 4, dropout=0.2)
+    model.dropout_clock.indices = [0, 1]
+    counted(model, random_inputs(WIDE, 2, 16, 24), ["offload"] * 3)
+    shape = Shape(2, 64, 24)
+    sizes = [saved_bytes.block_saved(step, block, shape, "offload").host for block in step.blocks]
+    assert model.offload.bytes == sum(sizes)
+
+
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8", "fp8"])
 def test_weights_are_as_large_as_the_model(storage):
     compute = {"int8": "int8", "fp8": "fp8", "fp32": "fp32"}.get(storage, "bf16")

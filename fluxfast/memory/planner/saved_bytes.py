@@ -70,8 +70,10 @@ def saves(step: StepSpec, block: str) -> bool:
 
 def norm_is_free(step: StepSpec, block: str) -> bool:
     """Returns whether the block's first norm saves nothing: no gradient reaches what comes before
-    it, and under dropout it is an op of its own."""
-    return step.dropout and step.blocks.index(block) == step.first_trained
+    it nor its modulation, and under dropout it is an op of its own."""
+    modulation = ("img_mod.lin", "txt_mod.lin", "modulation.lin")
+    trains = any(step.trains(f"{block}.{name}") for name in modulation)
+    return step.dropout and not trains and step.blocks.index(block) == step.first_trained
 
 
 def block_saved(step: StepSpec, block: str, shape: Shape, policy: str) -> SavedBytes:
