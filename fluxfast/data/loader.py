@@ -3,10 +3,11 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import islice
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -125,15 +126,29 @@ class Loader:
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps start to stop - 1, read ahead by a background thread.
 
-        Errors in the thread are raised here. The thread ends with the iterator.
+        Errors in the thread are raised here; it reads nothing after one. It ends with the iterator.
         """
+        ended = Event()
+
+        def read(step: int) -> Batch:
+            if ended.is_set():
+                raise CancelledError
+            try:
+                return self._read(step)
+            except BaseException:
+                ended.set()  # the next damaged file is deleted when it is reported, not unseen
+                raise
+
         with ThreadPoolExecutor(1, "fluxfast-loader") as thread:
             steps = iter(range(start, stop))
-            pending = deque(thread.submit(self._read, step) for step in islice(steps, PREFETCH))
-            while pending:
-                batch = pending.popleft().result()
-                pending.extend(thread.submit(self._read, step) for step in islice(steps, 1))
-                yield batch
+            pending = deque(thread.submit(read, step) for step in islice(steps, PREFETCH))
+            try:
+                while pending:
+                    batch = pending.popleft().result()
+                    pending.extend(thread.submit(read, step) for step in islice(steps, 1))
+                    yield batch
+            finally:
+                ended.set()
 
     def _read(self, step: int) -> Batch:
         batch = self.batch(step)

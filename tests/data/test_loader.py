@@ -167,12 +167,36 @@ def test_thread_ends_when_the_consumer_stops(dataset):
     assert not loader_threads()
 
 
+def test_nothing_is_read_after_the_iterator_is_closed(dataset):
+    loader, read, closing = Loader(dataset, 2, seed=9), [], threading.Event()
+    batch = loader.batch
+
+    def slow(step: int) -> Batch:
+        read.append(step)
+        if step:
+            closing.wait(10)
+        return batch(step)
+
+    loader.batch = slow
+    iterator = loader.iterate(0, 10**9)
+    next(iterator)
+    while len(read) < 2:
+        time.sleep(0.001)
+    threading.Timer(0.1, closing.set).start()
+    iterator.close()
+    assert read == [0, 1]
+
+
 def test_errors_reach_the_consumer_in_order(dataset):
     loader = Loader(dataset, 1, seed=2)
     names = [loader.batch(step).names[0] for step in range(12)]
     lost = dataset.samples[int(names[4][:-4])]
     for path in [lost.latents, lost.flipped or lost.latents]:
         path.unlink(missing_ok=True)
+    damaged = dataset.samples[int(names[5][:-4])]
+    files = {damaged.latents, damaged.flipped or damaged.latents}
+    for path in files:
+        path.write_bytes(b"damaged")
     seen = []
     with pytest.raises(
         FluxfastError, match=rf"{lost.latents.parent}/\w+\b.*No such file"
@@ -181,3 +205,6 @@ def test_errors_reach_the_consumer_in_order(dataset):
             seen += batch.names
     assert seen == names[:4] and "fluxfast cache" in raised.value.hint
     assert not loader_threads()
+    assert all(path.is_file() for path in files)  # deleted only with an error that says so
+    with pytest.raises(FluxfastError, match="was corrupt and has been deleted"):
+        next(loader.iterate(5, 12))
