@@ -23,16 +23,13 @@ def fingerprint(folder: Path) -> str:
     are ignored.
     Raises FluxfastError if the folder holds no such file, or cannot be read.
     """
-    files = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.suffix.lower() in WEIGHTS + SETTINGS and not hidden and not path.is_dir():
-            files[name.as_posix()] = path
-    if not files:
-        raise FluxfastError(f"the model component {folder} holds neither weights nor settings")
-    digest = hashlib.sha256()
+    files, digest = {}, hashlib.sha256()
     try:
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if path.suffix.lower() in WEIGHTS + SETTINGS and not hidden and not path.is_dir():
+                files[name.as_posix()] = path
         for name, path in sorted(files.items()):
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             _hash_file(path, digest)
@@ -40,6 +37,8 @@ def fingerprint(folder: Path) -> str:
         raise FluxfastError(
             f"cannot read {error.filename or folder}: {error.strerror or error}"
         ) from None
+    if not files:
+        raise FluxfastError(f"the model component {folder} holds neither weights nor settings")
     return digest.hexdigest()
 
 

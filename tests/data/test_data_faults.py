@@ -24,6 +24,7 @@ from fluxfast.data.images import image_size, load_image
 from fluxfast.data.prepare import prepare
 from fluxfast.data.scan import SkipReport, scan_folders
 from fluxfast.data.store import CacheDamaged
+from fluxfast.encoders.fingerprint import fingerprint
 from fluxfast.errors import FluxfastError
 from fluxfast.train import train
 from fluxfast.util.terminal import log_to_terminal
@@ -247,6 +248,16 @@ def test_masks_and_folders_that_may_not_be_entered(nobody):
     assert len(lines) == 1 and lines[0].startswith(f"skipped: no mask for {folder / 'good.png'}")
     with pytest.raises(FluxfastError, match="cannot read the folder .*closed/in: Permission"):
         scanned(closed / "in")
+
+
+def test_a_component_whose_folder_may_not_be_entered(nobody):
+    folder, become = nobody
+    (folder / "sub").mkdir()
+    (folder / "sub" / "model.safetensors").write_bytes(b"")
+    (folder / "sub").chmod(0o444)
+    become()
+    with pytest.raises(FluxfastError, match=r"cannot read .*model\.safetensors: Permission denied"):
+        fingerprint(folder)
 
 
 def test_links_in_a_circle_among_pictures_with_masks(folder):
