@@ -127,6 +127,12 @@ REFUSED = {
         ab("transformer.proj_out") | {"transformer.proj_out.lora_B.bias": torch.ones(7)},
         r"proj_out.lora_B.bias has shape \[7\]",
     ),
+    "bias twice": (
+        ab(PROJ)
+        | {f"{DIFFUSERS}to_q.lora_B.bias": torch.ones(64)}
+        | {"double_blocks.0.img_attn.qkv.lora_B.bias": torch.ones(192)},
+        "the same twice",
+    ),
     "square norm": (
         ab(PROJ) | {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(3, 3)},
         "not one dimension",

@@ -272,7 +272,10 @@ def _read(
                 raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
             # the up factor's own, which its scale applies to; ComfyUI's `diff_b` is added as it is
             bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
-            lora.biases.setdefault(module, {}).update(_by_part(order(bias), parts, heights))
+            known = lora.biases.setdefault(module, {})
+            if known.keys() & set(parts):
+                raise ConfigError(f"{path} has the same twice: {module}, under {roles['bias']} too")
+            known.update(_by_part(order(bias), parts, heights))
     return lora
 
 
