@@ -14,7 +14,7 @@ from random_inputs import WIDE
 
 from fluxfast.config.schema import build_config, load_config
 from fluxfast.errors import ConfigError
-from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner import saved_bytes, suggest
 from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.plan import CONTEXT, GIB, Plan, Request, cheaper_policies, usable
@@ -247,6 +247,23 @@ def test_graphs_keep_their_pool_through_the_optimizers_step():
     assert plan.buckets["512"].graphed
     assert plan.phases["optimizer step"] == plan.peak + state
     assert eager.phases["optimizer step"] < eager.peak
+
+
+def test_phases_count_what_is_held_only_for_a_while():
+    """schedule-free copies all gradients twice in its step; loading quantizes linear1 in fp32."""
+    plan = planned("4090", 24, sides=(512,), optimizer="schedulefree", graphs=False)
+    static = sum(plan.static.values())
+    assert plan.phases["optimizer step"] == static + 2 * plan.static["gradients"]
+    weights = sum(size for name, size in plan.static.items() if name.startswith("weights"))
+    largest = max(rows * columns for rows, columns in [(21504, 3072), (3072, 15360)])
+    assert plan.phases["loading"] == weights + plan.static["LoRA"] + 12 * largest
+
+
+def test_processes_of_one_machine_share_what_may_be_pinned(monkeypatch):
+    monkeypatch.setattr(suggest, "available_memory", lambda: 64 * GIB)
+    assert suggest.host_memory() == 32 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert suggest.host_memory() == 8 * GIB
 
 
 def test_layers_kept_dense_cost_memory_and_time():
