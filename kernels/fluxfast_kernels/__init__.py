@@ -4,6 +4,7 @@ Every op has a plain-torch `*_reference` beside it in its file. Importing needs 
 and no compiler.
 """
 
+from fluxfast_kernels.blocks import flux_double_block, flux_single_block
 from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.integrations.diffusers import patch_diffusers, unpatch_diffusers
 from fluxfast_kernels.ops.attention import attention, attention_reference
@@ -44,6 +45,8 @@ __all__ = [
     "flow_loss_reference",
     "flow_mix",
     "flow_mix_reference",
+    "flux_double_block",
+    "flux_single_block",
     "gate_residual",
     "gate_residual_reference",
     "gelu_lora_linear",

@@ -7,8 +7,10 @@ import pytest
 import torch
 from fluxfast_kernels.dispatch import backend
 from fluxfast_kernels.dispatch.backend import DTYPES
-from fluxfast_kernels.ops.lora_linear import _lora_linear, flatten
+from fluxfast_kernels.gemm.epilogue import LoRAUpdate
+from fluxfast_kernels.ops.lora_linear import _lora_linear, flatten, lora_linear
 from fluxfast_kernels.quant import frozen
+from fluxfast_kernels.quant.nf4 import nf4_quantize
 from fused_linears import (
     BF16,
     IN_8_BITS,
@@ -237,6 +239,7 @@ ONES, NF4_STATISTICS = torch.ones(2, 1, K), ("packed", "absmax", "nested_absmax"
 W = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
 INT8, FP8 = (list(frozen.quantize_8bit(W, kind)) for kind in ("int8", "fp8"))
 VALUES, SCALE = INT8
+NF4_OF_ANOTHER_K = list(nf4_quantize(W.view(2 * N, -1)).tensors().values())
 BY_OP = {
     "linear": [
         ("weight", {"x": torch.zeros(B, T, 96)}),
@@ -263,7 +266,7 @@ BY_OP = {
             ("weight", {"matmul": "int8", "weight": wrong})
             for wrong in ([VALUES], [W.int()], [VALUES[:, :64], SCALE], [VALUES[0], SCALE], [W] * 3)
         ),
-        (r"weight \(absmax\)", {"weight": [torch.zeros(N * K // 2, 1).byte(), torch.zeros(5)]}),
+        (r"weight \(absmax\)", {"weight": [torch.zeros(N, K // 2).byte(), torch.zeros(5)]}),
     ],
     "norm": [
         ("h", {"h": torch.zeros(B, T, K).double()}),
@@ -290,6 +293,12 @@ BY_OP = {
     ],
 }
 BY_EVERY_OP = [
+    ("weight", {"weight": NF4_OF_ANOTHER_K, "parts": ()}),  # with as many values as one of x's K
+    ("weight", {"weight": [NF4_OF_ANOTHER_K[0].view(-1, 1), NF4_OF_ANOTHER_K[1]], "parts": ()}),
+    ("weight", {"weight": W}),
+    ("lora_a", {"lora_a": torch.zeros(8, K).bfloat16()}),
+    ("lora_a", {"lora_a": torch.zeros(8 * K)}),
+    ("lora_b", {"lora_b": torch.zeros(128, 4).half()}),
     ("weight", {"weight": [torch.zeros(N, K - 1)]}),
     ("weight", {"weight": [torch.zeros(N, K)] * 3}),
     ("lora_a", {"lora_a": torch.zeros(3, K)}),
@@ -328,6 +337,17 @@ def test_wrong_arguments_are_named(op, name, changed):
     problem = problem_with(op, **changed)
     with pytest.raises(ValueError, match=f"^{name} must be"):
         problem.call(problem.leaves)
+
+
+def test_what_is_no_weight_and_no_update_is_named():
+    """A tensor, a list or an NF4Tensor for a FrozenWeight; several updates for one."""
+    x, update = torch.zeros(B, T, K), LoRAUpdate(torch.zeros(4, K), torch.zeros(N, 4), (0, N, 0))
+    for wrong in (W, [W], frozen.FrozenWeight(nf4_quantize(W))):
+        with pytest.raises(ValueError, match=r"^weight must be .*FrozenWeight\(\[W\]\)"):
+            lora_linear(x, wrong)
+    for wrong in ([update], [update, update], tuple(update)):
+        with pytest.raises(ValueError, match="^update must be one LoRAUpdate"):
+            lora_linear(x, frozen.FrozenWeight([W]), wrong)
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -55,7 +55,7 @@ class Dense(Linear):
         self.weight = list(stored[0].tensors().values())
         if case.storage == "stacked":
             names = ("packed", "absmax", "nested_absmax")
-            self.weight = [torch.cat([getattr(each, name) for each in stored]) for name in names]
+            self.weight = [torch.cat([each.tensors()[name] for each in stored]) for name in names]
             offsets = [each.offset.expand(each.nested_absmax.numel()) for each in stored]
             self.weight.append(torch.cat(offsets))
 

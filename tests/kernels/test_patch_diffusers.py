@@ -6,24 +6,38 @@ diffusers makes in that dtype against its fp32 self.
 """
 
 import copy
+import re
 import warnings
 from functools import partial
 from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
-from fluxfast_kernels.integrations import diffusers as module
+from fluxfast_kernels import blocks as fused_blocks
 from fluxfast_kernels.integrations.diffusers import patch_diffusers, unpatch_diffusers
 from numerics import randn, relative_error
 from torch import nn
+from trainers import (
+    DoRAModule,
+    KohyaModule,
+    LoConModule,
+    LokrModule,
+    LoRAModule,
+    apply_network,
+    as_simpletuner,
+)
 
 from bench.step.peers import LORA_MODULES
 
 BATCH, ROWS, COLUMNS, TEXT, CHANNELS = 2, 3, 5, 7, 16
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "examples" / "nano" / "pretrained"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ONCE = {  # calls of a forward
     "norm_modulate_lora_linear": 4 + 2,
@@ -134,7 +148,7 @@ def fused(monkeypatch, computed):
         return op(x, *arguments, **more)
 
     for name in calls:
-        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
+        monkeypatch.setattr(fused_blocks, name, partial(counted, name, getattr(fused_blocks, name)))
     return calls
 
 
@@ -320,6 +334,18 @@ def test_a_stream_wider_than_what_is_computed_in(nf4, fused, computed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [LoRAModule, LoConModule])
+def test_compiled_whole_with_lora_modules(kind):
+    model = (build() if kind is LoRAModule else as_simpletuner(build())).train()
+    networks = [apply_network(model, kind)]
+    truth = train(model, networks)
+    patch_diffusers(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_close(train(model, networks), truth)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("nf4", [None, "nested"])
 def test_compiled_whole(nf4):
     model = add_lora(build(nf4=nf4))
@@ -398,6 +424,9 @@ def test_adapters_after_the_patch(fused):
         add_lora(model, ["to_k", "proj_mlp"], seed=5, adapter="second")
         model.set_adapter("second")
 
+    def both_active(model):
+        model.set_adapters(["default", "second"], [0.5, 2.0])
+
     def back_to_first(model):
         model.delete_adapters("second")
         model.set_adapter("default")
@@ -408,11 +437,12 @@ def test_adapters_after_the_patch(fused):
         both(lambda model: model.disable_adapters()),
         both(lambda model: model.enable_adapters()),
         both(lambda model: None, joint_attention_kwargs={"scale": 0.5}),
+        both(both_active, run),
         both(back_to_first),
     ]
     for one, other in combinations([each["output"] for each in outputs], 2):
         assert (one - other).abs().max() > 1e-3
-    assert fused == times(6)
+    assert fused == times(7)
 
 
 def test_weights_that_change_after_the_patch():
@@ -497,11 +527,6 @@ def change_linear(block):
     block.attn.to_q.base_layer.__class__ = type("Other", (nn.Linear,), {})
 
 
-def second_adapter(model):
-    add_lora(model, ["to_q"], seed=5, adapter="second")
-    model.set_adapters(["default", "second"])
-
-
 OtherProcessor = type("Other", (transformer_flux.FluxAttnProcessor,), {})
 CHANGES = {  # of the first block of each kind
     "base weights require gradients": lambda b: b.attn.to_q.base_layer.requires_grad_(True),
@@ -521,17 +546,13 @@ LORA_OPTIONS = {  # of LoRA that is not fused
 
 
 @pytest.mark.grid(5)
-@pytest.mark.parametrize("reason", [*CHANGES, *LORA_OPTIONS, "several adapters are active at once"])
+@pytest.mark.parametrize("reason", [*CHANGES, *LORA_OPTIONS])
 def test_fallbacks_are_announced_once(reason, fused):
     model = add_lora(build(), ["to_q"], **LORA_OPTIONS.get(reason, {}))
     peer = copy.deepcopy(model)
     patch_diffusers(model)
-    for each in (model, peer):
-        if reason in CHANGES:
-            for block in first_blocks(each):
-                CHANGES[reason](block)
-        elif reason not in LORA_OPTIONS:
-            second_adapter(each)
+    for block in (block for each in (model, peer) for block in first_blocks(each)):
+        CHANGES.get(reason, id)(block)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=f"patch_diffusers: .* where {reason}") as warned:
         results = run(model)
@@ -616,3 +637,351 @@ def test_unpatch_refuses_under_a_hook():
         unpatch_diffusers(model)
     block.forward = patched
     unpatch_diffusers(model)
+
+
+# ---------------------------------------------------------------- other trainers' LoRA and blocks
+
+
+def train(model, networks, **more) -> dict[str, torch.Tensor]:
+    """`run` where the LoRA modules are in `networks`. Trained scalars' gradients are one vector, of
+    whose largest an error is counted: each is a sum over B that cancels."""
+    for network in networks:
+        network.zero_grad()
+    out = model(**(inputs() | more), return_dict=False)[0]
+    (out.float() - randn(*out.shape, seed=5)).square().mean().backward()
+    results, scalars = {"output": out.detach()}, []
+    for i, network in enumerate(networks):
+        for name, parameter in network.named_parameters():
+            if name.endswith("scalar"):
+                scalars.append(parameter.grad.clone())
+            elif parameter.grad is not None:
+                results[f"{i} {name}"] = parameter.grad.clone()
+    return results | ({"scalars": torch.stack(scalars)} if scalars else {})
+
+
+def check_networks(model, networks, fused, **more) -> None:
+    truth = train(model, networks, **more)
+    assert len(truth) > 1
+    patch_diffusers(model)
+    fused.update(times(0))
+    assert_close(train(model, networks, **more), truth)
+    assert fused == ONCE
+    unpatch_diffusers(model)
+    assert_close(train(model, networks, **more), truth)
+    assert fused == ONCE
+
+
+def stacked(model):
+    """A frozen assistant below what trains, as ai-toolkit has it for schnell."""
+    assistant = apply_network(model, rank=2, seed=7).requires_grad_(False)
+    return [assistant.eval(), apply_network(model, multiplier=[0.5] * BATCH)]
+
+
+NETWORKS = {
+    "ai-toolkit": lambda m: [apply_network(m, multiplier=[1.0] * BATCH)],
+    "ai-toolkit, attention, one strength": lambda m: [
+        apply_network(m, LoRAModule, ["attn"], 4, 1, 0.7)
+    ],
+    "ai-toolkit, assistant": stacked,
+    "LyCORIS": lambda m: [apply_network(m, LoConModule)],
+    "kohya": lambda m: [apply_network(m, KohyaModule)],
+}
+
+
+@pytest.mark.grid(5)
+@pytest.mark.parametrize("nf4", [None, "plain"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_lora_modules_in_the_place_of_a_forward(name, nf4, fused):
+    model = build(nf4=nf4).train()
+    check_networks(model, NETWORKS[name](model), fused)
+
+
+@pytest.mark.parametrize("change", ["is_active", "is_merged_in", "multiplier"])
+def test_a_network_that_adds_nothing(change, fused):
+    """Applied after the patch, switched off for some forwards, as for a prior prediction."""
+    peer, model = build().train(), build().train()
+    truth, of_peer = predict(peer), apply_network(peer)
+    patch_diffusers(model)
+    network = apply_network(model)
+    value = getattr(network, change)
+    setattr(network, change, {"is_active": False, "is_merged_in": True, "multiplier": 0.0}[change])
+    assert_close(predict(model), truth)
+    setattr(network, change, value)
+    assert_close(train(model, [network]), train(peer, [of_peer]))
+    assert fused == times(2)
+
+
+def test_a_multiplier_of_zero_has_gradients(fused):
+    """Which are zero and not missing, as of kohya's own forward."""
+    model = build().train()
+    networks = [apply_network(model, KohyaModule)]
+    set_each(networks, multiplier=0.0)
+    patch_diffusers(model)
+    output, *gradients = train(model, networks).values()
+    assert len(gradients) == len(list(networks[0].parameters()))
+    assert not any(gradient.any() for gradient in gradients) and output.any() and fused == ONCE
+
+
+def test_half_precision_of_lora_modules(fused, computed):
+    """ai-toolkit's base in bf16 and LoRA in fp32."""
+
+    def make(dtype):
+        model = build().to(dtype).train()
+        return model, [apply_network(model)]
+
+    truth, (model, networks) = train(*make(FP32)), make(BF16)
+    eager = train(model, networks, **inputs(BF16))
+    patch_diffusers(model)
+    results = train(model, networks, **inputs(BF16))
+    assert fused == ONCE and computed == {BF16}
+    assert_as_exact(results, eager, truth, unit=2.0**-9)
+
+
+def set_each(networks, **attributes) -> None:
+    for network in networks:
+        for lora in network.unet_loras:
+            for name, value in attributes.items():
+                setattr(lora, name, value)
+
+
+def one_a_sample(networks) -> None:
+    networks[0].multiplier = [1.0, 0.5]
+
+
+def another_forward(networks) -> None:
+    for lora in networks[0].unet_loras:
+        lora.org_module[0].forward = partial(lora.org_module[0].forward)
+
+
+NOT_SERVED = {  # what the LoRA modules are, what is done to them
+    "an adapter is a DoRAModule with magnitude": (DoRAModule, lambda _: None),
+    "an adapter is a LokrModule": (LokrModule, lambda _: None),
+    "an adapter is a LoConModule with wd": (LoConModule, lambda n: set_each(n, wd=True)),
+    "an adapter drops out in training": (KohyaModule, lambda n: set_each(n, dropout=0.5)),
+    "an adapter drops out in .*": (LoConModule, lambda n: set_each(n, rank_dropout=0.1)),
+    "an adapter drops out": (LoRAModule, lambda n: set_each(n, module_dropout=0.1)),
+    "an adapter's strength differs": (
+        LoRAModule,
+        lambda n: setattr(n[0], "multiplier", [1.0, 0.5]),
+    ),
+    "the forward of a linear was replaced": (LoRAModule, another_forward),
+}
+
+
+@pytest.mark.grid(8)
+@pytest.mark.parametrize("reason", NOT_SERVED)
+@pytest.mark.parametrize("simpletuner", [False, True])
+def test_lora_modules_that_are_not_served(reason, simpletuner, fused):
+    """The blocks run as they were written, which is said once."""
+    kind, change = NOT_SERVED[reason]
+    model = as_simpletuner(build()).train() if simpletuner else build().train()
+    networks = [apply_network(model, kind, ["to_q", "to_add_out"])]
+    change(networks)
+    torch.manual_seed(0)
+    truth = train(model, networks)
+    patch_diffusers(model)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"patch_diffusers: .* where {reason}") as warned:
+        results = train(model, networks)
+    assert sum("patch_diffusers" in str(each.message) for each in warned) == 1
+    assert all(torch.equal(results[name], truth[name]) for name in truth)
+    train(model, networks)  # no further word
+    assert not any(fused.values())
+    unpatch_diffusers(model)
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)  # memory of its own, though it was not fused
+
+
+def routed(model) -> None:
+    model.routes = torch.stack([torch.randperm(ROWS * COLUMNS)[:6] for _ in range(BATCH)])
+
+
+def assisted(model) -> None:
+    add_lora(model, ["to_q"], seed=5, adapter="second")
+    model.set_adapters(["default", "second"])
+
+
+SIMPLETUNER = {  # build's arguments, of the older class?, what is done to it
+    "with peft": ({}, False, lambda m: None),
+    "of 2025": ({}, True, lambda m: None),
+    "NF4": ({"nf4": "plain"}, False, lambda m: None),
+    "gradient checkpointing": ({}, False, lambda m: m.enable_gradient_checkpointing()),
+    "gradient checkpointing of 2025": ({}, True, lambda m: m.enable_gradient_checkpointing()),
+    "TREAD": ({}, False, routed),
+    "an assistant's LoRA": ({}, False, assisted),
+}
+
+
+@pytest.mark.parametrize("name", SIMPLETUNER)
+def test_simpletuner(name, fused):
+    options, older, change = SIMPLETUNER[name]
+    model = add_lora(as_simpletuner(build(**options), older))
+    change(model)
+    check_patched(model, fused, run, forwards=1 + ("checkpointing" in name))
+    peer = copy.deepcopy(model)
+    unpatch_diffusers(peer)
+    assert_close(run(peer), run(model))
+
+
+@pytest.mark.parametrize("kind", [LoRAModule, LoConModule])
+def test_simpletuner_with_lora_modules(kind, fused):
+    model = as_simpletuner(build()).train()
+    check_networks(model, [apply_network(model, kind, ["attn.", "ff."])], fused)
+
+
+MASK = torch.ones(BATCH, TEXT + ROWS * COLUMNS)
+MASK[:, 3:TEXT] = 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "more"),
+    [
+        ("attention_mask is given", {"attention_mask": MASK}),
+        ("temb is not one vector", {"timestep": torch.rand(BATCH, ROWS * COLUMNS)}),
+    ],
+)
+def test_what_simpletuner_passes_to_its_blocks(reason, more, fused):
+    model = add_lora(as_simpletuner(build()))
+    model.requires_grad_(False)
+    truth = predict(model, **more)
+    assert (truth["output"] - predict(model)["output"]).abs().max() > 1e-3
+    patch_diffusers(model)
+    with pytest.warns(UserWarning, match=f"patch_diffusers: .* where {reason}"):
+        assert torch.equal(predict(model, **more)["output"], truth["output"])
+    assert not any(fused.values())
+    predict(model)
+    assert fused == ONCE
+
+
+def test_a_modulation_of_the_text_of_its_own(fused):
+    """SimpleTuner's context_temb."""
+    double, _ = first_blocks(as_simpletuner(build()))
+    model, tokens = as_simpletuner(build()), [randn(2, n, 128, seed=n) for n in (15, 7)]
+    tembs, rope = [randn(2, 128, seed=n) for n in (6, 8)], model.pos_embed(torch.ones(22, 3))
+    arguments = [*tokens, *tembs, rope]
+    patch_diffusers(model)
+    with torch.no_grad():
+        pairs = zip(first_blocks(model)[0](*arguments), double(*arguments), strict=True)
+        assert_close(*({"txt": out[0], "img": out[1]} for out in zip(*pairs, strict=True)))
+    assert fused["lora_linear"] == 2
+
+
+def test_simpletuners_results_are_finite():
+    x, txt = (randn(1, n, 128, seed=n) for n in (15, 7))
+    model = as_simpletuner(build())
+    temb, rope = randn(1, 128, seed=6), model.pos_embed(torch.zeros(22, 3))
+    _, single = first_blocks(model)
+    x[0, 3, 5], x[0, 4, 5] = torch.inf, torch.nan
+    with torch.no_grad():
+        before = single(torch.cat([txt, x], 1), temb, rope)
+        patch_diffusers(model)
+        after = single(torch.cat([txt, x], 1), temb, rope)
+    assert torch.isfinite(after).all() and torch.equal(before == 0, after == 0)
+
+
+def recipes() -> list[str]:
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    return [recipe for recipe in found if "patch_diffusers" in recipe]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_recipes_of_the_readme(index, fused):
+    """diffusers with peft, ai-toolkit, SimpleTuner: each has what its recipe names."""
+    model = as_simpletuner(build()) if index == 2 else build()
+    network = apply_network(model) if index == 1 else add_lora(model)
+    names = {
+        "transformer": model,
+        "self": SimpleNamespace(sd=SimpleNamespace(unet=model)),
+        "trainer": SimpleNamespace(model=SimpleNamespace(get_trained_component=lambda: model)),
+    }
+    recipe = recipes()[index]
+    assert len(recipes()) == 3 and [x for x in names if x in recipe] == [[*names][index]]
+    steps = {0: ["unpatch_diffusers(transformer)"]}.get(index, [])
+    exec(recipe.split(*steps)[0] if steps else recipe, names)
+    train(model, [network])
+    assert fused == ONCE
+    exec(recipe, names)
+    train(model, [network])
+    assert fused == (ONCE if index == 0 else times(2))
+
+
+# ---------------------------------------------------------------- a whole training step
+
+
+class Batch:
+    """What the data loader and the encoders hand to a step."""
+
+    def __init__(self, size=2, rows=4, columns=3, tokens=5):
+        self.latents = randn(size, 16, 2 * rows, 2 * columns, seed=1)
+        self.noise = randn(size, 16, 2 * rows, 2 * columns, seed=2)
+        self.u = torch.sigmoid(randn(size, seed=3))  # logit_normal, mean 0, std 1
+        self.prompt, self.pooled = randn(size, tokens, 192, seed=4), randn(size, 128, seed=5)
+        self.img_ids, self.txt_ids = torch.zeros(rows, columns, 3), torch.zeros(tokens, 3)
+        self.img_ids[..., 1] += torch.arange(rows)[:, None]
+        self.img_ids[..., 2] += torch.arange(columns)
+
+
+def dreambooth_step(model, scheduler, batch: Batch, weighting: str) -> dict[str, torch.Tensor]:
+    """The step of diffusers' examples/dreambooth/train_dreambooth_lora_flux.py: timesteps by their
+    density, flow matching's input and target, packed tokens, the weighted loss, backward."""
+    at = (batch.u * scheduler.config.num_train_timesteps).long()
+    timesteps, sigmas = scheduler.timesteps[at], scheduler.sigmas[at].view(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
+    cut = noisy.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [B, C, rows, 2, columns, 2]
+    packed = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    predicted = model(
+        hidden_states=packed,
+        timestep=timesteps / 1000,
+        guidance=torch.full((len(at),), 3.5),
+        pooled_projections=batch.pooled,
+        encoder_hidden_states=batch.prompt,
+        txt_ids=batch.txt_ids,
+        img_ids=batch.img_ids.flatten(0, 1),
+        return_dict=False,
+    )[0]
+    predicted = predicted.unflatten(1, batch.img_ids.shape[:2]).unflatten(3, (16, 2, 2))
+    predicted = predicted.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    weights = {
+        "none": torch.ones_like(sigmas),
+        "sigma_sqrt": sigmas**-2,
+        "cosmap": 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas**2)),
+    }
+    squares = weights[weighting] * (predicted - (batch.noise - batch.latents)) ** 2
+    loss = squares.flatten(1).mean(1).mean()
+    model.zero_grad()
+    loss.backward()
+    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | gradients
+
+
+@pytest.mark.parametrize(("weighting", "checkpointing"), [("none", False), ("cosmap", True)])
+def test_the_dreambooth_step_of_diffusers(weighting, checkpointing, fused):
+    """On the nano model, with the LoRA of that script (gaussian A), B as after some steps.
+
+    fp32 losses within 1e-6. Gradients: some 8 matmuls in a row a block, six blocks, there and back,
+    over K up to 800, each product rounded at 2^-24: where such errors add up as in a random walk,
+    2^-24 · sqrt(2 · 8 · 6 · 800) = 1.7e-5 of a tensor's largest value, on both sides 2.5e-5.
+    """
+    model = FluxTransformer2DModel.from_pretrained(NANO / "transformer").requires_grad_(False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(NANO / "scheduler")
+    targets = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out"
+    targets = [f"attn.{name}" for name in targets.split()]
+    targets += [f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")]
+    config = {"r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian", "target_modules": targets}
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(**config))
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            tensor.data.normal_(std=0.05)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    truth = dreambooth_step(model, scheduler, Batch(), weighting)
+    assert len(truth) == 1 + 2 * (2 * 12 + 4 * 3)
+    patch_diffusers(model)
+    results = dreambooth_step(model, scheduler, Batch(), weighting)
+    assert fused["qk_norm_rope_attention"] == 6 * (1 + checkpointing)
+    torch.testing.assert_close(results["loss"], truth["loss"], rtol=1e-6, atol=0)
+    del results["loss"], truth["loss"]
+    assert_close(results, truth, gradients=2.5e-5)

@@ -1,12 +1,20 @@
-"""The linears in diffusers' blocks, as the fused ops take them.
+"""The linears in the blocks, and their LoRA, as the fused ops take them.
 
-`frozen_base` and `read_lora` read one linear (`nn.Linear` or bitsandbytes' `Linear4bit`, bare or in
-peft's LoRA layer) and raise `Declined`, with a reason, where the ops do not compute what it does.
+`frozen_base` and `read_loras` read one linear (`nn.Linear` or bitsandbytes' `Linear4bit`) and raise
+`Declined`, with a reason, where the ops do not compute what it does. LoRA is found in two places:
+
+- peft: its `Linear` stands in the linear's place and holds it as `base_layer`; `lora_A`, `lora_B`
+  and `scaling` by adapter. Several active adapters add up.
+- ai-toolkit, LyCORIS and kohya: the linear's `forward` is that of a module with `lora_down` (A) and
+  `lora_up` (B), which calls the one there before, the linear's or the next module's, as
+  `org_forward`. `_read_module` knows what else such modules and their networks have.
+
 `JoinedWeight` moves the frozen tensors of several linears into one tensor per kind, of which each
-linear's own become views; `stack_loras` concatenates their LoRA, differentiably.
+linear's own become views; `stack_loras` concatenates their LoRA, differentiably. LyCORIS rounds the
+sum of base and update to the base's dtype; here the update stays exact.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +28,7 @@ Foreign = Any  # a module of diffusers, peft or bitsandbytes, of which nothing i
 
 
 class Declined(Exception):
-    """Why a block runs as diffusers wrote it."""
+    """Why a block runs as its class wrote it."""
 
 
 def decline_if(condition: object, reason: str) -> None:
@@ -28,14 +36,14 @@ def decline_if(condition: object, reason: str) -> None:
         raise Declined(reason)
 
 
-# ---------------------------------------------------------------- one linear and its LoRA
+# ---------------------------------------------------------------- one linear
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more, or other, than its class's forward."""
-    own = module.__dict__
+def hooked(module: nn.Module, of_its_own: bool = True) -> bool:
+    """Whether calling the module does more than its forward or, of its own, than its class's."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or any(own[name] for name in names)
+    own = module.__dict__
+    return (of_its_own and "forward" in own) or any(own[name] for name in names)
 
 
 def _is(module: Foreign, package: str, *names: str) -> bool:
@@ -47,18 +55,19 @@ def is_4bit(base: Foreign) -> bool:
     return _is(base, "bitsandbytes", "Linear4bit")
 
 
-def is_lora(module: Foreign) -> bool:
+def is_peft(module: Foreign) -> bool:
     return _is(module, "peft", "Linear", "Linear4bit")
 
 
 def base_of(module: Foreign) -> Foreign:
-    return module.base_layer if is_lora(module) else module
+    return module.base_layer if is_peft(module) else module
 
 
 def frozen_base(module: Foreign) -> Foreign:
     """The frozen linear, checked."""
     base = base_of(module)
-    decline_if(hooked(module) or hooked(base), "a linear has hooks")
+    hooks = hooked(base, of_its_own=False) or (module is not base and hooked(module))
+    decline_if(hooks, "a linear has hooks")
     known = type(base) is nn.Linear or is_4bit(base)
     decline_if(not known, f"a linear is a {type(base).__name__}")
     weight, bias = base.weight, base.bias
@@ -87,6 +96,9 @@ def _check_nf4(base: Foreign) -> None:
     decline_if(not fits, "4-bit weights are not NF4 in blocks of 64 along the rows")
 
 
+# ---------------------------------------------------------------- its LoRA
+
+
 class LoRA(NamedTuple):
     """fp32 A [r, K] and B [N, r] of one linear."""
 
@@ -95,30 +107,103 @@ class LoRA(NamedTuple):
     scale: float
 
 
-def read_lora(module: Foreign) -> LoRA | None:
-    """None where the layer is its base alone."""
-    if not is_lora(module):
+# what a LoRA module, or its network, has beside lora_down, lora_up, scale and multiplier
+OFF = {"is_active": False, "enabled": False, "is_merged_in": True}  # it adds nothing then
+OTHER = ("lora_mid", "wd", "full_rank", "is_lorm", "vector_gates", "ggpo_sigma")  # not a plain LoRA
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+DROPS, DIFFERS = "an adapter drops out in training", "an adapter's strength differs in the batch"
+
+
+def read_loras(module: Foreign) -> list[LoRA]:
+    """What is added to the base, [] where it is the base alone."""
+    base = base_of(module)
+    loras = [_read_module(lora, base) for lora in _in_place_of_forward(base)]
+    return [lora for lora in loras if lora] + (_read_peft(module) if is_peft(module) else [])
+
+
+def _in_place_of_forward(base: Foreign) -> list[Foreign]:
+    """The modules whose forward took the place of the linear's, the one called first in front."""
+    forward, found = base.__dict__.get("forward"), []
+    while forward is not None and getattr(forward, "__self__", None) is not base:
+        found.append(getattr(forward, "__self__", None))
+        forward = getattr(found[-1], "org_forward", None)
+        replaced = not isinstance(found[-1], nn.Module) or forward is None
+        decline_if(replaced, "the forward of a linear was replaced, not by a LoRA module's")
+    return found
+
+
+def _read_module(lora: Foreign, base: Foreign) -> LoRA | None:
+    """A LoRA module's update; None where it adds nothing."""
+    name, network = type(lora).__name__, getattr(lora, "network_ref", lambda: lora)()
+    has = {x: getattr(lora, x, getattr(network, x, None)) for x in (*OFF, *OTHER, *DROPOUTS)}
+    down, up = (cast(Foreign, getattr(lora, x, None)) for x in ("lora_down", "lora_up"))
+    decline_if(type(down) is not nn.Linear or type(up) is not nn.Linear, f"an adapter is a {name}")
+    frozen = set(map(id, base.parameters()))
+    more = {x for x, parameter in lora.named_parameters() if id(parameter) not in frozen}
+    more -= {"lora_down.weight", "lora_up.weight", "scalar"}
+    more |= {x for x in OTHER if has[x] is not None and has[x] is not False}
+    decline_if(more, f"an adapter is a {name} with {', '.join(sorted(more))}")
+    strength: Any = getattr(network, "multiplier", getattr(lora, "multiplier", 1.0))
+    if isinstance(strength, list | tuple):  # one a sample
+        decline_if(len(set(strength)) != 1, DIFFERS)
+        strength = strength[0]
+    elif network is not lora and not isinstance(strength, Tensor) and strength == 0:
         return None
-    decline_if(module.merged, "adapters are merged")
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or not names:
+    if any(has[x] is value for x, value in OFF.items()):
         return None
-    decline_if(len(names) > 1, "several adapters are active at once")
-    name = names[0]
-    variant = name in getattr(module, "lora_variant", ()) or module.use_dora.get(name)
-    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    plain = type(a) is nn.Linear and type(b) is nn.Linear
-    decline_if(variant or not plain, "an adapter is a LoRA variant")
-    decline_if(a.bias is not None or b.bias is not None, "an adapter has biases")
-    decline_if(any(map(hooked, (a, b, dropout))), "an adapter has hooks")
+    decline_if(any(_drops(has[x], lora) for x in DROPOUTS), DROPS)
+    decline_if(hooked(down) or hooked(up), "an adapter has hooks")
+    a, b, scale = down.weight.float(), up.weight.float(), 1.0
+    own = lora.scale if hasattr(lora, "scale") else lora.alpha / a.shape[0]
+    more = (getattr(lora, x, 1.0) for x in ("scalar", "assistant_inverse_scale"))
+    for factor in (own, strength, *more):
+        if isinstance(factor, Tensor):  # perhaps trained
+            decline_if(factor.numel() != 1, DIFFERS)
+            b = b * factor.reshape(())
+        else:
+            scale *= float(factor)
+    return LoRA(a, b, scale)
+
+
+def _drops(dropout: Any, lora: Foreign) -> bool:
+    """dropout: a probability, a module or None."""
+    if not isinstance(dropout, nn.Module):
+        return bool(dropout) and lora.training
     drops = type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
-    decline_if(type(dropout) is not nn.Identity and drops, "an adapter drops out in training")
-    return LoRA(a.weight.float(), b.weight.float(), float(module.scaling[name]))
+    return type(dropout) is not nn.Identity and drops
 
 
-def stack_loras(loras: list[LoRA | None], rows: list[int]) -> LoRAUpdate | None:
+def _read_peft(module: Foreign) -> list[LoRA]:
+    decline_if(module.merged, "adapters are merged")
+    if module.disable_adapters:
+        return []
+    loras = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        variant = name in getattr(module, "lora_variant", ()) or module.use_dora.get(name)
+        a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        plain = type(a) is nn.Linear and type(b) is nn.Linear
+        decline_if(variant or not plain, "an adapter is a LoRA variant")
+        decline_if(a.bias is not None or b.bias is not None, "an adapter has biases")
+        decline_if(any(map(hooked, (a, b, dropout))), "an adapter has hooks")
+        decline_if(_drops(dropout, module), DROPS)
+        loras.append(LoRA(a.weight.float(), b.weight.float(), float(module.scaling[name])))
+    return loras
+
+
+def _sum(loras: list[LoRA]) -> LoRA | None:
+    """One of all their ranks."""
+    if len(loras) < 2:
+        return loras[0] if loras else None
+    b = torch.cat([lora.b * lora.scale for lora in loras], dim=1)
+    return LoRA(torch.cat([lora.a for lora in loras]), b, 1.0)
+
+
+def stack_loras(by_linear: list[list[LoRA]], rows: list[int]) -> LoRAUpdate | None:
     """The update of linears side by side that have `rows` outputs each. Ranks that differ are
     padded with zeros; scales that differ are multiplied into B."""
+    loras = [_sum(loras) for loras in by_linear]
     present = [lora for lora in loras if lora is not None]
     if not present:
         return None
@@ -163,9 +248,10 @@ def _set_frozen(base: Foreign, name: str, tensor: Tensor) -> None:
         (state if name == "absmax" else state.state2).absmax = tensor
 
 
-def _weight(tensors: dict[str, Tensor]) -> FrozenWeight:
-    weight = [tensor for name, tensor in tensors.items() if name != "bias"]
-    return FrozenWeight(weight, tensors["bias"])
+def _weight(tensors: dict[str, Tensor], K: int) -> FrozenWeight:
+    packed, *statistics = (tensor for name, tensor in tensors.items() if name != "bias")
+    rows = packed.view(-1, K // 2) if packed.dtype == torch.uint8 else packed
+    return FrozenWeight([rows, *statistics], tensors["bias"])
 
 
 class JoinedWeight:
@@ -177,18 +263,23 @@ class JoinedWeight:
 
     def weight(self, bases: list[Foreign]) -> FrozenWeight:
         """Of the linears side by side, joined first where they are not or no longer."""
+        K = bases[0].in_features
         if len(bases) == 1:
-            return _weight(_frozen(bases[0]))
+            return _weight(_frozen(bases[0]), K)
         if not (torch.compiler.is_compiling() and self.tensors):
             now = [tensor for base in bases for tensor in _frozen(base).values()]
             if [x.data_ptr() for x in now] != [x.data_ptr() for x in self.seen]:
                 self.join(bases)
-        return _weight(self.tensors)
+        return _weight(self.tensors, K)
+
+    def forget(self) -> None:
+        """Holds the linears' memory no longer: they may be moved or replaced."""
+        self.tensors, self.seen = {}, []
 
     @torch.no_grad()
     def join(self, bases: list[Foreign]) -> None:
         """Move the linears' tensors side by side, and make the linears' own views of them."""
-        self.tensors, self.seen = {}, []
+        self.forget()
         parts = [_frozen(base) for base in bases]
         kinds = {tuple((name, x.dtype, x.device) for name, x in p.items()) for p in parts}
         decline_if(len(kinds) > 1, "q, k and v are stored in different ways")
@@ -220,15 +311,16 @@ class JoinedWeight:
             _set_frozen(base, name, view)
 
     def separate(self, bases: list[Foreign]) -> None:
-        """Give every linear memory of its own again where it has the joint one."""
+        """Give every linear memory of its own again where several have the same."""
+        storages = [
+            x.untyped_storage().data_ptr() for base in bases for x in _frozen(base).values()
+        ]
         for base in bases:
             for name, tensor in _frozen(base).items():
-                joint = self.tensors.get(name)
-                if joint is None or name == "offset" or tensor.dtype != joint.dtype:
-                    continue
-                if tensor.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr():
+                shared = storages.count(tensor.untyped_storage().data_ptr()) > 1
+                if shared and name != "offset":
                     _set_frozen(base, name, tensor.clone())
-        self.tensors, self.seen = {}, []
+        self.forget()
 
 
 def _unnested(part: dict[str, Tensor]) -> Tensor:

@@ -46,8 +46,7 @@ from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.lora_linear import (
     LINEAR,
     check_gate,
-    check_matmul,
-    check_update,
+    check_linear,
     fake_update_gradients,
     flatten,
     linear_gradients,
@@ -361,17 +360,14 @@ def gelu_lora_linear(
     """
     check_dtype("u", u)
     check(u.ndim == 3 and u.stride(2) == 1, "u", "[B, T, F] with last stride 1", layout(u))
-    B, T, K = u.shape
+    B, T, F = u.shape
     if head is not None:
         fits = head.ndim == 3 and head.shape[:2] == (B, T) and head.stride(2) == 1
         check(fits, "head", f"[{B}, {T}, K0] with last stride 1", layout(head))
         check_dtype("head", head, (u.dtype,))
-        K += head.shape[2]
-    N, _ = weight_shape(weight.tensors, K)
-    check_update(update, N, K)
+    N = check_linear(u, [F, 0 if head is None else head.shape[2]], weight, update)
     check_gate(gate, residual, u, N)
     check(saved_bits in (8, 16), "saved_bits", "8 or 16", saved_bits)
-    check_matmul(weight, u, [u.shape[2], K - u.shape[2]])
     trained = (u, head, *(update[:2] if update else ()))
     trains = any(tensor is not None and tensor.requires_grad for tensor in trained)
     bits = saved_bits if trains and torch.is_grad_enabled() else 16  # 8 are for backward alone

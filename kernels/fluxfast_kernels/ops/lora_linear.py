@@ -165,16 +165,28 @@ def lora_linear(
     ValueError naming the argument.
     """
     backend.check_dtype("x", x)
-    N, K = weight_shape(weight.tensors, x.shape[-1])
-    check_update(update, N, K)
+    N = check_linear(x, [x.shape[-1]], weight, update)
     check_gate(gate, residual, x, N)
-    check_matmul(weight, x, [K])
     return _lora_linear(x, *flatten(weight, update), gate, residual)
 
 
-def check_matmul(weight: FrozenWeight, x: Tensor, widths: Sequence[int]) -> None:
-    """Raise ValueError unless x's device has this matmul and the weight's storage fits it. widths:
-    of the inputs side by side."""
+def check_linear(
+    x: Tensor, widths: Sequence[int], weight: FrozenWeight, update: LoRAUpdate | None
+) -> int:
+    """Returns N. Raises ValueError unless weight, bias and update fit inputs of these widths side
+    by side, and x's device has the matmul."""
+    kind = type(weight).__name__
+    check(isinstance(weight, FrozenWeight), "weight", "a FrozenWeight: FrozenWeight([W])", kind)
+    N, K = weight_shape(weight.tensors, sum(widths))
+    if weight.bias is not None:
+        check(weight.bias.shape == (N,), "bias", f"[{N}]", tuple(weight.bias.shape))
+    _check_update(update, N, K)
+    _check_matmul(weight, x, widths)
+    return N
+
+
+def _check_matmul(weight: FrozenWeight, x: Tensor, widths: Sequence[int]) -> None:
+    """Raise ValueError unless x's device has this matmul and the weight's storage fits it."""
     matmul, rotation = weight.matmul, weight.rotation
     check(matmul in ("", *TOP), "matmul", "'', 'int8' or 'fp8'", repr(matmul))
     check(bool(matmul) or not rotation, "rotation", "0 without an 8-bit matmul", rotation)
@@ -189,13 +201,17 @@ def check_matmul(weight: FrozenWeight, x: Tensor, widths: Sequence[int]) -> None
         check(fits, "matmul", "int8 or '' on a card before sm_89", f"fp8 on sm_{arch}")
 
 
-def check_update(update: LoRAUpdate | None, N: int, K: int) -> None:
+def _check_update(update: LoRAUpdate | None, N: int, K: int) -> None:
     """Raise ValueError unless A, B and their parts fit each other and a [N, K] weight."""
     if update is None:
         return
+    one = "one LoRAUpdate (several are one of all their ranks side by side)"
+    check(isinstance(update, LoRAUpdate), "update", one, type(update).__name__)
     lora_a, lora_b, parts, _ = update
-    check(lora_a is not None, "lora_a", "given with lora_b", None)
-    check(lora_b is not None, "lora_b", "given with lora_a", None)
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check(factor is not None, name, "given with the other factor", None)
+        check(factor.ndim == 2, name, "a matrix", tuple(factor.shape))
+        backend.check_dtype(name, factor, (torch.float32,))
     fits = len(parts) > 0 and len(parts) % 3 == 0
     check(fits, "parts", "flat triples: start, end, index of A, start, …", parts)
     check(min(parts[2::3]) >= 0, "parts", "with an index of A from 0", list(parts))

@@ -44,8 +44,7 @@ from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.lora_linear import (
     LINEAR,
-    check_matmul,
-    check_update,
+    check_linear,
     fake_update_gradients,
     flatten,
     linear_gradients,
@@ -510,10 +509,8 @@ def norm_modulate_lora_linear(
     frozen. Raises ValueError naming the argument.
     """
     _check(h, shift, scale)
-    N, K = weight_shape(weight.tensors, h.shape[2])
-    check_update(update, N, K)
+    N = check_linear(h, [h.shape[2]], weight, update)
     check(0 <= split < N, "split", f"in 0..{N - 1}", split)
-    check_matmul(weight, h, [K])
     y0, y1, *_ = _norm_modulate_lora_linear(h, shift, scale, *flatten(weight, update), split)
     return (y0, y1) if split else y0
 

@@ -2,7 +2,8 @@
 
     [W]                                 dense, fp32, bf16 or fp16
     [quantized, scale]                  8 bits: int8 or float8_e4m3fn [N, K], fp32 [N]
-    [packed, absmax]                    NF4, see nf4.py; nested: + [nested_absmax, offset]
+    [packed, absmax]                    NF4, see nf4.py; nested: + [nested_absmax, offset]; packed
+                                        is [N, K/2] here, a view of bitsandbytes' [N·K/2, 1]
 
 and what a matmul takes: the weight dense in its dtype, or in 8 bits with one scale a row,
 
@@ -84,15 +85,16 @@ def storage_of(weight: Sequence[Tensor]) -> str:
 
 def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
     """Returns (N, K) of a weight whose input is K wide. Raises ValueError where they do not fit."""
+    kind = type(weight).__name__
+    check(isinstance(weight, list | tuple), "weight", "a list of tensors: FrozenWeight([W])", kind)
     check(len(weight) in (1, 2, 4), "weight", "a list of 1, 2 or 4 tensors", len(weight))
     storage, first = storage_of(weight), weight[0]
-    if storage == "nf4":
-        count = 2 * first.numel()
-        fits = K % BLOCK == 0 and count % K == 0
-        check(fits, "weight", f"NF4 of [N, {K}], {K} a multiple of {BLOCK}", f"{count} values")
-        check_nf4(as_nf4(weight, count // K, K))
-        return count // K, K
     check(first.ndim == 2, "weight", "[N, K]", tuple(first.shape))
+    if storage == "nf4":
+        (N, half), needed = first.shape, f"NF4 of [N, {K}], packed [N, {K // 2}]"
+        check(K % BLOCK == 0 and 2 * half == K, "weight", needed, f"packed {tuple(first.shape)}")
+        check_nf4(as_nf4(weight, N, K))
+        return N, K
     check(first.shape[1] == K, "weight", f"[N, {K}] for this x", tuple(first.shape))
     if storage == "dense":  # quantized values that came without their scales are not
         fits = first.dtype in (*backend.DTYPES, torch.float64)

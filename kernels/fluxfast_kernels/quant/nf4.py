@@ -41,7 +41,7 @@ CODE = (
 class NF4Tensor:
     """A quantized [N, K] matrix.
 
-    packed: uint8 [N * K / 2, 1]; absmax: fp32 [N * K / 64], or uint8 when nested;
+    packed: uint8 [N * K / 2, 1] or [N, K / 2]; absmax: fp32 [N * K / 64], or uint8 when nested;
     nested_absmax: fp32 [ceil(N * K / 64 / 256)], offset: fp32, one value or one per nested block
     (rows of several matrices stacked), both None unless nested.
     """
@@ -53,9 +53,10 @@ class NF4Tensor:
     offset: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts that exist, by name."""
-        names = ("packed", "absmax", "nested_absmax", "offset")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """The parts that exist, by name, packed as [N, K / 2]: how the fused linears take them."""
+        names = ("absmax", "nested_absmax", "offset")
+        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"packed": self.packed.view(self.shape[0], -1)} | parts
 
 
 @cache
