@@ -15,7 +15,8 @@ HEADER_BYTES = 128 * MIB  # bound on a safetensors header; T5-XXL's takes 0.03 M
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of a component's folder (vae/, text_encoder/, tokenizer/, …), 64 hex digits.
+    """Returns a hash of a component's folder (vae/, text_encoder/, tokenizer/, …) or of one file,
+    64 hex digits.
 
     Configurations, tokenizer files and weight files up to 64 MiB are hashed in full; of larger ones
     the size, the safetensors header and 16 evenly spaced chunks of 1 MiB: T5-XXL takes milliseconds
@@ -25,10 +26,11 @@ def fingerprint(folder: Path) -> str:
     """
     files, digest = {}, hashlib.sha256()
     try:
-        for path in folder.rglob("*"):
+        for path in [folder] if folder.is_file() else folder.rglob("*"):
             name = path.relative_to(folder)
             hidden = any(part.startswith(".") for part in name.parts)
-            if path.suffix.lower() in WEIGHTS + SETTINGS and not hidden and not path.is_dir():
+            known = path.suffix.lower() in WEIGHTS + SETTINGS or path == folder
+            if known and not hidden and not path.is_dir():
                 files[name.as_posix()] = path
         for name, path in sorted(files.items()):
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
@@ -45,7 +47,7 @@ def fingerprint(folder: Path) -> str:
 def _hash_file(path: Path, digest) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if path.suffix.lower() not in WEIGHTS or size <= FULL_BYTES:
+        if path.suffix.lower() in SETTINGS or size <= FULL_BYTES:
             while block := file.read(MIB):
                 digest.update(block)
             return

@@ -6,8 +6,8 @@ ComfyUI and sd-scripts take them.
     vae.encoder.down.0.…                            the VAE under BFL's names, or diffusers'
 
 The same names may be bare or under other prefixes: parts are recognized by content, never by a
-file's name. Scaled fp8 is dequantized. A model's sizes are read from the tensors' shapes; the rest
-is FLUX.1's own. Source: ComfyUI `comfy/supported_models.py` and `comfy/sd.py`.
+file's name. Scaled fp8 and int8 are dequantized. A model's sizes are read from the tensors' shapes;
+the rest is FLUX.1's own. Source: ComfyUI `comfy/supported_models.py` and `comfy/sd.py`.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base import eight_bit as base_8bit
+from fluxfast.formats.base.eight_bit import DTYPES, SIDE, SideTensors
+from fluxfast.formats.container import safetensors_in
 from fluxfast.formats.opened import Files
 from fluxfast.model.frozen_linear import dequantize
 
@@ -59,15 +60,15 @@ class Part:
 
 
 def find_part(root: Path, component: str) -> Part | None:
-    """Returns the part in the file `root`, or in one of the .safetensors files of a folder.
+    """Returns the part in the file `root`, or in one of a folder's .safetensors and .sft files.
 
-    component: text_encoder, text_encoder_2 or vae. Raises ConfigError if a file cannot be read or
-    several have the part.
+    component: text_encoder, text_encoder_2 or vae. One in a .safetensors file is taken before one
+    in a .sft. Raises ConfigError if a file cannot be read or several have the part.
     """
     paths = [root]
     if not root.is_file():
         folders = [root / name for name in _SUBFOLDERS]
-        paths = sorted({path for folder in folders for path in folder.glob("*.safetensors")})
+        paths = sorted({path for folder in folders for path in safetensors_in(folder)})
     mark, parts = _MARKS[component], []
     for path in paths:
         with Files([path]) as files:
@@ -75,6 +76,8 @@ def find_part(root: Path, component: str) -> Part | None:
         # a complete CLIP has a vision tower too
         prefixes = sorted(prefix for prefix in prefixes if not prefix.endswith("vision_"))
         parts += [Part(component, path, prefix) for prefix in prefixes]
+    if len(parts) > 1:
+        parts = [part for part in parts if part.file.suffix.lower() != ".sft"] or parts
     if len(parts) > 1:
         listed = ", ".join(f"{part.file.name} ({part.prefix or 'bare'})" for part in parts[:3])
         raise ConfigError(
@@ -85,19 +88,21 @@ def find_part(root: Path, component: str) -> Part | None:
 
 
 def read_part(part: Part) -> dict[str, Tensor]:
-    """Returns a part's tensors without the prefix, mapped from the file; fp8 as bf16, or with
-    scales as fp32. Raises ConfigError for tensors of other dtypes.
+    """Returns a part's tensors without the prefix, mapped from the file; fp8 as bf16, fp8 and int8
+    with scales as fp32. Raises ConfigError for tensors of other dtypes.
     """
     tensors = {}
     with Files([part.file]) as files:
+        side = SideTensors(files, part.prefix)
         for key in part.keys(files):
-            name = key.removeprefix(part.prefix)
-            dtype = files.entries[key].dtype
-            if key.rpartition(".")[2] in base_8bit.SIDE or dtype in ("I64", "I32"):
+            name, entry = key.removeprefix(part.prefix), files.entries[key]
+            dtype, kind = entry.dtype, key.rpartition(".")[2]
+            if kind in SIDE or dtype in ("I64", "I32"):
                 continue  # scales are read with their matrix; position ids are built in
-            if dtype.startswith("F8") and base_8bit.scale_key(files, key):
-                base_8bit.check_8bit(files, key, part.prefix)
-                tensors[name] = dequantize(base_8bit.read_8bit(files, key))
+            if kind == "weight":
+                side.check(key)
+            if dtype in DTYPES and kind == "weight" and side.scale_key(key):
+                tensors[name] = dequantize(side.read(key))
             elif dtype in ("F8_E4M3", "F8_E5M2"):
                 tensors[name] = files.read(key).to(torch.bfloat16)
             elif dtype in ("F32", "F16", "BF16"):
@@ -105,7 +110,7 @@ def read_part(part: Part) -> dict[str, Tensor]:
             else:
                 raise ConfigError(
                     f"{part.file}: {key} of the {NAMES[part.component]} is stored as {dtype}",
-                    hint="use one in bf16, fp16, fp32 or fp8",
+                    hint="use one in bf16, fp16, fp32, fp8 or int8",
                 )
     return tensors
 

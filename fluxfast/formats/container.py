@@ -34,6 +34,12 @@ _DTYPE_NAMES = {
 }
 
 
+def safetensors_in(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are called .safetensors or .sft, in order."""
+    files = (file for file in folder.glob("*") if not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in (".safetensors", ".sft"))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor in a file's header. dtype: as safetensors or ggml name it; bytes: in the file."""

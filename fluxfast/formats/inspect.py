@@ -8,10 +8,16 @@ from rich.filesize import decimal
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import bnb, eight_bit
-from fluxfast.formats.base.detect import Naming, find_naming, is_lora, model_name, other_model
-from fluxfast.formats.base.folder import folder_spec, transformer_folder, weight_files
+from fluxfast.formats.base.detect import Naming, find_naming, is_lora, model_name
+from fluxfast.formats.base.folder import folder_spec, other_in, transformer_folder, weight_files
 from fluxfast.formats.base.quantize import SHA_KEY, verify
-from fluxfast.formats.base.reader import STORAGE_KEY, file_spec, impossible_sizes, not_flux
+from fluxfast.formats.base.reader import (
+    STORAGE_KEY,
+    file_spec,
+    impossible_sizes,
+    not_flux,
+    quantized_with,
+)
 from fluxfast.formats.lora.inspect import describe_lora, listed
 from fluxfast.formats.lora.names import foreign_kind
 from fluxfast.formats.opened import Files
@@ -61,20 +67,20 @@ def _describe(path: Path, folder: Path | None, files: Files) -> list[tuple[str, 
     container = files.containers[0].kind + (f" in {count} files" if count > 1 else "")
     has_config = folder is not None and (folder / "config.json").is_file()
     naming = Naming("", split=True) if has_config else find_naming(keys)
-    if naming is None:
-        other = other_model(keys)
-        if other is None:
-            raise not_flux(path, keys)
-        return [
-            ("format", container),
-            ("model", f"{other}: not a FLUX.1 transformer"),
-            ("dtypes", _dtypes(files)),
-        ]
+    spec, other = None, None if naming else other_in(files)
     if folder and has_config:
         with impossible_sizes(path):
             spec = folder_spec(path, folder)
-    else:
-        spec = file_spec(path, files, naming)
+    foreign = quantized_with(files, naming, folder)
+    if naming is None or foreign:
+        if not (other or foreign):
+            raise not_flux(path, None)
+        model = f"{other}: not a FLUX.1 transformer"
+        if other is None:
+            what = "FLUX.1 transformer" if naming else "model"
+            model = f"{what} quantized with {foreign}: not read here"
+        return [("format", container), ("model", model), ("dtypes", _dtypes(files))]
+    spec = spec or file_spec(path, files, naming)
     guidance = "with guidance" if spec.guidance_embed else "without guidance"
     sizes = (
         f"{spec.depth} double and {spec.depth_single_blocks} single blocks, hidden "
@@ -94,25 +100,26 @@ def _layout(files: Files, naming: Naming) -> str:
     if storage := files.metadata.get(STORAGE_KEY):
         version = files.metadata.get("fluxfast.version", "")
         form = f"quantized to {storage} by fluxfast {version}".strip()
-    else:  # of most of the blocks' matrices
+    else:  # of the blocks' matrices
+        side = eight_bit.SideTensors(files, naming.prefix)
         forms = Counter(
-            _form(files, key)
+            _form(files, key, side)
             for key, entry in files.entries.items()
             if "_blocks." in key and key.endswith(".weight") and len(entry.shape) == 2
         )
-        form = forms.most_common(1)[0][0] if forms else "no matrices"
+        counted = (
+            f"{form} ({count})" if len(forms) > 1 else form for form, count in forms.most_common()
+        )
+        form = "; ".join(counted) or "no matrices"
     return f"{names}{prefix}, {form}"
 
 
-def _form(files: Files, key: str) -> str:
+def _form(files: Files, key: str, side: eight_bit.SideTensors) -> str:
     for kind in bnb.KINDS:
         if f"{key}.{bnb.STATE}{kind}" in files.entries:
             nested = f"{key}.nested_absmax" in files.entries
             return f"bitsandbytes {kind.upper()}" + (" with nested scales" if nested else "")
-    dtype = files.entries[key].dtype
-    if dtype.startswith("F8"):
-        return "fp8, scaled" if eight_bit.scale_key(files, key) else "fp8, plain"
-    return dtype
+    return side.form(key)
 
 
 def _dtypes(files: Files, prefix: str = "") -> str:
@@ -123,8 +130,7 @@ def _dtypes(files: Files, prefix: str = "") -> str:
 def _keys(files: Files, naming: Naming, spec: FluxSpec) -> list[tuple[str, str]]:
     """Returns rows about the keys that the model lacks, and those it does not need."""
     sources, prefix = tensor_sources(spec), naming.prefix
-    names = [part for parts in sources.values() for part in parts] if naming.split else sources
-    needed = {prefix + name for name in names}
+    needed = {key for name, parts in sources.items() for key in naming.keys(name, parts)}
     extra = sorted(key for key in files.entries.keys() - needed if not _is_side(key, needed))
     own = [key for key in extra if key.startswith(prefix)]
     others = [key for key in extra if not key.startswith(prefix)]

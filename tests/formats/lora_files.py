@@ -103,6 +103,30 @@ REFUSED = {
     "loha": ({f"{KOHYA}qkv.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
     "dora": (ab(PROJ) | {f"{PROJ}.dora_scale": torch.ones(64, 1)}, "DoRA"),
     "dora peft": (ab(PROJ) | {f"{PROJ}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
+    "dora diffusers": (ab(PROJ) | {f"{PROJ}.lora_magnitude_vector.weight": torch.ones(64)}, "DoRA"),
+    "dora ai-toolkit": (ab(PROJ) | {f"{PROJ}.magnitude": torch.ones(64)}, "DoRA"),
+    "dora kohya": (
+        kohya(f"{KOHYA}proj", torch.ones(2, 64), torch.ones(64, 2), 2.0)
+        | {f"{KOHYA}proj.dora_scale": torch.ones(64, 1)},
+        "DoRA",
+    ),
+    "oft": (ab(PROJ) | {f"{KOHYA}proj.oft_blocks": torch.ones(2, 4, 4)}, "OFT"),
+    "oft peft": (ab(PROJ) | {f"{PROJ}.oft_R.weight": torch.ones(2, 6)}, "OFT"),
+    "boft": (ab(PROJ) | {f"{PROJ}.boft_s": torch.ones(64, 1)}, "OFT"),
+    "ia3": (ab(PROJ) | {f"base_model.model.{PROJ}.ia3_l": torch.ones(64, 1)}, "IA3"),
+    "vera": (ab(PROJ) | {f"base_model.model.{PROJ}.vera_lambda_d": torch.ones(2)}, "VeRA"),
+    "adalora": (ab(PROJ) | {f"base_model.model.{PROJ}.lora_E": torch.ones(2, 1)}, "AdaLoRA"),
+    "glora": (ab(PROJ) | {f"{PROJ}.a1.weight": torch.ones(2, 64)}, "GLoRA"),
+    "locon": (ab(PROJ) | {f"{PROJ}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "LoCon"),
+    "a factor more": (ab(PROJ) | {f"{PROJ}.hra_u": torch.ones(2)}, f"has {PROJ}.hra_u.*plain LoRA"),
+    "a factor more, kohya": (
+        ab(PROJ) | {f"{KOHYA}proj.scalar": torch.ones(1)},
+        f"has {KOHYA}proj.scalar.*not a plain LoRA",
+    ),
+    "ai-toolkit control": (
+        ab(PROJ) | {"transformer.x_embedder.weight": torch.ones(64, 128)},
+        "more than factors .*x_embedder.weight",
+    ),
     "full": ({f"{PROJ}.diff": torch.ones(64, 64)}, "full weight differences"),
     "half": ({f"{PROJ}.lora_A.weight": torch.ones(2, 64)}, "no partner"),
     "widths": (

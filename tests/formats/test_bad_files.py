@@ -273,13 +273,7 @@ def write_bomb(path: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", [*BOMBS, *GGUF_BOMBS])
 def test_malicious_headers(tmp_path, name):
-    message = refused(write_bomb(tmp_path / "a", name))
-    # an alignment of text is ignored
-    assert (
-        "does not hold a FLUX.1" in message
-        if name == "alignment of text"
-        else "cannot read" in message
-    )
+    assert "cannot read" in refused(write_bomb(tmp_path / "a", name))
 
 
 @pytest.mark.slow

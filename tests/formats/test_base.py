@@ -360,6 +360,7 @@ def test_an_unsupported_dtype(tmp_path, tensors, dtype):
         (b"[]", "JSON object"),
         (b"{}", "model of unknown kind"),
         (b'{"_class_name": "SD3Transformer2DModel"}', "holds a SD3Transformer2DModel"),
+        (b'{"architectures": ["CLIPTextModel"]}', "holds a CLIPTextModel, not a Flux"),
     ],
 )
 def test_a_broken_config(own_folder, content, part):
@@ -370,7 +371,34 @@ def test_a_broken_config(own_folder, content, part):
 
 def test_a_folder_without_a_config(own_folder):
     (own_folder / "config.json").unlink()
-    assert "no config.json" in refused(own_folder)
+    with pytest.raises(ConfigError, match="no config.json") as error:
+        load(own_folder)
+    assert error.value.hint == f"give the file: {own_folder / WHOLE}"
+
+
+def test_folders_of_something_else_are_told_by_what_they_hold(tmp_path):
+    write(tmp_path / "ae.sft", {"decoder.up.0.a": torch.ones(1), "encoder.down.0.a": torch.ones(1)})
+    with pytest.raises(ConfigError, match=r"no config.json.*, and holds ae.sft \(VAE\)") as error:
+        load(tmp_path)
+    assert "model.encoders" in error.value.hint
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 4)}
+    write(tmp_path / "b.safetensors", lora)
+    with pytest.raises(ConfigError, match=r"ae.sft \(VAE\), b.safetensors \(LoRA\)") as error:
+        load(tmp_path)
+    assert "--lora" in error.value.hint
+    (tmp_path / "._b.safetensors").write_bytes(b"what macOS leaves on other disks")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    assert "is a StableDiffusionXLPipeline without a transformer folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["flux.sft", "FLUX.SFT"])
+def test_files_called_sft(tmp_path, tensors, name):
+    """As Black Forest Labs called them: alone, and in a folder with a config.json."""
+    same(load(write(tmp_path / name, tensors)), tensors)
+    folder = write_folder(tmp_path / "d", tensors)
+    (folder / WHOLE).rename(folder / name)
+    same(load(folder), tensors)
+    assert inspect(folder)[1].endswith("safetensors, diffusers names, F32")
 
 
 @pytest.mark.parametrize("key", [key for key in CONFIG if type(CONFIG[key]) is int])

@@ -4,7 +4,7 @@ within the precision of the file's own numbers."""
 import json
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import checkpoints
@@ -105,6 +105,24 @@ def test_names_and_prefixes(tmp_path, tensors, prefix, split):
     same_output(load(file), of_dense(tensors))
 
 
+def with_weight_norms(tensors):
+    """As ComfyUI of 2026 names q's and k's norms."""
+    return {re.sub(r"(_norm)\.scale$", r"\1.weight", k): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX, "transformer."])
+def test_norms_named_weight(tmp_path, tensors, prefix):
+    named = {prefix + key: value for key, value in with_weight_norms(tensors).items()}
+    assert not any(key.endswith("_norm.scale") for key in named)
+    dense = of_dense(tensors)
+    same_output(load(write(tmp_path / "a", named)), dense)
+    write_gguf(tmp_path / "b", named, "F32")
+    same_output(load(tmp_path / "b"), dense)
+    if not prefix:
+        quantize(tmp_path / "a", tmp_path / "c", "nf4")
+        same_output(load(tmp_path / "c", "nf4"), load(tmp_path / "a", "nf4"))
+
+
 @pytest.mark.parametrize("depths, guidance", [((3, 2), True), ((2, 5), False)])
 def test_schnell_and_other_depths(tmp_path, depths, guidance):
     spec = replace(
@@ -189,17 +207,234 @@ def test_fp8_values_stay_as_they_are(tmp_path, tensors):
     )
 
 
-def test_a_scale_missing_beside_the_marker(tmp_path, tensors):
-    """Values without their scale would be weights a thousand times too large."""
+@pytest.mark.parametrize("form", [dict, all_in_one])
+def test_plain_matrices_among_scaled_ones(tmp_path, tensors, form):
+    """ComfyUI takes them as they are. Where a scale is lost, weights would be a thousand times too
+    large: that is refused."""
     quantized = fp8_tensors(tensors, True)
-    del quantized[scale_name(WEIGHT)]
-    for wrong in (quantized, all_in_one(quantized)):
-        with pytest.raises(ConfigError, match=f"{WEIGHT} has no scale_weight"):
-            load(write(tmp_path / "a", wrong))
-    marker = {
-        "text_encoders.t5xxl.transformer.scaled_fp8": quantized["scaled_fp8"]
-    }  # another part's
+    plain = {
+        WEIGHT: tensors[WEIGHT].to(torch.float8_e4m3fn),
+        "img_in.weight": tensors["img_in.weight"],
+    }
+    mixed = {k: v for k, v in quantized.items() if k != scale_name(WEIGHT)}
+    mixed["img_in.scale_weight"] = torch.tensor(1.0)  # some tools write one for plain matrices too
+    model = load(write(tmp_path / "a", form(mixed | plain)))
+    dense = {name: dequantized(quantized, name) for name in tensors}
+    same_output(model, of_dense(dense | {k: v.float() for k, v in plain.items()}))
+    one = {k: v for k, v in quantized.items() if k != scale_name(WEIGHT)}
+    with pytest.raises(ConfigError, match=f"{WEIGHT} lacks its scale"):
+        load(write(tmp_path / "d", form(one)))
+    lost = {k: v for k, v in quantized.items() if not k.endswith("scale_weight")}
+    with pytest.raises(ConfigError, match="has no scale_weight, in a file of scaled fp8"):
+        load(write(tmp_path / "b", form(lost)))
+    marker = {"text_encoders.t5xxl.transformer.scaled_fp8": quantized["scaled_fp8"]}  # another's
     load(write(tmp_path / "c", all_in_one(fp8_tensors(tensors, False)) | marker))
+
+
+# ---------------------------------------------------------------- ComfyUI's marks
+
+
+def as_bytes(form: object) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
+
+
+def int8(tensors, size: int):
+    """Returns tensors with the blocks' matrices in int8, a scale a row, rotated in blocks of `size`
+    where that divides the width (0: none); what each means, fp64; and the rotated ones' forms."""
+    four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < size:
+        hadamard = np.kron(hadamard, four)
+    out, meant, forms = {}, {}, {}
+    for name, tensor in tensors.items():
+        values = tensor.double().numpy()
+        out[name], meant[name] = tensor, values
+        if values.ndim == 1 or "_blocks." not in name:
+            continue
+        is_rotated = size and values.shape[1] % size == 0
+        blocks = hadamard if is_rotated else np.ones((1, 1))
+        rows = (values.reshape(-1, len(blocks)) @ blocks.T).reshape(values.shape)
+        scale = np.abs(rows).max(1, keepdims=True).astype(np.float32) / np.float32(127)
+        codes = np.rint(rows / scale)
+        module = name.removesuffix(".weight")
+        out[name] = torch.from_numpy(codes.astype(np.int8))
+        out[f"{module}.weight_scale"] = torch.from_numpy(scale)
+        meant[name] = ((codes * scale).reshape(-1, len(blocks)) @ blocks).reshape(values.shape)
+        if is_rotated:
+            forms[module] = {
+                "format": "int8_tensorwise",
+                "convrot": True,
+                "convrot_groupsize": size,
+            }
+    return out, meant, forms
+
+
+@pytest.fixture(scope="module")
+def rotated(tensors):
+    return cache(partial(int8, tensors))
+
+
+def marks(forms, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{module}.comfy_quant": as_bytes(form) for module, form in forms.items()}
+
+
+def header(forms, prefix: str = "") -> dict[str, str]:
+    layers = {prefix + module: form for module, form in forms.items()}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def dropped(forms, *words):
+    return {m: {k: v for k, v in form.items() if k not in words} for m, form in forms.items()}
+
+
+# how a file says which of its matrices are rotated: (tensors, forms) -> tensors, metadata
+CONVROT = {
+    "marks": lambda t, f: (t | marks(f), None),
+    "all in one": lambda t, f: (all_in_one(t | marks(f)), None),
+    "INT8-Fast": lambda t, f: (
+        t | marks(dropped({m: {**form, "per_row": True} for m, form in f.items()}, "format")),
+        None,
+    ),
+    "no size": lambda t, f: (t | marks(dropped(f, "convrot_groupsize")), None),
+    "params": lambda t, f: (t | marks({m: {"params": form} | form for m, form in f.items()}), None),
+    "header": lambda t, f: (t, header(f)),
+    "header, all in one": lambda t, f: (all_in_one(t), header(f, PREFIX)),
+    "bare header": lambda t, f: (all_in_one(t), header(f)),
+    "prefixed header": lambda t, f: (t, header(f, PREFIX)),
+    "both": lambda t, f: (t | marks(f), header(f)),
+}
+
+
+@pytest.mark.parametrize(
+    "convention, size",
+    [*[(name, 256) for name in CONVROT], *[("marks", size) for size in (4, 16, 64, 1024)]],
+)
+def test_convrot(tmp_path, tensors, rotated, convention, size):
+    """The rotation is undone: the weights are those of the codes to fp32's precision, and near the
+    dense ones as int8 is. Of size 1024 only the MLP's are rotated, of 256 all."""
+    quantized, meant, forms = rotated(size)
+    assert len(forms) == (2 if size == 1024 else 13)
+    named, metadata = CONVROT[convention](quantized, forms)
+    with open_base(write(tmp_path / "a", named, metadata)) as base:
+        for name, exact in meant.items():
+            mine = base.read(name).double().numpy()
+            # a sum of `size` products in fp32
+            assert np.linalg.norm(mine - exact) <= 1e-6 * np.linalg.norm(exact), name
+            dense = tensors[name].double().numpy()
+            # half a step of amax / 127, uniform: amax is 3 to 4 deviations, 4 / 127 / √12 = 0.9 %
+            assert np.linalg.norm(mine - dense) <= 0.01 * np.linalg.norm(dense), name
+
+
+def test_int8_without_a_rotation(tmp_path, tensors):
+    """Unmarked, marked as such, and by the format's word alone: codes stay as they are."""
+    quantized, _, _ = int8(tensors, 0)
+    plain = load(write(tmp_path / "a", quantized), "int8")
+    layer = plain.get_submodule(MATRIX)
+    assert torch.equal(layer.codes, quantized[WEIGHT])
+    form = {"format": "int8_tensorwise", "convrot": False, "orig_shape": [1024, 256]}
+    for index, metadata in enumerate((header({MATRIX: form}), header({MATRIX: form["format"]}))):
+        same_output(load(write(tmp_path / f"b{index}", quantized, metadata), "int8"), plain)
+    for rotated in (False, None):
+        marked = quantized | marks({MATRIX: form | {"convrot": rotated}})
+        both = header({MATRIX: {"format": "int8_tensorwise"}})
+        same_output(load(write(tmp_path / f"c{rotated}", marked, both), "int8"), plain)
+
+
+def test_diffusers_names_and_shards_keep_their_marks(tmp_path, tensors):
+    """Each shard's header speaks of its own matrices."""
+    quantized, meant, forms = int8(split_tensors(tensors), 64)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", **checkpoints.config_of()})
+    )
+    for index in (0, 1):
+        shard = {k: v for k, v in quantized.items() if ("single_" in k) is bool(index)}
+        own = {m: form for m, form in forms.items() if f"{m}.weight" in shard}
+        write(tmp_path / f"{index}.safetensors", shard, header(own))
+    with open_base(tmp_path) as base:
+        for name, sources in tensor_sources(WIDE).items():
+            exact = np.concatenate([meant[source] for source in sources])
+            if "adaLN" in name:
+                exact = np.concatenate(np.split(exact, 2)[::-1])
+            mine = base.read(name).double().numpy()
+            assert np.linalg.norm(mine - exact) <= 1e-6 * np.linalg.norm(exact), name
+
+
+GOOD = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+
+
+@pytest.mark.parametrize(
+    "form, problem",
+    [
+        ({"format": "nvfp4"}, "stored as 'nvfp4', which is not read"),
+        ({"format": "mxfp8"}, "stored as 'mxfp8'"),
+        ({"format": "convrot_w4a4", "convrot_groupsize": 256}, "stored as 'convrot_w4a4'"),
+        ({"format": "asym_w4a8_int8"}, "stored as 'asym_w4a8_int8'"),
+        ({"format": "int8_blockwise", "group_size": 128}, "stored as 'int8_blockwise'"),
+        ({"format": ["int8_tensorwise"]}, "stored as "),
+        ({"format": "float8_e4m3fn"}, "marked as float8_e4m3fn and stored as I8"),
+        (GOOD | {"transposed": True}, "marked with 'transposed', which"),
+        (GOOD | {"params": {"smooth": 1}}, "marked with 'smooth'"),
+        *[(GOOD | {"convrot_groupsize": n}, f"blocks of {n!r}") for n in (0, 1, 3, 8, 128, -4)],
+        *[(GOOD | {"convrot_groupsize": n}, f"blocks of {n!r}") for n in (1024, 4**9, 64.0, True)],
+        (GOOD | {"convrot_groupsize": "256"}, "blocks of '256'"),
+        ([], "no JSON object"),
+        (3, "no JSON object"),
+    ],
+)
+def test_marks_that_are_not_known(tmp_path, rotated, form, problem):
+    """In the file or in its header: never passed over. 1024 does not divide 256."""
+    quantized, _, _ = rotated(256)
+    for metadata in (None, header({MATRIX: form})):
+        marked = {} if metadata else marks({MATRIX: form})
+        file = write(tmp_path / "a", quantized | marked, metadata)
+        with pytest.raises(ConfigError, match=re.escape(problem)) as error:
+            load(file)
+        assert str(file) in error.value.message
+
+
+def test_marks_that_do_not_fit_the_file(tmp_path, tensors, rotated):
+    quantized, _, forms = rotated(256)
+    side = f"{MATRIX}.pre_quant_scale"
+    wrong = {
+        "is marked as int8_tensorwise and stored as BF16": tensors | marks({MATRIX: GOOD}),
+        "has pre_quant_scale beside it": tensors | {side: torch.ones(256)},
+        "is stored as BF16, and has a scale beside it": tensors
+        | {f"{MATRIX}.weight_scale": torch.full((1,), 0.5)},
+        "holds no JSON object": quantized | {f"{MATRIX}.comfy_quant": torch.ones(2)},
+        "is stored as F8_E4M3 without a scale": {
+            k: v for k, v in fp8_tensors(tensors, False).items()
+        }
+        | marks({MATRIX: {"format": "float8_e4m3fn"}}),
+    }
+    for problem, named in wrong.items():
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            load(write(tmp_path / "a", named))
+    for problem, metadata in (
+        ("names 'layer.7'", header({"layer.7": GOOD})),
+        ("holds no JSON object", {"_quantization_metadata": "{"}),
+        (f"and comfy_quant differ on {WEIGHT}", header({MATRIX: {"format": "int8_tensorwise"}})),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            load(write(tmp_path / "a", quantized | marks(forms), metadata))
+
+
+def test_fp8_under_comfyuis_marks(tmp_path, tensors):
+    """One scale, one a row, and the input's scale, which concerns no weight."""
+    quantized = fp8_tensors(tensors, scaled=True)
+    del quantized["scaled_fp8"]
+    newer = {
+        k.replace("scale_weight", "weight_scale").replace("scale_input", "input_scale"): v
+        for k, v in quantized.items()
+    }
+    rows = {
+        k: v.expand(len(newer[k[:-6]])).clone() if k.endswith("weight_scale") else v
+        for k, v in newer.items()
+    }
+    modules = [k.removesuffix(".weight_scale") for k in newer if k.endswith("weight_scale")]
+    plain = load(write(tmp_path / "a", quantized))
+    for word, named in (("float8_e4m3fn", newer), ("float8_e4m3fn_rowwise", rows)):
+        form = {"format": word, "full_precision_matrix_mult": True}
+        same_output(load(write(tmp_path / "b", named, header(dict.fromkeys(modules, form)))), plain)
 
 
 # ---------------------------------------------------------------- bitsandbytes
@@ -219,7 +454,7 @@ def test_nf4_in_bfl_names(tmp_path, tensors, nested):
     for name in (MATRIX, *FUSED):
         layer = model.get_submodule(name)
         assert layer.storage() == "nf4"
-        assert torch.equal(layer.packed, quantized[f"{name}.weight"])
+        assert torch.equal(layer.packed.view(-1, 1), quantized[f"{name}.weight"])
         assert torch.equal(layer.absmax, quantized[f"{name}.weight.absmax"])
         assert (layer.nested_absmax is not None) is nested
         _, theirs = bnb_both_ways(tensors[f"{name}.weight"], nested)
@@ -239,7 +474,7 @@ def test_nf4_that_diffusers_saved(tensors, nf4_folder):
         layer = model.get_submodule(name)
         parts = tensor_sources(WIDE)[f"{name}.weight"]
         assert len(parts) in (3, 4) and layer.storage() == "nf4"
-        assert torch.equal(layer.packed, torch.cat([stored[part] for part in parts]))
+        assert torch.equal(layer.packed.view(-1, 1), torch.cat([stored[part] for part in parts]))
         absmax = torch.cat([stored[f"{part}.absmax"] for part in parts])
         assert torch.equal(layer.absmax, absmax)
         assert absmax.dtype == (torch.uint8 if nested else torch.float32)

@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from checkpoints import tensors_of
 from lora_files import (
     KOHYA,
     PROJ,
@@ -25,13 +26,13 @@ from lora_files import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import diffusers_forward, inputs, randomize
+from small import SMALL, diffusers_forward, inputs, random_flux, randomize
 
 from fluxfast.errors import ConfigError
 from fluxfast.formats.lora import convert as lora_convert
 from fluxfast.formats.lora.apply import extract_lora, load_lora, save_lora
 from fluxfast.formats.lora.read import from_tensors, read_lora
-from fluxfast.formats.lora.update import merged
+from fluxfast.formats.lora.update import LoraWeights, Piece, merged
 from fluxfast.formats.lora.write import FORMATS, to_state
 from fluxfast.model.flux import Flux
 from fluxfast.model.init import fill
@@ -230,10 +231,11 @@ def test_overflow_is_not_written(a_to_b, convert, tmp_path):
 def test_dropping(convert, tmp_path):
     model = trained("all")
     state = load_file(save_lora(model, tmp_path / "a.safetensors"))
-    stranger = state | ab("transformer.other.thing")
+    stranger = state | ab("transformer.other.thing") | {f"{PROJ}.base_layer.weight": torch.ones(1)}
     run = partial(convert, "a.safetensors", "--to", "xlabs", "b.safetensors")
     code, _, err = run()
     assert code == 2 and "xlabs files cannot hold" in err and "modulation.lin" in err
+    assert "hint: --drop leaves it out" in err
     save_file(stranger, tmp_path / "a.safetensors")
     code, _, err = run()
     assert code == 2 and "other.thing" in err
@@ -241,6 +243,150 @@ def test_dropping(convert, tmp_path):
     code, out, err = run("--drop", "--verify")
     assert code == 0 and "left out" in err and "other.thing" in err and "modulation.lin" in err, err
     same(meaning(read_lora(tmp_path / "b.safetensors")), held_by_xlabs(update(model)))
+
+
+# ---------------------------------------------------------------- one rank for all
+
+
+def mixed(alphas: bool = True) -> dict[str, torch.Tensor]:
+    """Returns a kohya LoRA with a rank, and an alpha, of its own for each linear."""
+    g, state = torch.Generator().manual_seed(0), {}
+    for index, name in enumerate(block_linears(SMALL)):
+        rank, (rows, columns) = [2, 3, 6, 1][index % 4], linear_shape(name, SMALL)
+        a, b = torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
+        alpha = [1.0, 4.0, 0.5][index % 3] if alphas else None
+        state |= kohya(f"lora_unet_{name.replace('.', '_')}", a, b, alpha)
+    clip = "lora_te1_text_model_encoder_layers_0_"
+    for name, rank in (("self_attn_q_proj", 2), ("mlp_fc1", 5)):
+        state |= kohya(
+            clip + name, torch.ones(rank, 64), torch.ones(64, rank), 1.0 if alphas else None
+        )
+    return state
+
+
+def ranks(state) -> set[tuple[str, int]]:
+    """Returns the ranks of each network."""
+    return {(k.split(".")[0], t.shape[0]) for k, t in state.items() if ".lora_A" in k}
+
+
+@pytest.mark.parametrize("alphas", [True, False])
+def test_diffusers_files_have_one_rank(alphas, convert, tmp_path):
+    """A loader that takes the first rank for all then scales none, as the installed one, which
+    takes each layer's own. What is converted back has its own ranks again.
+    """
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    source = mixed(alphas)
+    save_file(source, tmp_path / "a.safetensors")
+    code, out, err = convert("a.safetensors", "--to", "diffusers", "b.safetensors", "--verify")
+    assert code == 0 and "0 in every layer" in out, err
+    written = load_file(tmp_path / "b.safetensors")
+    assert ranks(written) == {("transformer", 6), ("text_encoder", 5)}
+    assert not any("alpha" in key for key in written)
+    same(meaning(read_lora(tmp_path / "b.safetensors")), meaning(from_tensors(source, {}, "x")))
+    theirs = {k: t for k, t in written.items() if k.startswith("transformer.")}
+    up = {f"^{k}": t.shape[1] for k, t in theirs.items() if "lora_B" in k}
+    config = get_peft_kwargs(up, None, theirs)
+    assert config["r"] == config["lora_alpha"] == 6
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    code, _, err = convert("b.safetensors", "--to", "kohya", "c.safetensors")
+    assert code == 0, err
+    back = load_file(tmp_path / "c.safetensors")
+    lengths = {k: len(t) for k, t in back.items() if "down" in k and "modulation" in k}
+    assert lengths == {k: len(source[k]) for k in lengths} and len(lengths) == 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_verify_sees_what_older_diffusers_sees(alone, convert, tmp_path, monkeypatch):
+    """Ranks that differ act there at the first's strength."""
+    monkeypatch.setattr("fluxfast.formats.lora.write._at_one_rank", lambda linears: linears)
+    state = ab(PROJ, rank=4) | ({} if alone else ab("transformer.proj_out", rank=2))
+    save_file(state, tmp_path / "a.safetensors")
+    code, _, err = convert("a.safetensors", "--to", "diffusers", "b.safetensors", "--verify")
+    assert code == (0 if alone else 1), err
+    assert alone or "img_attn.proj would change by 0.5 of its size" in err
+
+
+def bfl_wrapper(spec, **options):
+    """Returns BFL's model with a LoRA on every linear, its parameters neither set nor on a CPU."""
+    from fluxbfl.model import FluxLoraWrapper, FluxParams
+
+    sizes = {f.name: getattr(spec, f.name, None) for f in dataclasses.fields(FluxParams)}
+    sizes |= {"out_channels": spec.in_channels, "qkv_bias": True, "axes_dim": list(spec.axes_dim)}
+    with torch.device("meta"):
+        return FluxLoraWrapper(params=FluxParams(**sizes), **options)
+
+
+def with_bfl(path, spec, **options) -> torch.Tensor:
+    """Loads as BFL's own code does, and returns the model's output for `inputs`."""
+    theirs = bfl_wrapper(spec, **options)
+    tensors = tensors_of(spec, torch.float32)
+    for state in (tensors, load_file(path)):
+        _, unexpected = theirs.load_state_dict(state, strict=False, assign=True)
+        assert not unexpected
+    assert not any(p.is_meta for p in theirs.parameters())
+    with torch.no_grad():
+        return theirs(*inputs(spec))
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": "attn"}, {"targets": "all", "rank": 40}, {"share_a": True}]
+)
+def test_bfls_loader_takes_our_files(options, tmp_path):
+    """At its rank of 128, cut to a layer's width (here 64 and less). Rank 40 is 120 in qkv, more
+    than there are columns."""
+    model = trained(**options)
+    path = save_lora(model, tmp_path / "a.safetensors", "bfl")
+    with torch.no_grad():
+        ours, base = model(*inputs(SMALL)), random_flux(SMALL)(*inputs(SMALL))
+    theirs = with_bfl(path, SMALL)
+    assert (theirs - ours).abs().max() < 1e-4 * (ours - base).abs().max()
+    assert read_lora(path).form == "bfl" and not read_lora(path).biases
+    same(meaning(read_lora(path)), update(model))
+
+
+def test_bfls_loader_takes_what_is_converted(convert, tmp_path):
+    """A higher rank is that of the whole file; a control LoRA keeps its biases and norms."""
+    g = torch.Generator().manual_seed(1)
+    spec = dataclasses.replace(SMALL, hidden_size=256, num_heads=8, in_channels=64)
+    every = dict.fromkeys([*block_linears(spec), *outer_linears(spec)])
+    state = {}
+    for name in every:
+        rows, columns = linear_shape(name, spec)
+        rank = 150 if name.endswith("img_mlp.2") else 2
+        state[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=g) * 0.1
+        state[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=g) * 0.1
+    state["img_in.lora_B.bias"] = torch.randn(256, generator=g)
+    state["double_blocks.0.txt_attn.norm.key_norm.scale"] = torch.rand(32, generator=g)
+    save_file(state, tmp_path / "a.safetensors")
+    code, _, err = convert("a.safetensors", "--to", "bfl", "b.safetensors", "--verify")
+    assert code == 0, err
+    written = load_file(tmp_path / "b.safetensors")
+    whole = bfl_wrapper(spec, lora_rank=150).state_dict()
+    wanted = {k: t.shape for k, t in whole.items() if ".lora_" in k}
+    assert {k: t.shape for k, t in written.items() if ".lora_" in k} == wanted
+    with_bfl(tmp_path / "b.safetensors", spec, lora_rank=150)
+    back = from_tensors(written, {}, "x")
+    assert (
+        list(back.biases) == ["img_in"] and len(back.norms) == 1 and len(back.pieces) == len(every)
+    )
+
+
+def test_a_bfl_file_of_flux_dev_is_whole():
+    """Of any LoRA as wide as FLUX.1-dev. Without memory: it has 2.5 GB."""
+    with torch.device("meta"):
+        zero = Piece(torch.zeros(16, 3072), {0: torch.zeros(3072, 16)})
+        lora = LoraWeights(pieces={PROJ_BFL: [zero]}, hidden=3072, mlp=12288)
+        state = to_state(lora, "bfl")
+    whole = bfl_wrapper(DEV).state_dict()
+    wanted = {k: t.shape for k, t in whole.items() if ".lora_" in k}
+    assert {k: t.shape for k, t in state.items()} == wanted
+
+
+def test_a_bfl_file_of_unknown_sizes_has_a_note(log_lines):
+    piece = Piece(torch.ones(4, 96), {0: torch.ones(96, 4)})
+    state = to_state(LoraWeights(pieces={PROJ_BFL: [piece]}, hidden=96, mlp=384), "bfl")
+    assert len(state) == 3 and "FluxLoraWrapper needs all" in log_lines[-1]
 
 
 WRONG = ("sdxl", "lokr", "ranks")

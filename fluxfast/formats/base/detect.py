@@ -32,16 +32,21 @@ _MOST_BLOCKS = 512  # of a kind; FLUX.1 has 19 and 38
 
 # (model, strings): the first row of which every string is in some key names the model
 _OTHERS = (
+    ("ControlNet", ["controlnet_"]),
+    ("ControlNet", ["input_hint_block."]),
+    ("IP-Adapter", ["ip_adapter"]),
+    ("FLUX.1 Redux adapter", ["redux_up."]),
     ("FLUX.2 transformer", ["double_stream_modulation_img."]),
     ("Chroma transformer", ["distilled_guidance_layer."]),
     ("Hunyuan Video transformer", ["individual_token_refiner."]),
-    ("Nunchaku (SVDQuant) FLUX transformer", [".qweight", ".wscales"]),
     ("Qwen-Image transformer", ["transformer_blocks.0.img_mod."]),
     ("Stable Diffusion 3 transformer", ["joint_blocks.0."]),
     ("Stable Diffusion 3 transformer", ["transformer_blocks.0.ff_context.", "pos_embed."]),
     ("AuraFlow transformer", ["double_layers.0.", "single_layers.0."]),
     ("Lumina 2 or Z-Image transformer", ["noise_refiner.0.", "cap_embedder."]),
     ("Wan video transformer", ["blocks.0.self_attn.", "patch_embedding.", "text_embedding."]),
+    ("HiDream transformer", ["double_stream_blocks.0."]),
+    ("LTX-Video transformer", ["transformer_blocks.0.attn1.", "patchify_proj."]),
     ("PixArt transformer", ["adaln_single.", "caption_projection."]),
     ("Stable Diffusion XL checkpoint", ["input_blocks.0.", "label_emb."]),
     ("Stable Diffusion XL checkpoint", ["down_blocks.0.", "add_embedding."]),
@@ -50,41 +55,81 @@ _OTHERS = (
     ("T5 text encoder", ["block.0.layer.0.SelfAttention."]),
     ("T5 text encoder", ["enc.blk.0."]),
     ("CLIP text encoder", ["text_model.encoder.layers.0."]),
+    ("CLIP text encoder", ["transformer.resblocks.0.", "text_projection"]),
+    ("vision encoder", ["vision_model.encoder.layers.0."]),
+    ("language model", ["layers.0.self_attn.q_proj.", "layers.0.mlp.gate_proj."]),
     ("VAE", ["decoder.up.0.", "encoder.down.0."]),
     ("VAE", ["decoder.up_blocks.0.", "encoder.down_blocks.0."]),
 )
+# end of a key that another quantizer keeps beside or instead of a matrix -> its name
+_QUANTIZERS = {
+    ".weight._data": "quanto",
+    "._weight_qdata": "torchao",
+    ".wscales": "Nunchaku (SVDQuant)",
+    ".weight_proj_down": "SVDQuant",
+    ".qzeros": "GPTQ or AWQ",
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes LLM.int8",
+    ".weight_scale_2": "nvfp4",
+    ".weight_s_rel": "asym_w4a8",
+    ".weight_packed": "compressed-tensors",
+    ".svd_up": "SDNQ",
+    ".W_q": "HQQ",
+    "encoded_exponent": "DFloat11",
+}
 # in keys of models that otherwise have FLUX.1's names
-_NEVER = ("double_stream_modulation_img.", "distilled_guidance_layer.", "individual_token_refiner.")
-_LORA = re.compile(
-    r"\.lora_[AB]|\.lora_(down|up)\.|_lora[12]?\.|\.lora(_linear_layer)?\.|\.lokr_|\.hada_"
+_NEVER = re.compile(
+    r"double_stream_modulation_img\.|distilled_guidance_layer\.|individual_token_refiner\."
+    r"|controlnet_|input_hint_block\."
 )
+_LORA = re.compile(
+    r"\.lora_[AB]|\.lora_(down|up)\.|_lora[12]?\.|\.lora(_linear_layer)?\.|\.lokr_|\.hada_|\.oft_"
+)
+_HINTS = {  # in the name of what was found -> what to do with it
+    "LoRA": "a LoRA goes on top of a base model: lora.init_from, --lora, or `fluxfast inspect`",
+    "CLIP|T5|VAE|AutoencoderKL": "text encoders and VAE go into model.encoders (--encoders)",
+    "": "model.path wants FLUX.1-dev, FLUX.1-schnell or a fine-tune of either",
+}
 
 
 @dataclass(frozen=True)
 class Naming:
     """How a file names its tensors. prefix: before every key; split: diffusers' names, with q, k, v
-    and mlp apart.
+    and mlp apart; norm: BFL's name of q's and k's norms, `weight` in ComfyUI's files of 2026.
     """
 
     prefix: str
     split: bool
+    norm: str = "scale"
 
     def key(self, part: str) -> str:
-        return self.prefix + _SOURCES[part][self.split]
+        bfl, diffusers = _SOURCES[part]
+        return self.keys(bfl, [diffusers])[0]
+
+    def keys(self, name: str, sources: list[str]) -> list[str]:
+        """Returns the keys of the tensor of that BFL name. sources: its parts' diffusers names."""
+        if not self.split:
+            sources = [re.sub(r"(?<=_norm\.)scale$", self.norm, name)]
+        return [self.prefix + source for source in sources]
 
 
 def find_naming(keys: Iterable[str]) -> Naming | None:
     """Returns how a FLUX.1 transformer's tensors are named among `keys`, None if there is none."""
     keys = set(keys)
-    if is_lora(keys) or any(word in key for key in keys for word in _NEVER):
+    if is_lora(keys) or any(map(_NEVER.search, keys)):
         return None
-    for split in (False, True):
+    for split, norm in ((False, "scale"), (False, "weight"), (True, "scale")):
         for prefix in PREFIXES:
-            naming = Naming(prefix, split)
+            naming = Naming(prefix, split, norm)
             needed = _ALL_OF if split else ("marker",)
             if all(naming.key(part) in keys for part in needed):
                 return naming
     return None
+
+
+def bare(key: str) -> str:
+    """Returns the key without a known prefix."""
+    return next((key.removeprefix(p) for p in PREFIXES if p and key.startswith(p)), key)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -93,15 +138,28 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(map(_LORA.search, keys)) and not any(key.endswith(".qweight") for key in keys)
 
 
-def other_model(keys: Iterable[str]) -> str | None:
-    """Returns the name of the model that the keys belong to, None if it is not known."""
+def quantizer(keys: Iterable[str]) -> str | None:
+    """Returns the name of a quantizer whose matrices are not read, None if no key is such a one."""
+    keys = list(keys)
+    return next((n for end, n in _QUANTIZERS.items() if any(k.endswith(end) for k in keys)), None)
+
+
+def other_model(keys: Iterable[str], architecture: str | None = None) -> str | None:
+    """Returns the name of the model that the keys belong to, None if it is not known.
+    architecture: a GGUF file's own name for it.
+    """
     keys = list(keys)
     if is_lora(keys):
         return "LoRA"
     for name, words in _OTHERS:
         if all(any(word in key for key in keys) for word in words):
             return name
-    return None
+    return f"GGUF of the architecture {architecture}" if architecture else None
+
+
+def hint_for(name: str) -> str:
+    """Returns what to do with a model of that name, which is no base."""
+    return next(hint for pattern, hint in _HINTS.items() if re.search(pattern, name))
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:

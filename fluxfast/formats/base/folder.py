@@ -3,16 +3,28 @@
 Source: diffusers' `FluxTransformer2DModel` config and its file names.
 """
 
+import contextlib
 import json
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.base.detect import Naming, check_spec, count_blocks
+from fluxfast.formats.base.detect import (
+    Naming,
+    check_spec,
+    count_blocks,
+    find_naming,
+    hint_for,
+    other_model,
+)
+from fluxfast.formats.base.gguf import ARCHITECTURE
+from fluxfast.formats.container import safetensors_in
+from fluxfast.formats.opened import Files
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec, rope_axes
 
 _WHOLE = "diffusion_pytorch_model.safetensors"
+_LISTED = 8  # files of a folder that are opened to name them
 
 
 def transformer_folder(path: Path) -> Path:
@@ -27,15 +39,13 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
     """
     file = folder / "config.json"
     if not file.exists():
-        raise ConfigError(
-            f"{folder} has no config.json: it is no diffusers model",
-            hint="a model in one .safetensors or GGUF file is given by that file's own path",
-        )
+        raise _no_config(folder)
     config = _read_json(file)
     if config.get("_class_name") != "FluxTransformer2DModel":
+        architectures = config.get("architectures") or ["model of unknown kind"]  # transformers'
+        name = str(config.get("_class_name", architectures[0]))
         raise ConfigError(
-            f"{folder} holds a {config.get('_class_name', 'model of unknown kind')}, "
-            "not a FluxTransformer2DModel"
+            f"{folder} holds a {name}, not a FluxTransformer2DModel", hint=hint_for(name)
         )
     guidance = bool(config.get("guidance_embeds", False))
     size = partial(_size, file, config)
@@ -61,6 +71,32 @@ def folder_spec(path: Path, folder: Path) -> FluxSpec:
     )
     check_spec(spec, config.get("out_channels") or spec.in_channels)
     return spec
+
+
+def _no_config(folder: Path) -> ConfigError:
+    """Returns the error for a folder that is no diffusers model, naming what it holds."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        name = _read_json(index).get("_class_name", "pipeline")
+        return ConfigError(
+            f"{folder} is a {name} without a transformer folder", hint=hint_for(f"{name}")
+        )
+    found, hint = [], "a model in one .safetensors, .sft or GGUF file is given by the file's path"
+    for file in [*safetensors_in(folder), *sorted(folder.glob("*.gguf"))][:_LISTED]:
+        with contextlib.suppress(ConfigError), Files([file]) as files:
+            if find_naming(files.entries):
+                found, hint = [], f"give the file: {file}"
+                break
+            kind = other_in(files) or "unknown"
+            found.append(f"{file.name} ({kind})")
+            hint = hint_for(kind)
+    holds = f", and holds {', '.join(found)}" if found else ""
+    return ConfigError(f"{folder} has no config.json: it is no diffusers model{holds}", hint=hint)
+
+
+def other_in(files: Files) -> str | None:
+    """Returns the name of a model that is not FLUX.1's transformer, None if it is not known."""
+    return other_model(files.entries, files.metadata.get(ARCHITECTURE))
 
 
 def check_weights_match(path: Path, spec: FluxSpec, keys: Collection[str]) -> None:
@@ -93,16 +129,34 @@ def _size(file: Path, config: dict, key: str) -> int:
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the shards that the index names; without an index diffusers' own file, or else every
-    .safetensors file. Raises ConfigError if there is none.
+    .safetensors and .sft file. Raises ConfigError if there is none.
     """
     index, whole = folder / f"{_WHOLE}.index.json", folder / _WHOLE
     indices = [index] if index.is_file() else sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         return [folder / name for name in _shard_names(indices[0])]
-    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [whole] if whole.is_file() else safetensors_in(folder)
+    if not files and not (folder / "config.json").is_file():
+        raise _no_config(folder)
     if not files:
-        raise ConfigError(f"{folder} holds no .safetensors weights")
+        method = folder_quantizer(folder)
+        raise ConfigError(
+            f"{folder} holds no .safetensors weights"
+            + (f": its config.json says that it is quantized with {method}" if method else "")
+        )
     return files
+
+
+def folder_quantizer(folder: Path) -> str | None:
+    """Returns the quantizer that the folder's config.json names, None for bitsandbytes' 4 bits."""
+    file = folder / "config.json"
+    config = _read_json(file).get("quantization_config") if file.is_file() else None
+    if not isinstance(config, dict):
+        return None
+    method, kind = config.get("quant_method", "bitsandbytes"), config.get("quant_type")
+    if method == "bitsandbytes":
+        return "bitsandbytes LLM.int8" if config.get("load_in_8bit") else None
+    return f"{method} {kind}" if isinstance(kind, str) else f"{method}"
 
 
 def _shard_names(index: Path) -> list[str]:

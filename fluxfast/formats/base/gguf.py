@@ -24,6 +24,7 @@ from torch import Tensor
 from fluxfast.errors import ConfigError
 from fluxfast.formats.container import Entry
 
+ARCHITECTURE = "general.architecture"  # of a file's metadata: flux, t5, llama, …
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of safetensors
 # type of a scalar -> struct's letter
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -54,7 +55,7 @@ class Gguf:
             raise ConfigError(
                 f"cannot read {path}: {error}", hint="download the file again"
             ) from None
-        self.metadata: dict[str, str] = {}  # GGUF's is not used
+        self.metadata: dict[str, str] = {ARCHITECTURE: header.architecture}
         self.entries = {name: entry for name, (entry, _) in header.tensors.items()}
         self._offsets = {name: offset for name, (_, offset) in header.tensors.items()}
 
@@ -109,11 +110,13 @@ class _Header:
         if version not in (2, 3):
             raise _Damaged(f"GGUF version {version} is not 2 or 3")
         tensors, pairs = self._number("Q"), self._number("Q")
-        alignment = 32
+        alignment, self.architecture = 32, ""
         for _ in range(pairs):
             key, value = self._string(), self._value(self._number("I"))
             if key == "general.alignment" and value is not None:
                 alignment = value
+            if key == ARCHITECTURE and isinstance(value, str) and value.isprintable():
+                self.architecture = value
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise _Damaged(f"its alignment {alignment!r} is no power of two")
         infos = [self._tensor() for _ in range(tensors)]
@@ -152,10 +155,9 @@ class _Header:
             raise _Damaged("its header is damaged: a name is not UTF-8") from None
 
     def _value(self, kind: int):
-        """Returns a number or bool; skips a string or an array and returns None."""
+        """Returns a number, bool or string; skips an array and returns None."""
         if kind == _STRING:
-            self._string()
-            return None
+            return self._string()
         if kind != _ARRAY:
             return self._number(_scalar(kind))
         inner, count = self._number("I"), self._number("Q")

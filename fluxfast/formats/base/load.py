@@ -116,13 +116,13 @@ def choose_precision(
         raise ConfigError(
             f"storage {storage} and compute {matmul} do not go together: the stored values are the "
             "ones that are multiplied",
-            hint=f"--set model.compute={storage}, or --set model.storage=nf4",
+            hint=f"compute: {storage}, or storage: nf4",
         )
     if capability and matmul in IN_8_BITS and matmul not in multiplies_8_bits(capability):
         least, has = (".".join(map(str, pair)) for pair in (_LEAST[matmul], capability))
         raise ConfigError(
             f"compute {matmul} needs a GPU of compute capability {least}, this one has {has}",
-            hint="--set model.compute=auto chooses one that it has",
+            hint="compute: auto chooses one that it has",
         )
     return storage, matmul
 

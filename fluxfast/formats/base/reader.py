@@ -6,7 +6,7 @@ A file's kind is detected by its content (`detect.py`), a folder's by its config
 Sources of the layouts: BFL's `flux1-dev.safetensors` keys; diffusers' `FluxTransformer2DModel`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,19 @@ from torch import Tensor
 
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base import bnb, eight_bit
-from fluxfast.formats.base.detect import Naming, find_naming, is_lora, other_model, read_spec
+from fluxfast.formats.base.detect import (
+    Naming,
+    find_naming,
+    hint_for,
+    quantizer,
+    read_spec,
+)
+from fluxfast.formats.base.eight_bit import READ_HINT
 from fluxfast.formats.base.folder import (
     check_weights_match,
+    folder_quantizer,
     folder_spec,
+    other_in,
     transformer_folder,
     weight_files,
 )
@@ -33,7 +42,6 @@ from fluxfast.model.names import SWAPPED, linear_shape, part_rows, tensor_source
 from fluxfast.model.precision import multiplies_in_8_bits
 from fluxfast.model.spec import FluxSpec
 
-_8BIT = ("F8_E4M3", "F8_E5M2", "I8")
 _VECTORS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes of biases and norms
 STORAGE_KEY = "fluxfast.storage"  # metadata of a prequantized file: the storage it was made for
 
@@ -57,6 +65,7 @@ class BaseCheckpoint:
                 f"among them {', '.join(missing[:3])}",
                 hint=hint,
             )
+        self._side = eight_bit.SideTensors(files, naming.prefix)
         self._states: dict[str, bnb.State | None] = {}  # of the matrices
         for name in self._sources:
             self._check(name)
@@ -64,8 +73,7 @@ class BaseCheckpoint:
 
     def keys(self, name: str) -> list[str]:
         """Returns the keys of the file's tensors whose rows make the tensor of that BFL name."""
-        sources = self._sources[name] if self.naming.split else [name]
-        return [self.naming.prefix + source for source in sources]
+        return self.naming.keys(name, self._sources[name])
 
     def read(self, name: str) -> Tensor:
         """Returns the tensor of that BFL name, fused and dense: in the file's dtype, or fp32 for
@@ -107,11 +115,11 @@ class BaseCheckpoint:
         entry, state = self.files.entries[key], self._states.get(key)
         if state:
             part = bnb.read_bnb(self.files, key, state)
-        elif entry.dtype in _8BIT and len(entry.shape) == 2:
-            part = eight_bit.read_8bit(self.files, key)
+        elif entry.dtype in eight_bit.DTYPES and len(entry.shape) == 2:
+            part = self._side.read(key)
         else:
             part = self.files.read(key)
-            if entry.dtype in _8BIT:
+            if entry.dtype in eight_bit.DTYPES:
                 part = part.to(torch.bfloat16)  # holds every value of both fp8 kinds
             elif entry.dtype == "F64":
                 part = part.float()
@@ -146,14 +154,13 @@ class BaseCheckpoint:
 
     def _check_dtype(self, key: str, kind: str) -> None:
         dtype = self.files.entries[key].dtype
+        if kind == "weight":
+            self._side.check(key)
         if dtype not in _VECTORS and (kind != "weight" or dtype not in ("I8", *BLOCK_TYPES)):
             raise ConfigError(
                 f"{self.files.file_of(key)}: {key} is stored as {dtype}, which is not read here",
-                hint="use a bf16, fp16, fp8, bitsandbytes NF4 or GGUF checkpoint; storage: nf4 "
-                "shrinks it on loading",
+                hint=READ_HINT,
             )
-        if dtype in _8BIT and kind == "weight":
-            eight_bit.check_8bit(self.files, key, self.naming.prefix)
 
     def _storage(self) -> str | None:
         """Goes by most of the blocks' matrices, those that 8-bit products would take."""
@@ -186,22 +193,26 @@ def open_base(path: Path | str) -> Iterator[BaseCheckpoint]:
     text-to-image transformer.
     """
     path, spec = Path(path), None
-    paths = [path]
-    if path.is_dir():
-        folder = transformer_folder(path)
+    folder = transformer_folder(path) if path.is_dir() else None
+    if folder:
         with impossible_sizes(path):
             spec = folder_spec(path, folder)
-        paths = weight_files(folder)
     elif not path.is_file():
         raise FluxfastError(
             f"model path {path} does not exist",
             hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
             "black-forest-labs/FLUX.1-dev",
         )
-    with Files(paths) as files:
+    with Files(weight_files(folder) if folder else [path]) as files:
         naming = Naming("", split=True) if spec else find_naming(files.entries)
-        if naming is None:
-            raise not_flux(path, files.entries)
+        foreign = quantized_with(files, naming, folder)
+        other = None if naming else other_in(files)
+        if naming is None and (other or not foreign):
+            raise not_flux(path, other)
+        if naming is None or foreign:
+            raise ConfigError(
+                f"{path} is quantized with {foreign}, which is not read here", hint=READ_HINT
+            )
         if spec:
             check_weights_match(path, spec, files.entries)
         else:
@@ -209,14 +220,23 @@ def open_base(path: Path | str) -> Iterator[BaseCheckpoint]:
         yield BaseCheckpoint(path, spec, files, naming)
 
 
-def not_flux(path: Path, keys: Iterable[str]) -> ConfigError:
-    """Returns the error for a file of something else, by name if it is known."""
-    hint = "model.path wants FLUX.1-dev, FLUX.1-schnell or a fine-tune of either"
-    if is_lora(keys):
-        hint = "a LoRA goes on top of a base model: --lora, or `fluxfast inspect` to see it"
-    other = other_model(keys)
+def quantized_with(files: Files, naming: Naming | None, folder: Path | None) -> str | None:
+    """Returns the name of a quantizer whose matrices are not read here, None if there is none: by
+    the transformer's tensors, or the folder's config.json. diffusers leaves that as it was where it
+    saves a model dequantized, so it counts for nothing where all tensors are plain.
+    """
+    prefix = naming.prefix if naming else ""
+    own = {key: entry.dtype for key, entry in files.entries.items() if key.startswith(prefix)}
+    plain = {"F64", "F32", "F16", "BF16"}.issuperset(own.values())
+    return (None if plain or not folder else folder_quantizer(folder)) or quantizer(own)
+
+
+def not_flux(path: Path, other: str | None) -> ConfigError:
+    """Returns the error for a file of something else. other: its name."""
     name = f": it is a {other}" if other else ""
-    return ConfigError(f"{path} does not hold a FLUX.1 transformer{name}", hint=hint)
+    return ConfigError(
+        f"{path} does not hold a FLUX.1 transformer{name}", hint=hint_for(other or "")
+    )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxfast.errors import ConfigError, FluxfastError
@@ -18,6 +17,7 @@ from fluxfast.formats.lora.read import read_all, read_lora
 from fluxfast.formats.lora.update import (
     LoraWeights,
     Piece,
+    at_rank,
     balanced,
     fuse,
     group,
@@ -43,7 +43,8 @@ def extract_lora(
 
     tensors: BFL name -> (A, B) to take instead of the model's own (an average of them, say).
     """
-    lora = LoraWeights(hidden=model.spec.hidden_size, mlp=model.spec.mlp_hidden, form="fluxfast")
+    spec = model.spec
+    lora = LoraWeights(hidden=spec.hidden_size, mlp=spec.mlp_hidden, spec=spec, form="fluxfast")
     for module, layer in lora_layers(model).items():
         a, b = (tensors or {}).get(module, (layer.lora.lora_A, layer.lora.lora_B))
         a, b = (tensor.detach().cpu().float() for tensor in (a, b))  # no copy on the device
@@ -200,8 +201,9 @@ def _parts(model: Flux, module: str, layer: LoRALinear) -> list[tuple[int, ...]]
 def _update(pieces: list[Piece], rows: list[tuple[int, int]], trainable: bool) -> LowRankUpdate:
     """Builds the update of pieces that share no row; lower ranks are padded with zeros."""
     rank = max(piece.rank for piece in pieces)
-    a = torch.cat([F.pad(piece.a, (0, 0, 0, rank - piece.rank)) for piece in pieces])
-    b = torch.cat([F.pad(piece.stacked_b(), (0, rank - piece.rank)) for piece in pieces])
+    padded = [at_rank(piece, rank) for piece in pieces]
+    a = torch.cat([piece.a for piece in padded])
+    b = torch.cat([piece.stacked_b() for piece in padded])
     ranges = [[rows[part] for part in piece.parts] for piece in pieces]
     return LowRankUpdate(a, b, ranges, 1.0, trainable)
 
@@ -236,3 +238,5 @@ def _check_fits(model: Flux, lora: LoraWeights, name: str) -> None:
                 raise ConfigError(f"the factors of {name} for {module} do not fit this model")
     if lora.text:
         log.warning(f"note: {name}: its update of the text encoders is not applied")
+    if words := sorted({key.split(".")[1] for key in lora.embeddings}):
+        log.warning(f"note: {name}: its own embedding of {', '.join(words)} is not applied")

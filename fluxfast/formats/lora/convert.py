@@ -50,15 +50,30 @@ def convert(
     for source, lora in zip(sources, loras, strict=True):
         log.info(f"note: {source}: {lora.form}, rank {lora.rank()}, {len(lora.pieces)} linears")
     even = balanced(total) if dtype == "fp16" else total
-    state = to_state(even, format, drop=drop)
+    state = to_state(even, format, drop=drop, hint="--drop leaves it out")
     if key := next((key for key, tensor in state.items() if not all_finite(tensor)), None):
         raise ConfigError(f"{key} would be larger than fp32 can hold", hint="a smaller --scale")
     metadata = loras[0].metadata if len(loras) == 1 else {}
     metadata = {k: v for k, v in metadata.items() if k not in ("format", "lora_adapter_metadata")}
     content = to_bytes(state, dtype, metadata)
-    lines = _compare(total, load(content), target, dtype, drop) if verify else []
+    lines = []
+    if verify:
+        written = load(content)
+        written = _as_older_diffusers(written) if format == "diffusers" else written
+        lines = _compare(total, written, target, dtype, drop)
     write_atomic(target, content, hint="free some space, or choose another folder")
     return lines
+
+
+def _as_older_diffusers(content: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the factors as diffusers up to 0.39 applies them: alpha is, for all of a network, the
+    rank of its first in the file, which is in the order of the keys.
+    """
+    first: dict[str, int] = {}
+    for key in sorted(key for key in content if key.endswith(".lora_B.weight")):
+        rank = first.setdefault(key.partition(".")[0], content[key].shape[1])
+        content[key] = content[key] * (rank / content[key].shape[1])
+    return content
 
 
 def _compare(

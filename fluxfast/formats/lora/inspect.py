@@ -7,7 +7,7 @@ from fluxfast.formats.lora.names import foreign_kind, form_of, parse
 from fluxfast.formats.lora.read import other_lora
 from fluxfast.formats.opened import Files
 
-_ENCODERS = {"clip": "CLIP-L", "t5": "T5"}
+_OTHERS = {"clip": "CLIP-L", "t5": "T5", "embedding": "vectors of trigger words"}
 _LISTED = 4  # keys named of a list
 
 
@@ -62,7 +62,7 @@ def _layers(modules: set[str]) -> str:
             blocks = "block" if count == 1 else "blocks"
             layers.append(f"{count} {kind} {blocks} ({', '.join(sorted(tails))})")
     others = Counter(
-        _ENCODERS.get(module.partition("/")[0], "outside the blocks")
+        _OTHERS.get(module.partition("/")[0], "outside the blocks")
         for module in sorted(modules)
         if "_blocks." not in module
     )

@@ -24,9 +24,10 @@ from fluxfast.model.names import (
 class LoraKey(NamedTuple):
     """A parsed key.
 
-    role: down (A), up (B), alpha, bias (of the transformer), norm (a new scale) or shape; module:
-    BFL name of a linear or a norm, or `clip/` or `t5/` and transformers' name; parts: of a fused
-    linear (q, k, v, mlp), in row order; style, prefix: of the spelling.
+    role: down (A), up (B), alpha, bias (of the transformer), norm (a new scale), shape or embedding
+    (a trigger word's); module: BFL name of a linear or a norm, `clip/` or `t5/` and transformers'
+    name, or `embedding/` and the key; parts: of a fused linear (q, k, v, mlp), in row order; style,
+    prefix: of the spelling.
     """
 
     role: str
@@ -56,17 +57,23 @@ _ROLE_PATTERNS = {
     r"(?:[._]lora|\.lora_linear_layer)?\.up\.weight": "up",
     r"\.(?:lora_)?alpha": "alpha",
     r"\.reshape_weight": "shape",  # ComfyUI's note that img_in grows
-    r"\.scale(?:\.set_weight)?|\.weight": "norm",
+    # ComfyUI's norms; BFL's, and ComfyUI's of 2026
+    r"(?:\.scale)?\.set_weight|\.scale|\.weight": "norm",
 }
 _ROLES = [(re.compile(f"(.*?)(?:{pattern})"), role) for pattern, role in _ROLE_PATTERNS.items()]
+
+EMBEDDING = "bundle_emb."  # OneTrainer and A1111: the word, then which encoder's vectors
 
 # relatives of LoRA that are no plain pair of factors, by the end of a key
 _FOREIGN = {
     "LoKr": r"\.lokr_(w1|w2|t2)(_[ab])?$",
     "LoHa": r"\.hada_[wt]\d(_[ab])?$",
-    "DoRA": r"\.dora_scale$|\.lora_magnitude_vector(\.|$)",
+    # LyCORIS, OneTrainer; peft; ai-toolkit
+    "DoRA": r"\.dora_scale$|\.(lora_magnitude_vector|magnitude)(\.|$)",
     "OFT": r"\.(oft|boft)_\w+(\.|$)",
-    "GLoRA": r"\.[ab][12]\.weight$",
+    "GLoRA": r"\.[ab][12]\.weight$|\.glora_",
+    "VeRA": r"\.p?vera_",
+    "AdaLoRA": r"\.lora_E(\.|$)",
     "LoCon with a middle factor": r"\.lora_mid\.weight$",
     "set of full weight differences": r"\.diff$",
     "IA3": r"\.(ia3_l|on_input)(\.|$)",
@@ -188,6 +195,8 @@ def _text(name: str) -> tuple[str, str] | None:
 
 def parse(key: str) -> LoraKey | None:
     """Returns the parsed key, None for one that FLUX.1 does not have."""
+    if key.startswith(EMBEDDING):
+        return LoraKey("embedding", f"embedding/{key}", (0,), "text", EMBEDDING)
     for pattern, role in _ROLES:
         if (match := pattern.fullmatch(key)) is None:
             continue
@@ -204,6 +213,15 @@ def parse(key: str) -> LoraKey | None:
             # no format that is written holds a text encoder's bias
             return None if role == "bias" else LoraKey(role, text[0], (0,), "text", text[1])
     return None
+
+
+def of_linear(key: str) -> bool:
+    """Returns whether the key belongs to a linear of FLUX.1, whatever it holds but the base's own
+    weight, which peft's state_dict() has too.
+    """
+    plain = _strip(key)[0].partition(".base_layer")[0]
+    names = [plain[: dot.start()] for dot in re.finditer(r"\.", plain)]
+    return any(name in _OUTER or _in_block(name, _LINEARS) for name in names)
 
 
 def _strip(name: str) -> tuple[str, str]:
@@ -225,5 +243,5 @@ def form_of(keys: Collection[LoraKey]) -> str:
         if prefix == "lora_unet_":
             return "kohya"
         form = "comfyui" if prefix else "bfl"
-        return f"{form} control" if any(key.role in ("bias", "norm") for key in keys) else form
+        return f"{form} control" if any(key.role == "norm" for key in keys) else form
     return {"omi": "OneTrainer", "text": "text encoders only"}.get(style, style)

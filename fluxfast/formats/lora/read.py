@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
-from fluxfast.formats.container import all_finite
-from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, parse
+from fluxfast.formats.base.detect import find_naming, other_model
+from fluxfast.formats.container import all_finite, safetensors_in
+from fluxfast.formats.lora.names import LoraKey, foreign_kind, form_of, of_linear, parse
 from fluxfast.formats.lora.update import (
     LoraWeights,
     Piece,
     scaled,
     split_scale,
     swap_halves,
+    without_padding,
 )
 from fluxfast.formats.opened import Files
 from fluxfast.model.names import SWAPPED, linear_shape, part_rows
@@ -42,6 +44,8 @@ _OTHER_MODELS = {
     ),
 }
 _SD3_WIDTHS = (1536, 2432)  # medium, large
+_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")  # peft's starts, taken out of the base
+_FILLED_UP = ("bfl", "bfl control", "xlabs")  # formats with linears of zeros for those without
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2}
 _INTEGERS = {torch.int64, torch.int32, torch.int16}
@@ -100,7 +104,7 @@ def _file(path: Path) -> Path:
     for name in _IN_A_FOLDER:
         if (path / name).is_file():
             return path / name
-    files = list(path.glob("*.safetensors"))
+    files = safetensors_in(path)
     if len(files) == 1:
         return files[0]
     raise ConfigError(
@@ -113,7 +117,7 @@ def _file(path: Path) -> Path:
 # ---------------------------------------------------------------- keys
 
 
-def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, LoraKey]:
+def _parse_all(path: Path | str, names: Collection[str], drop: bool) -> dict[str, LoraKey]:
     """Returns the parsed keys that FLUX.1 has.
 
     Raises ConfigError for the others, or with drop logs them.
@@ -121,10 +125,7 @@ def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, 
     keys, unknown, taken = {}, [], {}
     for name in names:
         if kind := foreign_kind(name):
-            raise ConfigError(
-                f"{path} is a {kind} (it has {name}), not a plain LoRA: it cannot be read",
-                hint="its trainer may export a plain LoRA of the same training",
-            )
+            raise _not_plain(path, kind, name)
         if (key := parse(name)) is None:
             unknown.append(name)
             continue
@@ -132,11 +133,28 @@ def _parse_all(path: Path | str, names: Iterable[str], drop: bool) -> dict[str, 
             raise ConfigError(f"{path} has the same twice: {other} and {name}")
         taken[key[:3]] = name
         keys[name] = key
-    if unknown and drop and keys and not other_lora(unknown):
+    factors = any(key.role == "down" for key in keys.values())
+    if factors and (name := next(filter(of_linear, unknown), None)):
+        # without it the factors of that linear mean something else
+        raise _not_plain(path, "LoRA with more than factors", name)
+    if unknown and drop and factors and not other_lora(unknown):
         log.warning(f"note: {path}: left out {_some(unknown)}, which FLUX.1 does not have")
-    elif unknown or not any(key.role == "down" for key in keys.values()):
-        raise _not_flux_lora(path, unknown or list(keys))
+    elif unknown or not factors:
+        what = "FLUX.1 transformer" if find_naming(names) else other_model(names)
+        if what and what != "LoRA":
+            raise ConfigError(
+                f"{path} is not a LoRA of FLUX.1: it is a {what}",
+                hint="name the file of a LoRA; a base goes into model.path, or --model",
+            )
+        raise _not_flux_lora(path, unknown or list(keys), factors)
     return keys
+
+
+def _not_plain(path: Path | str, kind: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is a {kind} (it has {name}), not a plain LoRA: it cannot be read",
+        hint="its trainer may export a plain LoRA of the same training",
+    )
 
 
 def other_lora(names: list[str]) -> str | None:
@@ -145,14 +163,15 @@ def other_lora(names: list[str]) -> str | None:
     return next((model for model, pattern in patterns if any(map(pattern.search, names))), None)
 
 
-def _not_flux_lora(path: Path | str, names: list[str]) -> ConfigError:
+def _not_flux_lora(path: Path | str, names: list[str], partly: bool) -> ConfigError:
     if not names:
         return ConfigError(f"{path} is not a LoRA of FLUX.1: it holds no tensors")
     if model := other_lora(names):
         return ConfigError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {_some(names)})")
+    hint = "the rest is of FLUX.1: `fluxfast convert --drop` writes a file without such keys"
     return ConfigError(
         f"{path} is not a LoRA of FLUX.1: unknown keys {_some(names)}",
-        hint="`fluxfast convert --drop` leaves such keys out, if the rest is of FLUX.1",
+        hint=hint if partly else None,
     )
 
 
@@ -190,6 +209,9 @@ def _peft_scale(path: Path | str, metadata: dict) -> Callable[[str, int], float]
 def _scale_of(config: dict, prefix: str) -> Callable[[str, int], float]:
     if config.get(f"{prefix}use_dora"):
         raise ValueError("it is a DoRA, not a plain LoRA")
+    start = str(config.get(f"{prefix}init_lora_weights")).lower()
+    if start.startswith(_CHANGED_BASES):
+        raise ValueError(f"it belongs to a base that {start} changed, not to the model's own")
     alpha, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
     alpha = None if alpha is None else _finite(alpha)
     # the first pattern that matches counts
@@ -240,7 +262,7 @@ def _read(
     keys = _parse_all(path, entries, drop)
     linears: dict[_Linear, dict[str, str]] = defaultdict(dict)  # role -> name
     for name, key in keys.items():
-        if key.role not in ("norm", "shape"):  # alpha may be spelled otherwise than the factors
+        if key.role not in ("norm", "shape", "embedding"):  # alpha may have another spelling
             linears[key.module, key.parts][key.role] = name
     swapped = {key.module for key in keys.values() if key.swapped}
     spec = _transformer(path, _shapes(linears, entries))
@@ -248,6 +270,7 @@ def _read(
     peft_scale = _peft_scale(path, metadata)
     lora = LoraWeights(form=form_of(keys.values()), metadata=metadata)
     lora.norms = {k.module: file.floats(name, 1) for name, k in keys.items() if k.role == "norm"}
+    lora.embeddings = {name: read(name) for name, k in keys.items() if k.role == "embedding"}
     if spec:
         lora.hidden, lora.mlp = spec.hidden_size, spec.mlp_hidden
     for (module, parts), roles in linears.items():
@@ -260,22 +283,27 @@ def _read(
             scale = peft_scale(roles["down"], rank)
             if "alpha" in roles:
                 scale = file.alpha(roles["alpha"]) / rank
-            pieces = (lora.text if "/" in module else lora.pieces).setdefault(module, [])
-            if any(piece.b.keys() & set(parts) for piece in pieces):
+            table = lora.text if "/" in module else lora.pieces
+            if any(piece.b.keys() & set(parts) for piece in table.get(module, [])):
                 # some files hold one LoRA in two formats
                 raise ConfigError(f"{path} has the same twice: {module}, under {roles['down']} too")
-            for_a, for_b = split_scale(scale)
-            pieces.append(Piece(a * for_a, _by_part(order(b) * for_b, parts, heights)))
+            (for_a, for_b), (a, b) = split_scale(scale), without_padding(a, b)
+            piece = Piece(a * for_a, _by_part(order(b) * for_b, parts, heights))
+            table.setdefault(module, []).append(piece)
         if "bias" in roles:
             bias = file.floats(roles["bias"], 1)
             if rows not in (None, len(bias)) or (spec is None and len(parts) > 1):
                 raise ConfigError(f"{path}: {roles['bias']} has shape {list(bias.shape)}")
             # the up factor's own, which its scale applies to; ComfyUI's `diff_b` is added as it is
             bias = bias if roles["bias"].endswith(".diff_b") else bias * scale
-            known = lora.biases.setdefault(module, {})
+            known = lora.biases.get(module, {})
             if known.keys() & set(parts):
                 raise ConfigError(f"{path} has the same twice: {module}, under {roles['bias']} too")
-            known.update(_by_part(order(bias), parts, heights))
+            if bias.any():
+                lora.biases[module] = known | _by_part(order(bias), parts, heights)
+    if lora.form in _FILLED_UP:
+        own = {m: p for m, p in lora.pieces.items() if p[0].a.any() or p[0].stacked_b().any()}
+        lora.pieces = own or lora.pieces
     return lora
 
 

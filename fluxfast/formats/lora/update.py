@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fluxfast.errors import ConfigError
+from fluxfast.model.spec import FluxSpec
 
 _BLOCK = 1 << 18  # entries of ΔW formed at a time: 1 MiB, which stays in a core's cache
 
@@ -46,16 +48,19 @@ class LoraWeights:
     """The content of a LoRA file, in BFL's terms.
 
     pieces: BFL linear -> its pieces; text: `clip/` or `t5/` and transformers' name -> pieces;
-    biases: BFL linear -> part -> update of its bias; norms: BFL norm -> its new scale. hidden, mlp:
-    the transformer's widths (0 if unknown). form: the format it was read from.
+    biases: BFL linear -> part -> update of its bias; norms: BFL norm -> its new scale; embeddings:
+    key -> vectors of a trigger word, as they are. hidden, mlp: the transformer's widths (0 if
+    unknown); spec: of the model that carries it. form: the format it was read from.
     """
 
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     text: dict[str, list[Piece]] = field(default_factory=dict)
     biases: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
     hidden: int = 0
     mlp: int = 0
+    spec: FluxSpec | None = None
     form: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -83,6 +88,28 @@ def split_scale(scale: float) -> tuple[float, float]:
 def swap_halves(rows: Tensor) -> Tensor:
     """Swaps the rows of [scale, shift] and [shift, scale]."""
     return torch.cat(rows.chunk(2)[::-1])
+
+
+# ---------------------------------------------------------------- ranks of zeros
+
+
+def at_rank(piece: Piece, rank: int) -> Piece:
+    """Returns the same update at a higher rank, by ranks of zeros at the end."""
+    if not (more := rank - piece.rank):
+        return piece
+    b = {part: F.pad(rows, (0, more)) for part, rows in piece.b.items()}
+    return Piece(F.pad(piece.a, (0, 0, 0, more)), b)
+
+
+def without_padding(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns A and B without the ranks at the end that are zero in both: `at_rank`'s, XLabs'. What
+    is zero altogether stays.
+    """
+    if a[-1].any() or b[:, -1].any():  # as in nearly every file
+        return a, b
+    used = ((a != 0).any(dim=1) | (b != 0).any(dim=0)).nonzero()
+    rank = int(used.max()) + 1 if len(used) else len(a)
+    return a[:rank], b[:, :rank]
 
 
 # ---------------------------------------------------------------- between fused and split
@@ -216,7 +243,7 @@ def balanced(lora: LoraWeights) -> LoraWeights:
 
 def merged(loras: list[LoraWeights]) -> LoraWeights:
     """Returns the exact sum: ranks add up. Raises ConfigError for transformers of different widths,
-    and for two that set the same norm.
+    and for two that set the same norm or embedding.
     """
     widths = [(lora.hidden, lora.mlp) for lora in loras if lora.hidden] or [(0, 0)]
     for hidden, mlp in widths:
@@ -229,16 +256,17 @@ def merged(loras: list[LoraWeights]) -> LoraWeights:
         return loras[0]
     total = LoraWeights(hidden=widths[0][0], mlp=widths[0][1], form=loras[0].form)
     for lora in loras:
-        if both := total.norms.keys() & lora.norms.keys():
-            raise ConfigError(f"two of these LoRAs set {min(both)}: they cannot be added up")
-        total.norms |= lora.norms
+        for sums, own in ((total.norms, lora.norms), (total.embeddings, lora.embeddings)):
+            if both := sums.keys() & own.keys():
+                raise ConfigError(f"two of these LoRAs set {min(both)}: they cannot be added up")
+            sums |= own
         for module, pieces in lora.pieces.items():
             total.pieces[module] = total.pieces.get(module, []) + pieces
         for module, pieces in lora.text.items():
             total.text[module] = total.text.get(module, []) + pieces
         for module, bias in lora.biases.items():
-            sums = total.biases.setdefault(module, {})
-            sums |= {part: sums[part] + b if part in sums else b for part, b in bias.items()}
+            known = total.biases.setdefault(module, {})
+            known |= {part: known[part] + b if part in known else b for part, b in bias.items()}
     return total
 
 
