@@ -9,7 +9,7 @@ on what else was left to encode.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +17,29 @@ from typing import NamedTuple
 import torch
 
 from fluxfast.config.schema import Config, DataConfig
-from fluxfast.data import captions, images
-from fluxfast.data.scan import Progress, ScannedImage, SkipReport, content_hash, scan_folders
-from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, is_complete, write_tensors
+from fluxfast.data import images
+from fluxfast.data.scan import Progress, ScannedImage, SkipReport, content_hash
+from fluxfast.data.store import (
+    LATENTS,
+    SPACE_HINT,
+    TEXT,
+    Dataset,
+    Sample,
+    is_complete,
+    write_tensors,
+)
+from fluxfast.data.survey import STRICT, Prompted, read_data, require_some
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component_fingerprint
 from fluxfast.errors import FluxfastError
+from fluxfast.util.files import check_writable, keep_running
 
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1  # raise it when the content of a file changes for the same settings
+
+
+Bucket = tuple[tuple[int, int], int]  # ((width, height) in pixels, samples of a batch)
 
 
 class Encoding(NamedTuple):
@@ -38,9 +51,6 @@ class Encoding(NamedTuple):
     max_length: int
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-
-
-_Prompted = tuple[ScannedImage, list[str]]  # an image and its prompts
 
 
 @dataclass(frozen=True)
@@ -60,43 +70,51 @@ def prepare_dataset(
     progress: Progress = lambda kind, done, total: None,
     *,
     extra_prompts: Iterable[str] = (),
+    check: Callable[[set[str], set[Bucket]], None] = lambda names, buckets: None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and return every sample with its files.
 
-    extra_prompts: cached as well (previews); `encode_prompts` then returns their files. ranks: all
-    of them call this and share the work. Files that cannot be used are logged.
+    extra_prompts: cached as well (previews) where that succeeds. check: is called with the
+    pictures' names and the buckets before anything is encoded, to refuse them. ranks: all of them
+    call this and share the work. What is trained and what is left out is logged.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a missing folder, images without captions, unusable files of a strict data
     entry, no usable image at all, missing encoders, and a cache folder that cannot be written.
     """
     report = SkipReport()
-    with ranks.main_process_first():  # the others then find every size in the index
-        scanned = scan_folders(config.data, config.cache_path / "sizes.json", report, progress)
-    total = len({image.path for entry in scanned for image in entry} | report.images)
-    pairs = zip(config.data, scanned, strict=True)
-    plans = [_read_prompts(config, data, entry, report) for data, entry in pairs]
-    report.check()
-    _require_some(plans, total)
-    prompts = [text for plan in plans for _, variants in plan for text in variants]
-    prompts = ["", *prompts, *extra_prompts]
-    texts = encode_prompts(prompts, config.cache_path, encoding, progress, ranks=ranks)
+    plans = read_data(config, config.cache_path / "sizes.json", report, progress, ranks)
+    total = len({image.path for plan in plans for image, _ in plan})
+    pairs = zip(plans, config.batch_sizes, strict=True)
+    buckets = {(size, n) for plan, n in pairs for image, _ in plan for size in image.buckets}
+    check({image.name for plan in plans for image, _ in plan}, buckets)
+    captions = ["", *(text for plan in plans for _, variants in plan for text in variants)]
+    texts = encode_prompts(
+        [*captions, *extra_prompts],
+        config.cache_path,
+        encoding,
+        progress,
+        ranks=ranks,
+        optional=set(extra_prompts) - set(captions),
+    )
 
     planned = _plan_samples(config, encoding, plans, texts)
     unusable = _encode_images(
         [job for _, jobs in planned for job in jobs], encoding, progress, ranks
     )
-    samples = []
+    samples, lost = [], set()
     for sample, jobs in planned:
         errors = [unusable[job.target.name] for job in jobs if job.target.name in unusable]
         if errors:
-            report.add(errors[0], jobs[0].data.strict, jobs[0].image.path)
+            report.add(errors[0], jobs[0].data.strict)
+            lost.add(jobs[0].image.path)
         else:
             samples += [sample] * jobs[0].data.num_repeats
     report.check()
-    _require_some(samples, total)
-    report.conclude(total)
+    require_some(samples, total)
+    if lost:
+        log.warning(f"{len(lost)} of {total} pictures skipped; {STRICT}")
     return Dataset(samples, texts[""])
 
 
@@ -107,78 +125,60 @@ def encode_prompts(
     progress: Progress = lambda kind, done, total: None,
     *,
     ranks: Ranks = SINGLE_PROCESS,
+    optional: Container[str] = (),
 ) -> dict[str, Path]:
     """Returns prompt -> its file (t5 [max_length, D], pooled [P]), encoded if the cache lacks it by
     one of the ranks, which all call this.
 
-    Loads transformers only if something is missing. Raises FluxfastError as `prepare_dataset` does.
+    Loads transformers only if something is missing. optional: prompts that may fail, with a
+    warning. Raises FluxfastError as `prepare_dataset` does.
     """
+    files = prompt_files(prompts, cache_path, encoding)
+    missing = {
+        prompt: path
+        for prompt, path in sorted(files.items(), key=lambda item: item[0] in optional)
+        if ranks.owns(path.name) and not is_complete(path, TEXT)
+    }
+    try:
+        if missing:
+            _encode_texts(missing, encoding, progress)
+    except Exception as error:
+        if not all(p in optional or is_complete(path, TEXT) for p, path in missing.items()):
+            raise
+        with keep_running("the prompts of previews"):
+            raise error
+    ranks.barrier()
+    return files
+
+
+def prompt_files(prompts: Iterable[str], cache_path: Path, encoding: Encoding) -> dict[str, Path]:
+    """Returns prompt -> the file of its embeddings, which need not be there."""
     parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     base = {
         "encoders": [component_fingerprint(encoding.root, part) for part in parts],
         "max_length": encoding.max_length,
         "dtype": str(encoding.dtype),
     }
-    files = {prompt: _file(cache_path, "text", prompt=prompt, **base) for prompt in prompts}
-    missing = {
-        prompt: path
-        for prompt, path in files.items()
-        if ranks.owns(path.name) and not is_complete(path, TEXT)
-    }
-    if missing:
-        from fluxfast.encoders.text import TextEncoders
+    return {prompt: _file(cache_path, "text", prompt=prompt, **base) for prompt in prompts}
 
-        encoders = TextEncoders(encoding.root, encoding.device, encoding.dtype)
+
+def _encode_texts(missing: dict[str, Path], encoding: Encoding, progress: Progress) -> None:
+    from fluxfast.encoders.text import TextEncoders
+
+    first = next(iter(missing.values()))
+    check_writable(first.parent, SPACE_HINT)
+    encoders = TextEncoders(encoding.root, encoding.device, encoding.dtype)
+    try:
         for done, (prompt, path) in enumerate(missing.items(), start=1):
             t5, pooled = encoders.encode([prompt], encoding.max_length)
             write_tensors(path, {"t5": t5[0], "pooled": pooled[0]})
             progress("text", done, len(missing))
+    finally:
         encoders.close()
-    ranks.barrier()
-    return files
-
-
-def _read_prompts(
-    config: Config, data: DataConfig, scanned: list[ScannedImage], report: SkipReport
-) -> list[_Prompted]:
-    """Returns the images whose captions can be used, in order, with their prompts."""
-    read = captions.read_captions(data.folder, [image.path for image in scanned], data.caption_ext)
-    for error in read.stray:
-        report.add(error, data.strict)
-    for path, error in read.unread.items():
-        report.add(error, data.strict, path)
-    if read.guessed:
-        more = ", …" if len(read.guessed) > 1 else ""
-        log.warning(
-            f"{len(read.guessed)} caption files are not UTF-8 and were read as Windows-1252: "
-            f"{read.guessed[0]}{more}"
-        )
-    trigger = captions.clean_trigger(config.trigger)
-    fallback = trigger if data.default_caption is None else data.default_caption
-    texts = captions.fill_missing(read.texts, fallback)
-    prompts = []
-    for image in scanned:
-        if image.path not in texts:
-            continue
-        try:
-            variants = captions.caption_variants(
-                texts[image.path], image.hash, data, trigger, config.seed
-            )
-        except FluxfastError as error:
-            raise FluxfastError(f"{image.path}: {error.message}", hint=error.hint) from None
-        prompts.append((image, variants))
-    return prompts
-
-
-def _require_some(usable: Sequence, total: int) -> None:
-    if not any(usable):
-        raise FluxfastError(
-            f"none of the {total} pictures can be used", hint="the lines above say why"
-        )
 
 
 def _plan_samples(
-    config: Config, encoding: Encoding, plans: list[list[_Prompted]], texts: dict[str, Path]
+    config: Config, encoding: Encoding, plans: list[list[Prompted]], texts: dict[str, Path]
 ) -> list[tuple[Sample, list[_LatentJob]]]:
     """Returns each sample once, with its latents' jobs: upright, then mirrored if `data.flip`."""
     base = {"vae": component_fingerprint(encoding.root, "vae"), "dtype": str(encoding.dtype)}
@@ -201,6 +201,7 @@ def _plan_samples(
                     texts=[texts[text] for text in variants],
                     caption=variants[0],
                     caption_dropout=data.caption_dropout,
+                    batch_size=data.batch_size,
                 )
                 planned.append((sample, jobs))
     return planned
@@ -223,6 +224,7 @@ def _encode_images(
     if missing:
         from fluxfast.encoders.vae import Vae
 
+        check_writable(missing[0].target.parent, SPACE_HINT)
         vae = Vae(encoding.root, encoding.device, encoding.dtype)
         missing.sort(key=lambda job: (job.bucket, job.image.path, job.flip))
         for done, job in enumerate(missing, start=1):

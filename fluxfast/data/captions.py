@@ -8,8 +8,11 @@ import os
 import posixpath
 import re
 import unicodedata
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fluxfast import rng
 from fluxfast.config.schema import DataConfig
@@ -19,7 +22,9 @@ from fluxfast.util.files import open_regular
 LARGEST = 1_000_000  # bytes of a sidecar: T5 reads 512 tokens of it
 LARGEST_METADATA = 2**28  # bytes
 METADATA = "metadata.jsonl"
+_TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")  # a part of which may be an image's
 _LISTED = 5  # bad lines of a metadata file that are reported each; more are counted
+_TRIED = 50  # images that are looked for in a file that may hold captions
 PLACEHOLDER = "[trigger]"
 
 # longer marks first: UTF-32's begins like UTF-16's
@@ -38,76 +43,107 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 class Captions:
     """The captions of a folder's images, and what could not be read.
 
-    texts: image -> caption, None if it has none. unread: image -> why its caption cannot be used.
-    stray: errors for lines of metadata that name no image. guessed: files read as Windows-1252.
+    texts: image -> caption, None if it has none. sources: how many come from where. unread: image
+    -> why its caption cannot be used. stray: errors for lines of metadata that name no image.
+    useless: what is wrong with a metadata file's lines that fit no image or hold no caption.
+    guessed: files read as Windows-1252.
     """
 
     texts: dict[Path, str | None] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
     unread: dict[Path, FluxfastError] = field(default_factory=dict)
     stray: list[FluxfastError] = field(default_factory=list)
+    useless: list[str] = field(default_factory=list)
     guessed: list[Path] = field(default_factory=list)
+
+
+_Table = dict[str, str | FluxfastError | None]  # file name -> caption, or the error in its line
 
 
 def read_captions(folder: Path, images: list[Path], extension: str = ".txt") -> Captions:
     """Returns the stripped caption of each image: None without one, "" for an empty sidecar.
 
-    A sidecar (same stem, `extension`) wins over `metadata.jsonl`, which is looked up in the image's
-    own folder, then in its parents up to `folder`. Its lines hold `file_name`, relative to it, and
-    `text` or `caption`. Raises nothing: files that cannot be read are listed in the result.
+    A sidecar (same stem, `extension`; of .json its `caption` or `text`) wins over `metadata.jsonl`,
+    which is looked up in the image's own folder, then in its parents up to `folder`. Its lines hold
+    `file_name`, relative to it, and `text` or `caption`. Raises nothing: files that cannot be read
+    are listed in the result.
     """
     captions = Captions()
-    tables: dict[Path, dict[str, str | FluxfastError]] = {}
+    tables: dict[Path, _Table] = {}
+    found: dict[tuple[Path, str], Path] = {}  # a table's folder and a name in it -> image
     for image in images:
         try:
-            captions.texts[image] = _caption(image, folder, extension, tables, captions)
+            captions.texts[image] = _caption(image, folder, extension, tables, found, captions)
         except FluxfastError as error:
             captions.unread[image] = error
+    for parent, table in tables.items():
+        captions.useless += _useless(parent, folder, table, found, captions)
     return captions
 
 
-def _caption(image: Path, folder: Path, extension: str, tables: dict, captions: Captions):
+def _caption(
+    image: Path, folder: Path, extension: str, tables: dict, found: dict, captions: Captions
+) -> str | None:
     sidecar = image.with_suffix(extension)
     if os.path.lexists(sidecar):  # an unreadable sidecar is an error, not a missing caption
-        return read_text(sidecar, LARGEST, captions.guessed).strip()
+        text = read_text(sidecar, LARGEST, captions.guessed).strip()
+        text = _json_caption(sidecar, text) if extension.lower().endswith(".json") else text
+        captions.sources[extension] += 1
+        return text
     for parent in image.parents:
         if parent not in tables:
             tables[parent] = _read_metadata(parent / METADATA, captions)
-        text = tables[parent].get(_normalize(image.relative_to(parent).as_posix()))
+        name = _normalize(image.relative_to(parent).as_posix())
+        text = tables[parent].get(name)
+        found[parent, name] = image
         if isinstance(text, FluxfastError):
             raise text
         if text is not None:
+            captions.sources[METADATA] += 1
             return text.strip()
         if parent == folder:
             break
     return None
 
 
-def fill_missing(captions: dict[Path, str | None], fallback: str | None) -> dict[Path, str]:
-    """Returns the captions with `fallback` in place of missing ones.
+def _json_caption(path: Path, text: str) -> str:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FluxfastError(f"{path} is not valid JSON: {error}") from None
+    texts = [row.get("caption"), row.get("text")] if isinstance(row, dict) else [row]
+    caption = next((text for text in texts if text is not None), None)
+    if caption is None:
+        raise FluxfastError(f'{path} needs "caption" or "text"')
+    return _checked(str(path), caption).strip()
 
-    Raises FluxfastError without a fallback, with the number of images and the first few names.
+
+def _checked(where: str, caption: Any) -> str:
+    """Returns a caption of a JSON file, whose escapes may have control characters and halves of a
+    character.
     """
-    missing = [path.name for path, text in captions.items() if text is None]
-    if missing and fallback is None:
-        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise FluxfastError(
-            f"{len(missing)} of {len(captions)} images have no caption: {names}",
-            hint="put a .txt beside each, or set `data.default_caption` or `trigger`",
-        )
-    return {path: text if text is not None else fallback or "" for path, text in captions.items()}
+    if not isinstance(caption, str):
+        kind = type(caption).__name__
+        raise FluxfastError(f"{where}: the caption must be text, got {kind}")
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise FluxfastError(f"{where}: the caption holds half a character (\\ud8..)")
+    return _CONTROL.sub(" ", caption)
 
 
 def caption_variants(
     caption: str, content_hash: str, data: DataConfig, trigger: str | None, seed: int
 ) -> list[str]:
     """Returns the prompts that one image is trained with: prefix, caption and suffix with the
-    trigger, comma-shuffled if `data` says so.
+    triggers, the run's in front of the data's, comma-shuffled if `data` says so.
 
     Variant v keeps the first `keep_tokens` comma-separated parts and permutes the rest: a pure
     function of (seed, content_hash, v). Duplicates are removed; at least one remains.
     """
     parts = (data.caption_prefix, caption, data.caption_suffix)
-    caption = apply_trigger(" ".join(part for part in parts if part).strip(), trigger)
+    caption = " ".join(part for part in parts if part).strip()
+    if own := clean_trigger(data.trigger):
+        caption = apply_trigger(caption, own)
+    caption = apply_trigger(caption, trigger)
     if not data.shuffle_captions:
         return [caption]
     parts = [part.strip() for part in caption.split(",") if part.strip()]
@@ -127,7 +163,7 @@ def apply_trigger(caption: str, trigger: str | None) -> str:
         if PLACEHOLDER in caption:
             raise FluxfastError(
                 f"a caption holds {PLACEHOLDER} but no trigger is set: {caption[:60]!r}",
-                hint="set `trigger:`",
+                hint="set `trigger:`, or `data.trigger` for one folder",
             )
         return caption
     caption = caption.replace(PLACEHOLDER, trigger)
@@ -143,6 +179,38 @@ def clean_trigger(trigger: str | None) -> str | None:
     return (trigger or "").strip() or None
 
 
+def unread_captions(
+    texts: list[Path], bare: list[Path], images: list[Path], extension: str
+) -> tuple[list[Path], list[Path]]:
+    """Returns the files that by their names hold captions of images that have none (`a.caption`,
+    `a.png.txt`, `captions/a.txt`, `metadata.csv`), and further ones that fit no image.
+
+    texts: files that may hold captions; bare: images without one; images: all, used or not.
+    """
+    if not bare:
+        return [], []
+    read = {image.with_suffix(extension) for image in images}
+    folders = {image.parent for image in images}
+    read |= {parent / METADATA for below in folders for parent in (below, *below.parents)}
+    names = {name.lower() for image in bare for name in (image.stem, image.name)}
+    others = {name.lower() for image in images for name in (image.stem, image.name)} - names
+    named, strange = [], []
+    for text in texts:
+        name = text.stem.lower()
+        if text in read or name in others:
+            continue
+        is_named = name in names or (text.suffix.lower() in _TABLES and _names_one(text, bare))
+        (named if is_named else strange).append(text)
+    return named, strange
+
+
+def _names_one(table: Path, images: list[Path]) -> bool:
+    with suppress(OSError), open_regular(table) as file:
+        data = file.read(LARGEST_METADATA)
+        return any(image.stem.encode(errors="replace") in data for image in images[:_TRIED])
+    return False
+
+
 # ---------------------------------------------------------------- metadata.jsonl
 
 
@@ -151,12 +219,12 @@ def _normalize(name: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
-def _read_metadata(path: Path, captions: Captions) -> dict[str, str | FluxfastError]:
-    """Returns file name -> caption, or the error in its line; empty if there is no such file.
+def _read_metadata(path: Path, captions: Captions) -> _Table:
+    """Returns the captions of one file, None in lines without; empty if there is no such file.
 
-    Lines with a null caption are left out; lines that name no image go to `captions.stray`.
+    Lines that name no image go to `captions.stray`.
     """
-    table: dict[str, str | FluxfastError] = {}
+    table: _Table = {}
     if not os.path.lexists(path):
         return table
     stray = 0
@@ -173,12 +241,36 @@ def _read_metadata(path: Path, captions: Captions) -> dict[str, str | FluxfastEr
             if stray <= _LISTED:
                 captions.stray.append(error)
             continue
-        if text is not None and table.setdefault(name, text) != text:
+        known = table.setdefault(name, text)
+        if known is None:
+            table[name] = text
+        elif text is not None and known != text:
             table[name] = FluxfastError(f"{where}: a second caption for {name}")
     if stray > _LISTED:
         message = f"{path}: {stray - _LISTED} more lines name no image"
         captions.stray.append(FluxfastError(message))
     return table
+
+
+def _useless(
+    parent: Path, folder: Path, table: _Table, found: dict, captions: Captions
+) -> list[str]:
+    """Returns what is wrong with lines whose caption no image gets."""
+    images = {name: found.get((parent, name), parent) for name in table}
+    gone = [name for name in table if images[name] is parent and not os.path.lexists(parent / name)]
+    empty = [name for name, image in images.items() if captions.texts.get(image, "") is None]
+    reasons = {"name no picture that is here": gone, 'have neither "text" nor "caption"': empty}
+    where = (parent / METADATA).relative_to(folder)
+    return [
+        f"{where}: {len(names)} of {len(table)} lines {reason}: {listed(names)}"
+        for reason, names in reasons.items()
+        if names
+    ]
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Returns the first few names."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _parse_line(where: str, line: str) -> tuple[str, str | FluxfastError | None]:
@@ -193,14 +285,10 @@ def _parse_line(where: str, line: str) -> tuple[str, str | FluxfastError | None]
         raise FluxfastError(f'{where}: needs "file_name" and "text" or "caption"')
     name = _normalize(row["file_name"])
     text = row.get("text") if row.get("text") is not None else row.get("caption")
-    if text is None:
-        return name, None
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        return name, FluxfastError(f"{where}: the caption must be text, got {kind}")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return name, FluxfastError(f"{where}: the caption holds half a character (\\ud8..)")
-    return name, _CONTROL.sub(" ", text)  # which JSON may have in escapes
+    try:
+        return name, None if text is None else _checked(where, text)
+    except FluxfastError as error:
+        return name, error
 
 
 # ---------------------------------------------------------------- encodings

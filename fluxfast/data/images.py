@@ -3,7 +3,10 @@
 Embedded color profiles are not applied: pixels are taken as sRGB.
 """
 
+import re
 import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,28 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
+from fluxfast.util.files import open_regular
 
 # recognized by content, whatever the name; one of Pillow's other readers runs Ghostscript
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF")
+# what Pillow may lack -> what it takes
+LIBRARIES = {"AVIF": "pip install pillow-avif-plugin", "HEIF": "pip install pillow-heif"}
+
+# what else lies under a picture's name -> how it begins
+_CONTENTS = {
+    "HEIC": rb"....ftyp(hei[cmsx]|hev[cmsx]|mif\d|msf1)",
+    "AVIF": rb"....ftypavi[fs]",
+    "a video": rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ",
+    "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP|\xffO\xffQ",
+    "a Photoshop file": rb"8BPS",
+    "a PDF": rb"%PDF",
+    "a web page": rb"\s*<(?i:!doctype html|html|head)",
+    "SVG or XML": rb"\s*<(\?xml|svg)",
+    "a Git LFS pointer (`git lfs pull`)": rb"version https://git-lfs",
+    "a ZIP archive": rb"PK\x03\x04",
+    "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*",
+}
 
 _STRIP = 64  # rows
 
@@ -30,13 +52,43 @@ _UPRIGHT = {
 }
 
 
-def image_size(path: Path) -> tuple[int, int]:
+@cache
+def formats() -> tuple[str, ...]:
+    """Returns those of FORMATS that are read here: AVIF as Pillow was built or with its plugin,
+    HEIF with pillow-heif.
+    """
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        if "AVIF" not in Image.SAVE:
+            import pillow_avif  # pyright: ignore[reportMissingImports]  # noqa: F401
+    # without libavif Pillow opens none, and yet registers for it
+    lacks = {"AVIF"} - Image.SAVE.keys()
+    return tuple(name for name in FORMATS if name in Image.OPEN and name not in lacks)
+
+
+def content(path: Path) -> str | None:
+    """Returns what a file is by how it begins, None if that is not known."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(64)
+    except OSError:
+        return None
+    return next((kind for kind, start in _CONTENTS.items() if re.match(start, head, re.S)), None)
+
+
+def image_size(path: Path, quick: bool = False) -> tuple[int, int]:
     """Returns (width, height) in pixels with EXIF orientation applied. Raises as `load_image` does.
 
-    Reads only the header, except for a PNG, whose EXIF block may follow the pixels, and for a TIFF,
-    which Pillow turns upright itself.
+    Reads only the header, except for a PNG, whose EXIF block may follow the pixels (quick: which is
+    then not looked for), and for a TIFF, which Pillow turns upright itself.
     """
     with _open(path) as image:
+        if quick and image.format == "PNG":
+            return image.size
         if image.format == "TIFF":
             return _decode(path).size
         width, height = image.size
@@ -46,10 +98,9 @@ def image_size(path: Path) -> tuple[int, int]:
 def load_image(path: Path) -> tuple[Image.Image, Image.Image | None]:
     """Returns (RGB image, alpha as an L image or None), upright, with alpha composited on white.
 
-    Takes the first frame of an animation. 16-bit, 32-bit and float gray are scaled to 8 bits by
-    their full range.
-    Raises FluxfastError naming the file if it is missing, truncated, not an image or larger than
-    Pillow's limit.
+    16-bit, 32-bit and float gray are scaled to 8 bits by their full range.
+    Raises FluxfastError naming the file if it is missing, truncated, not an image, an animation or
+    several pages, or larger than Pillow's limit.
     """
     image = _decode(path)
     if image.mode == "RGB":
@@ -102,12 +153,12 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns at half of what it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=formats())
         # a TIFF may decode a tile of any size for an image that is small
         width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (322, 323))
         if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"a tile is {width}x{height} pixels")
-        return image
+        several = _holds_several(image)
     except Image.DecompressionBombError as error:
         raise FluxfastError(
             f"the image {path} is too large to decode safely: {error}", hint="scale it down first"
@@ -115,10 +166,41 @@ def _open(path: Path) -> Image.Image:
     except Exception as error:  # plugins raise what they like while they read a header
         if isinstance(error, OSError) and error.errno is not None:
             raise FluxfastError(f"cannot read the image {path}: {error.strerror}") from None
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {_words(error)}"
+        raise _unreadable(path, error) from None
+    if several:
         raise FluxfastError(
-            f"{path} is not an image that can be read{reason}", hint="replace or remove it"
-        ) from None
+            f"{path} holds several pictures, frames or pages",
+            hint="save the one that is meant as a file of its own",
+        )
+    return image
+
+
+def _holds_several(image: Image.Image) -> bool:
+    """Not of MPO and HEIF, whose further pictures belong to the first."""
+    if image.format != "TIFF":
+        animations = ("GIF", "PNG", "WEBP", "AVIF")
+        return image.format in animations and getattr(image, "is_animated", False)
+    several = False
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no second page, or nothing that anybody could read
+        image.seek(1)
+        several = not getattr(image, "tag_v2", {}).get(254, 0) & 5  # 1: smaller, 4: its mask
+    image.seek(0)
+    return several
+
+
+def _unreadable(path: Path, error: Exception) -> FluxfastError:
+    kind, hint, detail = content(path) or "a picture", "replace or remove it", ""
+    form = kind.replace("HEIC", "HEIF")
+    if not isinstance(error, UnidentifiedImageError) or kind == "a picture":
+        kind = "not an image that can be read"
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {_words(error)}"
+    elif form in LIBRARIES and form not in formats():
+        hint = LIBRARIES[form]
+        detail = f" by its content: `{hint}`"
+    else:
+        detail = " by its content" + ", and broken" * (form in formats())
+    return FluxfastError(f"{path} is {kind}{detail}", hint=hint)
 
 
 def _words(error: Exception) -> str:
@@ -171,7 +253,8 @@ def _scale_gray(image: Image.Image) -> Image.Image:
     elif image.mode == "F" and top <= 255.0:
         limit = 255.0
     else:
-        limit = 65535.0 if top <= 65535 else float(2**31 - 1)
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # 12 in some TIFFs
+        limit = 2.0 ** min(bits, 16) - 1 if top <= 65535 else float(2**31 - 1)
     gray = np.empty(values.shape, np.uint8)
     for rows in strips:
         gray[rows] = np.clip(np.round(doubles(rows) / limit * 255.0), 0, 255)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -20,12 +20,22 @@ PREFETCH = 2  # batches read ahead
 TEXT_CACHE = 32  # embeddings kept in memory; T5-XXL's take 4 MiB each in bf16
 
 
+def fingerprint_of(samples: list[Sample]) -> str:
+    """Returns the hash of the samples' content, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        files = [sample.latents, sample.flipped, *sample.texts]
+        own = [sample.batch_size] if sample.batch_size else []
+        digest.update(repr([file and file.name for file in files] + own).encode())
+    return digest.hexdigest()
+
+
 class Loader:
     """Reads batches of one image size each; every sample comes at least once per epoch.
 
-    batch_size: of all processes together; places: this process's positions in each batch (None:
-    all). pin: `iterate` puts batches into page-locked memory, which a GPU copies from while it
-    computes.
+    batch_size: of all processes together, of samples without one of their own; shard: batch size ->
+    this process's positions. pin: `iterate` puts batches into page-locked memory, which a GPU
+    copies from while it computes.
 
     Raises CacheDamaged while reading, for a cache file that is missing or corrupt.
     """
@@ -37,34 +47,36 @@ class Loader:
         seed: int,
         *,
         pin: bool = False,
-        places: range | None = None,
+        shard: Callable[[int], range] = range,
     ):
-        self.dataset, self.batch_size, self.seed, self.pin = dataset, batch_size, seed, pin
-        self.places = range(batch_size) if places is None else places
-        self._buckets: dict[tuple[int, int], list[int]] = {}
+        self.dataset, self.seed, self.pin, self.shard = dataset, seed, pin, shard
+        self._buckets: dict[tuple[tuple[int, int], int], list[int]] = {}
         for index, sample in enumerate(dataset.samples):
-            self._buckets.setdefault(sample.size, []).append(index)
+            own = sample.batch_size or batch_size
+            self._buckets.setdefault((sample.size, own), []).append(index)
+        self.batch_size = max(size for _, size in self._buckets)  # of the largest batch
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._read_text = lru_cache(TEXT_CACHE)(partial(read_tensors, required=TEXT))
 
     @property
     def batches_per_epoch(self) -> int:
-        return sum(-(-len(members) // self.batch_size) for members in self._buckets.values())
+        return sum(-(-len(members) // size) for (_, size), members in self._buckets.items())
+
+    @property
+    def buckets(self) -> list[tuple[tuple[int, int], int]]:
+        """((width, height) in pixels, samples of this process) of every kind of batch."""
+        return [(size, len(self.shard(count))) for size, count in sorted(self._buckets)]
 
     @cached_property
     def fingerprint(self) -> str:
         """The hash of every sample in order: equal for data sets that make the same batches."""
-        digest = hashlib.sha256()
-        for sample in self.dataset.samples:
-            files = [sample.latents, sample.flipped, *sample.texts]
-            digest.update(repr([file and file.name for file in files]).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.dataset.samples)
 
     @cached_property
     def latent_sizes(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(w, h) in pixels of every bucket -> (rows, columns) of its latents."""
         sizes = {}
-        for size, members in self._buckets.items():
+        for (size, _), members in self._buckets.items():
             rows, columns = self._latents(self.dataset.samples[members[0]], 0)["mean"].shape[-2:]
             sizes[size] = rows, columns
         return sizes
@@ -86,8 +98,9 @@ class Loader:
     def _members(self, step: int) -> tuple[list[Sample], list[int]]:
         epoch, place = divmod(step, self.batches_per_epoch)
         members = self._epoch_order(epoch)[place]
-        samples = [self.dataset.samples[members[position]] for position in self.places]
-        return samples, [step * self.batch_size + position for position in self.places]
+        places = self.shard(len(members))
+        samples = [self.dataset.samples[members[position]] for position in places]
+        return samples, [step * self.batch_size + position for position in places]
 
     def batch(self, step: int) -> Batch:
         """Returns the batch of step `step` >= 0, one per accumulation step."""
@@ -111,7 +124,8 @@ class Loader:
         """
         seen = set()
         for step in range(self.batches_per_epoch):
-            size = self._members(step)[0][0].size
+            samples = self._members(step)[0]
+            size = samples[0].size, len(samples)
             if (size, True) in seen or ((size, False) in seen and not self._has_masks):
                 continue
             batch = self.batch(step)
@@ -164,10 +178,10 @@ class Loader:
         if known == epoch:
             return order
         batches = []
-        for (width, height), members in sorted(self._buckets.items()):
+        for ((width, height), size), members in sorted(self._buckets.items()):
             shuffled = rng.permutation(self.seed, f"order/{width}x{height}", epoch, len(members))
-            for start in range(0, len(members), self.batch_size):
-                places = range(start, start + self.batch_size)  # the last batch wraps round
+            for start in range(0, len(members), size):
+                places = range(start, start + size)  # the last batch wraps round
                 batches.append([members[shuffled[place % len(members)]] for place in places])
         mixed = rng.permutation(self.seed, "order/batches", epoch, len(batches))
         order = [batches[i] for i in mixed]

@@ -4,7 +4,7 @@ Needs neither transformers nor diffusers if everything is cached.
 """
 
 import logging
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,9 +13,9 @@ import torch
 
 from fluxfast import rng
 from fluxfast.config.schema import Config, ModelConfig
-from fluxfast.data.cache import Encoding, encode_prompts, prepare_dataset
+from fluxfast.data.cache import Bucket, Encoding, prepare_dataset, prompt_files
 from fluxfast.data.captions import PLACEHOLDER, clean_trigger
-from fluxfast.data.store import Dataset, Sample
+from fluxfast.data.store import TEXT, Dataset, Sample, is_complete
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component, has_component
 from fluxfast.errors import ConfigError, FluxfastError
@@ -46,7 +46,8 @@ class Prepared:
     """Everything that training reads from disk.
 
     held_out: the samples that validation measures on; model: the transformer; root: holds the VAE
-    and the text encoders; prompts: preview prompt with its trigger -> the file of its embeddings.
+    and the text encoders; prompts: preview prompt with its trigger -> the file of its embeddings,
+    empty where they cannot be encoded.
     """
 
     dataset: Dataset
@@ -57,12 +58,17 @@ class Prepared:
 
 
 def prepare(
-    config: Config, device: torch.device, ranks: Ranks = SINGLE_PROCESS, parts: Parts | None = None
+    config: Config,
+    device: torch.device,
+    ranks: Ranks = SINGLE_PROCESS,
+    parts: Parts | None = None,
+    check: Callable[[set[Bucket]], None] = lambda buckets: None,
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
-    parts: the model's, if they are resolved already. Raises FluxfastError for a missing or unfit
-    model, data that cannot be used, or a full disk; ConfigError for a precision that cannot be.
+    parts: the model's, if they are resolved already. check: is called with the buckets before
+    anything is encoded, to refuse them. Raises FluxfastError for a missing or unfit model, data
+    that cannot be used, or a full disk; ConfigError for a precision that cannot be.
     """
     with ranks.main_process_first():  # one fetches what is on the Hub
         model, root, length = parts or resolve_parts(config.model, device)
@@ -80,22 +86,28 @@ def prepare(
                     log.info(f"{_BARS[kind]}: {total}")
             bars.update(tasks[kind], completed=done, total=total)
 
-        dataset = prepare_dataset(config, encoding, progress, extra_prompts=prompts, ranks=ranks)
+        share = config.validation.share
+
+        def check_plan(names: set[str], buckets: set[Bucket]) -> None:
+            if share:
+                _held_out(names, share, config.seed)
+            check(buckets)
+
+        dataset = prepare_dataset(
+            config, encoding, progress, extra_prompts=prompts, check=check_plan, ranks=ranks
+        )
         held_out: list[Sample] = []
-        if config.validation.share:
-            dataset, held_out = hold_out(dataset, config.validation.share, config.seed)
+        if share:
+            dataset, held_out = hold_out(dataset, share, config.seed)
         elif config.validation.folder is not None:
             # with the first data entry's captions and resolutions, each image once
             folder = {"folder": config.validation.folder, "recursive": True}
             data = config.data[0].model_copy(update=folder | {"num_repeats": 1, "flip": False})
             only = config.model_copy(update={"data": [data]})
             held_out = prepare_dataset(only, encoding, progress, ranks=ranks).samples
-        files = encode_prompts(prompts, config.cache_path, encoding)
-    buckets = sorted(Counter(sample.size for sample in dataset.samples).items())
-    log.info(
-        f"{len(dataset.samples)} samples in {len(buckets)} buckets: "
-        + ", ".join(f"{w}x{h} ({count})" for (w, h), count in buckets),
-    )
+        files = prompt_files(prompts, config.cache_path, encoding)
+        if not all(is_complete(file, TEXT) for file in files.values()):
+            files = {}
     if held_out:
         pictures = len({sample.name for sample in held_out})
         log.info(f"validation: {pictures} pictures held out")
@@ -109,16 +121,20 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[S
     Returns the remaining data set and the held-out samples, one per image and resolution. Raises
     ConfigError if nothing would be left to train on.
     """
-    names = sorted({sample.name for sample in dataset.samples})
+    held = _held_out({sample.name for sample in dataset.samples}, share, seed)
+    samples = [sample for sample in dataset.samples if sample.name not in held]
+    held_out = {sample.latents: sample for sample in dataset.samples if sample.name in held}
+    return Dataset(samples, dataset.empty_text), list(held_out.values())
+
+
+def _held_out(pictures: set[str], share: float, seed: int) -> set[str]:
+    names = sorted(pictures)
     count = max(1, round(share * len(names)))
     if count >= len(names):
         raise ConfigError(
             f"validation.share {share} of {len(names)} pictures leaves none to train on"
         )
-    held = {names[i] for i in rng.permutation(seed, "validation", 0, len(names))[:count]}
-    samples = [sample for sample in dataset.samples if sample.name not in held]
-    held_out = {sample.latents: sample for sample in dataset.samples if sample.name in held}
-    return Dataset(samples, dataset.empty_text), list(held_out.values())
+    return {names[i] for i in rng.permutation(seed, "validation", 0, len(names))[:count]}
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
@@ -127,14 +143,17 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def preview_prompts(config: Config) -> list[str]:
-    """Returns the preview prompts with [trigger] replaced. Raises ConfigError without a trigger."""
-    trigger = clean_trigger(config.trigger)
+    """Returns the preview prompts with [trigger] replaced by the run's trigger, or by the only one
+    of the data. Raises ConfigError where there is none, or one of several.
+    """
+    words = config.triggers
+    trigger = clean_trigger(config.trigger) or (words[0] if len(words) == 1 else None)
     prompts = []
-    for prompt in config.sample.prompts:
+    for prompt in config.sample.prompts + [each.prompt for each in config.sample.samples]:
         if PLACEHOLDER in prompt and trigger is None:
             raise ConfigError(
-                f"sample.prompts: {prompt!r} has [trigger], but no trigger is set",
-                hint='set trigger: "ohwx dog"',
+                f"sample.prompts: {prompt!r} has [trigger], but there is no one trigger",
+                hint=f"write the one that is meant: {', '.join(words or ['ohwx dog'])}",
             )
         prompts.append(prompt.replace(PLACEHOLDER, trigger or ""))
     return prompts
@@ -149,8 +168,9 @@ def resolve_parts(config: ModelConfig, device: torch.device) -> Parts:
     resolve_precision(config.storage, config.compute, device)  # fails before a download
     wanted = TRANSFORMER if config.encoders else (*TRANSFORMER, *ENCODERS)
     base = fetch_model(config.path, wanted)
-    root = _encoders_root(config, base)
+    # first, so that a LoRA or a VAE is named as such, and not as a base without encoders
     model = resolve_model(base, config.storage, config.compute, device, layers=config.layers)
+    root = _encoders_root(config, base)
     return Parts(model, root, _text_length(config, model.spec, root))
 
 

@@ -37,6 +37,7 @@ class Sample:
 
     latents: mean and std [C, h, w] fp32, optionally mask [h, w] fp32; flipped: the same, mirrored.
     texts: one file per caption variant: t5 [L, D], pooled [P]. size: (width, height) in pixels.
+    batch_size: of its batches; None: the run's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Sample:
     texts: list[Path]
     caption: str
     caption_dropout: float
+    batch_size: int | None = None
 
 
 @dataclass

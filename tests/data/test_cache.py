@@ -20,7 +20,7 @@ from fluxfast.data.store import (
     read_tensors,
     write_tensors,
 )
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import ConfigError, FluxfastError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,6 +154,39 @@ def test_texts_are_the_prompts(nano_model, tmp_path, folder):
         assert torch.equal(cached["t5"], t5[0]) and torch.equal(cached["pooled"], pooled[0])
 
 
+def test_prompts_of_previews_may_fail_and_captions_may_not(
+    cheap_encoders, nano_model, tmp_path, folder, monkeypatch, log_lines
+):
+    settings = config(tmp_path)
+    prepare(nano_model, settings)
+
+    class Fails:
+        def __init__(self, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", Fails)
+    dataset = prepare(nano_model, settings, extra_prompts=["a preview", ""])
+    assert dataset.samples
+    note = "note: the prompts of previews: OutOfMemoryError: CUDA out of memory; the run goes on"
+    assert log_lines.count(note) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        prepare(nano_model, config(tmp_path, default_caption="new"), extra_prompts=["a preview"])
+
+
+def test_what_is_refused_is_refused_before_anything_is_encoded(nano_model, tmp_path, folder):
+    seen = []
+
+    def check(names, buckets):
+        seen.append((names, buckets))
+        raise ConfigError("this does not fit")
+
+    with pytest.raises(ConfigError, match="does not fit"):
+        prepare(nano_model, config(tmp_path, resolution=[96, 64], batch_size=3), check=check)
+    ((names, buckets),) = seen
+    assert "sub/c.png" in names and {count for _, count in buckets} == {3}
+    assert len(buckets) > 1 and not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_settings_that_matter_change_the_names(cheap_encoders, nano_model, tmp_path, folder):
     picture(5, mode="RGBA").save(folder / "a.png")
 
@@ -198,6 +231,7 @@ def test_mask_folder(cheap_encoders, nano_model, tmp_path, folder, log_lines):
     half.paste(255, (0, 0, 48, 64))
     half.save(masks / "a.png")
     half.resize((48, 32)).save(masks / "sub" / "c.WEBP", lossless=True)
+    (folder / "b.txt").write_text("not empty, which strict refuses")
     data = {"mask": "folder", "mask_folder": str(masks)}
     settings, strict = config(tmp_path, **data), config(tmp_path, **data, strict=True)
     with pytest.raises(FluxfastError, match=r"no mask for .*b\.jpg"):
@@ -212,7 +246,7 @@ def test_mask_folder(cheap_encoders, nano_model, tmp_path, folder, log_lines):
     log_lines.clear()
     dataset = prepare(nano_model, settings)
     assert [sample.name for sample in dataset.samples] == ["a.png", "sub/c.png"]
-    lost, count = log_lines
+    lost, count = [line for line in log_lines if "skipped" in line]
     assert "black everywhere" in lost and count.startswith("1 of 3 pictures skipped")
     Image.new("L", (64, 96), 255).save(masks / "b.jpg")
     dataset = prepare(nano_model, settings)

@@ -11,7 +11,6 @@ from fluxfast.data.captions import (
     apply_trigger,
     caption_variants,
     clean_trigger,
-    fill_missing,
     read_captions,
 )
 from fluxfast.errors import FluxfastError
@@ -112,17 +111,6 @@ def test_only_the_first_bad_lines_of_metadata_are_reported_each(tmp_path):
     assert last == f"{tmp_path / METADATA}: 4 more lines name no image"
 
 
-def test_missing_captions():
-    captions = {Path("a.png"): "x", Path("b.png"): None, Path("c.png"): ""}
-    assert list(fill_missing(captions, "plain").values()) == ["x", "plain", ""]
-    assert list(fill_missing(captions, "").values()) == ["x", "", ""]
-    with pytest.raises(FluxfastError, match=r"1 of 3 images have no caption: b\.png\n"):
-        fill_missing(captions, None)
-    with pytest.raises(FluxfastError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, …") as raised:
-        fill_missing({Path(f"{i}.png"): None for i in range(9)}, None)
-    assert "default_caption" in raised.value.hint
-
-
 @pytest.mark.parametrize(
     ("caption", "trigger", "expected"),
     [
@@ -139,6 +127,19 @@ def test_missing_captions():
 def test_trigger(caption, trigger, expected):
     assert apply_trigger(caption, trigger) == expected
     assert variants(caption, trigger) == [expected]
+
+
+def test_the_runs_trigger_goes_in_front_of_the_datas():
+    """As in ai-toolkit, where a data set has one of its own."""
+
+    def both(caption: str, own: str | None, trigger: str | None) -> list[str]:
+        return caption_variants(caption, "h", DataConfig(folder="x", trigger=own), trigger, 0)
+
+    assert both("a cat", "alice", None) == ["alice, a cat"]
+    assert both("a cat", "alice", "ohwx") == ["ohwx, alice, a cat"]
+    assert both("[trigger] and ohwx", "alice", "ohwx") == ["alice and ohwx"]
+    assert both("", "alice", "ohwx") == ["ohwx, alice"]
+    assert both("a [trigger]", " ", "ohwx") == ["a ohwx"]
 
 
 def test_placeholder_without_a_trigger():

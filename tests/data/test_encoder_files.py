@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from small import noise_pictures
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from fluxfast.config.schema import ModelConfig
+from fluxfast.data.prepare import resolve_parts
 from fluxfast.encoders import components
 from fluxfast.encoders.components import component, component_fingerprint
 from fluxfast.encoders.text import TextEncoders
@@ -134,15 +136,28 @@ def test_an_all_in_one_file_gives_what_the_folder_gives(folder, tmp_path, vae, r
     assert all(map(torch.equal, outputs(file), expected))
 
 
-def test_a_file_a_part_in_a_folder(folder, tmp_path):
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft"])
+def test_a_file_a_part_in_a_folder(folder, tmp_path, suffix):
     """Bare names, as in clip_l.safetensors and others, some in ComfyUI's subfolders."""
     for subfolder, name in (("clip", "text_encoder"), ("", "text_encoder_2"), ("vae", "vae")):
         (tmp_path / subfolder).mkdir(exist_ok=True)
         state = state_of(folder, name)
         state = ldm(state) if name == "vae" else state
-        save_file(state, tmp_path / subfolder / f"{name}.safetensors")
+        save_file(state, tmp_path / subfolder / f"{name}{suffix}")
+        (tmp_path / subfolder / f"._{name}{suffix}").write_bytes(b"what macOS leaves")
+    if suffix == ".safetensors":  # a VAE under both its names is one
+        save_file(ldm(state_of(folder, "vae")), tmp_path / "ae.sft")
     beside(folder, tmp_path)
     assert all(map(torch.equal, outputs(tmp_path), outputs(folder)))
+
+
+def test_a_lora_or_a_vae_as_the_base_is_told_before_its_encoders(folder, tmp_path):
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 4)}
+    save_file(lora, tmp_path / "a.safetensors")
+    save_file(ldm(state_of(folder, "vae")), tmp_path / "b.sft")
+    for file, name in (("a.safetensors", "LoRA"), ("b.sft", "VAE")):
+        with pytest.raises(ConfigError, match=f"{file} does not hold .*: it is a {name}"):
+            resolve_parts(ModelConfig(path=str(tmp_path / file)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -166,6 +181,35 @@ def test_a_t5_in_fp8(folder, tmp_path, scaled):
         encoded.append(encoders.encode(["a red circle"], 16)[0])
     assert torch.equal(*encoded)
     assert not torch.equal(encoded[0], TextEncoders(folder).encode(["a red circle"], 16)[0])
+
+
+def test_a_t5_in_int8_that_is_rotated(folder, tmp_path):
+    """ComfyUI's ConvRot in blocks of 4, said in the header."""
+    coded, plain, layers = whole(folder), whole(folder), {}
+    four = (torch.ones(4, 4) - 2 * torch.eye(4).flip(0)) / 2
+    for key, value in plain.items():
+        if key.startswith(PREFIXES["text_encoder_2"]) and value.ndim == 2 and "bias" not in key:
+            rows = (value.view(-1, 4) @ four).view(value.shape)
+            scale = rows.abs().amax(1, keepdim=True) / 127
+            coded[key] = (rows / scale).round().to(torch.int8)
+            coded[key.removesuffix("weight") + "weight_scale"] = scale
+            plain[key] = ((coded[key] * scale).view(-1, 4) @ four).view(value.shape)
+            form = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4}
+            layers[key.removesuffix(".weight")] = form
+    beside(folder, tmp_path)
+    header = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(coded, tmp_path / "coded.safetensors", header)
+    save_file(plain, tmp_path / "plain.safetensors")
+    mine, exact = (
+        TextEncoders(tmp_path / f"{name}.safetensors").encode(["a red circle"], 16)[0]
+        for name in ("coded", "plain")
+    )
+    torch.testing.assert_close(mine, exact)
+    form["format"] = "mxfp8"
+    header = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(coded, tmp_path / "coded.safetensors", header)
+    with pytest.raises(ConfigError, match="is stored as 'mxfp8', which is not read here"):
+        TextEncoders(tmp_path / "coded.safetensors")
 
 
 def test_fingerprints_follow_the_content(folder, tmp_path):

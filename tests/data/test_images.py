@@ -2,13 +2,15 @@
 
 import struct
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from fluxfast.data import images
 from fluxfast.data.images import fit_image, fit_mask, image_size, load_image, load_mask
 from fluxfast.errors import FluxfastError
 
@@ -34,7 +36,7 @@ def pixels(image: Image.Image | None) -> list | None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff", "a.avif"])
 def test_exif_orientation(tmp_path, orientation, name):
     upright = Image.new("RGB", (48, 32), "black")
     upright.paste("red", (0, 0, 16, 16))  # top left
@@ -192,16 +194,99 @@ def test_a_picture_that_cannot_be_read_says_why_where_it_is_known(tmp_path):
     with pytest.raises(FluxfastError, match=r"not an image that can be read: .*[Tt]oo large") as no:
         image_size(path)
     assert "\n" not in no.value.message
-    (tmp_path / "b.png").write_bytes(b"words")
-    with pytest.raises(FluxfastError) as no:
-        image_size(tmp_path / "b.png")
-    assert no.value.message == f"{tmp_path / 'b.png'} is not an image that can be read"
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    first, second = row("RGB", (255, 0, 0)), row("RGB", (0, 0, 255))
-    options = {"save_all": True, "append_images": [second], "lossless": True}
-    assert pixels(load_image(saved(tmp_path, first, "a.webp", **options))[0]) == [(255, 0, 0)]
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif", "a.tiff"])
+def test_an_animation_or_several_pages_are_refused_by_name(tmp_path, name):
+    """One of them is meant, perhaps; a single one is read."""
+    first, second = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    path = saved(tmp_path, first, name)
+    assert image_size(path) == (32, 32) and load_image(path)[0].getpixel((9, 9))[0] > 250
+    saved(tmp_path, first, name, save_all=True, append_images=[second])
+    for read in (image_size, load_image, load_mask):
+        with pytest.raises(FluxfastError, match=rf"{name} holds several pictures"):
+            read(path)
+
+
+def test_further_pictures_that_belong_to_the_first_change_nothing(tmp_path):
+    """A phone's JPEG with its depth, and a TIFF with its thumbnail."""
+    first, small = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (24, 16), "blue")
+    saved(tmp_path, first, "a.jpg", format="MPO", save_all=True, append_images=[small])
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "a.tif") as file:
+        first.save(file, "TIFF")
+        file.newFrame()
+        small.save(file, "TIFF", tiffinfo={254: 1})  # a smaller picture of another page
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(data[: data.rindex(b"\xfe\0") + 4])  # cut in the second page
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert image_size(tmp_path / "b.tif") == (48, 32)
+    for name in ("a.jpg", "a.tif"):
+        with Image.open(tmp_path / name) as image:
+            assert getattr(image, "n_frames", 1) == 2
+        assert image_size(tmp_path / name) == (48, 32)
+        red = load_image(tmp_path / name)[0].getpixel((9, 9))
+        assert red[0] > 250 and red[2] < 5
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\0\0\0\x18ftypavif" + bytes(40), "is AVIF by its content, and broken"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "is JPEG XL by its content"),
+        (b"words", "is not an image that can be read\n"),
+        (b"8BPS\0\1" + bytes(30), "is a Photoshop file by its content"),
+        (b"\0\0\0\x18ftypisom" + bytes(40), "is a video by its content"),
+        (b"\n<!DOCTYPE html><html>", "is a web page by its content"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"is a Git LFS pointer \(`git lfs pull`\)",
+        ),
+    ],
+)
+def test_what_lies_under_a_pictures_name_is_named(tmp_path, data, message):
+    (tmp_path / "a.png").write_bytes(data)
+    for read in (image_size, load_image):
+        with pytest.raises(FluxfastError, match=rf"a\.png {message}"):
+            read(tmp_path / "a.png")
+
+
+def test_what_a_format_takes_is_said_where_pillow_lacks_it(tmp_path, monkeypatch):
+    saved(tmp_path, Image.new("RGB", (32, 32)), "a.jpg", format="AVIF")
+    (tmp_path / "b.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(40))
+    every = images.formats()
+    monkeypatch.setattr(images, "formats", lambda: ("PNG", "JPEG"))
+    for name, words in (("a.jpg", "AVIF .*pillow-avif"), ("b.jpg", "HEIC .*pillow-heif")):
+        with pytest.raises(FluxfastError, match=f"{name} is {words}") as raised:
+            image_size(tmp_path / name)
+        assert raised.value.hint.startswith("pip install pillow-")
+    monkeypatch.setattr(images, "formats", lambda: (*every, "HEIF"))
+    monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
+    assert image_size(tmp_path / "a.jpg") == (32, 32)
+    with pytest.raises(FluxfastError, match=r"b\.jpg is HEIC by its content, and broken"):
+        image_size(tmp_path / "b.jpg")
+
+
+def test_avif_holds_colors_alpha_and_a_bomb(tmp_path, monkeypatch):
+    image = row("RGBA", (255, 0, 0, 255), (0, 0, 255, 0)).resize((64, 32), Image.Resampling.NEAREST)
+    path = saved(tmp_path, image, "a.avif", quality=100)
+    rgb, alpha = load_image(path)
+    assert np.abs(np.subtract(rgb.getpixel((8, 8)), (255, 0, 0))).max() < 5
+    assert np.abs(np.subtract(rgb.getpixel((56, 8)), WHITE)).max() < 5
+    assert alpha is not None and (alpha.getpixel((8, 8)), alpha.getpixel((56, 8))) == (255, 0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 32 // 2 - 1)
+    with pytest.raises(FluxfastError, match=r"a\.avif is too large to decode safely"):
+        image_size(path)
+
+
+def test_a_12_bit_tiff_is_scaled_by_12_bits(tmp_path):
+    data = b"\x80\0\0" * 128  # pairs of 2048 and 0
+    tags = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 16)]
+    tags.append((279, len(data)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(head + data)
+    assert pixels(load_image(tmp_path / "a.tif")[0])[:2] == [(128,) * 3, (0,) * 3]
 
 
 def test_fit_image_covers_and_crops_the_center():

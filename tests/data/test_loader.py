@@ -11,6 +11,7 @@ import torch
 
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset, Sample, write_tensors
+from fluxfast.distributed import Ranks
 from fluxfast.errors import FluxfastError
 from fluxfast.objective import Batch
 
@@ -75,7 +76,7 @@ def test_every_sample_comes_in_every_epoch_and_sizes_never_mix(dataset, batch_si
 def test_processes_share_the_samples_of_one(dataset):
     """Each sample has the random numbers of its place in the batch, whichever process takes it."""
     whole = Loader(dataset, 4, seed=3)
-    halves = [Loader(dataset, 4, seed=3, places=range(i, i + 2)) for i in (0, 2)]
+    halves = [Loader(dataset, 4, seed=3, shard=Ranks(i, 2).shard) for i in range(2)]
     for step in range(2 * whole.batches_per_epoch):
         batch, (one, other) = whole.batch(step), (half.batch(step) for half in halves)
         assert one.indices + other.indices == batch.indices
@@ -84,6 +85,28 @@ def test_processes_share_the_samples_of_one(dataset):
             assert torch.equal(
                 torch.cat([getattr(one, name), getattr(other, name)]), getattr(batch, name)
             )
+
+
+def test_an_entry_may_have_batches_of_its_own(dataset):
+    """Its samples never share a batch with others of their size, and no number is drawn twice."""
+    own = [
+        replace(sample, batch_size=3 if int(sample.name[:-4]) % 2 else None)
+        for sample in dataset.samples
+    ]
+    loader = Loader(Dataset(own, dataset.empty_text), 2, seed=1)
+    numbers, names = set(), Counter()
+    for step in range(loader.batches_per_epoch):
+        batch = loader.batch(step)
+        count = 3 if int(batch.names[0][:-4]) % 2 else 2
+        assert len(batch.names) == len(batch.mean) == count
+        assert {int(name[:-4]) % 2 for name in batch.names} == {count % 2}
+        assert batch.indices == list(range(3 * step, 3 * step + count))
+        numbers.update(batch.indices)
+        names.update(batch.names)
+    assert loader.fingerprint != Loader(dataset, 2, seed=1).fingerprint
+    assert len(names) == len(SIZES) and len(numbers) == sum(names.values())
+    assert {count for _, count in loader.buckets} == {2, 3}
+    assert {len(batch.mean) for batch in loader.examples()} == {2, 3}
 
 
 def test_tensors_belong_to_their_samples(dataset):
