@@ -1,8 +1,7 @@
 """Translates an ai-toolkit training YAML into fluxfast's configuration.
 
-What means the same is mapped; every key that is ignored or read differently gets one note that says
-why. A key that the file leaves out takes ai-toolkit's default, not fluxfast's. Imports neither
-torch nor the configuration.
+The rules are in `ai_toolkit_keys.py`, here is what takes several keys. A key that the file leaves
+out takes ai-toolkit's default, not fluxfast's. Imports neither torch nor the configuration.
 """
 
 import math
@@ -10,12 +9,22 @@ import os
 import re
 from typing import Any
 
-from fluxfast.config.ai_toolkit_keys import OPTIMIZERS, PRECISIONS, SCHEDULES, TABLE, TIMESTEPS
+from fluxfast.config.ai_toolkit_keys import (
+    ARCHITECTURES,
+    FLAGS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    TABLE,
+    TIMESTEPS,
+)
 from fluxfast.config.key_table import (
+    OFF,
     Translation,
     flag,
     mapping,
     mappings,
+    note_lines,
     number,
     one_of,
     text,
@@ -40,19 +49,20 @@ def convert_ai_toolkit(raw: dict) -> tuple[dict, list[str]]:
     """
     name, process, notes = _open_form(raw)
     datasets = process.pop("datasets", None)
-    job = Translation(_flatten(process), notes, {})
+    job = Translation(_flatten(process) | {"datasets": ("datasets", datasets)}, notes, {})
     job.put("name", name)
     job.apply(TABLE)
-    for settle in (_network, _model, _optimizer, _schedule, _timesteps, _ema, _previews):
+    for settle in (_network, _model, _optimizer, _schedule, _timesteps, _ema):
         settle(job)
-    _datasets(job, datasets)
+    _datasets(job)
+    _previews(job)
     _accumulation(job)
     if job.mistakes:
         raise ConfigError(
             "; ".join(f"{location} {mistake}" for location, mistake in job.mistakes.items()),
             hint="change it in the file, or start from a configuration in examples/",
         )
-    return job.native, [f"{location}: {note}" for location, note in job.notes.items()]
+    return job.native, note_lines(job.notes)
 
 
 # ---------------------------------------------------------------- the file's form
@@ -90,7 +100,8 @@ def _open_form(raw: dict) -> tuple[str, dict, dict[str, str]]:
     outside = {f"config.{key}" for key in config.keys() - {"name", "process"}}
     outside |= {str(key) for key in raw.keys() - {"job", "config", "meta"}}
     notes = dict.fromkeys(sorted(outside), "unknown, ignored")
-    if raw.get("meta"):
+    meta = raw.get("meta")
+    if meta and not (isinstance(meta, dict) and meta.keys() <= {"name", "version"}):
         notes["meta"] = "ignored, the LoRA file's header holds name, trigger and all settings"
     return name, process, notes
 
@@ -147,33 +158,48 @@ def _network(job: Translation) -> None:
     alpha = job.get(key, number, rank)
     job.put("lora.targets", "all")
     job.put("lora.rank", rank)
-    job.put("lora.alpha", alpha)
+    job.put("lora.alpha", rank)
     if alpha != rank:
         job.note(
             key,
-            f"read as written, the LoRA acts at {alpha:g} / {rank} of its strength; ai-toolkit "
-            f"ignores it for FLUX and takes {rank} (--set lora.alpha={rank} does so too)",
+            "of no effect, ai-toolkit trains FLUX with alpha = rank: the LoRA acts at full "
+            f"strength (--set lora.alpha={alpha:g} takes {alpha:g} / {rank} of it)",
         )
-    for ignored, used in (("alpha", "linear_alpha"), ("linear", "rank")):
-        if {f"network.{ignored}", f"network.{used}"} <= job.written.keys():
-            job.note(f"network.{ignored}", f"ignored, network.{used} is given")
+    if {"network.linear", "network.rank"} <= job.written.keys() and linear != rank:
+        job.note("network.linear", "ignored, network.rank is given")
 
 
 def _model(job: Translation) -> None:
     arch = job.get("model.arch", text, "flux")
-    if arch.split(":")[0] != "flux":
-        job.refuse("model.arch", f"{arch!r} is not FLUX.1, the one family that fluxfast trains")
+    if arch.split(":")[0] not in ARCHITECTURES:
+        reason = f"{arch!r} is not text-to-image FLUX.1 (flux, flex1), which is all that is trained"
+        job.refuse("model.arch", reason)
     compute = job.get("train.dtype", one_of(PRECISIONS), "fp32")
     if compute == "fp16":
         compute = "bf16"
         job.note("train.dtype", "read as bf16, FLUX's activations overflow 16-bit floats")
     job.put("model.compute", compute)
-    job.put("model.storage", "auto" if job.get("model.quantize", flag) else compute)
+    quantized = job.get("model.quantize", flag)
+    job.put("model.storage", "auto" if quantized else compute)
+    for name in ("qtype", "quantize_kwargs", "accuracy_recovery_adapter"):
+        value = job.written.get(f"model.{name}", ("", None))[1]
+        if quantized and value not in (*OFF, "qfloat8", "float8"):
+            job.note(f"model.{name}", "ignored, the base is kept as model.quantize's note says")
+    if any(
+        [job.get(key, flag) for key in ("train.bypass_guidance_embedding", "model.use_flux_cfg")]
+    ):
+        job.put("train.guidance", None)
+
+
+def _optimizer_of(word: Any) -> tuple[str, dict, str | None]:
+    if isinstance(word, str):  # ai-toolkit reads no further: prodigyopt
+        word = re.sub("^(prodigy8bit|prodigy).*", r"\1", word.lower())
+    return one_of(OPTIMIZERS)(word)
 
 
 def _optimizer(job: Translation) -> None:
     asked = job.get("train.optimizer", text, "adamw").lower()
-    name, args, difference = job.get("train.optimizer", one_of(OPTIMIZERS), OPTIMIZERS["adamw"])
+    name, args, difference = job.get("train.optimizer", _optimizer_of, OPTIMIZERS["adamw"])
     params = job.get("train.optimizer_params", mapping, {})
     lr = job.get("train.lr", number, 1e-6)
     if name == "prodigy" and lr < 0.1:
@@ -183,7 +209,11 @@ def _optimizer(job: Translation) -> None:
     if difference:
         job.note("train.optimizer", difference)
     if asked.startswith("adam") and "w" not in asked and params.get("weight_decay"):
-        job.note("train.optimizer_params", "weight_decay acts on the weights, as in AdamW")
+        job.refuse(
+            "train.optimizer_params",
+            f"has weight_decay, which {asked} adds to the gradient: set it to 0, or take "
+            f"{name}, where it acts on the weights",
+        )
     if name == "adafactor":
         job.put("train.max_grad_norm", None)
         if "train.max_grad_norm" in job.written:
@@ -194,115 +224,139 @@ def _optimizer(job: Translation) -> None:
 
 
 def _schedule(job: Translation) -> None:
-    row = job.get("train.lr_scheduler", one_of(SCHEDULES), SCHEDULES["constant"])
-    schedule, warmup, difference = row
-    params = job.get("train.lr_scheduler_params", mapping, {})
-    factors = ("start_factor", "end_factor") if row is SCHEDULES["linear"] else ()
-    if difference and [params.get(name) for name in factors] != [1, 0]:
-        job.note("train.lr_scheduler", difference)
-    for name, value in params.items():
-        key = f"train.lr_scheduler_params.{name}"
-        if name == "num_warmup_steps":
-            job.written[key] = key, value
-            warmup = job.get(key, whole, 0)
-        elif name not in factors:
-            job.note(key, "ignored, the schedule spans the run after its warm-up")
+    key, params = "train.lr_scheduler", "train.lr_scheduler_params."
+    schedule, warmup = job.get(key, one_of(SCHEDULES), SCHEDULES["constant"])
+    warmup = job.get(f"{params}warmup_steps", whole, warmup)
+    lr = job.native["train"]["lr"]
+    end = job.get(f"{params}eta_min", number, 0.0) if schedule == "cosine" else 0.0
+    if schedule == "constant":
+        job.put("train.lr", lr * job.get(f"{params}factor", number, 1))
+    elif schedule == "linear":
+        end = lr * job.get(f"{params}end_factor", number, 1)
+        if job.get(f"{params}start_factor", number) != 1:
+            job.refuse(
+                key,
+                "rises in ai-toolkit, from a third of lr unless start_factor says otherwise, which "
+                "is not supported: for a fall to 0 set lr_scheduler_params: {start_factor: 1, "
+                "end_factor: 0}",
+            )
+    if end:
+        job.put("train.lr_end", end)
     job.put("train.lr_schedule", schedule)
-    job.put("train.warmup_steps", warmup)
+    job.put("train.warmup_steps", job.get(f"{params}num_warmup_steps", whole, warmup))
 
 
 def _timesteps(job: Translation) -> None:
     key = "train.timestep_type"
-    asked = job.get(key, text, "sigmoid").lower()
-    kind, difference = job.get(key, one_of(TIMESTEPS), TIMESTEPS["sigmoid"])
+    kind = job.get(key, one_of(TIMESTEPS), "sigmoid")
     bell = job.get("train.linear_timesteps", flag, False)
     half = job.get("train.linear_timesteps2", flag, False)
-    if half and not bell:
-        job.note("train.linear_timesteps2", "read as linear_timesteps: the bell on both sides")
-    if bell or half:
-        kind, difference = "linear", None
-        if asked not in ("sigmoid", "linear", "weighted"):
-            difference = "ignored, as ai-toolkit does where linear_timesteps is on"
-    if difference:
-        job.note(key, difference)
+    if (bell or half) and kind != "weighted":
+        if kind == "flux_shift":
+            job.note(key, "ignored, as ai-toolkit does where linear_timesteps is on")
+        kind = "linear2" if half else "linear"
     job.put("train.timesteps", kind)
 
 
 def _ema(job: Translation) -> None:
-    decay = job.get("train.ema_config.ema_decay", number, 0.999)
-    if job.get("train.ema_config.use_ema", flag):
-        job.put("train.ema", {"enabled": True, "decay": decay})
+    section = "train.ema_config."
+    decay = job.get(f"{section}ema_decay", number, 0.999)
+    if not job.get(f"{section}use_ema", flag):
+        return
+    job.put("train.ema", {"enabled": True, "decay": decay})
+    for name, default in (("use_feedback", False), ("param_multiplier", 1)):
+        if job.written.get(f"{section}{name}", ("", default))[1] != default:
+            job.refuse(f"{section}{name}", "moves the weights by their average: take it out")
 
 
 def _previews(job: Translation) -> None:
     key, prompts = "sample.prompts", job.get("sample.prompts", texts, [])
-    differences = []
+    items = [{"prompt": prompt} for prompt in prompts]
     if "sample.samples" in job.written:
         if prompts:
             job.note(key, "ignored, sample.samples is given")
-        key, samples = "sample.samples", job.get("sample.samples", mappings, [])
-        prompts = [str(item.get("prompt", "")) for item in samples]
-        if any(set(item) - {"prompt"} for item in samples):
-            differences.append("only the prompts are read, size and seed are the section's")
-    if any("--" in prompt for prompt in prompts):
-        differences.append("what follows -- in a prompt is cut off")
-        prompts = [prompt.partition("--")[0].strip() for prompt in prompts]
-    if not job.get("trigger_word", text) and any("[trigger]" in prompt for prompt in prompts):
-        differences.append("[trigger] is taken out, there is no trigger_word")
-        prompts = [prompt.replace("[trigger]", "").strip() for prompt in prompts]
+        key, items = "sample.samples", job.get("sample.samples", mappings, [])
+    previews, differences = [], {}
+    for index, item in enumerate([] if job.get("train.disable_sampling", flag) else items):
+        where = f"{key}[{index}]"
+        part = Translation(_flatten(item, "sample.samples.", f"{where}."), job.notes, job.mistakes)
+        prompt, *options = part.get("sample.samples.prompt", text, "").split("--")
+        for word, _, value in (option.strip().partition(" ") for option in options):
+            if word in FLAGS:
+                part.written[f"sample.samples.{FLAGS[word]}"] = f"{where}: --{word}", value
+            else:
+                differences[f"--{word} is cut off"] = None
+        part.apply(TABLE)
+        if "[trigger]" in prompt and "trigger" not in job.native:
+            differences["[trigger] is taken out, there is no trigger_word"] = None
+            prompt = prompt.replace("[trigger]", "")
+        samples = part.native["sample"].get("samples", {})
+        previews.append(samples | {"prompt": prompt.strip()})
     if differences:
         job.note(key, "; ".join(differences))
-    job.put("sample.prompts", [] if job.get("train.disable_sampling", flag) else prompts)
+    if any(len(preview) > 1 for preview in previews):
+        job.put("sample.samples", previews)
+    else:
+        job.put("sample.prompts", [preview["prompt"] for preview in previews])
     job.put("sample.first", not job.get("train.skip_first_sample", flag))
 
 
 # ---------------------------------------------------------------- data sets, and steps
 
 
-def _datasets(job: Translation, entries: Any) -> None:
+def _datasets(job: Translation) -> None:
     """Puts `data` and `trigger`; each entry is translated like a small file of its own."""
-    try:
-        entries = mappings(entries)
-    except ValueError as error:
-        job.refuse("datasets", f"{error}, got {entries!r}")
-        return
-    triggers = {str(entry["trigger_word"]) for entry in entries if entry.get("trigger_word")}
-    own = job.get("trigger_word", text)
-    trigger = own or (triggers.pop() if len(triggers) == 1 else None)
-    if trigger:
-        job.put("trigger", trigger)
-        job.note(
-            "trigger_word" if own else "datasets.trigger_word",
-            "put in front with a comma where a caption lacks it; ai-toolkit has a space",
-        )
-    data = []
+    entries = job.get("datasets", mappings, [])
+    trigger = job.get("trigger_word", text)
+    own = [entry.get("trigger_word") for entry in entries]
+    if not trigger and own and own == own[:1] * len(own):
+        trigger = own[0]  # one that all have is the run's own
+    cached = job.get("train.cache_text_embeddings", flag)
+    parts = []
     for index, entry in enumerate(entries):
         written = _flatten(entry, "datasets.", f"datasets[{index}].")
         part = Translation(written, job.notes, job.mistakes)
-        reg = next((k for k in ("is_reg", "prior_reg") if part.get(f"datasets.{k}", flag)), None)
-        if reg:
-            reason = "this folder is left out, there is no training on regularization pictures"
-            part.note(f"datasets.{reg}", reason)
-            continue
         part.apply(TABLE)
-        _dataset(part, trigger, f"datasets[{index}].folder_path")
-        data.append(part.native["data"])
-    if not data and not job.mistakes:
+        _dataset(part, trigger, cached)
+        if "folder" not in part.native["data"]:
+            job.mistakes.setdefault(f"datasets[{index}].folder_path", "is missing")
+        parts.append(part.native["data"])
+    if not parts and not job.mistakes:
         job.refuse("datasets", "holds no folder to train on")
-    job.native["data"] = data
+    if trigger:
+        job.put("trigger", trigger)
+    if trigger or any("trigger" in data for data in parts):
+        text_ = "put in front with a comma where a caption lacks it, ai-toolkit has a space"
+        if trigger and any(data["caption_dropout"] for data in parts):
+            text_ += "; a dropped caption is the empty prompt, in ai-toolkit the trigger alone"
+        key = "trigger_word" if "trigger_word" in job.written else "datasets.trigger_word"
+        job.note(key, text_)
+    if job.get("train.inverted_mask_prior", flag) and any("mask" in data for data in parts):
+        reason = "needs a second prediction in each step, which is not made: take it out"
+        job.refuse("train.inverted_mask_prior", reason)
+    cached = cached or all(entry.get("cache_text_embeddings") for entry in entries)
+    if job.get("train.unload_text_encoder", flag) and not cached:
+        job.refuse(
+            "train.unload_text_encoder",
+            "makes ai-toolkit train on the trigger or the empty prompt alone: take it out to train "
+            "on the captions (the encoders are freed before the first step either way)",
+        )
+    job.native["data"] = parts
 
 
-def _dataset(part: Translation, trigger: str | None, folder_key: str) -> None:
+def _dataset(part: Translation, trigger: str | None, cached: bool | None) -> None:
     data = part.native["data"]
-    if "folder" not in data:
-        part.mistakes.setdefault(folder_key, "is missing")
-    if data["caption_ext"].lstrip(".") in ("json", "jsonl"):
-        reason = "json is not supported: write the captions to .txt files"
-        part.refuse("datasets.caption_ext", reason)
-    if part.written.get("datasets.trigger_word", ("", ""))[1] not in ("", trigger):
-        part.note("datasets.trigger_word", "ignored, one trigger serves all data sets")
-    if data["shuffle_captions"] and trigger:
-        data["keep_tokens"] += 1
+    if (part.get("datasets.cache_text_embeddings", flag) or cached) and data["caption_dropout"]:
+        data["caption_dropout"] = 0.0
+        reason = "off, as in ai-toolkit where text embeddings are cached"
+        part.note("datasets.caption_dropout_rate", reason)
+    own = part.get("datasets.trigger_word", text)
+    if own and own != trigger:
+        data["trigger"] = own
+    if data["shuffle_captions"]:
+        if data["keep_tokens"]:  # theirs keeps tokens from their dropout
+            part.note("datasets.keep_tokens", "of no effect on the shuffle, as in ai-toolkit")
+        data["keep_tokens"] = bool(trigger) + ("trigger" in data)
     if data["flip"]:
         data["num_repeats"] *= 2
     alpha, folder = part.get("datasets.alpha_mask", flag), part.get("datasets.mask_path", text)
@@ -312,6 +366,8 @@ def _dataset(part: Translation, trigger: str | None, folder_key: str) -> None:
         data["mask"] = "alpha"
     elif folder:
         data["mask"], data["mask_folder"] = "folder", folder
+    if "mask" in data and part.get("datasets.invert_mask", flag):
+        part.refuse("datasets.invert_mask", "is not supported: save the masks inverted")
 
 
 def _accumulation(job: Translation) -> None:

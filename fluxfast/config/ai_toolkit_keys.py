@@ -1,6 +1,8 @@
 """ai-toolkit's keys: the native key that each becomes, or why it is not read.
 
-Keys are written from the process down (`train.lr`), those of a data set behind `datasets.`.
+What changes the gradient is done or refused, what changes only what comes with the LoRA is noted,
+what changes neither or is switched off is not mentioned. Keys are written from the process down
+(`train.lr`), those of a data set behind `datasets.`, of a preview behind `sample.samples.`.
 `fluxfast/config/ai_toolkit.py` reads a file by these rows.
 """
 
@@ -21,6 +23,15 @@ PRECISIONS = {
     "float32": "fp32", "fp32": "fp32", "float": "fp32",
 }  # fmt: skip
 _BIAS = {word: word for word in ("balanced", "content", "style")}
+# in BFL's names of linears, which lora.include and exclude look into as well
+_BFL = ("img_mod.lin", "txt_mlp.0", "txt_mlp.2", ".proj", "qkv", "linear1", "linear2", "modulation")
+
+
+def _names(value) -> list[str]:
+    """Returns what ai-toolkit seeks in diffusers' names alone: a glob, where BFL's have it, too."""
+    found = texts(value)
+    return [f"transformer.*{w}*" if any(w in name for name in _BFL) else w for w in found]
+
 
 _MAPPED = {
     "training_folder": Mapped("output_dir", text),
@@ -28,8 +39,8 @@ _MAPPED = {
     "training_seed": Mapped("seed", whole),
     "network.pretrained_lora_path": Mapped("lora.init_from", text),
     "network.dropout": Mapped("lora.dropout", number),
-    "network.network_kwargs.only_if_contains": Mapped("lora.include", texts),
-    "network.network_kwargs.ignore_if_contains": Mapped("lora.exclude", texts),
+    "network.network_kwargs.only_if_contains": Mapped("lora.include", _names),
+    "network.network_kwargs.ignore_if_contains": Mapped("lora.exclude", _names),
     "save.dtype": Mapped("save.dtype", one_of(PRECISIONS), "fp16"),
     "save.save_every": Mapped("save.every", whole, 1000),
     "save.max_step_saves_to_keep": Mapped("save.keep", whole, 5),
@@ -42,6 +53,12 @@ _MAPPED = {
     "model.name_or_path": Mapped("model.path", text),
     "model.assistant_lora_path": Mapped("model.assistant_lora", text),
     "model.extras_name_or_path": Mapped("model.encoders", text),
+    "sample.samples.prompt": Mapped("sample.samples.prompt", text),
+    "sample.samples.width": Mapped("sample.samples.width", whole),
+    "sample.samples.height": Mapped("sample.samples.height", whole),
+    "sample.samples.seed": Mapped("sample.samples.seed", whole),
+    "sample.samples.guidance_scale": Mapped("sample.samples.guidance", number),
+    "sample.samples.sample_steps": Mapped("sample.samples.steps", whole),
     "sample.sample_every": Mapped("sample.every", whole, 100),
     "sample.width": Mapped("sample.width", whole, 512),
     "sample.height": Mapped("sample.height", whole, 512),
@@ -51,9 +68,11 @@ _MAPPED = {
     "sample.sample_steps": Mapped("sample.steps", whole, 20),
     "datasets.folder_path": Mapped("data.folder", text),
     "datasets.caption_ext": Mapped("data.caption_ext", text, ".txt"),
+    "datasets.caption_type": Mapped("data.caption_ext", text),  # the older name, which wins
     "datasets.default_caption": Mapped("data.default_caption", text),
     "datasets.caption_dropout_rate": Mapped("data.caption_dropout", number, 0.0),
     "datasets.resolution": Mapped("data.resolution", wholes, [512]),
+    "datasets.batch_size": Mapped("data.batch_size", whole),
     "datasets.num_repeats": Mapped("data.num_repeats", whole, 1),
     "datasets.shuffle_tokens": Mapped("data.shuffle_captions", flag, False),
     "datasets.keep_tokens": Mapped("data.keep_tokens", whole, 0),
@@ -63,18 +82,27 @@ _MAPPED = {
 
 _COMBINED = """
 trigger_word type network.type network.linear network.rank network.linear_alpha network.alpha
-model.quantize model.arch train.dtype train.optimizer train.lr train.optimizer_params
-train.lr_scheduler train.lr_scheduler_params train.timestep_type train.linear_timesteps
-train.linear_timesteps2 train.ema_config.use_ema train.ema_config.ema_decay
+model.quantize model.qtype model.quantize_kwargs model.accuracy_recovery_adapter model.arch
+model.use_flux_cfg train.dtype train.optimizer train.lr train.optimizer_params train.lr_scheduler
+train.lr_scheduler_params train.lr_scheduler_params.num_warmup_steps
+train.lr_scheduler_params.warmup_steps train.lr_scheduler_params.eta_min
+train.lr_scheduler_params.factor train.lr_scheduler_params.start_factor
+train.lr_scheduler_params.end_factor train.timestep_type
+train.linear_timesteps train.linear_timesteps2 train.bypass_guidance_embedding
+train.unload_text_encoder train.inverted_mask_prior train.ema_config.use_ema
+train.ema_config.ema_decay train.ema_config.use_feedback train.ema_config.param_multiplier
 train.gradient_accumulation_steps train.gradient_accumulation train.disable_sampling
 train.skip_first_sample sample.prompts sample.samples datasets datasets.alpha_mask
-datasets.mask_path datasets.is_reg datasets.prior_reg datasets.trigger_word
+datasets.mask_path datasets.invert_mask datasets.trigger_word train.cache_text_embeddings
+datasets.cache_text_embeddings
 """
 
 _NOTED = {
     "model.quantize": "read as storage auto: 4-bit NF4 on a GPU where ai-toolkit keeps 8-bit "
     "floats, fp32 on a CPU (--set model.storage=fp8 keeps 8-bit floats too, bf16 the base "
     "unrounded)",
+    "model.use_flux_cfg": "training leaves the guidance embedding out, as ai-toolkit does; "
+    "previews are drawn with it, and with no negative prompt",
     "train.ema_config.use_ema": "the average is saved as NAME_ema.safetensors; NAME.safetensors "
     "and previews hold the weights as trained, and a resumed run continues from those (ai-toolkit "
     "keeps the average alone and resumes from it)",
@@ -84,122 +112,176 @@ _NOTED = {
 }
 
 _IGNORED = """
-ignored, progress, metrics.jsonl and TensorBoard files are written to the run folder |
-    performance_log_every torch_profiler log_dir sqlite_db_path logging.use_wandb
-    logging.use_ui_logger logging.project_name logging.run_name logging.verbose
-ignored, nothing is uploaded: `hf upload` does it afterwards | save.push_to_hub save.hf_repo_id
-    save.hf_private
-ignored, the file is .safetensors in diffusers' form | save.save_format=safetensors
-ignored, FLUX's transformer has no convolutions | network.conv network.conv_alpha
-ignored, it belongs to LoKr | network.lokr_full_rank network.lokr_factor=-1 network.old_lokr_format
-ignored, the targets are every linear of the blocks | network.all_layers
-ignored, the blocks' linears alone are trained | network.transformer_only=true
-ignored, training starts from the base as it is and a LoRA of zero effect | model.lora_path
-    model.inference_lora_path train.start_step
-ignored, a plan for the card decides which blocks are computed again; --set memory.policy=checkpoint
-    computes all | train.gradient_checkpointing
-ignored, the base is quantized matrix by matrix as it is read, and stays on one device |
-    model.low_vram model.layer_offloading model.layer_offloading_transformer_percent
-    model.layer_offloading_text_encoder_percent network.layer_offloading model.split_model_over_gpus
-    model.split_model_other_module_param_count_scale
-ignored, the base keeps the storage that model.quantize chose | model.qtype model.quantize_kwargs
-    model.accuracy_recovery_adapter model.only_if_contains model.ignore_if_contains model.dtype
-ignored, the encoders run unquantized, once, before training, and are then freed | model.quantize_te
-    model.qtype_te model.text_encoder_bits=16 model.te_device model.te_dtype model.vae_device
-    model.vae_dtype
-ignored, model.extras_name_or_path names the encoders' folder | model.vae_path model.te_name_or_path
-ignored, model.name_or_path names the transformer | model.unet_path model.model_kwargs
-ignored, nothing is compiled | model.compile model.block_compile model.compile_mode
-    model.compile_fullgraph model.compile_dynamic
-ignored, T5's padding is attended to as in BFL's own code | model.attn_masking
-ignored, it has no effect on a FLUX LoRA of text to image | model.use_flux_cfg
-    model.refiner_name_or_path model.use_text_encoder_1=true model.use_text_encoder_2=true
-    datasets.inpaint_path datasets.clip_image_path datasets.num_frames=1
-    datasets.cache_clip_vision_to_disk datasets.controls train.train_refiner
-    network.split_multistage_loras=true train.switch_boundary_every=1 datasets.do_i2v=true
-    datasets.fps datasets.shrink_video_to_frames=true
-ignored, the text encoders stay as they are | train.train_text_encoder
-ignored, FLUX is trained by flow matching | train.noise_scheduler=flowmatch
-ignored, attention is torch's | train.attention_backend train.xformers train.sdp
-ignored, FLUX.1's guidance embedding stays in use | train.bypass_guidance_embedding
-ignored, the loss is flow matching's squared error, weighted by timestep and mask only |
-    train.loss_type=mse train.min_snr_gamma train.snr_gamma train.learnable_snr_gos
-    train.do_guidance_loss train.guidance_loss_target train.diff_output_preservation
-    train.diff_output_preservation_multiplier train.diff_output_preservation_class
-    train.blank_prompt_preservation train.blank_prompt_preservation_multiplier
-    train.inverted_mask_prior train.inverted_mask_prior_multiplier train.do_prior_divergence
-    train.max_loss train.loss_target=noise train.latent_feature_extractor_path
-    train.latent_feature_loss_weight train.diffusion_feature_extractor_path
-    train.diffusion_feature_extractor_weight train.fft_loss datasets.loss_multiplier=1
-    train.correct_pred_norm train.unconditional_prompt train.do_cfg
-ignored, regularization folders are left out | train.reg_weight=1
-ignored, noise, pictures and predictions are used as they are | train.noise_offset
-    train.noise_multiplier=1 train.img_multiplier=1 train.latent_multiplier=1
-    train.noisy_latent_multiplier=1 train.force_consistent_noise
-    train.optimal_noise_pairing_samples=1 train.blended_blur_noise train.pred_scaler=1
-    train.standardize_images train.standardize_latents train.weight_jitter
-    datasets.standardize_images
-ignored, timesteps are drawn from the whole range | train.min_denoising_steps
-    train.max_denoising_steps=999|1000 train.num_train_timesteps=1000 train.next_sample_timesteps
-ignored, train.lr is the one learning rate | train.unet_lr train.text_encoder_lr train.embedding_lr
-    train.adapter_lr train.refiner_lr
-read as always on: every caption is encoded ahead; ai-toolkit would train on the trigger or an empty
-    prompt alone | train.unload_text_encoder
-read as on, captions are always encoded ahead | train.cache_text_embeddings=true
-    datasets.cache_text_embeddings=true
-ignored, batches are run whole | train.single_item_batching
-ignored, data.caption_dropout is the one dropout of captions | train.prompt_dropout_prob
+ignored, metrics.jsonl, TensorBoard files and a report are written to the run folder |
+    logging.use_wandb
+ignored, nothing is uploaded: `hf upload` does it afterwards | save.push_to_hub
 ignored, the LoRA file stays apart from the base | train.merge_network_on_save
+ignored, checkpoints are kept by their age | save.record_low_window_size
 ignored, a resumed run draws no first preview | train.force_first_sample
-ignored, the average is a plain one | train.ema_config.use_feedback
-    train.ema_config.param_multiplier=1
 ignored; --set validation.share=0.1 holds pictures out of training | validation_config
     train.validation_config
-read as a cache on disk by content: an edited picture is encoded again, where ai-toolkit goes by the
-    file's name and keeps the old latent | datasets.cache_latents_to_disk= datasets.cache_latents=
-ignored, pictures keep their aspect in buckets and are cropped at the center | datasets.random_crop
-    datasets.square_crop datasets.random_scale datasets.scale=1 datasets.buckets=true
-    datasets.bucket_tolerance datasets.poi
-ignored, one thread reads batches ahead from the cache | datasets.num_workers
-    datasets.prefetch_factor datasets.fast_image_size
-ignored, pictures are mirrored left to right only | datasets.flip_y
-ignored, pictures are not augmented | datasets.augmentations datasets.augments
-    datasets.shuffle_augmentations
-ignored, every data set trains the LoRA at full strength | datasets.network_weight=1
-ignored, captions are used whole | datasets.token_dropout_rate datasets.use_short_captions
-    datasets.random_triggers datasets.random_triggers_max datasets.replacements
-    train.short_and_long_captions
-ignored, FLUX.1 takes no negative prompt | sample.neg train.negative_prompt
+ignored, previews are drawn with the trained LoRA alone | model.inference_lora_path
 ignored, previews are drawn by flow matching | sample.sampler=flowmatch
 ignored, previews start at once | sample.sample_start_step
-ignored, previews are PNG files | sample.format=png
-ignored, previews use the base settings of the sample section | sample.network_multiplier=1
-    sample.guidance_rescale sample.num_frames=1 sample.fps sample.extra_values
-    sample.adapter_conditioning_scale first_sample
+ignored, previews are PNG files | sample.format=png|jpg
+ignored, previews show the LoRA at full strength | sample.network_multiplier=1
+    sample.samples.network_multiplier=1
+ignored, previews are drawn without control pictures | sample.samples.ctrl_img
+    sample.samples.ctrl_img_1 sample.samples.ctrl_img_2 sample.samples.ctrl_img_3
+ignored, every preview is drawn by the sample section | first_sample sample.comfy
+ignored, the sides of buckets are multiples of 32 pixels | datasets.bucket_tolerance=32|64
 """
 
-# ignoring these would train something else
+# these change the gradient: ignoring one would train something else
 _REFUSED = """
-is not a plain LoRA training | adapter embedding decorator slider network.lorm
+trains something else than a LoRA of the transformer: take it out | adapter embedding decorator
+    guidance slider fizgig_slider flow_dpo do_lorm network.lorm
 must be true: there is nothing else to train | train.train_unet=true
+must be false: the text encoders are not trained | train.train_text_encoder
 must be true: FLUX.1 is the one family that fluxfast trains | model.is_flux=true
 is another model: fluxfast trains FLUX.1 | model.is_xl model.is_v2 model.is_v3 model.is_pixart
     model.is_pixart_sigma model.is_auraflow model.is_lumina2 model.is_ssd model.is_vega
     model.is_v_pred
-is not supported: save the masks inverted | datasets.invert_mask
-is not supported: no control pictures are read | datasets.control_path
-is not supported: no paired pictures are read | datasets.unconditional_path
+is not supported, name_or_path names the transformer: take it out | model.unet_path
+    model.refiner_name_or_path
+is not supported: give a folder that holds VAE and text encoders in extras_name_or_path |
+    model.vae_path model.te_name_or_path model.text_encoder_path
+is not supported, nothing is fused into the base before training: merge this LoRA into it and give
+    the result in name_or_path | model.lora_path model.unconditional_lora_path
+is not supported, FLUX attends to T5's padding as in BFL's own code: set it to false |
+    model.attn_masking
+is not supported, the blocks' linears alone are trained, each with A and B: take it out |
+    network.all_layers network.transformer_only=true network.network_kwargs.use_bias
+    network.network_kwargs.full_train_in_out network.network_kwargs.parameter_threshold
+is not supported: network.dropout is the one dropout of the LoRA |
+    network.network_kwargs.rank_dropout network.network_kwargs.module_dropout
+is not supported, train.lr is the one learning rate: take it out |
+    network.network_kwargs.layer_lr_multipliers network.network_kwargs.lr_multipliers
+    network.network_kwargs.block_lr_multipliers train.do_paramiter_swapping
+is not supported, a batch is of one size and run whole: take it out | train.single_item_batching
+    train.auto_scale_batch_size
+is not supported, steps are counted from 0: give the number of steps in train.steps alone |
+    train.start_step
+must be flowmatch: FLUX is trained by flow matching | train.noise_scheduler=flowmatch
+must be 1000, as FLUX's timesteps are counted | train.num_train_timesteps=1000
+is not supported, timesteps are drawn from the whole range: take it out; content_or_style favors one
+    end | train.min_denoising_steps train.max_denoising_steps=999|1000
+must be mse: the loss is flow matching's squared error | train.loss_type=mse
+must be noise: the loss is flow matching's squared error | train.loss_target=noise
+must be none: the loss is flow matching's squared error | train.frequency_loss_type=none
+adds to the loss, which is flow matching's squared error alone: take it out | train.do_fft_loss
+    train.fft_loss train.target_norm_std train.t0_loss_target train.max_loss
+    train.latent_feature_extractor_path train.diffusion_feature_extractor_path
+weights the loss by a signal-to-noise ratio, which flow matching does not have: take it out |
+    train.min_snr_gamma train.snr_gamma train.learnable_snr_gos
+needs a second prediction in each step, which is not made: take it out |
+    train.diff_output_preservation train.blank_prompt_preservation train.do_prior_divergence
+    train.do_guidance_loss train.do_differential_guidance train.do_blank_stabilization
+    train.correct_pred_norm train.do_cfg train.do_random_cfg train.train_turbo
+    train.adapter_assist_name_or_path
+changes noise, latents or predictions, which are used as they are: take it out | train.noise_offset
+    train.noise_multiplier=1 train.target_noise_multiplier=1 train.random_noise_multiplier
+    train.random_noise_shift train.dynamic_noise_offset train.adaptive_scaling_factor
+    train.match_noise_norm train.img_multiplier=1 train.latent_multiplier=1
+    train.noisy_latent_multiplier=1 train.force_consistent_noise train.blended_blur_noise
+    train.optimal_noise_pairing_samples=1 train.pred_scaler=1 train.standardize_images
+    train.standardize_latents train.do_signal_correction_noise train.do_batch_noise_correction
+    train.do_signal_amplification
+is not supported: train a folder of its own without regularization, or take this one out |
+    datasets.is_reg datasets.prior_reg
+must be 1: every data set trains the LoRA at full strength; num_repeats weights it |
+    datasets.network_weight=1 datasets.loss_multiplier=1
+is not supported, a LoRA is trained on pictures and captions alone: take it out |
+    datasets.control_path datasets.control_path_1 datasets.control_path_2 datasets.control_path_3
+    datasets.control_from_same_folder datasets.controls datasets.inpaint_path
+    datasets.unconditional_path datasets.clip_image_path datasets.clip_image_from_same_folder
+    datasets.pair_folder datasets.pos_folder datasets.neg_folder datasets.num_frames=0|1
+    datasets.auto_frame_count
 is not supported: give folder_path | datasets.dataset_path
+is not supported, pictures are resized by their bucket and cropped at the center: take it out |
+    datasets.random_crop datasets.square_crop datasets.random_scale datasets.scale=1
+    datasets.buckets=true datasets.poi datasets.standardize_images
+is not supported, pictures are mirrored left to right only: put mirrored copies into the folder |
+    datasets.flip_y
+is not supported, pictures are not augmented: take it out | datasets.augmentations datasets.augments
+is not supported, captions are trained as they are written: take it out, or write them so |
+    datasets.token_dropout_rate datasets.use_short_captions datasets.random_triggers
+    datasets.replacements train.short_and_long_captions train.prompt_saturation_chance
+is not supported: give caption_dropout_rate, which drops the whole caption |
+    train.prompt_dropout_prob
 """
 
-TABLE = KeyTable(_MAPPED, _IGNORED, _REFUSED, _NOTED, _COMBINED)
+# of no effect on what comes out: ai-toolkit does not read them for FLUX, or they belong to a key
+# that is refused where it is on, or they say how ai-toolkit runs
+_SILENT = """
+performance_log_every torch_profiler log_dir sqlite_db_path monitoring lorm_extract_mode
+lorm_extract_mode_param logging.use_ui_logger logging.project_name logging.run_name logging.verbose
+save.save_format save.hf_repo_id save.hf_private save.record_low_start_step
+save.sample_on_record_low save.max_record_low_saves_to_keep
+
+network.conv network.conv_alpha network.lokr_full_rank network.lokr_factor network.old_lokr_format
+network.layer_offloading network.split_multistage_loras network.save_magnitude_less_lora
+
+model.dtype model.low_vram model.sequential_load model.low_vram_layer_streaming model.auto_memory
+model.layer_offloading model.layer_offloading_transformer_percent
+model.layer_offloading_text_encoder_percent
+model.split_model_over_gpus model.split_model_other_module_param_count_scale model.compile
+model.block_compile model.compile_mode model.compile_fullgraph model.compile_dynamic
+model.cache_size_limit model.quantize_te model.qtype_te model.text_encoder_bits model.te_device
+model.te_dtype model.vae_device model.vae_dtype model.only_if_contains model.ignore_if_contains
+model.model_kwargs model.model_paths model.refiner_start_at model.latent_space_version
+model.unet_sample_size model.experimental_xl model.use_text_encoder_1 model.use_text_encoder_2
+model.in_context
+
+train.gradient_checkpointing train.attention_backend train.xformers train.sdp
+train.unet_lr train.text_encoder_lr train.embedding_lr train.adapter_lr
+train.refiner_lr train.train_refiner train.switch_boundary_every train.weight_jitter train.free_u
+train.reg_weight train.next_sample_timesteps train.negative_prompt train.max_negative_prompts
+train.max_cfg_scale train.cfg_rescale train.unconditional_prompt train.guidance_loss_target
+train.do_guidance_loss_cfg_zero train.differential_guidance_scale train.pseudo_huber_c
+train.diff_output_preservation_multiplier train.diff_output_preservation_class
+train.blank_prompt_preservation_multiplier train.blank_prompt_probability
+train.inverted_mask_prior_multiplier
+train.correct_pred_norm_multiplier train.target_norm_std_value train.latent_feature_loss_weight
+train.diffusion_feature_extractor_weight train.do_fft_velocity_equiv_weight
+train.t0_velocity_equiv_weight train.frequency_loss_weight train.frequency_loss_cutoff
+train.frequency_loss_min_period train.frequency_loss_max_period train.frequency_loss_transition
+train.frequency_loss_patch_size train.frequency_loss_activation_offload
+train.signal_correction_noise_scale train.batch_noise_correction_scale
+train.signal_amplification_strength train.adapter_assist_type train.match_adapter_assist
+train.match_adapter_chance train.show_turbo_outputs train.paramiter_swapping_factor
+train.merge_network_on_save_strength train.short_and_long_captions_encoder_split
+train.audio_loss_multiplier train.max_loss_debug train.min_batch_size train.max_batch_size
+train.batch_size_warmup_steps train.lr_scheduler_params.total_iters train.lr_scheduler_params.T_max
+train.lr_scheduler_params.T_0 train.lr_scheduler_params.T_mult
+
+datasets.type datasets.cache_latents datasets.cache_latents_to_disk
+datasets.cache_clip_vision_to_disk datasets.load_image_when_caching_latents datasets.num_workers
+datasets.persistent_workers datasets.prefetch_factor datasets.prefetch_steps
+datasets.gpu_prefetch_batches datasets.fast_image_size datasets.enable_ar_bucket
+datasets.shuffle_augmentations datasets.replay_transforms datasets.random_triggers_max
+datasets.num_controls_from_same_folder datasets.control_transparent_color
+datasets.full_size_control_images datasets.clip_image_augmentations
+datasets.clip_image_shuffle_augmentations datasets.guidance_type datasets.extra_values
+datasets.shrink_video_to_frames datasets.fps datasets.do_i2v datasets.do_t2v datasets.do_audio
+datasets.audio_normalize datasets.audio_preserve_pitch datasets.debug
+
+sample.neg sample.guidance_rescale sample.refiner_start_at sample.num_frames sample.fps
+sample.duration sample.extra_values sample.adapter_conditioning_scale sample.samples.neg
+sample.samples.num_frames sample.samples.fps sample.samples.duration sample.samples.ctrl_idx
+sample.samples.do_cfg_norm
+"""
+
+TABLE = KeyTable(_MAPPED, _IGNORED, _REFUSED, _NOTED, _COMBINED, _SILENT)
 
 # ---------------------------------------------------------------- words of combined keys
+
+# FLUX.1's names; ai-toolkit cuts off what follows a colon
+ARCHITECTURES = ("flux", "flex1")
 
 _EPS = {"eps": 1e-6}  # ai-toolkit's for the Adam family; the libraries' own is 1e-8
 _NO_DECAY = {**_EPS, "weight_decay": 0.0}
 _OWN_8_BIT = "read as bitsandbytes' 8-bit AdamW, ai-toolkit has an 8-bit Adam of its own"
-_NEAREST_PRODIGY = "read as prodigy, which also finds its own learning rate"
 
 # theirs -> (ours, arguments beside the file's own, what differs)
 OPTIMIZERS = {
@@ -211,33 +293,27 @@ OPTIMIZERS = {
     "adam8": ("adamw8bit", _NO_DECAY, _OWN_8_BIT),
     "prodigy": ("prodigy", _EPS, None),
     "prodigy8bit": ("prodigy", _EPS, "read as prodigy, whose state is kept in 32 bits"),
-    "dadaptation": ("prodigy", _EPS, _NEAREST_PRODIGY),
-    "dadaptationadam": ("prodigy", _EPS, _NEAREST_PRODIGY),
     "adafactor": ("adafactor", {}, None),
 }
 
-# theirs -> (ours, warm-up steps by default, what differs)
+# theirs -> (ours, warm-up steps by default)
 SCHEDULES = {
-    "constant": ("constant", 0, None),
-    "constant_with_warmup": ("constant", 1000, None),
-    "linear": (
-        "linear",
-        0,
-        "read as a fall from lr to 0; ai-toolkit's would rise from a third of lr to lr unless "
-        "start_factor is 1 and end_factor 0",
-    ),
-    "polynomial": ("linear", 0, "read as linear, from lr to 0"),
-    "cosine": ("cosine", 0, None),
-    "cosine_with_restarts": ("cosine", 0, None),  # its first period is the whole run
+    "constant": ("constant", 0),
+    "constant_with_warmup": ("constant", 1000),
+    "linear": ("linear", 0),
+    "cosine": ("cosine", 0),
+    "cosine_with_restarts": ("cosine", 0),  # its first period is the whole run
 }
 
-# theirs -> (ours, what differs). Their `linear` has no weight, ours is their `linear_timesteps`.
+# theirs -> ours. Their `linear` has no weight, ours is their `linear_timesteps`; FLUX's scheduler
+# has one shift, which the three names share.
 TIMESTEPS = {
-    "sigmoid": ("sigmoid", None),
-    "linear": ("uniform", None),
-    "flux_shift": ("flux_shift", None),
-    "shift": ("flux_shift", "read as flux_shift"),
-    "lumina2_shift": ("flux_shift", "read as flux_shift"),
-    "weighted": ("linear", "read as linear_timesteps: uniform with a bell-shaped weight"),
-    "lognorm_blend": ("sigmoid", "read as sigmoid, the nearest"),
-}
+    "sigmoid": "sigmoid", "linear": "uniform", "weighted": "weighted", "flux_shift": "flux_shift",
+    "shift": "flux_shift", "lumina2_shift": "flux_shift",
+}  # fmt: skip
+
+# settings behind -- in a prompt, theirs -> the key of a preview
+FLAGS = {
+    "w": "width", "h": "height", "d": "seed", "seed": "seed", "l": "guidance_scale",
+    "cfg": "guidance_scale", "s": "sample_steps", "steps": "sample_steps",
+}  # fmt: skip

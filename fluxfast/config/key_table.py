@@ -1,4 +1,6 @@
-"""Reading another trainer's file: a table of its keys, readers of values, notes and mistakes."""
+"""Reading another trainer's file: a table of its keys, readers of values, notes and mistakes; and
+the names of those whose files are not read.
+"""
 
 import copy
 import difflib
@@ -6,7 +8,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from fluxfast.config.yaml_io import read_limited
+from fluxfast.errors import ConfigError
 
 OFF = (None, False, 0, "", [], {})  # values that ask for nothing
 
@@ -30,11 +36,9 @@ mapping = typed(dict, "a mapping of settings")
 
 def number(value, kind: str = "number") -> float:
     try:  # ai-toolkit's files quote 1e-4 at times
-        converted = None if isinstance(value, bool) else float(value)
+        converted = float("no" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
-        converted = None
-    if converted is None:
-        raise ValueError(f"takes a {kind}")
+        raise ValueError(f"takes a {kind}") from None
     return converted if isinstance(value, str) else value
 
 
@@ -49,17 +53,17 @@ def wholes(value) -> list[int]:
     return [whole(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def texts(value) -> list[str]:
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("takes a list of texts")
-    return value
+def _lists(kind: type, words: str) -> Callable:
+    def read(value):
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise ValueError(f"takes a list of {words}")
+        return value
+
+    return read
 
 
-def mappings(value) -> list[dict]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise ValueError("takes a list of mappings")
-    return value
+texts, mappings = _lists(str, "texts"), _lists(dict, "mappings")
 
 
 def one_of(choices: Mapping[str, Any]) -> Callable:
@@ -88,7 +92,7 @@ class KeyTable:
     """All keys of one trainer.
 
     ignored, refused: a row `reason | keys` per reason, see `rows_of`. noted: key -> what differs
-    where the key is on. combined: keys that only code reads.
+    where the key is on. combined: keys that only code reads. silent: keys that change nothing.
     """
 
     def __init__(
@@ -98,17 +102,18 @@ class KeyTable:
         refused: str,
         noted: dict[str, str],
         combined: str,
+        silent: str = "",
     ):
-        self.mapped, self.noted = mapped, noted
+        self.mapped, self.noted, self.silent = mapped, noted, set(silent.split())
         self.ignored, self.refused = rows_of(ignored), rows_of(refused)
-        groups = (mapped, self.ignored, self.refused, combined.split())
+        groups = (mapped, self.ignored, self.refused, combined.split(), silent.split())
         self.known = set().union(*groups)
-        assert len(self.known) == sum(map(len, groups)), "a key stands in two rows"
+        assert len(self.known) == sum(map(len, groups)), "a key is in two rows"
 
     def nearest(self, key: str, cutoff: float) -> str | None:
         """Returns a key of that name in another section, or else one of a similar spelling."""
         leaf = key.rpartition(".")[2]
-        known = sorted(self.known)
+        known = sorted(self.known, key=lambda key: (key.count("."), key))
         close = [each for each in known if each.rpartition(".")[2] == leaf]
         close = close or difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
         return close[0] if close else None
@@ -117,8 +122,7 @@ class KeyTable:
 def rows_of(text: str) -> dict[str, tuple[str, tuple]]:
     """Returns key -> (reason, quiet values) of lines `reason | keys`; indented lines go on.
 
-    A key's quiet values, which ask for nothing, are those of OFF, or in place of these those
-    written behind it: `key=1|2`; `key=` has none.
+    A key's quiet values, which ask for nothing, are those of OFF, or those given: `key=1|2`.
     """
     rows = {}
     for row in re.split(r"\n(?! )", text.strip()):
@@ -126,7 +130,7 @@ def rows_of(text: str) -> dict[str, tuple[str, tuple]]:
         for word in keys.split():
             key, equals, values = word.partition("=")
             assert key not in rows, key
-            own = tuple(_plain(value) for value in values.split("|") if value)
+            own = tuple(_plain(value) for value in values.split("|"))
             rows[key] = reason, own if equals else OFF
     return rows
 
@@ -138,8 +142,13 @@ def _plain(value: str) -> Any:
         return value
 
 
+def _quoted(value: Any, quiet: tuple) -> bool:
+    """Returns whether a text is a quiet number, such as "1.0". OFF holds words, which are meant."""
+    return quiet is not OFF and isinstance(value, str) and _plain(value) in quiet
+
+
 class Translation:
-    """A file's keys, the native settings they become, and what the user is told about them."""
+    """A file's keys, the native settings they become, notes and mistakes."""
 
     def __init__(
         self,
@@ -187,7 +196,7 @@ class Translation:
         for key, (location, value) in self.written.items():
             for rows, reasons in ((table.ignored, self.notes), (table.refused, self.mistakes)):
                 reason, quiet = rows.get(key, ("", (value,)))
-                if value not in quiet:
+                if value not in quiet and not _quoted(value, quiet):
                     reasons[location] = reason
             if key in table.noted and value not in OFF:
                 self.notes[location] = table.noted[key]
@@ -195,3 +204,63 @@ class Translation:
                 nearest = table.nearest(key, 0.75)
                 hint = f"; did you mean {nearest}?" if nearest else ""
                 self.notes[location] = f"unknown, ignored{hint}"
+
+
+def note_lines(notes: dict[str, str]) -> list[str]:
+    """Returns `location: note`, once for all entries of a list that have the same note."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for location, note in notes.items():
+        places.setdefault((re.sub(r"\[\d+\]", "", location), note), []).append(location)
+    return [
+        f"{at}{f' and {len(others)} more' if others else ''}: {note}"
+        for (_, note), (at, *others) in places.items()
+    ]
+
+
+# ---------------------------------------------------------------- files of others
+
+# whose file it is | keys, two of which no other file has
+_OTHERS = """
+SimpleTuner's configuration | model_family data_backend_config base_model_precision lora_type
+    checkpoint_step_interval validation_num_inference_steps flow_schedule_shift tracker_run_name
+    DATALOADER_CONFIG TRACKER_PROJECT_NAME FLUX_LORA_TARGET
+SimpleTuner's list of data sets | caption_strategy instance_data_dir cache_dir_vae dataset_type
+    resolution_type metadata_backend minimum_image_size
+OneTrainer's configuration | training_method base_model_name concept_file_name train_dtype
+    output_model_destination timestep_distribution
+OneTrainer's list of concepts | include_subdirectories image_variations text_variations
+    enable_crop_jitter prompt_source
+the arguments of sd-scripts (kohya) | network_module train_data_dir dataset_config output_name
+    t5xxl clip_l LoRA_type network_dim timestep_sampling model_prediction_type save_model_as
+    network_args
+the arguments of diffusers' training script | pretrained_model_name_or_path instance_data_dir
+    instance_prompt class_prompt checkpointing_steps validation_epochs with_prior_preservation
+XLabs' x-flux configuration | data_config img_dir img_size sample_height sample_width
+musubi-tuner's list of data sets | image_directory cache_directory image_jsonl_file
+    control_directory
+diffusion-pipe's configuration | micro_batch_size_per_gpu pipeline_stages activation_checkpointing
+    diffusers_path transformer_path save_every_n_epochs
+diffusion-pipe's list of data sets | enable_ar_bucket num_ar_buckets min_ar frame_buckets
+a workflow of ComfyUI | last_node_id last_link_id class_type widgets_values
+"""
+# bounded, or a long word would take the square of its length
+_KEY = re.compile(r"""--(\w{1,40})|\b(\w{1,40})["']?[ \t]{0,20}[:=]""")
+
+
+def check_owner(path: Path) -> None:
+    """Raises ConfigError, saying whose it is, for a file of another trainer that is not read: also
+    for a script with its arguments. A file that cannot be opened is left to its reader.
+    """
+    try:
+        text = read_limited(path, "the configuration").decode("utf-8", "replace")
+    except ConfigError:
+        return
+    keys = {word for found in _KEY.findall(re.sub(r"(^|\s)#.*", "", text)) for word in found}
+    for row in re.split(r"\n(?! )", _OTHERS.strip()):
+        owner, marks = row.split(" | ")
+        if len(keys & set(marks.split())) > 1:
+            raise ConfigError(
+                f"{path} is {owner}, which fluxfast does not read",
+                hint="`fluxfast train FOLDER --model … --set lora.rank=16` trains on its pictures; "
+                "docs/getting-started.md has its settings under fluxfast's names",
+            )

@@ -7,29 +7,40 @@ the file leaves out takes kohya's default, not fluxfast's. Imports neither torch
 configuration.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from fluxfast.config.key_table import Translation, rows_of
+from fluxfast.config.key_table import Translation, check_owner, note_lines, rows_of, whole
 from fluxfast.config.kohya_keys import (
     OF_DATASETS,
     OF_SUBSETS,
     OUTSIDE,
     SHUFFLING,
     TABLE,
-    UNREAD,
+    share,
 )
-from fluxfast.config.yaml_io import check_texts, read_limited
+from fluxfast.config.yaml_io import (
+    PATH_HINT,
+    check_path,
+    check_texts,
+    decode,
+    read_limited,
+    read_mapping,
+)
 from fluxfast.errors import ConfigError
+from fluxfast.util.files import expanded
 
 _MOST_DOTS = 300  # in a line
+_ABSENT = " (not given)"  # behind the place of a key that takes kohya's default
 
 Written = dict[str, tuple[str, Any]]  # key -> (where it is written, value)
 
 
 class KohyaFile:
-    """A dataset TOML: the entries of `data` that it becomes, settings outside `data`, and notes.
+    """A dataset TOML or JSON: the entries of `data` that it becomes, settings outside `data`, and
+    notes.
 
     Paths in the file are relative to the folder the command runs in, as with kohya. Raises
     ConfigError, naming every mistake at once, for a file that is unreadable or no such TOML, an
@@ -39,8 +50,10 @@ class KohyaFile:
     def __init__(self, path: str | Path):
         self.path = path
         self.settings: dict[str, dict[str, Any]] = {}  # native key -> {where it is written: value}
+        self.batch_sizes: list[int] = []  # of each entry
         self.notes: dict[str, str] = {}  # where it is written -> text
         self.mistakes: dict[str, str] = {}
+        check_owner(Path(path))
         self.entries = self._read(_parse(Path(path)))
         if not self.entries and not self.mistakes:
             missing = "holds no subset to train on: [[datasets]], [[datasets.subsets]]"
@@ -54,7 +67,7 @@ class KohyaFile:
 
     def _read(self, raw: dict) -> list[dict]:
         entries = []
-        if unknown := sorted(raw.keys() - {"general", "datasets"}):
+        if unknown := sorted(map(str, raw.keys() - {"general", "datasets"})):
             listed = ", ".join(unknown[:4]) + (", …" if unknown[4:] else "")
             self.mistakes[listed] = "unknown; a data set has [general] and [[datasets]]"
             return []
@@ -63,9 +76,11 @@ class KohyaFile:
             subsets = dataset.pop("subsets", None) if isinstance(dataset, dict) else None
             inherited = general | self._level(dataset, where, OF_SUBSETS)
             shared = Translation(inherited, self.notes, self.mistakes)
-            for key, (native, read, _) in OUTSIDE.items():
-                if (value := shared.get(key, read)) is not None:
-                    self.settings.setdefault(native, {})[inherited[key][0]] = value
+            for key, (native, read, default) in OUTSIDE.items():
+                at = inherited[key][0] if key in inherited else f"{where}.{key}{_ABSENT}"
+                self.settings.setdefault(native, {})[at] = shared.get(key, read, default)
+            if shared.get("validation_split", share) and "validation_seed" in inherited:
+                shared.note("validation_seed", "ignored, the configuration's seed chooses pictures")
             folders = set()
             for subset_where, subset in self._tables(subsets, f"{where}.subsets"):
                 written = inherited | self._level(subset, subset_where, OF_DATASETS)
@@ -78,10 +93,13 @@ class KohyaFile:
                     self.notes[written["num_repeats"][0]] = "below 1, left out, as kohya does"
                 else:
                     entries.append(entry)
+                    self.batch_sizes.append(shared.get("batch_size", whole, 1))
                     folders.add(entry.get("folder"))
-        # 0 holds nothing out, which is how a configuration without the key does it
-        if not any(self.settings.get("validation.share", {}).values()):
-            self.settings.pop("validation.share", None)
+        for native, values in list(self.settings.items()):
+            given = [value for at, value in values.items() if not at.endswith(_ABSENT)]
+            # 0 holds nothing out, which is how a configuration without the key does it
+            if not given or (native == "validation.share" and not any(given)):
+                del self.settings[native]
         return entries
 
     def _tables(self, value: Any, where: str) -> list[tuple[str, Any]]:
@@ -98,7 +116,7 @@ class KohyaFile:
             self.mistakes[where] = f"takes a table of settings, got {table!r}"
             return {}
         written = {}
-        for key, value in table.items():
+        for key, value in ((str(key), value) for key, value in table.items()):
             if key not in TABLE.known:
                 nearest = TABLE.nearest(key, 0.6)
                 hint = f", did you mean {nearest}?" if nearest else ""
@@ -128,11 +146,18 @@ class KohyaFile:
             self.notes[where] = f"read as {read}, the side of a square of that area"
         if "caption_extension" not in written:
             self.notes["caption_extension"] = "not given, read as kohya's default, .caption"
-        for key in ("enable_bucket", "bucket_no_upscale"):
-            if key not in written:
-                self.notes[key] = f"not given, {TABLE.ignored[key][0]}"
-        if "folder" in entry and (notes := _look_into(Path(entry["folder"]), entry["caption_ext"])):
-            subset.note("image_dir", "; ".join(notes))
+        if "enable_bucket" not in written:
+            self.notes["enable_bucket"] = "not given, read as true: pictures keep their aspect"
+        if "bucket_no_upscale" not in written:
+            reason = TABLE.ignored["bucket_no_upscale"][0]
+            self.notes["bucket_no_upscale"] = f"not given, {reason}"
+        if "mask_folder" in entry:
+            entry["mask"] = "folder"  # of the two this is the one that kohya takes, too
+        if "folder" in entry and (
+            longer := _longer_captions(expanded(entry["folder"]), entry["caption_ext"])
+        ):
+            reason = f"captions are read whole, kohya takes the first line: {longer} have more"
+            subset.note("image_dir", reason)
         return entry
 
 
@@ -141,53 +166,59 @@ def _parse(path: Path) -> dict:
         import tomllib
     else:
         import tomli as tomllib
+    if path.suffix.lower() == ".json":
+        parsed = read_mapping(path, "the data set")
+        check_texts(parsed)
+        return parsed
     content = read_limited(path, "the data set")
     # the reader takes the square of a dotted name's length: hours for one of a megabyte
     if any(line.count(b".") > _MOST_DOTS for line in content.splitlines()):
         raise ConfigError(f"{path} has more than {_MOST_DOTS} dots in a line")
     try:
-        parsed = tomllib.loads(content.decode("utf-8-sig"))
+        parsed = tomllib.loads(decode(content))
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error.message}", hint=error.hint) from None
     except (ValueError, RecursionError) as error:
         message, hint = " ".join(str(error).split()), None
         if "escape" in message or "hex value" in message:
-            hint = "a path with backslashes takes single quotes: 'C:\\pictures'"
+            hint = PATH_HINT
         raise ConfigError(f"{path} is not valid TOML: {message}", hint=hint) from None
     check_texts(parsed)  # before its mistakes are quoted
     return parsed
 
 
-def _look_into(folder: Path, extension: str) -> list[str]:
-    """Returns notes on what kohya would read differently in the files themselves."""
-    try:
-        files = [path for path in folder.iterdir() if path.is_file()]
-        captions = [path for path in files if extension and path.name.endswith(extension)]
-        contents = (read_limited(path, "the caption") for path in captions)
-        several = sum(len(content.strip().splitlines()) > 1 for content in contents)
-    except (OSError, ConfigError):  # the scan reports it better
-        return []
-    unread = sum(path.suffix.lower() in UNREAD for path in files)
-    notes = []
-    if several:
-        notes.append(f"captions are read whole, kohya takes the first line: {several} have more")
-    if unread:
-        notes.append(f"{unread} {'/'.join(UNREAD)} files are left out: convert them to .png")
-    return notes
+def _longer_captions(folder: Path, extension: str) -> int:
+    """Returns how many captions have several lines; 0 where the scan will report an error."""
+    with contextlib.suppress(OSError, ConfigError):
+        captions = [path for path in folder.iterdir() if path.is_file()]
+        captions = [path for path in captions if extension and path.name.endswith(extension)]
+        texts = (read_limited(path, "the caption") for path in captions)
+        return sum(len(text.strip().splitlines()) > 1 for text in texts)
+    return 0
+
+
+def is_kohya(path: Path) -> bool:
+    """Returns whether a file is a data set of kohya's: TOML, or JSON with an image_dir."""
+    if path.suffix.lower() == ".json":
+        with contextlib.suppress(ConfigError):
+            return b'"image_dir"' in read_limited(path, "the data set")
+    return path.suffix.lower() == ".toml"
 
 
 def insert_kohya(raw: dict, files: list[KohyaFile]) -> None:
-    """Replaces each .toml that `data` names by the file's entries, and appends it to `files`."""
+    """Replaces each .toml or .json that `data` names by the file's entries, and appends the file to
+    `files`.
+    """
     data, entries = raw.get("data"), []
     for entry in data if isinstance(data, list) else [data]:
-        if isinstance(entry, str) and entry.lower().endswith(".toml"):
-            files.append(KohyaFile(entry))
+        if isinstance(entry, str) and entry.lower().endswith((".toml", ".json")):
+            check_path(entry, setting="data")
+            files.append(KohyaFile(expanded(entry)))
             entries += files[-1].entries
         else:
             entries.append(entry)
-    if isinstance(data, list):
+    if isinstance(data, list | str):
         raw["data"] = entries
-    elif isinstance(data, str):
-        # as a mapping, one entry is within reach of `--set data.resolution=512`
-        raw["data"] = entries[0] if len(entries) == 1 else entries
 
 
 def settle_kohya(raw: dict, files: list[KohyaFile]) -> list[str]:
@@ -195,7 +226,7 @@ def settle_kohya(raw: dict, files: list[KohyaFile]) -> list[str]:
 
     Raises ConfigError where files disagree.
     """
-    notes = [f"{file.path}: {at}: {note}" for file in files for at, note in file.notes.items()]
+    notes = [f"{file.path}: {line}" for file in files for line in note_lines(file.notes)]
     for key in (row.native for row in OUTSIDE.values()):
         values = {
             f"{file.path}: {where}": value
@@ -203,21 +234,32 @@ def settle_kohya(raw: dict, files: list[KohyaFile]) -> list[str]:
             for where, value in file.settings.get(key, {}).items()
         }
         section, _, name = key.partition(".")
-        node = raw.setdefault(section, {}) if values else None
+        if values and raw.get(section) is None:
+            raw[section] = {}
+        node = raw[section] if values else None
         if not isinstance(node, dict):
             continue  # refused when the configuration is validated
         own = name if name in node else "folder" if node.get("folder") else None
+        several = not own and len(set(values.values())) > 1
         if own:
-            reason = f"ignored, {section}.{own} is {node[own]} in the configuration"
-            others = [where for where, value in values.items() if value != node[own]]
-            notes += [f"{where}: {reason}" for where in others]
-            continue
-        if len(set(values.values())) > 1:
+            notes += [
+                f"{where}: ignored, {section}.{own} is {node[own]} in the configuration"
+                for where, value in values.items()
+                if value != node[own] and not where.endswith(_ABSENT)
+            ]
+        elif several and key != "train.batch_size":
             listed = ", ".join(f"{where} = {value}" for where, value in values.items())
             raise ConfigError(
                 f"{listed}: one {key} serves all data",
                 hint=f"choose one: --set {key}={max(values.values())}",
             )
-        notes += [f"{where}: taken as {key}: {value}" for where, value in values.items()]
-        node[name] = next(iter(values.values()))
+        else:
+            taken = "data.batch_size" if several else key
+            notes += [f"{where}: taken as {taken}: {value}" for where, value in values.items()]
+            if several:
+                for file in files:
+                    for entry, size in zip(file.entries, file.batch_sizes, strict=True):
+                        entry.setdefault("batch_size", size)
+            else:
+                node[name] = next(iter(values.values()))
     return notes

@@ -45,33 +45,32 @@ _MAPPED = {
     "keep_tokens": Mapped("keep_tokens", count, 0),
     "flip_aug": Mapped("flip", flag, False),
     "alpha_mask": Mapped("mask", alpha, "none"),
+    "conditioning_data_dir": Mapped("mask_folder", text),
 }
 
-# one value for the whole run, outside `data`
+# one value for the whole run, outside `data`, unless data sets have batches of their own
 OUTSIDE = {
-    "batch_size": Mapped("train.batch_size", whole),
-    "validation_split": Mapped("validation.share", share),
+    "batch_size": Mapped("train.batch_size", whole, 1),
+    "validation_split": Mapped("validation.share", share, 0.0),
 }
+
+_MEAN = "weights have mean 1 in each picture, so that a masked one does not count for less"
 
 _NOTED = {
     "shuffle_caption": "a few orders are drawn once for each picture (data.shuffle_variants), not "
     "a new one each time; a trigger put in front counts as one of keep_tokens",
-    "alpha_mask": "transparent places are painted white; kohya keeps the colors hidden there",
+    "alpha_mask": "transparent places are painted white, kohya keeps the colors hidden there; "
+    + _MEAN,
+    "conditioning_data_dir": "read as masks, as sd-scripts do with --masked_loss, their gray value "
+    f"for the red channel; {_MEAN}",
 }
 
 _IGNORED = """
-read as true: pictures keep their aspect in buckets | enable_bucket=true
 read as true: pictures are never enlarged | bucket_no_upscale=true
 ignored, buckets are of at most resolution² pixels on a 32-pixel grid | min_bucket_reso
     max_bucket_reso bucket_reso_steps=32
-ignored, smaller pictures stay in, at their own size | skip_image_resolution
-ignored, pictures are resized by Lanczos' filter | resize_interpolation
-ignored, every data set trains the LoRA at full strength | network_multiplier=1
-ignored, the configuration's seed chooses the held-out pictures | validation_seed
-ignored, pictures are not augmented but for flip_aug | color_aug face_crop_aug_range
-ignored, pictures are cropped at the center | random_crop
-ignored, captions are used whole | caption_tag_dropout_rate token_warmup_min=0|1 token_warmup_step
-ignored, caption_dropout_rate is the one dropout | caption_dropout_every_n_epochs
+ignored, pictures are resized by Lanczos' filter | resize_interpolation=lanczos
+    interpolation_type=lanczos
 ignored, nothing here reads it | custom_attributes
 ignored, sizes and encoded captions are cached by content | cache_info
 """
@@ -81,7 +80,16 @@ _REFUSED = """
 is not supported, there is no training on regularization pictures: remove the subset, or is_reg to
     train on it like on any other | is_reg
 is not supported: write the captions to files beside the pictures | metadata_file
-is not supported, ControlNets are not trained | conditioning_data_dir
+is not supported, pictures keep their aspect in buckets: set it to true | enable_bucket=true
+is not supported, smaller pictures stay in at their own size: remove it, and the small pictures |
+    skip_image_resolution
+is not supported, every data set trains the LoRA at full strength: remove it, or set num_repeats |
+    network_multiplier=1
+is not supported, pictures are augmented by flip_aug alone: remove it | color_aug
+    face_crop_aug_range
+is not supported, pictures are cropped at the center: remove it | random_crop
+is not supported, captions are used whole: remove it | caption_tag_dropout_rate token_warmup_step
+is not supported, caption_dropout_rate drops captions: remove it | caption_dropout_every_n_epochs
 is not supported: write one caption without {a|b} in each file | enable_wildcard
 is not supported: take it out of the captions | secondary_separator
 """
@@ -99,7 +107,9 @@ OF_DATASETS = (
     "validation_split", "validation_seed",
 )  # fmt: skip
 
-_COMBINED = "keep_tokens_separator caption_separator batch_size validation_split"
+# token_warmup_min acts with token_warmup_step alone
+_COMBINED = (
+    "keep_tokens_separator caption_separator batch_size validation_split validation_seed "
+    "token_warmup_min"
+)
 TABLE = KeyTable(_MAPPED, _IGNORED, _REFUSED, _NOTED, _COMBINED)
-
-UNREAD = (".bmp", ".avif", ".jxl")  # pictures that kohya reads and fluxfast does not

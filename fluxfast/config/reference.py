@@ -12,7 +12,8 @@ Generated from the code by `make docs`.
 
 A configuration is a YAML file with the sections below; `--set train.steps=500` overrides a key.
 Only `model.path` and `data.folder` are required. An unknown key is an error that names the nearest
-known one. A run saves its resolved configuration as `config.yaml`.
+known one; a key given twice is an error. Paths are relative to the folder the command runs in, `~`
+is the home folder. A run saves its resolved configuration as `config.yaml`.
 """
 _UNBOUNDED = 10_000  # upper bounds from here on only keep nonsense out
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}

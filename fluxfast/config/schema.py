@@ -4,13 +4,14 @@ neither torch nor any trainer code.
 
 import difflib
 import logging
+import os
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,15 +25,18 @@ from pydantic import (
 
 from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.config.ai_toolkit_keys import TABLE
+from fluxfast.config.key_table import check_owner
 from fluxfast.config.kohya import KohyaFile, insert_kohya, settle_kohya
 from fluxfast.config.yaml_io import (
     apply_override,
+    check_path,
     check_texts,
     dump_yaml,
     insert_layers,
     read_mapping,
 )
 from fluxfast.errors import ConfigError
+from fluxfast.util.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +45,15 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 Few = Annotated[int, Field(ge=1, le=10**4)]
 Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
+Seed = Annotated[int, Field(ge=-1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OneOrMany = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 LONGEST_NAME = 150  # bytes
+# what makes a path of a name, or may be in no file's name on Windows; there its devices, too
+ON_WINDOWS = r"|[ .]+$|^(?=(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))"
+NOT_IN_FILES = re.compile(r'[/\\:*?"<>|]' + ON_WINDOWS * (os.name == "nt"), re.IGNORECASE)
+PathText = Annotated[str, BeforeValidator(check_path)]  # or a Hub id
+AnyPath = Annotated[Path, BeforeValidator(check_path), AfterValidator(expanded)]
 # names of memory.policy in fluxfast 0.1: in users' files and in saved runs
 OLD_POLICIES = {"u8": "gelu_int8", "8bit": "int8", "fc1": "recompute_mlp", "replay": "checkpoint"}
 
@@ -57,17 +67,25 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_bool(cls, value, info):
+    def _refuse_words(cls, value, info):
+        annotation = cls.model_fields[info.field_name].annotation
+        kind = get_origin(annotation) or annotation
+        several = isinstance(kind, type) and issubclass(kind, list | dict | Section)
+        if value is None and several:
+            return [] if kind is list else {}  # a key whose lines below are all commented out
         # pydantic would read `steps: yes` as 1
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("takes a value, not true or false")
+        if isinstance(value, bool) and annotation is not bool and not several:
+            raise ValueError("takes a value, not true or false (as words: in quotes)")
+        none = isinstance(value, str) and value.lower() in ("none", "null", "nil")
+        if none and type(None) in get_args(annotation):
+            raise ValueError("takes null, or leave the key out, for none")
         return value
 
 
 class ModelConfig(Section):
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """Diffusers folder, one .safetensors or GGUF file, or Hub id."""
-    encoders: str | None = None
+    encoders: PathText | None = None
     """Diffusers folder or Hub id with vae/, text_encoder/, text_encoder_2/ and the tokenizers, an
     all-in-one file, or a folder with CLIP-L, T5 and VAE files. Needed when `path` is a file of the
     transformer alone."""
@@ -83,7 +101,7 @@ class ModelConfig(Section):
     """Layer name or glob (quoted if it starts with *) -> 8bit, rotate (8 bits, behind a Hadamard
     rotation) or bf16 (dense); the last match wins. Or the path of the file that `fluxfast check`
     wrote."""
-    assistant_lora: str | None = Field(default=None, min_length=1)
+    assistant_lora: PathText | None = Field(default=None, min_length=1)
     """LoRA file or Hub id that acts, frozen, during training only: what schnell needs."""
     max_sequence_length: Few | None = None
     """T5 tokens. Default: 512 for dev, 256 for schnell; at most the tokenizer's own limit."""
@@ -104,13 +122,13 @@ class LoraConfig(Section):
     """Do not train these targets; wins over include."""
     share_a: bool = False
     """One A for q, k, v (and mlp), as kohya has it."""
-    init_from: Path | None = None
+    init_from: AnyPath | None = None
     """LoRA file of any format, of the same rank, to start from."""
 
 
 class DataConfig(Section):
-    folder: Path
-    """Folder of jpg, png, webp."""
+    folder: AnyPath
+    """Folder of jpg, png, webp, avif, bmp, gif, tiff; heic with pillow-heif."""
     recursive: bool = True
     """Search the folders below it as well."""
     resolution: Annotated[
@@ -119,6 +137,8 @@ class DataConfig(Section):
     """One or several; each image appears once per entry."""
     num_repeats: Few = 1
     """How often each image counts in an epoch."""
+    batch_size: Few | None = None
+    """Samples per batch of this entry's images. Default: train.batch_size."""
     caption_ext: str = ".txt"
     """Extension of the caption files beside the images; metadata.jsonl is read as well."""
     default_caption: str | None = None
@@ -127,6 +147,9 @@ class DataConfig(Section):
     """Put in front of each caption with a space, before any shuffling."""
     caption_suffix: str | None = None
     """Put behind each caption with a space, before any shuffling."""
+    trigger: str | None = Field(default=None, max_length=1000)
+    """Replaces [trigger] in this entry's captions, and is put in front of those without it; the
+    trigger of the run, where there is one as well, goes in front of that."""
     caption_dropout: Share = 0.05
     """Share of samples trained with the empty prompt."""
     shuffle_captions: bool = False
@@ -139,7 +162,7 @@ class DataConfig(Section):
     """Train the mirrored image half of the time."""
     mask: Literal["none", "alpha", "folder"] = "none"
     """Weights the loss per place: by the image's alpha channel, or by the masks of a folder."""
-    mask_folder: Path | None = None
+    mask_folder: AnyPath | None = None
     """Masks with the images' relative names."""
     mask_min: Share = 0.0
     """Loss weight where the mask is black."""
@@ -157,7 +180,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _mask_folder(self):
         if (self.mask == "folder") != (self.mask_folder is not None):
-            raise ValueError("mask: folder and mask_folder go together")
+            raise ValueError("takes mask: folder and mask_folder together")
         return self
 
 
@@ -181,19 +204,32 @@ class TrainConfig(Section):
     optimizer_args: dict[str, Any] = {}
     """Passed to the optimizer as they are."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_end: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    """Learning rate to which linear and cosine fall."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are clipped to this norm. null: no clipping."""
-    timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear"] = "sigmoid"
-    """Distribution of the timesteps. linear: uniform with a bell-shaped loss weight."""
+    timesteps: Literal["sigmoid", "uniform", "flux_shift", "linear", "linear2", "weighted"] = (
+        "sigmoid"
+    )
+    """Distribution of the timesteps. linear: uniform with a bell-shaped loss weight. linear2:
+    likewise, held at the bell's top in the less noisy half. weighted: uniform with ai-toolkit's
+    weights, which rise towards noise."""
     timestep_bias: Literal["balanced", "content", "style"] = "balanced"
     """content: more noise, layout. style: less noise, detail."""
-    guidance: Guidance = 1.0
-    """Fed to dev's guidance embedding while training."""
+    guidance: Guidance | None = 1.0
+    """Fed to dev's guidance embedding while training. null: the embedding is left out, as Flex.1 is
+    trained."""
     max_bad_steps: Positive = 10
     """So many steps in a row without a finite loss and gradient end a run."""
     ema: EmaConfig = EmaConfig()
+
+    @model_validator(mode="after")
+    def _fall(self):
+        if self.lr_end and self.lr_schedule == "constant":
+            raise ValueError("takes lr_end with lr_schedule: linear or cosine")
+        return self
 
 
 class SaveConfig(Section):
@@ -209,9 +245,22 @@ class SaveConfig(Section):
     """The first is NAME.safetensors, others NAME_FORMAT.safetensors beside it."""
 
 
+class PreviewConfig(Section):
+    """Previews after those of `prompts`, each with settings of its own. What an entry leaves out is
+    the section's."""
+
+    prompt: str
+    width: Pixels | None = None
+    height: Pixels | None = None
+    steps: Few | None = None
+    guidance: Guidance | None = None
+    seed: Seed | None = None
+
+
 class SampleConfig(Section):
     prompts: list[str] = []
     """Previews drawn while training; [trigger] is replaced."""
+    samples: list[PreviewConfig] = []
     every: NonNegativeInt = 250
     """Steps between previews. 0: before the first step and at the end only."""
     first: bool = True
@@ -222,16 +271,31 @@ class SampleConfig(Section):
     """Steps of the sampler."""
     guidance: Guidance = 4.0
     """Fed to dev's guidance embedding."""
-    seed: NonNegativeInt = 42
-    """Seed of the noise."""
+    seed: Seed = 42
+    """Seed of the noise. -1: drawn when the run begins."""
     walk_seed: bool = False
     """Give each prompt its own seed: seed, seed + 1, …"""
+
+    @model_validator(mode="after")
+    def _whole_patches(self):
+        # rounded down as diffusers and kohya do: the VAE's 8 pixels, and patches of 2 latents
+        changed = {}
+        for picture in (self, *self.samples):
+            for key in ("width", "height"):
+                side = getattr(picture, key)
+                whole = side and max(16, side - side % 16)
+                if whole != side:
+                    setattr(picture, key, whole)
+                    changed[f"{key} {side}"] = whole
+        for asked, whole in changed.items() if self.prompts or self.samples else ():
+            log.warning(f"note: previews of {asked} are drawn at {whole}, a multiple of 16")
+        return self
 
 
 class ValidationConfig(Section):
     share: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
     """Share of the pictures held out of training. 0: none."""
-    folder: Path | None = None
+    folder: AnyPath | None = None
     """A folder of held-out pictures instead."""
     every: Positive = 100
     """Steps between measurements; also before the first step."""
@@ -241,7 +305,7 @@ class ValidationConfig(Section):
     @model_validator(mode="after")
     def _one_source(self):
         if self.share and self.folder:
-            raise ValueError("give share or folder, not both")
+            raise ValueError("takes share or folder, not both")
         return self
 
 
@@ -273,15 +337,16 @@ class MemoryConfig(Section):
 
 
 class Config(Section):
-    name: str = Field("lora", pattern=r"^[\w][\w .+-]*$")
+    name: str = "lora"
     """Name of the run folder and the LoRA file."""
-    output_dir: Path = Path("runs")
+    output_dir: AnyPath = Path("runs")
     """Folder of the run folders."""
-    cache_dir: Path | None = None
+    cache_dir: AnyPath | None = None
     """Default: OUTPUT_DIR/cache."""
-    seed: NonNegativeInt = 42
-    """Seed of every random number of a run."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    seed: Seed = 42
+    """Seed of every random number of a run. -1: drawn when the run begins, and recorded in its
+    config.yaml."""
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     trigger: str | None = Field(default=None, max_length=1000)
     """Replaces [trigger] in captions, and is put in front of captions without it."""
@@ -290,7 +355,8 @@ class Config(Section):
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: Annotated[list[DataConfig], Field(min_length=1), OneOrMany]
-    """One entry or several. A path that ends in .toml is kohya's data set, read in place."""
+    """One entry or several. A path that ends in .toml or .json is kohya's data set, read in
+    place."""
     train: TrainConfig = TrainConfig()
     save: SaveConfig = SaveConfig()
     sample: SampleConfig = SampleConfig()
@@ -302,27 +368,41 @@ class Config(Section):
 
     @field_validator("name")
     @classmethod
-    def _short(cls, value):
+    def _file_name(cls, value):
+        if not value.isprintable() or re.search(r"^[ .~/\\-]|^$", value):
+            raise ValueError("takes a printable name with no space . ~ - / \\ in front")
         # file systems take 255 bytes, and files have endings
         if len(value.encode()) > LONGEST_NAME:
             raise ValueError(f"is longer than {LONGEST_NAME} bytes")
-        return value
+        if (name := NOT_IN_FILES.sub("_", value)) != value:
+            log.warning(f"note: name {value!r} is {name!r} in names of the run's folder and files")
+        return name
 
-    @field_validator("output_dir", "cache_dir")
+    @field_validator("device")
     @classmethod
-    def _printable(cls, value):
-        # their paths are printed as they are, for scripts
-        if any(unicodedata.category(letter) == "Cc" for letter in str(value)):
-            raise ValueError("holds a control character")
+    def _known_device(cls, value):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("takes auto, cpu, cuda or cuda:N")
         return value
 
     @model_validator(mode="after")
     def _cache_apart(self):
         if self.run_dir == self.cache_path:
             raise ValueError(
-                f"the run and the cache would share the folder {self.run_dir}: rename one"
+                f"have one folder for the run and the cache, {self.run_dir}: rename one"
             )
         return self
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of each entry of `data`."""
+        return [data.batch_size or self.train.batch_size for data in self.data]
+
+    @property
+    def triggers(self) -> list[str]:
+        """The run's trigger, then those of the data, each once."""
+        words = [self.trigger, *(data.trigger for data in self.data)]
+        return list(dict.fromkeys(word.strip() for word in words if word and word.strip()))
 
     @property
     def run_dir(self) -> Path:
@@ -340,6 +420,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     theirs that is ignored or read differently is logged as a warning. Raises ConfigError for an
     unreadable file, an unknown key (naming the nearest one) or a bad value.
     """
+    check_owner(Path(path))
     raw, notes, source = read_mapping(Path(path), "the configuration"), [], str(path)
     if is_ai_toolkit(raw):
         check_texts(raw)  # before its mistakes are quoted
@@ -395,10 +476,35 @@ def dump_config(config: Config) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-# ---------------------------------------------------------------- what is said of a mistake
+# ---------------------------------------------------------------- messages
 
 _MOST = 20  # mistakes that are listed
 _SHOWN = 80  # characters of a key or a value
+# pydantic's kinds of errors -> what the setting takes, with values of the error's own
+_TAKES = {
+    kind: words
+    for kinds, words in {
+        "string_type path_type": "takes text",
+        "int_type int_parsing int_from_float int_parsing_size": "takes a whole number",
+        "float_type float_parsing": "takes a number",
+        "finite_number": "takes a finite number",
+        "bool_type bool_parsing": "takes true or false",
+        "greater_than": "takes a number above {gt:g}",
+        "greater_than_equal": "takes {ge:g} or more",
+        "less_than": "takes a number below {lt:g}",
+        "less_than_equal": "takes {le:g} or less",
+        "literal_error": "takes {expected}",
+        "list_type": "takes a list: [a, b]",
+        "dict_type": "takes a mapping of names to values",
+        "model_type": "takes a mapping of settings",
+        "too_short": "takes one entry or more",
+        "string_too_short": "is empty",
+        "string_too_long": "takes at most {max_length} characters",
+        "invalid_key": "is no text, as keys are",
+        "value_error": "{error}",
+    }.items()
+    for kind in kinds.split()
+}
 
 
 def _describe(mistake: Any) -> str:
@@ -409,11 +515,16 @@ def _describe(mistake: Any) -> str:
         return f"unknown key {where!r}{_suggest(mistake['loc'])}"
     if mistake["type"] == "missing":
         return f"{where} is missing"
-    if mistake["type"] == "model_type":
-        return f"{where} takes a mapping of settings{shown}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(value, dict | list) else shown
-    return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
+    takes = _TAKES.get(mistake["type"], "{msg}").format(**mistake, **mistake.get("ctx", {}))
+    if mistake["type"] == "literal_error":
+        words = re.findall("'(.*?)'", mistake["ctx"]["expected"])
+        close = difflib.get_close_matches(str(value).lower(), words, n=1)
+        shown += f", did you mean {close[0]!r}?" if close else ""
+    if value is None:
+        return f"{where} has no value; it {takes}"
+    if takes == "takes text" and isinstance(value, int | float):
+        takes += ": put it in quotes"
+    return f"{where} {takes}{shown if not isinstance(value, dict) else ''}"
 
 
 def _cut(text: str) -> str:

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from small import logged
 
+from fluxfast.config.key_table import check_owner
 from fluxfast.config.kohya import KohyaFile, _parse
-from fluxfast.config.kohya_keys import OUTSIDE, TABLE
+from fluxfast.config.kohya_keys import OF_SUBSETS, OUTSIDE, TABLE
 from fluxfast.config.schema import Config, all_keys, build_config, load_config
 from fluxfast.errors import ConfigError
 
@@ -129,8 +130,8 @@ EVERY = """
 shuffle_caption = true
 caption_extension = ".txt"
 keep_tokens = 1
-color_aug = true
-enable_bucket = false
+color_aug = false
+enable_bucket = true
 cache_info = true
 caption_separator = ","
 keep_tokens_separator = ""
@@ -145,11 +146,12 @@ batch_size = 4
 bucket_no_upscale = false
 min_bucket_reso = 256
 max_bucket_reso = 1024
-skip_image_resolution = 512
-network_multiplier = 0.5
+skip_image_resolution = []
+network_multiplier = 1.0
 validation_split = 0.1
 validation_seed = 7
-resize_interpolation = "lanczos"
+resize_interpolation = "area"
+interpolation_type = "area"
 
   [[datasets.subsets]]
   image_dir = "a"
@@ -158,27 +160,24 @@ resize_interpolation = "lanczos"
   caption_prefix = "best,"
   caption_suffix = ", from the side"
   caption_dropout_rate = 0.5
-  caption_dropout_every_n_epochs = 2
-  caption_tag_dropout_rate = 0.1
+  caption_dropout_every_n_epochs = 0
+  caption_tag_dropout_rate = 0
   token_warmup_min = 2
-  token_warmup_step = 0.5
+  token_warmup_step = 0
   flip_aug = true
   alpha_mask = true
-  random_crop = true
-  face_crop_aug_range = [1.0, 3.0]
+  random_crop = false
+  face_crop_aug_range = []
   is_reg = false
 """
 EVERY_NOTES = """
-general.shuffle_caption general.color_aug general.enable_bucket general.cache_info
+general.shuffle_caption general.cache_info
 general.custom_attributes general.bucket_reso_steps
 datasets[0].resolution datasets[0].batch_size datasets[0].bucket_no_upscale
-datasets[0].min_bucket_reso datasets[0].max_bucket_reso datasets[0].skip_image_resolution
-datasets[0].network_multiplier datasets[0].validation_split datasets[0].validation_seed
-datasets[0].resize_interpolation
-datasets[0].subsets[0].caption_dropout_every_n_epochs
-datasets[0].subsets[0].caption_tag_dropout_rate datasets[0].subsets[0].token_warmup_min
-datasets[0].subsets[0].token_warmup_step datasets[0].subsets[0].alpha_mask
-datasets[0].subsets[0].random_crop datasets[0].subsets[0].face_crop_aug_range
+datasets[0].min_bucket_reso datasets[0].max_bucket_reso
+datasets[0].validation_split datasets[0].validation_seed
+datasets[0].resize_interpolation datasets[0].interpolation_type
+datasets[0].subsets[0].alpha_mask
 """
 
 
@@ -217,7 +216,23 @@ def test_an_ignored_key_is_noted_once_and_its_resting_values_never(key):
             assert noted(value) == []
 
 
+@pytest.mark.parametrize("key", sorted(TABLE.refused))
+def test_what_would_change_the_training_is_refused_where_it_is_on_and_not_mentioned_where_off(key):
+    text = re.sub(f"^{key} = .*", "", plain(), flags=re.M)
+
+    def with_value(value) -> str:
+        line = f"{key} = {json.dumps(value)}\n"
+        return text + line if key in OF_SUBSETS else text.replace("[general]", f"[general]\n{line}")
+
+    reason, quiet = TABLE.refused[key]
+    assert f"{key} {reason}" in refused(with_value(0.5)).message
+    for value in quiet:
+        if value not in (None, {}):
+            assert config(with_value(value))[1] == []
+
+
 def test_a_general_key_that_nothing_inherits_is_not_noted():
+    assert config(plain("cache_info = true", subset="cache_info = false"))[1] == []
     assert config(plain("color_aug = true", subset="color_aug = false"))[1] == []
 
 
@@ -253,15 +268,18 @@ def test_a_subset_comes_once_and_not_without_repeats():
     assert [entry.resolution for entry in config(both)[0].data] == [[512], [768]]
 
 
-def test_what_lies_in_the_folder_is_noted(folder):
+def test_what_lies_in_the_folder_is_noted(folder, monkeypatch):
     photos = folder / "photos"
     photos.mkdir()
     (photos / "a.txt").write_text("one line\n\n")
     (photos / "b.txt").write_text("two\nlines")
-    (photos / "c.BMP").write_bytes(b"")
     _, notes = config(PLAIN)
     assert keys(notes) == ["datasets[0].subsets[0].image_dir"]
-    assert "the first line: 1 have more" in notes[0] and "1 .bmp" in notes[0]
+    assert "the first line: 1 have more" in notes[0]
+    monkeypatch.setenv("HOME", str(folder))
+    made, notes = config(PLAIN.replace("photos", "~/photos"))
+    assert made.data[0].folder == photos and "1 have more" in notes[0]
+    assert build_config({"model": {"path": "m"}, "data": "~/d.toml"}).data[0].folder == photos
     with open(photos / "c.txt", "wb") as file:  # a caption without end is left to the scan
         file.truncate(2**40)
     assert config(PLAIN)[1] == []
@@ -298,20 +316,93 @@ def test_the_batch_size_is_taken_where_the_configuration_has_none():
     ]
     assert config(text, "train.batch_size=3")[0].train.batch_size == 3
     assert config(text, train={"batch_size": 4})[1] == []
+    assert config(text, train=None)[0].train.batch_size == 4
     made, notes = config(text, train={"steps": 5})
     assert (made.train.batch_size, made.train.steps) == (4, 5)
 
 
-def test_batch_sizes_that_differ_need_a_choice():
-    text = plain(dataset="batch_size = 4") + (
-        '[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "b"\n'
-    )
-    error = refused(text)
-    assert "datasets[0].batch_size = 4" in error.message
-    assert "datasets[1].batch_size = 2" in error.message
-    assert error.hint == "choose one: --set train.batch_size=4"
-    made, notes = config(text, train={"batch_size": 2})
-    assert made.train.batch_size == 2 and keys(notes) == ["datasets[0].batch_size"]
+GUIDE = """
+[general]
+flip_aug = true
+color_aug = false
+keep_tokens_separator= "|||"
+shuffle_caption = false
+caption_tag_dropout_rate = 0
+caption_extension = ".txt"
+[[datasets]]
+batch_size = 2
+enable_bucket = true
+resolution = [1024, 1024]
+  [[datasets.subsets]]
+  image_dir = "a"
+  num_repeats = 1
+[[datasets]]
+batch_size = 3
+enable_bucket = true
+resolution = [768, 768]
+  [[datasets.subsets]]
+  image_dir = "a"
+  num_repeats = 1
+"""
+
+
+def test_data_sets_may_have_batches_of_their_own():
+    """As sd-scripts' FLUX guide has it; `batch_size` of the configuration wins over all."""
+    made, notes = config(GUIDE)
+    assert [(e.folder.name, e.resolution, e.batch_size, e.flip) for e in made.data] == [
+        ("a", [1024], 2, True),
+        ("a", [768], 3, True),
+    ]
+    assert made.batch_sizes == [2, 3]
+    assert keys(notes) == ["bucket_no_upscale", "datasets[0].batch_size", "datasets[1].batch_size"]
+    assert notes[1].endswith("taken as data.batch_size: 2")
+    made, notes = config(GUIDE, train={"batch_size": 4})
+    assert made.batch_sizes == [4, 4] and "ignored, train.batch_size is 4" in notes[1]
+    assert config(GUIDE, "data.1.batch_size=5")[0].batch_sizes == [2, 5]
+    # what a data set leaves out is kohya's 1
+    made, notes = config(GUIDE.replace("batch_size = 2\n", ""))
+    assert made.batch_sizes == [1, 3] and "datasets[0].batch_size (not given)" in notes[1]
+    made, notes = config(GUIDE.replace("batch_size = 2\n", ""), train={"batch_size": 3})
+    assert made.batch_sizes == [3, 3] and keys(notes) == ["bucket_no_upscale"]
+
+
+def test_masks_of_masked_loss(folder):
+    from fluxfast.data.scan import SkipReport, scan_folders
+
+    made, notes = config(plain(subset="conditioning_data_dir = 'masks'\nalpha_mask = true\n"))
+    assert (made.data[0].mask, made.data[0].mask_folder) == ("folder", Path("masks"))
+    assert keys(notes) == [
+        f"datasets[0].subsets[0].{key}" for key in ("conditioning_data_dir", "alpha_mask")
+    ]
+    assert "--masked_loss" in notes[0] and "mean 1" in notes[0]
+    for name in ("photos/a.png", "photos/b.jpg", "masks/a.jpg", "masks/b.PNG", "masks/extra.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (64, 64), 127).save(folder / name)
+    (found,) = scan_folders(made.data, folder / "sizes.json", SkipReport())
+    assert [image.mask for image in found.images] == [Path("masks/a.jpg"), Path("masks/b.PNG")]
+
+
+def test_a_data_set_may_be_json(folder):
+    raw = {
+        "general": {"enable_bucket": True, "bucket_no_upscale": True, "caption_extension": ".txt"},
+        "datasets": [{"resolution": 512, "subsets": [{"image_dir": "photos"}]}],
+    }
+    (folder / "d.json").write_text(json.dumps(raw, indent="\t"), encoding="utf-8")
+    assert KohyaFile("d.json").entries == [ENTRY]
+    assert build_config({"model": {"path": "m"}, "data": "d.json"}).data[0].folder == Path("photos")
+    for text, part in [
+        (
+            '{"datasets": [], "datasets": []}',
+            "not valid JSON: written twice: the key 'datasets'",
+        ),
+        ("[]", "must hold a mapping"),
+        ("{1: 2}", "1 unknown"),
+        ('{"general": {1: 2}}', "general.1 is unknown"),
+    ]:
+        (folder / "d.json").write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            KohyaFile("d.json")
+        assert part in caught.value.message
 
 
 def test_the_validation_split_is_taken_likewise():
@@ -319,8 +410,12 @@ def test_the_validation_split_is_taken_likewise():
     assert config(text)[0].validation.share == 0.2
     made, notes = config(text, validation={"folder": "held_out"})
     assert made.validation.share == 0 and "validation.folder is held_out" in notes[0]
-    made, notes = config(plain("validation_split = 0.0"))
+    made, notes = config(plain("validation_split = 0.0\nvalidation_seed = 5"))
     assert made.validation.share == 0 and notes == []
+    # held out of one data set alone it would be another share
+    other = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "b"\n'
+    error = refused(plain(dataset="validation_split = 0.1") + other)
+    assert "datasets[1].validation_split (not given) = 0.0: one validation.share" in error.message
 
 
 def test_entries_of_both_kinds_stand_side_by_side():
@@ -333,11 +428,10 @@ def test_entries_of_both_kinds_stand_side_by_side():
     assert made.data[1].flip and made.data[2].num_repeats == 7
 
 
-def test_two_files_may_not_differ_in_the_batch_size_either():
+def test_two_files_may_differ_in_the_batch_size_too():
     write(plain("batch_size = 2"), "e.toml")
     raw = {"model": {"path": "m"}, "data": ["e.toml", write(plain("batch_size = 4"))]}
-    with pytest.raises(ConfigError, match="e.toml: general.batch_size = 2, d.toml: general.batch"):
-        build_config(raw)
+    assert build_config(raw).batch_sizes == [2, 4]
 
 
 def test_overrides_name_a_file_and_reach_into_it():
@@ -384,11 +478,6 @@ def test_what_is_written_reads_back_the_same(folder):
         (plain(dataset="is_reg = true"), "datasets[0].is_reg belongs in [[datasets.subsets]]"),
         (plain(subset="batch_size = 4"), "subsets[0].batch_size belongs in [[datasets]]"),
         # what cannot be ignored
-        (plain(subset="is_reg = true"), "datasets[0].subsets[0].is_reg is not supported"),
-        (plain(subset="metadata_file = 'm.json'"), "subsets[0].metadata_file is not supported"),
-        (plain(subset="conditioning_data_dir = 'c'"), "ControlNets are not trained"),
-        (plain("enable_wildcard = true"), "general.enable_wildcard is not supported"),
-        (plain("secondary_separator = ';;;'"), "general.secondary_separator is not supported"),
         (
             plain("shuffle_caption = true", "keep_tokens_separator = '|||'"),
             "datasets[0].keep_tokens_separator is not supported together with shuffle_caption",
@@ -442,7 +531,8 @@ def test_separators_may_stay_where_nothing_is_shuffled():
         (b"[general]\nkeep_tokens = \n", "line 2"),
         (b"[general]\na = 1\na = 2\n", "line 3"),
         (b'image_dir = "C:\\hoge"\n', "line 1"),
-        (b"a = \xff\n", "not valid TOML"),
+        (b"a = \xff\n", "line 1 is not UTF-8"),
+        ("[general]\n".encode("utf-16"), "it is UTF-16, as PowerShell"),
         (b"a = " + b"[" * 5000, "not valid TOML"),
     ],
 )
@@ -476,6 +566,100 @@ def test_any_value_in_any_place_is_read_or_refused(junk):
                 assert "\n" not in error.message
 
 
+# ---------------------------------------------------------------- files of others
+
+# as their own documents have them
+OTHERS = {
+    "SimpleTuner's configuration": (
+        "config.json",
+        """{"--data_backend_config": "config/multidatabackend.json", "--model_family": "flux",
+        "--model_type": "lora", "--learning_rate": "8e-5", "--lora_rank": 16,}""",
+    ),
+    "SimpleTuner's list of data sets": (
+        "multidatabackend.json",
+        """[{"id": "dog", "instance_data_dir": "dog", "caption_strategy": "filename"},
+        {"id": "text", "dataset_type": "text_embeds"}]""",
+    ),
+    "OneTrainer's configuration": (
+        "#flux LoRA.json",
+        """{"base_model_name": "black-forest-labs/FLUX.1-dev", "batch_size": 4,
+        "model_type": "FLUX_DEV_1", "training_method": "LORA", "prior": {"train": false}}""",
+    ),
+    "OneTrainer's list of concepts": (
+        "concepts.json",
+        """[{"name": "x", "path": "photos", "include_subdirectories": false, "image_variations": 1,
+        "text": {"prompt_source": "sample"}}]""",
+    ),
+    "the arguments of sd-scripts (kohya)": (
+        "config_lora.toml",
+        """pretrained_model_name_or_path = "flux1-dev.safetensors"
+        clip_l = "c.safetensors"\nt5xxl = "t.safetensors"
+        network_module = "networks.lora_flux"\nnetwork_dim = 16""",
+    ),
+    "the arguments of diffusers' training script": (
+        "train.sh",
+        """export MODEL_NAME="black-forest-labs/FLUX.1-dev"
+        accelerate launch train_dreambooth_lora_flux.py \\
+          --pretrained_model_name_or_path=$MODEL_NAME --instance_data_dir=dog --rank=16 \\
+          --instance_prompt="a photo of sks dog" --max_train_steps=500""",
+    ),
+    "XLabs' x-flux configuration": (
+        "test_lora.yaml",
+        """model_name: "flux-dev"\ndata_config:\n  img_size: 512\n  img_dir: images/\nrank: 16""",
+    ),
+    "musubi-tuner's list of data sets": (
+        "musubi.toml",
+        """[general]\nresolution = [960, 544]\n[[datasets]]
+        image_directory = "images"\ncache_directory = "cache" """,
+    ),
+    "diffusion-pipe's configuration": (
+        "dp.toml",
+        """output_dir = "out"\ndataset = "d.toml"\npipeline_stages = 1
+        micro_batch_size_per_gpu = 1\n[model]\ntype = "flux" """,
+    ),
+    "diffusion-pipe's list of data sets": (
+        "dp_data.toml",
+        """resolutions = [512]\nenable_ar_bucket = true\nmin_ar = 0.5\n[[directory]]""",
+    ),
+    "a workflow of ComfyUI": (
+        "workflow.json",
+        """{"last_node_id": 9, "last_link_id": 9, "nodes": [{"widgets_values": [1]}]}""",
+    ),
+}
+
+
+@pytest.mark.parametrize("owner", OTHERS)
+def test_a_file_of_another_trainer_is_told_by_name(owner, folder, fluxfast):
+    name, text = OTHERS[owner]
+    (folder / name).write_text(text, encoding="utf-8")
+    told = f"error: {name} is {owner}, which fluxfast does not read"
+    for command in ("train", "plan"):
+        result = fluxfast(command, name)
+        assert (result.code, result.out) == (2, "") and told in result.err
+        assert "hint: `fluxfast train FOLDER --model" in result.err
+    if name.endswith((".toml", ".json")):
+        with pytest.raises(ConfigError, match=r"which fluxfast does not read"):
+            build_config({"model": {"path": "m"}, "data": name})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.*aml")) + [EXAMPLE])
+def test_no_file_that_is_read_is_taken_for_another(path):
+    check_owner(path)
+
+
+def test_settings_as_shell_variables_are_told_by_name(folder, fluxfast):
+    text = "export FLUX_LORA_TARGET=all\nexport DATALOADER_CONFIG='data.json'\n"
+    (folder / "config.env").write_text(text)
+    assert "config.env is SimpleTuner's configuration, which" in fluxfast("plan", "config.env").err
+
+
+def test_words_of_others_in_comments_and_single_mistakes_name_nobody(folder):
+    text = "# sd-scripts: --network_module x --network_args y\n"
+    (folder / "c.yaml").write_text(text + "model: {path: m}\ndata: {folder: f}\noutput_name: x\n")
+    with pytest.raises(ConfigError, match="unknown key 'output_name'"):
+        load_config(folder / "c.yaml")
+
+
 # ---------------------------------------------------------------- through the command line
 
 
@@ -487,6 +671,11 @@ def test_a_mistake_in_the_file_ends_in_one_message(fluxfast, folder):
         assert result.code == 2 and "\nhint: " in result.err
         assert "d.toml: datasets[0].subsets[0].is_reg is not supported" in result.error
     assert "training on d.toml needs a model" in fluxfast("train", "d.toml").error
+    (folder / "d.json").write_text('{"datasets": [{"subsets": [{"image_dir": "x", "a": 1}]}]}')
+    assert (
+        "d.json: datasets[0].subsets[0].a is unknown"
+        in fluxfast("train", "d.json", "--model", "m").error
+    )
 
 
 def test_a_data_set_trains(fluxfast, folder, nano_model):
@@ -505,7 +694,7 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
         'caption_prefix = "a photograph,"\nnum_repeats = 2\n'
     )
     raw = {
-        "name": "theirs",
+        "name": "theirs [v2]",
         "data": "d.toml",
         "device": "cpu",
         "lora": {"rank": 2},
@@ -515,14 +704,15 @@ def test_a_data_set_trains(fluxfast, folder, nano_model):
     }
     (folder / "c.yaml").write_text(yaml.safe_dump(raw))
     code, out, err = fluxfast("train", "c.yaml")
-    assert (code, out) == (0, "runs/theirs/theirs.safetensors\n"), err
+    assert (code, out) == (0, "runs/theirs [v2]/theirs [v2].safetensors\n"), err
     assert "note: d.toml: datasets[0].batch_size: taken as train.batch_size: 4\n" in err
-    assert "6 samples in 1 buckets" in err  # three pictures twice, not the one below
+    # not the one below
+    assert "\nphotos: 3 of 3 pictures, 2 times each, in 1 bucket: 64x64 (3)\n" in err
     with safe_open(folder / out.strip(), "pt") as file:
         assert file.metadata()["steps"] == "2"
-    written = load_config(folder / "runs" / "theirs" / "config.yaml")
+    written = load_config(folder / "runs" / "theirs [v2]" / "config.yaml")
     assert written.train.batch_size == 4 and written.data[0].caption_prefix == "a photograph,"
     with logged() as lines:
         (found,) = scan_folders(written.data, folder / "sizes.json", SkipReport())
     assert not lines
-    assert [image.name for image in found] == ["a.png", "b.png", "c.png"]
+    assert [image.name for image in found.images] == ["a.png", "b.png", "c.png"]
