@@ -14,7 +14,7 @@ setup(
     packages=[*find_packages(include=["fluxfast", "fluxfast.*"]), *find_packages("kernels")],
     package_dir={"": ".", "fluxfast_kernels": "kernels/fluxfast_kernels"},
     package_data={
-        "fluxfast": ["py.typed", "memory/planner/*.json", "run/*.j2"],
+        "fluxfast": ["py.typed", "*.json", "memory/planner/*.json", "run/*.j2"],
         "fluxfast_kernels": ["py.typed", "dispatch/configs/*.json"],
     },
     **native_library("csrc"),

@@ -1,5 +1,6 @@
 """The command line. torch and the trainer are imported inside the commands: `--help` is fast."""
 
+import errno
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from typing import Annotated
 import typer
 
 from fluxfast.errors import ConfigError, FluxfastError, LostRank
+from fluxfast.util.files import expanded
 from fluxfast.util.redact import plain
-from fluxfast.util.terminal import log_to_terminal, progress_bars
+from fluxfast.util.terminal import lasting_output, log_to_terminal, progress_bars
 
 app = typer.Typer(
     name="fluxfast",
@@ -24,9 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# `parser=expanded`: a shell leaves the ~ of `--lora=~/a` to the program
 Target = Annotated[
     Path,
-    typer.Argument(help="a configuration (.yaml), a folder of images or kohya's data set (.toml)"),
+    typer.Argument(
+        parser=expanded,
+        help="a configuration (.yaml), a folder of images or kohya's data set (.toml)",
+    ),
 ]
 Set = Annotated[
     list[str],
@@ -139,21 +145,27 @@ def sample(
     model: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or Hub id")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
     lora: Annotated[
-        list[Path], typer.Option(help="a LoRA file of any format; several are added up")
+        list[Path],
+        typer.Option(parser=expanded, help="a LoRA file of any format; several are added up"),
     ] = [],  # noqa: B006
     strength: Strength = [1.0],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, help="of the first picture")] = 42,
+    seed: Annotated[int, typer.Option(min=-1, help="of the first picture; -1 draws one")] = 42,
     walk_seed: Annotated[bool, typer.Option(help="seed + 1 for each further prompt")] = False,
-    width: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
-    height: Annotated[int, typer.Option(min=16, help="pixels")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="of the sampler")] = 20,
-    guidance: Annotated[float, typer.Option(help="for models that embed it")] = 3.5,
-    out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
+    width: Annotated[int, typer.Option(min=16, max=2**14, help="pixels")] = 1024,
+    height: Annotated[int, typer.Option(min=16, max=2**14, help="pixels")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, max=10**4, help="of the sampler")] = 20,
+    guidance: Annotated[
+        float, typer.Option(min=-1e4, max=1e4, help="for models that embed it")
+    ] = 3.5,
+    out: Annotated[Path, typer.Option(parser=expanded, help="folder for the PNG files")] = Path(
+        "samples"
+    ),
     encoders: Encoders = None,
     storage: Annotated[str, typer.Option(help="auto, fp32, bf16, nf4, int8 or fp8")] = "auto",
     compute: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp8")] = "auto",
     layers: Annotated[
-        Path | None, typer.Option(help="what `fluxfast check` wrote, if trained with it")
+        Path | None,
+        typer.Option(parser=expanded, help="what `fluxfast check` wrote, if trained with it"),
     ] = None,
 ) -> None:
     """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
@@ -162,9 +174,10 @@ def sample(
     --prompt "a zorb at the centre" --width 64 --height 64`. Two LoRAs: `--lora a.safetensors
     --strength 1 --lora b.safetensors --strength 0.5`.
     """
-    from fluxfast.config.schema import ModelConfig
+    from fluxfast.config.schema import ModelConfig, SampleConfig
     from fluxfast.config.yaml_io import check_texts, read_layers
-    from fluxfast.sampling import Picture
+    from fluxfast.rng import settle_seed
+    from fluxfast.sampling import pictures_of
     from fluxfast.tools.generate import generate
 
     check_texts({"--prompt": prompt, "--model": model})  # both are written into the pictures
@@ -178,10 +191,9 @@ def sample(
     parts = ModelConfig(path=model, encoders=encoders, layers=roles)
     # not validated here: where they are resolved, an error names what is allowed
     parts = parts.model_copy(update={"storage": storage, "compute": compute})
-    pictures = [
-        Picture(text, seed + walk_seed * index, width, height, steps, guidance)
-        for index, text in enumerate(prompt)
-    ]
+    numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance}
+    seeds = {"seed": settle_seed(seed), "walk_seed": walk_seed}
+    pictures = pictures_of(SampleConfig(prompts=prompt, **numbers, **seeds), prompt)
     with interruptible("the next run draws from the start"):
         files = generate(parts, pictures, out, lora, strength)
         print("\n".join(map(str, files)))
@@ -190,7 +202,8 @@ def sample(
 @app.command()
 def convert(
     source: Annotated[
-        list[Path], typer.Argument(help="LoRA files of any format, then the file to write")
+        list[Path],
+        typer.Argument(parser=expanded, help="LoRA files of any format, then the file to write"),
     ],
     to: Annotated[str, typer.Option(help="diffusers, kohya, comfyui, xlabs or bfl")],
     strength: Strength = [1.0],  # noqa: B006
@@ -223,7 +236,10 @@ def convert(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a .safetensors or GGUF file, or a model's folder")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=expanded, help="a .safetensors or GGUF file, or a model's folder"),
+    ],
     checksum: Annotated[
         bool, typer.Option("--checksum", help="read what `quantize` wrote whole, and compare")
     ] = False,
@@ -243,7 +259,9 @@ def quantize(
     source: Annotated[
         str, typer.Argument(help="a model's folder, .safetensors or GGUF file, or Hub id")
     ],
-    destination: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
+    destination: Annotated[
+        Path, typer.Argument(parser=expanded, help="the .safetensors file to write")
+    ],
     storage: Annotated[str, typer.Option(help="nf4, int8 or fp8")] = "nf4",
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="nf4 only: quantize the block scales as well")
@@ -278,7 +296,8 @@ def quantize(
 @app.command()
 def plan(
     target: Annotated[
-        Path | None, typer.Argument(help="a configuration (.yaml); FLUX.1-dev without one")
+        Path | None,
+        typer.Argument(parser=expanded, help="a configuration (.yaml); FLUX.1-dev without one"),
     ] = None,
     set_: Set = [],  # noqa: B006
     vram: Annotated[
@@ -301,7 +320,10 @@ def plan(
     from fluxfast.tools.plan import plan_rows
 
     if target is not None:
+        from fluxfast.data.survey import survey
+
         config = configuration(target, set_)
+        survey(config)
     else:
         data = {"folder": ".", "resolution": [512, 768, 1024]}
         config = build_config(
@@ -329,6 +351,8 @@ def configuration(target: Path, overrides, model=None, encoders=None, trigger=No
     """Returns the configuration in a YAML file, or one for a folder of images or kohya's data set,
     with the options applied.
     """
+    from fluxfast.config.key_table import check_owner
+    from fluxfast.config.kohya import is_kohya
     from fluxfast.config.schema import build_config, load_config
 
     options = {"model.path": model, "model.encoders": encoders, "trigger": trigger, "name": name}
@@ -336,7 +360,8 @@ def configuration(target: Path, overrides, model=None, encoders=None, trigger=No
         *(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items() if v is not None),
         *overrides,
     ]
-    if target.is_dir() or target.suffix.lower() == ".toml":
+    if target.is_dir() or is_kohya(target):
+        check_owner(target)  # before it is asked for a model
         if not any(item.startswith("model.path=") for item in overrides):
             raise ConfigError(
                 f"training on {target} needs a model",
@@ -392,14 +417,23 @@ def print_error(message: str) -> None:
 
 def main() -> None:
     """Run the command line; a user's errors become one message on stderr and an exit code."""
-    try:
-        with log_to_terminal(rank=rank()):
-            app()
-    except FluxfastError as error:
-        print_error(f"error: {plain(error.message)}")
-        if error.hint:
-            print(f"hint: {plain(error.hint)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # such as a disk that fills up under a log file
-        print_error("error: " + plain(f"{error.filename or 'system'}: {error.strerror or error}"))
-        sys.exit(1)
+    with lasting_output() as (out, _):
+        try:
+            with log_to_terminal(rank=rank()):
+                app()
+        except FluxfastError as error:
+            print_error(f"error: {plain(error.message)}")
+            if error.hint:
+                print(f"hint: {plain(error.hint)}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            reason = f"{error.filename or 'system'}: {error.strerror or error}"
+            print_error(f"error: {plain(reason)}")
+            sys.exit(1)
+        except SystemExit as stop:
+            lost = out.settle()
+            # a reader that is gone is no error: a pipe, on Windows, a terminal
+            if not stop.code and lost and lost.errno not in (errno.EPIPE, errno.EINVAL, errno.EIO):
+                print_error(f"error: stdout: {lost.strerror}")
+                sys.exit(1)
+            raise

@@ -122,8 +122,8 @@ class Ranks:
         """
         if batch_size % self.world_size:
             raise ConfigError(
-                f"train.batch_size is {batch_size}: {self.world_size} processes cannot share that "
-                "equally",
+                f"a batch of {batch_size} (train.batch_size, data.batch_size): {self.world_size} "
+                "processes cannot share that equally",
                 hint="it counts the samples of all processes together: set a multiple of "
                 f"{self.world_size}",
             )

@@ -6,10 +6,13 @@ Every random number is a pure function of (seed, global sample index).
 Shape legend: B batch, C latent channels, h, w latent rows and columns, T = h/2 · w/2 image tokens.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import fluxfast_kernels as fk
 import torch
@@ -37,9 +40,9 @@ def draw_timesteps(
 ) -> Tensor:
     """Returns t [B] in (0, 1), fp32: a quantile function of a uniform number per sample index.
 
-    kind: `sigmoid` (logit-normal, no shift), `uniform`, `linear` (uniform, to be used with its
-    weight), or `flux_shift`. bias: `content` favors noise (1 − u³), `style` clean pictures (u³),
-    `balanced` neither.
+    kind: `sigmoid` (logit-normal, no shift), `uniform`, `flux_shift`, or `linear`, `linear2` and
+    `weighted` (uniform, to be used with their weights). bias: `content` favors noise (1 − u³),
+    `style` clean pictures (u³), `balanced` neither.
     """
     u = rng.uniform(seed, "timestep", indices, device=device).view(-1)
     quantile = {"balanced": u, "content": 1 - u**3, "style": u**3}[bias].clamp(1e-6, 1 - 1e-6)
@@ -47,7 +50,7 @@ def draw_timesteps(
         return torch.sigmoid(torch.special.ndtri(quantile))
     if kind == "flux_shift":
         return flux_shift(quantile, tokens)
-    assert kind in ("uniform", "linear"), kind
+    assert kind in ("uniform", "linear", "linear2", "weighted"), kind
     return quantile
 
 
@@ -55,16 +58,28 @@ def _bell(i: Tensor) -> Tensor:
     return torch.exp(-2 * ((i - 500) / 1000) ** 2)
 
 
-def timestep_weight(t: Tensor, kind: str) -> Tensor:
-    """Returns the loss weight [B]: 1, or for `linear` a bell over t, 0 at both ends, of mean 1.
+@cache
+def _weighted(device: torch.device) -> Tensor:
+    """Returns the weights of `weighted` at t = 0.001, 0.002, … 1."""
+    table = Path(__file__).with_name("timestep_weights.json").read_text(encoding="utf-8")
+    return torch.tensor(json.loads(table)["weights"], device=device)
 
-    As in ai-toolkit: exp(−2((i − 500)/1000)²) at i = 1000·t, less its minimum, over its mean.
+
+def timestep_weight(t: Tensor, kind: str) -> Tensor:
+    """Returns the loss weight [B], 1 but for three kinds, which are as in ai-toolkit.
+
+    linear: a bell, exp(−2((i − 500)/1000)²) at i = 1000·t, less its minimum, over its mean.
+    linear2: likewise, held at its top below t = 0.5. weighted: a table that rises towards noise, of
+    mean 1.
     """
-    if kind != "linear":
+    if kind == "weighted":
+        return _weighted(t.device)[(1000 * t).round().long().clamp(1, 1000) - 1]
+    if kind not in ("linear", "linear2"):
         return torch.ones_like(t)
     table = _bell(torch.linspace(1000, 1, 1000, device=t.device))
     low = table.min()
-    return (_bell(1000 * t) - low).clamp(min=0) / (table - low).mean()
+    i = 1000 * t if kind == "linear" else (1000 * t).clamp(min=500)
+    return (_bell(i) - low).clamp(min=0) / (table - low).mean()
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -152,11 +167,15 @@ def noise_batch(
     return Inputs(noisy, target, t, timestep_weight(t, kind), mask, *ids, t5, pooled, modulation)
 
 
-def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float) -> Tensor:
+def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float | None) -> Tensor:
     """Returns losses [B], fp32: weight · mean of mask · (velocity − target)², with the mask scaled
-    to mean 1, so that a masked picture does not count for less.
+    to mean 1, so that a masked picture does not count for less. guidance: fed to the model's
+    embedding, which None leaves out.
     """
     text = inputs.t5, inputs.txt_ids, inputs.timesteps, inputs.pooled
-    scale = torch.full_like(inputs.timesteps, guidance)
-    velocity = model(inputs.noisy, inputs.img_ids, *text, scale, inputs.modulation)
+    modulation = inputs.modulation
+    if guidance is None and modulation is None:
+        modulation = cast(Any, model).modulation(inputs.timesteps, inputs.pooled, None)
+    scale = None if guidance is None else torch.full_like(inputs.timesteps, guidance)
+    velocity = model(inputs.noisy, inputs.img_ids, *text, scale, modulation)
     return fk.flow_loss(velocity, inputs.target, inputs.weight, inputs.mask)

@@ -4,9 +4,13 @@ average; below it how optimizers are built, each from its own library.
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +27,8 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     """Returns the learning rate at optimizer step `step`, counted from 0.
 
     Warm-up rises linearly over `warmup_steps` to `train.lr`, by default 1e-4, or 1.0 for prodigy,
-    which finds its own; then constant, linear or cosine down to 0 at `steps`. Schedule-free warms
-    up by itself.
+    which finds its own; then constant, linear or cosine down to `lr_end` at `steps`. Schedule-free
+    warms up by itself.
     """
     lr = train.lr
     if lr is None:
@@ -36,7 +40,8 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     if train.lr_schedule == "constant":
         return lr
     done = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
-    return lr * (1 - done if train.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+    left = 1 - done if train.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return train.lr_end + (lr - train.lr_end) * left
 
 
 def clip_and_guard(
@@ -162,35 +167,101 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Returns the optimizer named in the configuration, with `optimizer_args` passed on to it.
+    """Returns the optimizer named in the configuration. Raises ConfigError as `check_optimizer`."""
+    make = check_optimizer(train, parameters[0].device)
+    with redirect_stdout(sys.stderr):  # prodigy prints a line
+        return make(parameters)
 
-    Raises ConfigError for an argument that it does not take, or a missing library.
+
+def check_optimizer(train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
+    """Returns what makes the optimizer named in the configuration, with `optimizer_args` passed on
+    to it. Raises ConfigError for an argument that it does not take, or a missing library.
     """
-    args = dict(train.optimizer_args)
-    if train.optimizer == "schedulefree" and train.lr_schedule != "constant":
+    name = train.optimizer
+    if name == "schedulefree" and train.lr_schedule != "constant":
         raise ConfigError(
             "optimizer schedulefree replaces the schedule: lr_schedule must be constant"
         )
     try:
-        if "betas" in args:
-            args["betas"] = tuple(args["betas"])
         kind, defaults = _class_and_defaults(train)
-        make: Any = partial(kind, lr=learning_rate(0, train), **{**defaults, **args})
-        # many arguments are read in a step only, so a step is tried
-        trial = nn.Parameter(torch.zeros(1, device=parameters[0].device))
-        trial.grad = torch.zeros_like(trial)
-        optimizer = make([trial])
-        set_mode(optimizer, training=True)
-        optimizer.step()
-        return make(parameters)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"optimizer_args of {train.optimizer}: {reason}") from None
-    except ImportError as error:
+    except Exception as error:  # bitsandbytes has its own where its CUDA part does not load
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"optimizer {train.optimizer} needs a library that is not here: {error}",
-            hint="install the project again: `make install`",
+            f"optimizer {name} needs the library {_LIBRARY[name]}, which does not load: {reason}",
+            hint=f"pip install {_LIBRARY[name]}; train.optimizer: adamw needs none",
         ) from None
+    args = _checked_args(kind, train)
+    make = partial(kind, lr=learning_rate(0, train), **defaults)
+    if failed := _fault(partial(make, **args), device):
+        words = f"optimizer {name} does not work here"
+        for key, value in args.items():  # the one that fails by itself
+            if own := _fault(partial(make, **{key: value}), device):
+                failed, words = own, f"optimizer_args of {name}: {key} {value!r} cannot be"
+                break
+        raise ConfigError(f"{words}: {failed}")
+    return partial(make, **args)
+
+
+def _checked_args(kind: type, train: TrainConfig) -> dict[str, Any]:
+    """Returns `optimizer_args` in the types that the optimizer's own defaults have."""
+    where = f"optimizer_args of {train.optimizer}"
+    taken = {key: p.default for key, p in inspect.signature(kind).parameters.items()}
+    del taken["params"], taken["lr"]
+    args = dict(train.optimizer_args)
+    for key, value in args.items():
+        if key not in taken:
+            close = difflib.get_close_matches(key, taken, n=1)
+            raise ConfigError(
+                f"{where}: there is no {key!r}"
+                + (f", did you mean {close[0]!r}?" if close else ""),
+                hint="the learning rate is train.lr"
+                if key == "lr"
+                else f"it takes {', '.join(taken)}",
+            )
+        match taken[key]:
+            case bool():
+                fits, words = value in (0, 1), "true or false"
+                args[key] = bool(value)
+            case int() | float() as default:
+                fits, words = _is_number(value), f"a number such as {default}"
+            case tuple() as default:
+                args[key] = value = tuple(value) if isinstance(value, list) else value
+                fits = isinstance(value, tuple) and len(value) == len(default)
+                fits = fits and all(map(_is_number, value))
+                words = f"{len(default)} numbers such as {list(default)}"
+            case _:
+                continue
+        if not fits:
+            raise ConfigError(f"{where}: {key} takes {words} (got {train.optimizer_args[key]!r})")
+    return args
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fault(make: Callable[[Any], Any], device: torch.device) -> str:
+    """Returns why an optimizer takes no step, tried as many arguments are read in a step only."""
+    trial = nn.Parameter(torch.zeros(4096, device=device))  # bitsandbytes keeps fewer in 32 bits
+    trial.grad = torch.zeros_like(trial)
+    try:
+        with redirect_stdout(io.StringIO()):
+            optimizer = make([trial])
+            set_mode(optimizer, training=True)
+            optimizer.step()
+    except Exception as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
+# the library that an optimizer comes from
+_LIBRARY = {
+    "adamw": "torch",
+    "adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "schedulefree": "schedulefree",
+    "adafactor": "transformers",
+}
 
 
 def _class_and_defaults(train: TrainConfig) -> tuple[type, dict[str, Any]]:

@@ -11,6 +11,7 @@ differ in the last bit.
 
 import hashlib
 import math
+import secrets
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from torch import Tensor
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+
+
+def settle_seed(seed: int, begun: int | None = None) -> int:
+    """Returns the seed; for -1 the one that a run began with, or without one a random seed."""
+    if seed != -1:
+        return seed
+    return secrets.randbelow(2**32) if begun is None else begun
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:

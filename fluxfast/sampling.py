@@ -7,8 +7,10 @@ Source of the schedule: BFL `flux/sampling.py`, get_schedule and denoise.
 import io
 import json
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -16,8 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fluxfast import rng
+from fluxfast.config.schema import SampleConfig
 from fluxfast.encoders.vae import Vae
-from fluxfast.errors import ConfigError
+from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.model.flux import Flux
 from fluxfast.objective import flux_shift, image_ids, pack, text_ids, unpack
 from fluxfast.util.files import write_atomic
@@ -35,6 +38,20 @@ class Picture:
     height: int
     steps: int
     guidance: float
+
+
+def pictures_of(settings: SampleConfig, prompts: list[str]) -> list[Picture]:
+    """Returns the picture of each prompt, with a seed of its own under `walk_seed`. The last ones
+    are those of `samples`, with settings of their own.
+    """
+    shared = settings.model_dump(include={"width", "height", "steps", "guidance"})
+    pictures = []
+    for index, prompt in enumerate(prompts):
+        seed = settings.seed + settings.walk_seed * index
+        place = index - len(prompts) + len(settings.samples)
+        own = settings.samples[place].model_dump(exclude_none=True) if place >= 0 else {}
+        pictures.append(Picture(**{"seed": seed, **shared, **own, "prompt": prompt}))
+    return pictures
 
 
 def schedule(steps: int, tokens: int, shifted: bool = True) -> list[float]:
@@ -88,14 +105,14 @@ def draw_pictures(
     root: Path,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-) -> list[Image.Image]:
-    """Returns the pictures, 8-bit RGB. The VAE, from `root`/vae, is loaded once and freed again.
+) -> Iterator[Image.Image]:
+    """Yields each picture when it is drawn, 8-bit RGB. The VAE, from `root`/vae, is loaded once
+    and freed at the end.
 
     embeddings: (t5 [L, D], pooled [P]) per picture. Raises ConfigError for a size that is no
-    multiple of two latent cells.
+    multiple of two latent cells, FluxfastError for a picture that is not finite.
     """
     vae = Vae(root, device, dtype)
-    images = []
     try:
         for picture, embedding in zip(pictures, embeddings, strict=True):
             width, height = picture.width, picture.height
@@ -109,12 +126,17 @@ def draw_pictures(
             noise = noise_for(picture.seed, vae.channels, *size, device)
             t5, pooled = (tensor[None].to(device) for tensor in embedding)
             latents = sample_latents(model, noise, t5, pooled, picture.steps, picture.guidance)
-            pixels = (vae.decode(latents)[0].clamp(-1, 1) + 1) * 127.5
-            pixels = pixels.round().to(torch.uint8).permute(1, 2, 0)
-            images.append(Image.fromarray(pixels.cpu().numpy()))
+            pixels = vae.decode(latents)[0]
+            if not torch.isfinite(pixels).all():
+                raise FluxfastError(
+                    f"the picture of {picture.prompt[:60]!r} is not finite",
+                    hint="the LoRA, its strength or the precision makes numbers that are too "
+                    "large; --storage bf16 --compute bf16 tells which",
+                )
+            pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+            yield Image.fromarray(pixels.cpu().numpy())
     finally:
         vae.close()
-    return images
 
 
 def save_picture(path: Path, image: Image.Image, picture: Picture, **more: str) -> None:
@@ -125,6 +147,15 @@ def save_picture(path: Path, image: Image.Image, picture: Picture, **more: str) 
     info.add_itxt("fluxfast", json.dumps({**asdict(picture), **more}, ensure_ascii=False))
     image.save(buffer := io.BytesIO(), "PNG", pnginfo=info)
     write_atomic(path, buffer.getvalue())
+
+
+def settings_of(file: Path) -> dict[str, Any]:
+    """Returns what `save_picture` wrote into a file, nothing for any other file."""
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            return {**json.loads(image.info["fluxfast"])}
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def contact_sheet(

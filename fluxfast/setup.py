@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
-from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.plan import Plan
 from fluxfast.memory.planner.step_spec import Shape
 from fluxfast.memory.runtime import MemoryRuntime
@@ -35,19 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_loras(config: Config, fresh: bool) -> None:
-    """Raise FluxfastError for a LoRA file that the run needs and that cannot be read, before
-    pictures are encoded. fresh: the run starts at step 0, and so reads `lora.init_from`.
-    """
-    from fluxfast.formats.lora.apply import read_lora
-    from fluxfast.util.hub import fetch_lora
-
-    if config.model.assistant_lora:
-        read_lora(fetch_lora(config.model.assistant_lora))
-    if config.lora.init_from and fresh:
-        read_lora(config.lora.init_from)
-
-
 def build(
     config: Config,
     resolved: ResolvedModel,
@@ -58,8 +44,7 @@ def build(
 ) -> Training:
     """Load the frozen model, inject its LoRA, and assemble everything that trains it as planned."""
     from fluxfast.formats.base.load import load_resolved
-    from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant
-    from fluxfast.formats.lora.write import to_state
+    from fluxfast.formats.lora.apply import init_lora, load_assistant
     from fluxfast.run.checkpoint import checkpoints
     from fluxfast.util.hub import fetch_lora
     from fluxfast.util.terminal import spinner
@@ -72,8 +57,6 @@ def build(
     if lora.init_from and not checkpoints(config.run_dir):
         init_lora(model, lora.init_from)
         log.info(f"starting from {lora.init_from}")
-    if "xlabs" in config.save.formats:  # it cannot hold every target: an error now, not at the end
-        to_state(extract_lora(model), "xlabs")
     if assistant:
         load_assistant(model, assistant)
         log.info(f"{config.model.assistant_lora} assists in training, not in previews and files")
@@ -105,19 +88,24 @@ def _precision(model: Flux) -> str:
     return line + (f", {len(dense)} in {dense[0].storage()}" if dense else "")
 
 
-def _bucket_labels(loader: Loader) -> dict[int, str]:
-    """Returns image tokens of a sample -> name of its buckets, the smallest one's size."""
-    labels: dict[int, str] = {}
-    for (width, height), (rows, columns) in sorted(loader.latent_sizes.items()):
-        labels.setdefault((rows // 2) * (columns // 2), f"{width}x{height}")
+def _bucket_labels(loader: Loader) -> dict[tuple[int, int], str]:
+    """Returns (samples of a batch, image tokens of each) -> name of its buckets, the smallest one's
+    size.
+    """
+    labels: dict[tuple[int, int], str] = {}
+    for (width, height), count in loader.buckets:
+        rows, columns = loader.latent_sizes[width, height]
+        name = f"{width}x{height}"
+        name = f"{count} of {name}" if name in labels.values() else name
+        labels.setdefault((count, (rows // 2) * (columns // 2)), name)
     return labels
 
 
 def bucket_shapes(loader: Loader) -> dict[str, Shape]:
     """Returns bucket name -> shape of this process's share of a batch."""
     return {
-        label: Shape(len(loader.places), tokens, loader.text_length)
-        for tokens, label in _bucket_labels(loader).items()
+        label: Shape(count, tokens, loader.text_length)
+        for (count, tokens), label in _bucket_labels(loader).items()
     }
 
 
@@ -159,18 +147,12 @@ def assemble(
 
 
 def _policies(
-    config: Config, model: Flux, labels: dict[int, str], plan: Plan | None
+    config: Config, model: Flux, labels: dict[tuple[int, int], str], plan: Plan | None
 ) -> dict[str, tuple[str, ...]]:
     """Returns bucket -> policy per block: the plan's, else the configured one for all."""
     if plan is not None:
         return {label: bucket.choice.policies for label, bucket in plan.buckets.items()}
-    memory = config.memory
-    if "host" in (memory.modulation, memory.optimizer_state) or memory.policy == "offload":
-        raise ConfigError(
-            "memory: moving things to the host takes a plan, and on a CPU there is none",
-            hint="set memory.limit_gib to try one",
-        )
-    policy = "keep" if memory.policy == "auto" else memory.policy
+    policy = "keep" if config.memory.policy == "auto" else config.memory.policy
     return {label: (policy,) * len(model.policies) for label in labels.values()}
 
 
@@ -180,10 +162,6 @@ def _modulation_cache(
     """Returns what computes modulation ahead, None where a step computes its own."""
     modulation = config.memory.modulation if plan is None else plan.modulation
     trained = plan is None and any(layer.trains() for layer in model.modulation_linears())
-    if trained and modulation == "ahead":
-        raise ConfigError(
-            "memory.modulation: ahead needs frozen modulation, and lora.targets: all trains it"
-        )
     if trained or modulation == "in_place":
         return None
     train = config.train
@@ -194,4 +172,5 @@ def _modulation_cache(
         return draw_timesteps(*settings), pooled
 
     stop = train.steps * train.gradient_accumulation
-    return ModulationCache(model.modulation, conditions, train.guidance, len(loader.places), stop)
+    largest = max(count for _, count in loader.buckets)
+    return ModulationCache(model.modulation, conditions, train.guidance, largest, stop)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Training:
-    """What a step works on. labels: image tokens of a sample -> the bucket's name in the plan."""
+    """What a step works on. labels: (samples of a batch, image tokens of each) -> the bucket's
+    name in the plan.
+    """
 
     config: Config
     device: torch.device
@@ -37,7 +39,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     memory: MemoryRuntime
-    labels: dict[int, str]
+    labels: dict[tuple[int, int], str]
     loader: Loader
     modulation_cache: ModulationCache | None = None
     ranks: Ranks = SINGLE_PROCESS
@@ -51,9 +53,12 @@ class Training:
         loss.backward()
         return loss.detach()
 
-    def loss(self, inputs: Inputs) -> Tensor:
-        """Run the forward pass of one batch. Returns its share of the step's loss."""
-        self.memory.use(self.labels[inputs.noisy.shape[1]])
+    def loss(self, inputs: Inputs, count: int | None = None) -> Tensor:
+        """Run the forward pass of one batch. Returns its share of the step's loss.
+
+        count: samples of the batch whose policies are used, by default those of `inputs`.
+        """
+        self.memory.use(self.labels[count or len(inputs.noisy), inputs.noisy.shape[1]])
         train = self.config.train
         # every batch counts the same, so accumulation is one larger batch; ranks share each alike
         parts = train.gradient_accumulation * self.ranks.world_size
@@ -116,7 +121,7 @@ def _accumulate(run: Training, batches: list[Batch]) -> Tensor:
     total = torch.zeros((), device=run.device)
     for batch in batches:
         rows, columns = batch.mean.shape[-2:]
-        run.memory.expect(run.labels[(rows // 2) * (columns // 2)])
+        run.memory.expect(run.labels[len(batch.mean), (rows // 2) * (columns // 2)])
         inputs = run.inputs(batch)
         total += run.graphs(graph_key(inputs), inputs)
     return total

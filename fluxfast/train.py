@@ -4,13 +4,15 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fluxfast.config.schema import Config, dump_config
-from fluxfast.data.loader import Loader
-from fluxfast.data.prepare import prepare, resolve_parts
+from fluxfast.config.yaml_io import apply_override
+from fluxfast.data.loader import Loader, fingerprint_of
+from fluxfast.data.prepare import prepare
 from fluxfast.data.store import CacheDamaged
 from fluxfast.distributed import Ranks, init_distributed, restart_count
 from fluxfast.errors import FluxfastError, LostRank
@@ -18,25 +20,27 @@ from fluxfast.formats.base.load import resolve_device
 from fluxfast.memory.planner.report import run_lines
 from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
-from fluxfast.model.flux import Flux
 from fluxfast.model.lora import set_assisted
-from fluxfast.objective import Batch
 from fluxfast.optim import eval_weights, set_mode, skips_exactly
-from fluxfast.run.checkpoint import checkpoints
+from fluxfast.rng import settle_seed
+from fluxfast.run.checkpoint import checkpoints, read_state
 from fluxfast.run.diagnose import diagnose
 from fluxfast.run.evaluate import Watch
 from fluxfast.run.interrupt import Stopped, stop_on_signals
 from fluxfast.run.logger import NotFinite, RunLog
+from fluxfast.run.preflight import check_fits, check_memory, check_start
 from fluxfast.run.report import write_report
+from fluxfast.run.resume import PATHS, settings, weights_of
 from fluxfast.run.saves import Saves, lora_file, move_aside, save_best
-from fluxfast.setup import bucket_shapes, build, check_loras
+from fluxfast.setup import bucket_shapes, build
 from fluxfast.step import Training, train_step
 from fluxfast.tools.plan import plan_run
 from fluxfast.util.files import (
     check_no_links,
+    check_writable,
     drop_partials,
     exclusive_lock,
-    warn_on_disk_error,
+    keep_running,
     write_atomic,
 )
 
@@ -52,20 +56,39 @@ def train(config: Config, *, restart: bool = False) -> Path:
     KeyboardInterrupt, after a signal asked it to stop and the checkpoint is saved.
     """
     with init_distributed() as ranks, ExitStack() as locks:
-        ranks.shard(config.train.batch_size)  # raises before anything is done
+        for size in config.batch_sizes:
+            ranks.shard(size)  # raises before anything is done
         ranks.check_same("their configuration", dump_config(config))
         if ranks.is_main:
             # a restart by torchrun itself resumes: what was trained before must not be moved aside
             if restart and restart_count() == 0 and config.run_dir.exists():
-                resolve_parts(config.model, resolve_device(config.device))  # the new run can begin
-                check_loras(config, fresh=True)
+                check_start(config, resolve_device(config.device), fresh=True)
                 with exclusive_lock(config.run_dir):
                     move_aside(config.run_dir)
             locks.enter_context(exclusive_lock(config.run_dir))
         ranks.barrier()
-        path = _with_cache_repaired(config, ranks)
+        path = _with_cache_repaired(_with_seeds(config, ranks), ranks)
         ranks.barrier()  # until rank 0 has written everything
         return path
+
+
+def _with_seeds(config: Config, ranks: Ranks) -> Config:
+    """Returns the configuration with a seed for each -1: the one that the run began with, or one
+    that is drawn; on every rank the same.
+    """
+    keys = [k for k, v in settings(config).items() if k.endswith("seed") and v == -1]
+    if not keys:
+        return config
+    begun: dict = {}
+    for _, folder in checkpoints(config.run_dir):
+        with suppress(FluxfastError):  # damaged; a later one has the same seeds
+            begun = settings(read_state(folder, tensors=False)["config"])
+    drawn = ranks.all_gather_json({key: settle_seed(-1, begun.get(key)) for key in keys})[0]
+    log.info(f"drawn once, and kept in config.yaml: {', '.join(f'{k} {drawn[k]}' for k in keys)}")
+    raw = config.model_dump(mode="json")
+    for key in keys:
+        apply_override(raw, f"{key}={drawn[key]}")
+    return Config.model_validate(raw)
 
 
 def _with_cache_repaired(config: Config, ranks: Ranks) -> Path:
@@ -91,17 +114,27 @@ def _train(config: Config, ranks: Ranks) -> Path:
         if ranks.is_main:
             check_no_links(config.run_dir, "checkpoints", "samples", "tensorboard", "metrics.jsonl")
             drop_partials(*(config.run_dir / below for below in (".", "checkpoints", "samples")))
+            check_writable(config.run_dir)
         saves = Saves(config)
     ranks.check_same("the checkpoint they go on from", saves.fingerprint)
     device = resolve_device(config.device)
-    check_loras(config, fresh=not checkpoints(config.run_dir))
-    prepared = prepare(config, device, ranks)
-    batch, places = config.train.batch_size, ranks.shard(config.train.batch_size)
+    with ranks.main_process_first():  # one fetches what is on the Hub
+        parts = check_start(config, device, fresh=not checkpoints(config.run_dir))
+    saves.check_content(weights_of(config, parts))
+    check = partial(check_memory, config, parts, device, ranks)
+    prepared = prepare(config, device, ranks, parts, check)
     pin = device.type == "cuda"
-    loader = Loader(prepared.dataset, batch, config.seed, pin=pin, places=places)
+    loader = Loader(
+        prepared.dataset, config.train.batch_size, config.seed, pin=pin, shard=ranks.shard
+    )
+    pictures = {"data.folder": loader.fingerprint}
+    if config.validation.folder:
+        pictures["validation.folder"] = fingerprint_of(prepared.held_out)
+    saves.check_content({PATHS[key]: digest for key, digest in pictures.items()})
     ranks.check_same("the pictures or captions they read", loader.fingerprint)
     if ranks.world_size > 1:
-        log.info(f"{ranks.world_size} processes, each takes {len(places)} of {batch} samples")
+        shares = [f"{len(ranks.shard(size))} of {size}" for size in sorted(set(config.batch_sizes))]
+        log.info(f"{ranks.world_size} processes, each takes {', '.join(shares)} samples")
     # the first all-reduce allocates buffers on the device, which free memory is planned without
     ranks.all_reduce_(torch.zeros(1, device=device))
     plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
@@ -109,7 +142,7 @@ def _train(config: Config, ranks: Ranks) -> Path:
         log.info(line)
     try:
         run = build(config, prepared.model, loader, device, plan, ranks)
-        _check_fits(run.model, loader.batch(0))
+        check_fits(loader.batch(0), run.model.spec)
         first, log_state = saves.restore(run)
         if ranks.is_main:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
@@ -125,26 +158,10 @@ def _train(config: Config, ranks: Ranks) -> Path:
     if ranks.is_main:
         step, path = saves.publish()
         report = ""
-        with warn_on_disk_error():
+        with keep_running("report.html"):
             report = f", the report {write_report(config.run_dir)}"
         log.info(f"{step} steps done; the LoRA is {path}{report}")
     return lora_file(config, config.run_dir)
-
-
-def _check_fits(model: Flux, batch: Batch) -> None:
-    """Raise FluxfastError where cached encodings are not of the transformer's widths."""
-    spec = model.spec
-    for name, width, expected in (
-        ("T5 states", batch.t5.shape[-1], spec.context_in_dim),
-        ("pooled CLIP states", batch.pooled.shape[-1], spec.vec_in_dim),
-        ("packed latents", 4 * batch.mean.shape[1], spec.in_channels),
-    ):
-        if width != expected:
-            raise FluxfastError(
-                f"the encoders do not belong to this transformer: {name} are "
-                f"{width} wide, it takes {expected}",
-                hint="model.encoders must name the pipeline folder that the transformer came with",
-            )
 
 
 def _loop(run: Training, watch: Watch, saves: Saves, first: int, log_state: dict | None) -> None:
@@ -257,6 +274,6 @@ def _look(run: Training, watch: Watch, done: int) -> None:
             row = watch.look(done)
             set_assisted(run.model, True)
             if row is not None:
-                with warn_on_disk_error():
+                with keep_running(f"the best step's file, of step {done}"):
                     save_best(run, done, row.loss)
     run.ranks.barrier()

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from small import random_tensor
 
 from fluxfast.formats.base.reader import open_base
-from fluxfast.model.names import linear_shape, part_rows, tensor_sources
+from fluxfast.model.names import part_rows, tensor_sources
 from fluxfast.model.spec import FluxSpec, rope_axes
 
 # hidden 256: ggml's K types take rows of 256, and q, k and v have 1024 blocks each, four groups
@@ -37,20 +38,9 @@ PREFIX = "model.diffusion_model."
 
 
 def tensors_of(spec: FluxSpec = WIDE, dtype=torch.bfloat16, seed: int = 0):
-    """Returns tensors by BFL name: matrices N(0, 1/K), vectors near 0, norm scales near 1."""
+    """Returns the tensors of `random_flux` by BFL name."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in tensor_sources(spec):
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            shape, mean, std = (spec.head_dim,), 1.0, 0.02
-        elif kind == "bias":
-            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
-        else:
-            shape = linear_shape(module, spec)
-            mean, std = 0.0, shape[1] ** -0.5
-        tensors[name] = (torch.randn(shape, generator=generator) * std + mean).to(dtype)
-    return tensors
+    return {name: random_tensor(name, spec, generator).to(dtype) for name in tensor_sources(spec)}
 
 
 def split_tensors(tensors, spec: FluxSpec = WIDE):

@@ -66,25 +66,29 @@ def random_flux(
 ) -> Flux:
     """Returns a Flux with random weights made on the device.
 
-    Arguments as for `load_transformer`, with neither storage nor compute `auto`. Matrices are
-    N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
+    Arguments as for `load_transformer`, with neither storage nor compute `auto`.
     """
     generator = torch.Generator(device).manual_seed(seed)
-
-    def read(name: str) -> torch.Tensor:
-        module, _, kind = name.rpartition(".")
-        if kind == "scale":
-            shape, mean, std = (spec.head_dim,), 1.0, 0.02
-        elif kind == "bias":
-            shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
-        else:
-            shape = linear_shape(module, spec)
-            mean, std = 0.0, shape[1] ** -0.5
-        return torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
-
     model = Flux(spec, activation_dtype(compute, activations, torch.device(device)))
-    fill(model, read, layer_precisions(spec, storage, compute, layers), device=device)
+    precisions = layer_precisions(spec, storage, compute, layers)
+    fill(model, lambda name: random_tensor(name, spec, generator), precisions, device=device)
     return model
+
+
+def random_tensor(name: str, spec: FluxSpec, generator: torch.Generator) -> torch.Tensor:
+    """Returns a tensor of the model by its BFL name, made on the generator's device: matrices
+    N(0, 1/K), biases N(0, 0.02²), norm scales 1 + N(0, 0.02²).
+    """
+    module, _, kind = name.rpartition(".")
+    if kind == "scale":
+        shape, mean, std = (spec.head_dim,), 1.0, 0.02
+    elif kind == "bias":
+        shape, mean, std = linear_shape(module, spec)[:1], 0.0, 0.02
+    else:
+        shape = linear_shape(module, spec)
+        mean, std = 0.0, shape[1] ** -0.5
+    tensor = torch.randn(shape, generator=generator, device=generator.device)
+    return tensor.mul_(std).add_(mean)
 
 
 def inputs(spec: FluxSpec, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:

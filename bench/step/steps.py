@@ -132,7 +132,7 @@ class RandomLoader:
 
     def __init__(self, settings: Settings, cycle: Cycle):
         self.batch_size, self.text_length = cycle.batch, settings.text_tokens
-        self.places = range(cycle.batch)
+        self.buckets = [((side, side), cycle.batch) for side in cycle.pixels]
         self.latent_sizes = {(side, side): (side // 8, side // 8) for side in cycle.pixels}
         self._batches = [_encoded(settings, side, cycle.batch) for side in cycle.pixels]
 

@@ -194,6 +194,8 @@ class Flux(nn.Module):
         """
         dtype = self.compute_dtype
         if modulation is None:
+            if self.guidance_in is not None and guidance is None:
+                raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
             modulation = self.modulation(timesteps, y, guidance)
         layers = self.modulation_linears()
         pieces = modulation[:, None, :].split([layer.out_features for layer in layers], dim=-1)
@@ -220,12 +222,10 @@ class Flux(nn.Module):
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Returns shifts, scales and gates of all blocks and the last layer, side by side.
 
-        timesteps, guidance [B], y [B, 768], as in `forward`. Computed in padded groups of
-        MODULATION_ROWS, so that a row's bits do not depend on the other samples. Raises ValueError
-        without the guidance that a model embeds.
+        timesteps, guidance [B], y [B, 768], as in `forward`; without guidance its embedding is left
+        out. Computed in padded groups of MODULATION_ROWS, so that a row's bits do not depend on the
+        other samples.
         """
-        if self.guidance_in is not None and guidance is None:
-            raise ValueError("this model embeds guidance: pass guidance [B], 1.0 when training")
         inputs = [timesteps, y] if guidance is None else [timesteps, y, guidance]
         if any(layer.drops() for layer in self.modulation_linears()):
             # dropout masks belong to the batch's own samples; such rows are never cached
@@ -237,8 +237,7 @@ class Flux(nn.Module):
     def _modulation_rows(self, t: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype
         vec = self.time_in(timestep_embedding(t).to(dtype)) + self.vector_in(y.to(dtype))
-        if self.guidance_in is not None:
-            assert guidance is not None
+        if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = F.silu(vec)
         return torch.cat([layer(vec) for layer in self.modulation_linears()], dim=-1)

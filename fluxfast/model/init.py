@@ -9,7 +9,16 @@ from torch import Tensor
 from fluxfast.model.flux import Flux
 from fluxfast.model.frozen_linear import Weight, to_device
 from fluxfast.model.names import tensor_sources
-from fluxfast.model.precision import Precision
+from fluxfast.model.precision import Precision, linears
+from fluxfast.model.spec import FluxSpec
+
+
+def hollow(spec: FluxSpec) -> Flux:
+    """Returns a Flux without weights, to try on it whether a LoRA fits. It cannot run."""
+    model = Flux(spec, torch.float32)
+    for name in linears(spec):
+        model.linear(name).weight = torch.empty(0)
+    return model
 
 
 def fill(

@@ -96,17 +96,17 @@ def inject_lora(
     exclude: Sequence[str] = (),
     share_a: bool = False,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> list[nn.Parameter]:
     """Adds LoRA to `model` in place. Returns its parameters, fp32: A, then B of each module, in
     model order.
 
     scale = alpha / rank (alpha defaults to rank). Each part (q, k, v, mlp) of a fused linear has an
     A of its own unless share_a (kohya's form). A is a function of (seed, module); B is zero, so the
-    output is unchanged.
+    output is unchanged. seed None leaves A unset: a LoRA to try things on.
     """
     alpha = float(rank if alpha is None else alpha)
-    model.dropout_clock.seed = seed
+    model.dropout_clock.seed = seed or 0
     parameters = []
     selected = select_targets(model.spec, targets, include, exclude)
     for module, parts in groupby(selected, lambda target: target.module):
@@ -120,17 +120,25 @@ def inject_lora(
 
 
 def fresh_update(
-    layer: LoRALinear, rank: int, alpha: float, parts: Parts, *, seed: int = 0, stream: str = "lora"
+    layer: LoRALinear,
+    rank: int,
+    alpha: float,
+    parts: Parts,
+    *,
+    seed: int | None = 0,
+    stream: str = "lora",
 ) -> LowRankUpdate:
     """Returns a trainable update of `layer`, fp32 on its device: A uniform in ±1/sqrt(K) (as peft
-    and kohya initialize it), B zero.
+    and kohya initialize it) or, for seed None, unset; B zero.
     """
     device = layer.stored_tensors()[0].device
     shape = (len(parts) * rank, layer.in_features)
-    uniform = rng.uniform(seed, f"{stream}.lora_A", 0, shape, device)[0]
+    a = torch.empty(shape, device=device)
+    if seed is not None:
+        uniform = rng.uniform(seed, f"{stream}.lora_A", 0, shape, device)[0]
+        a = (2 * uniform - 1) / math.sqrt(layer.in_features)
     rows = sum(end - start for ranges in parts for start, end in ranges)
     b = torch.zeros(rows, rank, device=device)
-    a = (2 * uniform - 1) / math.sqrt(layer.in_features)
     return LowRankUpdate(a, b, parts, alpha / rank, trainable=True)
 
 

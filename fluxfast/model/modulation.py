@@ -40,9 +40,9 @@ class ModulationCache:
 
     def __init__(
         self,
-        modulation: Callable[[Tensor, Tensor, Tensor], Tensor],
+        modulation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         conditions: Callable[[int], tuple[Tensor, Tensor]],
-        guidance: float,
+        guidance: float | None,
         batch_size: int,
         stop: int,
     ):
@@ -62,6 +62,7 @@ class ModulationCache:
         if t.device.type == "cuda":
             y = y.pin_memory()  # or the copy would wait for the GPU
         y = y.to(t.device, non_blocking=True)
-        rows = self.modulation(t, y, torch.full_like(t, self.guidance))
-        self._rows = dict(zip(numbers, rows.split(self.batch_size), strict=True))
+        guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
+        rows = self.modulation(t, y, guidance)
+        self._rows = dict(zip(numbers, rows.split([len(each) for each in timesteps]), strict=True))
         return self._rows[number]

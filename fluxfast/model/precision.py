@@ -83,7 +83,7 @@ def layer_precisions(
             raise ConfigError(
                 f"model.layers: {name} is to be {choice}, compute is {matmul}: there are no 8-bit "
                 "products to give it",
-                hint="--set model.compute=int8 (or fp8), or take it out of model.layers",
+                hint="compute: int8 (or fp8), or take it out of the layers",
             )
         rotation = rotation_of(name, spec) if choice == "rotate" else 0
         if choice == "rotate" and not rotation:

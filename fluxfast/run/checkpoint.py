@@ -85,8 +85,8 @@ def verify(folder: Path) -> None:
     if (folder / "state.pt").exists() and not (folder / MANIFEST).exists():
         raise FluxfastError(
             f"{folder} is of an earlier fluxfast: its state.pt is a pickle, which is not read",
-            hint="start afresh with --restart; lora.init_from takes the LoRA file in it to start "
-            "from its weights",
+            hint="start afresh with `fluxfast train --restart`; lora.init_from takes the LoRA file "
+            "in it to start from its weights",
         )
     try:
         manifest = {**json.loads((folder / MANIFEST).read_bytes())}  # TypeError unless a mapping
@@ -229,7 +229,7 @@ def put_weights(parameters: list[nn.Parameter], state: dict[str, Any], folder: P
 def _damaged(folder: Path, name: str, fault: str) -> Damaged:
     return Damaged(
         f"the checkpoint {folder} is damaged: {name}: {fault}",
-        hint="start afresh with --restart, which keeps what there is",
+        hint="start afresh with `fluxfast train --restart`, which keeps what there is",
     )
 
 

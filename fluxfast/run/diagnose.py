@@ -64,16 +64,19 @@ def _faults(run: Training, batch: Batch) -> Iterator[tuple[str, str]]:
         broken = [key for key, tensor in sample._asdict().items() if not _finite(tensor)]
         if broken:
             yield name, f"the cached sample itself is not finite ({broken[0]})"
-        elif fault := _fault(run, sample):
+        elif fault := _fault(run, sample, count):
             yield name, fault
 
 
-def _fault(run: Training, inputs: Inputs) -> str | None:
-    """Returns what is not finite of one sample's loss and gradients, and where it began."""
+def _fault(run: Training, inputs: Inputs, count: int) -> str | None:
+    """Returns what is not finite of one sample's loss and gradients, and where it began.
+
+    count: samples of its batch.
+    """
     run.gradients.zero_()
     watch = _Watch(run)
     with watch:
-        loss = run.loss(inputs)
+        loss = run.loss(inputs, count)
         watch.direction = "backward"
         loss.backward()
     broken = [

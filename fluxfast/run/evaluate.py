@@ -3,23 +3,32 @@
 import logging
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from fluxfast.config.schema import Config
-from fluxfast.data.prepare import Prepared, encoder_dtype
-from fluxfast.data.store import TEXT, read_tensors
+from fluxfast.data.prepare import Prepared, encoder_dtype, preview_prompts
+from fluxfast.data.store import TEXT, CacheDamaged, read_tensors
 from fluxfast.model.flux import Flux
 from fluxfast.run.plots import plot_validation
 from fluxfast.run.validation import Validation, Validator, best, write_validations
-from fluxfast.sampling import Picture, contact_sheet, draw_pictures, save_picture
-from fluxfast.util.files import warn_on_disk_error
+from fluxfast.sampling import (
+    Picture,
+    contact_sheet,
+    draw_pictures,
+    pictures_of,
+    save_picture,
+    settings_of,
+)
+from fluxfast.util.files import keep_running
 
 log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Evaluates a model when that is due, without changing it. What the disk refuses is logged.
+    """Evaluates a model when that is due, without changing it. What cannot be measured or drawn is
+    a warning: only a damaged cache file is raised, which is repaired.
 
     resumed: the `state` in the checkpoint; validation.jsonl may hold later lines of a run that was
     killed, and is rewritten from it. writes: False on ranks that only know when something is due.
@@ -39,7 +48,8 @@ class Watch:
         self.file = config.run_dir / "validation.jsonl"
         self._rows = [Validation(**row) for row in (resumed or {}).get("validation", [])]
         if writes and (self._rows or self.file.is_file()):
-            write_validations(self.file, self._rows)
+            with keep_running(self.file):
+                write_validations(self.file, self._rows)
         self.validator = Validator(
             prepared.held_out, config.seed, config.validation.timesteps, config.train.guidance
         )
@@ -54,9 +64,12 @@ class Watch:
 
     def look(self, done: int) -> Validation | None:
         """Measure and draw what is due. Returns the measurement if it is the best so far."""
-        row = self._validate(done) if self._validation_due(done) else None
+        row = None
+        if self._validation_due(done):
+            with keep_running(f"validation at step {done}", but=CacheDamaged):
+                row = self._validate(done)
         if self._previews_due(done):
-            with warn_on_disk_error():
+            with keep_running(f"the previews of step {done}", but=CacheDamaged):
                 self._draw_previews(done)
         return row
 
@@ -67,7 +80,7 @@ class Watch:
 
     def _previews_due(self, done: int) -> bool:
         sample = self.config.sample
-        if not sample.prompts:
+        if not self.prepared.prompts:
             return False
         if done == 0:
             return sample.first
@@ -77,39 +90,52 @@ class Watch:
         row = self.validator.measure(self.model, self.device, done)
         # a resumed run repeats its first measurement: it may have been killed right after it
         self._rows = [each for each in self._rows if each.step < done] + [row]
-        with warn_on_disk_error():
+        with keep_running(self.file):
             write_validations(self.file, self._rows)
+        with keep_running("validation.png"):
             plot_validation(self._rows, self.config.run_dir / "validation.png")
+        others = [each.step for each in self._rows if each.pictures != row.pictures]
         best_row = best(self._rows)
         assert best_row is not None
         span = "" if row.low is None else f" (95 %: {row.low:+.4f} to {row.high:+.4f})"
         log.info(
             f"validation at step {row.step}: loss {row.loss:.4f}, {row.difference:+.4f} from the "
             f"base{span}; best at step {best_row.step}"
+            + (f" (other pictures were held out up to step {others[-1]})" if others else "")
         )
         return row if best_row is row else None
 
     def _draw_previews(self, done: int) -> None:
         """Draw every prompt, save RUN/samples/NN-stepNNNNNNNN.png, and update RUN/samples.png."""
-        sample, prompts = self.config.sample, self.prepared.prompts
-        pictures, embeddings = [], []
-        for index, (prompt, file) in enumerate(prompts.items()):
-            seed = sample.seed + index if sample.walk_seed else sample.seed
-            size = sample.width, sample.height
-            pictures.append(Picture(prompt, seed, *size, sample.steps, sample.guidance))
-            tensors = read_tensors(file, TEXT)
-            embeddings.append((tensors["t5"], tensors["pooled"]))
+        prompts = preview_prompts(self.config)
+        tensors = [read_tensors(self.prepared.prompts[prompt], TEXT) for prompt in prompts]
+        embeddings = [(each["t5"], each["pooled"]) for each in tensors]
+        pictures = pictures_of(self.config.sample, prompts)
         root, dtype = self.prepared.root, encoder_dtype(self.device)
         images = draw_pictures(self.model, pictures, embeddings, root, self.device, dtype)
         folder = self.config.run_dir / "samples"
         for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
             path = folder / f"{index:02d}-step{done:08d}.png"
+            _keep_earlier(path, picture)
             save_picture(path, image, picture, run=self.config.name, step=str(done))
         # the sheet is made of the files on the disk: a resumed run keeps its earlier columns
         files = {}
         for file in folder.glob("*.png"):
-            if match := re.fullmatch(r"(\d+)-step(\d+)", file.stem):
+            match = re.fullmatch(r"(\d+)-step(\d+)", file.stem)
+            if match and settings_of(file).get("prompt") in prompts[int(match[1]) :][:1]:
                 files[int(match[1]), int(match[2])] = file
         steps = sorted({step for _, step in files})
         rows = [(each, [files.get((i, step)) for step in steps]) for i, each in enumerate(prompts)]
         contact_sheet(rows, [f"step {step}" for step in steps], self.config.run_dir / "samples.png")
+
+
+def _keep_earlier(path: Path, picture: Picture) -> None:
+    """Rename a picture of this name that was drawn with other settings, before the run was resumed:
+    NN-stepSSSSSSSS.1.png and so on.
+    """
+    earlier = settings_of(path)
+    if earlier and not asdict(picture).items() <= earlier.items():
+        number = 1
+        while (aside := path.with_suffix(f".{number}.png")).exists():
+            number += 1
+        path.rename(aside)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from torch import Tensor
 
 from fluxfast.errors import FluxfastError
-from fluxfast.util.files import read_rows, warn_on_disk_error, write_atomic
+from fluxfast.util.files import keep_running, read_rows, write_atomic
 from fluxfast.util.platform import peak_resident_gib
 from fluxfast.util.terminal import progress_bars, terminal_width
 
@@ -88,15 +88,18 @@ class RunLog:
         self._losses: deque[float] = deque(state["losses"], maxlen=LOSS_WINDOW)
         self._bad: int = state["bad"]  # bad steps in a row, up to the last interval's end
         self._unwritten: list[str] = state["unwritten"]
-        if writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if self.path.is_file():  # a resumed run writes the lines after `first` again
+        self._board: Any = None
+        if writes and self.path.is_file():  # a resumed run writes the lines after `first` again
+            with keep_running(self.path):
                 again = {json.loads(line)["step"] for line in self._unwritten}
                 rows = (r for r in read_rows(self.path) if r["step"] <= first)
                 lines = (json.dumps(row) + "\n" for row in rows if row["step"] not in again)
                 write_atomic(self.path, "".join(lines).encode())
-            self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
+        if writes:
+            with keep_running("TensorBoard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
         self._size = self.path.stat().st_size if self.path.is_file() else 0  # of whole lines
         # rich shortens every column where they do not fit, the step count too: so they must fit
         width, line = terminal_width(), TextColumn("{task.fields[line]}", markup=False)
@@ -114,7 +117,7 @@ class RunLog:
         Flushes the lines written so far. Synchronizes with the device.
         """
         if self.path.is_file():
-            with warn_on_disk_error(), open(self.path, "rb") as file:
+            with keep_running(self.path), open(self.path, "rb") as file:
                 os.fsync(file.fileno())
         return {
             "interval": [result.tolist() for result in self._results],  # sync: a save
@@ -129,8 +132,8 @@ class RunLog:
 
     def __exit__(self, *exception):
         self._progress.stop()
-        if self.writes:
-            with warn_on_disk_error():
+        if self._board:
+            with keep_running("TensorBoard"):
                 self._board.close()
 
     def step(
@@ -184,11 +187,9 @@ class RunLog:
         }
         if self.writes:
             self._unwritten.append(json.dumps(row) + "\n")
-            with warn_on_disk_error(self.path):
+            with keep_running(self.path, silent=len(self._unwritten) > 1):  # lines wait already
                 self._append_unwritten()
-                for key, value in row.items():
-                    if value is not None and key not in ("step", "eta_s"):
-                        self._board.add_scalar(f"train/{key}", value, step)
+            self._add_to_board(row)
         self._show(row)
         now, last = self._clock(), self._last
         self._last = now
@@ -214,6 +215,19 @@ class RunLog:
             file.write(content)
         self._size = start + len(content)
         self._unwritten = []
+
+    def _add_to_board(self, row: dict) -> None:
+        """Give TensorBoard the interval's numbers; after an error, which its thread repeats at
+        every call, nothing any more.
+        """
+        board, self._board = self._board, None
+        if board is None:
+            return
+        with keep_running("TensorBoard"):
+            for key, value in row.items():
+                if value is not None and key not in ("step", "eta_s"):
+                    board.add_scalar(f"train/{key}", value, row["step"])
+            self._board = board
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Returns the mean over the last RATE_WINDOW timed steps."""

@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     environment.tests["drawable"] = drawable
     page = environment.from_string(template).render(
         name=settings.get("name") or run_dir.resolve().name,
-        trigger=(settings.get("trigger") or "none") if settings else None,
+        trigger=_triggers(settings) if settings else None,
         model=_mapping(settings.get("model")).get("path"),
         date=_date(run_dir / "metrics.jsonl") or _date(run_dir / "config.yaml"),
         step=metrics[-1]["step"] if metrics else None,
@@ -68,6 +68,13 @@ def write_report(run_dir: Path) -> Path:
 
 def _mapping(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def _triggers(settings: dict) -> str:
+    data = settings.get("data")
+    entries = [settings, *map(_mapping, data if isinstance(data, list) else [data])]
+    words = [str(entry["trigger"]) for entry in entries if entry.get("trigger")]
+    return ", ".join(dict.fromkeys(words)) or "none"
 
 
 def _values(metrics: list[dict], key: str) -> list[float]:
@@ -123,12 +130,14 @@ def _sheet(path: Path, sample: dict) -> dict | str:
         encoded[kind] = base64.b64encode(buffer.getvalue()).decode()
     kind = min(encoded, key=lambda kind: len(encoded[kind]))
     names = (re.fullmatch(r"\d+-step(\d+)", f.stem) for f in path.parent.glob("samples/*.png"))
-    prompts = sample.get("prompts")
+    plain, own = (sample.get(name) for name in ("prompts", "samples"))
+    prompts = plain if isinstance(plain, list) else []
+    own = own if isinstance(own, list) else []
     return {
         "uri": f"data:image/{kind};base64,{encoded[kind]}",
         "width": picture.width,
         "steps": sorted({int(match[1]) for match in names if match}),
-        "prompts": prompts if isinstance(prompts, list) else [],
+        "prompts": [*prompts, *(_mapping(each).get("prompt") for each in own)],
     }
 
 

@@ -5,6 +5,7 @@ file, and at the end the newest checkpoint's files in the run's folder.
 import logging
 import os
 import shutil
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fluxfast.run.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from fluxfast.run.resume import check_changes
+from fluxfast.run.resume import PATHS, REFUSED, changes, check_changes, moved, refused, table_key
 from fluxfast.step import Training
 from fluxfast.util.files import CHECK_FILE, write_atomic
 
@@ -38,9 +39,16 @@ class Saves:
         run's, FluxfastError where no checkpoint can be read.
         """
         self.config, self.newest = config, newest_checkpoint(config.run_dir)
+        self._content: dict[str, str] = {}  # name -> fingerprint, see `check_content`
+        self._moved: dict[str, str] = {}  # key -> line, of paths whose content is to be compared
         if self.newest is not None:
             step, folder = self.newest
-            notes = check_changes(read_state(folder, tensors=False)["config"], config)
+            state = read_state(folder, tensors=False)
+            self._content = {PATHS["data.folder"]: state["data"], **state.get("content", {})}
+            keys = moved(state["config"], config, self._content)
+            lines = {line.split()[0]: line for line in changes(state["config"], config, REFUSED)}
+            self._moved = {key: lines[key] for key in keys}
+            notes = check_changes(state["config"], config, self._moved)
             for line in (f"resuming {config.run_dir} at step {step}", *notes):
                 log.info(line)
 
@@ -54,7 +62,22 @@ class Saves:
     @property
     def fingerprint(self) -> str:
         """The manifest of the newest checkpoint, empty without one."""
-        return "" if self.newest is None else (self.newest[1] / MANIFEST).read_text()
+        return (
+            "" if self.newest is None else (self.newest[1] / MANIFEST).read_text(encoding="utf-8")
+        )
+
+    def check_content(self, content: dict[str, str]) -> None:
+        """Compare what a run trains on, name -> fingerprint, with what the checkpoint was trained
+        on, and remember it for the next. Raises ConfigError for a path that leads elsewhere now,
+        to something else; logs what has changed in its place.
+        """
+        for name, digest in content.items():
+            if self._content.get(name, digest) == digest:
+                continue
+            if lines := [x for key, x in self._moved.items() if PATHS[table_key(key)] == name]:
+                raise refused(self.config, lines)
+            log.warning(f"note: {name} have changed since this run began: it goes on with others")
+        self._content |= content
 
     def restore(self, run: Training) -> tuple[int, dict[str, Any] | None]:
         """Restore the run from the newest checkpoint. Returns the steps done and the log's state.
@@ -77,11 +100,6 @@ class Saves:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise FluxfastError(f"the state in {folder} does not fit this run: {reason}") from None
-        if state["data"] != run.loader.fingerprint:
-            log.warning(
-                "note: pictures or captions have changed since this run began: from here on their "
-                "order differs"
-            )
         if run.ranks.is_main:
             self._restore_best(step, folder)
         return step, state["log"]
@@ -107,6 +125,7 @@ class Saves:
                 "step": done,
                 "config": self.config.model_dump(mode="json"),
                 "data": run.loader.fingerprint,
+                "content": self._content,
                 "log": log_state,
                 "parameters": [parameter.detach() for parameter in run.parameters],
                 "optimizer": run.optimizer.state_dict(),
@@ -134,7 +153,7 @@ class Saves:
         """Copy the newest checkpoint's LoRA files into the run's folder. Returns (step, file)."""
         assert self.newest is not None, "a run that ends has saved"
         step, folder = self.newest
-        for file in folder.glob(f"{self.config.name}*.safetensors"):
+        for file in folder.glob(f"{escape(self.config.name)}*.safetensors"):
             if file not in _best_files(self.config, folder):
                 write_atomic(self.config.run_dir / file.name, file.read_bytes())
         return step, lora_file(self.config, self.config.run_dir)
@@ -198,7 +217,7 @@ def _steps_of(file: Path) -> int:
 
 
 def _best_files(config: Config, folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{config.name}_best*.safetensors"))
+    return sorted(folder.glob(f"{escape(config.name)}_best*.safetensors"))
 
 
 def _metadata(run: Training, step: int) -> dict[str, str]:
@@ -209,12 +228,12 @@ def _metadata(run: Training, step: int) -> dict[str, str]:
         "software": f"fluxfast {__version__}",
         "modelspec.architecture": f"{kind}/lora",
         "modelspec.title": config.name,
-        "modelspec.trigger_phrase": config.trigger or "",
+        "modelspec.trigger_phrase": ", ".join(config.triggers),
         "base_model": config.model.path,
         "rank": str(config.lora.rank),
         "alpha": str(config.lora.alpha or config.lora.rank),
         "alpha_folded": "true",
         "steps": str(step),
-        "trigger": config.trigger or "",
+        "trigger": ", ".join(config.triggers),
         "config": config.model_dump_json(),
     }

@@ -42,7 +42,7 @@ class Validation:
 class Validator:
     """Measures a model on held-out samples, each at `timesteps` fixed timesteps."""
 
-    def __init__(self, samples: list[Sample], seed: int, timesteps: int, guidance: float):
+    def __init__(self, samples: list[Sample], seed: int, timesteps: int, guidance: float | None):
         self.samples, self.seed, self.guidance = samples, seed, guidance
         # the middles of equal shares of a logit-normal: the spread that training mostly sees
         middles = (torch.arange(timesteps) + 0.5) / timesteps
@@ -53,8 +53,10 @@ class Validator:
         """Measure the model with its LoRA, and at the first call without it."""
         if self._base is None:
             set_lora_strength(model, 0.0)
-            self._base = self._losses(model, device)
-            set_lora_strength(model, 1.0)
+            try:
+                self._base = self._losses(model, device)
+            finally:
+                set_lora_strength(model, 1.0)
         losses = self._losses(model, device)
         differences = losses - self._base
         low, high = interval(differences.tolist())
@@ -119,5 +121,8 @@ def write_validations(path: Path, rows: list[Validation]) -> None:
 
 
 def best(rows: list[Validation]) -> Validation | None:
-    """Returns the measurement with the lowest loss, the earliest of equals; NaN comes last."""
+    """Returns the measurement with the lowest loss, the earliest of equals; NaN comes last. Only
+    those on as many pictures as the newest: others do not compare.
+    """
+    rows = [row for row in rows if row.pictures == rows[-1].pictures]
     return min(rows, key=lambda row: (math.isnan(row.loss), row.loss, row.step), default=None)

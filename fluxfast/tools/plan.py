@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fluxfast.config.schema import Config, ModelConfig
+from fluxfast.config.schema import Config, ModelConfig, SampleConfig
 from fluxfast.data.buckets import STEP
 from fluxfast.errors import ConfigError
 from fluxfast.formats.base.load import ResolvedModel, choose_precision
@@ -21,6 +21,7 @@ from fluxfast.memory.planner.suggest import DoesNotFit, make_plan, plan_on
 from fluxfast.model.names import diffusers_parts, linear_shape
 from fluxfast.model.precision import DTYPES, layer_precisions, linears
 from fluxfast.model.spec import DEV, SCHNELL, FluxSpec
+from fluxfast.util.files import expanded
 from fluxfast.util.hub import fetch_lora
 
 # memory in GiB -> the card that stands for it where none is named
@@ -49,11 +50,18 @@ def _request(
         modulation=memory.modulation,
         optimizer_state=memory.optimizer_state,
         graphs=memory.graphs and not dropout,
-        preview_pixels=config.sample.width * config.sample.height * bool(config.sample.prompts),
+        preview_pixels=_preview_pixels(config.sample),
         encodes=spec.context_in_dim == DEV.context_in_dim,
         accumulation=config.train.gradient_accumulation,
         assistant=assistant_bytes(assistant, spec) if assistant else 0,
     )
+
+
+def _preview_pixels(sample: SampleConfig) -> int:
+    """Returns the pixels of the largest preview, 0 where there is none."""
+    shared = [(sample.width, sample.height)] if sample.prompts else []
+    own = [(s.width or sample.width, s.height or sample.height) for s in sample.samples]
+    return max((width * height for width, height in [*shared, *own]), default=0)
 
 
 def assistant_bytes(path: Path, spec: FluxSpec) -> int:
@@ -101,13 +109,15 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
     """
     cards = _cards(vram_gib, gpu)
     spec, stored = _spec_and_storage(config.model)
-    assistant = Path(config.model.assistant_lora) if config.model.assistant_lora else None
+    assistant = expanded(config.model.assistant_lora) if config.model.assistant_lora else None
     text = config.model.max_sequence_length or spec.text_length
     shapes = {}
     for side in sorted({side for data in config.data for side in data.resolution}):
         # the largest picture that a bucket of this resolution may hold, whatever its aspect
         cells = max(1, side * side // STEP**2)
-        shapes[f"{side} px"] = Shape(config.train.batch_size, cells * (STEP // 16) ** 2, text)
+        entries = zip(config.data, config.batch_sizes, strict=True)
+        batch = max(size for data, size in entries if side in data.resolution)
+        shapes[f"{side} px"] = Shape(batch, cells * (STEP // 16) ** 2, text)
     sets = {label: {label: shape} for label, shape in shapes.items()}
     if len(shapes) > 1:
         sets["mixed"] = shapes
@@ -150,14 +160,14 @@ def _resolved(
     )
     activations = matmul if matmul in DTYPES else "bf16"
     precisions = layer_precisions(spec, storage, matmul, model.layers)
-    return ResolvedModel(Path(model.path), spec, storage, matmul, activations, precisions)
+    return ResolvedModel(expanded(model.path), spec, storage, matmul, activations, precisions)
 
 
 def _spec_and_storage(model: ModelConfig) -> tuple[FluxSpec, str | None]:
     """Returns the model's sizes and the storage that its file is quantized for. For a model that is
     not on this disk the sizes are those of FLUX.1-schnell or dev, by its name.
     """
-    if not Path(model.path).exists():
+    if not expanded(model.path).exists():
         return SCHNELL if "schnell" in model.path.lower() else DEV, None
-    with open_base(Path(model.path)) as checkpoint:
+    with open_base(expanded(model.path)) as checkpoint:
         return checkpoint.spec, checkpoint.storage

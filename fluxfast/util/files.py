@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 CHECK_FILE = "check.yaml"  # in a run's folder: what `fluxfast check` found, a setting of later runs
 
 
+def expanded(path: str | Path) -> Path:
+    """Returns the path with the home folder for a ~ in front, as a shell has it."""
+    path = Path(path)
+    with contextlib.suppress(RuntimeError):  # no such user: a name that begins with ~
+        path = path.expanduser()
+    return path
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file, or what a link names, for reading. Raises OSError, also for a pipe, a socket
     and a device: these might not end.
@@ -98,6 +106,25 @@ def write_atomic(path: Path, content: bytes, hint: str | None = None) -> None:
         file.write(content)
 
 
+def check_writable(folder: Path, hint: str | None = None) -> None:
+    """Creates the folder where it is missing. Raises DiskError, before any work, where no file can
+    be written into it.
+    """
+    write_atomic(path := folder / f".{os.getpid()}.writable", b"", hint)
+    path.unlink()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises DiskError where the disk of `folder`, which exists, has fewer bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and each checkpoint takes at least "
+            f"{needed / 2**30:.1f} GiB",
+            hint="free some space, set output_dir to another disk, or a lower lora.rank",
+        )
+
+
 def with_step(row: Any) -> dict:
     """Returns a row of a log; raises ValueError unless it is a mapping with an integer `step`."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
@@ -122,18 +149,27 @@ def read_rows(path: Path, make: Callable[[Any], Any] = with_step) -> list:
 
 
 @contextlib.contextmanager
-def warn_on_disk_error(path: Path | None = None) -> Iterator[None]:
-    """Logs what the disk refuses inside instead of raising it: a run goes on without the file.
-    path: shown if the error names none.
+def keep_running(
+    what: object, but: type[Exception] | tuple[()] = (), silent: bool = False
+) -> Iterator[None]:
+    """Logs what is raised inside as one warning, whatever it is: nothing that serves only looking
+    (previews, charts, the report, logs) may end a run.
+
+    what: names what is missing then. but: errors that are raised all the same. silent: logs none.
     """
     try:
         yield
-    except DiskError as error:
-        log.warning(f"note: {error.message}; the run goes on")
-    except OSError as error:
-        name = error.filename or path
-        where = f"{name}: " if name else ""
-        log.warning(f"note: {where}{error.strerror or error}; the run goes on")
+    except but:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, FluxfastError):
+            reason = error.message
+        elif isinstance(error, OSError):
+            what, reason = error.filename or what, error.strerror or reason
+        if not silent:
+            log.warning(f"note: {what}: {reason}; the run goes on")
+        log.debug("what was raised", exc_info=True)
 
 
 @contextlib.contextmanager

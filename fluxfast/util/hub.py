@@ -1,15 +1,18 @@
 """Finds a model named by a path or a Hub id on this disk; downloads what the Hub cache lacks."""
 
 import contextlib
+import difflib
 import json
 import re
 from pathlib import Path
 
 from fluxfast.errors import FluxfastError
+from fluxfast.util.files import expanded
 
 TRANSFORMER = ("transformer",)
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r".*\.(safetensors|sft|gguf|ckpt|pth?|bin)", re.I | re.S)
+_HUB_ID = re.compile(rf"(?!{_FILE.pattern}$)[\w.-]+/[\w.-]+", re.I)  # no id ends as a file does
 
 
 def fetch_model(path: str, components: tuple[str, ...]) -> Path:
@@ -18,7 +21,7 @@ def fetch_model(path: str, components: tuple[str, ...]) -> Path:
     Looks in the Hub cache first and goes online only where a component is missing there.
     Raises FluxfastError with a hint: no such path, gated, not found, or offline.
     """
-    if (local := _local(path)).exists():
+    if (local := expanded(path)).exists():
         return local
     if not _HUB_ID.fullmatch(path):
         raise _no_such_path(path)
@@ -30,9 +33,9 @@ def fetch_lora(path: str) -> Path:
 
     Raises FluxfastError as `fetch_model` does.
     """
-    if (local := _local(path)).exists():
+    if (local := expanded(path)).exists():
         return local
-    if not _HUB_ID.fullmatch(path) or path.endswith(".safetensors"):
+    if not _HUB_ID.fullmatch(path):
         raise FluxfastError(
             f"the LoRA {path} does not exist", hint="give a .safetensors file or a Hub id"
         )
@@ -55,18 +58,18 @@ def fetch_tokenizer(repo: str, name: str, beside: Path) -> Path:
         ) from None
 
 
-def _local(path: str) -> Path:
-    local = Path(path)
-    with contextlib.suppress(RuntimeError):  # no such user
-        local = local.expanduser()
-    return local
-
-
 def _no_such_path(path: str) -> FluxfastError:
+    near, local = [], expanded(path)
+    with contextlib.suppress(OSError, ValueError):  # no such folder, a null byte
+        names = [beside.name for beside in local.parent.iterdir()]
+        near = difflib.get_close_matches(local.name, names, 1, 0.8)
+    hint = (
+        "give a diffusers folder, a FLUX.1 .safetensors, .sft or GGUF file, or a Hub id such as "
+        "black-forest-labs/FLUX.1-dev"
+    )
     return FluxfastError(
-        f"model path {path} does not exist",
-        hint="give a diffusers folder, a FLUX.1 .safetensors file, or a Hub id such as "
-        "black-forest-labs/FLUX.1-dev",
+        f"{'the file' if _FILE.fullmatch(path) else 'model path'} {path} does not exist",
+        hint=f"did you mean {local.parent / near[0]}?" if near else hint,
     )
 
 
@@ -102,7 +105,8 @@ def _from_hub(repo: str, components: tuple[str, ...], files: tuple[str, ...] = (
     except Exception as error:  # requests, httpx and hf_xet each raise errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FluxfastError(
-            f"{repo} is not complete in the local Hub cache and could not be downloaded: {reason}",
+            f"{repo} is no path here, not complete in the local Hub cache, and could not be "
+            f"downloaded: {reason}",
             hint="connect once, or give the path of a folder that holds the model",
         ) from None
     # offline, huggingface_hub returns a folder that an interrupted download left unfinished

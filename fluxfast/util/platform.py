@@ -65,7 +65,7 @@ def peak_resident_gib() -> float | None:
 def available_memory() -> int | None:
     """Returns the bytes of host memory that are free or can be freed; None outside Linux."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:")), None)

@@ -1,12 +1,22 @@
-"""What a command shows while it works, on stderr: log lines, progress bars and spinners.
+"""What a command shows: log lines, progress bars and spinners on stderr, its result on stdout.
 
 The package logs under "fluxfast" and prints nothing. A caller from Python configures logging as
 ever; the command line installs the handler below.
 """
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
@@ -14,6 +24,58 @@ from rich.progress import Progress, ProgressColumn
 from fluxfast.util.redact import plain
 
 _LOGGER = logging.getLogger("fluxfast")
+
+
+class Output:
+    """A standard stream whose loss ends nothing: a reader that is gone, a full disk under a log
+    file, a terminal that was closed. Letters that its encoding lacks are written as \\xe9.
+
+    error: the first that a write raised, None so far.
+    """
+
+    def __init__(self, stream: Any):
+        # a closed one: what is opened next would get its number, and the lines meant for it
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.error: OSError | None = None
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            self.error = self.error or error
+
+    def settle(self) -> OSError | None:
+        """Returns the first error. What could not be written is dropped: Python would try again at
+        the end of the process, and fail.
+        """
+        self.flush()
+        if self.error:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return self.error
+
+
+@contextmanager
+def lasting_output() -> Iterator[tuple[Output, Output]]:
+    """Inside, stdout and stderr are `Output`s."""
+    out, err = Output(sys.stdout), Output(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        try:
+            yield out, err
+        finally:
+            out.settle()
+            err.settle()
 
 
 class ConsoleHandler(logging.Handler):

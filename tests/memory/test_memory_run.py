@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from runs import losses, planned, start
 from safetensors.torch import load_file
+from small_runs import CPU, losses, planned, start
 
 import fluxfast.step
 import fluxfast.train
@@ -19,6 +19,7 @@ from fluxfast.memory.offload import ArenaOverflow
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.modulation import MODULATION_ROWS, ModulationCache
+from fluxfast.run.preflight import check_start
 from fluxfast.train import train
 
 
@@ -68,7 +69,7 @@ def test_a_tight_limit_mixes_exact_policies(configure):
     assert losses(*start(config, plan)) == losses(*start(config))
 
 
-def test_train_logs_its_plan(configure, log_lines):
+def test_train_logs_its_plan(configure, log_lines, monkeypatch):
     """On a CPU a limit asks for a plan; its lines come before the first step."""
     config = configure(memory__limit_gib=0.2, name="planned")
     path = train(config)
@@ -76,6 +77,8 @@ def test_train_logs_its_plan(configure, log_lines):
     assert "plan for the" in logged and "(predicted)" in logged and "blocks keep" in logged
     assert logged.index("plan for the") < logged.index("step 2/4")
     assert load_file(train(configure(name="plain"))).keys() == load_file(path).keys()
+    # before anything is encoded
+    monkeypatch.setattr("fluxfast.data.cache.encode_prompts", lambda *_, **__: pytest.fail("late"))
     with pytest.raises(ConfigError, match="needs at least"):
         train(configure(memory__limit_gib=0.1, name="tiny"))
     assert not (config.output_dir / "tiny" / "checkpoints").exists()
@@ -112,9 +115,10 @@ def test_dropout_on_the_modulation_trains(configure, batch):
 def test_what_needs_a_plan_is_refused_without_one(configure):
     for setting in ("memory__policy", "memory__modulation", "memory__optimizer_state"):
         with pytest.raises(ConfigError, match="limit_gib"):
-            start(configure(**{setting: "offload" if setting == "memory__policy" else "host"}))
+            value = "offload" if setting == "memory__policy" else "host"
+            check_start(configure(**{setting: value}), CPU, fresh=True)
     with pytest.raises(ConfigError, match="frozen modulation"):
-        start(configure(memory__modulation="ahead", lora__targets="all"))
+        check_start(configure(memory__modulation="ahead", lora__targets="all"), CPU, fresh=True)
 
 
 # ---------------------------------------------------------------- modulation ahead
@@ -139,6 +143,23 @@ def test_ahead_is_in_place_bit_for_bit(configure, batch_size, timesteps):
     run, loader = start(configure(**changes))
     assert isinstance(run.modulation_cache, ModulationCache)
     assert losses(run, loader, steps) == in_place
+
+
+def test_batch_sizes_per_entry_plan_and_train(configure):
+    """Each has a bucket in the plan; modulation ahead holds batches of both in one filling."""
+
+    def mixed(**changes):
+        config = configure(train__steps=8, **changes)
+        data = [config.data[0].model_copy(update={"batch_size": size}) for size in (2, 3)]
+        return config.model_copy(update={"data": data})
+
+    in_place = losses(*start(mixed(memory__modulation="in_place")), 8)
+    run, loader = start(mixed(), planned(mixed(), modulation="ahead"))
+    assert losses(run, loader, 8) == in_place and loader.batch_size == 3
+    assert {count for count, _ in run.labels} == {2, 3}
+    assert len({label for label in run.labels.values()}) == len(run.labels)
+    shapes = {label: plan.shape for label, plan in run.memory.plan.buckets.items()}
+    assert {run.labels[s.batch, s.image_tokens] for s in shapes.values()} == set(shapes)
 
 
 def test_ahead_fills_as_many_rows_as_there_are(configure, monkeypatch):

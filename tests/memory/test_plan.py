@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from random_inputs import WIDE
 
-from fluxfast.config.schema import build_config, load_config
+from fluxfast.config.schema import SampleConfig, build_config, load_config
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import saved_bytes, suggest
 from fluxfast.memory.planner.cards import card
@@ -23,7 +23,7 @@ from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.model.activations import EXACT
 from fluxfast.model.spec import DEV
-from fluxfast.tools.plan import plan_rows
+from fluxfast.tools.plan import _preview_pixels, plan_rows
 
 ROOT = Path(__file__).parents[2]
 STOCK = ROOT / "examples" / "ai-toolkit" / "flux_dev_24gb.yaml"
@@ -78,6 +78,14 @@ def test_limits_are_kept_in_every_phase(vram):
             always, choice = sum(plan.static.values()), bucket.choice
             peak = Chooser(plan.request.step, bucket.shape, plan.card, False).peak(choice.policies)
             assert always + peak + choice.staging <= bucket.bytes <= plan.limit
+
+
+def test_the_largest_preview_counts():
+    """Those with a size of their own too."""
+    assert _preview_pixels(SampleConfig()) == 0
+    sizes = {"prompts": ["a"], "samples": [{"prompt": "b", "width": 2048}], "height": 512}
+    assert _preview_pixels(SampleConfig(**sizes)) == 2048 * 512
+    assert _preview_pixels(SampleConfig(samples=[{"prompt": "b"}], width=64)) == 64 * 1024
 
 
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.8, 0.9, 0.97, 1.0])

@@ -215,7 +215,7 @@ def test_modulation_is_one_row_at_a_time_within_1e_6():
         assert relative(together[i : i + 1], torch.cat(alone, -1)) < 1e-6
 
 
-def test_modulation_needs_guidance():
+def test_a_model_that_embeds_guidance_needs_it():
     model, x = flux(), inputs(1, 8, 5)
     with pytest.raises(ValueError, match="guidance"):
-        model.modulation(x["timesteps"], x["y"])
+        model(**x | {"guidance": None})

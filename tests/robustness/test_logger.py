@@ -7,12 +7,14 @@ import os
 import re
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
 
 import fluxfast.run.logger
+from fluxfast.errors import DiskError
 from fluxfast.run.logger import NotFinite, RunLog
 from fluxfast.util.terminal import log_to_terminal
 
@@ -124,7 +126,33 @@ def test_lines_that_a_full_disk_refused_come_with_the_next(
     whole = [json.loads(line)["step"] for line in lines if line.endswith("}")]
     assert whole == [1, 2, 3, 4, 5] and len(lines) == 6
     note = f"note: {tmp_path / 'metrics.jsonl'}: No space left on device; the run goes on"
-    assert log_lines.count(note) == 3
+    assert log_lines.count(note) == 2  # the third step's line is said to wait already
+
+
+def test_tensorboard_that_fails_is_left_alone_after_one_note(tmp_path, monkeypatch, log_lines):
+    calls = []
+
+    def full(board, name, value, step):
+        calls.append(step)
+        raise RuntimeError("the writer's thread has ended")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with open_log(tmp_path) as log:
+        record(log, 1, 2, 3)
+    note = "note: TensorBoard: RuntimeError: the writer's thread has ended; the run goes on"
+    assert calls == [1] and log_lines.count(note) == 1
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_metrics_that_cannot_be_rewritten_end_no_resumed_run(tmp_path, monkeypatch, log_lines):
+    with open_log(tmp_path) as log:
+        record(log, 1, 2)
+        state = json.loads(json.dumps(log.state()))
+    refuses = DiskError("cannot write into x: Read-only file system")
+    monkeypatch.setattr("fluxfast.run.logger.write_atomic", Mock(side_effect=refuses))
+    with open_log(tmp_path, 2, resumed=state) as log:
+        record(log, 3)
+    assert any("Read-only file system; the run goes on" in line for line in log_lines)
 
 
 def test_the_lines_of_what_is_saved_are_on_the_disk(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import CPU, start
 from safetensors.torch import load_file
+from small_runs import CPU, start
 
 import fluxfast.train
 from fluxfast.config.schema import load_config

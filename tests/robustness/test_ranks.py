@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from runs import CPU
 from safetensors.torch import load_file
 from small import noise_pictures, small_run
+from small_runs import CPU
 
 from fluxfast import distributed
 from fluxfast.cli import interruptible
@@ -351,7 +351,7 @@ def test_a_rank_that_is_stopped_names_itself(monkeypatch, capsys, rank, start):
 
 def test_ranks_share_every_batch_and_every_key():
     assert [list(Ranks(rank, 3).shard(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(ConfigError, match="batch_size is 4: 3 processes cannot share"):
+    with pytest.raises(ConfigError, match="a batch of 4 .*: 3 processes cannot share"):
         Ranks(0, 3).shard(4)
     keys = [f"{number * 2654435761 % 2**32:08x}abc" for number in range(300)]
     owners = [[rank for rank in range(3) if Ranks(rank, 3).owns(key)] for key in keys]
@@ -362,7 +362,7 @@ def test_ranks_share_every_batch_and_every_key():
 def test_loaders_of_the_ranks_read_the_batch_of_one(made, tmp_path):
     dataset = prepare(made(tmp_path), CPU).dataset
     whole = Loader(dataset, 4, seed=3)
-    parts = [Loader(dataset, 4, seed=3, places=Ranks(rank, 2).shard(4)) for rank in range(2)]
+    parts = [Loader(dataset, 4, seed=3, shard=Ranks(rank, 2).shard) for rank in range(2)]
     for number in (0, 1, 7):
         batch, halves = whole.batch(number), [part.batch(number) for part in parts]
         assert batch.names == halves[0].names + halves[1].names

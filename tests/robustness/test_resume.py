@@ -10,18 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics
 from safetensors import safe_open
+from safetensors.torch import load_file
 from small import logged, noise_pictures
+from small_runs import metrics
 
 import fluxfast.run.evaluate
 import fluxfast.run.saves
 import fluxfast.train
-from fluxfast.config.schema import Config, all_keys, build_config
+from fluxfast.config.schema import Config, all_keys, build_config, load_config
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.run.checkpoint import checkpoints, read_state, save_checkpoint
 from fluxfast.run.interrupt import Stopped
-from fluxfast.run.resume import APPLIED, REFUSED, RULES, changes, check_changes, settings, table_key
+from fluxfast.run.resume import (
+    APPLIED,
+    PATHS,
+    REFUSED,
+    RULES,
+    changes,
+    check_changes,
+    moved,
+    settings,
+    table_key,
+)
 from fluxfast.run.validation import read_validations
 from fluxfast.train import train
 
@@ -135,7 +146,7 @@ def compare(config: Config, stops: list[int], monkeypatch) -> None:
     """The run in one go, beside the one that is stopped at these steps and goes on each time."""
     with logged() as lines:
         whole = uninterrupted(config)
-    assert not any("samples in 1 buckets" in line for line in lines)
+    assert not any("in 1 bucket:" in line for line in lines)
     for step in stops:
         with stopped_after(step, monkeypatch):
             train(config)
@@ -270,7 +281,8 @@ def test_what_was_best_is_known_without_the_series(demanding, monkeypatch):
 @pytest.fixture(scope="module")
 def some_config() -> Config:
     data = [{"folder": "a"}, {"folder": "b", "mask": "alpha"}]
-    return build_config({"model": {"path": "m", "layers": {"x": "bf16"}}, "data": data})
+    model, sample = {"path": "m", "layers": {"x": "bf16"}}, {"samples": [{"prompt": "x"}]}
+    return build_config({"model": model, "data": data, "sample": sample})
 
 
 def test_every_setting_is_in_one_class():
@@ -285,6 +297,7 @@ def test_every_class_does_what_it_says(some_config, rule):
     key, kind = rule
     if key.startswith("data."):
         key = key.replace("data.", "data.1." if key == "data.folder" else "data.0.")
+    key = key.replace("sample.samples.", "sample.samples.0.")
     assert table_key(key) == rule[0]
     now = settings(some_config)
     other = {"other": 1} if isinstance(now[key], dict) else f"not {now[key]}"
@@ -306,6 +319,16 @@ def test_no_run_goes_on_as_a_mixture_and_none_is_kept_from_longer_or_slower():
     assert set(dangerous.split()) <= REFUSED
     harmless = "train.steps train.lr save.every save.keep save.dtype output_dir sample.prompts"
     assert set(harmless.split()) <= APPLIED
+
+
+def test_a_setting_that_an_earlier_version_lacked_had_its_default(some_config):
+    before = json.loads(some_config.model_dump_json())
+    del before["data"][0]["batch_size"], before["train"]["lr_end"]
+    assert check_changes(before, some_config) == []
+    some = json.loads(some_config.model_dump_json())
+    some["data"][0]["batch_size"] = 2
+    with pytest.raises(ConfigError, match="data.0.batch_size was None, is 2"):
+        check_changes(before, Config.model_validate(some))
 
 
 def test_the_same_settings_are_no_change(some_config):
@@ -365,6 +388,96 @@ def test_other_pictures_are_noticed(demanding, photos, tmp_path, monkeypatch, lo
     log_lines.clear()
     train(demanding("adamw", 5, **{"data.0.folder": str(copy)}))
     assert not any("have changed" in line for line in log_lines)
+
+
+@pytest.mark.slow
+def test_the_same_thing_by_another_path_goes_on_and_another_thing_does_not(
+    configure, photos, nano_model, tmp_path, monkeypatch, log_lines
+):
+    shutil.copytree(photos, tmp_path / "pics")
+    shutil.copytree(nano_model, tmp_path / "model")
+    shutil.copytree(photos, tmp_path / "val")
+    monkeypatch.chdir(tmp_path)
+
+    def run(steps: int, data: str, model: str, val: str) -> int:
+        log_lines.clear()
+        paths = {"data.0.folder": data, "model__path": model, "validation": {"folder": val}}
+        config = configure(**paths, train__steps=steps, save__every=0, validation__every=9)
+        train(config)
+        assert not any("have changed" in x or ".folder was" in x for x in log_lines)
+        assert not any("model.path was" in x for x in log_lines)
+        return checkpoints(config.run_dir)[-1][0]
+
+    assert run(1, "pics", "model", "val") == 1
+    (tmp_path / "link").symlink_to(tmp_path / "pics")
+    assert run(2, f"{tmp_path}/link", "./model/", f"{tmp_path}/val/") == 2
+    for name in ("pics", "model", "val"):
+        (tmp_path / name).rename(tmp_path / f"{name}2")
+    assert run(3, "pics2", f"{tmp_path}/model2", "val2") == 3
+    (tmp_path / "pics3").mkdir()
+    noise_pictures(tmp_path / "pics3", 6, "others", seed=5)
+    with pytest.raises(ConfigError, match="data.0.folder was .*pics2', is 'pics3'") as raised:
+        run(4, "pics3", "model2", "val2")
+    assert "model" not in raised.value.message
+    (tmp_path / "pics2").rename(tmp_path / "gone")  # now its content alone can tell
+    with pytest.raises(ConfigError, match="data.0.folder was"):
+        run(4, "pics3", "model2", "val2")
+    monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("went on"))
+    (weights,) = (tmp_path / "model2/transformer").glob("*.safetensors")
+    content = weights.read_bytes()
+    (tmp_path / "model2").rename(tmp_path / "model3")
+    (tmp_path / "model3/transformer" / weights.name).write_bytes(content[:-1] + b"x")
+    with pytest.raises(ConfigError, match="model.path was .*model2', is 'model3'"):
+        run(4, "gone", "model3", "val2")
+
+
+def test_a_moved_folder_of_pictures_may_be_the_same(some_config, tmp_path, monkeypatch):
+    """Where the earlier one is gone, or has the same files; else it is refused at once."""
+    monkeypatch.chdir(tmp_path)
+    before = json.loads(some_config.model_dump_json())
+    before["data"][0]["folder"] = "was"
+    known = {PATHS["data.folder"]}
+    assert moved(before, some_config, known) == set()  # the new one is not there
+    Path("a").mkdir()
+    Path("a/1.png").write_text("1")
+    assert moved(before, some_config, known) == {"data.0.folder"}
+    Path("was").mkdir()
+    assert moved(before, some_config, known) == set()
+    Path("was/1.png").write_text("2")
+    assert moved(before, some_config, known) == {"data.0.folder"}
+    before["data"][0]["folder"] = f"{tmp_path}/a/"
+    assert moved(before, some_config, known) == set() and check_changes(before, some_config) == []
+
+
+def test_a_checkpoint_that_names_no_weights_takes_no_other_path_of_a_model(some_config):
+    """One of an earlier version: nothing tells whether they are the same."""
+    before = json.loads(some_config.model_dump_json())
+    before["model"]["path"] = "/elsewhere/m"
+    assert moved(before, some_config, {PATHS["data.folder"]}) == set()
+    assert moved(before, some_config, {PATHS["model.path"]}) == {"model.path"}
+    assert check_changes(before, some_config, {"model.path"}) == []
+    before["model"]["path"] = "./x/../m"
+    assert check_changes(before, some_config) == []
+
+
+@pytest.mark.slow
+def test_seeds_that_are_drawn_stay_the_runs_own(configure, monkeypatch):
+    """-1 is drawn once: the run that was stopped is the one whose seeds are written down."""
+    sample = {"prompts": ["x"], "every": 0, "first": False, "width": 64, "height": 64, "steps": 1}
+    own = [{"prompt": "y", "seed": -1}, {"prompt": "z"}]
+    random = {"seed": -1, "sample": {**sample, "seed": -1, "samples": own}, "save__every": 0}
+    with stopped_after(1, monkeypatch):
+        train(configure(**random))
+    drawn = load_config(configure().run_dir / "config.yaml")
+    assert 0 <= drawn.seed < 2**32 and 0 <= drawn.sample.seed < 2**32
+    resumed = load_file(train(configure(**random)))
+    config = load_config(configure().run_dir / "config.yaml")
+    assert (config.seed, config.sample) == (drawn.seed, drawn.sample)
+    assert config.sample.samples[0].seed >= 0 and config.sample.samples[1].seed is None
+    assert last_state(config)["config"]["seed"] == drawn.seed
+    config.run_dir.rename(config.output_dir / "drawn")
+    whole = load_file(train(configure(**{**random, "seed": drawn.seed})))
+    assert all(torch.equal(whole[key], value) for key, value in resumed.items())
 
 
 def test_an_average_may_begin_late_and_end_early(demanding, monkeypatch):

@@ -232,6 +232,22 @@ def test_nothing_reads_or_writes_a_pickle():
     assert not _unpickling(ast.parse("from safetensors.torch import load, save\nimage.save('x')"))
 
 
+def test_text_is_opened_in_an_encoding_of_its_own():
+    """Not in that of the machine: a file of one is read on another."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            words = [word.arg for word in node.keywords]
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            binary = owner in ("os", "Image") or any("b" in str(mode) for mode in modes)
+            method = isinstance(node.func, ast.Attribute) and name in ("write_text", "read_text")
+            if method or (name == "open" and not binary):
+                assert "encoding" in words, f"{module}:{node.lineno}"
+
+
 PROBE = """
 import importlib, os, sys
 import torch, torch.utils.checkpoint, safetensors.torch, pydantic, rich.progress, typer, PIL.Image

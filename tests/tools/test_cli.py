@@ -1,6 +1,8 @@
 """The command line as a user meets it: exit codes, one clear message, what lands where."""
 
+import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small import CommandResult, noise_pictures
 
+from fluxfast import cli
 from fluxfast.formats.base.reader import open_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +86,8 @@ def test_help_is_light(tmp_path, arguments):
         "fluxfast.cli",
         "fluxfast.errors",
         "fluxfast.util",
+        "fluxfast.util.files",
+        "fluxfast.util.platform",
         "fluxfast.util.redact",
         "fluxfast.util.terminal",
     }
@@ -130,7 +135,7 @@ def test_a_target_that_cannot_be_used(fluxfast, photos, tmp_path, command):
     config(tmp_path / "c.yaml", model={"path": "absent", "storage": "int8", "compute": "fp8"})
     result = fluxfast(command, "c.yaml", *sets("device=cpu"))
     assert result.code == 2 and "storage int8 and compute fp8" in result.error
-    assert "--set model.compute=int8" in result.err
+    assert "compute: int8, or storage: nf4" in result.err  # of every command, in its own spelling
     assert not (tmp_path / "runs" / "lora").exists()
 
 
@@ -173,7 +178,7 @@ def test_a_picture_in_an_unknown_precision(fluxfast, option, word, part):
     "layers, part",
     [
         ({"single_blocks.0.liner1": "rotate"}, "did you mean 'single_blocks.0.linear1'"),
-        ({"*.linear1": "rotate"}, "model.compute=int8"),
+        ({"*.linear1": "rotate"}, "compute: int8"),
     ],
 )
 def test_layers_that_the_model_has_not(fluxfast, photos, nano_model, layers, part):
@@ -197,8 +202,8 @@ def test_a_model_that_cannot_be_read(fluxfast, photos, tmp_path):
     file.write_bytes(b"<html>404</html>" * 20)
     (tmp_path / "parts").mkdir()
     arguments = ("train", "photos", "--model", file, "--encoders", "parts")
-    result = fluxfast(*arguments)
-    assert result.code == 1 and "lacks vae" in result.error
+    result = fluxfast(*arguments)  # the base is looked at before what else is missing
+    assert result.code == 2 and f"cannot read {file}: it is a web page" in result.error
     for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (tmp_path / "parts" / name).mkdir()
         (tmp_path / "parts" / name / "config.json").write_text("{}")
@@ -212,10 +217,10 @@ def test_a_broken_image(fluxfast, photos, nano_model):
     result = fluxfast(*arguments, *sets("data.strict=true"))
     assert result.code == 1 and "0.png" in result.error
     result = fluxfast(*arguments)
-    assert result.code == 0 and "1 samples" in result.err
-    skipped, total = [line for line in result.err.splitlines() if "skipped" in line]
+    assert result.code == 0 and "\nphotos: 1 of 2 pictures, in 1 bucket: " in result.err
+    (skipped,) = [line for line in result.err.splitlines() if "skipped" in line]
     assert skipped.startswith("skipped: photos/0.png is not a")
-    assert total.startswith("1 of 2 pictures skipped; stric")
+    assert "\n  left out: 1 that cannot be used, named above (strict: true " in result.err
 
 
 def test_an_output_folder_that_is_a_file(fluxfast, photos, tmp_path, nano_model):
@@ -270,6 +275,35 @@ def test_options_and_overrides(monkeypatch, fluxfast, photos):
     assert settings.data[0].folder == Path("photos")
 
 
+def test_every_path_of_the_command_line_knows_the_home_folder(
+    monkeypatch, fluxfast, photos, nano_model, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config(tmp_path / "c.yaml", name="filed")
+    assert resolved(monkeypatch, fluxfast, "~/c.yaml")[0].name == "filed"
+    settings, _ = resolved(monkeypatch, fluxfast, "~/photos", "--model", "m")
+    assert settings.data[0].folder == photos and settings.name == "photos"
+    (tmp_path / "nano").symlink_to(nano_model)
+    assert fluxfast("inspect", "~/nano").code == 0
+    plans = [
+        fluxfast("plan", "~/c.yaml", *sets(f"model.path={p}")).out for p in ("~/nano", nano_model)
+    ]
+    assert plans[0] == plans[1] != fluxfast("plan", "~/c.yaml").out
+    for lora in ("~/absent.safetensors", "~nobody-here/absent.safetensors"):
+        found = lora.replace("~/", f"{tmp_path}/")
+        assert (
+            f"cannot read {found}: No such file"
+            in fluxfast("convert", lora, "~/b", "--to", "kohya").err
+        )
+    assert fluxfast("quantize", "~/nano", "~/q.safetensors").out == f"{tmp_path}/q.safetensors\n"
+    drawn = fluxfast(
+        *("sample", "--model=~/nano", "--prompt=a", "--width=32", "--height=32", "--steps=1"),
+        *("--out=~/drawn", "--layers=~/no.yaml"),
+    )
+    assert f"cannot read model.layers {tmp_path}/no.yaml" in drawn.err
+    assert not (Path.cwd() / "~").exists()
+
+
 def test_options_win_over_the_file(monkeypatch, fluxfast, tmp_path):
     config(tmp_path / "c.yaml", name="filed", trigger="filed")
     settings, restart = resolved(monkeypatch, fluxfast, "c.yaml", "--name", "asked", "--restart")
@@ -320,7 +354,7 @@ def test_cache_prints_its_folder_and_a_second_run_needs_no_encoder(
     arguments = ("cache", "photos", "--model", nano_model, "--set", "data.resolution=64")
     first = fluxfast(*arguments)
     assert (first.code, first.out) == (0, "runs/cache\n"), first.err
-    assert "2 samples" in first.err
+    assert "\nphotos: 2 of 2 pictures, in 1 bucket: 64x64 (2)\n" in first.err
     before = snapshot(tmp_path / "runs")
     assert before
     # in this process the encoders' libraries are loaded already
@@ -397,6 +431,73 @@ def test_a_file_with_encoders_from_elsewhere(fluxfast, photos, tmp_path, nano_mo
     arguments = ("--encoders", nano_model, "--set", "data.resolution=64")
     result = fluxfast("cache", "photos", "--model", "flux.safetensors", *arguments)
     assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [
+        ("ascii", "Z\\xe9 \\u0394 \\u732b \\U0001f408"),
+        ("cp1252", "Zé \\u0394 \\u732b \\U0001f408"),
+        ("cp932", "Z\\xe9 Δ 猫 \\U0001f408"),
+        ("utf-8", "Zé Δ 猫 🐈"),
+    ],
+)
+def test_every_letter_comes_out_in_every_encoding(monkeypatch, encoding, shown):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def app():
+        logging.getLogger("fluxfast").warning("Zé Δ 猫 🐈")
+        print("Zé Δ 猫 🐈")
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0 and sys.stdout is out
+    for stream in (out, err):
+        assert stream.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "stream, broken, code",
+    [
+        ("stdout", "gone", 0),  # `| head -1`
+        ("stdout", "closed", 0),  # `>&-`
+        ("stdout", "full", 1),
+        ("stderr", "gone", 0),
+        ("stderr", "closed", 0),
+        ("stderr", "full", 0),  # a log file on a full disk ends no run
+    ],
+)
+def test_a_lost_stream_ends_no_run(monkeypatch, capfd, stream, broken, code):
+    if broken == "gone":
+        end, number = os.pipe()
+        os.close(end)
+        file = os.fdopen(number, "w")
+    else:
+        file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w") if broken == "full" else None
+    monkeypatch.setattr(sys, stream, file)
+    done = []
+
+    def app():
+        for _ in range(3):
+            logging.getLogger("fluxfast").warning("step")
+            print("out", flush=True)
+            print("err", file=sys.stderr, flush=True)
+        done.append(True)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert done and stop.value.code == code
+    if file:
+        file.close()  # as Python does at the end: what it could not write must be gone
+    seen = "".join(capfd.readouterr())
+    assert ("error: stdout: No space left on device" in seen) == bool(code)
 
 
 def test_a_process_of_its_own(tmp_path):

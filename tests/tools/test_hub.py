@@ -177,6 +177,31 @@ def test_a_local_path_wins_over_the_hub(snapshot, tmp_path, monkeypatch):
     assert fetch_model("~/org/flux", EVERYTHING) == tmp_path / "org" / "flux"
 
 
+@pytest.mark.parametrize(
+    "suffix", ["safetensors", "sft", "gguf", "ckpt", "pt", "bin", "SAFETENSORS"]
+)
+def test_no_hub_id_ends_as_a_file_does(suffix, tmp_path, monkeypatch):
+    """A file that is not there is said to be missing, without a look at the Hub."""
+    asked = record_downloads(monkeypatch)
+    path = f"models/flux1-dev.{suffix}"
+    error = refused(path)
+    assert error.message == f"the file {path} does not exist"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f"ae.{suffix}").write_bytes(b"")  # no more like it than by its suffix
+    assert "did you mean" not in refused(path).hint
+    (tmp_path / "models" / f"flux1-dev-fp8.{suffix}").write_bytes(b"")
+    assert refused(path).hint == f"did you mean models/flux1-dev-fp8.{suffix}?"
+    with pytest.raises(FluxfastError, match=f"the LoRA {path} does not exist"):
+        fetch_lora(path)
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["city96/FLUX.1-dev-gguf", "org/a.v2", "org/safetensors"])
+def test_what_only_looks_like_a_file_is_a_hub_id(name):
+    error = refused(name)
+    assert "no path here" in error.message and "could not be downloaded" in error.message
+
+
 NEITHER = "/no/such/model,no-slash,a/b/c,./model,../model,~nobody-here/x,~/x,org/name.git,org/a--b"
 NEITHER += ",https://huggingface.co/org/name,a b/c,x\0y"
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from small import SMALL, random_flux
 
 from fluxfast import rng
 from fluxfast.objective import (
@@ -39,7 +40,7 @@ def test_timesteps_are_distributed_as_named():
     assert abs(t.mean() - 0.5) < 0.01 and abs(t.var() - 1 / 12) < 0.002
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "uniform", "flux_shift", "linear"])
+@pytest.mark.parametrize("kind", ["sigmoid", "uniform", "flux_shift", "linear", "weighted"])
 def test_bias_moves_towards_noise_or_detail(kind):
     means = {
         bias: draw_timesteps(0, MANY, 1024, kind, bias).mean()
@@ -69,6 +70,42 @@ def test_linear_weight_is_a_bell_of_mean_one():
     table = y * (1000 / y.sum())
     assert torch.allclose(timestep_weight(steps / 1000, "linear"), table, atol=1e-4)
     assert torch.equal(timestep_weight(torch.rand(5), "sigmoid"), torch.ones(5))
+
+
+def test_linear2_holds_the_bells_top_over_the_less_noisy_half():
+    """ai-toolkit's linear_timesteps2: the second half of its falling timesteps at the maximum."""
+    t = torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001])
+    bell, half = timestep_weight(t, "linear"), timestep_weight(t, "linear2")
+    assert torch.equal(half[:3], bell[:3])
+    assert torch.equal(half[3:], bell[2].expand(2)) and bell[2] > bell[3]
+
+
+def test_weighted_is_ai_toolkits_table():
+    """Of its 1000 numbers, at t = 1, 0.999, … 0.001, a few; their mean is 1."""
+    theirs = {0: 0.905706524848938, 100: 1.5068002939224243, 500: 0.9254037141799927}
+    theirs |= {124: 1.5226575136184692, 800: 0.7161067724227905, 999: 0.4472601115703583}
+    t = torch.tensor([(1000 - i) / 1000 for i in theirs])
+    assert torch.equal(timestep_weight(t, "weighted"), torch.tensor(list(theirs.values())))
+    every = torch.arange(1, 1001) / 1000
+    assert abs(timestep_weight(every, "weighted").mean() - 1) < 1e-6
+    # any t has the number of the nearest, the ends too
+    weights = timestep_weight(torch.tensor([0.1001, 0.1, 1e-6, 1 - 1e-6]), "weighted")
+    assert weights[0] == weights[1]
+    assert torch.equal(weights[2:], torch.tensor([theirs[999], theirs[0]]))
+
+
+def test_without_guidance_its_embedding_is_left_out():
+    model = random_flux(SMALL)
+    text = torch.randn(2, 5, SMALL.context_in_dim), torch.randn(2, SMALL.vec_in_dim)
+    mean, std = torch.randn(2, 4, 4, 4), torch.ones(2, 4, 4, 4)
+    batch = noise_batch(Batch(mean, std, None, *text, [0, 1]), seed=0)
+    modulation = model.modulation(batch.timesteps, batch.pooled, None)
+    left_out = sample_losses(model, batch, None)
+    ahead = sample_losses(model, batch._replace(modulation=modulation), None)
+    assert torch.equal(left_out, ahead)
+    assert not torch.allclose(left_out, sample_losses(model, batch, 1.0))
+    model.guidance_in = None  # as a model that has none
+    assert torch.equal(left_out, sample_losses(model, batch, 1.0))
 
 
 def test_noise_belongs_to_the_sample_not_to_the_batch():

@@ -1,6 +1,7 @@
 """Optimizers from their own libraries, the schedule, clipping, the guard and the average."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fluxfast.errors import ConfigError
 from fluxfast.optim import (
     Ema,
     build_optimizer,
+    check_optimizer,
     clip_and_guard,
     eval_weights,
     flat_gradients,
@@ -199,12 +201,65 @@ def test_where_a_bad_step_is_left_out_exactly():
         ("prodigy", {"betas": None}),
         ("schedulefree", {"eps": "1e-8"}),
         ("adafactor", {"eps": 1e-8}),  # it takes two
+        ("prodigy", {"decouple": "False"}),  # a word is true
+        ("adamw", {"weight_decay": -1}),
     ],
 )
 def test_bad_arguments_are_named(name, args):
     with pytest.raises(ConfigError, match=f"optimizer_args of {name}: .") as raised:
         build_optimizer(settings(name, **args), parameters())
     assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "name, args, words, hint",
+    [
+        (
+            "adamw",
+            {"weight_decya": 1},
+            "'weight_decya', did you mean 'weight_decay'?",
+            "betas, eps",
+        ),
+        ("prodigy", {"xyz": 1}, "there is no 'xyz'", "decouple"),
+        ("adamw", {"lr": 1e-3}, "there is no 'lr'", "train.lr"),
+        ("adamw", {"eps": "1e-8"}, "eps takes a number such as 1e-08 (got '1e-8')", ""),
+        ("adamw", {"betas": "0.9"}, "betas takes 2 numbers such as [0.9, 0.999] (got '0.9')", ""),
+        (
+            "adamw",
+            {"betas": [0.9, "x"]},
+            "betas takes 2 numbers such as [0.9, 0.999] (got [0.9, 'x'])",
+            "",
+        ),
+        ("prodigy", {"decouple": 2}, "decouple takes true or false (got 2)", ""),
+        ("adamw", {"betas": [0.9, 0.99], "weight_decay": -1}, "weight_decay -1 cannot be", ""),
+    ],
+)
+def test_an_argument_that_cannot_be_is_told_from_the_others(name, args, words, hint):
+    with pytest.raises(ConfigError) as raised:
+        build_optimizer(settings(name, **args), parameters())
+    assert words in raised.value.message and hint in (raised.value.hint or "")
+
+
+def test_what_a_library_prints_is_no_result(capsys):
+    build_optimizer(settings("prodigy", decouple=1, weight_decay=0.1), parameters())
+    build_optimizer(settings("adamw", amsgrad=0), parameters())
+    assert capsys.readouterr() == ("", "Using decoupled weight decay\n")
+
+
+@pytest.mark.parametrize(
+    "name, module, library",
+    [
+        ("adamw8bit", "bitsandbytes.optim", "bitsandbytes"),
+        ("prodigy", "prodigyopt", "prodigyopt"),
+        ("schedulefree", "schedulefree", "schedulefree"),
+        ("adafactor", "transformers.optimization", "transformers"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_its_command(name, module, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=f"{name} needs the library {library}") as raised:
+        check_optimizer(settings(name), torch.device("cpu"))
+    assert raised.value.hint.startswith(f"pip install {library};")
 
 
 def test_schedule_free_takes_no_schedule():
@@ -219,6 +274,8 @@ def test_schedules():
     assert values[60] == pytest.approx(0.5) and values[110] == pytest.approx(0.0, abs=1e-9)
     linear = train.model_copy(update={"lr_schedule": "linear"})
     assert learning_rate(85, linear) == pytest.approx(0.25)
+    floor = linear.model_copy(update={"lr_end": 0.2})
+    assert [learning_rate(step, floor) for step in (10, 60, 110)] == pytest.approx([1, 0.6, 0.2])
     constant = train.model_copy(update={"lr_schedule": "constant"})
     assert learning_rate(100, constant) == 1.0
     assert learning_rate(0, TrainConfig()) == 1e-4

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,22 @@ from PIL import Image
 
 from fluxfast import load_transformer
 from fluxfast import sampling as sample
-from fluxfast.config.schema import ModelConfig
-from fluxfast.errors import ConfigError
+from fluxfast.config.schema import ModelConfig, SampleConfig
+from fluxfast.errors import ConfigError, DiskError, FluxfastError
 from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.objective import pack
-from fluxfast.sampling import Picture, contact_sheet, noise_for, save_picture, schedule
-from fluxfast.tools.generate import generate
+from fluxfast.rng import settle_seed
+from fluxfast.run.evaluate import _keep_earlier
+from fluxfast.sampling import (
+    Picture,
+    contact_sheet,
+    noise_for,
+    save_picture,
+    schedule,
+    settings_of,
+)
+from fluxfast.tools.generate import _reserve, generate
 
 CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
 
@@ -89,12 +99,40 @@ def test_picture_is_the_pipelines(nano_model, lora, tmp_path):
     assert psnr(ours, base) < 35
 
 
+def test_a_preview_may_have_settings_of_its_own(caplog):
+    own = [{"prompt": "b", "seed": 7, "width": 48, "height": 100}, {"prompt": "c", "guidance": 1.5}]
+    settings = SampleConfig(
+        prompts=["a"], samples=own, width=64, height=64, steps=2, seed=3, walk_seed=True
+    )
+    assert sample.pictures_of(settings, ["a", "b", "c"]) == [
+        Picture("a", 3, 64, 64, 2, 4.0),
+        Picture("b", 7, 48, 96, 2, 4.0),
+        Picture("c", 5, 64, 64, 2, 1.5),
+    ]
+    assert "previews of height 100 are drawn at 96" in caplog.text
+
+
 def test_png_says_how_it_was_made(tmp_path):
     picture = Picture("a “cat”, 猫", 3, 32, 32, 4, 1.0)
     save_picture(tmp_path / "x.png", Image.new("RGB", (32, 32)), picture, lora="l.safetensors")
     text = Image.open(tmp_path / "x.png").text
     assert text["prompt"] == picture.prompt and text["seed"] == "3"
     assert json.loads(text["fluxfast"])["lora"] == "l.safetensors"
+
+
+def test_a_preview_with_other_settings_is_kept(tmp_path):
+    path, image = tmp_path / "00-step00000002.png", Image.new("RGB", (32, 32))
+    save_picture(path, image, CAT, step="2")
+    assert settings_of(path)["prompt"] == CAT.prompt
+    _keep_earlier(path, CAT)
+    assert path.exists()  # it comes again as it was
+    for steps, aside in ((9, "00-step00000002.1.png"), (10, "00-step00000002.2.png")):
+        _keep_earlier(path, replace(CAT, steps=steps))
+        assert not path.exists() and (tmp_path / aside).exists()
+        save_picture(path, image, replace(CAT, steps=steps), step="2")
+    path.write_bytes(b"no picture")
+    _keep_earlier(path, CAT)
+    assert path.exists() and settings_of(path) == {} == settings_of(tmp_path / "none.png")
 
 
 def test_contact_sheet(tmp_path):
@@ -131,10 +169,10 @@ def test_nothing_stays_in_memory(nano_model, monkeypatch):
     model.train()
     embeddings = [(torch.randn(32, 192), torch.randn(128))]
     args = (model, [CAT], embeddings, nano_model, torch.device("cpu"))
-    sample.draw_pictures(*args)
+    list(sample.draw_pictures(*args))
     gc.collect()
     before = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
-    sample.draw_pictures(*args)
+    list(sample.draw_pictures(*args))
     gc.collect()
     after = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
     assert [ref() for ref in alive] == [None, None]
@@ -149,3 +187,42 @@ def test_command(nano_model, lora, tmp_path, fluxfast):
     assert code == 0, err
     assert [file.name for file in files] == ["00-seed42-a-cat.png", "01-seed43-a-dog.png"]
     assert all(Image.open(file).size == (64, 64) for file in files)
+    before = [file.read_bytes() for file in files]
+    # the same prompt and seed without the LoRA, then a seed that is drawn, in a size to be rounded
+    again = ("sample", "--model", nano_model, "--prompt", "a cat", *size)
+    (third,) = map(Path, fluxfast(*again)[1].splitlines())
+    _, out, err = fluxfast(*again, "--seed", "-1", "--width", "72")
+    fourth = Path(out.strip())
+    assert "width 72 are drawn at 64" in err and Image.open(fourth).size == (64, 64)
+    assert third.name == "02-seed42-a-cat.png" and third.read_bytes() != before[0]
+    assert fourth.name == f"03-seed{Image.open(fourth).text['seed']}-a-cat.png"
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_seed_is_drawn_or_the_runs_own():
+    assert len({settle_seed(-1) for _ in range(8)}) == 8
+    assert settle_seed(-1, 7) == 7 and settle_seed(3, 7) == 3 and settle_seed(-1, 0) == 0
+
+
+def test_a_name_is_taken_by_one_process(tmp_path, monkeypatch):
+    """Another takes the number between looking and writing."""
+    (tmp_path / "07-seed1-a.png").touch()
+    (tmp_path / "notes.png").touch()
+    assert _reserve(tmp_path, "seed1-a.png").name == "08-seed1-a.png"
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / "07-seed1-a.png"]))
+    assert _reserve(tmp_path, "seed1-a.png").name == "09-seed1-a.png"
+
+
+def test_pictures_that_are_not_finite_are_refused(nano_model, monkeypatch):
+    monkeypatch.setattr(sample, "sample_latents", lambda _, noise, *__: noise * math.nan)
+    drawn = sample.draw_pictures(
+        None, [CAT], [(torch.zeros(1), torch.zeros(1))], nano_model, torch.device("cpu")
+    )
+    with pytest.raises(FluxfastError, match="'a photograph of a cat' is not finite"):
+        list(drawn)
+
+
+def test_a_folder_that_takes_no_file_is_reported_first(nano_model, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(DiskError, match="cannot write into .*out"):
+        generate(ModelConfig(path="absent"), [CAT], tmp_path / "out", device="cpu")

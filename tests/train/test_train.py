@@ -1,19 +1,22 @@
 """The loop end to end on the nano model: what it writes, accumulation, what it trains from."""
 
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
-from runs import metrics, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import noise_pictures, random_flux
+from small_runs import metrics, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fluxfast.run.preflight
 import fluxfast.train
 from fluxfast.config.schema import Config, load_config
-from fluxfast.errors import FluxfastError
+from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.model.spec import NANO
 from fluxfast.run.checkpoint import checkpoints
 from fluxfast.step import train_step
@@ -31,13 +34,15 @@ def photos(tmp_path_factory) -> Path:
 
 
 def test_run_folder(configure):
-    config = configure(train__ema={"enabled": True}, train__steps=6, save__keep=2)
+    own = {"data__trigger": "alice"}
+    config = configure(train__ema={"enabled": True}, train__steps=6, save__keep=2, **own)
     path = train(config)
     assert path == config.run_dir / "small.safetensors" and path.is_file()
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         keys = list(file.keys())
-    expected = {"rank": "2", "steps": "6", "trigger": "ohwx", "base_model": config.model.path}
+    expected = {"rank": "2", "steps": "6", "base_model": config.model.path}
+    expected |= dict.fromkeys(("trigger", "modelspec.trigger_phrase"), "ohwx, alice")
     assert metadata.items() >= expected.items()
     assert Config.model_validate_json(metadata["config"]) == config
     assert all(key.startswith("transformer.") for key in keys)
@@ -83,6 +88,7 @@ def test_accumulation_is_a_larger_batch(configure):
     )
     run.config.train.max_grad_norm = None
     run.modulation_cache = None  # which goes by the numbers of batches of two
+    run.labels |= {(4, tokens): label for (_, tokens), label in run.labels.items()}
     results = []
     for group in (pair, [both], pair[:1]):
         run.config.train.gradient_accumulation = len(group)
@@ -129,8 +135,54 @@ def test_flip_shuffle_masks_and_dropout_train_from_the_cache(configure, photos, 
     assert metrics(config)[-1]["step"] == 3
 
 
-def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path):
-    """A transformer with another context width beside the nano model's encoders."""
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train__optimizer_args": {"weight_decya": 1}}, "did you mean 'weight_decay'"),
+        ({"sample": {"prompts": ["[trigger]"]}, "trigger": None}, "sample.prompts"),
+        ({"memory__policy": "offload"}, "takes a plan, and on a CPU there is none"),
+        ({"memory__modulation": "ahead", "lora__targets": "all"}, "needs frozen modulation"),
+        ({"data.0.folder": "/gone"}, "cannot read the folder /gone: No such file"),
+        ({"validation__folder": "/gone"}, "cannot read the folder /gone: No such file"),
+        ({"data.0.mask": "folder", "data.0.mask_folder": "/gone"}, "the folder /gone: No such"),
+        ({"output_dir": "/dev/null/x"}, "cannot write into"),
+        ({"output_dir": "full"}, "GiB free, and each checkpoint takes at least 0.0 GiB"),
+    ],
+)
+def test_what_can_be_seen_is_refused_before_any_work(configure, monkeypatch, changes, words):
+    """Before pictures are encoded, and of settings before a model is fetched."""
+    full = shutil._ntuple_diskusage(1, 1, 5)
+    monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("worked"))
+    if changes.get("output_dir") == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+        changes = {}
+    elif "lora__targets" not in changes:
+        monkeypatch.setattr(
+            fluxfast.run.preflight, "resolve_parts", lambda *_: pytest.fail("fetched")
+        )
+    with pytest.raises(FluxfastError) as raised:
+        train(configure(**changes))
+    assert words in raised.value.message
+
+
+def test_a_run_folder_that_takes_no_file_is_reported_first(configure, monkeypatch):
+    monkeypatch.setattr(fluxfast.run.preflight, "resolve_parts", lambda *_: pytest.fail("fetched"))
+    refuses = DiskError("cannot write into runs/small: Read-only file system")
+    monkeypatch.setattr("fluxfast.util.files.write_atomic", Mock(side_effect=refuses))
+    with pytest.raises(DiskError, match="Read-only"):
+        train(configure())
+
+
+def test_a_rank_that_writes_nothing_needs_no_run_folder(configure):
+    config = configure()
+    fluxfast.run.preflight.check_start(config, torch.device("cpu"), fresh=True)
+    assert not config.run_dir.exists()
+
+
+def test_encoders_of_another_model_are_refused(configure, nano_model, tmp_path, monkeypatch):
+    """A transformer with another context width beside the nano model's encoders: before anything is
+    encoded."""
+    monkeypatch.setattr(fluxfast.train, "prepare", lambda *_: pytest.fail("worked"))
     other = random_flux(NANO.__class__(**{**NANO.__dict__, "context_in_dim": 256}))
     file = tmp_path / "other.safetensors"
     save_file(dict(other.state_dict()), file)

@@ -1,15 +1,19 @@
 """Validation: fixed noise, paired differences, intervals, the best step; and previews in a run."""
 
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from PIL import Image
-from runs import CPU, start
 from safetensors import safe_open
 from small import noise_pictures, small_run
+from small_runs import CPU, start
 
-from fluxfast.data.prepare import hold_out, prepare
+import fluxfast.run.evaluate
+import fluxfast.train
+from fluxfast.data.prepare import _held_out, hold_out, prepare, preview_prompts
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
 from fluxfast.run.validation import Validation, Validator, best, interval, read_validations
@@ -69,6 +73,11 @@ def test_hold_out_takes_whole_pictures():
         hold_out(samples(1), 0.5, seed=0)
 
 
+def test_the_names_of_many_pictures_are_sorted_once():
+    names = MagicMock(__iter__=Mock(side_effect=lambda: iter(map(str, range(50)))))
+    assert len(_held_out(names, 0.5, 0)) == 25 and names.__iter__.call_count == 1
+
+
 def test_measurement_is_fixed_and_paired(configure):
     """The same weights measure the same; a fresh LoRA differs from the base by nothing."""
     config = configure()
@@ -122,8 +131,68 @@ def test_run_measures_keeps_the_best_and_resumes(configure):
     assert Image.open(files[2]).tobytes() == trained
 
 
+@pytest.mark.slow
+def test_nothing_that_serves_only_looking_ends_a_run(configure, monkeypatch, log_lines):
+    """Everything of it fails, each in its own way."""
+    size = {"width": 64, "height": 64, "steps": 1, "every": 2, "first": False}
+    config = configure(sample={"prompts": ["x"], **size}, log_every=1, train__steps=3)
+
+    def fails(error):
+        def failing(*arguments, **named):
+            raise error
+
+        return failing
+
+    evaluate, logger = fluxfast.run.evaluate, "fluxfast.run.logger"
+    monkeypatch.setattr(evaluate, "draw_pictures", fails(torch.OutOfMemoryError("CUDA: no memory")))
+    monkeypatch.setattr(evaluate, "plot_validation", fails(TypeError("_distutils_hack")))
+    monkeypatch.setattr(fluxfast.train, "write_report", fails(ImportError("No module 'jinja2'")))
+    monkeypatch.setattr(f"{logger}.RunLog._append_unwritten", fails(PermissionError(13, "denied")))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(config) == config.run_dir / "small.safetensors"
+    notes = [line for line in log_lines if line.endswith("; the run goes on")]
+    for begins, count in {
+        "note: the previews of step 2: OutOfMemoryError: CUDA: no memory": 1,
+        "note: the previews of step 3: OutOfMemoryError": 1,
+        "note: validation.png: TypeError: _distutils_hack": 3,
+        "note: report.html: ImportError: No module 'jinja2'": 1,
+        f"note: {config.run_dir / 'metrics.jsonl'}: denied": 1,
+        "note: TensorBoard: ModuleNotFoundError": 1,
+    }.items():
+        assert sum(line.startswith(begins) for line in notes) == count, begins
+    assert len(notes) == 8
+
+
+def test_a_measurement_that_fails_leaves_the_lora_at_work(configure, monkeypatch, log_lines):
+    """The base model's half of it is measured with the LoRA switched off."""
+    run, loader = start(configure())
+    prepared = prepare(configure(), CPU)
+    watch = fluxfast.run.evaluate.Watch(configure(), run.model, prepared, CPU)
+    monkeypatch.setattr(Validator, "_losses", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+    assert watch.look(2) is None
+    assert run.model.single_blocks[0].linear1.lora.strength == 1.0 and run.model.training
+    assert log_lines[-1] == "note: validation at step 2: MemoryError: full; the run goes on"
+
+
+@pytest.mark.slow
+def test_equal_prompts_are_pictures_of_their_own(configure):
+    size = {"width": 64, "height": 72, "steps": 1, "every": 0, "walk_seed": True, "first": False}
+    config = configure(
+        sample={"prompts": ["a [cat]/dog", "a [cat]/dog"], **size}, validation={}, train__steps=1
+    )
+    train(config)
+    files = sorted((config.run_dir / "samples").iterdir())
+    assert [file.name for file in files] == ["00-step00000001.png", "01-step00000001.png"]
+    pictures = [Image.open(file) for file in files]
+    assert [picture.text["seed"] for picture in pictures] == ["42", "43"]
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert Image.open(config.run_dir / "samples.png").size[1] > 2 * 256
+
+
 def test_folder_instead_of_share(configure, photos):
-    config = configure(validation={"folder": str(photos), "every": 4, "timesteps": 1})
+    validation = {"folder": str(photos), "every": 4, "timesteps": 1}
+    config = configure(validation=validation, train__guidance=None)  # both leave it out
     train(config)
     rows = read_validations(config.run_dir / "validation.jsonl")
     assert [row.pictures for row in rows] == [5, 5]
@@ -132,10 +201,20 @@ def test_folder_instead_of_share(configure, photos):
 
 
 def test_trigger_is_needed_where_a_prompt_names_it(configure):
-    with pytest.raises(ConfigError, match="no trigger"):
-        train(configure(trigger=None, sample={"prompts": ["[trigger] one"]}))
+    samples = {"samples": [{"prompt": "[trigger] one"}]}
+    with pytest.raises(ConfigError, match="no one trigger"):
+        train(configure(trigger=None, sample=samples))
+    assert preview_prompts(configure(sample=samples)) == ["ohwx one"]
+    of_data = configure(trigger=None, sample=samples, data__trigger="alice")
+    assert preview_prompts(of_data) == ["alice one"]
+    with pytest.raises(ConfigError, match="no one trigger") as caught:
+        data = [of_data.data[0], of_data.data[0].model_copy(update={"trigger": "bob"})]
+        preview_prompts(of_data.model_copy(update={"data": data}))
+    assert caught.value.hint == "write the one that is meant: alice, bob"
 
 
 def test_best_is_the_earliest_lowest():
     rows = [Validation(s, loss, 2.0, loss - 2, None, None, 1) for s, loss in enumerate((3, 1, 1))]
     assert best(rows).step == 1 and best([]) is None
+    other = Validation(3, 9.0, 9.5, -0.5, None, None, 2)
+    assert best([*rows, other]) is other  # measured on other pictures: the lower ones do not count
