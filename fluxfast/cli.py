@@ -102,9 +102,10 @@ def cache(
     from fluxfast.data.prepare import prepare
     from fluxfast.distributed import init_distributed
     from fluxfast.formats.base.load import resolve_device
+    from fluxfast.run.checkpoint import stored_areas
 
     with interruptible(), init_distributed() as ranks:
-        prepare(config, resolve_device(config.device), ranks)
+        prepare(config, resolve_device(config.device), ranks, areas=stored_areas(config.run_dir))
     if rank() == 0:
         print(config.cache_path)
 
@@ -321,9 +322,10 @@ def plan(
 
     if target is not None:
         from fluxfast.data.survey import survey
+        from fluxfast.run.checkpoint import stored_areas
 
         config = configuration(target, set_)
-        survey(config)
+        survey(config, stored_areas(config.run_dir))
     else:
         data = {"folder": ".", "resolution": [512, 768, 1024]}
         config = build_config(

@@ -23,7 +23,7 @@ from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.model.lora import set_assisted
 from fluxfast.optim import eval_weights, set_mode, skips_exactly
 from fluxfast.rng import settle_seed
-from fluxfast.run.checkpoint import checkpoints, read_state
+from fluxfast.run.checkpoint import checkpoints, read_state, stored_areas
 from fluxfast.run.diagnose import diagnose
 from fluxfast.run.evaluate import Watch
 from fluxfast.run.interrupt import Stopped, stop_on_signals
@@ -122,7 +122,7 @@ def _train(config: Config, ranks: Ranks) -> Path:
         parts = check_start(config, device, fresh=not checkpoints(config.run_dir))
     saves.check_content(weights_of(config, parts))
     check = partial(check_memory, config, parts, device, ranks)
-    prepared = prepare(config, device, ranks, parts, check)
+    prepared = prepare(config, device, ranks, parts, check, stored_areas(config.run_dir))
     pin = device.type == "cuda"
     loader = Loader(
         prepared.dataset, config.train.batch_size, config.seed, pin=pin, shard=ranks.shard

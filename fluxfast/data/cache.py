@@ -18,6 +18,7 @@ import torch
 
 from fluxfast.config.schema import Config, DataConfig
 from fluxfast.data import images
+from fluxfast.data.buckets import Areas
 from fluxfast.data.scan import Progress, ScannedImage, SkipReport, content_hash
 from fluxfast.data.store import (
     LATENTS,
@@ -72,19 +73,22 @@ def prepare_dataset(
     extra_prompts: Iterable[str] = (),
     check: Callable[[set[str], set[Bucket]], None] = lambda names, buckets: None,
     ranks: Ranks = SINGLE_PROCESS,
+    areas: Areas | None = None,
 ) -> Dataset:
     """Scan the data folders, encode what the cache lacks, and return every sample with its files.
 
     extra_prompts: cached as well (previews) where that succeeds. check: is called with the
     pictures' names and the buckets before anything is encoded, to refuse them. ranks: all of them
-    call this and share the work. What is trained and what is left out is logged.
+    call this and share the work. areas: as in `read_data`. What is trained and what is left out is
+    logged.
 
     Folders, image headers and captions are checked before an encoder is loaded. Raises
     FluxfastError for a missing folder, images without captions, unusable files of a strict data
     entry, no usable image at all, missing encoders, and a cache folder that cannot be written.
     """
     report = SkipReport()
-    plans = read_data(config, config.cache_path / "sizes.json", report, progress, ranks)
+    index_path = config.cache_path / "sizes.json"
+    plans, areas = read_data(config, index_path, report, progress, ranks, areas)
     total = len({image.path for plan in plans for image, _ in plan})
     pairs = zip(plans, config.batch_sizes, strict=True)
     buckets = {(size, n) for plan, n in pairs for image, _ in plan for size in image.buckets}
@@ -115,7 +119,7 @@ def prepare_dataset(
     require_some(samples, total)
     if lost:
         log.warning(f"{len(lost)} of {total} pictures skipped; {STRICT}")
-    return Dataset(samples, texts[""])
+    return Dataset(samples, texts[""], areas)
 
 
 def encode_prompts(

@@ -5,7 +5,8 @@ Needs neither transformers nor diffusers if everything is cached.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ import torch
 
 from fluxfast import rng
 from fluxfast.config.schema import Config, ModelConfig
+from fluxfast.data.buckets import Areas
 from fluxfast.data.cache import Bucket, Encoding, prepare_dataset, prompt_files
 from fluxfast.data.captions import PLACEHOLDER, clean_trigger
 from fluxfast.data.store import TEXT, Dataset, Sample, is_complete
@@ -63,12 +65,14 @@ def prepare(
     ranks: Ranks = SINGLE_PROCESS,
     parts: Parts | None = None,
     check: Callable[[set[Bucket]], None] = lambda buckets: None,
+    areas: Areas | None = None,
 ) -> Prepared:
     """Resolve the model and encode what the cache lacks, preview prompts too; each rank its share.
 
     parts: the model's, if they are resolved already. check: is called with the buckets before
-    anything is encoded, to refuse them. Raises FluxfastError for a missing or unfit model, data
-    that cannot be used, or a full disk; ConfigError for a precision that cannot be.
+    anything is encoded, to refuse them. areas: what `stored_areas` returns for the run. Raises
+    FluxfastError for a missing or unfit model, data that cannot be used, or a full disk;
+    ConfigError for a precision that cannot be.
     """
     with ranks.main_process_first():  # one fetches what is on the Hub
         model, root, length = parts or resolve_parts(config.model, device)
@@ -93,9 +97,8 @@ def prepare(
                 _held_out(names, share, config.seed)
             check(buckets)
 
-        dataset = prepare_dataset(
-            config, encoding, progress, extra_prompts=prompts, check=check_plan, ranks=ranks
-        )
+        encode = partial(prepare_dataset, encoding=encoding, progress=progress, ranks=ranks)
+        dataset = encode(config, extra_prompts=prompts, check=check_plan, areas=areas)
         held_out: list[Sample] = []
         if share:
             dataset, held_out = hold_out(dataset, share, config.seed)
@@ -104,7 +107,8 @@ def prepare(
             folder = {"folder": config.validation.folder, "recursive": True}
             data = config.data[0].model_copy(update=folder | {"num_repeats": 1, "flip": False})
             only = config.model_copy(update={"data": [data]})
-            held_out = prepare_dataset(only, encoding, progress, ranks=ranks).samples
+            # not merged: measured without graphs, and a later picture must not move the others
+            held_out = encode(only, areas={}).samples
         files = prompt_files(prompts, config.cache_path, encoding)
         if not all(is_complete(file, TEXT) for file in files.values()):
             files = {}
@@ -124,7 +128,7 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[S
     held = _held_out({sample.name for sample in dataset.samples}, share, seed)
     samples = [sample for sample in dataset.samples if sample.name not in held]
     held_out = {sample.latents: sample for sample in dataset.samples if sample.name in held}
-    return Dataset(samples, dataset.empty_text), list(held_out.values())
+    return replace(dataset, samples=samples), list(held_out.values())
 
 
 def _held_out(pictures: set[str], share: float, seed: int) -> set[str]:

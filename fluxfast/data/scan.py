@@ -61,12 +61,13 @@ Progress = Callable[[str, int, int], None]  # kind ("hash", "text", "latents"), 
 class ScannedImage:
     """name: relative to its data folder. hash, mask_hash: sha256 of the files.
 
-    buckets: (width, height) in pixels for each entry of `data.resolution`.
+    size: (width, height) in pixels; buckets: the same for each entry of `data.resolution`.
     """
 
     path: Path
     name: str
     hash: str
+    size: tuple[int, int]
     buckets: tuple[tuple[int, int], ...]
     mask: Path | None = None
     mask_hash: str | None = None
@@ -166,7 +167,7 @@ def _scan(data: DataConfig, path: Path, sizes: dict[str, tuple[int, int]] | None
         raise FluxfastError(f"the image {path}: {error.message}", hint=error.hint) from None
     mask = _find_mask(data, path) if data.mask == "folder" else None
     name = path.relative_to(data.folder).as_posix()
-    return ScannedImage(path, name, key, buckets, mask, content_hash(mask) if mask else None)
+    return ScannedImage(path, name, key, size, buckets, mask, content_hash(mask) if mask else None)
 
 
 def _list(

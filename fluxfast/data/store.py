@@ -7,13 +7,14 @@ import contextlib
 import io
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from fluxfast.data.buckets import Areas
 from fluxfast.errors import FluxfastError
 from fluxfast.formats.container import tensor_bytes, write
 from fluxfast.util.files import write_atomic
@@ -52,10 +53,13 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """Every sample, with repeats and resolutions expanded, and the file of the empty prompt."""
+    """Every sample, with repeats and resolutions expanded, the file of the empty prompt, and the
+    areas that buckets are merged to.
+    """
 
     samples: list[Sample]
     empty_text: Path
+    areas: Areas = field(default_factory=dict)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,9 +6,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fluxfast.config.schema import Config, DataConfig
+from fluxfast.data.buckets import Areas, choose_areas, cropped, fit_bucket
 from fluxfast.data.captions import (
     Captions,
     apply_trigger,
@@ -38,9 +40,11 @@ def read_data(
     report: SkipReport,
     progress: Progress = lambda kind, done, total: None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> list[list[Prompted]]:
+    areas: Areas | None = None,
+) -> tuple[list[list[Prompted]], Areas]:
     """Returns the images of each data folder whose captions can be used, in order, with their
-    prompts. index_path: as in `scan_folders`.
+    prompts; and the areas that their buckets are merged to. index_path: as in `scan_folders`;
+    areas: those of a run that has begun, whose pictures may be others now.
 
     Raises FluxfastError for a missing folder, images without captions, what `report` refuses, and
     where no image can be used.
@@ -48,18 +52,21 @@ def read_data(
     outputs = config.output_dir, config.run_dir
     with ranks.main_process_first():  # the others then find every size in the index
         folders = scan_folders(config.data, index_path, report, progress, outputs=outputs)
+    areas = _merge_buckets(folders, areas)
     plans = [_read_prompts(config, found, report) for found in folders]
     report.check()
     total = len({path for found in folders for path in _pictures(found)})
     require_some(plans, total)
-    return plans
+    return plans, areas
 
 
-def survey(config: Config) -> None:
-    """Logs what the data folders hold, where they are on this disk; writes nothing."""
+def survey(config: Config, areas: Areas | None = None) -> None:
+    """Logs what the data folders hold, where they are on this disk; writes nothing. areas: as in
+    `read_data`.
+    """
     try:
         with spinner("reading images"):
-            read_data(config, None, SkipReport())
+            read_data(config, None, SkipReport(), areas=areas)
     except FluxfastError as error:
         log.warning(f"note: the data cannot be trained on as it is: {error.message}")
 
@@ -76,6 +83,33 @@ def _pictures(found: Found) -> list[Path]:
     """Returns all that were meant to be trained on, as far as anybody can tell."""
     not_read = [path for paths in found.not_read.values() for path in paths]
     return [image.path for image in found.images] + found.unusable + not_read
+
+
+def _merge_buckets(folders: list[Found], earlier: Areas | None) -> Areas:
+    """Moves the images of all folders into buckets of the areas that it returns."""
+    areas = {}
+    for side in sorted({side for found in folders for side in found.data.resolution}):
+        images = [x for found in folders if side in found.data.resolution for x in found.images]
+        sizes = [image.size for image in images]
+        merged = choose_areas(sizes, side) if earlier is None else earlier.get(side)
+        if not merged or not sizes:
+            continue
+        areas[side] = merged
+        lost = []
+        for each in ((), merged):
+            crops = [cropped(size, fit_bucket(size, side, each)) for size in sizes]
+            lost.append(f"{sum(crops) / len(crops):.1%} on average and {max(crops):.1%} at most")
+        log.info(
+            f"{side} px: buckets are merged to {len(merged)} token counts; of a picture are "
+            f"cropped {lost[1]}, without {lost[0]}"
+        )
+    for found in folders:
+        sides = [(side, areas.get(side, ())) for side in found.data.resolution]
+        found.images = [
+            replace(image, buckets=tuple(fit_bucket(image.size, *each) for each in sides))
+            for image in found.images
+        ]
+    return areas
 
 
 def _read_prompts(config: Config, found: Found, report: SkipReport) -> list[Prompted]:

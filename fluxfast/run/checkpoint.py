@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fluxfast.data.buckets import Areas
 from fluxfast.errors import DiskError, FluxfastError
 from fluxfast.formats.container import write
 from fluxfast.util.files import partial_of
@@ -49,6 +50,16 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     folders = (run_dir / "checkpoints").glob("step-*")
     matches = [(re.fullmatch(r"step-(\d+)", folder.name), folder) for folder in folders]
     return sorted((int(match[1]), folder) for match, folder in matches if match and folder.is_dir())
+
+
+def stored_areas(run_dir: Path) -> Areas | None:
+    """Returns the areas that a run's buckets are merged to, None before its first checkpoint.
+    Those that began before fluxfast merged any have none.
+    """
+    for _, folder in reversed(checkpoints(run_dir)):
+        with suppress(FluxfastError):  # damaged
+            return read_state(folder, tensors=False).get("areas", {})
+    return None
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:

@@ -125,6 +125,7 @@ class Saves:
                 "step": done,
                 "config": self.config.model_dump(mode="json"),
                 "data": run.loader.fingerprint,
+                "areas": run.loader.dataset.areas,
                 "content": self._content,
                 "log": log_state,
                 "parameters": [parameter.detach() for parameter in run.parameters],

@@ -36,7 +36,7 @@ from fluxfast.model.precision import (
     multiplies_in_8_bits,
 )
 from fluxfast.objective import noise_batch, sample_losses
-from fluxfast.run.checkpoint import newest_checkpoint, put_weights, read_state
+from fluxfast.run.checkpoint import newest_checkpoint, put_weights, read_state, stored_areas
 from fluxfast.run.resume import SHAPING, changes
 from fluxfast.tools.layer_errors import LIMITS, Measured, measure, table
 from fluxfast.util.files import CHECK_FILE, exclusive_lock, write_atomic
@@ -66,7 +66,8 @@ def check(config: Config, limit: float | None = None, batches: int = 4) -> list[
     limit = LIMITS[matmul] if limit is None else limit
     with exclusive_lock(config.run_dir):
         try:
-            dataset = prepare(config, device, parts=parts).dataset
+            areas = stored_areas(config.run_dir)
+            dataset = prepare(config, device, parts=parts, areas=areas).dataset
             return _Check(config, parts.model, device, dataset, batches).run(limit)
         except torch.OutOfMemoryError as error:
             raise FluxfastError(

@@ -32,7 +32,7 @@ def read(folder: Path, **changes) -> tuple[dict[str, list[str]], list[str]]:
     data |= changes
     settings = {"trigger": "ohwx", **outer, "model": {"path": "unused"}, "data": data}
     with logged() as lines:
-        (plan,) = read_data(build_config(settings), None, SkipReport())
+        (plan,), _ = read_data(build_config(settings), None, SkipReport())
     return {image.name: prompts for image, prompts in plan}, lines
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from small import logged, noise_pictures
 from small_runs import metrics
 
+import fluxfast.data.buckets
 import fluxfast.run.evaluate
 import fluxfast.run.saves
 import fluxfast.train
@@ -261,6 +262,35 @@ def test_a_state_that_does_not_fit_is_reported(configure):
     message = "the state in .* does not fit this run: 'param_groups'"
     with pytest.raises(FluxfastError, match=message):
         train(configure(train__steps=6))
+
+
+def test_a_run_keeps_the_buckets_that_it_began_with(configure, monkeypatch):
+    """Merged or, where it began before fluxfast merged any, not; a new run merges them."""
+    sizes = {"data.0.resolution": 96, "data.0.num_repeats": 2}
+
+    def trained(name: str, areas: int, steps: int = 4) -> dict:
+        with monkeypatch.context() as patch:
+            patch.setattr(fluxfast.data.buckets, "AREAS", areas)
+            config = configure(name=name, train__steps=steps, **sizes)
+            train(config)
+        return last_state(config)
+
+    apart, merged = trained("apart", 8), trained("merged", 1)
+    assert apart["areas"] == {} and merged["areas"] == {96: [64 * 64]}
+    assert apart["data"] != merged["data"]
+    trained("merged-2", 1, steps=2)
+    assert all_equal(trained("merged-2", 8)["parameters"], merged["parameters"])
+    state = trained("earlier", 8, steps=2)
+    del state["areas"]
+    save_checkpoint(configure(name="earlier").run_dir, state, lambda folder: None, keep=1)
+    with logged() as lines:
+        earlier = trained("earlier", 1)
+    assert all_equal(earlier["parameters"], apart["parameters"]) and earlier["areas"] == {}
+    assert not any("have changed" in line or "merged" in line for line in lines)
+
+
+def all_equal(tensors, others) -> bool:
+    return all(map(torch.equal, tensors, others))
 
 
 @pytest.mark.slow
