@@ -51,7 +51,12 @@ def build(
 
     assistant = config.model.assistant_lora and fetch_lora(config.model.assistant_lora)
     with spinner("loading the transformer"):
-        model = load_resolved(resolved, device, double_quant=config.model.double_quant)
+        model = load_resolved(
+            resolved,
+            device,
+            double_quant=config.model.double_quant,
+            on_host=() if plan is None else plan.weights_on_host,
+        )
     lora = config.lora
     parameters = inject_lora(model, **lora.model_dump(exclude={"init_from"}), seed=config.seed)
     if lora.init_from and not checkpoints(config.run_dir):
@@ -66,7 +71,7 @@ def build(
     trained = sum(p.numel() for p in parameters)
     log.info(
         f"{len(lora_layers(model))} layers carry a LoRA of rank {lora.rank}: "
-        f"{trained / 1e6:.2f} M parameters; {model.img_in.stored_tensors()[0].device}, "
+        f"{trained / 1e6:.2f} M parameters; {model.img_in.device}, "
         f"{_precision(model)}"
     )
     return assemble(config, model, parameters, loader, device, plan, ranks)

@@ -67,6 +67,17 @@ class FrozenLinear(nn.Module):
         self.weight = weight.to(torch.float32 if storage == "fp32" else torch.bfloat16, copy=True)
         return storage != "nf4"
 
+    def move_weight(self, device: str | torch.device) -> None:
+        """Moves the weight alone: the layer computes where its bias is."""
+        for name in ("weight", *_QUANTIZED):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes; its weight may be stored on the host."""
+        return (self.stored_tensors()[0] if self.bias is None else self.bias).device
+
     def weight_tensors(self) -> list[Tensor]:
         """Returns the weight's one to four tensors on the compute device."""
         return self.stored_tensors() if self.weight_provider is None else self.weight_provider(self)

@@ -1,6 +1,6 @@
 """Fills a Flux with a checkpoint's tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,13 +28,16 @@ def fill(
     *,
     nested: bool = False,
     device: str | torch.device = "cpu",
+    on_host: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Fills every tensor of `model` from `read(BFL name)`, one at a time, so that only one is ever
     dense: matrices as `precisions` says (see `layer_precisions`), others in the compute dtype.
 
-    Returns the matrices that were to be nf4 and stayed bf16, because their K is not a multiple of
-    64.
+    on_host: names of linears whose weight is stored on the host. Each is quantized on the device,
+    for the same bits, and leaves before the next comes: one that left later would leave a hole
+    between weights that stay, which a graph's memory pool cannot use. Returns the matrices that
+    were to be nf4 and stayed bf16, because their K is not a multiple of 64.
     """
     names = list(tensor_sources(model.spec))
     in_bf16 = []
@@ -47,6 +50,8 @@ def fill(
             module.matmul, module.rotation = precision.matmul, precision.rotation
             if not module.set_weight(tensor, precision.storage, nested):
                 in_bf16.append(name)
+            if module_name in on_host:
+                module.move_weight("cpu")
         else:
             assert isinstance(tensor, Tensor)
             setattr(module, kind, tensor.to(model.compute_dtype, copy=True))

@@ -131,7 +131,7 @@ def fresh_update(
     """Returns a trainable update of `layer`, fp32 on its device: A uniform in ±1/sqrt(K) (as peft
     and kohya initialize it) or, for seed None, unset; B zero.
     """
-    device = layer.stored_tensors()[0].device
+    device = layer.device
     shape = (len(parts) * rank, layer.in_features)
     a = torch.empty(shape, device=device)
     if seed is not None:

@@ -73,7 +73,7 @@ class LoRALinear(FrozenLinear):
 
     def add_update(self, update: LowRankUpdate) -> None:
         """Adds an update; a trainable one goes in front and replaces an earlier one."""
-        update.to(self.stored_tensors()[0].device)
+        update.to(self.device)
         if not update.trainable:
             self.updates.append(update)
         else:
@@ -107,6 +107,8 @@ class LoRALinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns y [..., N] of x [..., K] in the compute dtype."""
+        # backward would read the weight where the next one has arrived: see `WeightsOnHost.fetch`
+        assert self.weight_provider is None or not x.requires_grad, "x of a weight on the host"
         if self.drops():
             frozen, lora = self._update(frozen_only=True), self.lora
             return DroppedLinear.apply(x, *lora.as_argument(), self, frozen, lora.dropout)

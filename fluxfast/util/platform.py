@@ -1,8 +1,11 @@
 """What differs between operating systems: signals, folder locks, flushes, memory readings."""
 
 import os
+import platform
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -62,10 +65,53 @@ def peak_resident_gib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def available_memory() -> int | None:
-    """Returns the bytes of host memory that are free or can be freed; None outside Linux."""
+def available_memory() -> int:
+    """Returns the bytes of host memory that this process can still take: what is free or can be
+    freed, less where its cgroups (a container's, a pod's) allow less. Outside Linux and Windows
+    half of what the machine has.
+    """
+    if sys.platform == "win32":
+        import ctypes
+
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, whose first field is its size
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]  # ullAvailPhys
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    return next((int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:")), None)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = next(int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:"))
+    return max(0, min([free, *_cgroup_memory()]))
+
+
+def is_wsl() -> bool:
+    """Returns whether this is WSL2, or Docker on it, whose kernel is the same."""
+    return "microsoft" in platform.release().lower()
+
+
+def _cgroup_memory(root: Path = Path("/")) -> Iterator[int]:
+    """Yields what each limit on this process's cgroup and those above it leaves: the limit less
+    what is used, page cache that can be dropped not counted. Version 2, and 1's memory controller.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            mount, names = "sys/fs/cgroup/memory", files
+        else:
+            continue
+        # of a container's group only the mount may be seen, and that as the root
+        folder = root / mount / group.lstrip("/")
+        for each in (folder, *folder.parents):
+            if not each.is_relative_to(root / mount):
+                break
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limit, used = (int((each / name).read_text()) for name in names[:2])
+                stat = dict(s.split() for s in (each / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat.get(names[2], 0))

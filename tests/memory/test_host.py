@@ -15,6 +15,7 @@ from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.planner.timeline import aligned
 from fluxfast.model.lora_linear import LoRALinear
 from fluxfast.optim import build_optimizer, set_mode
+from fluxfast.util.platform import _cgroup_memory, available_memory
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
 LATE = 2  # the step at which the last parameter gets its first gradient, and so its state
@@ -281,6 +282,41 @@ def test_layers_keep_their_form_on_the_host():
             assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
             assert torch.equal(a.float(), b.float())
             assert c.data_ptr() != b.data_ptr() and c.shape == b.shape
+
+
+# what there is
+
+
+GIB = 2**30
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("line", "mount", "names"),
+    [("0::/pod/run", "sys/fs/cgroup", V2), ("4:cpu,memory:/pod/run", "sys/fs/cgroup/memory", V1)],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_cgroups_limit_what_may_be_taken(tmp_path, line, mount, names, inside):
+    """A limit on the group itself or on one above it, less what is used and cannot be dropped.
+    Inside a container its own group is the mount's root."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"3:pids:/pod\n{line}\n")
+    assert list(_cgroup_memory(tmp_path)) == []
+    limits = {"": 8 * GIB} if inside else {"": "max", "pod": 8 * GIB, "pod/run": "max"}
+    for group, limit in limits.items():
+        folder = tmp_path / mount / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, 5 * GIB), strict=False):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon {3 * GIB}\n{names[2]} {2 * GIB}\n")
+    assert list(_cgroup_memory(tmp_path)) == [5 * GIB]
+
+
+def test_the_least_limit_holds(monkeypatch):
+    free = available_memory()
+    monkeypatch.setattr("fluxfast.util.platform._cgroup_memory", lambda: [GIB, free])
+    assert available_memory() == GIB
 
 
 @pytest.mark.gpu

@@ -15,9 +15,11 @@ from small_runs import CPU, losses, planned, start
 import fluxfast.step
 import fluxfast.train
 from fluxfast.errors import ConfigError, FluxfastError
+from fluxfast.formats.base.reader import BaseCheckpoint
 from fluxfast.memory.offload import ArenaOverflow
 from fluxfast.memory.runtime import MemoryExhausted
 from fluxfast.memory.spill import MemorySpills, SpillWatch
+from fluxfast.model.frozen_linear import FrozenLinear
 from fluxfast.model.modulation import MODULATION_ROWS, ModulationCache
 from fluxfast.run.preflight import check_start
 from fluxfast.train import train
@@ -58,6 +60,41 @@ def test_a_planned_run_is_the_plain_one(configure, more, optimizer):
     if more["policy"] == "offload":
         host = [bucket.choice.host for bucket in run.memory.plan.buckets.values()]
         assert run.memory._engine.arena.nbytes == max(host)
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("storage", ["fp32", "nf4", "int8"])
+def test_weights_of_the_host_leave_while_loading(configure, monkeypatch, storage):
+    """Before the next is read: one that left later would leave a hole in the GPU's segments."""
+    config = configure(model__storage=storage)
+    plan, events, moved = planned(config, modulation="host"), [], FrozenLinear.move_weight
+    read = BaseCheckpoint.read_stored
+    monkeypatch.setattr(
+        BaseCheckpoint, "read_stored", lambda base, name: events.append(name) or read(base, name)
+    )
+
+    def move(layer, device):
+        events.append("move")
+        assert device == "cpu" and layer.stored_tensors()
+        moved(layer, device)
+
+    monkeypatch.setattr(FrozenLinear, "move_weight", move)
+    run, _ = start(config, plan)
+    names = plan.weights_on_host
+    assert [run.model.linear(name) for name in names] == run.model.modulation_linears()
+    before = [a for a, b in zip(events, events[1:], strict=False) if b == "move"]
+    assert sorted(before) == sorted(f"{name}.weight" for name in names)
+
+
+def test_a_weight_on_the_host_needs_no_gradient_of_its_input(configure):
+    """Backward would read it where the next layer's has arrived."""
+    config = configure()
+    run, _ = start(config, planned(config, modulation="host"))
+    layer = run.model.modulation_linears()[0]
+    x = torch.randn(2, layer.in_features)
+    layer(x)
+    with pytest.raises(AssertionError, match="on the host"):
+        layer(x.requires_grad_())
 
 
 def test_a_tight_limit_mixes_exact_policies(configure):

@@ -265,6 +265,8 @@ def test_phases_count_what_is_held_only_for_a_while():
     weights = sum(size for name, size in plan.static.items() if name.startswith("weights"))
     largest = max(rows * columns for rows, columns in [(21504, 3072), (3072, 15360)])
     assert plan.phases["loading"] == weights + plan.static["LoRA"] + 12 * largest
+    host = planned("4090", 24, sides=(512,), modulation="host")
+    assert host.phases["loading"] == plan.phases["loading"] - plan.static["weights: modulation"]
 
 
 def test_processes_of_one_machine_share_what_may_be_pinned(monkeypatch):
@@ -272,6 +274,13 @@ def test_processes_of_one_machine_share_what_may_be_pinned(monkeypatch):
     assert suggest.host_memory() == 32 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert suggest.host_memory() == 8 * GIB
+
+
+def test_wsl_pins_half_a_gib(monkeypatch):
+    """So a 3060 plans without the 1.7 GiB of modulation that other systems could pin."""
+    monkeypatch.setattr(suggest, "available_memory", lambda: 64 * GIB)
+    monkeypatch.setattr("platform.release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    assert suggest.host_memory() == GIB // 2
 
 
 def test_layers_kept_dense_cost_memory_and_time():

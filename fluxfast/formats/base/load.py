@@ -1,7 +1,7 @@
 """load_transformer: loads a base checkpoint as a Flux on a device."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,14 +216,15 @@ def load_resolved(
     device: torch.device,
     *,
     double_quant: bool = False,
+    on_host: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Flux:
-    """Loads the weights, see `load_transformer`."""
+    """Loads the weights, see `load_transformer`; on_host: as for `fill`."""
     flux = Flux(model.spec, DTYPES[model.activations])
     with open_base(model.path) as base:
         dense = fill(
             flux, base.read_stored, model.precisions,
-            nested=double_quant, device=device, progress=progress,
+            nested=double_quant, device=device, on_host=on_host, progress=progress,
         )  # fmt: skip
     if dense:
         log.warning(

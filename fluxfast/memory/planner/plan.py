@@ -121,6 +121,12 @@ class Plan:
         return max(bucket.bytes for bucket in self.buckets.values())
 
     @property
+    def weights_on_host(self) -> list[str]:
+        """BFL names of the linears whose weights live on the host."""
+        on_host = self.modulation == "host"
+        return saved_bytes.modulation_names(self.request.step) if on_host else []
+
+    @property
     def host(self) -> int:
         """Pinned bytes on the host."""
         return self.static_host + max(bucket.choice.host for bucket in self.buckets.values())
@@ -202,7 +208,7 @@ class _Planner:
                 break
             staging = largest
         moved = self.trained["optimizer"] if state == "host" else 0
-        phases = self._phases(always, moved, buckets)
+        phases = self._phases(static, moved, buckets)
         if max(phases.values()) > self.limit:
             return None
         ops = optimizer_ops(self.step, self.request.optimizer, self.request.ema)
@@ -273,8 +279,8 @@ class _Planner:
             total = max(total, seconds(weights, self.card))
         return total / max(1, MODULATION_ROWS // shape.batch)
 
-    def _phases(self, always: int, state_on_host: int, buckets: dict[str, Bucket]) -> dict:
-        request, lora = self.request, self.trained["LoRA"]
+    def _phases(self, static: dict, state_on_host: int, buckets: dict[str, Bucket]) -> dict:
+        request, always = self.request, sum(static.values())
         phases = {"training": max(bucket.bytes for bucket in buckets.values())}
         if request.encodes:
             phases["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
@@ -288,7 +294,8 @@ class _Planner:
         copies = STEP_COPIES.get(request.optimizer, 0) * self.trained["gradients"]
         phases["optimizer step"] = max(graphed, default=always) + state_on_host + copies
         largest = max(prod(linear_shape(n, self.step.spec)) for n in linears(self.step.spec))
-        phases["loading"] = sum(self.weights.values()) + lora + LOADING * largest
+        stay = sum(size for part, size in static.items() if part.startswith("weights: "))
+        phases["loading"] = stay + static["LoRA"] + LOADING * largest
         return phases
 
 

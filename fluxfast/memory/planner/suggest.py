@@ -11,13 +11,14 @@ from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import Card, card, closest
 from fluxfast.memory.planner.plan import CONTEXT, GIB, MARGIN, Plan, Request, best_plan, usable
 from fluxfast.memory.planner.step_spec import Shape
-from fluxfast.util.platform import available_memory
+from fluxfast.util.platform import available_memory, is_wsl
 
 _STAND_IN = "H100 SXM 80 GB"  # for a CPU: it has products of every kind
 
 SIDES = (1024, 768, 512, 256)  # pixels
 CARDS_GIB = (12, 16, 24, 32, 48, 80)
 BOUNDLESS = 2**60  # bytes
+WSL_PINS = GIB // 2  # microsoft/WSL#14078: 0.5 to 1 GiB in all, whatever the machine has
 
 
 class DoesNotFit(ConfigError):
@@ -67,11 +68,11 @@ def plan_on(device: torch.device, request: Request, limit_gib: float | None = No
 
 
 def host_memory() -> int:
-    """Returns the bytes that this process may pin: half of what is free or can be freed, shared
-    with those that train on the machine's other GPUs.
+    """Returns the bytes that this process may pin: half of what is free or can be freed, on WSL2
+    what the driver allows there; shared with those that train on the machine's other GPUs.
     """
-    available = available_memory()
-    return 16 * GIB if available is None else available // 2 // local_rank()[1]
+    available = available_memory() // 2
+    return (min(available, WSL_PINS) if is_wsl() else available) // local_rank()[1]
 
 
 def _gib(size: float) -> str:
