@@ -112,6 +112,7 @@ def _cgroup_memory(root: Path = Path("/")) -> Iterator[int]:
             if not each.is_relative_to(root / mount):
                 break
             with suppress(OSError, ValueError):  # no such file, or "max"
-                limit, used = (int((each / name).read_text()) for name in names[:2])
-                stat = dict(s.split() for s in (each / "memory.stat").read_text().splitlines())
+                limit, used = (int((each / name).read_text(encoding="utf-8")) for name in names[:2])
+                rows = (each / "memory.stat").read_text(encoding="utf-8").splitlines()
+                stat = dict(row.split() for row in rows)
                 yield limit - used + int(stat.get(names[2], 0))
