@@ -176,7 +176,7 @@ def _float_types(dtype: str) -> tuple[str, ...]:
 def _epilogue(dtype: str, full: bool, forward: bool) -> tuple[dict[str, object], int, tuple]:
     """What follows a product, its rank and parts. full: two outputs, rank 128, forward also q, k
     and v as parts, a gate and a residual."""
-    after = After(Update(f"*{dtype}", "i32", "*fp32", "i32", "i32", "fp32"))
+    after = After(Update(f"*{dtype}", "i32", "*fp32", "i32", "i32", "fp32", "i32"))
     if forward:
         after = after._replace(bias_ptr=f"*{dtype}")
     parts = ()

@@ -111,7 +111,8 @@ def update_of(
     _check_down("down", down, M, update.rank * (max(part.index for part in parts) + 1))
     check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
     row, column = lora_b.stride()
-    return Update(down, down.stride(0), lora_b, row, column, float(update.scale)), parts
+    scale, rank = float(update.scale), update.rank
+    return Update(down, down.stride(0), lora_b, row, column, scale, rank), parts
 
 
 def dx_update_of(
@@ -124,7 +125,8 @@ def dx_update_of(
     fits = lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous()
     check(fits, "lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
     _check_down("d_down", d_down, M, lora_a.shape[0])
-    return Update(d_down, d_down.stride(0), lora_a, 1, K, 1.0), lora_a.shape[0]
+    rank = lora_a.shape[0]
+    return Update(d_down, d_down.stride(0), lora_a, 1, K, 1.0, rank), rank
 
 
 def _check_down(name: str, down: Tensor, M: int, columns: int) -> None:

@@ -81,7 +81,8 @@ class Part(NamedTuple):
 
 
 class Update(NamedTuple):
-    """down [M, P·R] of last stride 1 and, with the strides of output column and rank, Up."""
+    """down [M, P·R] of last stride 1 and, with the strides of output column and rank, Up. rank: R,
+    which the `Spec` has too."""
 
     down_ptr: Tensor
     down_stride: int
@@ -89,6 +90,7 @@ class Update(NamedTuple):
     column_stride: int
     rank_stride: int
     scale: float
+    rank: int
 
 
 class After(NamedTuple):
@@ -187,8 +189,9 @@ def _add_update(
     BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32  # pyright: ignore
     inside = ((n >= n_from) & (n < n_to))[None, :]
     up_rows = (n - n_from + up_first) * update.column_stride
-    # a loop, neither unrolled nor pipelined: unrolled, rank 128 spills
-    for i in tl.range(0, (RANK + BLOCK_R - 1) // BLOCK_R, num_stages=1):
+    # neither pipelined nor, since its length is known at run time alone, unrolled: unrolled it
+    # spills at rank 128 (80 to 128 bytes, sm_89, Triton 3.7.1)
+    for i in tl.range(0, tl.cdiv(update.rank, BLOCK_R), num_stages=1):
         r = i * BLOCK_R + tl.arange(0, BLOCK_R)
         real = r < RANK
         down_rows = update.down_ptr + m.to(tl.int64)[:, None] * update.down_stride
@@ -223,9 +226,14 @@ def finish(
         total += tl.load(after.bias_ptr + n, in_n, other=0.0).to(tl.float32)[None, :]
     inside = (m_first + tl.arange(0, SPEC.tile.block_m) < M)[:, None] & in_n[None, :]
     if after.gate_ptr is not None:
-        first, rows = rows_at(Matrix(after.gate_ptr, after.gate_stride, 0), m_first, m, T)
-        gate = tl.load(first + rows[:, None] + n[None, :], inside, other=0.0)
-        total *= gate.to(tl.float32)
+        # one batch after the other: [block_m, block_n] gates and their addresses spill
+        first_batch = m_first // T
+        last_batch = (tl.minimum(m_first + SPEC.tile.block_m, M) - 1) // T
+        gate_at = after.gate_ptr + first_batch.to(tl.int64) * after.gate_stride + n
+        for batch in tl.range(first_batch, last_batch + 1, num_stages=1):
+            gate = tl.load(gate_at, in_n, other=0.0).to(tl.float32)[None, :]
+            total = tl.where((m // T == batch)[:, None], total * gate, total)
+            gate_at += after.gate_stride
     if after.residual is not None:
         first, rows = rows_at(after.residual, m_first, m, T)
         residual = tl.load(first + rows[:, None] + n[None, :], inside, other=0.0)
