@@ -12,13 +12,14 @@ import torch
 from fluxfast.config.schema import Config, dump_config
 from fluxfast.config.yaml_io import apply_override
 from fluxfast.data.loader import Loader, fingerprint_of
-from fluxfast.data.prepare import prepare
+from fluxfast.data.prepare import Prepared, prepare
 from fluxfast.data.store import CacheDamaged
 from fluxfast.distributed import Ranks, init_distributed, restart_count
 from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.formats.base.load import resolve_device
+from fluxfast.memory.copies import PinRefused
 from fluxfast.memory.planner.report import run_lines
-from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory
+from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory, lift_limit
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.model.lora import set_assisted
 from fluxfast.optim import eval_weights, set_mode, skips_exactly
@@ -137,11 +138,8 @@ def _train(config: Config, ranks: Ranks) -> Path:
         log.info(f"{ranks.world_size} processes, each takes {', '.join(shares)} samples")
     # the first all-reduce allocates buffers on the device, which free memory is planned without
     ranks.all_reduce_(torch.zeros(1, device=device))
-    plan = plan_run(config, prepared.model, bucket_shapes(loader), device)
-    for line in run_lines(plan, device.type == "cuda") if plan else []:
-        log.info(line)
     try:
-        run = build(config, prepared.model, loader, device, plan, ranks)
+        run = _build(config, prepared, loader, device, ranks)
         check_fits(loader.batch(0), run.model.spec)
         first, log_state = saves.restore(run)
         if ranks.is_main:
@@ -155,6 +153,8 @@ def _train(config: Config, ranks: Ranks) -> Path:
         # outside a gradient pass, which takes cheaper policies by itself
         reason = str(error).splitlines()[0]
         raise FluxfastError(f"the GPU's memory is full: {reason}", hint=CURE) from None
+    finally:
+        lift_limit(device)
     if ranks.is_main:
         step, path = saves.publish()
         report = ""
@@ -162,6 +162,25 @@ def _train(config: Config, ranks: Ranks) -> Path:
             report = f", the report {write_report(config.run_dir)}"
         log.info(f"{step} steps done; the LoRA is {path}{report}")
     return lora_file(config, config.run_dir)
+
+
+def _build(
+    config: Config, prepared: Prepared, loader: Loader, device: torch.device, ranks: Ranks
+) -> Training:
+    """Plan the run and load it; where the system pins less than planned, once more without."""
+    host = None
+    while True:
+        plan = plan_run(config, prepared.model, bucket_shapes(loader), device, host)
+        for line in run_lines(plan, device.type == "cuda") if plan else []:
+            log.info(line)
+        try:
+            return build(config, prepared.model, loader, device, plan, ranks)
+        except PinRefused as error:
+            if host is not None:
+                raise
+            log.warning(f"note: {error.message}; the run is planned again without it")
+        host = 0
+        gc.collect()  # frees what was loaded
 
 
 def _loop(run: Training, watch: Watch, saves: Saves, first: int, log_state: dict | None) -> None:

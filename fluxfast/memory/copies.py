@@ -8,6 +8,7 @@ The event that a call returns happens at their end.
 import mmap
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 from fluxfast.errors import FluxfastError
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+class PinRefused(FluxfastError):
+    """The system page-locks no more host memory."""
 
 
 class CudaCopies:
@@ -82,24 +87,32 @@ def pinned(nbytes: int) -> Tensor:
     """Returns page-locked host memory, uint8 [nbytes], of exactly this size.
 
     torch's own pinned allocator rounds up to a power of two: 9 GB would take 16. A shared mapping,
-    so that a fork (data loading workers) does not turn the parent's pages into copies. Raises
-    FluxfastError where the system refuses.
+    so that a fork (data loading workers) does not turn the parent's pages into copies; a container
+    is charged for it as for memory of its own. Raises PinRefused where the system refuses.
     """
     hint = "offload less (a lower resolution or batch size), or free host memory"
     problem = f"cannot pin {nbytes / 2**30:.2f} GiB of host memory"
     try:
         pages = mmap.mmap(-1, max(nbytes, 1))
     except (OSError, OverflowError) as error:
-        raise FluxfastError(f"{problem}: {error}", hint=hint) from None
+        raise PinRefused(f"{problem}: {error}", hint=hint) from None
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     address = memory.data_ptr()
     code = int(cast(Any, torch.cuda.cudart()).cudaHostRegister(address, memory.numel(), 0))
     if code:
-        raise FluxfastError(f"{problem}: CUDA error {code}", hint=hint)
+        _clear_error()
+        raise PinRefused(f"{problem}: CUDA error {code}", hint=hint)
     # the storage keeps `pages` alive: unregistered after the last view is gone, before the unmap
     finalizer = weakref.finalize(pages, _unregister, address)
     finalizer.atexit = False  # the end of the process does it
     return memory[:nbytes]
+
+
+def _clear_error() -> None:
+    """Takes back the error that a failed call leaves in the runtime for the next launch to raise;
+    torch has no name for cudaGetLastError."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _unregister(address: int) -> None:

@@ -5,6 +5,7 @@ optimizer finds its state where it left it. `WeightsOnHost` streams the weights 
 used one after the other through two buffers on the device.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fluxfast.memory.copies import Copies
+from fluxfast.memory.copies import Copies, PinRefused
 from fluxfast.memory.planner.timeline import STAGING_BUFFERS, aligned
+
+log = logging.getLogger(__name__)
 
 
 class _Moved(NamedTuple):
@@ -37,7 +40,8 @@ class OptimizerOnHost:
     State is what `optimizer.state` holds on the parameters' device with more than one element; each
     storage counts once, and one that a parameter or its gradient lies in stays. State that a step
     creates moves out at its end. Host memory is allocated when state first appears, in one piece,
-    and used again after `load_state_dict`. Outside of `resident` the state must not be touched:
+    and used again after `load_state_dict`; where the system refuses it, all state stays on the
+    device from then on. Outside of `resident` the state must not be touched:
     `optimizer.step` and `optimizer.state_dict` then raise, and an optimizer's `train` and `eval`
     (schedule-free), which read it, bring it in by themselves.
     """
@@ -102,7 +106,12 @@ class OptimizerOnHost:
     def _move_out(self) -> None:
         self._forget_gone(empty=False)
         new = {k: s for k, s in self._storages().items() if k not in self._moved and s.nbytes()}
-        hosts = self._host_memory([storage.nbytes() for storage in new.values()])
+        try:
+            hosts = self._host_memory([storage.nbytes() for storage in new.values()])
+        except PinRefused as error:
+            log.warning(f"note: {error.message}; the optimizer's state stays on the GPU")
+            self._depth += 1  # as inside of one `resident` that does not end
+            return
         for (key, storage), host in zip(new.items(), hosts, strict=True):
             self._moved[key] = _Moved(storage, host)
         here = [each for each in self._moved.values() if each.storage.nbytes()]

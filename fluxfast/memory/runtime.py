@@ -41,6 +41,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def lift_limit(device: torch.device) -> None:
+    """Ends the limit that a plan set on this process's memory: it holds for everything after."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 T = TypeVar("T")
 
 
@@ -85,7 +91,8 @@ class MemoryRuntime:
             for kind, count in saved_bytes.scratch_counts(plan.request.step).items():
                 if count:
                     backend.scratch(count, DTYPE.get(kind, model.compute_dtype), device)
-            # past the plan an error, which this run knows how to handle, not a driver that spills
+            # past the plan an error, which this run knows how to handle, not a driver that spills;
+            # until `lift_limit`
             total = torch.cuda.get_device_properties(device).total_memory
             share = (plan.limit + MARGIN * total / 2) / total
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)

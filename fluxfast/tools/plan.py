@@ -82,19 +82,24 @@ def assistant_bytes(path: Path, spec: FluxSpec) -> int:
 
 
 def plan_run(
-    config: Config, model: ResolvedModel, shapes: Mapping[str, Shape], device: torch.device
+    config: Config,
+    model: ResolvedModel,
+    shapes: Mapping[str, Shape],
+    device: torch.device,
+    host: int | None = None,
 ) -> Plan | None:
     """Returns the plan of a run on the device, its encoders freed; None on a CPU without
     memory.limit_gib.
 
-    shapes: label -> batch shape, of every bucket. Raises ConfigError where nothing fits.
+    shapes: label -> batch shape, of every bucket; host: as for `plan_on`. Raises ConfigError where
+    nothing fits.
     """
     limit = config.memory.limit_gib
     if device.type != "cuda" and limit is None:
         return None
     lora = config.model.assistant_lora
     request = _request(config, model, shapes, fetch_lora(lora) if lora else None)
-    return plan_on(device, replace(request, encodes=False), limit)
+    return plan_on(device, replace(request, encodes=False), limit, host)
 
 
 # ---------------------------------------------------------------- `fluxfast plan`

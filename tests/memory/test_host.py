@@ -10,7 +10,7 @@ from simulated_copies import OrderedCopies, SimulatedCopies
 from torch.utils._pytree import tree_leaves
 
 from fluxfast.config.schema import TrainConfig
-from fluxfast.memory.copies import CudaCopies
+from fluxfast.memory.copies import CudaCopies, PinRefused
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.planner.timeline import aligned
 from fluxfast.model.lora_linear import LoRALinear
@@ -197,6 +197,29 @@ def test_state_must_be_in_to_be_used():
     with pytest.raises(ZeroDivisionError), run.resident():
         raise ZeroDivisionError
     assert run.state_on_device() == 0
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_state_stays_where_no_host_memory_is_to_be_had(caplog, refused):
+    """Refused at once, or for the state that comes last: no step is lost, and none after it."""
+    copies = SimulatedCopies(1e6)
+    hosted, plain = Run("adamw", copies), Run("adamw")
+    plain.descend(range(5))
+    state, hosted.on_host = hosted.on_host, None  # `descend` looks whether all state is gone
+    alloc = copies.alloc_host
+
+    def alloc_host(nbytes):
+        if len(copies.host) == refused:
+            raise PinRefused("cannot pin 1.00 GiB of host memory: CUDA error 2")
+        return alloc(nbytes)
+
+    copies.alloc_host = alloc_host
+    hosted.resident = state.resident
+    hosted.descend(range(5))
+    assert_same(hosted, plain)
+    assert_equal(*[tensors_of(run.state()["state"]) for run in (hosted, plain)])
+    assert hosted.state_on_device() == plain.state_on_device()
+    assert caplog.text.count("CUDA error 2; the optimizer's state stays on the GPU") == 1
 
 
 def test_what_a_parameter_lies_in_stays():

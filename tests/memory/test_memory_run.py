@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Container
 from itertools import count
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -16,8 +17,10 @@ import fluxfast.step
 import fluxfast.train
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.reader import BaseCheckpoint
+from fluxfast.memory import runtime as memory_runtime
+from fluxfast.memory.copies import CpuCopies, PinRefused
 from fluxfast.memory.offload import ArenaOverflow
-from fluxfast.memory.runtime import MemoryExhausted
+from fluxfast.memory.runtime import MemoryExhausted, MemoryRuntime
 from fluxfast.memory.spill import MemorySpills, SpillWatch
 from fluxfast.model.frozen_linear import FrozenLinear
 from fluxfast.model.modulation import MODULATION_ROWS, ModulationCache
@@ -84,6 +87,53 @@ def test_weights_of_the_host_leave_while_loading(configure, monkeypatch, storage
     assert [run.model.linear(name) for name in names] == run.model.modulation_linears()
     before = [a for a, b in zip(events, events[1:], strict=False) if b == "move"]
     assert sorted(before) == sorted(f"{name}.weight" for name in names)
+
+
+def test_a_refused_pin_plans_again_without_host_memory(configure, monkeypatch, log_lines):
+    """As on WSL2: the run trains all the same, and the second plan needs nothing of the host."""
+    config = configure(name="pins", memory__limit_gib=1.0, train__steps=1)
+    plans, lifted = [], []
+    plan_run = fluxfast.train.plan_run
+
+    def first_on_host(config, model, shapes, device, host=None):
+        if host is None:
+            plans.append(planned(config, modulation="host"))
+        else:
+            plans.append(plan_run(config, model, shapes, device, host))
+        return plans[-1]
+
+    def refuse(copies, nbytes):
+        raise PinRefused("cannot pin 1.73 GiB of host memory: CUDA error 2")
+
+    monkeypatch.setattr(fluxfast.train, "plan_run", first_on_host)
+    monkeypatch.setattr(CpuCopies, "alloc_host", refuse)
+    monkeypatch.setattr(fluxfast.train, "lift_limit", lifted.append)
+    path = train(config)
+    assert [plan.host > 0 for plan in plans] == [True, False] and lifted == [CPU]
+    assert "the run is planned again without it" in "\n".join(log_lines)
+    assert path.exists()
+    monkeypatch.setattr(fluxfast.train, "plan_run", lambda *_: planned(config, modulation="host"))
+    with pytest.raises(PinRefused, match="1.73 GiB"):
+        train(configure(name="never", memory__limit_gib=1.0))
+    assert len(lifted) == 2
+
+
+def test_a_plans_limit_holds_until_it_is_lifted(configure, monkeypatch):
+    """Encoders that are loaded after a run do not have to fit into its plan."""
+    config, shares, cuda = configure(), [], torch.device("cuda", 0)
+    run, _ = start(config)
+    plan = planned(config)
+    monkeypatch.setattr(memory_runtime, "CudaCopies", lambda device: CpuCopies())
+    monkeypatch.setattr(memory_runtime.backend, "scratch", lambda *_: None)
+    card = SimpleNamespace(total_memory=2 * int(plan.limit))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *args: shares.append(args)
+    )
+    MemoryRuntime(run.model, plan, run.memory.policies, cuda)
+    memory_runtime.lift_limit(cuda)
+    memory_runtime.lift_limit(CPU)
+    assert shares == [(pytest.approx(0.5 + 1 / 32), cuda), (1.0, cuda)]
 
 
 def test_a_weight_on_the_host_needs_no_gradient_of_its_input(configure):

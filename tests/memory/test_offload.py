@@ -10,8 +10,8 @@ import pytest
 import torch
 from simulated_copies import POISON, OrderedCopies, RandomModel, SimulatedCopies, storage
 
-from fluxfast.errors import FluxfastError
-from fluxfast.memory.copies import CudaCopies, pinned
+from fluxfast.memory import copies as copies_module
+from fluxfast.memory.copies import CudaCopies, PinRefused, pinned
 from fluxfast.memory.offload import ArenaOverflow, Offload
 
 
@@ -207,9 +207,11 @@ def test_host_memory_is_unpinned_after_its_last_view(monkeypatch):
     del view
     gc.collect()
     assert runtime.calls[1:] == [address]
-    runtime.code = 2
-    with pytest.raises(FluxfastError, match=r"cannot pin 0.50 GiB.*CUDA error 2"):
+    runtime.code, cleared = 2, []
+    monkeypatch.setattr(copies_module, "_clear_error", lambda: cleared.append(True))
+    with pytest.raises(PinRefused, match=r"cannot pin 0.50 GiB.*CUDA error 2"):
         pinned(2**29)
+    assert cleared
 
 
 @pytest.mark.gpu
@@ -241,6 +243,17 @@ def test_cuda_streams_give_the_bytes_back():
             for store, handle, expected in saved.get(i, ()):
                 assert torch.equal(store.get(handle), expected), i
             engine.block_backward_done(i)
+
+
+@pytest.mark.gpu
+def test_a_refused_pin_leaves_no_error_behind():
+    """The next launch would raise what cudaHostRegister left in the runtime."""
+    torch.zeros(1, device="cuda")
+    memory = pinned(4096)
+    # registered already: refused whatever the machine has
+    assert int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), 4096, 0)) != 0
+    copies_module._clear_error()
+    torch.ones(1, device="cuda")
 
 
 @pytest.mark.gpu

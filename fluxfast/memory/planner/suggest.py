@@ -39,15 +39,19 @@ def make_plan(request: Request, card: Card, limit: int, host: int | None = None)
     raise DoesNotFit(_misfit(request, card, limit, host), hint=hint)
 
 
-def plan_on(device: torch.device, request: Request, limit_gib: float | None = None) -> Plan | None:
+def plan_on(
+    device: torch.device, request: Request, limit_gib: float | None = None, host: int | None = None
+) -> Plan | None:
     """Returns the plan of a run on the device with what is free there now; None on a CPU without a
-    limit. limit_gib: CUDA's own memory included. Raises as `make_plan` does.
+    limit. limit_gib: CUDA's own memory included; host: the most pinned bytes, by default
+    `host_memory`. Raises as `make_plan` does.
     """
+    host = host_memory() if host is None else host
     if device.type != "cuda":
         if limit_gib is None:
             return None
         # a limit to try plans with; a card's speed only ranks the choices
-        return make_plan(request, card(_STAND_IN), int(limit_gib * GIB), host_memory())
+        return make_plan(request, card(_STAND_IN), int(limit_gib * GIB), host)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
@@ -64,7 +68,7 @@ def plan_on(device: torch.device, request: Request, limit_gib: float | None = No
             hint="close what else uses the GPU"
             + (", or raise memory.limit_gib" if limit_gib is not None else ""),
         )
-    return make_plan(request, known, room, host_memory())
+    return make_plan(request, known, room, host)
 
 
 def host_memory() -> int:
