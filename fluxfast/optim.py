@@ -90,27 +90,26 @@ def skips_exactly(optimizer: torch.optim.Optimizer, device: torch.device) -> boo
 
 
 class Ema:
-    """An exponential moving average of the parameters: fp32 shadows of them.
+    """An exponential moving average of the parameters, fp32; shadow: one view of it for each.
 
     shadow += (1 − decay)·(parameter − shadow) after every step; the decay warms up as (1 + n)/(10 +
     n), so that a short run's average is not its starting point. n is counted on the device, as only
     the device knows which steps were skipped.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.decay = decay
-        self.updates = torch.zeros((), device=parameters[0].device)
-        self.shadow = [p.detach().clone().float() for p in parameters]
+    def __init__(self, flat: FlatParameters, decay: float):
+        self.decay, self._values = decay, flat.values
+        self.updates = torch.zeros((), device=flat.values.device)
+        self._average = flat.values.clone()
+        self.shadow = flat.views(self._average)
 
     @torch.no_grad()
-    def update(self, parameters: list[nn.Parameter], bad: Tensor) -> None:
+    def update(self, bad: Tensor) -> None:
         """Follow one step, unless `bad` (fp32 scalar on the device) is 1.0."""
         taken = 1 - bad
         self.updates += taken
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        weight = (1 - decay) * taken
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            shadow.lerp_(parameter.float(), weight)
+        self._average.lerp_(self._values, (1 - decay) * taken)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "average": self.shadow}
@@ -134,15 +133,14 @@ def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
 
 
 @contextmanager
-def eval_weights(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
-) -> Iterator[None]:
+def eval_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, schedule-free's parameters are those to save and sample. Afterwards they are as
     before, bit for bit, from a copy on the host: switching back in fp32 would round.
     """
     if not callable(getattr(optimizer, "eval", None)):
         yield
         return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     train_weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     set_mode(optimizer, training=False)
     try:
@@ -154,23 +152,191 @@ def eval_weights(
                 parameter.copy_(value)
 
 
-def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """Returns one fp32 buffer that every `.grad` is made a view of, so that clearing, norm and
-    clipping are single passes. Autograd adds into the views; each starts at a multiple of 256
-    bytes.
+# ---------------------------------------------------------------- one tensor for all parameters
+
+MOST = 2**30  # elements of a piece: bitsandbytes and cuBLAS count them in 32 bits
+_SHARED = ("qmap1", "qmap2")  # bitsandbytes' codes, the same for every parameter
+
+
+class FlatParameters:
+    """Trained parameters and their gradients as views of one flat fp32 tensor each, so that the
+    optimizer's step, clipping and the moving average are single passes. Autograd adds into the
+    views.
+
+    pieces: what the optimizer takes: the flat tensor, or for adafactor, which factors matrices, the
+    parameters. Each parameter starts at a multiple of 256 bytes, under adamw8bit of 256 elements,
+    which share a scale. What lies between is zero, has no gradient, and is read by nothing.
     """
-    sizes = [-(-p.numel() // 64) * 64 for p in parameters]
-    flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = piece[: parameter.numel()].view_as(parameter)
-    return flat
+
+    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig | None = None):
+        name, args = ("", {}) if train is None else (train.optimizer, train.optimizer_args)
+        self.parameters = parameters
+        align, small = 64, 0
+        self._per = {}  # key of the state -> elements of a parameter to one of its elements
+        if name == "adamw8bit":
+            align, small = 256, args.get("min_8bit_size", 4096)
+            self._per = {"absmax1": 256, "absmax2": 256}
+        elif name == "prodigy":
+            sliced = args.get("slice_p", 1)
+            align, self._per = math.lcm(align, sliced), {"s": sliced, "p0": sliced}
+        self._sizes = [-(-p.numel() // align) * align for p in parameters]
+        stay_fp32 = [p.numel() < small for p in parameters]
+        self._members = _members(self._sizes, stay_fp32)  # of each piece, as they lie in it
+        device, total = parameters[0].device, sum(self._sizes)
+        self.values, self.gradients = (torch.zeros(total, device=device) for _ in range(2))
+        views = self.views(self.values), self.views(self.gradients)
+        for parameter, value, gradient in zip(parameters, *views, strict=True):
+            parameter.data = value.copy_(parameter.detach())
+            parameter.grad = gradient
+        self.pieces, self.small = parameters, []
+        if name == "adafactor":
+            return
+        lengths = [sum(self._sizes[index] for index in members) for members in self._members]
+        self.pieces = [nn.Parameter(piece) for piece in self.values.split(lengths)]
+        for piece, gradient in zip(self.pieces, self.gradients.split(lengths), strict=True):
+            piece.grad = gradient
+        pairs = zip(self.pieces, self._members, strict=True)
+        self.small = [piece for piece, members in pairs if stay_fp32[members[0]]]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Returns each parameter's part of a tensor like `values`, in its shape."""
+        order = [index for members in self._members for index in members]
+        parts = flat.split([self._sizes[index] for index in order])
+        views = dict(zip(order, parts, strict=True))
+        return [views[i][: p.numel()].view_as(p) for i, p in enumerate(self.parameters)]
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Returns the optimizer's state as it is without a flat tensor: of each parameter."""
+        saved = optimizer.state_dict()
+        if self.pieces is self.parameters:
+            return saved
+        state: dict[int, Any] = {}
+        for piece, members in enumerate(self._members):
+            state |= dict(zip(members, self._split(members, saved["state"][piece]), strict=True))
+        (group,) = saved["param_groups"]
+        indices = range(len(self.parameters))
+        return {
+            "state": {index: state[index] for index in indices},
+            "param_groups": [{**group, "params": [*indices]}],
+        }
+
+    def load_state_dict(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        """Restore the optimizer from what `state_dict` returned, or the optimizer of a version that
+        had no flat tensor.
+        """
+        optimizer.state.clear()  # two would not fit beside each other
+        if self.pieces is not self.parameters:
+            (group,), state = saved["param_groups"], saved["state"]
+            saved = {
+                "state": {
+                    piece: self._join(members, [state[index] for index in members])
+                    for piece, members in enumerate(self._members)
+                    if state
+                },
+                "param_groups": [{**group, "params": [*range(len(self.pieces))]}],
+            }
+        optimizer.load_state_dict(saved)
+        if not optimizer.state:  # saved before the first step
+            _make_state(optimizer, self)
+
+    def _split(self, members: list[int], state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns the state of each of a piece's parameters."""
+        split: list[dict[str, Any]] = [{} for _ in members]
+        for key, value in state.items():
+            if isinstance(value, dict):  # bitsandbytes nests its own
+                parts: Any = self._split(members, value)
+            elif not _has_elements(key, value):
+                parts = [value] * len(members)
+            else:
+                per = self._per.get(key, 1)
+                parts = value.split([self._sizes[index] // per for index in members])
+                counts = [-(-self.parameters[index].numel() // per) for index in members]
+                parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+                if key not in self._per:
+                    shapes = [self.parameters[index].shape for index in members]
+                    parts = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            for own, part in zip(split, parts, strict=True):
+                own[key] = part
+        return split
+
+    def _join(self, members: list[int], states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns a piece's state from that of its parameters: the inverse of `_split`."""
+        joined: dict[str, Any] = {}
+        for key, value in states[0].items():
+            values = [state[key] for state in states]
+            if isinstance(value, dict):
+                value = self._join(members, values)
+            elif any(_has_elements(key, each) for each in values):
+                per, zero = self._per.get(key, 1), 0
+                if value.dtype == torch.uint8:
+                    zero = int((states[0][f"qmap{key[-1]}"] == 0).nonzero())
+                sizes = [self._sizes[index] // per for index in members]
+                value = torch.full((sum(sizes),), zero, dtype=value.dtype)
+                for index, part, own in zip(members, value.split(sizes), values, strict=True):
+                    # prodigy's p0 is one zero for a parameter that was zero
+                    part[: -(-self.parameters[index].numel() // per)] = own.flatten()
+            joined[key] = value
+        return joined
 
 
-def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Returns the optimizer named in the configuration. Raises ConfigError as `check_optimizer`."""
-    make = check_optimizer(train, parameters[0].device)
+def _members(sizes: list[int], small: list[bool]) -> list[list[int]]:
+    """Returns the indices of each piece's parameters: the small ones behind the others."""
+    members: list[list[int]] = []
+    for kind in (False, True):
+        length = MOST
+        for index in (index for index, each in enumerate(small) if each == kind):
+            length += sizes[index]
+            if length > MOST:
+                members.append([])
+                length = sizes[index]
+            members[-1].append(index)
+    return members
+
+
+def _has_elements(key: str, value: Any) -> bool:
+    """Returns whether a part of the state has elements of its own for each of a parameter's."""
+    return isinstance(value, Tensor) and value.ndim > 0 and key not in _SHARED
+
+
+@torch.no_grad()
+def _make_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> None:
+    """Make the state that the first step makes, and change nothing: a lack of memory then shows
+    before the pass's activations have taken theirs, where policies can become cheaper.
+
+    By a step on zero gradients at a learning rate of 0, whose traces are undone.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    for piece in flat.small:  # bitsandbytes goes by a tensor's size, which is that of many here
+        moments = {key: torch.zeros_like(piece) for key in ("state1", "state2")}
+        optimizer.state[piece] = {"step": 0, **moments}
+    set_mode(optimizer, training=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    flat.gradients.zero_()
+    optimizer.step()
+    flat.gradients.zero_()  # weight decay that is coupled is added to them
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                state[key] = 0  # the step
+            elif key not in (*_SHARED, "z", "p0"):  # z and p0 are copies of the parameters
+                value.zero_()
+
+
+# ---------------------------------------------------------------- how optimizers are built
+
+
+def build_optimizer(train: TrainConfig, flat: FlatParameters) -> torch.optim.Optimizer:
+    """Returns the optimizer named in the configuration, with its state. Raises ConfigError as
+    `check_optimizer`.
+    """
+    make = check_optimizer(train, flat.values.device)
     with redirect_stdout(sys.stderr):  # prodigy prints a line
-        return make(parameters)
+        optimizer = make(flat.pieces)
+    _make_state(optimizer, flat)
+    return optimizer
 
 
 def check_optimizer(train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
@@ -242,11 +408,12 @@ def _is_number(value: Any) -> bool:
 
 def _fault(make: Callable[[Any], Any], device: torch.device) -> str:
     """Returns why an optimizer takes no step, tried as many arguments are read in a step only."""
-    trial = nn.Parameter(torch.zeros(4096, device=device))  # bitsandbytes keeps fewer in 32 bits
-    trial.grad = torch.zeros_like(trial)
+    # bitsandbytes keeps fewer in 32 bits
+    trial = FlatParameters([nn.Parameter(torch.zeros(4096, device=device))])
     try:
         with redirect_stdout(io.StringIO()):
-            optimizer = make([trial])
+            optimizer = make(trial.pieces)
+            _make_state(optimizer, trial)
             set_mode(optimizer, training=True)
             optimizer.step()
     except Exception as error:

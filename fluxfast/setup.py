@@ -23,7 +23,7 @@ from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.modulation import ModulationCache
 from fluxfast.model.precision import linears, multiplies_in_8_bits
 from fluxfast.objective import draw_timesteps
-from fluxfast.optim import Ema, build_optimizer, flat_gradients
+from fluxfast.optim import Ema, FlatParameters, build_optimizer
 from fluxfast.step import Training
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ def assemble(
     """Returns a model with everything that trains it. parameters: as `inject_lora` returns them."""
     labels = _bucket_labels(loader)
     memory = MemoryRuntime(model, plan, _policies(config, model, labels, plan), device)
+    flat = FlatParameters(parameters, config.train)
     run = Training(
         config,
         device,
         model,
-        parameters,
-        gradients=flat_gradients(parameters),
-        optimizer=build_optimizer(config.train, parameters),
-        ema=Ema(parameters, config.train.ema.decay) if config.train.ema.enabled else None,
+        flat,
+        optimizer=build_optimizer(config.train, flat),
+        ema=Ema(flat, config.train.ema.decay) if config.train.ema.enabled else None,
         memory=memory,
         labels=labels,
         loader=loader,
@@ -143,7 +143,7 @@ def assemble(
     memory.attach(run.optimizer)
     run.graphs = memory.make_graphs(
         run.gradient_pass,
-        run.gradients,
+        flat.gradients,
         run.examples,
         lora_dropout=config.lora.dropout > 0,
         wanted=config.memory.graphs,

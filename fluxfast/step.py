@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.memory.cuda_graphs import Graphs
@@ -18,7 +18,7 @@ from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.flux import Flux
 from fluxfast.model.modulation import ModulationCache
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
-from fluxfast.optim import Ema, clip_and_guard, learning_rate, step_unless
+from fluxfast.optim import Ema, FlatParameters, clip_and_guard, learning_rate, step_unless
 
 if TYPE_CHECKING:
     from fluxfast.config.schema import Config
@@ -34,8 +34,7 @@ class Training:
     config: Config
     device: torch.device
     model: Flux
-    parameters: list[nn.Parameter]
-    gradients: Tensor  # flat; every parameter's .grad is a view of it
+    flat: FlatParameters
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     memory: MemoryRuntime
@@ -100,9 +99,9 @@ def train_step(
     gradients are computed again with cheaper policies.
     """
     total = run.memory.retry(lambda: _accumulate(run, batches))
-    run.ranks.all_reduce_(run.gradients, total)
+    run.ranks.all_reduce_(run.flat.gradients, total)
     train = run.config.train
-    norm, bad = clip_and_guard(run.gradients, train.max_grad_norm, total)
+    norm, bad = clip_and_guard(run.flat.gradients, train.max_grad_norm, total)
     lr = learning_rate(step, train)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -110,14 +109,14 @@ def train_step(
     with run.memory.stepping():
         step_unless(run.optimizer, bad)
     if run.ema:
-        run.ema.update(run.parameters, bad)
+        run.ema.update(bad)
     run.updating = False
     return total, norm, bad, lr
 
 
 def _accumulate(run: Training, batches: list[Batch]) -> Tensor:
-    """Sum the batches' gradients into `run.gradients`. Returns their summed loss."""
-    run.gradients.zero_()
+    """Sum the batches' gradients into `run.flat.gradients`. Returns their summed loss."""
+    run.flat.gradients.zero_()
     total = torch.zeros((), device=run.device)
     for batch in batches:
         rows, columns = batch.mean.shape[-2:]

@@ -288,7 +288,7 @@ def _look(run: Training, watch: Watch, done: int) -> None:
     """Evaluate the weights that would be saved, and save the best; ranks above 0 wait."""
     if run.ranks.is_main:
         without_graphs = run.memory.without_graphs(again=done < run.config.train.steps)
-        with eval_weights(run.optimizer, run.parameters), without_graphs:
+        with eval_weights(run.optimizer), without_graphs:
             set_assisted(run.model, False)
             row = watch.look(done)
             set_assisted(run.model, True)

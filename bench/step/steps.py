@@ -229,7 +229,7 @@ class TrainerStep:
         return run.graphs(graph_key(inputs), inputs)
 
     def clear(self) -> None:
-        self.run.gradients.zero_()
+        self.run.flat.gradients.zero_()
 
     def step(self) -> None:
         for _ in self._cycle.pixels:

@@ -10,7 +10,7 @@ A graph repeats kernels on addresses: what Python did between them is not done a
   sample indices, or a mask drawn from them stays what it was at capture;
 - does not write into its inputs: graphs of the same shapes read the same memory;
 - never synchronizes with the device (`.item()`, a copy to the host) and never copies from the host;
-- adds into gradients that exist already (`flat_gradients`), since a `.grad` made during capture
+- adds into gradients that exist already (`FlatParameters`), since a `.grad` made during capture
   would lie in the graphs' memory;
 - returns a detached loss, keeps no other tensor, and leaves no autograd graph alive.
 

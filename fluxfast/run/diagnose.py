@@ -40,7 +40,7 @@ def diagnose(run: Training, step: int) -> list[str]:
         if not is_out_of_memory(error):
             raise
         lines.append("memory ran out while the step was repeated")
-    run.gradients.zero_()
+    run.flat.gradients.zero_()
     return lines
 
 
@@ -73,7 +73,7 @@ def _fault(run: Training, inputs: Inputs, count: int) -> str | None:
 
     count: samples of its batch.
     """
-    run.gradients.zero_()
+    run.flat.gradients.zero_()
     watch = _Watch(run)
     with watch:
         loss = run.loss(inputs, count)
@@ -86,7 +86,7 @@ def _fault(run: Training, inputs: Inputs, count: int) -> str | None:
         if not _finite(getattr(layer, kind).grad)
     ]
     if watch.first is None and not broken and _finite(loss):
-        norm = torch.linalg.vector_norm(run.gradients)
+        norm = torch.linalg.vector_norm(run.flat.gradients)
         return None if _finite(norm) else "every gradient is finite, but their norm is not"
     line = watch.first or "no op gave anything that is not finite"
     line += f"; loss {loss.item():.4g}"

@@ -89,9 +89,9 @@ class Saves:
         step, folder = self.newest
         state = read_state(folder)
         try:
-            put_weights(run.parameters, state, folder)
+            put_weights(run.flat.parameters, state, folder)
             with run.memory.stepping():
-                run.optimizer.load_state_dict(state["optimizer"])
+                run.flat.load_state_dict(run.optimizer, state["optimizer"])
             if run.ema:
                 fresh = {"updates": 0, "average": state["parameters"]}
                 run.ema.load_state_dict(state["ema"] or fresh)
@@ -128,8 +128,8 @@ class Saves:
                 "areas": run.loader.dataset.areas,
                 "content": self._content,
                 "log": log_state,
-                "parameters": [parameter.detach() for parameter in run.parameters],
-                "optimizer": run.optimizer.state_dict(),
+                "parameters": [parameter.detach() for parameter in run.flat.parameters],
+                "optimizer": run.flat.state_dict(run.optimizer),
                 "ema": run.ema.state_dict() if run.ema else None,
             }
             keep = self.config.save.keep
@@ -169,7 +169,7 @@ def save_best(run: Training, done: int, loss: float) -> None:
 def _write_files(run: Training, folder: Path, done: int) -> None:
     """Write a checkpoint's LoRA files: NAME, NAME_ema where there is an average, NAME_best."""
     config, metadata = run.config, _metadata(run, done)
-    with eval_weights(run.optimizer, run.parameters):
+    with eval_weights(run.optimizer):
         _save_formats(run, lora_file(config, folder), metadata)
     if run.ema:
         pairs = zip(run.ema.shadow[::2], run.ema.shadow[1::2], strict=True)

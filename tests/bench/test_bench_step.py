@@ -123,7 +123,7 @@ def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
         stepper.candidate.reset_adapters()
         stepper.backward(batch)
         stepper.count(result := timing.Result("fluxfast-nf4-trainer"))
-        return stepper.run.gradients.clone(), result.details
+        return stepper.run.flat.gradients.clone(), result.details
 
     kept, details = gradients(None)
     assert details["policies"] == {"64x64": {"keep": 3}} and details["planned_gib"] is None

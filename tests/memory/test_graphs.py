@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fluxfast.memory.cuda_graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
-from fluxfast.optim import flat_gradients
+from fluxfast.optim import FlatParameters
 
 
 def _tensors(tree) -> list[Tensor]:
@@ -114,7 +114,7 @@ class Step:
         generator = torch.Generator(device).manual_seed(1)
         for parameter in self.parameters:  # B too: with zeros A would have no gradient
             parameter.data.normal_(0, 0.1, generator=generator)
-        self.gradients = flat_gradients(self.parameters)
+        self.gradients = FlatParameters(self.parameters).gradients
         self.calls = 0
 
     def run_pass(self, inputs) -> Tensor:
@@ -203,7 +203,7 @@ class Line:
 
     def __init__(self):
         self.w = nn.Parameter(torch.ones(3))
-        self.gradients = flat_gradients([self.w])
+        self.gradients = FlatParameters([self.w]).gradients
         self.factor, self.ran = 1.0, []
 
     def run_pass(self, inputs) -> Tensor:
@@ -356,7 +356,7 @@ class Wide:
 
     def __init__(self):
         self.w = nn.Parameter(torch.ones(4 << 20, device="cuda"))
-        self.gradients = flat_gradients([self.w])
+        self.gradients = FlatParameters([self.w]).gradients
         self.spoil = lambda: None
 
     def run_pass(self, inputs) -> Tensor:

@@ -14,7 +14,7 @@ from fluxfast.memory.copies import CudaCopies, PinRefused
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.planner.timeline import aligned
 from fluxfast.model.lora_linear import LoRALinear
-from fluxfast.optim import build_optimizer, set_mode
+from fluxfast.optim import check_optimizer, set_mode
 from fluxfast.util.platform import _cgroup_memory, available_memory
 
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"]
@@ -31,7 +31,7 @@ class Run:
         values = [torch.randn(shape, generator=g).to(device) for shape in shapes]
         self.params = [torch.nn.Parameter(value) for value in values]
         config = TrainConfig(optimizer=name, lr=1.0 if name == "prodigy" else 0.01)
-        self.optimizer = build_optimizer(config, self.params)
+        self.optimizer = check_optimizer(config, values[0].device)(self.params)
         set_mode(self.optimizer, training=True)
         self.on_host = OptimizerOnHost(self.optimizer, copies) if copies else None
 

@@ -19,7 +19,7 @@ from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import DEV
-from fluxfast.optim import flat_gradients
+from fluxfast.optim import FlatParameters
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def step_spec(compute: str, targets: str) -> StepSpec:
 def model(compute: str, targets: str) -> Flux:
     made = random_flux(SPEC, "nf4", compute, "cuda")
     inject_lora(made, 16, targets=targets)
-    made.gradients = flat_gradients([p for p in made.parameters() if p.requires_grad])
+    made.gradients = FlatParameters([p for p in made.parameters() if p.requires_grad]).gradients
     return made.train()
 
 

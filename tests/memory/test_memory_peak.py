@@ -15,7 +15,7 @@ from fluxfast.memory.planner.cards import card
 from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.model.lora import inject_lora
-from fluxfast.optim import flat_gradients
+from fluxfast.optim import FlatParameters
 
 SPEC = replace(WIDE, depth=1)
 SIDE, TEXT = 16, 16
@@ -51,7 +51,7 @@ def test_peak_is_predicted(policy, matmul, tmp_path):
     model = random_flux(SPEC, "nf4", matmul, activations="bf16")
     inject_lora(model, 4)
     model.train()
-    flat_gradients([p for p in model.parameters() if p.requires_grad])
+    FlatParameters([p for p in model.parameters() if p.requires_grad])
     inputs = random_inputs(SPEC, 1, SIDE, TEXT)
     model.policies = [policy] * 2
 

@@ -18,7 +18,7 @@ from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.spec import NANO
-from fluxfast.optim import build_optimizer, flat_gradients
+from fluxfast.optim import FlatParameters, build_optimizer
 
 
 def built(spec, targets, rank, storage="bf16", compute="fp32", dropout=0.0, include=()):
@@ -162,12 +162,9 @@ def test_nested_scales_are_counted():
 def test_trained_bytes_are_those_of_the_optimizers(optimizer):
     model, step = built(replace(WIDE, hidden_size=512, num_heads=4), "all", 8)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = flat_gradients(parameters)
-    built_optimizer = build_optimizer(TrainConfig(optimizer=optimizer), parameters)
-    gradients.normal_()
-    if hasattr(built_optimizer, "train"):
-        built_optimizer.train()
-    built_optimizer.step()
+    train = TrainConfig(optimizer=optimizer)
+    flat = FlatParameters(parameters, train)
+    built_optimizer = build_optimizer(train, flat)
     state = sum(
         value.nbytes
         for each in built_optimizer.state.values()
@@ -176,7 +173,7 @@ def test_trained_bytes_are_those_of_the_optimizers(optimizer):
     )
     sizes = saved_bytes.trained(step, optimizer, ema=True)
     assert sizes["LoRA"] == sizes["EMA"] == sum(p.nbytes for p in parameters)
-    assert sizes["gradients"] == gradients.nbytes
+    assert sizes["gradients"] == flat.gradients.nbytes
     assert sizes["optimizer"] == pytest.approx(state, rel=0.01)
 
 

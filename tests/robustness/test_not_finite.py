@@ -73,7 +73,7 @@ def test_a_bad_run_ends_with_the_last_good_state_and_says_which_sample(configure
 def test_a_step_that_is_not_finite_moves_nothing(configure, kind):
     """Not the weights, their average or the optimizer, whose next step is the first."""
     run, loader = start(configure(train__ema={"enabled": True}))
-    before = [p.detach().clone() for p in run.parameters]
+    before = [p.detach().clone() for p in run.flat.parameters]
     batch, graphs = loader.batch(0), run.graphs
     if kind == "a batch":
         batch.mean = torch.full_like(batch.mean, torch.nan)
@@ -81,11 +81,11 @@ def test_a_step_that_is_not_finite_moves_nothing(configure, kind):
         run.graphs = lambda key, inputs: run.gradient_pass(inputs) + torch.inf
     loss, norm, bad, _ = train_step(run, [batch], 0)
     assert bad == 1 and not loss.isfinite() and norm.isfinite() == (kind == "a loss alone")
-    assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(run.flat.parameters, before, strict=True))
     assert run.ema.updates == 0 and torch.equal(run.ema.shadow[0], before[0])
     run.graphs = graphs
     _, _, bad, _ = train_step(run, [loader.batch(0)], 1)
-    assert bad == 0 and any(p.abs().max() > 0 for p in run.parameters[1::2])
+    assert bad == 0 and any(p.abs().max() > 0 for p in run.flat.parameters[1::2])
 
 
 @pytest.mark.grid(1)
@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dty
         result = real(run, batches, step)
         if step == 2:
             with torch.no_grad():
-                run.parameters[side][0, 0] = torch.inf if side else torch.nan
+                run.flat.parameters[side][0, 0] = torch.inf if side else torch.nan
         return result
 
     monkeypatch.setattr(fluxfast.train, "train_step", breaks)
@@ -129,7 +129,7 @@ def test_every_bad_sample_of_a_step_is_named(configure):
     assert len(lines) == 2  # four pictures make the step
     assert lines[0] == "step 1, 1.png: the cached sample itself is not finite (noisy)"
     assert lines[1].startswith(r"step 1, 3\n\udce9.png: ") and " of double_blocks.0." in lines[1]
-    assert not run.gradients.any()
+    assert not run.flat.gradients.any()
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_weights_that_are_broken_are_named_first(configure):
     run, _ = start(configure())
     run.model.get_submodule("single_blocks.0.linear1").bias[3] = torch.nan
     with torch.no_grad():
-        run.parameters[0][0, 0] = torch.inf
+        run.flat.parameters[0][0, 0] = torch.inf
     assert diagnose(run, 1) == [
         "weights that are not finite: double_blocks.0.img_attn.qkv.lora_A, "
         "single_blocks.0.linear1.bias"

@@ -13,7 +13,7 @@ from fluxfast.config.schema import build_config
 from fluxfast.distributed import SINGLE_PROCESS
 from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.lora import inject_lora, lora_layers
-from fluxfast.optim import Ema, eval_weights
+from fluxfast.optim import Ema, FlatParameters, eval_weights
 from fluxfast.run.checkpoint import read_state
 from fluxfast.run.saves import Saves
 
@@ -44,6 +44,10 @@ def test_a_lora_file_takes_nothing_on_the_device(tmp_path, form, dtype):
 
 def test_schedule_frees_train_weights_wait_on_the_host():
     class TwoPoints:
+        @property
+        def param_groups(self):
+            return [{"params": parameters}]
+
         def train(self):
             parameters[0].values.zero_()  # as rounding would, worse
 
@@ -51,7 +55,7 @@ def test_schedule_frees_train_weights_wait_on_the_host():
             parameters[0].values.fill_(7.0)
 
     parameters = [OnDevice(each) for each in values(3)]
-    with eval_weights(TwoPoints(), parameters):
+    with eval_weights(TwoPoints()):
         assert (parameters[0].values == 7).all() and len(OnDevice.held) == 3
     assert all(map(torch.equal, (p.values for p in parameters), values(3)))
 
@@ -61,20 +65,22 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(fluxfast.run.saves, "_write_files", lambda run, folder, done: None)
     raw = {"model": {"path": "m"}, "data": {"folder": "d"}, "output_dir": str(tmp_path)}
     saves = Saves(build_config(raw))
-    ema = Ema([torch.zeros(6, 4)] * 2, 0.9)
+    ema = Ema(FlatParameters([torch.zeros(6, 4)] * 2), 0.9)
     ema.updates, ema.shadow = OnDevice(torch.tensor(3.0)), list(map(OnDevice, values(2)))
     moments = {"state": {0: {"exp_avg": OnDevice(values(1)[0])}}, "param_groups": []}
     run = SimpleNamespace(
-        parameters=list(map(OnDevice, values(2))),
+        flat=SimpleNamespace(
+            parameters=list(map(OnDevice, values(2))), state_dict=lambda optimizer: moments
+        ),
         ema=ema,
         loader=SimpleNamespace(fingerprint="f"),
         memory=SimpleNamespace(stepping=nullcontext),
         ranks=SINGLE_PROCESS,
-        optimizer=SimpleNamespace(state_dict=lambda: moments),
+        optimizer=None,
     )
     saves.save(run, 5, {})
     state = read_state(saves.newest[1])
     assert len(OnDevice.held) == 6 and max(OnDevice.held) <= 1
     assert all(map(torch.equal, state["parameters"] + state["ema"]["average"], values(2) * 2))
     with pytest.raises(AssertionError, match="clone would allocate"):
-        run.parameters[0].clone()
+        run.flat.parameters[0].clone()

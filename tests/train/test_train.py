@@ -92,11 +92,11 @@ def test_accumulation_is_a_larger_batch(configure):
     results = []
     for group in (pair, [both], pair[:1]):
         run.config.train.gradient_accumulation = len(group)
-        before = [p.detach().clone() for p in run.parameters]
+        before = [p.detach().clone() for p in run.flat.parameters]
         loss, *_ = train_step(run, group, 0)
-        results.append((loss.item(), run.gradients.clone()))
+        results.append((loss.item(), run.flat.gradients.clone()))
         with torch.no_grad():
-            for p, b in zip(run.parameters, before, strict=True):
+            for p, b in zip(run.flat.parameters, before, strict=True):
                 p.copy_(b)
     (loss, gradients), (expected_loss, expected), (_, half) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)

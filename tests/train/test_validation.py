@@ -89,7 +89,7 @@ def test_measurement_is_fixed_and_paired(configure):
     assert first.difference == 0 and first.low == first.high == 0 and first.pictures == 2
     assert validator.measure(run.model, CPU, 0) == first
     with torch.no_grad():
-        for p in run.parameters[1::2]:
+        for p in run.flat.parameters[1::2]:
             p.add_(0.05)
     changed = validator.measure(run.model, CPU, 5)
     assert changed.base_loss == first.loss

@@ -16,7 +16,6 @@ its rank, e bytes an activation.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil
 
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner.cards import Card
@@ -41,7 +40,6 @@ OPTIMIZERS = {
     "adafactor": 40.0,
 }
 GUARD_BYTES = 44  # of a gradient: cleared, added to, its norm, clipped and guarded in three passes
-FUSED_TENSORS = 36  # that one launch of the fused AdamW takes
 
 
 @dataclass(frozen=True)
@@ -378,12 +376,12 @@ def optimizer_ops(
     """Returns the ops over the LoRA's fp32 parameters. optimizer: of OPTIMIZERS. guard: the
     trainer's flat gradients, clipped and guarded."""
     count, tensors = step.lora.parameters, 2 * len(step.lora.modules)
-    launches = ceil(tensors / FUSED_TENSORS) if optimizer == "adamw" else tensors
+    launches = tensors if optimizer == "adafactor" else 1  # the others take one flat tensor
     ops = [element_op(optimizer, count, OPTIMIZERS[optimizer], 12.0, launches)]
     if guard:
         ops.append(element_op("gradients", count, GUARD_BYTES, 5.0, tensors + 5))
     if ema:
-        ops.append(element_op("ema", count, 12, 3.0, tensors))
+        ops.append(element_op("ema", count, 12, 3.0))
     return ops
 
 

@@ -175,24 +175,22 @@ def trained(step: StepSpec, optimizer: str, ema: bool) -> dict[str, int]:
     """Returns the bytes of the LoRA, its gradients, the optimizer's state and the average."""
     shapes, lora = step.lora.shapes, 4 * step.lora.parameters
     padded = sum(-(-n * k // GRADIENT_ALIGNED) * GRADIENT_ALIGNED for n, k in shapes)
-    states = (_state_bytes(optimizer, n, k, zero=bool(i % 2)) for i, (n, k) in enumerate(shapes))
     return {
         "LoRA": lora,
         "gradients": 4 * padded,
-        "optimizer": sum(states),
+        "optimizer": sum(_state_bytes(optimizer, n, k) for n, k in shapes),
         "EMA": lora if ema else 0,
     }
 
 
-def _state_bytes(optimizer: str, rows: int, columns: int, zero: bool) -> int:
-    """Returns the state of one parameter, every library as the project builds it. zero: whether the
-    parameter starts as zeros, of which prodigy keeps no copy."""
+def _state_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Returns the state of one parameter, every library as the project builds it."""
     count = rows * columns
     if optimizer == "adamw8bit":  # bitsandbytes keeps small tensors in fp32
         return 8 * count if count < 4096 else 2 * count + 2 * 4 * -(-count // 256)
     if optimizer == "adafactor":  # a row's and a column's mean square
         return 4 * (rows + columns)
-    return {"adamw": 8, "schedulefree": 8, "prodigy": 12 if zero else 16}[optimizer] * count
+    return {"adamw": 8, "schedulefree": 8, "prodigy": 16}[optimizer] * count
 
 
 def scratch_counts(step: StepSpec) -> dict[str, int]:
