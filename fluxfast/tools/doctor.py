@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 _NEEDED = (
-    "torch", "triton", "safetensors", "bitsandbytes", "transformers", "diffusers", "sentencepiece",
+    "torch", "safetensors", "bitsandbytes", "transformers", "diffusers", "sentencepiece",
     "huggingface_hub", "prodigyopt", "schedulefree", "pydantic", "tensorboard",
 )  # fmt: skip
 
@@ -15,29 +15,27 @@ _NEEDED = (
 def report() -> tuple[list[str], bool]:
     """Returns the lines to print, and whether training can run here."""
     rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    healthy = True
     for name in _NEEDED:
         try:
             rows.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            optional = name == "triton" and platform.system() != "Linux"
-            healthy &= optional
-            rows.append((name, "not here (Linux only)" if optional else "MISSING: `make install`"))
+            rows.append((name, "MISSING: `make install`"))
     rows.append(("", ""))
     try:
         rows += _torch_rows()
     except ImportError as error:
-        rows.append(("torch", f"does not import: {error}"))
-        healthy = False
+        rows.append(("torch", f"MISSING: does not import: {error}"))
     rows += _disk_rows()
+    healthy = not any(text.startswith("MISSING") for _, text in rows)
     return [f"{label:<16} {text}".rstrip() for label, text in rows], healthy
 
 
 def _torch_rows() -> list[tuple[str, str]]:
     import torch
+    from fluxfast_kernels.dispatch import backend
     from fluxfast_kernels.quant import native
 
-    from fluxfast.formats.base.load import multiplies_8_bits, resolve_precision
+    from fluxfast.formats.base import load
     from fluxfast.model.precision import activation_dtype, multiplies_bf16
 
     rows = []
@@ -45,19 +43,25 @@ def _torch_rows() -> list[tuple[str, str]]:
         device = torch.device("cuda", index)
         card = torch.cuda.get_device_properties(device)
         kinds = ["bf16" if multiplies_bf16(device) else "no bf16"]
-        kinds += multiplies_8_bits((card.major, card.minor))
+        kinds += load.multiplies_8_bits((card.major, card.minor))
         size = f"{card.total_memory / 2**30:.1f} GiB, sm_{card.major}{card.minor}"
         rows.append((f"GPU {index}", f"{card.name}, {size}, {', '.join(kinds)}"))
+        if reason := load.broken_nvrtc(device):
+            rows.append((f"NVRTC {index}", f"MISSING: {reason}: install torch anew"))
+    absent = f"MISSING: a GPU's kernels need it: `{load.TRITON}`" if rows else "only a GPU needs it"
+    triton = backend.triton.__version__ if backend.HAS_TRITON else absent
     if not rows:
         built = torch.version.cuda or "none: a CPU build"
-        rows.append(("GPU", f"none found (torch's CUDA: {built}); training runs on the CPU"))
+        reason = load.why_no_gpu() or f"none found (torch's CUDA: {built})"
+        rows.append(("GPU", f"{reason}; training runs on the CPU"))
+    rows.insert(0, ("triton", triton))
     bf16 = "yes" if multiplies_bf16(torch.device("cpu")) else "no, fp32 is used"
     rows.append(("CPU", f"{torch.get_num_threads()} threads, bf16 products in hardware: {bf16}"))
     isa = native.isa()
     built = f"C++, {isa}" if isa else "plain PyTorch: csrc/ was not built"
     rows.append(("NF4, int8 (CPU)", built))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    storage, compute = resolve_precision("auto", "auto", device)
+    storage, compute = load.resolve_precision("auto", "auto", device)
     dtype = str(activation_dtype(compute, "auto", device)).removeprefix("torch.")
     chosen = f"device {device.type}, storage {storage}, compute {compute}, activations {dtype}"
     return [*rows, ("auto means", chosen)]

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from small import CommandResult, noise_pictures
 
 from fluxfast import cli
+from fluxfast.formats.base import load
 from fluxfast.formats.base.reader import open_base
+from fluxfast.run import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
@@ -337,15 +339,62 @@ def test_doctor(fluxfast, monkeypatch):
     assert re.search(r"no-such-library\s+MISSING", result.out)
 
 
-def test_doctor_names_the_8_bit_formats_of_a_gpu(fluxfast, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """What torch says of a GPU."""
     card = SimpleNamespace(name="a card", total_memory=47 << 30, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    out = fluxfast("doctor").out
-    assert "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in out
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(load, "broken_nvrtc", lambda device: None)
+
+
+def test_doctor_names_the_8_bit_formats_of_a_gpu(fluxfast, gpu):
+    code, out, _ = fluxfast("doctor")
+    assert code == 0 and "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in out
     assert "device cuda, storage int8, compute int8, activations bfloat16" in out
+
+
+NVRTC = "nvrtc: error: failed to open libnvrtc-builtins.so.13.0"
+
+
+def test_a_gpu_without_triton_or_nvrtc_is_refused_before_any_work(
+    fluxfast, gpu, monkeypatch, photos, nano_model
+):
+    """Encoding and loading went through before, and the first kernel or timestep failed."""
+    train = "train", "photos", "--model", nano_model
+    with monkeypatch.context() as patch:
+        patch.setattr(load.backend, "HAS_TRITON", False)
+        code, out, _ = fluxfast("doctor")
+        assert code == 1 and "MISSING: a GPU's kernels need it: `pip install triton" in out
+        code, _, err = fluxfast(*train)
+        assert code == 2 and "Triton is not here\nhint: pip install triton" in err, err
+    monkeypatch.setattr(load, "broken_nvrtc", lambda device: NVRTC)
+    monkeypatch.setattr(preflight, "broken_nvrtc", lambda device: NVRTC)
+    code, out, _ = fluxfast("doctor")
+    assert code == 1 and f"MISSING: {NVRTC}: install torch anew" in out
+    code, _, err = fluxfast(*train)
+    assert code == 1 and f"timesteps cannot be drawn on this GPU: {NVRTC}" in err, err
+
+
+def test_a_cpu_beside_a_gpu_is_noted_with_the_reason(fluxfast, monkeypatch, caplog):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    reason = "The NVIDIA driver on your system is too old (found version 11040)."
+    monkeypatch.setattr(load.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for cuda, words in ((None, "this torch is built for CPUs alone"), ("13.0", reason)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "init", too_old)
+        load._note_cpu.cache_clear()
+        for _ in range(2):
+            assert load.resolve_device("auto").type == "cpu"
+        assert caplog.text.count(f"note: device auto is the CPU: {words}") == 1
+        assert f"{words}; training runs on the CPU" in fluxfast("doctor").out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert load.why_no_gpu() is None
 
 
 def test_cache_prints_its_folder_and_a_second_run_needs_no_encoder(

@@ -1,11 +1,16 @@
 """load_transformer: loads a base checkpoint as a Flux on a device."""
 
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from fluxfast_kernels.dispatch import backend
 
 from fluxfast.distributed import local_rank
 from fluxfast.errors import ConfigError
@@ -32,6 +37,8 @@ log = logging.getLogger(__name__)
 # and fp8 keeps outliers better. From 40 GiB on, a base in 8 bits (12 GB) leaves room enough.
 _INT8_CARDS = ((8, 0), (8, 6), (8, 9))
 _ROOMY_GIB = 40
+# what installs Triton: that for Windows is a distribution of its own
+TRITON = f"pip install {'triton-windows' if sys.platform == 'win32' else 'triton'}"
 _LEAST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capability that has such products
 
 
@@ -39,12 +46,14 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Returns the device. `auto` is an NVIDIA GPU if there is one: the first, or for several
     processes on a machine one each.
 
-    Raises ConfigError for another kind of device, for a GPU that is not there, and for one that
-    several processes would share.
+    Raises ConfigError for another kind of device, for a GPU that is not there, for one that several
+    processes would share, and for any without Triton.
     """
     rank, processes = local_rank()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            _note_cpu()
     try:
         resolved = torch.device(device)
     except RuntimeError:  # not a name that torch knows
@@ -66,8 +75,43 @@ def resolve_device(device: str = "auto") -> torch.device:
             "GPUs",
             hint="`fluxfast doctor` shows what torch sees",
         )
+    if not backend.HAS_TRITON:
+        raise ConfigError("on a GPU every kernel is Triton's, and Triton is not here", hint=TRITON)
     torch.cuda.set_device(resolved)
     return resolved
+
+
+def why_no_gpu() -> str | None:
+    """Returns why torch uses no GPU on a machine with NVIDIA's driver, None where all is well."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or shutil.which("nvidia-smi") is None:
+        return None
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs alone"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # such as a driver that is too old
+        return str(error).splitlines()[0]
+    return None
+
+
+def broken_nvrtc(device: torch.device) -> str | None:
+    """Returns what NVRTC raises on a GPU, None where it works. It compiles, at its first use, the
+    one op of torch's that timesteps need.
+    """
+    if device.type == "cuda":
+        try:
+            torch.special.ndtri(torch.full((1,), 0.5, device=device))
+        except RuntimeError as error:
+            return next(iter(str(error).splitlines()), "NVRTC does not work")
+    return None
+
+
+@cache
+def _note_cpu() -> None:
+    """Logs, once, why a machine with a GPU trains on its CPU."""
+    if reason := why_no_gpu():
+        log.warning(f"note: device auto is the CPU: {reason}")
 
 
 def resolve_precision(

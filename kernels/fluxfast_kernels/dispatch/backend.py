@@ -31,6 +31,7 @@ try:
 except ImportError:
     triton = tl = _Absent()
 
+HAS_TRITON = not isinstance(triton, _Absent)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
