@@ -417,6 +417,20 @@ def print_error(message: str) -> None:
     print(f"rank {rank()}: {message}" if rank() else message, file=sys.stderr)
 
 
+def memory_cure(error: MemoryError | RuntimeError) -> str | None:
+    """Returns what to do where memory ran out, None for any other error."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "it is this machine's own: end other programs, or make room for swapping"
+    from fluxfast.memory.runtime import is_out_of_memory  # torch, which raised it
+
+    if not is_out_of_memory(error):
+        return None
+    return (
+        "end what else uses the GPU (`nvidia-smi` lists it), or ask for less: smaller pictures, a "
+        "lower data.resolution, the model in nf4"
+    )
+
+
 def main() -> None:
     """Run the command line; a user's errors become one message on stderr and an exit code."""
     with lasting_output() as (out, _):
@@ -431,6 +445,13 @@ def main() -> None:
         except OSError as error:
             reason = f"{error.filename or 'system'}: {error.strerror or error}"
             print_error(f"error: {plain(reason)}")
+            sys.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            if (cure := memory_cure(error)) is None:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print_error(f"error: memory is full: {plain(reason)}")
+            print(f"hint: {cure}", file=sys.stderr)
             sys.exit(1)
         except SystemExit as stop:
             lost = out.settle()

@@ -9,7 +9,8 @@ on what else was left to encode.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,9 @@ from fluxfast.data.store import (
 from fluxfast.data.survey import STRICT, Prompted, read_data, require_some
 from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component_fingerprint
+from fluxfast.encoders.placement import FREE_HINT
 from fluxfast.errors import FluxfastError
+from fluxfast.memory.runtime import is_out_of_memory
 from fluxfast.util.files import check_writable, keep_running
 
 log = logging.getLogger(__name__)
@@ -145,7 +148,8 @@ def encode_prompts(
     }
     try:
         if missing:
-            _encode_texts(missing, encoding, progress)
+            with _memory_named("encoding captions"):
+                _encode_texts(missing, encoding, progress)
     except Exception as error:
         if not all(p in optional or is_complete(path, TEXT) for p, path in missing.items()):
             raise
@@ -153,6 +157,20 @@ def encode_prompts(
             raise error
     ranks.barrier()
     return files
+
+
+@contextmanager
+def _memory_named(work: str) -> Iterator[None]:
+    """Raises FluxfastError where memory runs out inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FluxfastError(
+            f"the GPU's memory is full while {work}: {str(error).splitlines()[0]}",
+            hint=f"{FREE_HINT}; the same command goes on with what is left to encode",
+        ) from None
 
 
 def prompt_files(prompts: Iterable[str], cache_path: Path, encoding: Encoding) -> dict[str, Path]:
@@ -229,7 +247,8 @@ def _encode_images(
         from fluxfast.encoders.vae import Vae
 
         check_writable(missing[0].target.parent, SPACE_HINT)
-        vae = Vae(encoding.root, encoding.device, encoding.dtype)
+        with _memory_named("encoding images"):
+            vae = Vae(encoding.root, encoding.device, encoding.dtype)
         missing.sort(key=lambda job: (job.bucket, job.image.path, job.flip))
         for done, job in enumerate(missing, start=1):
             try:
@@ -237,7 +256,8 @@ def _encode_images(
             except FluxfastError as error:
                 unusable[job.target.name] = error.message, error.hint
             else:
-                mean, std = vae.encode(pixels[None])
+                with _memory_named(f"encoding {job.image.path} at {job.bucket[0]}x{job.bucket[1]}"):
+                    mean, std = vae.encode(pixels[None])
                 tensors = {"mean": mean[0], "std": std[0]}
                 write_tensors(job.target, tensors if mask is None else {**tensors, "mask": mask})
                 if mask is None and job.data.mask == "alpha":

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from fluxfast.encoders.components import load_model, load_tokenizer
+from fluxfast.encoders.placement import free_bytes, place
 from fluxfast.errors import FluxfastError
 
 log = logging.getLogger(__name__)
 
+# bytes for what T5 makes of 512 tokens (64 heads' scores in fp32 are 64 MiB) and cuBLAS: assumed
+_ROOM = 2**29
+
 
 class TextEncoders:
-    """Both text encoders, loaded from disk only.
+    """Both text encoders, loaded from disk only. Of T5 blocks that do not fit into the free memory
+    stay on the host, with a note.
 
     root: see `encoders/components.py`. Raises FluxfastError if a component is missing, broken, or
-    lacks weights.
+    lacks weights, or too little memory is free.
     """
 
     def __init__(
@@ -30,7 +35,15 @@ class TextEncoders:
         self._clip_tokenizer = load_tokenizer(CLIPTokenizer, root, "tokenizer", "vocab.json")
         self._t5_tokenizer = load_tokenizer(T5TokenizerFast, root, "tokenizer_2", "spiece.model")
         self._clip: Any = load_model(CLIPTextModel, root, "text_encoder", dtype).to(self.device)
-        self._t5: Any = load_model(T5EncoderModel, root, "text_encoder_2", dtype).to(self.device)
+        self._t5: Any = load_model(T5EncoderModel, root, "text_encoder_2", dtype)
+        room = free_bytes(self.device) - _ROOM
+        blocks = self._t5.encoder.block
+        if on_host := place(self._t5, blocks, self.device, room):
+            log.warning(
+                f"note: T5 does not fit into the {room / 2**30:.1f} GiB that are free for it: "
+                f"{on_host} of its {len(blocks)} blocks are copied to the GPU for each caption, "
+                "which is slower and gives the same embeddings"
+            )
         self._announced: set[str] = set()
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The VAE: encodes images to the normalized latents that the transformer sees, and decodes them."""
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from fluxfast.encoders.components import load_model
 from fluxfast.errors import FluxfastError
+from fluxfast.memory.runtime import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+_TILE = 64  # latents along a side: a quarter of the memory that 1024 pixels take
 
 
 class Vae:
@@ -53,9 +59,24 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns images fp32 [B, 3, H, W] in -1..1 of normalized latents [B, C, h, w]."""
+        """Returns images fp32 [B, 3, H, W] in -1..1 of normalized latents [B, C, h, w]; in tiles,
+        with a note, where memory runs out otherwise.
+        """
         latents = latents.to(self.device, torch.float32) / self._scale + self._shift
-        images = self._vae.decode(latents.to(self.dtype), return_dict=False)[0]
+        latents = latents.to(self.dtype)
+        try:
+            images = self._vae.decode(latents, return_dict=False)[0]
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self._vae.use_tiling:
+                raise
+            images = None
+        if images is None:  # once the error has let go of its tensors
+            side = _TILE * self.factor
+            log.warning(f"note: too little memory for the VAE: decoded in tiles of {side} pixels")
+            torch.cuda.empty_cache()
+            self._vae.enable_tiling()
+            self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = _TILE, side
+            images = self._vae.decode(latents, return_dict=False)[0]
         return images.float().clamp(-1.0, 1.0)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from fluxfast.data.store import Dataset
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import ResolvedModel, load_resolved, resolve_device
 from fluxfast.formats.base.reader import open_base
+from fluxfast.memory.runtime import is_out_of_memory
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import (
@@ -69,7 +70,9 @@ def check(config: Config, limit: float | None = None, batches: int = 4) -> list[
             areas = stored_areas(config.run_dir)
             dataset = prepare(config, device, parts=parts, areas=areas).dataset
             return _Check(config, parts.model, device, dataset, batches).run(limit)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise FluxfastError(
                 f"the GPU's memory is full: {str(error).splitlines()[0]}",
                 hint="--set train.batch_size=1, or a lower data.resolution",

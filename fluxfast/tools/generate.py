@@ -41,8 +41,10 @@ def generate(
         load_lora(hollow(resolved.spec), loras, strengths)  # they fit: seen before anything is read
     dtype = encoder_dtype(where)
     encoders = TextEncoders(root, where, dtype)
-    t5, pooled = encoders.encode([picture.prompt for picture in pictures], length)
-    t5, pooled = t5.cpu(), pooled.cpu()
+    embeddings = []
+    for picture in pictures:  # one at a time: neither memory nor bits depend on the other prompts
+        t5, pooled = encoders.encode([picture.prompt], length)
+        embeddings.append((t5[0].cpu(), pooled[0].cpu()))
     encoders.close()
     flux = load_resolved(resolved, where, double_quant=model.double_quant)
     more = {}
@@ -50,7 +52,7 @@ def generate(
         load_lora(flux, loras, strengths)
         more = {"lora": ", ".join(map(str, loras)), "strength": ", ".join(map(str, strengths))}
     files = []
-    images = draw_pictures(flux, pictures, list(zip(t5, pooled, strict=True)), root, where, dtype)
+    images = draw_pictures(flux, pictures, embeddings, root, where, dtype)
     for picture, image in zip(pictures, images, strict=True):
         words = re.sub(r"[^a-z0-9]+", "-", picture.prompt.lower()).strip("-")[:40] or "picture"
         files.append(_reserve(out, f"seed{picture.seed}-{words}.png"))

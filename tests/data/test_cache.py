@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -167,10 +168,20 @@ def test_prompts_of_previews_may_fail_and_captions_may_not(
     monkeypatch.setattr("fluxfast.encoders.text.TextEncoders", Fails)
     dataset = prepare(nano_model, settings, extra_prompts=["a preview", ""])
     assert dataset.samples
-    note = "note: the prompts of previews: OutOfMemoryError: CUDA out of memory; the run goes on"
-    assert log_lines.count(note) == 1
-    with pytest.raises(torch.OutOfMemoryError):
+    full = "the GPU's memory is full while encoding captions: CUDA out of memory"
+    assert log_lines.count(f"note: the prompts of previews: {full}; the run goes on") == 1
+    with pytest.raises(FluxfastError, match=f"{full}\nhint: end what else uses the GPU"):
         prepare(nano_model, config(tmp_path, default_caption="new"), extra_prompts=["a preview"])
+
+
+def test_memory_that_is_too_small_for_a_picture_is_told(
+    cheap_encoders, nano_model, tmp_path, folder, monkeypatch
+):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    monkeypatch.setattr("fluxfast.encoders.vae.Vae.encode", Mock(side_effect=full))
+    words = r"full while encoding \S*a.png at 64x64: CUDA out of memory. Tried.*\nhint: end what"
+    with pytest.raises(FluxfastError, match=words):
+        prepare(nano_model, config(tmp_path))
 
 
 def test_what_is_refused_is_refused_before_anything_is_encoded(nano_model, tmp_path, folder):

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxfast.encoders import fingerprint as fingerprints
+from fluxfast.encoders import text
 from fluxfast.encoders.fingerprint import fingerprint
+from fluxfast.encoders.placement import place
 from fluxfast.encoders.text import TextEncoders
 from fluxfast.encoders.vae import Vae
 from fluxfast.errors import FluxfastError
@@ -69,6 +71,81 @@ def test_truncation_is_announced_once(nano_model, caplog):
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 2 and "77" in texts[0] and "32" in texts[1]
     assert "a red car" in texts[1] and len(texts[1]) < 200
+
+
+def room_for(t5, blocks: float, monkeypatch) -> None:
+    """Lets so many of T5's blocks fit beside the one that is at work, and what is no block."""
+    each, total = (sum(p.nbytes for p in x.parameters()) for x in (t5.encoder.block[-1], t5))
+    outer = total - sum(p.nbytes for p in t5.encoder.block.parameters())
+    first = sum(p.nbytes for p in t5.encoder.block[0].parameters())  # the position bias too
+    free = text._ROOM + outer + first + blocks * each
+    monkeypatch.setattr(text, "free_bytes", lambda device: free)
+
+
+def test_t5_blocks_that_do_not_fit_come_for_their_own_pass(
+    encoders, nano_model, monkeypatch, log_lines
+):
+    """The embeddings are the same to the bit, so that a cache does not depend on free memory."""
+    count = len(encoders._t5.encoder.block)
+    room_for(encoders._t5, 0.1, monkeypatch)
+    streamed = TextEncoders(nano_model)
+    assert any(f"{count} of its {count} blocks are copied" in line for line in log_lines)
+    for _ in range(2):
+        pairs = zip(streamed.encode(PROMPTS, 16), encoders.encode(PROMPTS, 16), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_as_many_blocks_as_fit_stay_on_the_device():
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+    model.requires_grad_(False)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected, block = model(x), 4 * 72
+    assert place(model, list(model), torch.device("cpu"), 3.5 * block) == 2
+    assert [len(layer._forward_pre_hooks) for layer in model] == [1, 1, 1, 1]
+    assert torch.equal(model(x), expected)
+
+
+def test_a_t5_of_fp8_stays_so_where_memory_is_short(encoders, nano_model, tmp_path, monkeypatch):
+    """Half as many bytes as in bf16, the same bits."""
+    root = shutil.copytree(nano_model, tmp_path / "m", ignore=WITHOUT_TRANSFORMER)
+    file = root / "text_encoder_2" / "model.safetensors"
+    values = {k: v.to(torch.float8_e4m3fn).bfloat16() for k, v in load_file(file).items()}
+    save_file(values, file, {"format": "pt"})
+    whole = TextEncoders(root, dtype=torch.bfloat16)
+    room_for(whole._t5, 0.7, monkeypatch)
+    narrow = TextEncoders(root, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow._t5.encoder.block[0].parameters()} == {torch.float8_e4m3fn}
+    pairs = zip(narrow.encode(PROMPTS, 16), whole.encode(PROMPTS, 16), strict=True)
+    assert all(one.dtype == torch.bfloat16 and torch.equal(one, other) for one, other in pairs)
+
+
+def test_too_little_memory_for_one_block_is_told_before_any_is_moved(
+    encoders, nano_model, monkeypatch
+):
+    room_for(encoders._t5, -0.1, monkeypatch)
+    with pytest.raises(
+        FluxfastError, match="T5EncoderModel takes at least .*\nhint: end what else"
+    ):
+        TextEncoders(nano_model)
+
+
+def test_a_picture_too_large_for_the_memory_is_decoded_in_tiles(nano_model, monkeypatch, log_lines):
+    vae = Vae(nano_model)
+    latents = torch.randn(1, vae.channels, 80, 72, generator=torch.Generator().manual_seed(0))
+    whole, decode = vae.decode(latents), vae._vae.decoder.forward
+
+    def small_only(z, *rest):
+        if z.shape[-2] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(z, *rest)
+
+    monkeypatch.setattr(vae._vae.decoder, "forward", small_only)
+    tiled = vae.decode(latents)
+    assert tiled.shape == whole.shape and "decoded in tiles" in log_lines[-1]
+    assert (tiled - whole).abs().mean() < 0.1 * whole.abs().mean()
+    monkeypatch.setattr(vae._vae.decoder, "forward", lambda *_: small_only(latents))
+    with pytest.raises(torch.OutOfMemoryError):
+        vae.decode(latents)
 
 
 def test_values_that_are_not_finite_are_refused(nano_model):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -251,6 +252,42 @@ def test_ctrl_c_says_what_is_kept(fluxfast, photos, monkeypatch, function, argum
     result = fluxfast(*arguments)
     assert result.code == 130
     assert word in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "function, arguments",
+    [
+        ("fluxfast.train.train", ["train", "photos", "--model", "m"]),
+        ("fluxfast.data.prepare.prepare", ["cache", "photos", "--model", "m"]),
+        ("fluxfast.tools.check.check", ["check", "photos", "--model", "m"]),
+        ("fluxfast.tools.generate.generate", ["sample", "--model", "m", "--prompt", "x"]),
+        ("fluxfast.formats.base.quantize.quantize", ["quantize", ".", "a.safetensors"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "error, word, cure",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "memory. Tried", "nvidia-smi"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "ALLOC_FAILED", "nvidia-smi"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "CPUAll", "machine's own"),
+        (MemoryError(), "MemoryError", "machine's own"),
+    ],
+)
+@pytest.mark.grid(8)
+def test_full_memory_ends_a_command_with_a_cure(
+    fluxfast, photos, monkeypatch, function, arguments, error, word, cure
+):
+    monkeypatch.setattr(function, Mock(side_effect=error))
+    monkeypatch.setattr("fluxfast.util.hub.fetch_model", lambda source, parts: Path(source))
+    result = fluxfast(*arguments)
+    assert result.code == 1 and word in result.error and "memory is full: " in result.error
+    assert cure in result.err and "\nto" not in result.err
+
+
+def test_any_other_error_is_not_hidden(fluxfast, photos, monkeypatch):
+    monkeypatch.setattr("fluxfast.train.train", Mock(side_effect=RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fluxfast("train", "photos", "--model", "m")
 
 
 # ---------------------------------------------------------------- what the options become
