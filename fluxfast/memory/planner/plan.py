@@ -283,7 +283,9 @@ class _Planner:
         request, always = self.request, sum(static.values())
         phases = {"training": max(bucket.bytes for bucket in buckets.values())}
         if request.encodes:
-            phases["encoding captions"] = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+            text = 2 * (T5_PARAMETERS + CLIP_PARAMETERS) + OTHER
+            # T5's blocks that do not fit stay on the host (`encoders/placement.py`)
+            phases["encoding captions"] = int(min(text, self.limit))
             pixels = max(256 * shape.image_tokens for shape in request.shapes.values())
             phases["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
         if request.preview_pixels:

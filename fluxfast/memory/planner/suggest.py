@@ -93,7 +93,7 @@ def _misfit(request: Request, card: Card, limit: int, host: int | None) -> str:
     allowed = f"{_gib(limit)} may be used on the {card.name}"
     plan = best_plan(request, card, BOUNDLESS, None)
     assert plan is not None  # without a limit one fits
-    for phase in ("encoding captions", "encoding pictures", "loading"):
+    for phase in ("encoding pictures", "loading"):
         if plan.phases.get(phase, 0) > limit:
             return f"this does not fit: {phase} needs {_gib(plan.phases[phase])}, {allowed}"
     if best_plan(replace(request, preview_pixels=0), card, limit, host):
