@@ -20,9 +20,9 @@ from fluxfast.model.spec import DEV, FluxSpec
 from fluxfast.objective import Batch, noise_batch, sample_losses
 from fluxfast.optim import flat_gradients
 
-# Blocks whose launches are those of a whole model: the first double block's inputs need no gradient,
-# so `keep` stands twice; int8 also saves what gelu_int8 does; recompute_mlp and checkpoint launch a
-# forward again; offload launches what keep does.
+# Blocks whose launches are those of a whole model. Before the first double block nothing needs a
+# gradient, so keep stands twice; int8 also saves what gelu_int8 does; recompute_mlp and checkpoint
+# launch a forward again; offload launches what keep does.
 BLOCKS = ("keep", "keep", "int8")
 WHOLE = ("keep",) * DEV.depth, ("keep",) * DEV.depth_single_blocks
 

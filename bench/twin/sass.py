@@ -96,8 +96,12 @@ def _backwards(instruction: Instruction) -> int | None:
 
 def _tensor_cycles(instruction: Instruction) -> int:
     """Cycles between two such instructions of a quarter, at sm_89's rates (int8 16832 in 16, fp8
-    16832 and bf16 16816 with fp32 sums in 32); 0 for Hopper's, which run beside the warps."""
+    16832 and bf16 16816 with fp32 sums in 32), a warp group's at sm_90's (4096 8-bit products a
+    cycle, 2048 of bf16)."""
     _, opcode, rest = instruction
+    if group := re.match(r"\.(\d+)x(\d+)x(\d+)", rest):
+        m, n, k = map(int, group.groups())
+        return m * n * k // (2048 if opcode == "HGMMA" else 4096)
     if opcode == "IMMA":
         return 16 if "16832" in rest else 8
     if opcode == "QMMA":
