@@ -68,10 +68,10 @@ class FrozenLinear(nn.Module):
         return storage != "nf4"
 
     def move_weight(self, device: str | torch.device) -> None:
-        """Moves the weight alone: the layer computes where its bias is."""
+        """Copies the weight alone to a device: the layer computes where its bias is."""
         for name in ("weight", *_QUANTIZED):
             if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.to(device))
+                setattr(self, name, tensor.to(device, copy=True))
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,9 @@ from fluxfast.memory.planner.suggest import make_plan
 from fluxfast.memory.runtime import MemoryRuntime
 from fluxfast.model.activations import POLICIES
 from fluxfast.model.flux import Flux
+from fluxfast.model.init import fill
 from fluxfast.model.lora import inject_lora
+from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import DEV
 from fluxfast.optim import FlatParameters
 
@@ -49,6 +51,35 @@ def gradients(made: Flux, x: dict[str, torch.Tensor]) -> torch.Tensor:
     made.gradients.zero_()
     made(**x).float().square().mean().backward()
     return made.gradients.clone()
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "bf16"])
+def test_loading_leaves_no_holes_between_weights(storage):
+    """Not where what it quantizes from was, nor where the weights of the host would have been."""
+    step = StepSpec(
+        SPEC, storage, "bf16" if storage == "bf16" else "int8", "bf16", lora_of(SPEC, 16)
+    )
+    made, on_host = Flux(SPEC, torch.bfloat16), saved_bytes.modulation_names(step)
+    device = torch.device("cuda", 0)
+
+    def read(name):
+        module, _, kind = name.rpartition(".")
+        shape = (SPEC.head_dim,) if kind == "scale" else linear_shape(module, SPEC)
+        return torch.ones(shape[: 1 if kind == "bias" else 2], dtype=torch.bfloat16)
+
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    fill(made, read, step.precisions, device=device, on_host=on_host)
+    torch.cuda.empty_cache()
+    allocated = torch.cuda.memory_allocated() - allocated
+    reserved = torch.cuda.memory_reserved() - reserved
+    weights = saved_bytes.weights(step)
+    planned = sum(weights.values()) - weights["modulation"]
+    assert planned <= allocated <= reserved
+    assert reserved <= 1.02 * planned + 20 * 2**20  # a segment for what is under 10 MiB
+    for name in on_host:
+        layer = made.linear(name)
+        assert layer.device == device and not layer.stored_tensors()[0].is_cuda
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -270,6 +270,8 @@ def load_resolved(
             flux, base.read_stored, model.precisions,
             nested=double_quant, device=device, on_host=on_host, progress=progress,
         )  # fmt: skip
+    if device.type == "cuda":  # what the matrices were quantized in
+        torch.cuda.empty_cache()
     if dense:
         log.warning(
             f"note: {len(dense)} matrices stay bf16 instead of nf4: their input width is not a "
