@@ -18,7 +18,7 @@ from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import layer_precisions
 from fluxfast.model.spec import DEV, FluxSpec
 from fluxfast.objective import Batch, noise_batch, sample_losses
-from fluxfast.optim import flat_gradients
+from fluxfast.optim import FlatParameters
 
 # Blocks whose launches are those of a whole model. Before the first double block nothing needs a
 # gradient, so keep stands twice; int8 also saves what gelu_int8 does; recompute_mlp and checkpoint
@@ -66,7 +66,7 @@ def _model(storage: str, matmul: str, rank: int, targets: str, spec: FluxSpec) -
     precisions = layer_precisions(spec, storage, matmul, choices if rotated else None)
     fill(model, read, precisions, nested=nested, device="meta")
     # seed None: A stays unset, as all here
-    flat_gradients(inject_lora(model, rank, targets=targets, seed=None))
+    FlatParameters(inject_lora(model, rank, targets=targets, seed=None))
     return model.train()
 
 
