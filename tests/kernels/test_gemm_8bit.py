@@ -93,12 +93,12 @@ def sums(rows: list[QuantizedRows], weights, widths: list[int]):
 def sum_error(kind: str, width: int, device: str, magnitudes, ends):
     """By how much a sum may be off. int8: not at all, its conversion to fp32 rounds. e4m3:
     every one of `width` fp32 additions rounds; tensor cores (sm_89, sm_90) keep 13 bits behind the
-    leading one and cut the rest off, once in 32 products."""
+    leading one and cut the rest off, once in 32 products of a step of 64; steps add up in fp32."""
     if kind == "int8":
         return ends * 2**-24
     if device == "cpu":
         return magnitudes * (width * 2**-24)
-    return magnitudes * ((width / 32 + 2) * 2**-13)
+    return magnitudes * (4 * 2**-13 + (width / 64 + 1) * 2**-24)
 
 
 def bound(linear: EightBit, truth, sum_off, magnitude):
@@ -218,6 +218,24 @@ def test_15360_columns_of_the_largest_values(device):
         weight = QuantizedWeight(values, ones, transposed=transposed)
         (dx,) = gemm_8bit_dx(rows, weight, None, None, [3], torch.float32, tile=tile)
         assert torch.equal(dx[0], exact)
+
+
+@pytest.mark.parametrize("cut", [0, 96])
+def test_e4m3_products_add_up_in_fp32_after_every_step(monkeypatch, cut):
+    """The tensor cores' own sum, which keeps 14 bits, begins at zero in each step."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot, begins = InterpreterBuilder.create_dot, []
+
+    def record(self, a, b, total, *options):
+        if a.dtype.scalar.is_fp8():
+            begins.append(bool((total.data == 0).all()))
+        return dot(self, a, b, total, *options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", record)
+    linear = EightBit(Case(K=192, cut=cut, T=5, lora=False), "fp8", torch.bfloat16, "cpu")
+    gemm_8bit(linear.rows, linear.in_8_bits(), torch.bfloat16)
+    assert len(begins) > 2 and all(begins)
 
 
 def test_small_sums_are_whole_numbers(device):

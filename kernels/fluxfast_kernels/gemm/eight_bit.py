@@ -5,7 +5,8 @@
 
 X8 and G8: one or two quantized tensors side by side, [B, T, width] contiguous, int8 or e4m3, each
 with one fp32 scale a row; W8 [N, K] of the same kind with one fp32 scale a row. int8 sums are exact
-in int32 (at most 2³¹ / 127² = 133 144 columns), e4m3 sums fp32. Two inputs have scales of their
+in int32 (at most 2³¹ / 127² = 133 144 columns); e4m3 sums are the tensor cores' own (14 bits) over
+block_k columns and fp32 over these. Two inputs have scales of their
 own: each sum is scaled as it ends. The rest is `epilogue.py`'s: fp32, one rounding.
 
 W may be NF4, quantized to 8 bits tile by tile from the row scales of `frozen.nf4_with_scales`: for
@@ -89,8 +90,9 @@ def _product(x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.constexpr):
             tile = _weight_tile(w, before + k, n_first, before + count, N, dtype, BLOCK_N, SPEC)
         if dtype == tl.int8:
             total = tl.dot(x, tile, total, out_dtype=SPEC.sum)
-        else:  # sm_90 accumulates e4m3 in 14 bits: no further than one tile
-            total = tl.dot(x, tile, total, out_dtype=SPEC.sum, max_num_imprecise_acc=BLOCK_K)
+        else:  # added in fp32: tensor cores keep 14 bits of a sum of e4m3 products. (With a limit
+            # of 0 Triton would fold the addition into the dot; hardware obeys one on sm_90 alone.)
+            total += tl.dot(x, tile, out_dtype=SPEC.sum, max_num_imprecise_acc=BLOCK_K)
     return total.to(tl.float32)
 
 
