@@ -41,7 +41,7 @@ def cost_of(case, arch: int) -> tuple[dict, str | None]:
     None."""
     from bench.offline import compile_for, resources
 
-    settings = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    settings = {name: getattr(case, name) for name in ("num_warps", "num_stages", "maxnreg")}
     try:
         cost = resources(compile_for(case.fn, case.signature, case.constants, arch, **settings))
     except Exception as error:  # one kernel's failure is a row too

@@ -46,6 +46,7 @@ class KernelCase(NamedTuple):
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     matrix: bool = False
     least_arch: int = 80
     archs: tuple[int, ...] | None = None
@@ -276,7 +277,7 @@ def _skinny_cases(op: str, dtype: str, tile: dispatch.Tile) -> Iterator[KernelCa
                 types |= dict.fromkeys(("rows0", "rows1", "channel_ptr"))
                 spec = grads.SkinnySpec(cut, rank, whole, 1, 127.0, 0, grads.BLOCK_Q)
             else:
-                kernel, spec = grads._grads_kernel, grads.GradsSpec(cut, rank, whole)
+                kernel, spec = grads._grads_kernel, grads.GradsSpec(cut, rank, whole, False)
                 types = {"x": _matrix(kind), "skinny": grads.Strided(f"*{kind}", "i32", "i32")}
                 types |= {"out": grads.Strided("*fp32", "i32", "i32"), "scale": "fp32"}
             options = {"matrix": kind != "fp32", **tile.options}

@@ -12,8 +12,8 @@ def check_gemm(table: dict) -> None:
     """Asserts that a `gemm_*.json` is well formed."""
     assert set(table) == {"thresholds", "tiles"}
     needed = {"thresholds": {"fused_up_to_m", "source"}}
-    needed["tiles"] = set(dispatch.Tile.__dataclass_fields__) | {"source"}
-    allowed = {"thresholds": set(), "tiles": {"m_min", "m_max"}}
+    needed["tiles"] = set(dispatch.Tile.__dataclass_fields__) - {"maxnreg"} | {"source"}
+    allowed = {"thresholds": set(), "tiles": {"m_min", "m_max", "maxnreg"}}
     for kind, rows in table.items():
         for row in rows:
             assert needed[kind] <= set(row) <= needed[kind] | FILTERS | allowed[kind], row

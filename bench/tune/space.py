@@ -1,9 +1,9 @@
 """The tiles that each kernel could be given, before a compiler or a GPU has seen them.
 
 A `Kernel` is what dispatch's rows choose a tile for; a tile's name is rows x columns x depth, warps
-and stages: "128x128x64.8w3", with "g8" behind where it names group_m. What cannot work is left out
-at once: accumulators that do not fit a thread's registers, operands in flight that do not fit the
-card's shared memory.
+and stages: "128x128x64.8w3", with "r128" behind where it names maxnreg and "g8" where it names
+group_m. What cannot work is left out at once: accumulators that do not fit a thread's registers,
+operands in flight that do not fit the card's shared memory.
 """
 
 import re
@@ -66,18 +66,21 @@ def groups(kernel: Kernel) -> tuple[int, ...]:
 def tile_name(tile: dispatch.Tile | AttentionTile, with_group: bool = True) -> str:
     depth = f"x{tile.block_k}" if isinstance(tile, dispatch.Tile) else ""
     group = f"g{tile.group_m}" if depth and with_group else ""
-    return f"{tile.block_m}x{tile.block_n}{depth}.{tile.num_warps}w{tile.num_stages}{group}"
+    most = getattr(tile, "maxnreg", None)
+    registers = "" if most is None else f"r{most}"
+    shape = f"{tile.block_m}x{tile.block_n}{depth}.{tile.num_warps}w{tile.num_stages}"
+    return shape + registers + group
 
 
 def named_tile(kernel: Kernel, name: str) -> dispatch.Tile | AttentionTile:
     """The inverse of `tile_name`; without a group, the kernel's first. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:g(\d+))?", name)
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?\.(\d+)w(\d+)(?:r(\d+))?(?:g(\d+))?", name)
     if not match or (match[3] is None) != (kernel.op in ATTENTION):
         raise ValueError(f"{kernel}: {name!r} is no name of a tile, as 128x128x64.8w3g8 is")
-    m, n, k, warps, stages, group = (part and int(part) for part in match.groups())
+    m, n, k, warps, stages, most, group = (part and int(part) for part in match.groups())
     if kernel.op in ATTENTION:
         return AttentionTile(m, n, warps, stages)
-    return dispatch.Tile(m, n, k, group or groups(kernel)[0], warps, stages)
+    return dispatch.Tile(m, n, k, group or groups(kernel)[0], warps, stages, most)
 
 
 def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | AttentionTile]:

@@ -199,7 +199,8 @@ def merged_attention(table: Table, measured: Rows, arch: int) -> Table:
 
 
 def _tile_fields(row: dict) -> dict[str, int]:
-    return asdict(named_tile(Kernel(row["op"], row["storage"], row["dtype"]), row["tile"]))
+    tile = named_tile(Kernel(row["op"], row["storage"], row["dtype"]), row["tile"])
+    return {name: value for name, value in asdict(tile).items() if value is not None}
 
 
 def _replaced(rows: Rows, new: list[tuple[dict, Rows]], measured: Rows) -> Rows:

@@ -5,7 +5,7 @@
 
     thresholds: [{op, storage, dtype, n, k, fused_up_to_m, source}]
     tiles:      [{op, storage, dtype, n, k, m_min, m_max, block_m, block_n, block_k, group_m,
-                  num_warps, num_stages, source}]
+                  num_warps, num_stages, maxnreg (may be left out), source}]
 
 storage "dense" (8-bit weights too) or "nf4"; dtype of the matmul: "half" (bf16, fp16), "fp32",
 "int8" or "fp8"; all before fused_up_to_m and block_m may be left out (any). The first matching row
@@ -19,7 +19,7 @@ matmul (`gemm_8bit`). `source` says "measured: ", commit, GPU and times (`bench.
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 
 import torch
@@ -38,6 +38,8 @@ class Tile:
     lora_skinny: block_n is the most rank columns of a program. lora_grads: block_m is
     the contraction (tokens a step), block_k the columns of x or dy, block_n as in lora_skinny.
     group_m: rows of tiles that go together through L2; lora_grads: how many programs to aim at.
+    maxnreg: registers a thread may take; None leaves it to ptxas, which spills a little where that
+    lets one more program run beside (lora_skinny on sm_80 and sm_90, rank 64).
     """
 
     block_m: int
@@ -46,11 +48,13 @@ class Tile:
     group_m: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """The launch's own arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Choice:
 
 
 def _tile(row: dict) -> Tile:
-    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__})
+    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__ if name in row})
 
 
 @cache

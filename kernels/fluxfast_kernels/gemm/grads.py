@@ -78,11 +78,13 @@ class SkinnySpec(NamedTuple):
 
 
 class GradsSpec(NamedTuple):
-    """segments: of one tensor; a segment's `tensor` is the number of its first tile."""
+    """segments: of one tensor; a segment's `tensor` is the number of its first tile. evenly: its
+    rows are one distance apart, batches too."""
 
     tile: dispatch.Tile
     rank: int
     segments: tuple[Segment, ...]
+    evenly: bool
 
 
 @triton.jit
@@ -132,10 +134,11 @@ def _quantize(x_at, rows, channel_ptr, m, M, K, SPEC: tl.constexpr):
 
 @triton.jit
 def _row_block(x_at, channel_ptr, first, K, SPEC: tl.constexpr):
-    c = first + tl.arange(0, SPEC.block_q)[None, :]
-    v = tl.load(x_at + c, c < K, other=0.0).to(tl.float32)
+    c = first + tl.arange(0, SPEC.block_q)
+    v = tl.load(x_at + c[None, :], (c < K)[None, :], other=0.0).to(tl.float32)
     if channel_ptr is not None:
-        v *= tl.load(channel_ptr + c, c < K, other=0.0)
+        # as a vector: loaded as a row of a matrix, x would go through shared memory to its layout
+        v *= tl.load(channel_ptr + c, c < K, other=0.0)[None, :]
     if SPEC.rotation:
         v = rotated(v, SPEC.rotation)
     return v
@@ -160,17 +163,20 @@ def _skinny_block(x0, x1, w, out, M, scale, m, batch, token, slot, SPEC: tl.cons
                 x_row = x0.ptr + (batch * x0.batch_stride + token * x0.token_stride)[:, None]
             else:
                 x_row = x1.ptr + (batch * x1.batch_stride + token * x1.token_stride)[:, None]
-            x_at = x_row + start
+            c = tl.arange(0, BLOCK_K)
+            x_at = x_row + (start + c)[None, :]
+            w_at = w.ptr + (SPEC.segments[i].row + c)[:, None] * w.stride
+            w_at += r[None, :] * w.rank_stride
             for k in range(0, tl.cdiv(count, BLOCK_K)):
-                c = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                w_at = w.ptr + (SPEC.segments[i].row + c)[:, None] * w.stride
-                w_at += r[None, :] * w.rank_stride
                 if count % BLOCK_K == 0:
-                    x_tile = tl.load(x_at + c[None, :])
+                    x_tile = tl.load(x_at)
                     w_tile = tl.load(w_at, real, other=0.0)
                 else:
-                    x_tile = tl.load(x_at + c[None, :], (c < count)[None, :], other=0.0)
-                    w_tile = tl.load(w_at, real & (c < count)[:, None], other=0.0)
+                    inside = c < count - k * BLOCK_K
+                    x_tile = tl.load(x_at, inside[None, :], other=0.0)
+                    w_tile = tl.load(w_at, real & inside[:, None], other=0.0)
+                x_at += BLOCK_K
+                w_at += BLOCK_K * w.stride
                 w_tile = w_tile.to(x_tile.dtype)
                 total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
     out_at = out.ptr + m.to(tl.int64)[:, None] * out.stride + (index * SPEC.rank + r)[None, :]
@@ -201,7 +207,10 @@ def _grads_kernel(x, skinny, out, split_stride, M, T, scale, split_tiles, SPEC: 
     first_tile = tl.program_id(2) * split_tiles
     for i in range(0, split_tiles):
         m = (first_tile + i) * SPEC.tile.block_m + tl.arange(0, SPEC.tile.block_m)
-        row = (m // T).to(tl.int64) * x.batch_stride + (m % T).to(tl.int64) * x.token_stride
+        if SPEC.evenly:
+            row = m.to(tl.int64) * x.token_stride
+        else:
+            row = (m // T).to(tl.int64) * x.batch_stride + (m % T).to(tl.int64) * x.token_stride
         in_m = (m < M)[:, None]
         x_tile = tl.load(x.ptr + row[:, None] + c[None, :], in_m & (c < end)[None, :], other=0.0)
         at = skinny.ptr + m.to(tl.int64)[:, None] * skinny.stride
@@ -323,7 +332,8 @@ def _grads(
                 own.append(segment._replace(tensor=tiles))
                 tiles += triton.cdiv(segment.end - segment.start, tile.block_k)
         if own:
-            spec = GradsSpec(tile, rank, tuple(own))
+            evenly = B == 1 or x.stride(0) == T * x.stride(1)
+            spec = GradsSpec(tile, rank, tuple(own), evenly)
             operands = (matrix(x), Strided(skinny, skinny.stride(0), 1), Strided(sums, *strides))
             sizes = (out.numel(), M, T, float(scale), split_tiles)
             _grads_kernel[tiles, rank_blocks, splits](*operands, *sizes, SPEC=spec, **tile.options)

@@ -3,10 +3,10 @@
     y  = s_x · s_w · (X8 · W8ᵀ) + b + s·(x Aᵀ)·Bᵀ        X8, s_x: x's rows;  W8, s_w: the weight's
     dx = s_g · (G8 · W8) + (s·dy·B)·A                     G8, s_g: the rows of dy · s_w
 
-int8 sums are exact (15 360 · 127² < 2³¹), e4m3 sums fp32 over steps of block_k; what follows is fp32 and
-rounded once. One copy of W8 serves both directions: its scales run along the contraction of dx, so
-they are folded into dy before that is quantized. The update is computed from x and dy as they are,
-in their dtype. With a rotation (`hadamard.py`) W8 and X8 are of W·H and x·H, and dx is
+int8 sums are exact (15 360 · 127² < 2³¹), e4m3 sums fp32 over steps of block_k; what follows is
+fp32 and rounded once. One copy of W8 serves both directions: its scales run along the contraction
+of dx, so they are folded into dy before that is quantized. The update is computed from x and dy as
+they are, in their dtype. With a rotation (`hadamard.py`) W8 and X8 are of W·H and x·H, and dx is
 rotated back at the end, A with it.
 
 Saved for backward: as without, x or what it is recomputed from; it is quantized again.
