@@ -417,25 +417,30 @@ def print_error(message: str) -> None:
     print(f"rank {rank()}: {message}" if rank() else message, file=sys.stderr)
 
 
-def memory_cure(error: MemoryError | RuntimeError) -> str | None:
-    """Returns what to do where memory ran out, None for any other error."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "it is this machine's own: end other programs, or make room for swapping"
-    from fluxfast.memory.runtime import is_out_of_memory  # torch, which raised it
+@contextmanager
+def memory_explained():
+    """Raises FluxfastError where memory runs out inside, the GPU's or this machine's."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from fluxfast.memory.runtime import is_out_of_memory, memory_reason
 
-    if not is_out_of_memory(error):
-        return None
-    return (
-        "end what else uses the GPU (`nvidia-smi` lists it), or ask for less: smaller pictures, a "
-        "lower data.resolution, the model in nf4"
-    )
+        cure = (
+            "end what else uses the GPU (`nvidia-smi` lists it), or ask for less: smaller "
+            "pictures, a lower data.resolution, the model in nf4"
+        )
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            cure = "it is this machine's own memory: end other programs, or add swap space"
+        elif not is_out_of_memory(error):
+            raise
+        raise FluxfastError(f"memory is full: {memory_reason(error)}", hint=cure) from None
 
 
 def main() -> None:
     """Run the command line; a user's errors become one message on stderr and an exit code."""
     with lasting_output() as (out, _):
         try:
-            with log_to_terminal(rank=rank()):
+            with log_to_terminal(rank=rank()), memory_explained():
                 app()
         except FluxfastError as error:
             print_error(f"error: {plain(error.message)}")
@@ -445,13 +450,6 @@ def main() -> None:
         except OSError as error:
             reason = f"{error.filename or 'system'}: {error.strerror or error}"
             print_error(f"error: {plain(reason)}")
-            sys.exit(1)
-        except (MemoryError, RuntimeError) as error:
-            if (cure := memory_cure(error)) is None:
-                raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print_error(f"error: memory is full: {plain(reason)}")
-            print(f"hint: {cure}", file=sys.stderr)
             sys.exit(1)
         except SystemExit as stop:
             lost = out.settle()

@@ -19,7 +19,13 @@ from fluxfast.errors import FluxfastError, LostRank
 from fluxfast.formats.base.load import resolve_device
 from fluxfast.memory.copies import PinRefused
 from fluxfast.memory.planner.report import run_lines
-from fluxfast.memory.runtime import CURE, MemoryExhausted, is_out_of_memory, lift_limit
+from fluxfast.memory.runtime import (
+    CURE,
+    MemoryExhausted,
+    is_out_of_memory,
+    lift_limit,
+    memory_reason,
+)
 from fluxfast.memory.spill import MemorySpills, SpillWatch, card_is_full
 from fluxfast.model.lora import set_assisted
 from fluxfast.optim import eval_weights, set_mode, skips_exactly
@@ -151,7 +157,7 @@ def _train(config: Config, ranks: Ranks) -> Path:
         if not is_out_of_memory(error):
             raise
         # outside a gradient pass, which takes cheaper policies by itself
-        reason = str(error).splitlines()[0]
+        reason = memory_reason(error)
         raise FluxfastError(f"the GPU's memory is full: {reason}", hint=CURE) from None
     finally:
         lift_limit(device)

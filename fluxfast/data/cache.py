@@ -35,7 +35,7 @@ from fluxfast.distributed import SINGLE_PROCESS, Ranks
 from fluxfast.encoders.components import component_fingerprint
 from fluxfast.encoders.placement import FREE_HINT
 from fluxfast.errors import FluxfastError
-from fluxfast.memory.runtime import is_out_of_memory
+from fluxfast.memory.runtime import is_out_of_memory, memory_reason
 from fluxfast.util.files import check_writable, keep_running
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _memory_named(work: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise FluxfastError(
-            f"the GPU's memory is full while {work}: {str(error).splitlines()[0]}",
+            f"the GPU's memory is full while {work}: {memory_reason(error)}",
             hint=f"{FREE_HINT}; the same command goes on with what is left to encode",
         ) from None
 

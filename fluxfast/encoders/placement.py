@@ -24,26 +24,29 @@ def free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def place(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, room: float) -> int:
-    """Moves a frozen model to the device, of its `blocks` as many as fit into `room` bytes. Returns
-    how many stay on the host.
+def place(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, free: float, work: int
+) -> int:
+    """Moves a frozen model to the device, of its `blocks` as many as fit into `free` bytes beside
+    the `work` bytes of a forward pass. Returns how many stay on the host.
 
     Where not all fit, weights that fp8 holds exactly, as those of an fp8 file, lie on the device in
     fp8 and are widened for their block's forward pass. Raises FluxfastError if not one block fits.
     """
     sizes = [_bytes(block.parameters()) for block in blocks]
     total = _bytes(model.parameters())
-    if total <= room:
+    work = min(work, total)  # a small model works in little
+    if total + work <= free:
         model.to(device)
         return 0
-    least = total - sum(sizes) + max(sizes)  # a block comes at a time
-    if least > room:
+    least = total - sum(sizes) + max(sizes) + work  # one block at a time
+    if least > free:
         raise FluxfastError(
-            f"{type(model).__name__} takes at least {least / 2**30:.1f} GiB of the GPU's memory, "
-            f"and {max(0.0, room) / 2**30:.1f} GiB are free for it",
+            f"{type(model).__name__} takes at least {least / 2**30:.2f} GiB of the GPU's memory, "
+            f"and {free / 2**30:.2f} GiB are free",
             hint=FREE_HINT,
         )
-    room -= least
+    room = free - least
     inside = {parameter for block in blocks for parameter in block.parameters()}
     for parameter in set(model.parameters()) - inside:
         parameter.data = parameter.data.to(device)

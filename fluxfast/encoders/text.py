@@ -15,7 +15,7 @@ from fluxfast.errors import FluxfastError
 log = logging.getLogger(__name__)
 
 # bytes for what T5 makes of 512 tokens (64 heads' scores in fp32 are 64 MiB) and cuBLAS: assumed
-_ROOM = 2**29
+_WORK = 2**29
 
 
 class TextEncoders:
@@ -36,13 +36,12 @@ class TextEncoders:
         self._t5_tokenizer = load_tokenizer(T5TokenizerFast, root, "tokenizer_2", "spiece.model")
         self._clip: Any = load_model(CLIPTextModel, root, "text_encoder", dtype).to(self.device)
         self._t5: Any = load_model(T5EncoderModel, root, "text_encoder_2", dtype)
-        room = free_bytes(self.device) - _ROOM
-        blocks = self._t5.encoder.block
-        if on_host := place(self._t5, blocks, self.device, room):
+        free, blocks = free_bytes(self.device), self._t5.encoder.block
+        if on_host := place(self._t5, blocks, self.device, free, _WORK):
             log.warning(
-                f"note: T5 does not fit into the {room / 2**30:.1f} GiB that are free for it: "
-                f"{on_host} of its {len(blocks)} blocks are copied to the GPU for each caption, "
-                "which is slower and gives the same embeddings"
+                f"note: T5 does not fit into the {free / 2**30:.1f} GiB that are free: {on_host} "
+                f"of its {len(blocks)} blocks are copied to the GPU for each caption, which is "
+                "slower and gives the same embeddings"
             )
         self._announced: set[str] = set()
 

@@ -47,6 +47,12 @@ def lift_limit(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def memory_reason(error: BaseException | str) -> str:
+    """Returns the first sentences of such an error, without torch's advice on fragmentation."""
+    first = (str(error) or "out of memory").splitlines()[0]
+    return first.partition(" Of the allocated memory")[0].strip()
+
+
 T = TypeVar("T")
 
 
@@ -198,8 +204,8 @@ class MemoryRuntime:
         policies = cheaper_policies(before)
         if policies is None:
             if label in self._tried_again:
-                first = message.splitlines()[0] if message else "out of memory"
-                raise MemoryExhausted(f"the GPU's memory is full: {first}", hint=CURE)
+                reason = memory_reason(message)
+                raise MemoryExhausted(f"the GPU's memory is full: {reason}", hint=CURE)
             self._tried_again.add(label)
             log.warning(
                 f"note: out of memory at {label}: no policy is cheaper, the step is tried once more"

@@ -26,7 +26,7 @@ from fluxfast.data.store import Dataset
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import ResolvedModel, load_resolved, resolve_device
 from fluxfast.formats.base.reader import open_base
-from fluxfast.memory.runtime import is_out_of_memory
+from fluxfast.memory.runtime import is_out_of_memory, memory_reason
 from fluxfast.model.flux import Flux
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.precision import (
@@ -74,7 +74,7 @@ def check(config: Config, limit: float | None = None, batches: int = 4) -> list[
             if not is_out_of_memory(error):
                 raise
             raise FluxfastError(
-                f"the GPU's memory is full: {str(error).splitlines()[0]}",
+                f"the GPU's memory is full: {memory_reason(error)}",
                 hint="--set train.batch_size=1, or a lower data.resolution",
             ) from None
 

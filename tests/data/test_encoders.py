@@ -78,7 +78,7 @@ def room_for(t5, blocks: float, monkeypatch) -> None:
     each, total = (sum(p.nbytes for p in x.parameters()) for x in (t5.encoder.block[-1], t5))
     outer = total - sum(p.nbytes for p in t5.encoder.block.parameters())
     first = sum(p.nbytes for p in t5.encoder.block[0].parameters())  # the position bias too
-    free = text._ROOM + outer + first + blocks * each
+    free = total + outer + first + blocks * each  # total: what it works in, at most
     monkeypatch.setattr(text, "free_bytes", lambda device: free)
 
 
@@ -100,7 +100,7 @@ def test_as_many_blocks_as_fit_stay_on_the_device():
     model.requires_grad_(False)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     expected, block = model(x), 4 * 72
-    assert place(model, list(model), torch.device("cpu"), 3.5 * block) == 2
+    assert place(model, list(model), torch.device("cpu"), 3.5 * block + 1, work=1) == 2
     assert [len(layer._forward_pre_hooks) for layer in model] == [1, 1, 1, 1]
     assert torch.equal(model(x), expected)
 
