@@ -15,7 +15,7 @@ from fluxfast.data.prepare import Parts, preview_prompts, resolve_parts
 from fluxfast.distributed import Ranks
 from fluxfast.encoders.components import component
 from fluxfast.errors import ConfigError, FluxfastError
-from fluxfast.formats.base.load import broken_nvrtc
+from fluxfast.formats.base.load import broken_compiler
 from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant
 from fluxfast.formats.lora.write import to_state
 from fluxfast.memory.planner.step_spec import shape_of
@@ -44,9 +44,8 @@ def check_settings(config: Config, device: torch.device) -> None:
     """Raise FluxfastError for what no run can begin with and needs no model to be seen: before one
     is fetched.
     """
-    if config.train.timesteps == "sigmoid" and (reason := broken_nvrtc(device)):
-        message = f"timesteps cannot be drawn on this GPU: {reason}"
-        raise FluxfastError(message, hint="install torch anew, with the CUDA libraries it requires")
+    if fault := broken_compiler(device):
+        raise FluxfastError(f"nothing can be trained on this GPU: {fault[0]}", hint=fault[1])
     check_optimizer(config.train, device)
     preview_prompts(config)
     folders = [("validation.folder", config.validation.folder)]

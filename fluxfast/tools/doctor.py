@@ -6,6 +6,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from fluxfast.util.platform import available_memory
+
 _NEEDED = (
     "torch", "safetensors", "bitsandbytes", "transformers", "diffusers", "sentencepiece",
     "huggingface_hub", "prodigyopt", "schedulefree", "pydantic", "tensorboard",
@@ -36,6 +38,7 @@ def _torch_rows() -> list[tuple[str, str]]:
     from fluxfast_kernels.quant import native
 
     from fluxfast.formats.base import load
+    from fluxfast.memory.planner.suggest import host_memory
     from fluxfast.model.precision import activation_dtype, multiplies_bf16
 
     rows = []
@@ -46,8 +49,8 @@ def _torch_rows() -> list[tuple[str, str]]:
         kinds += load.multiplies_8_bits((card.major, card.minor))
         size = f"{card.total_memory / 2**30:.1f} GiB, sm_{card.major}{card.minor}"
         rows.append((f"GPU {index}", f"{card.name}, {size}, {', '.join(kinds)}"))
-        if reason := load.broken_nvrtc(device):
-            rows.append((f"NVRTC {index}", f"MISSING: {reason}: install torch anew"))
+        if backend.HAS_TRITON and (fault := load.broken_compiler(device)):
+            rows.append((f"GPU {index}", f"MISSING: {'; '.join(fault)}"))
     absent = f"MISSING: a GPU's kernels need it: `{load.TRITON}`" if rows else "only a GPU needs it"
     triton = backend.triton.__version__ if backend.HAS_TRITON else absent
     if not rows:
@@ -64,7 +67,9 @@ def _torch_rows() -> list[tuple[str, str]]:
     storage, compute = load.resolve_precision("auto", "auto", device)
     dtype = str(activation_dtype(compute, "auto", device)).removeprefix("torch.")
     chosen = f"device {device.type}, storage {storage}, compute {compute}, activations {dtype}"
-    return [*rows, ("auto means", chosen)]
+    rows.append(("auto means", chosen))
+    free, pinned = (f"{size / 2**30:.1f} GiB" for size in (available_memory(), host_memory()))
+    return [*rows, ("host memory", f"{free} free, a plan may pin {pinned}")]
 
 
 def _disk_rows() -> list[tuple[str, str]]:

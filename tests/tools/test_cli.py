@@ -389,16 +389,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(load, "broken_nvrtc", lambda device: None)
+    monkeypatch.setattr(load, "broken_compiler", lambda device: None)
 
 
 def test_doctor_names_the_8_bit_formats_of_a_gpu(fluxfast, gpu):
     code, out, _ = fluxfast("doctor")
     assert code == 0 and "a card, 47.0 GiB, sm_89, bf16, int8, fp8" in out
     assert "device cuda, storage int8, compute int8, activations bfloat16" in out
-
-
-NVRTC = "nvrtc: error: failed to open libnvrtc-builtins.so.13.0"
 
 
 def test_a_gpu_without_triton_or_nvrtc_is_refused_before_any_work(
@@ -412,12 +409,30 @@ def test_a_gpu_without_triton_or_nvrtc_is_refused_before_any_work(
         assert code == 1 and "MISSING: a GPU's kernels need it: `pip install triton" in out
         code, _, err = fluxfast(*train)
         assert code == 2 and "Triton is not here\nhint: pip install triton" in err, err
-    monkeypatch.setattr(load, "broken_nvrtc", lambda device: NVRTC)
-    monkeypatch.setattr(preflight, "broken_nvrtc", lambda device: NVRTC)
+    fault = "NVRTC does not work: nvrtc: error: failed to open libnvrtc-builtins.so.13.0", "cure"
+    for module in (load, preflight):
+        monkeypatch.setattr(module, "broken_compiler", lambda device: fault)
     code, out, _ = fluxfast("doctor")
-    assert code == 1 and f"MISSING: {NVRTC}: install torch anew" in out
+    assert code == 1 and f"MISSING: {fault[0]}; cure" in out
     code, _, err = fluxfast(*train)
-    assert code == 1 and f"timesteps cannot be drawn on this GPU: {NVRTC}" in err, err
+    assert code == 1 and f"nothing can be trained on this GPU: {fault[0]}\nhint: cure" in err, err
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "cure"),
+    [("Triton", "quantize_rows", "C compiler"), ("NVRTC", "ndtri", "install torch anew")],
+)
+def test_a_compiler_that_does_not_work_is_named_with_its_cure(monkeypatch, name, at, cure):
+    def fails(*_):
+        raise RuntimeError(f"{at} cannot be compiled\nat length")
+
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda shape, value, device: full(shape, value))
+    cuda = torch.device("cuda", 0)
+    assert load.broken_compiler(cuda) is None and load.broken_compiler(torch.device("cpu")) is None
+    monkeypatch.setattr(load, at, fails)
+    what, how = load.broken_compiler(cuda)
+    assert what == f"{name} does not work: {at} cannot be compiled" and cure in how
 
 
 def test_a_cpu_beside_a_gpu_is_noted_with_the_reason(fluxfast, monkeypatch, caplog):

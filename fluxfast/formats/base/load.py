@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from fluxfast_kernels.dispatch import backend
+from fluxfast_kernels.quant.rows import quantize_rows
+from torch.special import ndtri
 
 from fluxfast.distributed import local_rank
 from fluxfast.errors import ConfigError
@@ -95,15 +97,22 @@ def why_no_gpu() -> str | None:
     return None
 
 
-def broken_nvrtc(device: torch.device) -> str | None:
-    """Returns what NVRTC raises on a GPU, None where it works. It compiles, at its first use, the
-    one op of torch's that timesteps need.
+def broken_compiler(device: torch.device) -> tuple[str, str] | None:
+    """Returns (what it raises, the cure) of a compiler that a GPU needs and that does not work:
+    Triton's, tried by a small kernel, or NVRTC, by the one op of torch's that timesteps need.
     """
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return None
+    x = torch.full((1, 1, 128), 0.5, device=device)
+    for name, cure, use in (
+        ("Triton", "install a C compiler and Python's headers", lambda: quantize_rows(x, "int8")),
+        ("NVRTC", "install torch anew, with the CUDA libraries it requires", lambda: ndtri(x)),
+    ):
         try:
-            torch.special.ndtri(torch.full((1,), 0.5, device=device))
-        except RuntimeError as error:
-            return next(iter(str(error).splitlines()), "NVRTC does not work")
+            use()
+        except Exception as error:  # of Triton's a dozen kinds
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"{name} does not work: {first}", cure
     return None
 
 
