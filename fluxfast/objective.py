@@ -32,7 +32,7 @@ def flux_shift(t: Tensor, tokens: int) -> Tensor:
 
 def draw_timesteps(
     seed: int,
-    indices: list[int],
+    indices: list[int] | Tensor,
     tokens: int,
     kind: str = "sigmoid",
     bias: str = "balanced",
@@ -133,6 +133,7 @@ class Inputs(NamedTuple):
     t5: Tensor
     pooled: Tensor
     modulation: Tensor | None  # `Flux.modulation` of these, where it was computed ahead
+    indices: Tensor | None = None  # int64 [B], global sample indices, for LoRA dropout
 
 
 def noise_batch(
@@ -153,7 +154,8 @@ def noise_batch(
     """
     host = batch.mean, batch.std, batch.t5, batch.pooled
     mean, std, t5, pooled = (tensor.to(device, non_blocking=True) for tensor in host)
-    indices, shape, (h, w) = batch.indices, tuple(mean.shape[1:]), mean.shape[2:]
+    indices = rng.as_indices(batch.indices, device)
+    shape, (h, w) = tuple(mean.shape[1:]), mean.shape[2:]
     vae_noise = rng.normal(seed, f"{stream}vae", indices, shape, device)
     noise = rng.normal(seed, f"{stream}noise", indices, shape, device)
     if timesteps is None:
@@ -164,7 +166,8 @@ def noise_batch(
         mask = mask.to(device, non_blocking=True)[:, None]
         mask = pack(mask.expand_as(mean).contiguous())
     ids = image_ids(h, w, device), text_ids(t5.shape[1], device)
-    return Inputs(noisy, target, t, timestep_weight(t, kind), mask, *ids, t5, pooled, modulation)
+    weight = timestep_weight(t, kind)
+    return Inputs(noisy, target, t, weight, mask, *ids, t5, pooled, modulation, indices)
 
 
 def sample_losses(model: Callable[..., Tensor], inputs: Inputs, guidance: float | None) -> Tensor:

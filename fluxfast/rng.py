@@ -4,9 +4,8 @@ Nothing in fluxfast draws from a global generator. Every draw names its stream (
 and the global sample index it belongs to, so a resumed, retried or re-ordered run draws the same
 numbers on every device, and resuming needs one integer.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); the constants are
-Random123's. The bits are the same on CPU and GPU; `normal` goes through fp32 log and cos, which may
-differ in the last bit.
+The bits are the same on CPU and GPU; `normal` goes through fp32 log and cos, which may differ in
+the last bit.
 """
 
 import hashlib
@@ -14,11 +13,8 @@ import math
 import secrets
 
 import torch
+from fluxfast_kernels.ops.dropout import random_words
 from torch import Tensor
-
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
 
 
 def settle_seed(seed: int, begun: int | None = None) -> int:
@@ -28,37 +24,14 @@ def settle_seed(seed: int, begun: int | None = None) -> int:
     return secrets.randbelow(2**32) if begun is None else begun
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Returns Philox 4x32-10 of a counter. Both are four int64 tensors of 32-bit words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap modulo 2^64; the shift is arithmetic, the mask removes its sign bits
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return [c0, c1, c2, c3]
-
-
-def bits(seed: int, stream: str, indices: Tensor, count: int) -> Tensor:
-    """Returns int64 [len(indices), count] of 32 random bits each, on the device of `indices`."""
+def key(seed: int, stream: str) -> int:
+    """Returns Philox's key of a stream: 64 bits, signed."""
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-    blocks = (count + 3) // 4
-    position = torch.arange(blocks, device=indices.device, dtype=torch.int64)[None, :]
-    index = indices.to(torch.int64)[:, None]
-    zero = torch.zeros_like(position + index)
-    counter = position + zero, zero, (index & _MASK) + zero, ((index >> 32) & _MASK) + zero
-    words = philox(counter, key)
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+    return int.from_bytes(digest, "little", signed=True)
 
 
-def _indices(index: int | list[int] | Tensor, device) -> Tensor:
+def as_indices(index: int | list[int] | Tensor, device: torch.device | str) -> Tensor:
+    """Returns int64 [len(index)] on the device; an int is a list of one."""
     index = [index] if isinstance(index, int) else index
     first = index[0] if isinstance(index, list) and index else 0
     if isinstance(index, list) and index == list(range(first, first + len(index))):
@@ -71,7 +44,7 @@ def uniform(
     seed: int, stream: str, index, shape: tuple[int, ...] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
     """Returns fp32 [len(index), *shape] in (0, 1), never 0 or 1. An int index is a list of one."""
-    words = bits(seed, stream, _indices(index, device), math.prod(shape))
+    words = random_words(key(seed, stream), as_indices(index, device), math.prod(shape))
     # 23 bits and a half: exact in fp32 and never 0 or 1
     values = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return values.view(-1, *shape)
@@ -92,10 +65,10 @@ def normal(
 
 def integer(seed: int, stream: str, index: int, high: int) -> int:
     """Returns one integer in [0, high)."""
-    return int(bits(seed, stream, _indices(index, "cpu"), 1)[0, 0]) * high >> 32
+    return int(random_words(key(seed, stream), as_indices(index, "cpu"), 1)[0, 0]) * high >> 32
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> list[int]:
     """Returns a permutation of range(n)."""
-    words = bits(seed, stream, _indices(index, "cpu"), n)[0]
+    words = random_words(key(seed, stream), as_indices(index, "cpu"), n)[0]
     return torch.argsort(words, stable=True).tolist()

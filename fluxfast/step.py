@@ -58,6 +58,7 @@ class Training:
         count: samples of the batch whose policies are used, by default those of `inputs`.
         """
         self.memory.use(self.labels[count or len(inputs.noisy), inputs.noisy.shape[1]])
+        self.model.dropout_clock.indices = inputs.indices
         train = self.config.train
         # every batch counts the same, so accumulation is one larger batch; ranks share each alike
         parts = train.gradient_accumulation * self.ranks.world_size
@@ -66,7 +67,6 @@ class Training:
     def inputs(self, batch: Batch) -> Inputs:
         """Returns a batch on the device, noised, with its target."""
         train = self.config.train
-        self.model.dropout_clock.indices = batch.indices
         number = batch.indices[0] // self.loader.batch_size
         modulation = self.modulation_cache(number) if self.modulation_cache else None
         settings = self.config.seed, train.timesteps, train.timestep_bias

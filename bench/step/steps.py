@@ -224,7 +224,8 @@ class TrainerStep:
             inputs = inputs._replace(modulation=modulation)
         # positions are those of one sample in the trainer
         ids = {"img_ids": inputs.img_ids[:1], "txt_ids": inputs.txt_ids[:1]}
-        inputs = inputs._replace(noisy=inputs.noisy.float(), **ids)
+        indices = torch.arange(len(t), device=t.device)
+        inputs = inputs._replace(noisy=inputs.noisy.float(), indices=indices, **ids)
         self.clear()
         return run.graphs(graph_key(inputs), inputs)
 

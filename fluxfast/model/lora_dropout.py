@@ -1,9 +1,8 @@
 """LoRA dropout: (mask · x) Aᵀ in place of x Aᵀ, by ops that are not fused.
 
-A mask is a function of (seed, layer, global sample index): backward generates it again.
+A mask is a function of (seed, layer, global sample index): backward draws it again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import fluxfast_kernels as fk
@@ -19,11 +18,13 @@ from fluxfast.model.frozen_linear import FrozenLinear
 
 
 class DropoutClock:
-    """The global sample indices of the current batch, set before each forward pass."""
+    """The global sample indices of the current batch, int64 [B] on the model's device, set before
+    each forward pass.
+    """
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        self.indices: list[int] = []
+        self.indices: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,20 @@ class LoRADropout:
     stream: str
     clock: DropoutClock
 
-    def mask(self, x: Tensor, indices: Sequence[int]) -> Tensor:
-        """Returns 0 or 1/(1-p) per element of x [B, ..., K], by global sample index [B]."""
-        if len(indices) != x.shape[0]:
+    def __call__(self, x: Tensor, indices: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """Returns mask · x [B, ..., K]; or adds it to `add_to`, in place, and returns that."""
+        key = rng.key(self.clock.seed, f"lora_dropout/{self.stream}")
+        return fk.dropout(x, indices, key, self.p, add_to)
+
+    def indices(self, x: Tensor) -> Tensor:
+        """Returns the clock's. Raises ValueError unless there is one for each sample of x."""
+        indices = self.clock.indices
+        if indices is None or len(indices) != len(x):
             raise ValueError(
-                f"LoRA dropout needs the batch's {x.shape[0]} global sample indices in "
-                f"model.dropout_clock.indices, got {len(indices)}"
+                f"LoRA dropout needs the batch's {len(x)} global sample indices in "
+                f"model.dropout_clock.indices, got {0 if indices is None else len(indices)}"
             )
-        stream = f"lora_dropout/{self.stream}"
-        u = rng.uniform(self.clock.seed, stream, list(indices), tuple(x.shape[1:]), x.device)
-        return (u >= self.p).to(x.dtype) / (1 - self.p)
+        return indices
 
 
 class DroppedLinear(torch.autograd.Function):
@@ -62,13 +67,13 @@ class DroppedLinear(torch.autograd.Function):
         dropout: LoRADropout,
     ) -> Tensor:
         """a, b, parts, scale: the trained `fk.LoRAUpdate`."""
-        # copies: clock and strength may have changed when backward runs
-        ctx.indices = indices = tuple(dropout.clock.indices)
+        # now: clock and strength may have changed when backward runs
+        ctx.indices = indices = dropout.indices(x)
         ctx.layer, ctx.parts, ctx.scale, ctx.frozen_update = layer, parts, scale, frozen_update
         ctx.dropout = dropout
         ctx.save_for_backward(x, a, b)
         (y,) = linear_forward([x], layer.frozen_weight(), frozen_update)
-        down = F.linear(x * dropout.mask(x, indices), a.to(x.dtype))
+        down = F.linear(dropout(x, indices), a.to(x.dtype))
         up = b.to(x.dtype) * scale
         y_2d, down_2d = y.view(-1, y.shape[-1]), down.view(-1, down.shape[-1])
         for y_rows, b_rows, a_rows in fk.LoRAUpdate(a, b, parts, scale).slices():
@@ -80,9 +85,10 @@ class DroppedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         layer, dy = ctx.layer, last_stride_1(dy)
         x, a, b = ctx.saved_tensors
-        mask = ctx.dropout.mask(x, ctx.indices)
-        masked, trained = [x * mask], fk.LoRAUpdate(a, b, ctx.parts, ctx.scale)
-        dx_lora, da, db = linear_backward([dy], masked, None, trained, True)
+        masked, trained = ctx.dropout(x, ctx.indices), fk.LoRAUpdate(a, b, ctx.parts, ctx.scale)
+        dx_lora, da, db = linear_backward([dy], [masked], None, trained, True)
+        del masked
         dxs, _, _ = linear_backward([dy], [x], layer.frozen_weight(), ctx.frozen_update, True)
         assert dxs is not None and dx_lora is not None
-        return dxs[0].addcmul_(dx_lora[0], mask), da, db, None, None, None, None, None
+        dx = ctx.dropout(dx_lora[0], ctx.indices, add_to=dxs[0])
+        return dx, da, db, None, None, None, None, None

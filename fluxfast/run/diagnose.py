@@ -60,7 +60,6 @@ def _faults(run: Training, batch: Batch) -> Iterator[tuple[str, str]]:
             for tensor in inputs
         )
         sample = sample._replace(modulation=None)  # computed again, where it is checked
-        run.model.dropout_clock.indices = [batch.indices[row]]
         broken = [key for key, tensor in sample._asdict().items() if not _finite(tensor)]
         if broken:
             yield name, f"the cached sample itself is not finite ({broken[0]})"

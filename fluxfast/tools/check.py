@@ -184,7 +184,7 @@ class _Check:
             self.capture.batch = index
             batch = self.loader.batch(index)
             inputs = noise_batch(batch, *distribution, device=self.device)
-            flux.dropout_clock.indices = batch.indices
+            flux.dropout_clock.indices = inputs.indices
             sample_losses(flux, inputs, train.guidance).mean().backward()
             advance()
         return {

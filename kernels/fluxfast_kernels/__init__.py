@@ -8,6 +8,7 @@ from fluxfast_kernels.blocks import flux_double_block, flux_single_block
 from fluxfast_kernels.gemm.epilogue import LoRAUpdate
 from fluxfast_kernels.integrations.diffusers import patch_diffusers, unpatch_diffusers
 from fluxfast_kernels.ops.attention import attention, attention_reference
+from fluxfast_kernels.ops.dropout import dropout, dropout_reference
 from fluxfast_kernels.ops.flow_loss import (
     flow_loss,
     flow_loss_reference,
@@ -41,6 +42,8 @@ __all__ = [
     "QuantizedRows",
     "attention",
     "attention_reference",
+    "dropout",
+    "dropout_reference",
     "flow_loss",
     "flow_loss_reference",
     "flow_mix",

@@ -48,7 +48,7 @@ def test_an_assistant_equals_merging_into_the_base(own, kind, dropout, tmp_path)
         parameters = inject_lora(model, 3, 5.0, dropout=dropout, seed=2, **own)
         randomize(model)
         model.train()
-        model.dropout_clock.indices = [4, 9]
+        model.dropout_clock.indices = torch.tensor([4, 9])
         if model is ours:
             alone = loss_and_gradients(model, parameters, x)
             load_assistant(model, file)

@@ -123,7 +123,7 @@ def test_saved_bytes_per_block(kind, policy):
 )
 def test_saved_bytes_of_other_settings(policy, options):
     model, step = built(WIDE, "attn+mlp", 4, **options)
-    model.dropout_clock.indices = [0, 1]
+    model.dropout_clock.indices = torch.tensor([0, 1])
     x, shape = random_inputs(WIDE, 2, 16, 24), Shape(2, 64, 24)
     truth = counted(model, x, [policy] * 3)
     assert predicted(step, shape, policy) == pytest.approx(truth, rel=0.02)
@@ -132,7 +132,7 @@ def test_saved_bytes_of_other_settings(policy, options):
 @pytest.mark.parametrize("targets", ["attn+mlp", "all"])
 def test_an_arena_has_room_for_what_dropout_saves(targets):
     model, step = built(WIDE, targets, 4, dropout=0.2)
-    model.dropout_clock.indices = [0, 1]
+    model.dropout_clock.indices = torch.tensor([0, 1])
     counted(model, random_inputs(WIDE, 2, 16, 24), ["offload"] * 3)
     shape = Shape(2, 64, 24)
     sizes = [saved_bytes.block_saved(step, block, shape, "offload").host for block in step.blocks]

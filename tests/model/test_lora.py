@@ -121,24 +121,25 @@ def test_dropout_is_a_function_of_the_sample():
     inject_lora(model, 4, dropout=0.5, seed=5)
     randomize(model)
     model.train()
-    model.dropout_clock.indices = [10, 11]
+    model.dropout_clock.indices = torch.tensor([10, 11])
     first = model(*x)
     torch.manual_seed(99)
     assert torch.equal(model(*x), first)
-    model.dropout_clock.indices = [12, 11]
+    model.dropout_clock.indices = torch.tensor([12, 11])
     other = model(*x)
     assert not torch.allclose(other[0], first[0]) and torch.allclose(other[1], first[1], atol=1e-5)
-    model.dropout_clock.indices = [1]
+    model.dropout_clock.indices = torch.tensor([1])
     with pytest.raises(ValueError, match="indices"):
         model(*x)
     model.eval()
-    model.dropout_clock.indices = []
+    model.dropout_clock.indices = None
     assert not torch.equal(model(*x), first)
 
 
 def test_a_dropout_mask_keeps_the_mean():
     """1/(1-p) where it is not zero: 8192 values average to 1 within five standard deviations."""
-    mask = LoRADropout(0.25, "x", DropoutClock(3)).mask(torch.ones(2, 64, 64), [7, 8])
+    dropout = LoRADropout(0.25, "x", DropoutClock(3))
+    mask = dropout(torch.ones(2, 64, 64), torch.tensor([7, 8]))
     assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(mask.mean() - 1) < 5 * (1 / 3 / mask.numel()) ** 0.5
 
@@ -168,7 +169,7 @@ def test_strength_changed_before_backward_leaves_the_gradients():
         layer.add_update(fresh_update(layer, 4, 4.0, [[(0, 32)]]))
         torch.nn.init.normal_(layer.lora_B)
         layer.lora.dropout = LoRADropout(0.3, "", DropoutClock())
-        layer.lora.dropout.clock.indices = [0]
+        layer.lora.dropout.clock.indices = torch.tensor([0])
         y = layer(torch.randn(1, 3, 64))
         layer.lora.strength = strength_after
         return list(torch.autograd.grad(y.sum(), list(layer.lora.parameters())))
@@ -185,7 +186,7 @@ def test_gradients_of_the_layer_are_right(dropout):
     layer.add_update(fresh_update(layer, 2, 3.0, [[(0, 4)], [(6, 9)]]).double())
     torch.nn.init.normal_(layer.lora_B)
     clock = DropoutClock(1)
-    clock.indices = [4, 9]
+    clock.indices = torch.tensor([4, 9])
     layer.lora.dropout = LoRADropout(dropout, "x", clock) if dropout else None
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, layer.lora_A, layer.lora_B))

@@ -252,7 +252,7 @@ def test_a_hook_sees_the_product_and_changes_nothing(compute, dropout):
         parameters = inject_lora(model, 2, dropout=dropout)
         randomize(model)
         model.train()
-        model.dropout_clock.indices = [0, 1]
+        model.dropout_clock.indices = torch.tensor([0, 1])
         for name in linears(SMALL) if hooked else ():
 
             def hook(layer, inputs, y, name=name):

@@ -72,7 +72,7 @@ def inputs(batch: int, side: int, text: int) -> dict:
 
 def gradients(model: Flux, x: dict) -> list[torch.Tensor]:
     """Velocity, then every LoRA gradient."""
-    model.dropout_clock.indices = list(range(len(x["img"])))
+    model.dropout_clock.indices = torch.arange(len(x["img"]))
     out = model(**x)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [out.detach(), *torch.autograd.grad(out.float().square().mean(), parameters)]
