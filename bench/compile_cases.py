@@ -15,6 +15,7 @@ from fluxfast_kernels.gemm import dense, eight_bit, grads
 from fluxfast_kernels.gemm.epilogue import After, Outputs, Part, Spec, Update
 from fluxfast_kernels.ops import (
     attention,
+    dropout,
     flow_loss,
     gate_residual,
     gelu,
@@ -91,6 +92,10 @@ def cases() -> Iterator[KernelCase]:
             types = _pointers("x_ptr y_ptr", dtype)
             blocks = {"ROTATION": hadamard.LARGEST, "BLOCK": hadamard.BLOCK}
             yield _case(f"hadamard.{dtype}", hadamard._rotate_kernel, types, blocks)
+        types = dict.fromkeys(("x", "out"), _matrix(dtype)) | {"indices_ptr": "*i64"}
+        types |= {"key": "i64", "scale": "fp32"} | dict.fromkeys(("threshold", "T", "K"), "i32")
+        shape = {"ADD": True, "BLOCK": dropout.BLOCK}
+        yield _case(f"dropout.{dtype}", dropout._dropout_kernel, types, shape)
     yield from _gate_residual_cases()
     yield from _frozen_cases()
 

@@ -145,7 +145,6 @@ def assemble(
         run.gradient_pass,
         flat.gradients,
         run.examples,
-        lora_dropout=config.lora.dropout > 0,
         wanted=config.memory.graphs,
     )
     return run

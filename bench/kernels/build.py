@@ -204,6 +204,17 @@ def _hadamard_rotate(case: Case, settings: Settings) -> Problem:
     return Problem(inputs, candidates, reference, [])
 
 
+def _dropout(case: Case, settings: Settings) -> Problem:
+    def ours(x: Tensor, op: Function = fk.dropout) -> Tensor:
+        return op(x, torch.arange(len(x), device=x.device), 1, 0.1)
+
+    def eager(x: Tensor) -> Tensor:
+        return ours(x, fk.dropout_reference)
+
+    inputs = {"x": RandomInputs(case, settings).tokens("x", settings.spec.hidden_size)}
+    return Problem(inputs, {OURS: ours, EAGER: eager}, eager, [])
+
+
 def _nf4_dequantize(case: Case, settings: Settings) -> Problem:
     """Into memory that is reused, as in a training step."""
     shape, dtype = (settings.spec.mlp_hidden, settings.spec.hidden_size), settings.compute
@@ -239,5 +250,6 @@ _BUILDERS = {
     "flow_loss": _flow_loss,
     "quantize_rows": _quantize_rows,
     "hadamard_rotate": _hadamard_rotate,
+    "dropout": _dropout,
     "nf4_dequantize": _nf4_dequantize,
 }

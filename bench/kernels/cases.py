@@ -13,7 +13,15 @@ from fluxfast_kernels.dispatch.dispatch import arch_of
 
 from bench.step.settings import MODES
 from fluxfast.memory.planner.cards import card
-from fluxfast.memory.planner.cost import NF4, Op, block_ops, element_op, outer_ops, total_seconds
+from fluxfast.memory.planner.cost import (
+    MASK_FLOP,
+    NF4,
+    Op,
+    block_ops,
+    element_op,
+    outer_ops,
+    total_seconds,
+)
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of, shape_of
 from fluxfast.model.spec import FluxSpec
 
@@ -38,6 +46,7 @@ CALLS = {
     "gate_residual": 85,
     "quantize_rows": 76,
     "hadamard_rotate": 0,  # unless layers are chosen for it
+    "dropout": 0,  # unless lora.dropout is set
     "nf4_dequantize": 171,
     "flow_mix": 1,
     "flow_loss": 1,
@@ -154,6 +163,8 @@ def ops_of(case: Case, settings: Settings) -> tuple[list[Op], list[Op]]:
         return [element_op(case.op, values, width + 1, 4.0)], []
     if case.op == "hadamard_rotate":
         return [element_op(case.op, values, 2 * width, 9.0)], []
+    if case.op == "dropout":
+        return [element_op(case.op, values, 2 * width, MASK_FLOP)], []
     if case.op == "nf4_dequantize":
         weights = spec.mlp_hidden * spec.hidden_size
         return [element_op(case.op, weights, NF4 + width, 1.0)], []

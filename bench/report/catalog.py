@@ -8,7 +8,7 @@ calculated from the datasheet by the cost model (`fluxfast/memory/planner/cost.p
 
 from bench.terminal import markdown
 from fluxfast.memory.planner.cards import card
-from fluxfast.memory.planner.cost import NF4, attention_op, linear_op
+from fluxfast.memory.planner.cost import MASK_FLOP, NF4, attention_op, linear_op
 
 CARD = card("RTX 4090")
 PEAK, INT8_PEAK = (1e12 * round(CARD.peaks[kind] / 1e12) for kind in ("bf16", "int8"))
@@ -35,6 +35,7 @@ ops/attention | attention | softmax(q kᵀ / √C) v | q, k, v [B, 24, T, 128] |
 ops/gelu | gelu_lora_linear | the linear of [head, GELU-tanh(u)]; residual + gate · that | \
 u [B, T, 12288], head [B, T, 3072] | u (16 or 8 bits), head
 ops/gate_residual | gate_residual | h + gate · y | h, y [B, T, 3072] | gate; y where gate is trained
+ops/dropout | dropout | m · x, m a function of (key, sample, position) | x [B, T, 3072] | nothing
 ops/flow_loss | flow_mix | (1 − t) x + t n; n − x; x = mean + std · ε | [B, T, 64] fp32 | nothing
 ops/flow_loss | flow_loss | Σ weight · mask · (v − target)² and its gradient | [B, T, 64] | \
 the gradient
@@ -61,6 +62,7 @@ COSTS = {
     "attention": (ATTENTION.bytes, ATTENTION.flop),
     "gelu_lora_linear": linear(D, F + D, extra=2 * E * T * F + 2 * E * T * D),
     "gate_residual": (3 * E * T * D, 2.0 * T * D),
+    "dropout": (2 * E * T * D, MASK_FLOP * T * D),
     "flow_mix": (6 * 4 * (T - 512) * 64, 6.0 * T * 64),
     "flow_loss": ((2 * E + 4) * (T - 512) * 64, 5.0 * T * 64),
 }

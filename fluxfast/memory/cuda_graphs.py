@@ -6,8 +6,8 @@ clipping and the optimizer stay outside. Source: PyTorch's notes on CUDA graphs,
 capture.
 
 A graph repeats kernels on addresses: what Python did between them is not done again. So `run_pass`
-- reads what changes from step to step from its inputs alone, never from Python: a number, a list of
-  sample indices, or a mask drawn from them stays what it was at capture;
+- reads what changes from step to step from its inputs alone, never from Python: a number or a list
+  of sample indices stays what it was at capture;
 - does not write into its inputs: graphs of the same shapes read the same memory;
 - never synchronizes with the device (`.item()`, a copy to the host) and never copies from the host;
 - adds into gradients that exist already (`FlatParameters`), since a `.grad` made during capture
@@ -35,14 +35,12 @@ Inputs = Any  # a NamedTuple of tensors and None
 ON_CPU = "the device is a CPU"
 
 
-def why_not(device: torch.device, *, lora_dropout: bool, offload: bool, wanted: bool) -> str | None:
+def why_not(device: torch.device, *, offload: bool, wanted: bool) -> str | None:
     """Returns what is known to rule graphs out before anything is tried, or None. wanted: the
     setting `memory.graphs`.
     """
     if device.type != "cuda":
         return ON_CPU
-    if lora_dropout:
-        return "LoRA dropout draws its masks from sample indices on the host"
     if offload:
         return "offloaded activations wait for copies on the host"
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":

@@ -109,14 +109,13 @@ class MemoryRuntime:
         gradients: Tensor,
         examples: Callable[[], Mapping[Hashable, Inputs]],
         *,
-        lora_dropout: bool,
         wanted: bool,
     ) -> Graphs:
         """Returns graphs of `run_pass` (see `Graphs`), none of them captured yet. examples: makes
         inputs of every shape, by their keys. wanted: the setting `memory.graphs`.
         """
         offloads = self._engine is not None
-        reason = why_not(self.device, lora_dropout=lora_dropout, offload=offloads, wanted=wanted)
+        reason = why_not(self.device, offload=offloads, wanted=wanted)
         self.graphs, self._examples = Graphs(run_pass, gradients, reason), examples
         return self.graphs
 

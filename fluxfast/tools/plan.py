@@ -49,7 +49,7 @@ def _request(
         policy=memory.policy,
         modulation=memory.modulation,
         optimizer_state=memory.optimizer_state,
-        graphs=memory.graphs and not dropout,
+        graphs=memory.graphs,
         preview_pixels=_preview_pixels(config.sample),
         encodes=spec.context_in_dim == DEV.context_in_dim,
         accumulation=config.train.gradient_accumulation,

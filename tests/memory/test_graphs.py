@@ -108,9 +108,9 @@ class ReplayRecorder:
 class Step:
     """A small FLUX with a LoRA, its flat gradients, and the pass of a training step."""
 
-    def __init__(self, device: str = "cpu", targets: str = "attn+mlp"):
+    def __init__(self, device: str = "cpu", targets: str = "attn+mlp", dropout: float = 0.0):
         self.model = random_flux(SMALL, device=device)
-        self.parameters = inject_lora(self.model, rank=2, targets=targets)
+        self.parameters = inject_lora(self.model, rank=2, targets=targets, dropout=dropout)
         generator = torch.Generator(device).manual_seed(1)
         for parameter in self.parameters:  # B too: with zeros A would have no gradient
             parameter.data.normal_(0, 0.1, generator=generator)
@@ -119,6 +119,7 @@ class Step:
 
     def run_pass(self, inputs) -> Tensor:
         self.calls += 1
+        self.model.dropout_clock.indices = inputs.indices
         loss = sample_losses(self.model, inputs, 1.0).mean() / 2
         loss.backward()
         return loss.detach()
@@ -148,9 +149,12 @@ def draw(bucket: str, index: int, device: str = "cpu") -> Inputs:
 ORDER = ["small", "wide", "small", "tall", "tall", "small", "wide", "wide"]
 
 
-def compare(device: str, recorder, tolerance: float, targets: str) -> None:
+STEPS = [("attn+mlp", 0.0), ("all", 0.0), ("all", 0.3)]
+
+
+def compare(device: str, recorder, tolerance: float, targets: str, dropout: float) -> None:
     """Four steps of two batches each, replayed against eager ones, from the same weights."""
-    eager, graphed = Step(device, targets), Step(device, targets)
+    eager, graphed = (Step(device, targets, dropout) for _ in range(2))
     graphs = Graphs(graphed.run_pass, graphed.gradients, recorder=recorder)
     with logged() as lines:
         graphs.capture({bucket: draw(bucket, 90, device) for bucket in BUCKETS})
@@ -173,11 +177,11 @@ def compare(device: str, recorder, tolerance: float, targets: str) -> None:
     assert graphed.calls == calls and graphs.reason is None and not lines
 
 
-@pytest.mark.parametrize("targets", ["attn+mlp", "all"])
-def test_replayed_steps_are_the_eager_ones(targets):
+@pytest.mark.parametrize("targets, dropout", STEPS)
+def test_replayed_steps_are_the_eager_ones(targets, dropout):
     """Bit for bit: losses, and gradients summed over two batches of different buckets, while the
-    weights move; and Python runs none of it."""
-    compare("cpu", ReplayRecorder(), 0.0, targets)
+    weights move and dropout's masks change; and Python runs none of it."""
+    compare("cpu", ReplayRecorder(), 0.0, targets, dropout)
 
 
 def test_capture_changes_no_training_state():
@@ -323,32 +327,32 @@ def test_reasons_known_beforehand(monkeypatch):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
 
-    def reason(device=gpu, lora_dropout=False, offload=False, wanted=True):
-        return why_not(device, lora_dropout=lora_dropout, offload=offload, wanted=wanted)
+    def reason(device=gpu, offload=False, wanted=True):
+        return why_not(device, offload=offload, wanted=wanted)
 
-    assert reason() is None and reason(cpu, lora_dropout=True) == ON_CPU
-    assert "dropout" in reason(lora_dropout=True) and "copies" in reason(offload=True)
+    assert reason() is None and reason(cpu, offload=True) == ON_CPU
+    assert "copies" in reason(offload=True)
     assert reason(wanted=False) == "memory.graphs is false"
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     assert "CUDA_LAUNCH_BLOCKING" in reason()
 
 
-@pytest.mark.parametrize("reason", [ON_CPU, "LoRA dropout"])
+@pytest.mark.parametrize("reason", [ON_CPU, "offloading"])
 def test_a_known_reason_is_announced_except_of_a_cpu(reason, log_lines):
     step = Line()
     graphs = Graphs(step.run_pass, step.gradients, reason)
     graphs.capture({1: X(torch.ones(1, 3))})
     assert not step.ran and graphs(1, X(torch.ones(1, 3))) == 3.0
-    lines = [] if reason == ON_CPU else ["note: CUDA graphs are off: LoRA dropout"]
+    lines = [] if reason == ON_CPU else ["note: CUDA graphs are off: offloading"]
     assert log_lines == lines
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("targets", ["attn+mlp", "all"])
-def test_replayed_steps_on_a_gpu(targets):
+@pytest.mark.parametrize("targets, dropout", STEPS)
+def test_replayed_steps_on_a_gpu(targets, dropout):
     # attention's backward may add its parts up in another order: a few roundings of fp32
     recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
-    compare("cuda", recorder, 1e-4, targets)
+    compare("cuda", recorder, 1e-4, targets, dropout)
 
 
 class Wide:

@@ -29,7 +29,7 @@ _PEAK = {"element": "fp32", "attention_forward": "bf16", "attention_backward": "
 # NF4 for so few rows is decoded inside the product (the least shipped threshold), and 8-bit weights
 # are multiplied as they lie towards x
 FUSED_ROWS, UNTRANSPOSED_ROWS = 64, 2048
-MASK_BYTES, MASK_LAUNCHES = 610, 130  # of a dropout mask, an element: Philox in int64 torch ops
+MASK_FLOP = 25.0  # of a dropout mask, an element: Philox's integer operations
 # bytes a parameter: p, g and the states read, p and the states written, once each; the last two
 # take several passes in their libraries and are assumed
 OPTIMIZERS = {
@@ -176,7 +176,7 @@ class _Linear:
             ops.append(self._pass("codes", unquantized, e + 1, 4.0))
             unquantized = 0
         if self.drops:
-            ops += self._masked()
+            ops.append(self._pass("masked", M * K, 2 * e, MASK_FLOP))
         if self.P:  # the codes of what is not quantized yet are written on the way
             ops.append(self._skinny("down", self.P * K, e * M * K + unquantized))
         residual = e * M * N if self.gated and not self.apart else 0
@@ -201,7 +201,7 @@ class _Linear:
             ops.append(self._pass("dy codes", M * N, e + 1, 4.0))
             codes = 0
         if self.drops:
-            ops += self._masked()
+            ops.append(self._pass("masked", M * K, 2 * e, MASK_FLOP))
         if self.P:
             dy = e * M * self.rows
             read = M * N * (e + 1) if codes else dy
@@ -215,7 +215,7 @@ class _Linear:
                 wide = e * M * K if self.drops else 0
                 ops.append(self._skinny("dx up", self.P * K, wide, int(self.drops)))
             if self.drops:  # dx + mask · the update's
-                ops.append(self._pass("dx sum", M * K, 4 * e, 2.0))
+                ops.append(self._pass("dx sum", M * K, 3 * e, MASK_FLOP + 1))
             if self.step.precisions[self.name].rotation:  # through fp32
                 ops.append(self._pass("rotate back", M * K, 8.0, 9.0))
         return ops
@@ -234,12 +234,6 @@ class _Linear:
 
     def _pass(self, name: str, elements: float, each: float, flop: float) -> Op:
         return element_op(f"{self.name} {name}", elements, each, flop)
-
-    def _masked(self) -> list[Op]:
-        """Returns the mask drawn, compared and scaled; x times it."""
-        elements, each = self.M * self.K, MASK_BYTES + 3 * self.e
-        mask = element_op(f"{self.name} mask", elements, each, 100.0, MASK_LAUNCHES)
-        return [mask, self._pass("masked", elements, 3 * self.e, 1.0)]
 
     def _weight(self, towards_x: bool = False) -> tuple[list[Op], float]:
         """Returns (the pass that makes the weight ready, or none; bytes a weight that the

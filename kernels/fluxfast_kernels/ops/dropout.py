@@ -18,6 +18,7 @@ Random123's, and Triton's.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,12 +77,17 @@ def launch(x: Tensor, indices: Tensor, key: int, p: float, add: bool, out: Tenso
     x, out = (each[:, None] if each.ndim == 2 else each for each in (x, out))
     B, T, K = x.shape
     check(K % 4 == 0, "x", "[B, ..., K] with K a multiple of 4", K)
-    # u ≥ p for u = (the 23 bits + 0.5)/2²³, both exact in fp32
-    threshold = math.ceil(torch.tensor(p, dtype=torch.float32).item() * 2**23 - 0.5)
-    scale = (torch.ones((), dtype=x.dtype) / (1 - p)).item()
     grid = (B * T, triton.cdiv(K, BLOCK))
-    arguments = (matrix(x), matrix(out), indices, key, threshold, scale, T, K)
+    arguments = (matrix(x), matrix(out), indices, key, *_constants(p, x.dtype), T, K)
     _dropout_kernel[grid](*arguments, ADD=add, BLOCK=BLOCK, num_warps=4)
+
+
+@cache
+def _constants(p: float, dtype: torch.dtype) -> tuple[int, float]:
+    """Returns the least of the 23 bits with u = (bits + 0.5)/2²³ ≥ p, exact in fp32, and 1/(1 − p)
+    in `dtype`."""
+    threshold = math.ceil(torch.tensor(p, dtype=torch.float32).item() * 2**23 - 0.5)
+    return threshold, (torch.ones((), dtype=dtype) / (1 - p)).item()
 
 
 # ---------------------------------------------------------------- the op
