@@ -151,7 +151,15 @@ def _train(config: Config, ranks: Ranks) -> Path:
         if ranks.is_main:
             write_atomic(config.run_dir / "config.yaml", dump_config(config).encode())
         if not ranks.any(saves.finished):
-            watch = Watch(config, run.model, prepared, device, log_state, writes=ranks.is_main)
+            watch = Watch(
+                config,
+                run.model,
+                prepared,
+                device,
+                log_state,
+                attempt=run.memory.attempt,
+                writes=ranks.is_main,
+            )
             _loop(run, watch, saves, first, log_state)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -293,8 +301,8 @@ def _explained(
 def _look(run: Training, watch: Watch, done: int) -> None:
     """Evaluate the weights that would be saved, and save the best; ranks above 0 wait."""
     if run.ranks.is_main:
-        without_graphs = run.memory.without_graphs(again=done < run.config.train.steps)
-        with eval_weights(run.optimizer), without_graphs:
+        again = done < run.config.train.steps
+        with eval_weights(run.optimizer), run.memory.looking(again):
             set_assisted(run.model, False)
             row = watch.look(done)
             set_assisted(run.model, True)

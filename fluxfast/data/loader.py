@@ -119,23 +119,20 @@ class Loader:
         )
 
     def examples(self) -> Iterator[Batch]:
-        """Yields the first batch of every size in the first epoch, with and without masks where
-        there are both.
+        """Yields the first batch of every size in the first epoch, with and without a mask where
+        later batches can be either.
         """
-        seen = set()
-        for step in range(self.batches_per_epoch):
-            samples = self._members(step)[0]
-            size = samples[0].size, len(samples)
-            if (size, True) in seen or ((size, False) in seen and not self._has_masks):
-                continue
-            batch = self.batch(step)
-            if (size, batch.mask is not None) not in seen:
-                seen.add((size, batch.mask is not None))
-                yield batch
-
-    @cached_property
-    def _has_masks(self) -> bool:
-        return any("mask" in self._latents(sample, 0) for sample in self.dataset.samples)
+        first: dict[tuple[tuple[int, int], int], int] = {}
+        for step, places in enumerate(self._epoch_order(0)):
+            first.setdefault((self.dataset.samples[places[0]].size, len(places)), step)
+        for bucket, step in first.items():
+            batch, members = self.batch(step), self._buckets[bucket]
+            bare = sum("mask" not in self._latents(self.dataset.samples[i], 0) for i in members)
+            if bare < len(members):
+                ones = torch.ones(len(batch.mean), *batch.mean.shape[-2:])
+                yield replace(batch, mask=ones)
+            if bare >= min(len(batch.mean), len(members)):
+                yield replace(batch, mask=None)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps start to stop - 1, read ahead by a background thread.

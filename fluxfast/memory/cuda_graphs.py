@@ -48,6 +48,14 @@ def why_not(device: torch.device, *, offload: bool, wanted: bool) -> str | None:
     return None if wanted else "memory.graphs is false"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether it is torch's own error, or one of CUDA, cuBLAS or Triton: a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 class NotCapturable(RuntimeError):
     """`run_pass` does something that a graph cannot hold, named in the message."""
 
@@ -75,6 +83,7 @@ class Graphs:
         self._static: dict[tuple, Tensor] = {}
         self._inputs: dict[Hashable, Inputs] = {}
         self._recordings: dict[Hashable, Recording] = {}
+        self._warm: set[Hashable] = set()  # keys whose kernels are compiled and caches filled
         if reason is not None:
             self._run_eagerly(reason)
         elif recorder is None:
@@ -90,9 +99,10 @@ class Graphs:
         that the pool is as large as the largest needs.
 
         Only the examples' shapes, dtypes and which of them are None matter later; each is run twice
-        eagerly. The gradients come out as they went in. Give all keys at once: warming up needs
-        room for eager activations, and there is none beside a full pool. Raises what `run_pass`
-        raises when it runs eagerly, out of memory included.
+        eagerly the first time, and again after `cool`. The gradients come out as they went in. Give
+        all keys at once: warming up needs room for eager activations, and there is none beside a
+        full pool. Raises what `run_pass` raises when it runs eagerly, and what says that memory ran
+        out while recording.
         """
         self.drop()
         recorder = self._recorder
@@ -107,8 +117,10 @@ class Graphs:
             for key in order:
                 self._inputs[key] = self._make_static(examples[key])
             runs = {key: lambda key=key: self._run_pass(self._inputs[key]) for key in order}
-            for run in runs.values():
-                recorder.warm_up(run)
+            for key in order:
+                if key not in self._warm:
+                    recorder.warm_up(runs[key])
+                    self._warm.add(key)
             gc.collect()
             for key, run in runs.items():
                 self._recordings[key] = _record(recorder, run)
@@ -138,6 +150,10 @@ class Graphs:
         recording.replay()
         # another graph's replay may write over it
         return recording.output.clone()
+
+    def cool(self) -> None:
+        """Has every key run eagerly before it is captured again: other kernels are to run."""
+        self._warm.clear()
 
     def drop(self) -> None:
         """Drops all graphs and gives their memory back."""
@@ -169,9 +185,9 @@ class Graphs:
 def _record(recorder: "CudaRecorder", run: Callable[[], Tensor]) -> "Recording":
     try:
         return recorder.record(run)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # any: eagerly it has just worked
+    except Exception as error:  # any: eagerly it has worked
+        if is_out_of_memory(error):
+            raise
         lines = str(error).splitlines()
         raise NotCapturable(lines[0] if lines else type(error).__name__) from None
 
@@ -211,6 +227,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._failed: torch.cuda.CUDAGraph | None = None
+        self._driver_bytes = 0  # of a graph, outside torch's allocator: the most seen
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
         """Runs twice: to compile kernels and fill caches, then with every synchronization with the
@@ -234,9 +251,19 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Tensor]) -> Recording:
-        """Records without executing. Raises what `run` raises."""
+        """Records without executing. Raises what `run` raises, and OutOfMemoryError where the card
+        has no room for as many bytes as the driver took for an earlier graph (10 to 64 KB a node,
+        outside torch's allocator): CUDA's own error for it may come as late as the first replay.
+        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        before = self._outside()
+        free = torch.cuda.mem_get_info(self._stream.device)[0]
+        if free < self._driver_bytes:
+            raise torch.OutOfMemoryError(
+                f"out of memory: a CUDA graph takes {self._driver_bytes >> 20} MiB of the card, "
+                f"{free >> 20} MiB are free"
+            )
         graph, cause = torch.cuda.CUDAGraph(), None
         try:
             # the outer one: `graph` leaves its stream current where it cannot end the capture.
@@ -256,14 +283,28 @@ class CudaRecorder:
                     cause = error
                     raise
         except BaseException as error:
-            self._failed = graph
+            try:
+                graph.pool()  # raises where the capture has not ended
+                graph.reset()  # releases the pool: a second release is an assertion of torch's
+            except RuntimeError:
+                self._failed = graph
             # ending a capture that failed raises a second, less specific error
-            raise cause or error from None
+            try:
+                raise cause or error from None
+            finally:
+                del cause  # held by its own frame it would be a cycle that holds the activations
+        self._driver_bytes = max(self._driver_bytes, self._outside() - before)
         return Recording(graph.replay, output)
+
+    def _outside(self) -> int:
+        """Returns the bytes in use on the card that torch's allocator has not reserved."""
+        free, total = torch.cuda.mem_get_info(self._stream.device)
+        return total - free - torch.cuda.memory_reserved(self._stream.device)
 
     def release(self) -> None:
         """Frees the memory, once all recordings are dropped, or after a failure."""
         torch.cuda.synchronize(self._stream.device)  # sync: a graph may still run
+        gc.collect()  # what a failed capture's error holds
         if self._failed is not None and self._pool is not None:
             self._repair_pool(self._failed, self._pool)
         # the warm-up's memory too: it is of another stream than the eager steps'

@@ -2,6 +2,7 @@
 lives on the host, and the retreat to cheaper policies where memory runs out all the same.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.memory.copies import CpuCopies, CudaCopies
-from fluxfast.memory.cuda_graphs import Graphs, Inputs, why_not
+from fluxfast.memory.cuda_graphs import Graphs, Inputs, is_out_of_memory, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.choose import Chooser
 from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies
 from fluxfast.model.flux import Flux
 
@@ -31,14 +33,6 @@ CURE = (
 
 class MemoryExhausted(FluxfastError):
     """Memory ran out, and no policy is cheaper. What was trained up to here is whole."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether it is torch's own error, or a RuntimeError as cuBLAS and Triton raise."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    words = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def lift_limit(device: torch.device) -> None:
@@ -74,6 +68,7 @@ class MemoryRuntime:
         self.device = device
         self._changed = False  # whether policies became cheaper since `take_expected`
         self._tried_again: set[str] = set()
+        self._crowded = False  # whether a look has run out of memory beside the graphs
         self.graphs: Graphs | None = None
         self._examples: Callable[[], Mapping[Hashable, Inputs]] = dict
         self._label: str | None = None  # of the pass in progress
@@ -149,8 +144,9 @@ class MemoryRuntime:
             self._engine.select(label)
 
     def retry(self, fn: Callable[[], T]) -> T:
-        """Returns fn(), which is called again where memory runs out in it: graphs dropped, the
-        current bucket under cheaper policies, graphs captured anew where there were any.
+        """Returns fn(), which is called again where memory runs out in it: graphs dropped, a bucket
+        under cheaper policies, graphs captured anew where there were any. The bucket is the current
+        one; with graphs the one that needs the most, as their pool is as large.
 
         Raises MemoryExhausted where no policy is cheaper.
         """
@@ -164,7 +160,7 @@ class MemoryRuntime:
                 # the message alone: the error holds the frames, these the tensors
                 message = str(error)
             captured = self._drop_graphs()
-            self._make_cheaper(self._label, message)
+            self._make_cheaper(self._largest(self._label), message)
             if captured:
                 self.capture()
 
@@ -177,12 +173,29 @@ class MemoryRuntime:
             self.retry(lambda: graphs.capture(self._examples()))
 
     @contextmanager
-    def without_graphs(self, again: bool) -> Iterator[None]:
-        """The graphs' memory is free inside. again: they are captured anew after."""
-        captured = self._drop_graphs()
+    def looking(self, again: bool) -> Iterator[None]:
+        """Validation and previews run inside, each in `attempt`. again: graphs that had to be
+        dropped for one are captured anew after.
+        """
+        captured = self.graphs is not None and self.graphs.captured
+        if self._crowded:
+            self._drop_graphs()
         yield
-        if captured and again:
+        if captured and self.graphs is not None and not self.graphs.captured and again:
             self.capture()
+
+    def attempt(self, fn: Callable[[], T]) -> T:
+        """Returns fn(), which runs beside the graphs; where memory runs out, once more without
+        them, as do all looks after it.
+        """
+        try:
+            return fn()
+        except RuntimeError as error:
+            if self._crowded or not is_out_of_memory(error):
+                raise
+        self._crowded = True
+        self._drop_graphs()
+        return fn()
 
     def _drop_graphs(self) -> bool:
         """Returns whether there were any."""
@@ -191,12 +204,28 @@ class MemoryRuntime:
             self.graphs.drop()
         return captured
 
+    def _largest(self, label: str) -> str:
+        """Returns the bucket of the most bytes that can be cheaper, where there are graphs; else
+        `label`.
+        """
+        plan = self.plan
+        if plan is None or self.graphs is None or self.graphs.reason is not None:
+            return label
+        able = [each for each, now in self.policies.items() if cheaper_policies(now)]
+
+        def size(each: str) -> int:
+            chooser = Chooser(plan.request.step, plan.buckets[each].shape, plan.card, False)
+            return chooser.fixed(list(self.policies[each])).bytes
+
+        return max(able, key=size, default=label)
+
     def _make_cheaper(self, label: str, message: str) -> None:
         """Gives the bucket policies a notch cheaper in memory, exact ones alone; where none is,
         leaves them once in a run. Raises MemoryExhausted after that.
         """
         if self._engine is not None:
             self._engine.abandon()
+        gc.collect()  # what the error's frames held in cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         before = self.policies[label]
@@ -211,6 +240,8 @@ class MemoryRuntime:
             )
             return
         self.policies[label] = policies
+        if self.graphs is not None:
+            self.graphs.cool()
         self._changed = True
         changed = [new for old, new in zip(before, policies, strict=True) if old != new]
         log.warning(

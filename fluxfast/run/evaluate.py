@@ -2,10 +2,15 @@
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from fluxfast.config.schema import Config
 from fluxfast.data.prepare import Prepared, encoder_dtype, preview_prompts
@@ -31,7 +36,8 @@ class Watch:
     a warning: only a damaged cache file is raised, which is repaired.
 
     resumed: the `state` in the checkpoint; validation.jsonl may hold later lines of a run that was
-    killed, and is rewritten from it. writes: False on ranks that only know when something is due.
+    killed, and is rewritten from it. attempt: calls what needs memory, a second time where that ran
+    out (`MemoryRuntime.attempt`). writes: False on ranks that only know when something is due.
     """
 
     def __init__(
@@ -42,9 +48,11 @@ class Watch:
         device: torch.device,
         resumed: dict | None = None,
         *,
+        attempt: Callable[[Callable[[], Any]], Any] = lambda fn: fn(),
         writes: bool = True,
     ):
         self.config, self.model, self.prepared, self.device = config, model, prepared, device
+        self._attempt = attempt
         self.file = config.run_dir / "validation.jsonl"
         self._rows = [Validation(**row) for row in (resumed or {}).get("validation", [])]
         if writes and (self._rows or self.file.is_file()):
@@ -87,7 +95,7 @@ class Watch:
         return done == self.config.train.steps or bool(sample.every and done % sample.every == 0)
 
     def _validate(self, done: int) -> Validation | None:
-        row = self.validator.measure(self.model, self.device, done)
+        row = self._attempt(partial(self.validator.measure, self.model, self.device, done))
         # a resumed run repeats its first measurement: it may have been killed right after it
         self._rows = [each for each in self._rows if each.step < done] + [row]
         with keep_running(self.file):
@@ -112,12 +120,19 @@ class Watch:
         embeddings = [(each["t5"], each["pooled"]) for each in tensors]
         pictures = pictures_of(self.config.sample, prompts)
         root, dtype = self.prepared.root, encoder_dtype(self.device)
-        images = draw_pictures(self.model, pictures, embeddings, root, self.device, dtype)
         folder = self.config.run_dir / "samples"
-        for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
-            path = folder / f"{index:02d}-step{done:08d}.png"
-            _keep_earlier(path, picture)
-            save_picture(path, image, picture, run=self.config.name, step=str(done))
+
+        def draw(picture: Picture, embedding: tuple[Tensor, Tensor]) -> Image.Image:
+            one = [picture], [embedding]
+            (image,) = draw_pictures(self.model, *one, root, self.device, dtype)
+            return image
+
+        for index, (picture, embedding) in enumerate(zip(pictures, embeddings, strict=True)):
+            with keep_running(f"preview {index} of step {done}", but=CacheDamaged):
+                image = self._attempt(partial(draw, picture, embedding))
+                path = folder / f"{index:02d}-step{done:08d}.png"
+                _keep_earlier(path, picture)
+                save_picture(path, image, picture, run=self.config.name, step=str(done))
         # the sheet is made of the files on the disk: a resumed run keeps its earlier columns
         files = {}
         for file in folder.glob("*.png"):

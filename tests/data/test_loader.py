@@ -109,6 +109,18 @@ def test_an_entry_may_have_batches_of_its_own(dataset):
     assert {len(batch.mean) for batch in loader.examples()} == {2, 3}
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_examples_have_every_kind_of_batch(dataset, batch_size):
+    """Masked and unmasked ones by size, whatever order the first epoch has them in."""
+    for seed in range(6):
+        loader = Loader(dataset, batch_size, seed)
+        kinds = {(b.mean.shape, b.mask is None) for b in loader.examples()}
+        batches = [loader.batch(step) for step in range(8 * loader.batches_per_epoch)]
+        assert kinds == {(b.mean.shape, b.mask is None) for b in batches}
+        assert len(list(loader.examples())) == len(kinds)
+    assert {masked for _, masked in kinds} == {True, False}
+
+
 def test_tensors_belong_to_their_samples(dataset):
     loader = Loader(dataset, 3, seed=5)
     for step in range(2 * loader.batches_per_epoch):

@@ -237,6 +237,38 @@ def test_largest_first_and_nothing_runs_eagerly_beside_a_pool():
     assert step.ran[-2:] == [(2, 3), (1, 3)] and 5 not in graphs._recordings
 
 
+def test_a_key_is_warmed_up_once_until_its_kernels_change():
+    step, graphs, recorder = line(2, 1)
+    recorder.log.clear()
+    graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2, 3)})
+    assert recorder.log == ["release", "warm up", *["record"] * 3]  # 3 alone is new
+    assert graphs(2, X(torch.ones(2, 3))) == 6.0
+    graphs.cool()
+    recorder.log.clear()
+    graphs.capture({n: X(torch.ones(n, 3)) for n in (1, 2)})
+    assert recorder.log == ["release", *["warm up"] * 2, *["record"] * 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("CUDA error: out of memory"),  # cudaGraphInstantiate
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_memory_that_runs_out_while_recording_is_no_reason_against_graphs(error, log_lines):
+    class Full(ReplayRecorder):
+        def record(self, run):
+            raise error
+
+    step = Line()
+    graphs = Graphs(step.run_pass, step.gradients, recorder=Full())
+    with pytest.raises(RuntimeError, match=str(error)):
+        graphs.capture({1: X(torch.ones(1, 3))})
+    assert graphs.reason is None and not graphs.captured and not log_lines
+
+
 def test_the_stand_in_goes_wrong_where_a_graph_does():
     """It freezes what Python read, and a loss of the last replay is gone after the next."""
     step, graphs, _ = line(1, 2)
@@ -401,6 +433,27 @@ def test_the_pool_is_the_largest_buckets():
     graphs.drop()
     del loss, replayed, truth
     assert _reserved() <= base + (2 << 20)
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_while_recording_is_released_once():
+    """A second release of the pool is an assertion in torch's allocator; an error that its own
+    frame holds keeps all activations."""
+    step = Wide()
+
+    def spoil():
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("full")
+
+    graphs = Graphs(step.run_pass, step.gradients)
+    base = _reserved()
+    step.spoil = spoil
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        graphs.capture(step.examples(8))
+    assert _reserved() <= base + (2 << 20)
+    step.spoil = lambda: None
+    graphs.capture(step.examples(8))
+    assert graphs.captured and torch.isfinite(graphs(8, step.examples(8)[8]))
 
 
 @pytest.mark.gpu

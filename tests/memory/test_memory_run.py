@@ -359,6 +359,78 @@ def test_running_out_for_good_saves_what_was_trained(configure, monkeypatch):
     assert not (config.run_dir / "checkpoints").exists()
 
 
+def test_with_graphs_the_bucket_that_needs_the_most_becomes_leaner(configure):
+    """Their pool is as large as it needs, whichever bucket fails beside it."""
+    exact = {"saved_8bit": "none", "modulation": "ahead", "optimizer_state": "device"}
+    config = configure()
+    data = [config.data[0].model_copy(update={"batch_size": size}) for size in (2, 3)]
+    config = config.model_copy(update={"data": data})
+    run, _ = start(config, planned(config, **exact))
+    small, large = sorted(
+        run.memory.policies, key=lambda label: run.memory.plan.buckets[label].bytes
+    )
+    run.memory.graphs.reason = None  # as on a GPU
+    for failed in (small, large):
+        before = dict(run.memory.policies)
+        asked = iter([torch.OutOfMemoryError("full"), None])
+
+        def fails_once(failed=failed, asked=asked):
+            run.memory.use(failed)
+            if error := next(asked):
+                raise error
+
+        run.memory.retry(fails_once)
+        assert run.memory.policies[small] == before[small]
+        assert run.memory.policies[large] != before[large]
+    run.memory.graphs.reason = "offload"
+    asked = iter([torch.OutOfMemoryError("full"), None])
+    before = dict(run.memory.policies)
+    run.memory.retry(lambda: fails_once(small, asked))
+    assert run.memory.policies[small] != before[small]
+
+
+def test_a_look_runs_beside_the_graphs_until_it_does_not_fit(configure):
+    run, _ = start(configure())
+    events = []
+
+    class Graphs:
+        reason, captured = None, True
+
+        def drop(self):
+            events.append("drop")
+            self.captured = False
+
+        def capture(self, examples):
+            events.append("capture")
+            self.captured = True
+
+    memory, graphs = run.memory, Graphs()
+    memory.graphs = graphs
+
+    def look(*errors):
+        asked = iter([*errors, None, None])
+
+        def part():
+            events.append("look")
+            if error := next(asked):
+                raise error
+            return 3
+
+        with memory.looking(again=True):
+            assert memory.attempt(part) == memory.attempt(part) == 3
+        return events.copy(), events.clear()
+
+    assert look()[0] == ["look", "look"]
+    with pytest.raises(RuntimeError, match="shape"):
+        look(RuntimeError("shape"))
+    events.clear()
+    full = torch.OutOfMemoryError("full")
+    assert look(full)[0] == ["look", "drop", "look", "look", "capture"]
+    assert look()[0] == ["drop", "look", "look", "capture"]  # it has not fitted once
+    with pytest.raises(torch.OutOfMemoryError):
+        look(full)
+
+
 def test_where_no_policy_is_cheaper_a_step_is_tried_once_more(configure, monkeypatch, log_lines):
     config = configure(memory__policy="checkpoint")
     plain = losses(*start(config))

@@ -152,8 +152,8 @@ def test_nothing_that_serves_only_looking_ends_a_run(configure, monkeypatch, log
     assert train(config) == config.run_dir / "small.safetensors"
     notes = [line for line in log_lines if line.endswith("; the run goes on")]
     for begins, count in {
-        "note: the previews of step 2: OutOfMemoryError: CUDA: no memory": 1,
-        "note: the previews of step 3: OutOfMemoryError": 1,
+        "note: preview 0 of step 2: OutOfMemoryError: CUDA: no memory": 1,
+        "note: preview 0 of step 3: OutOfMemoryError": 1,
         "note: validation.png: TypeError: _distutils_hack": 3,
         "note: report.html: ImportError: No module 'jinja2'": 1,
         f"note: {config.run_dir / 'metrics.jsonl'}: denied": 1,
@@ -161,6 +161,24 @@ def test_nothing_that_serves_only_looking_ends_a_run(configure, monkeypatch, log
     }.items():
         assert sum(line.startswith(begins) for line in notes) == count, begins
     assert len(notes) == 8
+
+
+def test_a_preview_that_fails_leaves_the_others(configure, monkeypatch, log_lines):
+    size = {"width": 64, "height": 64, "steps": 1, "every": 0, "first": False}
+    config = configure(sample={"prompts": ["one", "two", "three"], **size}, train__steps=1)
+    draw = fluxfast.run.evaluate.draw_pictures
+
+    def draw_pictures(model, pictures, *more):
+        if pictures[0].prompt == "two":
+            raise torch.OutOfMemoryError("CUDA: no memory")
+        return draw(model, pictures, *more)
+
+    monkeypatch.setattr(fluxfast.run.evaluate, "draw_pictures", draw_pictures)
+    run = train(config).parent
+    drawn = [f"{number:02d}-step00000001.png" for number in (0, 2)]
+    assert sorted(f.name for f in (run / "samples").iterdir()) == drawn
+    assert sum("preview 1 of step 1: OutOfMemoryError" in line for line in log_lines) == 1
+    assert (run / "samples.png").exists()
 
 
 def test_a_measurement_that_fails_leaves_the_lora_at_work(configure, monkeypatch, log_lines):
