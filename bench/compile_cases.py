@@ -219,8 +219,8 @@ def _gemm_cases(op: str, storage: str, dtype: str, tile: dispatch.Tile) -> Itera
 def _gemm_8bit_cases(op: str, storage: str, kind: str, tile: dispatch.Tile) -> Iterator[KernelCase]:
     """Forward in bf16 and fp32; towards x with the weight as it is stored and transposed, two
     inputs with all options."""
-    forward, full = op == "gemm_8bit", op == "gemm_8bit_dx_pair"
-    if forward:
+    forward, full = "dx" not in op, op.endswith("_pair")
+    if forward and not full:
         yield gemm_8bit_case(op, kind, storage, tile, True, True)
     yield gemm_8bit_case(op, kind, storage, tile, full, forward)
     if not full:
@@ -239,8 +239,8 @@ def gemm_8bit_case(
     dtype: str = "bf16",
     with_update: bool = True,
 ) -> KernelCase:
-    """full: rank 128, two inputs and outputs, masks; forward also parts and a gate."""
-    forward, pointer = op == "gemm_8bit", f"*{TYPES_8BIT[kind]}"
+    """full: rank 128, two outputs, masks; forward also parts and a gate."""
+    forward, pointer = "dx" not in op, f"*{TYPES_8BIT[kind]}"
     types, rank, parts = _epilogue(dtype, full, forward)
     if not with_update:
         types["after"], rank = types["after"]._replace(update=None), 0
@@ -248,7 +248,7 @@ def gemm_8bit_case(
     if storage == "nf4":
         weight = weight._replace(ptr="*u8", absmax_ptr="*fp32", code="*fp32", inverse_ptr="*fp32")
     row = rows.RowsPointer(pointer, "*fp32")
-    types |= {"x0": row, "x1": row if full else None, "w": weight}
+    types |= {"x0": row, "x1": row if op.endswith("_pair") else None, "w": weight}
     spec = Spec(tile, rank, parts, transposed, full, top=TOP[kind])
     sum_dtype = tl.int32 if kind == "int8" else tl.float32
     update_dtype = tl.bfloat16 if dtype == "bf16" else tl.float32

@@ -24,7 +24,8 @@ from fluxfast.model.names import linear_shape
 from fluxfast.model.spec import FluxSpec
 
 MATMUL_DTYPE = {"half": torch.bfloat16} | DTYPE
-ONE_WAY = Kernel("gemm_8bit", "dense", "int8")  # torch has no product with the scales in it
+# torch has no product with the scales in it
+ONE_WAY = [Kernel(op, "dense", "int8") for op in ("gemm_8bit", "gemm_8bit_pair")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def hand_overs(asked: list[Problem]) -> list[Problem]:
     for (op, dtype, _, _), same in products.items():
         blocks = [problem for problem in same if "mod" not in problem.linear] or same
         for kernel in KERNELS:
-            if (kernel.op, kernel.dtype) == (op, dtype) and kernel != ONE_WAY:
+            if (kernel.op, kernel.dtype) == (op, dtype) and kernel not in ONE_WAY:
                 pairs.append(replace(blocks[0], kernel=kernel, M=0, share=blocks[-1].share))
     return pairs
 
@@ -124,8 +125,8 @@ def _of_linear(step: StepSpec, linear: str, pass_name: str, M: int, arch: int) -
     R, matmul = step.lora.rank, step.precisions[linear].matmul
     if pass_name in ("product", "dx"):
         op = ("gemm_8bit" if matmul else "lora_gemm") + "_dx" * (pass_name == "dx")
-        if op == "gemm_8bit_dx" and linear.endswith("linear1"):
-            op = "gemm_8bit_dx_pair"
+        if matmul and linear.endswith("linear1" if pass_name == "dx" else "linear2"):
+            op += "_pair"  # of two inputs
         N, K = (N, K) if pass_name == "product" else (K, N)
         dtype = matmul or "half"
         fused = dispatch.choose(op, arch, MATMUL_DTYPE[dtype], "nf4", M, N, K).fused

@@ -30,14 +30,13 @@ class Kernel(NamedTuple):
         return ".".join(self)
 
 
-_8BIT = ("gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair")
 ATTENTION = (*ATTENTION_KERNELS, "qk_norm_rope")
 KERNELS = (
     *(Kernel(op, "dense", "half") for op in ("lora_gemm", "lora_gemm_dx")),
-    *(Kernel(op, "dense", kind) for op in _8BIT for kind in ("int8", "fp8")),
+    *(Kernel(op, "dense", kind) for op in dispatch.PRODUCTS_8BIT for kind in ("int8", "fp8")),
     *(Kernel(op, "dense", "half") for op in ("lora_skinny", "lora_skinny_8bit", "lora_grads")),
     *(Kernel(op, "nf4", "half") for op in ("lora_gemm", "lora_gemm_dx")),
-    *(Kernel(op, "nf4", kind) for op in _8BIT for kind in ("int8", "fp8")),
+    *(Kernel(op, "nf4", kind) for op in dispatch.PRODUCTS_8BIT for kind in ("int8", "fp8")),
     *(Kernel(op, "dense", "half") for op in ATTENTION),
 )
 
@@ -53,6 +52,11 @@ _SIDES = {
     "half": ((64, 128, 256), (64, 128, 256), (32, 64), _WARPS, _STAGES),
     **dict.fromkeys(("int8", "fp8"), ((64, 128, 256), (64, 128, 256), (64, 128), _WARPS, _STAGES)),
 }
+# further tiles of dense 8-bit products: two programs beside each other, and more warps
+_MORE_8BIT = (
+    *("128x128x64.8w3r128", "128x128x128.8w3r128", "128x128x64.16w3"),
+    *("128x256x64.16w3", "256x128x64.16w3"),
+)
 # what else is worth a try once a tile is known to be good
 _GROUPS = {"lora_skinny": (1,), "lora_skinny_8bit": (1,), "lora_grads": (256, 128, 512)}
 _PRODUCT_GROUPS = (8, 4, 16)
@@ -87,11 +91,12 @@ def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | AttentionTile]:
     """Every tile worth compiling for a card, with the kernel's first group_m."""
     names = (kernel.op, kernel.storage, kernel.dtype)
     sides = next(_SIDES[name] for name in names if name in _SIDES)
+    more = _MORE_8BIT if kernel.storage == "dense" and kernel.dtype in ("int8", "fp8") else ()
     return [
         named_tile(kernel, f"{m}x{n}{'' if kernel.op in ATTENTION else f'x{k}'}.{warps}w{stages}")
         for m, n, k, warps, stages in product(*sides)
         if _fits(kernel, arch, m, n, k, warps, stages)
-    ]
+    ] + [named_tile(kernel, name) for name in more]
 
 
 def _fits(kernel: Kernel, arch: int, m: int, n: int, k: int, warps: int, stages: int) -> bool:

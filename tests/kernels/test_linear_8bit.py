@@ -243,11 +243,12 @@ def test_what_dispatch_chooses_changes_nothing(monkeypatch, device, case):
 
     def choose(op, arch, kind, storage, M, N, K):
         asked.append(op)
-        return op == "gemm_8bit" and storage == "dense"
+        return "dx" not in op and storage == "dense"
 
     monkeypatch.setattr(linear_8bit, "_as_stored", choose)
     scratched = problem.gradients()
-    assert {"gemm_8bit", "gemm_8bit_dx" + "_pair" * bool(case.split)} <= set(asked)
+    pairs = "_pair" * bool(case.head), "_pair" * bool(case.split)
+    assert {"gemm_8bit" + pairs[0], "gemm_8bit_dx" + pairs[1]} <= set(asked)
     if case.matmul == "fp8":
         return check_against_truth(problem, scratched)
     assert_same_bits(scratched, expected)
@@ -295,7 +296,7 @@ def test_torchs_fp8_product_takes_its_place(monkeypatch, device, case, calls):
     problem, seen = Problem(case, device), []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **b: seen.append(0) or scaled_mm(*a, **b))
     monkeypatch.setattr(dispatch, "arch_of", lambda device: 90)
-    by_torch = lambda op, arch, kind, *_: op == "gemm_8bit" and kind == "int8"  # noqa: E731
+    by_torch = lambda op, arch, kind, *_: "dx" not in op and kind == "int8"  # noqa: E731
     monkeypatch.setattr(linear_8bit, "_as_stored", by_torch)
     forward_calls = []
 

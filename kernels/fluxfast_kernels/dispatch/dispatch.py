@@ -24,7 +24,8 @@ from importlib.resources import files
 
 import torch
 
-_PRODUCTS = ("lora_gemm", "lora_gemm_dx", "gemm_8bit", "gemm_8bit_dx", "gemm_8bit_dx_pair")
+PRODUCTS_8BIT = ("gemm_8bit", "gemm_8bit_pair", "gemm_8bit_dx", "gemm_8bit_dx_pair")
+_PRODUCTS = ("lora_gemm", "lora_gemm_dx", *PRODUCTS_8BIT)  # a pair: of two inputs side by side
 OPS = (*_PRODUCTS, "lora_skinny", "lora_skinny_8bit", "lora_grads")
 STORAGES = ("dense", "nf4")
 ARCHITECTURES = (80, 86, 89, 90, 120)  # the cards that configurations are shipped for

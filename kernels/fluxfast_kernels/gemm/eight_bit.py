@@ -24,6 +24,8 @@ Refused (ValueError): other layouts, kinds that differ, K or N above the exact s
 an input's width not a multiple of 64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -138,6 +140,11 @@ def _launch(
     return launch(_gemm_8bit_kernel, *given, **compiled)
 
 
+def op_name(op: str, inputs: Sequence) -> str:
+    """Returns the name that dispatch has for an op of one or of two inputs."""
+    return op + "_pair" * (len(inputs) == 2)
+
+
 def _check_rows(rows: list[QuantizedRows]) -> tuple[int, list[int]]:
     """Returns B·T and the widths of one or two rows side by side. Raises ValueError."""
     check(len(rows) in (1, 2), "rows", "one or two", len(rows))
@@ -209,7 +216,7 @@ def gemm_8bit(
     added, parts = update_of(down, update, M, N)
     after, rank = after_of(added, bias, epilogue), update.rank if update else 0
     spec = {"rank": rank, "parts": parts, "transposed": True}
-    return _launch("gemm_8bit", rows, w, ys, after, tile, dtype, **spec)
+    return _launch(op_name("gemm_8bit", rows), rows, w, ys, after, tile, dtype, **spec)
 
 
 def gemm_8bit_dx(
@@ -236,6 +243,6 @@ def gemm_8bit_dx(
     w = _weight(weight, rows[0].kind, N, K, False)
     dxs = outputs(out, rows[0].values, list(widths), dtype)
     added, rank = dx_update_of(d_down, lora_a, M, K)
-    op, spec = "gemm_8bit_dx" + "_pair" * (len(rows) == 2), {"transposed": weight.transposed}
+    op, spec = op_name("gemm_8bit_dx", rows), {"transposed": weight.transposed}
     how = (After(added), tile, update_dtype or dtype)
     return _launch(op, rows, w, dxs, *how, rank=rank, **spec)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend, dispatch
 from fluxfast_kernels.gemm import grads
-from fluxfast_kernels.gemm.eight_bit import gemm_8bit, gemm_8bit_dx
+from fluxfast_kernels.gemm.eight_bit import gemm_8bit, gemm_8bit_dx, op_name
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear_dense import (
     batched,
@@ -151,12 +151,13 @@ def _launched_forward(
                 launch_quantize(x, row, rotation=rotation)
     ready = [cast(QuantizedRows, row or made) for row, made in zip(rows, fresh, strict=True)]
     M, arch = xs[0].shape[0] * xs[0].shape[1], dispatch.arch_of(xs[0].device)
-    if storage_of(tensors) == "nf4" and _as_stored("gemm_8bit", arch, kind, "nf4", M, N, K):
+    op = op_name("gemm_8bit", xs)
+    if storage_of(tensors) == "nf4" and _as_stored(op, arch, kind, "nf4", M, N, K):
         w = nf4_with_scales(tensors, N, K, kind)
     else:
         w = weight_in_8bit(tensors, K, kind)
         pieces = [*(x.shape[2] for x in xs), *epilogue.widths(N)]
-        ours = _as_stored("gemm_8bit", arch, kind, "dense", M, N, K)
+        ours = _as_stored(op, arch, kind, "dense", M, N, K)
         if not ours and _torch_can(kind, dtype, pieces):
 
             def multiply(low: int, high: int) -> Tensor:
@@ -219,7 +220,7 @@ def _weight_towards_x(
 ) -> QuantizedWeight:
     """Returns the weight as `gemm_8bit_dx` takes it."""
     M, arch = dys[0].shape[0] * dys[0].shape[1], dispatch.arch_of(dys[0].device)
-    op = "gemm_8bit_dx" + "_pair" * (len(dys) == 2)
+    op = op_name("gemm_8bit_dx", dys)
     storage, kind = storage_of(weight.tensors), weight.matmul
     as_stored = _as_stored(op, arch, kind, "nf4" if storage == "nf4" else "dense", M, K, N)
     if storage == "nf4" and as_stored:
