@@ -96,12 +96,12 @@ def _merge_buckets(folders: list[Found], earlier: Areas | None) -> Areas:
             continue
         areas[side] = merged
         lost = []
-        for each in ((), merged):
-            crops = [cropped(size, fit_bucket(size, side, each)) for size in sizes]
-            lost.append(f"{sum(crops) / len(crops):.1%} on average and {max(crops):.1%} at most")
+        for each in (merged, ()):
+            crops = [100 * cropped(size, fit_bucket(size, side, each)) for size in sizes]
+            lost.append(f"{sum(crops) / len(crops):.1f} % on average, {max(crops):.1f} % at most")
         log.info(
-            f"{side} px: buckets are merged to {len(merged)} token counts; of a picture are "
-            f"cropped {lost[1]}, without {lost[0]}"
+            f"{side} px: buckets are merged to {len(merged)} token counts, which crops {lost[0]} "
+            f"(without: {lost[1]})"
         )
     for found in folders:
         sides = [(side, areas.get(side, ())) for side in found.data.resolution]

@@ -309,3 +309,28 @@ def test_the_survey_of_a_plan_writes_nothing_and_ends_nothing(tmp_path):
     assert lines[0].endswith("data: 1 of 1 pictures, in 1 bucket: 64x64 (1)")
     assert lines[-1].startswith("note: the data cannot be trained on as it is: cannot read the fol")
     assert not (tmp_path / "runs").exists()
+
+
+def test_merged_buckets_are_told_and_are_those_of_the_run(tmp_path, monkeypatch):
+    """Of every folder together, and of a run that has begun those that it began with."""
+    monkeypatch.setattr("fluxfast.data.buckets.AREAS", 2)
+    for name, size in (("a/a", (96, 64)), ("a/b", (64, 64)), ("b/c", (160, 32)), ("b/d", (96, 65))):
+        Image.new("RGB", size).save(picture(tmp_path / f"{name}.png", "a ball"))
+    folders = [{"folder": str(tmp_path / name), "resolution": 96} for name in "ab"]
+    config = build_config({"model": {"path": "unused"}, "data": folders})
+
+    def buckets(areas) -> list:
+        with logged() as lines:
+            plans, chosen = read_data(config, None, SkipReport(), areas=areas)
+        merged = [line for line in lines if "px: buckets" in line]
+        return [chosen, merged, *(image.buckets[0] for plan in plans for image, _ in plan)]
+
+    chosen, lines, *sizes = buckets(None)
+    assert chosen == {96: [64 * 64, 96 * 64]} and sizes[:2] == [(96, 64), (64, 64)]
+    assert lines == [
+        "96 px: buckets are merged to 2 token counts, which crops 5.4 % on average, 20.0 % at most "
+        "(without: 0.4 % on average, 1.5 % at most)"
+    ]
+    assert buckets(chosen)[2:] == sizes
+    assert buckets({}) == [{}, [], (96, 64), (64, 64), (160, 32), (96, 64)]
+    assert buckets({96: [32 * 32]})[2:] == [(32, 32)] * 4
