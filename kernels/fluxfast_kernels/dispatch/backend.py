@@ -34,6 +34,31 @@ except ImportError:
 HAS_TRITON = not isinstance(triton, _Absent)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# what changes with the number of tokens: a kernel is not compiled again for T = 1 or T % 16 == 0
+# (addresses take their alignment from strides), nor for a random key
+_NOT_SPECIALIZED = ["M", "T", "split_tiles", "chunks", "key", "threshold"]
+
+
+def kernel(function: Any) -> Any:
+    """Makes a Triton kernel that is launched on the card of its first tensor, current or not."""
+    jitted: Any = triton.jit(function, do_not_specialize=_NOT_SPECIALIZED)
+    run = getattr(jitted, "run", None)
+    if run is None:  # no Triton
+        return jitted
+
+    def run_there(*arguments, **options):
+        first = next(argument for argument in arguments if argument is not None)
+        while isinstance(first, tuple):
+            first = first[0]
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return run(*arguments, **options)
+        with torch.cuda.device_of(first):
+            return run(*arguments, **options)
+
+    jitted.run = run_there
+    return jitted
+
+
 _cpu_launches = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

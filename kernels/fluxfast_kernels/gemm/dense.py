@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, matrix, tl, triton
 from fluxfast_kernels.gemm.checks import (
     check_devices,
     check_gated,
@@ -164,7 +164,7 @@ def _product(total, x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.conste
     return total
 
 
-@triton.jit
+@kernel
 def _gemm_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
     BLOCK_M: tl.constexpr = SPEC.tile.block_m
     BLOCK_N: tl.constexpr = SPEC.tile.block_n

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import Matrix, check, tl, triton
+from fluxfast_kernels.dispatch.backend import Matrix, check, kernel, tl, triton
 from fluxfast_kernels.gemm.checks import check_gated, dx_update_of, outputs, update_of
 from fluxfast_kernels.gemm.dense import Weight, launch, weight_tile, with_tables
 from fluxfast_kernels.gemm.epilogue import (
@@ -98,7 +98,7 @@ def _product(x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.constexpr):
     return total.to(tl.float32)
 
 
-@triton.jit
+@kernel
 def _gemm_8bit_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
     m_first, n_first = tile_at(M, N, SPEC.tile)
     # rows past the end repeat the last one: they are never stored

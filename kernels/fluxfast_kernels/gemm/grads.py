@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, check_dtype, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, matrix, tl, triton
 from fluxfast_kernels.gemm.checks import check_parts, check_side_by_side
 from fluxfast_kernels.gemm.epilogue import LoRAUpdate, Part
 from fluxfast_kernels.quant.hadamard import rotated
@@ -87,7 +87,7 @@ class GradsSpec(NamedTuple):
     evenly: bool
 
 
-@triton.jit
+@kernel
 def _skinny_kernel(
     x0, x1, w, out, rows0, rows1, channel_ptr, M, T, K0, K1, scale, SPEC: tl.constexpr
 ):
@@ -184,7 +184,7 @@ def _skinny_block(x0, x1, w, out, M, scale, m, batch, token, slot, SPEC: tl.cons
     tl.store(out_at, total, (m < M)[:, None] & real)
 
 
-@triton.jit
+@kernel
 def _grads_kernel(x, skinny, out, split_stride, M, T, scale, split_tiles, SPEC: tl.constexpr):
     """out[split, c, r] = scale·Σ x[m, c]·skinny[m, index·rank + r] over a split's rows m."""
     BLOCK_N: tl.constexpr = SPEC.tile.block_n

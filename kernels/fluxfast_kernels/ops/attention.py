@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch.attention import AttentionTile, choose_backend, choose_tile
-from fluxfast_kernels.dispatch.backend import check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, launches, tl, triton
 from fluxfast_kernels.dispatch.dispatch import arch_of
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ def _load_rows(x_ptr, rows, columns, stride, rows_left, MASKED: tl.constexpr):
     return tl.load(x_ptr + rows * stride + columns)
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     q,
     k,
@@ -150,7 +150,7 @@ def _forward_kernel(
 # ---------------------------------------------------------------- backward kernels
 
 
-@triton.jit
+@kernel
 def _dq_kernel(
     q,
     k,
@@ -203,7 +203,7 @@ def _dq_kernel(
     tl.store(dq_ptrs, acc, mask=rows < left)
 
 
-@triton.jit
+@kernel
 def _dkdv_kernel(
     q,
     k,
@@ -466,6 +466,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *qkv, ctx.backend = inputs
     ctx.save_for_backward(*qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for lse's gradient
 
 
 def _backward(ctx, do, _):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, matrix, tl, triton
 
 BLOCK = 2048  # elements of a row that a program draws, 16 for each of its threads
 
@@ -36,7 +36,7 @@ _MASK = 0xFFFFFFFF
 # ---------------------------------------------------------------- kernel
 
 
-@triton.jit(do_not_specialize=["key", "threshold", "T"])
+@kernel
 def _dropout_kernel(
     x,
     out,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, layout, tl, triton
+from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, kernel, layout, tl, triton
 
 BLOCK = 1024  # elements per program of the element-wise kernels
 CHUNK = 4  # blocks per partial sum
@@ -42,7 +42,7 @@ _LEAST_COUNT = tl.constexpr(LEAST_COUNT)
 # ---------------------------------------------------------------- kernels
 
 
-@triton.jit
+@kernel
 def _mix_kernel(
     mean_ptr,
     std_ptr,
@@ -71,7 +71,7 @@ def _mix_kernel(
     tl.store(target_ptr + start + i, noise - latent, mask=mask)
 
 
-@triton.jit
+@kernel
 def _loss_kernel(
     prediction_ptr,
     target_ptr,
@@ -111,7 +111,7 @@ def _loss_kernel(
         tl.store(partial_ptr + (batch + b) * chunks + chunk, tl.sum(count, axis=0))
 
 
-@triton.jit
+@kernel
 def _loss_sum_kernel(
     partial_ptr,
     weight_ptr,
@@ -139,7 +139,7 @@ def _loss_sum_kernel(
     tl.store(factor_ptr + b, tl.div_rn(weight, divisor))
 
 
-@triton.jit
+@kernel
 def _loss_backward_kernel(
     gradient_ptr,
     factor_ptr,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, matrix, tl, triton
 
 TILE = 4096  # elements a program holds at once
 # tiles a program sums for dgate: 32 rows at D >= 1024, 4 bytes of sums per 128 read in bf16
@@ -34,7 +34,7 @@ STEPS = 8
 # ---------------------------------------------------------------- kernels
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     h,
     gate_ptr,
@@ -58,7 +58,7 @@ def _forward_kernel(
     tl.store(out_ptr + (b * T + t) * D + d, out.to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@kernel
 def _backward_kernel(
     dout,
     gate_ptr,

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, check_dtype, layout, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, layout, matrix, tl, triton
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.lora_linear import (
@@ -105,7 +105,7 @@ def _load_u(u, row_scale_ptr, batch, token, row, cols, mask):
     return value
 
 
-@triton.jit
+@kernel
 def _gelu_kernel(u, row_scale_ptr, x, T, F, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
@@ -117,7 +117,7 @@ def _gelu_kernel(u, row_scale_ptr, x, T, F, BLOCK: tl.constexpr):
     tl.store(x_at, (value * s).to(x.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _gelu_rows_kernel(
     u, x, saved, rows, T, F, TOP: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -174,7 +174,7 @@ def _gelu_rows_kernel(
 # ---------------------------------------------------------------- backward kernel
 
 
-@triton.jit
+@kernel
 def _gelu_backward_kernel(u, row_scale_ptr, dx, du, T, F, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     batch, token = (row // T).to(tl.int64), (row % T).to(tl.int64)

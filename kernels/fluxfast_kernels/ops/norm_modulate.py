@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, last_stride_1, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, last_stride_1, matrix, tl, triton
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.ops.lora_linear import (
@@ -90,7 +90,7 @@ class Spec(NamedTuple):
 _EPS = tl.constexpr(EPS)
 
 
-@triton.jit
+@kernel
 def _norm_modulate_kernel(h, shift, scale, x_ptr, mean_ptr, rstd_ptr, rows, T, SPEC: tl.constexpr):
     """h, shift, scale: `Matrix`; x, contiguous, and where given its 8-bit rows are written."""
     D: tl.constexpr = SPEC.D
@@ -128,7 +128,7 @@ def _norm_modulate_kernel(h, shift, scale, x_ptr, mean_ptr, rstd_ptr, rows, T, S
 # ---------------------------------------------------------------- backward kernel
 
 
-@triton.jit
+@kernel
 def _norm_modulate_backward_kernel(
     dx, h, scale, mean_ptr, rstd_ptr, dh_ptr, sums_ptr, T, SPEC: tl.constexpr, STEPS: tl.constexpr
 ):

@@ -34,6 +34,7 @@ from fluxfast_kernels.dispatch.backend import (
     Matrix,
     check,
     check_dtype,
+    kernel,
     launches,
     matrix,
     tl,
@@ -142,7 +143,7 @@ def _load_rope(cos, sin_ptr, token, inside, C: tl.constexpr):
     return tl.load(cos.ptr + at, mask=mask, other=0.0), tl.load(sin_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     qkv,
     q_scale_ptr,
@@ -174,7 +175,7 @@ def _forward_kernel(
         tl.store(v_ptr + joint, tl.load(x_ptrs + 2 * H * C, mask=mask), mask=mask)
 
 
-@triton.jit
+@kernel
 def _backward_kernel(
     dq,
     dk,
@@ -395,6 +396,7 @@ def _setup_context(ctx, inputs, output) -> None:
     qkv, *ctx.rest = inputs
     ctx.save_for_backward(*qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for lse's gradient
 
 
 def _backward(ctx, do, _):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference
 from fluxfast_kernels.quant.nf4 import (
@@ -169,7 +169,7 @@ def _store_tile(out_ptr, tile, n, k, N, K, TRANSPOSED: tl.constexpr):
         tl.store(out_ptr + n.to(tl.int64)[:, None] * K + k[None, :], tile, inside)
 
 
-@triton.jit
+@kernel
 def _nf4_to_8bit_kernel(
     packed_ptr,
     absmax_ptr,
@@ -207,7 +207,7 @@ def _nf4_to_8bit_kernel(
         _store_tile(out_ptr, tile, n, g * 64 + tl.arange(0, 64), N, K, TRANSPOSED)
 
 
-@triton.jit
+@kernel
 def _transpose_kernel(in_ptr, out_ptr, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, tl, triton
 
 LARGEST = 256
 BLOCK = 1024  # columns a program
@@ -38,7 +38,7 @@ def rotated(v, ROTATION: tl.constexpr):
     return v * (ROTATION**-0.5)
 
 
-@triton.jit
+@kernel
 def _rotate_kernel(x_ptr, y_ptr, width, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -22,7 +22,15 @@ from typing import Any, Optional, cast
 import torch
 from torch import Tensor
 
-from fluxfast_kernels.dispatch.backend import DTYPES, check, check_dtype, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import (
+    DTYPES,
+    check,
+    check_dtype,
+    kernel,
+    launches,
+    tl,
+    triton,
+)
 from fluxfast_kernels.quant import native
 
 BLOCK = 64
@@ -181,7 +189,7 @@ def check_nf4(weight: NF4Tensor) -> None:
 # ---------------------------------------------------------------- dequantize: kernel and launcher
 
 
-@triton.jit
+@kernel
 def _dequantize_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, blocks, BLOCKS: tl.constexpr):
     """BLOCKS blocks of 64 weights. The 16 code values are looked up in memory, where they stay in
     the nearest cache."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, check_dtype, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, matrix, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference, rotated
 
@@ -129,7 +129,7 @@ def _row_tile(x_ptr, gate_ptr, channel_ptr, dy_ptr, cols, mask, ROTATION: tl.con
     return v
 
 
-@triton.jit
+@kernel
 def _quantize_kernel(
     x,
     gate,
