@@ -40,10 +40,10 @@ class OptimizerOnHost:
     State is what `optimizer.state` holds on the parameters' device with more than one element; each
     storage counts once, and one that a parameter or its gradient lies in stays. State that a step
     creates moves out at its end. Host memory is allocated when state first appears, in one piece,
-    and used again after `load_state_dict`; where the system refuses it, all state stays on the
-    device from then on. Outside of `resident` the state must not be touched:
-    `optimizer.step` and `optimizer.state_dict` then raise, and an optimizer's `train` and `eval`
-    (schedule-free), which read it, bring it in by themselves.
+    and used again after `load_state_dict`; where the system refuses it then, all state stays on
+    the device; for the state that is there at the beginning PinRefused is raised. Outside of
+    `resident` the state must not be touched: `optimizer.step` and `optimizer.state_dict` then
+    raise, and an optimizer's `train` and `eval` (schedule-free), which read it, bring it in.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, copies: Copies):
@@ -71,7 +71,11 @@ class OptimizerOnHost:
         finally:
             self._depth -= 1
             if not self._depth:
-                self._move_out()
+                try:
+                    self._move_out()
+                except PinRefused as error:
+                    log.warning(f"note: {error.message}; the optimizer's state stays on the GPU")
+                    self._depth += 1  # as inside of one that does not end
 
     def _require_resident(self, *_) -> None:
         if not self._depth:
@@ -106,12 +110,7 @@ class OptimizerOnHost:
     def _move_out(self) -> None:
         self._forget_gone(empty=False)
         new = {k: s for k, s in self._storages().items() if k not in self._moved and s.nbytes()}
-        try:
-            hosts = self._host_memory([storage.nbytes() for storage in new.values()])
-        except PinRefused as error:
-            log.warning(f"note: {error.message}; the optimizer's state stays on the GPU")
-            self._depth += 1  # as inside of one `resident` that does not end
-            return
+        hosts = self._host_memory([storage.nbytes() for storage in new.values()])
         for (key, storage), host in zip(new.items(), hosts, strict=True):
             self._moved[key] = _Moved(storage, host)
         here = [each for each in self._moved.values() if each.storage.nbytes()]

@@ -220,6 +220,8 @@ def test_state_stays_where_no_host_memory_is_to_be_had(caplog, refused):
     assert_equal(*[tensors_of(run.state()["state"]) for run in (hosted, plain)])
     assert hosted.state_on_device() == plain.state_on_device()
     assert caplog.text.count("CUDA error 2; the optimizer's state stays on the GPU") == 1
+    with pytest.raises(PinRefused):  # before a run has begun it can be planned otherwise
+        OptimizerOnHost(plain.optimizer, copies)
 
 
 def test_what_a_parameter_lies_in_stays():
