@@ -77,7 +77,7 @@ class Graphs:
         recorder: "CudaRecorder | None" = None,
     ):
         self.reason: str | None = None  # why everything runs eagerly
-        self._run_pass, self._gradients = run_pass, gradients
+        self._run_pass, self.gradients = run_pass, gradients
         self._recorder = recorder
         # (input, shape, dtype) -> where every graph reads it from: they run one after the other
         self._static: dict[tuple, Tensor] = {}
@@ -111,7 +111,7 @@ class Graphs:
         sizes = {key: sum(t.nbytes for t in x if t is not None) for key, x in examples.items()}
         order = sorted(sizes, key=lambda key: sizes[key], reverse=True)
         # sync: waits, and on the host, so that it costs no device memory
-        before = self._gradients.to("cpu", copy=True)
+        before = self.gradients.to("cpu", copy=True)
         failure = None
         try:
             for key in order:
@@ -130,7 +130,7 @@ class Graphs:
             self.drop()
             raise
         finally:
-            self._gradients.copy_(before)
+            self.gradients.copy_(before)
         if failure is not None:
             gc.collect()  # the error's frames hold the activations
             self.drop()
@@ -170,7 +170,7 @@ class Graphs:
     def _make_static(self, example: Inputs) -> Inputs:
         """Returns memory with the example's content, shared by inputs that are alike."""
         static: list[Tensor | None] = []
-        device = self._gradients.device
+        device = self.gradients.device
         for name, tensor in zip(example._fields, example, strict=True):
             if tensor is not None:
                 kind = name, tuple(tensor.shape), tensor.dtype

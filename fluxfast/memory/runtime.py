@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.choose import Chooser
-from fluxfast.memory.planner.plan import MARGIN, Plan, cheaper_policies
+from fluxfast.memory.planner.plan import MARGIN, STEP_COPIES, Plan, cheaper_policies
 from fluxfast.model.flux import Flux
 
 log = logging.getLogger(__name__)
@@ -168,9 +169,21 @@ class MemoryRuntime:
         """Captures one graph per example, where there are graphs; under cheaper policies where
         memory is too small for them.
         """
-        graphs = self.graphs
-        if graphs is not None and graphs.reason is None:
-            self.retry(lambda: graphs.capture(self._examples()))
+        if self.graphs is not None and self.graphs.reason is None:
+            self.retry(partial(self._capture, self.graphs))
+
+    def _capture(self, graphs: Graphs) -> None:
+        """Captures, then allocates what an optimizer step takes and frees it, for the step to find:
+        there a lack of memory would end the run.
+        """
+        graphs.capture(self._examples())
+        copies = 0 if self.plan is None else STEP_COPIES.get(self.plan.request.optimizer, 0)
+        try:
+            with self.stepping():
+                _ = [torch.empty_like(graphs.gradients) for _ in range(copies)]
+        except RuntimeError:
+            graphs.drop()
+            raise
 
     @contextmanager
     def looking(self, again: bool) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Container
+from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -387,6 +388,29 @@ def test_with_graphs_the_bucket_that_needs_the_most_becomes_leaner(configure):
     before = dict(run.memory.policies)
     run.memory.retry(lambda: fails_once(small, asked))
     assert run.memory.policies[small] != before[small]
+
+
+def test_a_step_that_does_not_fit_beside_the_graphs_is_known_at_capture(configure, monkeypatch):
+    """Where policies can become cheaper; in the step itself the run would end."""
+    config = configure(train__optimizer="prodigy", train__lr=1.0)
+    run, _ = start(config, planned(config, optimizer_state="device"))
+    before, captured = dict(run.memory.policies), []
+    asked = iter([torch.OutOfMemoryError("full"), None])
+
+    def capture(examples):
+        run.memory.use(next(iter(before)))
+        captured.append(dict(run.memory.policies))
+
+    def stepping():
+        if error := next(asked):
+            raise error
+        return nullcontext()
+
+    monkeypatch.setattr(run.memory.graphs, "reason", None)  # as on a GPU
+    monkeypatch.setattr(run.memory.graphs, "capture", capture)
+    monkeypatch.setattr(run.memory, "stepping", stepping)
+    run.memory.capture()
+    assert captured == [before, run.memory.policies] and run.memory.policies != before
 
 
 def test_a_look_runs_beside_the_graphs_until_it_does_not_fit(configure):

@@ -33,8 +33,8 @@ MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
 OTHER = 3 * GIB // 20  # assumed: batches, random numbers, RoPE tables, optimizer's temporaries
 
 LOADING = 3 * 4  # bytes a weight of the largest matrix while it is quantized: assumed
-# copies of the gradients that a step makes and drops; fused AdamW and bitsandbytes make none
-STEP_COPIES = {"prodigy": 1, "schedulefree": 2, "adafactor": 1}  # assumed, from their source
+# copies of the gradients that a step makes and drops; the others make none
+STEP_COPIES = {"prodigy": 1, "schedulefree": 1}
 
 # parameters, counted from the published configurations
 T5_PARAMETERS = 4_762_310_656
