@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, kernel, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, matrix, refuse, tl, triton
 from fluxfast_kernels.gemm.checks import (
     check_devices,
     check_gated,
@@ -240,8 +240,8 @@ def lora_gemm(
     B, T, widths = check_side_by_side("xs", xs)
     K, (tensors, bias, *_) = sum(widths), weight
     N = tensors[0].shape[0] if len(tensors) == 1 else 2 * tensors[0].numel() // K
-    if check_weight(tensors, N, K) == "nf4":
-        check(all(w % BLOCK == 0 for w in widths), "xs", f"{BLOCK} columns times a whole", widths)
+    if check_weight(tensors, N, K) == "nf4" and not all(w % BLOCK == 0 for w in widths):
+        refuse("xs", f"{BLOCK} columns times a whole", widths)
     check_gated(bias, epilogue, (B, T, N))
     dtype = xs[0].dtype
     ys = outputs(out, xs[0], epilogue.widths(N), dtype)

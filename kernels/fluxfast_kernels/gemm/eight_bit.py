@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import Matrix, check, kernel, tl, triton
+from fluxfast_kernels.dispatch.backend import Matrix, check, kernel, refuse, tl, triton
 from fluxfast_kernels.gemm.checks import check_gated, dx_update_of, outputs, update_of
 from fluxfast_kernels.gemm.dense import Weight, launch, weight_tile, with_tables
 from fluxfast_kernels.gemm.epilogue import (
@@ -147,21 +147,23 @@ def op_name(op: str, inputs: Sequence) -> str:
 
 def _check_rows(rows: list[QuantizedRows]) -> tuple[int, list[int]]:
     """Returns B·T and the widths of one or two rows side by side. Raises ValueError."""
-    check(len(rows) in (1, 2), "rows", "one or two", len(rows))
+    if len(rows) not in (1, 2):
+        refuse("rows", "one or two", len(rows))
     first = rows[0].values
     check(first.dtype in DTYPE.values(), "rows", "int8 or float8_e4m3fn", first.dtype)
     for row in rows:
         values, scale = row.values, row.scale
-        got = (tuple(values.shape), values.dtype)
         fits = values.ndim == 3 and values.shape[:2] == first.shape[:2]
         fits = fits and values.is_contiguous() and values.dtype == first.dtype
-        check(fits, "rows", "contiguous [B, T, width], alike in B, T and dtype", got)
-        got = (tuple(scale.shape), scale.dtype)
+        if not fits:
+            got = (tuple(values.shape), values.dtype)
+            refuse("rows", "contiguous [B, T, width], alike in B, T and dtype", got)
         fits = scale.shape == first.shape[:2] and scale.dtype == torch.float32
-        check(fits and scale.is_contiguous(), "rows (scale)", "fp32 [B, T]", got)
+        if not fits or not scale.is_contiguous():
+            refuse("rows (scale)", "fp32 [B, T]", (tuple(scale.shape), scale.dtype))
     widths = [row.values.shape[2] for row in rows]
-    limit = f"of at most {MOST} columns"
-    check(rows[0].kind != "int8" or sum(widths) <= MOST, "rows", limit, widths)
+    if rows[0].kind == "int8" and sum(widths) > MOST:
+        refuse("rows", f"of at most {MOST} columns", widths)
     return first.shape[0] * first.shape[1], widths
 
 
@@ -171,7 +173,8 @@ def _weight(weight: QuantizedWeight, kind: str, N: int, K: int, forward: bool) -
     values, scale, inverse, transposed = weight
     shape = (K, N) if transposed else (N, K)
     check(N * K < 2**31, "weight", "of fewer than 2^31 values", shape)
-    check(values.shape == shape, "weight", str(list(shape)), tuple(values.shape))
+    if values.shape != shape:
+        refuse("weight", str(list(shape)), tuple(values.shape))
     if isinstance(values, NF4Tensor):
         check(inverse is not None, "inverse", "given with an NF4 weight", None)
         check(not transposed, "transposed", "False with an NF4 weight", transposed)
@@ -179,12 +182,14 @@ def _weight(weight: QuantizedWeight, kind: str, N: int, K: int, forward: bool) -
         w = Weight(values.packed, K, absmax, code=code, inverse_ptr=inverse)
     else:
         fits = values.is_contiguous() and values.dtype == DTYPE[kind]
-        check(fits, "weight", f"contiguous {kind}", (values.dtype, values.stride()))
+        if not fits:
+            refuse("weight", f"contiguous {kind}", (values.dtype, values.stride()))
         w = Weight(values, shape[1])
     if not forward:
         return w
     fits = scale.shape == (N,) and scale.dtype == torch.float32 and scale.is_contiguous()
-    check(fits, "weight (scale)", f"fp32 [{N}]", (scale.dtype, tuple(scale.shape)))
+    if not fits:
+        refuse("weight (scale)", f"fp32 [{N}]", (scale.dtype, tuple(scale.shape)))
     return w._replace(scale_ptr=scale)
 
 
@@ -207,10 +212,12 @@ def gemm_8bit(
     """
     M, widths = _check_rows(rows)
     N, K = weight.values.shape
-    check(sum(widths) == K, "rows", f"{K} columns in all", widths)
+    if sum(widths) != K:
+        refuse("rows", f"{K} columns in all", widths)
     w = _weight(weight, rows[0].kind, N, K, True)
     whole = w.absmax_ptr is None or all(width % BLOCK == 0 for width in widths)
-    check(whole, "rows", f"{BLOCK} columns times a whole for NF4", widths)
+    if not whole:
+        refuse("rows", f"{BLOCK} columns times a whole for NF4", widths)
     check_gated(bias, epilogue, (*rows[0].values.shape[:2], N))
     ys = outputs(out, rows[0].values, epilogue.widths(N), dtype)
     added, parts = update_of(down, update, M, N)

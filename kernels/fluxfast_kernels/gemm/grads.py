@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import dispatch
-from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check_dtype, kernel, matrix, refuse, tl, triton
 from fluxfast_kernels.gemm.checks import check_parts, check_side_by_side
 from fluxfast_kernels.gemm.epilogue import LoRAUpdate, Part
 from fluxfast_kernels.quant.hadamard import rotated
@@ -274,9 +274,11 @@ def _skinny(
         out = xs[0].new_empty(M, indices * rank)
     check_dtype("out", out)
     fits = out.shape == (M, indices * rank) and out.is_contiguous()
-    check(fits, "out", f"contiguous [{M}, {indices * rank}]", tuple(out.shape))
+    if not fits:
+        refuse("out", f"contiguous [{M}, {indices * rank}]", tuple(out.shape))
     devices = [w.ptr.device, out.device]
-    check(devices == [device] * 2, "every tensor", f"on {device}", devices)
+    if devices != [device] * 2:
+        refuse("every tensor", f"on {device}", devices)
     if M == 0:
         return out
     given = [row for row in rows or () if row is not None]
@@ -310,11 +312,14 @@ def _grads(
     B, T, widths = check_side_by_side("xs", xs)
     M = B * T
     check_dtype("out", out, (torch.float32,))
-    check(out.is_contiguous(), "out", "contiguous", out.stride())
-    check(out.device == xs[0].device, "out", f"on {xs[0].device}", out.device)
+    if not out.is_contiguous():
+        refuse("out", "contiguous", out.stride())
+    if out.device != xs[0].device:
+        refuse("out", f"on {xs[0].device}", out.device)
     fits = skinny.ndim == 2 and skinny.shape[0] == M and skinny.stride(1) == 1
     fits = fits and skinny.device == out.device
-    check(fits, "down or d_down", f"[{M}, P·R]", tuple(skinny.shape))
+    if not fits:
+        refuse("down or d_down", f"[{M}, P·R]", tuple(skinny.shape))
     if M == 0:
         return out.zero_()
     tile = _tile_of("lora_grads", xs, M, rank, sum(widths), tile)
@@ -355,7 +360,8 @@ def lora_down(
     """
     K = sum(x.shape[-1] for x in xs)
     fits = lora_a.ndim == 2 and lora_a.shape[1] == K and lora_a.is_contiguous()
-    check(fits, "lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
+    if not fits:
+        refuse("lora_a", f"contiguous [P·R, {K}]", tuple(lora_a.shape))
     rank, w, parts = lora_a.shape[0], Strided(lora_a, 1, K), [Part(0, K, 0, 0)]
     return _skinny(xs, w, parts, rank, 1, 1.0, out, tile, rows, rotation=rotation)
 
@@ -378,8 +384,10 @@ def lora_d_down(
     parts = check_parts(update.parts, sum(dy.shape[-1] for dy in dys), lora_b)
     indices = update.lora_a.shape[0] // rank
     fits = max(part.index for part in parts) < indices
-    check(fits, "parts", f"with an index below {indices}", update.parts)
-    check(lora_b.is_contiguous(), "lora_b", "contiguous", lora_b.stride())
+    if not fits:
+        refuse("parts", f"with an index below {indices}", update.parts)
+    if not lora_b.is_contiguous():
+        refuse("lora_b", "contiguous", lora_b.stride())
     w = Strided(lora_b, rank, 1)
     return _skinny(dys, w, parts, rank, indices, update.scale, out, tile, rows, channel)
 
@@ -391,7 +399,8 @@ def lora_da(
     K, rank = sum(x.shape[-1] for x in xs), d_down.shape[1]
     if out is None:
         out = xs[0].new_empty(rank, K, dtype=torch.float32)
-    check(out.shape == (rank, K), "out", f"[{rank}, {K}]", tuple(out.shape))
+    if out.shape != (rank, K):
+        refuse("out", f"[{rank}, {K}]", tuple(out.shape))
     return _grads(xs, d_down, [Part(0, K, 0, 0)], rank, 1.0, out, (1, K), tile)
 
 
@@ -407,8 +416,10 @@ def lora_db(
     parts = check_parts(update.parts, sum(dy.shape[-1] for dy in dys), lora_b)
     if out is None:
         out = lora_b.new_empty(lora_b.shape, dtype=torch.float32)
-    check(out.shape == lora_b.shape, "out", f"{list(lora_b.shape)}", tuple(out.shape))
+    if out.shape != lora_b.shape:
+        refuse("out", f"{list(lora_b.shape)}", tuple(out.shape))
     most = max(part.index for part in parts)
     fits = down.shape[1] >= rank * (most + 1)
-    check(fits, "down", f"[{down.shape[0]}, P·{rank}]", tuple(down.shape))
+    if not fits:
+        refuse("down", f"[{down.shape[0]}, P·{rank}]", tuple(down.shape))
     return _grads(dys, down, parts, rank, update.scale, out, (rank, 1), tile)

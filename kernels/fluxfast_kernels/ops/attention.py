@@ -45,7 +45,15 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch.attention import AttentionTile, choose_backend, choose_tile
-from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, launches, tl, triton
+from fluxfast_kernels.dispatch.backend import (
+    check,
+    check_dtype,
+    kernel,
+    launches,
+    refuse,
+    tl,
+    triton,
+)
 from fluxfast_kernels.dispatch.dispatch import arch_of
 
 aten = torch.ops.aten
@@ -268,7 +276,8 @@ def _launch(
     """Launches one of KERNELS. arguments: its first, in order."""
     B, H, T, C = q.shape
     check_dtype("q", q)
-    check(C in WIDTHS, "q's head width", f"one of {WIDTHS} (Triton)", C)
+    if C not in WIDTHS:
+        refuse("q's head width", f"one of {WIDTHS} (Triton)", C)
     check(B * H < 65536, "q's B·H", "below 65536", B * H)
     tile = tile or choose_tile(kernel, arch_of(q.device), q.dtype, C)
     block, step = tile.block_m, tile.block_n
@@ -334,7 +343,8 @@ def launch_backward(
 
 def _resolve(backend: str, q: Tensor) -> str:
     if backend != "auto":
-        check(backend in BACKENDS, "backend", f"auto or one of {', '.join(BACKENDS)}", backend)
+        if backend not in BACKENDS:
+            refuse("backend", f"auto or one of {', '.join(BACKENDS)}", backend)
         return backend
     if not q.is_cuda:
         return "triton" if launches(q) else "cpu"
@@ -394,7 +404,8 @@ def attention_backward(
     """Returns dq, dk, dv like q, stored [B, T, H, C]. do, q, k, v, o: [B, H, T, C]; lse: [B, H,
     T]."""
     _check_qkv(q, k, v)
-    check(do.shape == q.shape and do.dtype == q.dtype, "do", f"like q {tuple(q.shape)}", do.shape)
+    if not (do.shape == q.shape and do.dtype == q.dtype):
+        refuse("do", f"like q {tuple(q.shape)}", do.shape)
     backend = _resolve(backend, q)
     T = q.shape[2]
     if do.stride(3) != 1 or (backend == "cudnn" and do.stride() != o.stride()):
@@ -430,11 +441,15 @@ def attention_backward(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check(q.dim() == 4 and q.shape[2] > 0, "q", "[B, H, T, C], T above 0", tuple(q.shape))
+    if not (q.dim() == 4 and q.shape[2] > 0):
+        refuse("q", "[B, H, T, C], T above 0", tuple(q.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check(x.shape == q.shape, name, f"shaped like q {tuple(q.shape)}", tuple(x.shape))
-        check(x.dtype == q.dtype, name, f"q's dtype {q.dtype}", x.dtype)
-        check(x.stride(3) == 1, f"{name}'s last stride", "1", x.stride(3))
+        if x.shape != q.shape:
+            refuse(name, f"shaped like q {tuple(q.shape)}", tuple(x.shape))
+        if x.dtype != q.dtype:
+            refuse(name, f"q's dtype {q.dtype}", x.dtype)
+        if x.stride(3) != 1:
+            refuse(f"{name}'s last stride", "1", x.stride(3))
 
 
 # ---------------------------------------------------------------- the op

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend, dispatch
-from fluxfast_kernels.dispatch.backend import check
+from fluxfast_kernels.dispatch.backend import check, refuse
 from fluxfast_kernels.gemm.epilogue import Epilogue, LoRAUpdate
 from fluxfast_kernels.gemm.linear import linear_backward, linear_forward
 from fluxfast_kernels.gemm.linear_8bit import matmul_8bit_reference
@@ -178,8 +178,8 @@ def check_linear(
     kind = type(weight).__name__
     check(isinstance(weight, FrozenWeight), "weight", "a FrozenWeight: FrozenWeight([W])", kind)
     N, K = weight_shape(weight.tensors, sum(widths))
-    if weight.bias is not None:
-        check(weight.bias.shape == (N,), "bias", f"[{N}]", tuple(weight.bias.shape))
+    if weight.bias is not None and weight.bias.shape != (N,):
+        refuse("bias", f"[{N}]", tuple(weight.bias.shape))
     _check_update(update, N, K)
     _check_matmul(weight, x, widths)
     return N
@@ -188,17 +188,20 @@ def check_linear(
 def _check_matmul(weight: FrozenWeight, x: Tensor, widths: Sequence[int]) -> None:
     """Raise ValueError unless x's device has this matmul and the weight's storage fits it."""
     matmul, rotation = weight.matmul, weight.rotation
-    check(matmul in ("", *TOP), "matmul", "'', 'int8' or 'fp8'", repr(matmul))
+    if matmul not in ("", *TOP):
+        refuse("matmul", "'', 'int8' or 'fp8'", repr(matmul))
     check(bool(matmul) or not rotation, "rotation", "0 without an 8-bit matmul", rotation)
     check_rotation(rotation, *widths)
     if matmul:
         other = "fp8" if matmul == "int8" else "int8"
         fits = storage_of(weight.tensors) != other
-        check(fits, "matmul", f"{other} or '' for a weight stored in {other}", matmul)
+        if not fits:
+            refuse("matmul", f"{other} or '' for a weight stored in {other}", matmul)
     if matmul == "fp8":
         arch = dispatch.arch_of(x.device)
         fits = not arch or arch >= 89
-        check(fits, "matmul", "int8 or '' on a card before sm_89", f"fp8 on sm_{arch}")
+        if not fits:
+            refuse("matmul", "int8 or '' on a card before sm_89", f"fp8 on sm_{arch}")
 
 
 def _check_update(update: LoRAUpdate | None, N: int, K: int) -> None:
@@ -206,25 +209,31 @@ def _check_update(update: LoRAUpdate | None, N: int, K: int) -> None:
     if update is None:
         return
     one = "one LoRAUpdate (several are one of all their ranks side by side)"
-    check(isinstance(update, LoRAUpdate), "update", one, type(update).__name__)
+    if not isinstance(update, LoRAUpdate):
+        refuse("update", one, type(update).__name__)
     lora_a, lora_b, parts, _ = update
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         check(factor is not None, name, "given with the other factor", None)
-        check(factor.ndim == 2, name, "a matrix", tuple(factor.shape))
+        if factor.ndim != 2:
+            refuse(name, "a matrix", tuple(factor.shape))
         backend.check_dtype(name, factor, (torch.float32,))
     fits = len(parts) > 0 and len(parts) % 3 == 0
     check(fits, "parts", "flat triples: start, end, index of A, start, …", parts)
-    check(min(parts[2::3]) >= 0, "parts", "with an index of A from 0", list(parts))
+    if min(parts[2::3]) < 0:
+        refuse("parts", "with an index of A from 0", list(parts))
     last = 0
     for start, end in zip(parts[::3], parts[1::3], strict=True):
         fits = last <= start < end <= N
-        check(fits, "parts", f"ascending row ranges within 0..{N}", (start, end))
+        if not fits:
+            refuse("parts", f"ascending row ranges within 0..{N}", (start, end))
         last = end
     rows = sum(parts[1::3]) - sum(parts[::3])
-    check(lora_b.shape[0] == rows, "lora_b", f"[{rows}, R]", tuple(lora_b.shape))
+    if lora_b.shape[0] != rows:
+        refuse("lora_b", f"[{rows}, R]", tuple(lora_b.shape))
     stacked = 1 + max(parts[2::3])
     fits = tuple(lora_a.shape) == (stacked * update.rank, K)
-    check(fits, "lora_a", f"[{stacked}·{update.rank}, {K}]", tuple(lora_a.shape))
+    if not fits:
+        refuse("lora_a", f"[{stacked}·{update.rank}, {K}]", tuple(lora_a.shape))
 
 
 def check_gate(gate: Tensor | None, residual: Tensor | None, x: Tensor, N: int) -> None:
@@ -234,11 +243,15 @@ def check_gate(gate: Tensor | None, residual: Tensor | None, x: Tensor, N: int) 
     check(gate is not None, "gate", "given with residual", None)
     check(residual is not None, "residual", "given with gate", None)
     assert gate is not None and residual is not None
-    check(residual.shape == (*x.shape[:-1], N), "residual", f"[B, T, {N}]", tuple(residual.shape))
+    if residual.shape != (*x.shape[:-1], N):
+        refuse("residual", f"[B, T, {N}]", tuple(residual.shape))
     fits = gate.shape == ((x.shape[0], 1, N) if x.ndim == 3 else gate.shape[:-1] + (N,))
-    check(fits, "gate", f"[B, 1, {N}]", tuple(gate.shape))
-    check(gate.dtype == x.dtype, "gate", f"of x's dtype, {x.dtype}", gate.dtype)
-    check(residual.dtype == x.dtype, "residual", f"of x's dtype, {x.dtype}", residual.dtype)
+    if not fits:
+        refuse("gate", f"[B, 1, {N}]", tuple(gate.shape))
+    if gate.dtype != x.dtype:
+        refuse("gate", f"of x's dtype, {x.dtype}", gate.dtype)
+    if residual.dtype != x.dtype:
+        refuse("residual", f"of x's dtype, {x.dtype}", residual.dtype)
     wants = gate.requires_grad and torch.is_grad_enabled()
     check(not wants, "gate", "frozen here: its gradient needs y, see gate_residual", "one to train")
 

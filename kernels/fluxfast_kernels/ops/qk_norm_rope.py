@@ -32,11 +32,11 @@ from torch import Tensor
 from fluxfast_kernels.dispatch.attention import AttentionTile, choose_tile
 from fluxfast_kernels.dispatch.backend import (
     Matrix,
-    check,
     check_dtype,
     kernel,
     launches,
     matrix,
+    refuse,
     tl,
     triton,
 )
@@ -294,7 +294,8 @@ def qk_norm_rope_backward(grads: QKV, streams: Streams) -> list[Tensor]:
     """grads: dq, dk, dv [B, T, H, C], last stride 1. Returns dqkv of each stream, without gaps."""
     _check(streams)
     for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
-        check(grad.stride(3) == 1, f"{name}'s last stride", "1", grad.stride(3))
+        if grad.stride(3) != 1:
+            refuse(f"{name}'s last stride", "1", grad.stride(3))
     if not launches(streams.qkv[0]):
         return qk_norm_rope_backward_reference(grads, streams)
     _check_launch(streams)
@@ -317,34 +318,48 @@ def _split(x: Tensor, heads: int) -> QKV:
 
 def _check(streams: Streams) -> None:
     qkv, scales, cos, sin, heads = streams
-    check(len(qkv) in (1, 2), "qkv", "one or two streams", len(qkv))
+    if len(qkv) not in (1, 2):
+        refuse("qkv", "one or two streams", len(qkv))
     first = qkv[0]
     for x in qkv:
-        check(x.dim() == 3, "qkv", "[B, T, 3·H·C]", tuple(x.shape))
+        if x.dim() != 3:
+            refuse("qkv", "[B, T, 3·H·C]", tuple(x.shape))
         same = x.shape[0] == first.shape[0] and x.shape[2] == first.shape[2]
-        check(same, "qkv", f"of one batch size and width, {tuple(first.shape)}", tuple(x.shape))
-        check(x.dtype == first.dtype, "qkv", f"of one dtype, {first.dtype}", x.dtype)
-        check(x.stride(2) == 1, "qkv's last stride", "1", x.stride(2))
-    check(sum(x.shape[1] for x in qkv) > 0, "qkv", "of at least one token", tuple(first.shape))
+        if not same:
+            refuse("qkv", f"of one batch size and width, {tuple(first.shape)}", tuple(x.shape))
+        if x.dtype != first.dtype:
+            refuse("qkv", f"of one dtype, {first.dtype}", x.dtype)
+        if x.stride(2) != 1:
+            refuse("qkv's last stride", "1", x.stride(2))
+    if sum(x.shape[1] for x in qkv) <= 0:
+        refuse("qkv", "of at least one token", tuple(first.shape))
     C, rest = divmod(first.shape[2], 3 * heads)
-    check(rest == 0 and C % 2 == 0, "qkv's width", f"3 · {heads} heads · an even C", first.shape[2])
-    check(len(scales) == 2 * len(qkv), "scales", "a q and a k scale per stream", len(scales))
+    if not (rest == 0 and C % 2 == 0):
+        refuse("qkv's width", f"3 · {heads} heads · an even C", first.shape[2])
+    if len(scales) != 2 * len(qkv):
+        refuse("scales", "a q and a k scale per stream", len(scales))
     for scale in scales:
-        check(scale.shape == (C,), "scales", f"[{C}] each", tuple(scale.shape))
-        check(scale.stride(0) == 1, "scales' stride", "1", scale.stride(0))
+        if scale.shape != (C,):
+            refuse("scales", f"[{C}] each", tuple(scale.shape))
+        if scale.stride(0) != 1:
+            refuse("scales' stride", "1", scale.stride(0))
     B, T = streams.joint_shape[:2]
     for name, table in (("cos", cos), ("sin", sin)):
         shapes = ((1, T, 1, C // 2), (B, T, 1, C // 2))
-        check(tuple(table.shape) in shapes, name, f"one of {shapes}", tuple(table.shape))
+        if tuple(table.shape) not in shapes:
+            refuse(name, f"one of {shapes}", tuple(table.shape))
         check_dtype(name, table, (torch.float32,))
-        check(table.stride(3) == 1, f"{name}'s last stride", "1", table.stride(3))
-    check(cos.stride() == sin.stride(), "sin's strides", f"cos's {cos.stride()}", sin.stride())
+        if table.stride(3) != 1:
+            refuse(f"{name}'s last stride", "1", table.stride(3))
+    if cos.stride() != sin.stride():
+        refuse("sin's strides", f"cos's {cos.stride()}", sin.stride())
 
 
 def _check_launch(streams: Streams) -> None:
     C = streams.joint_shape[3]
     check_dtype("qkv", streams.qkv[0])
-    check(C in WIDTHS, "the head width", f"one of {WIDTHS}", C)
+    if C not in WIDTHS:
+        refuse("the head width", f"one of {WIDTHS}", C)
 
 
 # ---------------------------------------------------------------- the op
@@ -379,7 +394,8 @@ def _backward_op(
     o: Tensor,
     lse: Tensor,
 ) -> list[Tensor]:
-    check(do.shape == o.shape, "do", f"like o {tuple(o.shape)}", tuple(do.shape))
+    if do.shape != o.shape:
+        refuse("do", f"like o {tuple(o.shape)}", tuple(do.shape))
     streams = Streams(qkv, scales, cos, sin, heads)
     q, k, v = (x.transpose(1, 2) for x in qk_norm_rope_forward(streams))
     do, o = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (do, o))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, kernel, tl, triton
+from fluxfast_kernels.dispatch.backend import check, kernel, refuse, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference
 from fluxfast_kernels.quant.nf4 import (
@@ -87,25 +87,32 @@ def weight_shape(weight: Sequence[Tensor], K: int) -> tuple[int, int]:
     """Returns (N, K) of a weight whose input is K wide. Raises ValueError where they do not fit."""
     kind = type(weight).__name__
     check(isinstance(weight, list | tuple), "weight", "a list of tensors: FrozenWeight([W])", kind)
-    check(len(weight) in (1, 2, 4), "weight", "a list of 1, 2 or 4 tensors", len(weight))
+    if len(weight) not in (1, 2, 4):
+        refuse("weight", "a list of 1, 2 or 4 tensors", len(weight))
     storage, first = storage_of(weight), weight[0]
-    check(first.ndim == 2, "weight", "[N, K]", tuple(first.shape))
+    if first.ndim != 2:
+        refuse("weight", "[N, K]", tuple(first.shape))
     if storage == "nf4":
-        (N, half), needed = first.shape, f"NF4 of [N, {K}], packed [N, {K // 2}]"
-        check(K % BLOCK == 0 and 2 * half == K, "weight", needed, f"packed {tuple(first.shape)}")
+        N, half = first.shape
+        if not (K % BLOCK == 0 and 2 * half == K):
+            needed = f"NF4 of [N, {K}], packed [N, {K // 2}]"
+            refuse("weight", needed, f"packed {tuple(first.shape)}")
         check_nf4(as_nf4(weight, N, K))
         return N, K
-    check(first.shape[1] == K, "weight", f"[N, {K}] for this x", tuple(first.shape))
+    if first.shape[1] != K:
+        refuse("weight", f"[N, {K}] for this x", tuple(first.shape))
     if storage == "dense":  # quantized values that came without their scales are not
         fits = first.dtype in (*backend.DTYPES, torch.float64)
         check(fits, "weight", "float32, bfloat16 or float16", first.dtype)
     else:
-        check(first.is_contiguous(), "weight (quantized)", "contiguous", first.stride())
+        if not first.is_contiguous():
+            refuse("weight (quantized)", "contiguous", first.stride())
         scale = weight[1]
         fits = scale.shape == first.shape[:1] and scale.dtype == torch.float32
         fits &= len(weight) == 2 and scale.is_contiguous()
         got = (scale.dtype, tuple(scale.shape), scale.stride())
-        check(fits, "weight (scale)", f"contiguous fp32 [{first.shape[0]}]", got)
+        if not fits:
+            refuse("weight (scale)", f"contiguous fp32 [{first.shape[0]}]", got)
     return first.shape[0], first.shape[1]
 
 
@@ -142,7 +149,8 @@ def quantize_8bit(weight: Tensor, kind: str, rotation: int = 0) -> tuple[Tensor,
     """
     check(kind in TOP, "kind", "int8 or fp8", kind)
     backend.check_dtype("weight", weight)
-    check(weight.ndim == 2, "weight", "[N, K]", tuple(weight.shape))
+    if weight.ndim != 2:
+        refuse("weight", "[N, K]", tuple(weight.shape))
     check_rotation(rotation, weight.shape[1])
     rows = quantize_rows_reference(weight, kind, rotation=rotation)
     return rows.values, rows.scale
@@ -267,7 +275,8 @@ def weight_in_8bit(
     else:
         dense = first if storage == "dense" else dequantize(weight, K, torch.float32)
         if launched and not transposed:
-            check(dense.stride(1) == 1 or K == 1, "weight", "of last stride 1", dense.stride())
+            if not (dense.stride(1) == 1 or K == 1):
+                refuse("weight", "of last stride 1", dense.stride())
             launch_quantize(dense[None], rows)
         else:
             rows = quantize_rows_reference(dense, kind)

@@ -28,6 +28,7 @@ from fluxfast_kernels.dispatch.backend import (
     check_dtype,
     kernel,
     launches,
+    refuse,
     tl,
     triton,
 )
@@ -182,8 +183,9 @@ def check_nf4(weight: NF4Tensor) -> None:
         wanted["offset"] = (weight.offset, torch.float32, (1, groups))
     for name, (tensor, dtype, counts) in wanted.items():
         fits = tensor.dtype == dtype and tensor.numel() in counts and tensor.is_contiguous()
-        needed = f"contiguous {dtype} of {' or '.join(map(str, counts))} values"
-        check(fits, f"weight ({name})", needed, (tensor.dtype, tensor.numel()))
+        if not fits:
+            needed = f"contiguous {dtype} of {' or '.join(map(str, counts))} values"
+            refuse(f"weight ({name})", needed, (tensor.dtype, tensor.numel()))
 
 
 # ---------------------------------------------------------------- dequantize: kernel and launcher

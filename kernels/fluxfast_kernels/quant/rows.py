@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fluxfast_kernels.dispatch import backend
-from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, matrix, tl, triton
+from fluxfast_kernels.dispatch.backend import check, check_dtype, kernel, matrix, refuse, tl, triton
 from fluxfast_kernels.quant import native
 from fluxfast_kernels.quant.hadamard import check_rotation, hadamard_reference, rotated
 
@@ -177,7 +177,8 @@ def launch_quantize(
 ) -> None:
     """Overwrites rows and, with a gate, dy. x [B, T, K]; the others contiguous, gate [B, 1, K]."""
     B, T, K = x.shape
-    check(x.stride(2) == 1 or K == 1, "x", "of last stride 1", x.stride())
+    if not (x.stride(2) == 1 or K == 1):
+        refuse("x", "of last stride 1", x.stride())
     block = min(BLOCK, triton.next_power_of_2(K))
     tensors = (matrix(x), matrix(gate), channel, dy, rows.values, rows.scale)
     constants = {"TOP": TOP[rows.kind], "ROTATION": rotation, "BLOCK": block}
@@ -213,17 +214,20 @@ def quantize_rows(
     check(kind in TOP, "kind", "int8 or fp8", kind)
     check_dtype("x", x)
     fits = x.ndim == 3 and x.shape[2] > 0 and (x.stride(2) == 1 or x.shape[2] == 1)
-    check(fits, "x", "[B, T, K] of last stride 1", (tuple(x.shape), x.stride()))
+    if not fits:
+        refuse("x", "[B, T, K] of last stride 1", (tuple(x.shape), x.stride()))
     B, _, K = x.shape
     check_rotation(rotation, K)
     if channel is not None:
         fits = channel.shape == (K,) and channel.dtype == torch.float32 and channel.is_contiguous()
         got = (channel.dtype, tuple(channel.shape), channel.stride())
-        check(fits, "channel", f"contiguous fp32 [{K}]", got)
+        if not fits:
+            refuse("channel", f"contiguous fp32 [{K}]", got)
     if gate is not None:
         fits = gate.shape == (B, 1, K) and gate.stride(-1) == 1 and gate.dtype == x.dtype
         got = (gate.dtype, tuple(gate.shape), gate.stride())
-        check(fits, "gate", f"{x.dtype} [{B}, 1, {K}]", got)
+        if not fits:
+            refuse("gate", f"{x.dtype} [{B}, 1, {K}]", got)
     if backend.launches(x):
         rows = empty_rows(x, kind)
         dy = None if gate is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
