@@ -127,7 +127,7 @@ class Step(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fluxfast":
             with self:
-                return _OPS[func.name()]._init_fn(*args, **(kwargs or {}))
+                return OPS[func.name()]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and not _is_view(func) and name not in _FREE:
@@ -156,7 +156,7 @@ def _ops() -> dict[str, CustomOpDef]:
     return {op._qualname: op for op in values if isinstance(op, CustomOpDef)}
 
 
-_OPS = _ops()
+OPS = _ops()
 
 
 @contextmanager

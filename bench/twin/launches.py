@@ -4,11 +4,13 @@ A step here: noise, target, embedders, modulation, blocks, last layer and loss, 
 backward, on meta tensors. Without the optimizer, and without graphs, which launch the same.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.twin.driver import Launch, card
 from fluxfast.model.flux import Flux
@@ -43,14 +45,17 @@ class Case:
     targets: str = "attn+mlp"
     size: str = "1024x1024"
     batch: int = 1
+    dropout: bool = False
 
     def __str__(self) -> str:
         line = f"sm_{self.arch} {self.storage}+{self.matmul} rank {self.rank} {self.targets}"
-        return f"{line} {self.size} batch {self.batch}"
+        return f"{line} {self.size} batch {self.batch}{' dropout' * self.dropout}"
 
 
 @lru_cache(maxsize=1)
-def _model(storage: str, matmul: str, rank: int, targets: str, spec: FluxSpec) -> Flux:
+def _model(
+    storage: str, matmul: str, rank: int, targets: str, dropout: bool, spec: FluxSpec
+) -> Flux:
     """Returns a model on meta tensors with its LoRA and its gradients; arguments as `Case`'s."""
     storage, nested = storage.removesuffix("-nested"), storage.endswith("-nested")
     matmul, rotated = matmul.removesuffix("-rotated"), matmul.endswith("-rotated")
@@ -66,7 +71,8 @@ def _model(storage: str, matmul: str, rank: int, targets: str, spec: FluxSpec) -
     precisions = layer_precisions(spec, storage, matmul, choices if rotated else None)
     fill(model, read, precisions, nested=nested, device="meta")
     # seed None: A stays unset, as all here
-    FlatParameters(inject_lora(model, rank, targets=targets, seed=None))
+    lora = inject_lora(model, rank, targets=targets, dropout=0.1 * dropout, seed=None)
+    FlatParameters(lora)
     return model.train()
 
 
@@ -74,9 +80,22 @@ def step_launches(
     case: Case, doubles: tuple[str, ...] = BLOCKS, singles: tuple[str, ...] = BLOCKS
 ) -> list[Launch]:
     """Returns the launches of a step over double and single blocks of these memory policies."""
-    spec = replace(DEV, depth=len(doubles), depth_single_blocks=len(singles))
+    return run_step(case, doubles, singles, DEV)
+
+
+def run_step(
+    case: Case,
+    doubles: tuple[str, ...],
+    singles: tuple[str, ...],
+    spec: FluxSpec,
+    watch: TorchDispatchMode | None = None,
+) -> list[Launch]:
+    """Runs a step over as many blocks of `spec`'s widths. Returns its launches. watch: is active in
+    forward and backward, after their inputs are made."""
+    spec = replace(spec, depth=len(doubles), depth_single_blocks=len(singles))
     with card(case.arch) as launches:
-        model = _model(case.storage, case.matmul, case.rank, case.targets, spec)
+        kind = case.storage, case.matmul, case.rank, case.targets, case.dropout
+        model = _model(*kind, spec)
         model.policies = [*doubles, *singles]
         launches.clear()
         inputs = noise_batch(_batch(case, spec), 0, device="meta")
@@ -85,7 +104,9 @@ def step_launches(
             with torch.no_grad():
                 ahead = model.modulation(inputs.timesteps, inputs.pooled, guidance)
             inputs = inputs._replace(modulation=ahead)
-        sample_losses(model, inputs, guidance=1.0).mean().backward()
+        model.dropout_clock.indices = inputs.indices
+        with watch or nullcontext():
+            sample_losses(model, inputs, guidance=1.0).mean().backward()
         return list(launches)
 
 
