@@ -5,7 +5,8 @@
 
 The project's own forward and backward run on meta tensors through the launchers (`driver.py`), so
 that every allocation is made as on the card and no memory is taken. `Allocator` is a model of
-torch's caching allocator. Exits with 1 where a prediction is off by more than BOUND.
+torch's caching allocator. Exits with 1 where a prediction, frozen weights included, is off by more
+than BOUND.
 """
 
 import bisect
@@ -68,8 +69,9 @@ class Allocator:
         if at < len(pool):
             block = pool.pop(at)[3]
         else:
-            whole = 2 * MIB if small else max(20 * MIB, -(-size // (2 * MIB)) * 2 * MIB)
-            whole = whole if small or size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            whole = 2 * MIB if small else 20 * MIB
+            if size >= 10 * MIB:
+                whole = -(-size // (2 * MIB)) * 2 * MIB
             block = _Block(self._segments, 0, whole, small)
             self._segments, self.reserved = self._segments + 1, self.reserved + whole
         left = block.size - size
@@ -169,19 +171,21 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of a step's passes: at the most alive, in segments, as the planner predicts; launches
-    of Triton's and aten's."""
+    """Bytes of a step's passes: at the most alive, in segments, as the planner predicts; of the
+    frozen weights beside them; launches of Triton's and aten's."""
 
     case: Case
     policy: str
     peak: int
     reserved: int
     predicted: int
+    weights: int
     launches: int
 
     @property
     def error(self) -> float:
-        return self.predicted / self.peak - 1
+        """Of the bytes on the card."""
+        return (self.predicted - self.peak) / (self.peak + self.weights)
 
     def __str__(self) -> str:
         sizes = f"{self.peak / GIB:.3f} GiB, in segments {self.reserved / GIB:.3f}"
@@ -208,7 +212,9 @@ def usage(case: Case, policy: str, spec: FluxSpec = DEV) -> Usage:
     if not any(map(step.trains, modulation)):  # given to the passes, so not allocated in them
         rows = -(-case.batch // MODULATION_ROWS) * MODULATION_ROWS
         predicted -= step.width * rows * sum(linear_shape(name, spec)[0] for name in modulation)
-    return Usage(case, policy, memory.peak, memory.allocator.reserved, predicted, len(launches))
+    weights = sum(saved_bytes.weights(step).values())
+    sizes = memory.peak, memory.allocator.reserved, predicted, weights
+    return Usage(case, policy, *sizes, len(launches))
 
 
 def step_of(case: Case, spec: FluxSpec) -> StepSpec:

@@ -112,6 +112,8 @@ class MemoryRuntime:
         """
         offloads = self._engine is not None
         reason = why_not(self.device, offload=offloads, wanted=wanted)
+        if reason is None and self.plan is not None and not self.plan.request.graphs:
+            reason = "the plan is faster without them, or has no room for them"
         self.graphs, self._examples = Graphs(run_pass, gradients, reason), examples
         return self.graphs
 

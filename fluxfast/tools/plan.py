@@ -14,7 +14,7 @@ from fluxfast.formats.base.load import ResolvedModel, choose_precision
 from fluxfast.formats.base.reader import open_base
 from fluxfast.formats.lora.read import ranks_of
 from fluxfast.memory.planner.cards import Card, card
-from fluxfast.memory.planner.plan import Plan, Request, usable
+from fluxfast.memory.planner.plan import CONTEXT, GIB, Plan, Request, usable
 from fluxfast.memory.planner.report import Row
 from fluxfast.memory.planner.step_spec import Shape, StepSpec, lora_of
 from fluxfast.memory.planner.suggest import DoesNotFit, make_plan, plan_on
@@ -134,7 +134,10 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
             try:
                 model = _resolved(config.model, spec, stored, known, vram)
                 lora = assistant if assistant and assistant.exists() else None
-                plan = make_plan(_request(config, model, chosen, lora), known, usable(vram))
+                room = usable(gib)
+                if config.memory.limit_gib:
+                    room = min(room, int(config.memory.limit_gib * GIB) - CONTEXT)
+                plan = make_plan(_request(config, model, chosen, lora), known, room)
             except DoesNotFit as error:
                 reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"
             except ConfigError as error:

@@ -263,6 +263,28 @@ def test_graphs_keep_their_pool_through_the_optimizers_step():
     assert eager.phases["optimizer step"] < eager.peak
 
 
+def test_a_graph_of_every_shape_is_planned_for():
+    """The driver's memory for it, which torch's allocator does not count."""
+    few, many = (planned("H100", 80, sides=sides) for sides in ((512,), (512, 768, 1024)))
+    each = few.static["CUDA graphs"]
+    assert 57 * 82 * 10_000 < each < 57 * 82 * 65_536 and many.static["CUDA graphs"] == 3 * each
+    for eager in (planned("H100", 80, graphs=False), planned("H100", 80, policy="offload")):
+        assert "CUDA graphs" not in eager.static and not eager.buckets["1024"].graphed
+
+
+def test_an_eager_step_takes_at_least_as_long_as_its_launches():
+    graphed, eager = (planned("H100", 80, sides=(256,), graphs=graphs) for graphs in (True, False))
+    assert eager.mean_seconds > 57 * 82 * 50e-6 > graphed.mean_seconds
+
+
+def test_a_limit_of_the_user_is_taken_as_it_is():
+    """It counts CUDA's own memory; a card's nominal size is more than CUDA shows."""
+    options = {"data": [{"folder": ".", "resolution": [512]}], "memory": {"limit_gib": 14.0}}
+    config = build_config({"model": {"path": "black-forest-labs/FLUX.1-dev"}} | options)
+    (row,) = plan_rows(config, None, "4090")
+    assert row.plan.limit == 14 * GIB - CONTEXT and usable(24) < 23.64 * 15 / 16 * GIB
+
+
 def test_phases_count_what_is_held_only_for_a_while():
     """schedule-free copies all gradients in its step; loading quantizes linear1 in fp32."""
     plan = planned("4090", 24, sides=(512,), optimizer="schedulefree", graphs=False)
