@@ -149,13 +149,19 @@ class _PerThread(threading.local):
 _cpu, _gpu = _PerThread(), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns [count] values of the device's one scratch in `dtype`; the next such call reuses it.
 
     It grows to the largest layer seen. Its users run one after the other: a matmul is queued before
     the next weight is dequantized. New memory instead costs a CPU a page fault every 4 KiB, a third
     of an NF4 matmul's time; on a GPU an older, smaller scratch is kept, since a captured graph may
-    hold its address.
+    hold its address. One made during a capture is not: its memory goes with the graph's pool.
+
+    Streams share it: one that runs beside another of the same GPU overwrites the other's weight.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -164,6 +170,8 @@ def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not made or made[-1].numel() < count:
         if on_cpu:
             made.clear()
+        elif _capturing(device):
+            return torch.empty(count, dtype=dtype, device=device)
         # one that a preview made in inference mode could not be written to in training
         with torch.inference_mode(False):
             made.append(torch.empty(count, dtype=dtype, device=device))

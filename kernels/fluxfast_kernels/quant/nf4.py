@@ -158,12 +158,45 @@ def nf4_absmax(weight: NF4Tensor) -> Tensor:
     """Returns absmax fp32 [N * K / 64], un-nested."""
     if weight.nested_absmax is None:
         return weight.absmax
+    if launches(weight.absmax):
+        return _launch_absmax(weight)
     table = dynamic_map(weight.absmax.device)
     scale = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
     offset = cast(Tensor, weight.offset)
     if offset.numel() > 1:
         offset = offset.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
     return table[weight.absmax.int()] * scale + offset
+
+
+@kernel
+def _absmax_kernel(
+    byte_ptr,
+    map_ptr,
+    nested_ptr,
+    offset_ptr,
+    out_ptr,
+    blocks,
+    OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = block < blocks
+    outer = block // 256
+    value = tl.load(map_ptr + tl.load(byte_ptr + block, inside, other=0).to(tl.int32))
+    shift = tl.load(offset_ptr + (outer if OFFSETS else outer * 0), inside, other=0.0)
+    value = value * tl.load(nested_ptr + outer, inside, other=0.0) + shift
+    tl.store(out_ptr + block, value, inside)
+
+
+def _launch_absmax(weight: NF4Tensor) -> Tensor:
+    """One launch where plain torch takes seven. Not fused into one rounding: the same bits."""
+    nested, offset = cast(Tensor, weight.nested_absmax), cast(Tensor, weight.offset)
+    blocks = weight.absmax.numel()
+    out = torch.empty(blocks, dtype=torch.float32, device=weight.absmax.device)
+    tensors = (weight.absmax, dynamic_map(out.device), nested, offset, out)
+    options = {"OFFSETS": offset.numel() > 1, "BLOCK": 1024, "enable_fp_fusion": False}
+    _absmax_kernel[(triton.cdiv(blocks, 1024),)](*tensors, blocks, **options)
+    return out
 
 
 def check_nf4(weight: NF4Tensor) -> None:
