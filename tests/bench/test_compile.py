@@ -38,12 +38,13 @@ def test_a_transposed_weight_is_the_shorter_way_to_dx():
     lines = [line for line in table if line.startswith(("int8", "fp8"))]
     per_mma = {line[:18].strip(): float(line.split()[-1]) for line in lines}
     assert len(per_mma) == 4
-    for kind in ("int8", "fp8"):
+    # e4m3 adds its sums up after each step, both ways
+    for kind, least in (("int8", 2.0), ("fp8", 1.7)):
         stored, transposed = (
             next(n for name, n in per_mma.items() if name.startswith(kind) and way in name)
             for way in ("as kept", "transposed")
         )
-        assert 2 * transposed < stored, (kind, per_mma)
+        assert least * transposed < stored, (kind, per_mma)
 
 
 @pytest.mark.parametrize(
