@@ -370,7 +370,7 @@ def test_breakdown_adds_up():
     plan = rows[-1].plan
     entries = (line for line in breakdown(rows) if line.startswith("  "))
     figures = {line[10:]: float(line[:10]) for line in entries}
-    parts = ("weights", "LoRA", "gradients", "optimizer", "scratch", "other")
+    parts = ("weights", "LoRA", "gradients", "optimizer", "scratch", "other", "CUDA graphs")
     total = sum(size for name, size in figures.items() if name.split(":")[0] in parts)
     total += figures["activations and passes, 1024 px"] + figures["CUDA itself (assumed)"]
     assert total == pytest.approx(needed(plan), abs=0.06)
