@@ -8,6 +8,7 @@ import pytest
 
 from bench import ROOT
 from bench.twin.dry_run import MIB, Allocator, cases
+from fluxfast.memory.planner.plan import NODES
 
 
 def run(*options: str) -> list[str]:
@@ -24,6 +25,7 @@ def test_predictions_hold_at_one_full_size_and_for_nano():
     *lines, summary = run()
     assert len(lines) == len(list(cases(False))) == 2 and "1024x1024" in lines[1]
     assert summary == "0 predictions off by more than 2%"
+    assert int(lines[1].split()[-2]) / 57 == pytest.approx(NODES, abs=1)  # launches a block
 
 
 @pytest.mark.slow
