@@ -15,6 +15,7 @@ from bench.report import cli as report
 from bench.step.settings import Cycle, Settings
 from bench.step.table import row_settings
 from fluxfast.memory.planner import saved_bytes
+from fluxfast.memory.planner.plan import NODES
 from fluxfast.model.spec import DEV
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,8 +208,7 @@ def test_counted_figures_are_the_cost_models(tmp_path):
     assert f"{modulation / 1e9:.1f} GB of weights" in found[8]
     apart, fused = re.search(r"move ([\d.]+) GB .* instead of ([\d.]+)", found[6]).groups()
     assert float(fused) > float(apart) > 50
-    (count,) = re.findall(r"counted: (\d+) launches", found[9])
-    assert 3000 < int(count) < 4000
+    assert f"counted: about {57 * NODES} launches" in found[9]
 
 
 # ---------------------------------------------------------------- pages
