@@ -485,6 +485,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, do, _):
+    if do is None:
+        return None, None, None, None
     return *_attention_backward(do, *ctx.saved_tensors, ctx.backend), None
 
 

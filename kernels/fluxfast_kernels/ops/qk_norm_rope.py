@@ -417,6 +417,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, do, _):
     *qkv, o, lse = ctx.saved_tensors
+    if do is None:
+        return [None] * len(qkv), [None] * len(ctx.rest[0]), None, None, None
     dqkv = _backward_op(do, qkv, *ctx.rest, o, lse)
     return dqkv, [None] * len(ctx.rest[0]), None, None, None
 
