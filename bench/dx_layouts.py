@@ -14,14 +14,33 @@ Fewer instructions per tensor-core instruction is better; nothing is timed here.
 
 import sys
 
+import torch
 import triton
 from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.gemm.eight_bit import gemm_8bit_dx
+from fluxfast_kernels.quant.frozen import QuantizedWeight
+from fluxfast_kernels.quant.rows import DTYPE, QuantizedRows
 
 from bench import terminal
-from bench.compile_cases import gemm_8bit_case
-from bench.offline import compile_for, hot_loop, resources
+from bench.twin import sass
+from bench.twin.driver import card
+from bench.twin.grid import ARCHITECTURES
 
 TILE = dispatch.Tile(128, 128, 64, 8, 8, 3)
+M, N, K = 4608, 12288, 3072
+
+
+def _compiled(kind: str, transposed: bool, arch: int):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dtype = DTYPE[kind]
+    rows = QuantizedRows(empty(1, M, N, dtype=dtype), empty(1, M))
+    values = empty(*((K, N) if transposed else (N, K)), dtype=dtype)
+    weight = QuantizedWeight(values, empty(N), transposed=transposed)
+    with card(arch) as launches:
+        gemm_8bit_dx([rows], weight, None, None, [K], torch.bfloat16, tile=TILE)
+    return launches[-1].kernel.compile()
 
 
 def rows(arch: int) -> list[list[str]]:
@@ -29,10 +48,8 @@ def rows(arch: int) -> list[list[str]]:
     table = []
     for kind in ("int8", "fp8") if arch >= 89 else ("int8",):
         for way in ("as kept", "transposed"):
-            layout = ("dense", TILE, False, way == "transposed")
-            case = gemm_8bit_case("gemm_8bit_dx", kind, *layout, with_update=False)
-            kernel = compile_for(case.fn, case.signature, case.constants, arch, **TILE.options)
-            cost, loop = resources(kernel), hot_loop(kernel)
+            kernel = _compiled(kind, way == "transposed", arch)
+            cost, loop = sass.read(kernel, arch), sass.hot_loop(kernel)["opcodes"]
             assert not cost["stack"], (kind, way, cost["stack"])
             mma = sum(n for opcode, n in loop.items() if opcode.endswith("MMA"))
             counts = [loop.get(opcode, 0) for opcode in ("PRMT", "LDS", "LDSM")]
@@ -44,7 +61,7 @@ def rows(arch: int) -> list[list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = terminal.parser(__doc__)
-    parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 120), default=89)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=89)
     arch = parser.parse_args(arguments).arch
     print(f"sm_{arch}, Triton {triton.__version__}: inner loop of a 128x128x64 tile")
     head = ["kind", "W", "regs", "MMA", "PRMT", "LDS", "LDSM", "all", "a MMA"]

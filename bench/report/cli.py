@@ -13,7 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import RESULTS, ROOT, activations, quality, terminal
-from bench.report import catalog, charts, plan_table, quality_chart, step_chart, technique_table
+from bench.report import (
+    catalog,
+    charts,
+    launch_table,
+    plan_table,
+    quality_chart,
+    step_chart,
+    technique_table,
+)
 from bench.rows import Row, last_run
 
 
@@ -28,6 +36,7 @@ def blocks(results: Path) -> dict[str, str]:
         "activations": activations.block(last_run(results / activations.ROWS.name)),
         "speed": technique_table.short(results),
         "techniques": technique_table.block(results),
+        "launches": launch_table.block(results),
         "quality": quality_chart.block(last_run(results / quality.ROWS.name)),
     }
     tables = {"ops": catalog.table(), "step": catalog.step_table()}

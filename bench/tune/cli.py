@@ -21,7 +21,6 @@ import torch
 from fluxfast_kernels.dispatch import dispatch
 
 from bench import RESULTS, terminal, timing
-from bench.compile import ARCHITECTURES
 from bench.rows import Row, read
 from bench.terminal import aligned, say
 from bench.tune import tiles as tune_tiles
@@ -133,7 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = terminal.parser(__doc__)
     commands = parser.add_subparsers(required=True)
     compiling = commands.add_parser("candidates", help="which tiles compile for a card")
-    compiling.add_argument("--arch", type=int, choices=ARCHITECTURES, required=True)
+    compiling.add_argument("--arch", type=int, choices=dispatch.ARCHITECTURES, required=True)
     compiling.add_argument("--out", type=Path, help="default: bench/tiles/sm_<arch>.json")
     compiling.set_defaults(run=candidates)
     sweeping = commands.add_parser("sweep", help="time them on this GPU")

@@ -100,7 +100,7 @@ def space(kernel: Kernel, arch: int) -> list[dispatch.Tile | AttentionTile]:
 
 
 def _fits(kernel: Kernel, arch: int, m: int, n: int, k: int, warps: int, stages: int) -> bool:
-    from bench.offline import SHARED_LIMIT
+    from bench.twin.driver import SHARED_LIMIT
 
     least, most = ACCUMULATORS
     if kernel.op in ATTENTION:

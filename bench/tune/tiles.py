@@ -1,5 +1,7 @@
 """Which tiles of the search space compile for a card without a spill: the list that `sweep` times.
 
+A tile is compiled in the kernels that a step at FLUX.1-dev's widths launches with it.
+
 `bench/tiles/sm_<arch>.json` holds, per kernel, the tiles that may be timed ("kept") and those that
 may not, by what is wrong with them. The list belongs to one version of Triton: with another it is
 begun again. Every tile is written down as soon as it is known, so that a run that is cut short
@@ -13,25 +15,32 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from importlib import metadata
 from multiprocessing import connection
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from fluxfast_kernels.dispatch import attention as attention_rows
+from fluxfast_kernels.dispatch import dispatch
+from fluxfast_kernels.dispatch.attention import AttentionTile
+from fluxfast_kernels.ops import attention, qk_norm_rope
 
 from bench import ROOT
-from bench.compile import cost_of
-from bench.compile_cases import tile_cases
 from bench.terminal import say
-from bench.tune.space import KERNELS, Kernel, named_tile, space, tile_name
+from bench.tune.space import ATTENTION, KERNELS, Kernel, named_tile, space, tile_name
 from fluxfast.errors import ConfigError
 
 FOLDER = ROOT / "bench" / "tiles"
 KEPT = "kept"
-# how a verdict of bench/compile.py begins -> the heading that its tiles stand under
+# how a `problem` of bench/twin begins -> the heading that its tiles stand under
 REFUSALS = {
     "spills": "spills",
     "needs": "too much shared memory",
     "multiplies": "no tensor cores",
-    "failed": "does not compile",
+    "does": "does not compile",
 }
 DIED = "the compiler died"
 Verdicts = dict[str, dict[str, str]]  # kernel -> tile -> KEPT or why not
@@ -82,12 +91,73 @@ def kept(verdicts: Verdicts, kernel: Kernel) -> list:
 
 
 def heading_of(kernel: Kernel, name: str, arch: int) -> str:
-    """KEPT, or what is wrong with the first case of a tile that has anything wrong."""
-    for case in tile_cases(*kernel, named_tile(kernel, name)):
-        wrong = cost_of(case, arch)[1] if case.least_arch <= arch else None
+    """KEPT, or what is wrong with the first kernel launched with a tile that has anything wrong."""
+    from bench.twin.readings import problem, reading_of
+
+    for launched in launched_with(kernel, named_tile(kernel, name), arch):
+        wrong = problem(reading_of(launched), arch)
         if wrong is not None:
             return REFUSALS[wrong.split(":")[0].split()[0]]
     return KEPT
+
+
+class _Candidate(dispatch.Tile):
+    """A tile that its kernels can be told by."""
+
+
+def launched_with(kernel: Kernel, tile, arch: int) -> list:
+    """Returns the kernels (`bench.twin.driver`) that a step at 1024 px launches with a tile in
+    place of the rows' own: rank 16, and 128 for LoRA's products."""
+    from bench.twin.launches import Case, step_launches
+
+    def choose(op: str, arch: int, dtype: torch.dtype, storage: str, *shape: int):
+        choice = shipped(op, arch, dtype, storage, *shape)
+        if (op, storage, dispatch._KINDS.get(dtype, "half")) != kernel:
+            return choice
+        return replace(choice, kind="fused", tile=_Candidate(**asdict(tile)))
+
+    def choose_tile(op: str, *card) -> AttentionTile:
+        return tile if op == kernel.op else shipped_tile(op, *card)
+
+    shipped, shipped_tile = dispatch.choose, attention_rows.choose_tile
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(dispatch, "choose", choose))
+        if kernel.op in ATTENTION:
+            chosen = ("triton", "as asked")
+            stack.enter_context(patch.object(attention_rows, "choose_backend", return_value=chosen))
+            for module in (attention, qk_norm_rope):
+                stack.enter_context(patch.object(module, "choose_tile", choose_tile))
+        cases = [
+            Case(arch, *mode, rank) for mode in _modes(kernel, arch) for rank in _ranks(kernel)
+        ]
+        launches = [launch for case in cases for launch in step_launches(case)]
+    found = {launch.kernel.key: launch.kernel for launch in launches if launch.kernel}
+    return [each for each in found.values() if _has_tile(each, kernel)]
+
+
+def _modes(kernel: Kernel, arch: int) -> list[tuple[str, str]]:
+    """Returns the storages and products of a step that launches a kernel."""
+    if kernel.op == "lora_skinny_8bit":
+        return [("bf16", "int8"), ("bf16", "fp8")][: 2 if arch >= 89 else 1]
+    if kernel.dtype in ("int8", "fp8"):
+        stored = [] if kernel.storage == "nf4" else [(kernel.dtype, kernel.dtype)]
+        return [*stored, ("nf4", kernel.dtype)]
+    nested = [("nf4-nested", "bf16")] if kernel.storage == "nf4" else []
+    return [("nf4" if nested else "bf16", "bf16"), *nested]
+
+
+def _ranks(kernel: Kernel) -> tuple[int, ...]:
+    return (16, 128) if kernel.op.startswith(("lora_skinny", "lora_grads")) else (16,)
+
+
+def _has_tile(launched, kernel: Kernel) -> bool:
+    source = launched.source
+    if kernel.op in attention.KERNELS:
+        return source.fn is attention.KERNELS[kernel.op]
+    if kernel.op == "qk_norm_rope":
+        return source.fn.module == qk_norm_rope.__name__
+    specs = (value for value in source.constants.values() if hasattr(value, "tile"))
+    return any(isinstance(spec.tile, _Candidate) for spec in specs)
 
 
 def candidates(

@@ -6,20 +6,22 @@ backward, on meta tensors. Without the optimizer, and without graphs, which laun
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
+import fluxfast_kernels as fk
 import torch
-from torch import Tensor
+from fluxfast_kernels.quant.rows import QuantizedRows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.twin.driver import Launch, card
 from fluxfast.model.flux import Flux
+from fluxfast.model.frozen_linear import Weight
 from fluxfast.model.init import fill
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.names import linear_shape
-from fluxfast.model.precision import layer_precisions
+from fluxfast.model.precision import IN_8_BITS, layer_precisions
 from fluxfast.model.spec import DEV, FluxSpec
-from fluxfast.objective import Batch, noise_batch, sample_losses
+from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import FlatParameters
 
 # Blocks whose launches are those of a whole model. Before the first double block nothing needs a
@@ -62,18 +64,35 @@ def _model(
     dtype = torch.float32 if matmul == "fp32" else torch.bfloat16
     choices = {"*_blocks.*attn*": "rotate", "*_mlp.*": "rotate", "*.linear?": "rotate"}
 
-    def read(name: str) -> Tensor:
+    precisions = layer_precisions(spec, storage, matmul, choices if rotated else None)
+
+    def read(name: str) -> Weight:
         module, _, kind = name.rpartition(".")
-        shape = (spec.head_dim,) if kind == "scale" else linear_shape(module, spec)
-        return torch.empty(shape[:1] if kind == "bias" else shape, dtype=dtype, device="meta")
+        if kind == "scale":
+            return torch.empty(spec.head_dim, dtype=dtype, device="meta")
+        shape = linear_shape(module, spec)
+        if kind == "bias":
+            return torch.empty(shape[0], dtype=dtype, device="meta")
+        return _weight(shape, "" if rotated else precisions[module].storage, nested, dtype)
 
     model = Flux(spec, dtype)
-    precisions = layer_precisions(spec, storage, matmul, choices if rotated else None)
     fill(model, read, precisions, nested=nested, device="meta")
     # seed None: A stays unset, as all here
     lora = inject_lora(model, rank, targets=targets, dropout=0.1 * dropout, seed=None)
     FlatParameters(lora)
     return model.train()
+
+
+@cache
+def _weight(shape: tuple[int, int], storage: str, nested: bool, dtype: torch.dtype) -> Weight:
+    """Returns a weight on meta tensors, in its storage already if that is quantized: to quantize
+    one for every layer takes longer than a step."""
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    if storage == "nf4":
+        return fk.nf4_quantize(weight, nested)
+    if storage in IN_8_BITS:
+        return QuantizedRows(*fk.quantize_8bit(weight, storage))
+    return weight
 
 
 def step_launches(
@@ -98,7 +117,8 @@ def run_step(
         model = _model(*kind, spec)
         model.policies = [*doubles, *singles]
         launches.clear()
-        inputs = noise_batch(_batch(case, spec), 0, device="meta")
+        inputs, noised = _inputs(case.arch, case.size, case.batch, spec)
+        launches[:] = noised
         if not any(layer.trains() for layer in model.modulation_linears()):
             guidance = torch.ones_like(inputs.timesteps)
             with torch.no_grad():
@@ -110,12 +130,16 @@ def run_step(
         return list(launches)
 
 
-def _batch(case: Case, spec: FluxSpec) -> Batch:
-    width, height = map(int, case.size.split("x"))
-    latents = (case.batch, spec.in_channels // 4, height // 8, width // 8)
+@lru_cache(maxsize=16)
+def _inputs(arch: int, size: str, batch: int, spec: FluxSpec) -> tuple[Inputs, list[Launch]]:
+    """Returns a step's inputs on meta tensors, and the launches that make them."""
+    width, height = map(int, size.split("x"))
+    latents = (batch, spec.in_channels // 4, height // 8, width // 8)
     mean, std = (torch.empty(latents, device="meta") for _ in range(2))
-    mask = mean[:, 0].clone() if case.batch > 1 else None
-    text = (case.batch, spec.text_length, spec.context_in_dim)
+    mask = mean[:, 0].clone() if batch > 1 else None
+    text = (batch, spec.text_length, spec.context_in_dim)
     t5 = torch.empty(text, dtype=torch.bfloat16, device="meta")
-    pooled = torch.empty(case.batch, spec.vec_in_dim, dtype=torch.bfloat16, device="meta")
-    return Batch(mean, std, mask, t5, pooled, list(range(case.batch)))
+    pooled = torch.empty(batch, spec.vec_in_dim, dtype=torch.bfloat16, device="meta")
+    with card(arch) as launches:
+        encoded = Batch(mean, std, mask, t5, pooled, list(range(batch)))
+        return noise_batch(encoded, 0, device="meta"), list(launches)

@@ -69,13 +69,18 @@ def _read(index: int, deadline: float | None) -> tuple[str, dict] | None:
     kernel = _waiting[index]
     with tempfile.TemporaryDirectory() as folder:  # the reading is what is saved
         os.environ["TRITON_CACHE_DIR"] = folder
-        try:
-            return kernel.key, sass.read(kernel.compile(), kernel.target.arch)
-        except Exception as error:  # one kernel's failure is a reading too
-            return kernel.key, {"error": (str(error).strip() or repr(error)).splitlines()[0]}
+        return kernel.key, reading_of(kernel)
 
 
-def fault(reading: dict, arch: int) -> str | None:
+def reading_of(kernel: Kernel) -> dict:
+    """Compiles a kernel. Returns its reading."""
+    try:
+        return sass.read(kernel.compile(), kernel.target.arch)
+    except Exception as error:  # one kernel's failure is a reading too
+        return {"error": (str(error).strip() or repr(error)).splitlines()[0]}
+
+
+def problem(reading: dict, arch: int) -> str | None:
     """Returns what is wrong with a kernel, or None."""
     if "error" in reading:
         return f"does not compile: {reading['error']}"
@@ -85,4 +90,12 @@ def fault(reading: dict, arch: int) -> str | None:
         return (
             f"needs {reading['shared']} bytes of shared memory, the card has {SHARED_LIMIT[arch]}"
         )
-    return None
+    return "multiplies matrices without tensor cores" if reading.get("slow") else None
+
+
+def fault(reading: dict, kernel: Kernel) -> str | None:
+    """Returns what is wrong with a kernel, and which it is, or None."""
+    arch = kernel.target.arch
+    wrong = problem(reading, arch)
+    name = f"{kernel.name} {kernel.key[:8]} for sm_{arch}"
+    return wrong and f"WRONG: {name} {wrong}\n  {kernel.constants()}"

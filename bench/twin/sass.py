@@ -41,7 +41,8 @@ def instructions(kernel) -> list[Instruction]:
 def read(kernel, arch: int) -> dict[str, int]:
     """Returns what a block of a compiled kernel takes: registers a thread, stack (bytes a thread
     spills or indexes), local (LDL and STL, a spill's loads and stores), shared (bytes), warps,
-    stages, and ctas, the blocks that a multiprocessor holds."""
+    stages, ctas, the blocks that a multiprocessor holds, and slow, 1 where it multiplies 16- or
+    8-bit matrices without tensor cores."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(kernel, "-res-usage"))
     assert usage is not None
     registers, stack = map(int, usage.groups())
@@ -49,7 +50,9 @@ def read(kernel, arch: int) -> dict[str, int]:
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     cost = {"registers": registers, "stack": stack, "local": local, "shared": shared}
     cost |= {"warps": warps, "stages": kernel.metadata.num_stages}
-    return cost | {"ctas": ctas(arch, registers, shared, warps)}
+    multiplied = set(re.findall(r"tt\.dot .*: tensor<[\dx]*x(\w+)>", kernel.asm["ttir"])) - {"f32"}
+    slow = int(bool(multiplied) and "mma" not in kernel.asm["ptx"])
+    return cost | {"ctas": ctas(arch, registers, shared, warps), "slow": slow}
 
 
 def ctas(arch: int, registers: int, shared: int, warps: int) -> int:

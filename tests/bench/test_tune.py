@@ -8,16 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from fluxfast_kernels.dispatch import attention as attention_rows
-from fluxfast_kernels.dispatch import dispatch
 
-from bench import compile as bench_compile
-from bench import compile_cases
-from bench.offline import SHARED_LIMIT
 from bench.tune import tiles as tune_tiles
-from bench.tune.space import ATTENTION, KERNELS, Kernel, groups, named_tile, space, tile_name
-from bench.tune.tiles import DIED, KEPT, heading_of, kept, load
+from bench.tune.space import KERNELS, Kernel, groups, named_tile, space, tile_name
+from bench.tune.tiles import DIED, KEPT, _modes, heading_of, kept, load
+from bench.twin import readings
+from bench.twin.driver import SHARED_LIMIT
 from fluxfast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,24 +37,13 @@ def test_space_of_every_kernel(kernel):
             assert kernel.storage == "nf4" or (tile.num_stages - 1) * step <= SHARED_LIMIT[89]
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_cases_of_a_shipped_tile_are_those_of_bench_compile(kernel):
-    if kernel.op in ATTENTION:
-        (shipped, *_) = attention_rows.shipped_to(kernel.op, torch.bfloat16, 128)
-    else:
-        (shipped, *_) = dispatch.shipped_to(*kernel)
-    shipped_cases = {case.name for case in compile_cases.cases()}
-    found = list(compile_cases.tile_cases(*kernel, shipped))
-    assert found and {case.name for case in found} <= shipped_cases
-
-
 @pytest.mark.parametrize("name", ["128x128.4w3", "128x128x64", "128x128x64.4w3g", "x"])
 def test_other_tile_names_are_refused(name):
     with pytest.raises(ValueError, match="no name of a tile"):
         named_tile(DENSE, name)
 
 
-FINE = {"registers": 200, "stack": 0, "shared": SHARED_LIMIT[89], "sass": {"HMMA": 4}}
+FINE = {"registers": 200, "stack": 0, "local": 0, "shared": SHARED_LIMIT[89], "slow": 0}
 
 
 @pytest.mark.parametrize(
@@ -66,37 +51,22 @@ FINE = {"registers": 200, "stack": 0, "shared": SHARED_LIMIT[89], "sass": {"HMMA
     [
         ({}, KEPT),
         ({"stack": 8}, "spills"),
-        ({"sass": {"HMMA": 4, "LDL": 1}}, "spills"),
         ({"shared": SHARED_LIMIT[89] + 1}, "too much shared memory"),
-        ({"sass": {"FFMA": 4}}, "no tensor cores"),
-        (None, "does not compile"),
+        ({"slow": 1}, "no tensor cores"),
+        ({"error": "no such layout"}, "does not compile"),
     ],
 )
-def test_a_tile_is_kept_where_nothing_is_wrong_with_any_of_its_cases(change, heading, monkeypatch):
-    last = list(compile_cases.tile_cases(*DENSE, named_tile(DENSE, NAMES[0])))[-1].name
-
-    def cost_of(case, arch):
-        if case.name != last:
-            return FINE, None
-        if change is None:
-            return {}, "failed: no such layout"
-        return FINE | change, bench_compile.verdict(case, FINE | change, arch)
-
-    monkeypatch.setattr(tune_tiles, "cost_of", cost_of)
+def test_a_tile_is_kept_where_nothing_is_wrong_with_any_launch(change, heading, monkeypatch):
+    costs = {"first": FINE, "last": FINE | change}
+    monkeypatch.setattr(tune_tiles, "launched_with", lambda *_: list(costs))
+    monkeypatch.setattr(readings, "reading_of", costs.__getitem__)
     assert heading_of(DENSE, NAMES[0], 89) == heading
 
 
 @pytest.mark.parametrize(("arch", "has_fp8"), [(80, False), (89, True)])
-def test_cases_that_a_card_does_not_have_are_left_out(arch, has_fp8, monkeypatch):
-    kernel, seen = Kernel("lora_skinny_8bit", "dense", "half"), []
-
-    def cost_of(case, arch):
-        seen.append(case.name)
-        return FINE, None
-
-    monkeypatch.setattr(tune_tiles, "cost_of", cost_of)
-    assert heading_of(kernel, tile_name(space(kernel, 80)[0]), arch) == KEPT
-    assert seen and any("fp8" in name for name in seen) == has_fp8
+def test_products_that_a_card_does_not_have_are_left_out(arch, has_fp8):
+    modes = _modes(Kernel("lora_skinny_8bit", "dense", "half"), arch)
+    assert modes and any("fp8" in mode for mode in modes) == has_fp8
 
 
 def verdict(kernel, name, arch):
@@ -173,7 +143,9 @@ def test_two_tiles_are_compiled_for_a_4090(tmp_path):
     """The larger one spills there (as `bench/LOG.md` has it of 4 warps)."""
     path, names = tmp_path / "sm_89.json", ["64x64x32.4w2", "128x128x64.4w3"]
     script = (
-        "from bench.tune import cli, tiles\n"
+        "from bench.tune import cli, space, tiles\n"
+        "for kernel in space.KERNELS:\n"
+        "    assert tiles.launched_with(kernel, space.space(kernel, 89)[0], 89), kernel\n"
         "tiles.space = lambda kernel, arch: "
         f"[tiles.named_tile(kernel, name) for name in {names}]\n"
         f"cli.main(['candidates', '--arch', '89', '--op', '{DENSE}', '--out', {str(path)!r}])\n"

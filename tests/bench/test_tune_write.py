@@ -10,7 +10,7 @@ from fluxfast_kernels.dispatch import attention as attention_rows
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.attention import AttentionTile, choose_backend, choose_tile
 
-from bench import compile_cases, timing
+from bench import timing
 from bench.tune import cli as tune
 from bench.tune import write as tune_write
 from bench.tune.write import dumped, merged, merged_attention
@@ -153,21 +153,6 @@ def test_dispatch_picks_a_winner_for_its_own_question_alone(configs):
         "measured: commit 0123456, NVIDIA GeForce RTX 4090, M = 4608: 1 ms, 2 before"
     )
     assert choice.kind_source.startswith("assumed: ")
-
-
-def test_a_winner_is_compiled_for_its_own_card(configs):
-    """`bench/compile.py` has it for sm_89 alone, and the shipped tile for every card as before."""
-    skinny, dx = {"op": "lora_skinny", "n": 16, "k": 3072}, {"op": "gemm_8bit_dx", "dtype": "int8"}
-    configs.write([*won(), *won("32x128x128.8w2g1", **skinny), *won(FASTER, **dx)])
-    archs = {case.name: case.archs for case in reversed(list(compile_cases.cases()))}
-    for op, shape in (
-        ("lora_gemm", "128x256x64.8w3"),
-        ("lora_skinny", "32x128.8w2"),
-        ("gemm_8bit_dx", "256x128x64.8w3"),
-    ):
-        own = [name for name in archs if name.split(".")[0] == op and archs[name] == (89,)]
-        assert own and all(shape in name for name in own), op
-    assert archs["lora_gemm.bf16.dense.128x128x64.8w3"] == dispatch.ARCHITECTURES
 
 
 def test_rows_of_two_cards_go_to_a_file_each_before_the_others(configs):

@@ -12,8 +12,6 @@ from importlib.resources import files
 
 import torch
 
-from fluxfast_kernels.dispatch.dispatch import ARCHITECTURES
-
 
 @dataclass(frozen=True)
 class AttentionTile:
@@ -57,12 +55,3 @@ def choose_tile(kernel: str, arch: int, dtype: torch.dtype, C: int) -> Attention
 
 def _kind(dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "half"
-
-
-def shipped_to(kernel: str, dtype: torch.dtype, C: int) -> dict[AttentionTile, tuple[int, ...]]:
-    """Returns {tile: cards} of every tile that the rows give `kernel`."""
-    cards: dict[AttentionTile, tuple[int, ...]] = {}
-    for arch in ARCHITECTURES:
-        tile = choose_tile(kernel, arch, dtype, C)
-        cards[tile] = (*cards.get(tile, ()), arch)
-    return cards
