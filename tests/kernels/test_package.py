@@ -102,7 +102,8 @@ def test_what_the_distributions_say_of_themselves(both, alone):
     for each in (trainer, kernels):
         assert each.metadata["License-Expression"] == "Apache-2.0"
         assert any(path.name == "LICENSE" and path.locate().is_file() for path in each.files)
-    assert [line.split(">=")[0] for line in kernels.requires] == ["torch", "triton"]
+    needed = [line.split(">=")[0] for line in kernels.requires]
+    assert needed == ["torch", "triton", "triton-windows"]  # by platform, one of the two
     assert set(kernels.requires) <= set(trainer.requires)
 
 
