@@ -33,7 +33,7 @@ MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
 # what CUDA shows of a card's nominal memory: 11.76 of 12 and 23.64 of 24 GiB in torch's messages on
 # Linux, 44.4 of an L40S's 48, which has ECC
 VISIBLE = 0.98
-NODES = 82  # of a CUDA graph, a block: launches counted by `bench.twin.dry_run`
+NODES = 81  # of a CUDA graph, a block: launches counted by `bench.twin.dry_run`
 NODE_BYTES = 16 << 10  # the driver's, outside torch's allocator. Assumed: 10 to 64 KB are reported
 EAGER_LAUNCH_S = 80e-6  # assumed: the host's time for a launch from Python; kernels run beside it
 OTHER = 3 * GIB // 20  # assumed: batches, random numbers, RoPE tables, optimizer's temporaries
