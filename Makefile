@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NANO := examples/nano
 
-.PHONY: train announce photos test test-long install lint docs bench clean
+.PHONY: train announce photos test test-long install lint docs bench twin clean
 
 # the embedded example: a pretrained nano FLUX learns a shape it has never seen; see runs/nano/
 train: announce $(VENV)/installed
@@ -68,6 +68,10 @@ docs: $(VENV)/installed
 DEVICE ?= cpu
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench.run --suite $(if $(filter cuda,$(DEVICE)),gpu,cpu)
+
+# whole runs at FLUX.1-dev's size on cards that are not here, over torch's own CUDA build: an hour
+twin: $(VENV)/installed-test
+	$(BIN)/python -m bench.twin.cuda
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

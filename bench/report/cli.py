@@ -23,6 +23,7 @@ from bench.report import (
     technique_table,
 )
 from bench.rows import Row, last_run
+from bench.twin.cuda import cli as twin_cuda
 
 
 def blocks(results: Path) -> dict[str, str]:
@@ -37,6 +38,7 @@ def blocks(results: Path) -> dict[str, str]:
         "speed": technique_table.short(results),
         "techniques": technique_table.block(results),
         "launches": launch_table.block(results),
+        "twin": twin_cuda.block(results),
         "quality": quality_chart.block(last_run(results / quality.ROWS.name)),
     }
     tables = {"ops": catalog.table(), "step": catalog.step_table()}

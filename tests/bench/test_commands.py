@@ -55,5 +55,7 @@ def test_every_script_is_documented():
         for path in bench.rglob("*.py")
         if path.name != "__main__.py" and '__name__ == "__main__"' in path.read_text()
     }
-    scripts |= {path.parent.name for path in bench.glob("*/__main__.py")}
+    scripts |= {
+        ".".join(path.parent.relative_to(bench).parts) for path in bench.rglob("*/__main__.py")
+    }
     assert scripts == {command.split()[0].removeprefix("bench.") for command in commands()}

@@ -1,0 +1,5 @@
+import sys
+
+from bench.twin.cuda.cli import main
+
+sys.exit(main())
