@@ -134,7 +134,7 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
             try:
                 model = _resolved(config.model, spec, stored, known, vram)
                 lora = assistant if assistant and assistant.exists() else None
-                room = usable(gib)
+                room = usable(gib, known.visible)
                 if config.memory.limit_gib:
                     room = min(room, int(config.memory.limit_gib * GIB) - CONTEXT)
                 plan = make_plan(_request(config, model, chosen, lora), known, room)

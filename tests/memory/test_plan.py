@@ -290,6 +290,23 @@ def test_a_limit_of_the_user_is_taken_as_it_is():
     assert row.plan.limit == 14 * GIB - CONTEXT and usable(24) < 23.64 * 15 / 16 * GIB
 
 
+def test_a_card_with_ecc_is_planned_with_what_cuda_shows_of_it():
+    """An L40S of 48 GB shows 44.42 GiB."""
+    options = {"data": [{"folder": ".", "resolution": [512]}]}
+    config = build_config({"model": {"path": "black-forest-labs/FLUX.1-dev"}} | options)
+    for gpu, shown in (("L40S", 44.42), ("4090", 23.64)):
+        (row,) = plan_rows(config, None, gpu)
+        assert 0.97 < row.plan.limit / (shown * 15 / 16 * GIB - CONTEXT) < 1
+
+
+def test_buckets_of_one_token_count_share_a_graph():
+    one = planned("H100", 80)
+    wide = request(sides=(1024,))
+    shapes = {"1024x1024": shape_of(1024, 1024, 1, 512), "2048x512": shape_of(2048, 512, 1, 512)}
+    both = make_plan(replace(wide, shapes=shapes), card("H100"), usable(80))
+    assert both.static["CUDA graphs"] == one.static["CUDA graphs"]
+
+
 def test_phases_count_what_is_held_only_for_a_while():
     """schedule-free copies all gradients in its step; loading quantizes linear1 in fp32."""
     plan = planned("4090", 24, sides=(512,), optimizer="schedulefree", graphs=False)

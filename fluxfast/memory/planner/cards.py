@@ -16,6 +16,9 @@ from pathlib import Path
 from fluxfast.errors import ConfigError
 
 MEASURED = Path(__file__).with_name("measured.json")
+# what CUDA shows of a card's nominal memory: 11.76 of 12, 23.64 of 24, 31.36 of 32 GiB in torch's
+# messages on Linux; of an L40S's 48, which has ECC, 44.42 (stepfun-ai/Step-Video-T2V#8)
+VISIBLE = 0.98
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Efficiency:
 class Card:
     """One GPU model.
 
-    vram_gib: nominal, torch sees a little less. capability: (major, minor). peaks: FLOP/s of dense
-    products with sums in fp32 (int32 for int8) by "bf16", "fp8", "int8" and "fp32" (no tensor
-    cores); 0 where it has none. bandwidth: bytes/s of its memory. pcie: bytes/s of copies with
-    pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind; "element" is
-    a share of the bandwidth, "copy" of pcie, "attention_forward", "attention_backward" and the
-    kinds of products of a peak. sources: of the other figures. factors: matmul kind -> what a
-    predicted step is multiplied by, empty until measured.
+    vram_gib: nominal; visible: the share of it that CUDA shows. capability: (major, minor). peaks:
+    FLOP/s of dense products with sums in fp32 (int32 for int8) by "bf16", "fp8", "int8" and "fp32"
+    (no tensor cores); 0 where it has none. bandwidth: bytes/s of its memory. pcie: bytes/s of
+    copies with pinned memory, one way. launch_s: seconds a kernel launch. efficiency: by op kind;
+    "element" is a share of the bandwidth, "copy" of pcie, "attention_forward", "attention_backward"
+    and the kinds of products of a peak. sources: of the other figures. factors: matmul kind -> what
+    a predicted step is multiplied by, empty until measured.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Card:
     efficiency: Mapping[str, Efficiency]
     sources: Mapping[str, str]
     factors: Mapping[str, Efficiency] = field(default_factory=dict)
+    visible: float = VISIBLE
 
 
 def _shipped() -> tuple[Card, ...]:

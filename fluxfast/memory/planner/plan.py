@@ -10,7 +10,7 @@ from math import prod
 
 from fluxfast.errors import ConfigError
 from fluxfast.memory.planner import saved_bytes
-from fluxfast.memory.planner.cards import Card
+from fluxfast.memory.planner.cards import VISIBLE, Card
 from fluxfast.memory.planner.choose import Choice, Chooser
 from fluxfast.memory.planner.cost import (
     Op,
@@ -30,9 +30,6 @@ from fluxfast.model.precision import linears
 GIB = 2**30
 CONTEXT = GIB // 2  # assumed: CUDA context, cuBLAS workspaces
 MARGIN = 1 / 16  # of the card; a prediction is held to 5 %
-# what CUDA shows of a card's nominal memory: 11.76 of 12 and 23.64 of 24 GiB in torch's messages on
-# Linux, 44.4 of an L40S's 48, which has ECC
-VISIBLE = 0.98
 NODES = 81  # of a CUDA graph, a block: launches counted by `bench.twin.dry_run`
 NODE_BYTES = 16 << 10  # the driver's, outside torch's allocator. Assumed: 10 to 64 KB are reported
 EAGER_LAUNCH_S = 80e-6  # assumed: the host's time for a launch from Python; kernels run beside it
@@ -147,11 +144,11 @@ class Plan:
         return sum(self.seconds(label) for label in self.buckets) / len(self.buckets)
 
 
-def usable(vram_gib: float) -> int:
+def usable(vram_gib: float, visible: float = VISIBLE) -> int:
     """Returns the bytes that a run may allocate on a card of so many nominal GiB that nobody else
-    uses.
+    uses. visible: the share of them that CUDA shows.
     """
-    return int(vram_gib * VISIBLE * GIB * (1 - MARGIN)) - CONTEXT
+    return int(vram_gib * visible * GIB * (1 - MARGIN)) - CONTEXT
 
 
 def best_plan(request: Request, card: Card, limit: float, host: int | None) -> Plan | None:
@@ -234,7 +231,8 @@ class _Planner:
         sizes["scratch"] = step.width * counts["dense"] + counts["int8"] + counts["fp8"]
         sizes["other"] = OTHER
         if request.graphs:
-            sizes["CUDA graphs"] = len(request.shapes) * len(step.blocks) * NODES * NODE_BYTES
+            shapes = set(request.shapes.values())  # buckets of one token count share a graph
+            sizes["CUDA graphs"] = len(shapes) * len(step.blocks) * NODES * NODE_BYTES
         if request.assistant:  # a step keeps it once more, its ranks beside the trained LoRA's
             sizes["assistant LoRA"] = 2 * request.assistant + sizes["LoRA"]
         if modulation == "host":
