@@ -29,9 +29,9 @@ from bench import RESULTS, ROOT, terminal, timing
 from bench.rows import Row, RowFile, compare, read
 from bench.suite_items import run_items
 from bench.suite_table import table, wrong
-from bench.suites import cpu_suite, gpu_suite
+from bench.suites import cpu_suite, first_suite, gpu_suite
 
-SUITES = {"cpu": cpu_suite, "gpu": gpu_suite}
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "first": first_suite}
 BUDGET_S = {"cpu": 580.0, "gpu": 3600.0}
 FILES = {  # bench -> the file that its rows are kept in
     "step": "step-{device}.jsonl",
@@ -43,7 +43,7 @@ FILES = {  # bench -> the file that its rows are kept in
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = terminal.parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--suite", choices=SUITES)
+    action.add_argument("--suite", choices=BUDGET_S)
     action.add_argument("--compare", nargs=2, type=Path, metavar="FILE")
     action.add_argument("--save", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, help="seconds (cpu: 580, gpu: 3600)")
@@ -71,19 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
         for file, rows in save(read(options.save)).items():
             print(f"{len(rows)} rows to {file}")
         return 0
-    budget = BUDGET_S[options.suite] if options.budget_s is None else options.budget_s
-    return run_suite(options, started + budget)
-
-
-def run_suite(options: argparse.Namespace, ends: float) -> int:
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = options.out or ROOT / "runs" / "bench" / f"{options.suite}-{now}.jsonl"
     device = "cuda" if options.suite == "gpu" and not options.tiny else "cpu"
+    budget = BUDGET_S[options.suite] if options.budget_s is None else options.budget_s
+    return run_suite(options.suite, device, options, started + budget)
+
+
+def run_suite(suite: str, device: str, options: argparse.Namespace, ends: float) -> int:
+    """Runs what is left of a suite until `ends` of time.monotonic. options: out, tiny."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = options.out or ROOT / "runs" / "bench" / f"{suite}-{now}.jsonl"
     file = RowFile(out.resolve(), timing.conditions(device))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     stopped = False
     try:
-        run_items(SUITES[options.suite](options.tiny), file, ends)
+        run_items(SUITES[suite](options.tiny), file, ends)
     except KeyboardInterrupt:
         stopped = True
         file.refresh()

@@ -16,7 +16,14 @@ def table(rows: list[Row]) -> str:
     """Outcomes, steps by setting, kernels with most to gain, and what was not measured with its
     reason, from the newest row of each identity."""
     rows = newest(rows)
-    parts = [_outcomes(rows), *_steps(rows), _kernels(rows), _others(rows), _missing(rows)]
+    parts = [
+        _outcomes(rows),
+        *_steps(rows),
+        _first(rows),
+        _kernels(rows),
+        _others(rows),
+        _missing(rows),
+    ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -113,6 +120,19 @@ def _kernels(rows: list[Row]) -> list[str]:
         figures = f"{row['median_ms']:10.3f} ms {row['percent_of_floor']:4.0f} % of the floor"
         lines.append(f"{figures}  {title(row).removeprefix('kernels ')}")
     return lines
+
+
+def _first(rows: list[Row]) -> list[str]:
+    """What `bench.first` measured, a line a row."""
+    lines = []
+    for row in rows:
+        if row["bench"] == "first" and row["status"] == "ok":
+            shape = "x".join(map(str, row["shape"]))
+            time = _figure(row["median_ms"], ".4f")
+            figure = f"{row['figure']:.4g} {row['unit']}" if "figure" in row else ""
+            what = " ".join(filter(None, (row["what"], row.get("op"), row.get("storage"), shape)))
+            lines.append([what, row["name"], f"{time} ms" if row["median_ms"] else "", figure])
+    return aligned(lines, left=(0, 1, 3)).splitlines() if lines else []
 
 
 def _others(rows: list[Row]) -> list[str]:

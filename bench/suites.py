@@ -74,6 +74,16 @@ def gpu_suite(tiny: bool = False) -> list[Item]:
     ]
 
 
+def first_suite(tiny: bool = False) -> list[Item]:
+    """See `bench.first`."""
+    from bench.first import ITEMS  # imports what times tiles
+
+    seconds = {"step": 90, "gemm": 60, "skinny": 40, "fp8": 15, "layouts": 50, "dequant": 40}
+    words = ["-m", "bench.first", "--out", "{out}", *(["--tiny"] if tiny else []), "--item"]
+    tests = _tests("kernels right", ["tests/kernels"], 150)
+    return [tests, *(CommandItem(i, [*words, i], seconds.get(i, 30)) for i in ITEMS)]
+
+
 def cpu_suite(tiny: bool = False) -> list[Item]:
     """At most ten minutes on two cores. tiny: without what has one size only."""
     bf16 = multiplies_bf16(torch.device("cpu"))

@@ -73,9 +73,10 @@ class HandOverJob(Job):
     def time(self, failed: set[str]) -> list[Result]:
         """A result for each way and M."""
         with shipping(self.target.arch, self.measured()):
-            return [result for M in HAND_OVER_ROWS for result in self._at(M, failed)]
+            return [result for M in HAND_OVER_ROWS for result in self.at(M, failed)]
 
-    def _at(self, M: int, failed: set[str]) -> list[Result]:
+    def at(self, M: int, failed: set[str]) -> list[Result]:
+        """A result for each way at M rows."""
         (kernel, pair), target = (self.pair.kernel, self.pair), self.target
         t = LinearTensors(replace(pair, M=M), target.spec, target.rank, target.device)
         if kernel.storage == "dense" and t.matmul:  # stored in 8 bits
