@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxfast import rng
-from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, read_tensors
+from fluxfast.data.store import LATENTS, TEXT, Dataset, Sample, is_complete, read_tensors
 from fluxfast.objective import Batch
 
 PREFETCH = 2  # batches read ahead
@@ -86,6 +86,15 @@ class Loader:
         """T5 tokens of every caption."""
         return self._read_text(self.dataset.samples[0].texts[0])["t5"].shape[0]
 
+    @cached_property
+    def _bare(self) -> dict[tuple[tuple[int, int], int], int]:
+        """Bucket -> how many of its samples have no mask. Reads headers alone."""
+        samples = self.dataset.samples
+        return {
+            bucket: sum(not is_complete(samples[i].latents, ("mask",)) for i in members)
+            for bucket, members in self._buckets.items()
+        }
+
     def peek(self, step: int) -> tuple[list[int], int, Tensor]:
         """Returns the global sample indices of a step's batch, the image tokens of a sample, and
         the pooled CLIP states [B, P]. Reads no latents.
@@ -126,8 +135,7 @@ class Loader:
         for step, places in enumerate(self._epoch_order(0)):
             first.setdefault((self.dataset.samples[places[0]].size, len(places)), step)
         for bucket, step in first.items():
-            batch, members = self.batch(step), self._buckets[bucket]
-            bare = sum("mask" not in self._latents(self.dataset.samples[i], 0) for i in members)
+            batch, members, bare = self.batch(step), self._buckets[bucket], self._bare[bucket]
             if bare < len(members):
                 ones = torch.ones(len(batch.mean), *batch.mean.shape[-2:])
                 yield replace(batch, mask=ones)

@@ -257,6 +257,7 @@ class CudaRecorder:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # the warm-up's activations are no lack of memory
         before = self._outside()
         free = torch.cuda.mem_get_info(self._stream.device)[0]
         if free < self._driver_bytes:

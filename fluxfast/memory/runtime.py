@@ -162,6 +162,8 @@ class MemoryRuntime:
                     raise
                 # the message alone: the error holds the frames, these the tensors
                 message = str(error)
+            if self._engine is not None:
+                self._engine.abandon()
             captured = self._drop_graphs()
             self._make_cheaper(self._largest(self._label), message)
             if captured:
@@ -178,6 +180,8 @@ class MemoryRuntime:
         """Captures, then allocates what an optimizer step takes and frees it, for the step to find:
         there a lack of memory would end the run.
         """
+        # memory can run out before any pass has begun; `_largest` takes the bucket then
+        self._label = next(iter(self.policies))
         graphs.capture(self._examples())
         copies = 0 if self.plan is None else STEP_COPIES.get(self.plan.request.optimizer, 0)
         try:
@@ -206,17 +210,22 @@ class MemoryRuntime:
         try:
             return fn()
         except RuntimeError as error:
-            if self._crowded or not is_out_of_memory(error):
+            # cuDNN's words where it gets no workspace for a convolution of the VAE
+            full = is_out_of_memory(error) or "unable to find an engine" in str(error)
+            if self._crowded or not full:
                 raise
         self._crowded = True
         self._drop_graphs()
         return fn()
 
     def _drop_graphs(self) -> bool:
-        """Returns whether there were any."""
+        """Frees what can be freed. Returns whether there were any."""
         captured = self.graphs is not None and self.graphs.captured
         if self.graphs is not None:
             self.graphs.drop()
+        gc.collect()  # what an error's frames held in cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return captured
 
     def _largest(self, label: str) -> str:
@@ -238,11 +247,6 @@ class MemoryRuntime:
         """Gives the bucket policies a notch cheaper in memory, exact ones alone; where none is,
         leaves them once in a run. Raises MemoryExhausted after that.
         """
-        if self._engine is not None:
-            self._engine.abandon()
-        gc.collect()  # what the error's frames held in cycles
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         before = self.policies[label]
         policies = cheaper_policies(before)
         if policies is None:

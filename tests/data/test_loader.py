@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fluxfast.data.loader
 from fluxfast.data.loader import Loader
 from fluxfast.data.store import Dataset, Sample, write_tensors
 from fluxfast.distributed import Ranks
@@ -119,6 +120,19 @@ def test_examples_have_every_kind_of_batch(dataset, batch_size):
         assert kinds == {(b.mean.shape, b.mask is None) for b in batches}
         assert len(list(loader.examples())) == len(kinds)
     assert {masked for _, masked in kinds} == {True, False}
+
+
+def test_examples_read_no_other_latents(dataset, monkeypatch):
+    """Of a large data set they would be minutes of reading before the first step."""
+    read, paths = fluxfast.data.loader.read_tensors, []
+
+    def read_tensors(path, required):
+        paths.append(path)
+        return read(path, required)
+
+    monkeypatch.setattr(fluxfast.data.loader, "read_tensors", read_tensors)
+    list(Loader(dataset, 1, seed=1).examples())
+    assert sum("text" not in path.name and path.name != "empty" for path in paths) == len({*SIZES})
 
 
 def test_tensors_belong_to_their_samples(dataset):

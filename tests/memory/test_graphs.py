@@ -457,6 +457,16 @@ def test_memory_that_runs_out_while_recording_is_released_once():
 
 
 @pytest.mark.gpu
+def test_what_the_warm_up_leaves_cached_is_room_for_a_graph():
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    recorder._driver_bytes = free * 3 // 4
+    torch.empty(free // 2, dtype=torch.uint8, device="cuda")  # cached when it is freed
+    recorder.record(lambda: torch.ones(2, device="cuda"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_wait_leaves_the_gpu_usable(hidden, log_lines):
     """One that the warm-up finds, and one that shows only in the capture itself."""

@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from collections.abc import Container
 from contextlib import nullcontext
 from itertools import count
@@ -411,6 +412,43 @@ def test_a_step_that_does_not_fit_beside_the_graphs_is_known_at_capture(configur
     monkeypatch.setattr(run.memory, "stepping", stepping)
     run.memory.capture()
     assert captured == [before, run.memory.policies] and run.memory.policies != before
+
+
+def test_memory_that_is_full_before_a_capture_runs_a_pass_takes_cheaper_policies(
+    configure, monkeypatch
+):
+    """Every shape is warmed up already, and the card has no room for a graph."""
+    run, _ = start(configure())
+    before, asked = dict(run.memory.policies), iter([torch.OutOfMemoryError("full"), None])
+
+    def capture(examples):
+        if error := next(asked):
+            raise error
+
+    monkeypatch.setattr(run.memory.graphs, "reason", None)  # as on a GPU
+    monkeypatch.setattr(run.memory.graphs, "capture", capture)
+    run.memory.capture()
+    assert run.memory.policies != before
+
+
+def test_a_look_that_does_not_fit_is_tried_again_with_all_that_can_be_freed(configure):
+    """Eagerly too: the allocator keeps what it has cached where cuBLAS or cuDNN run out."""
+    run, _ = start(configure())
+    held = []
+
+    class Held:
+        pass
+
+    def part():
+        if held:
+            return held[0]() is None
+        first = Held()
+        first.cycle = first  # as an error that its own frame holds
+        held.append(weakref.ref(first))
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    with run.memory.looking(again=True):
+        assert run.memory.attempt(part)
 
 
 def test_a_look_runs_beside_the_graphs_until_it_does_not_fit(configure):
