@@ -73,7 +73,7 @@ def test_a_checkpoint_takes_nothing_on_the_device(tmp_path, monkeypatch):
             parameters=list(map(OnDevice, values(2))), state_dict=lambda optimizer: moments
         ),
         ema=ema,
-        loader=SimpleNamespace(fingerprint="f"),
+        loader=SimpleNamespace(fingerprint="f", dataset=SimpleNamespace(areas={})),
         memory=SimpleNamespace(stepping=nullcontext),
         ranks=SINGLE_PROCESS,
         optimizer=None,
