@@ -39,6 +39,12 @@ def test_what_differs_from_the_plan_is_a_fault(fault, changes):
     assert any(fault in line for line in scenario.wrong(ROW | changes))
 
 
+def test_a_refusal_that_nothing_met_is_a_fault():
+    scenario = Scenario("a run", "4090", ("512",), fail="optimizer")
+    assert scenario.wrong(ROW | {"refused": 2}) == []
+    assert any("could be refused" in line for line in scenario.wrong(ROW | {"refused": 0}))
+
+
 def test_scenarios_cover_the_cards_the_sizes_and_the_optimizers():
     made = scenarios()
     assert len({each.name for each in made}) == len({each.key for each in made}) == len(made)

@@ -113,7 +113,7 @@ def _wrap(module, name: str, before=None, after=None) -> None:
 
 def observe(watcher: Watcher, fail: str | None) -> None:
     """Hooks the watcher, and allocations that fail, into the trainer. fail: where the card's memory
-    is refused once: loading, capture, pass, optimizer, preview or encoding; loading for good.
+    is refused, once at capture, pass, optimizer and preview, for good at encoding and loading.
     """
     import fluxfast.run.evaluate as evaluate
     from fluxfast import step, train
@@ -134,12 +134,15 @@ def observe(watcher: Watcher, fail: str | None) -> None:
 
         return now
 
+    def relent(*_):
+        runtime.fake_fail(0)  # what did not allocate has nothing to be refused
+
     _wrap(text.TextEncoders, "__init__", refuse("encoding", 10**6))
     _wrap(load, "load_resolved", refuse("loading", 10**6))
-    _wrap(Graphs, "capture", refuse("capture"))
-    _wrap(step, "_accumulate", refuse("pass"))
-    _wrap(step, "step_unless", refuse("optimizer"))
-    _wrap(evaluate, "draw_pictures", refuse("preview"))
+    _wrap(Graphs, "capture", refuse("capture"), relent)
+    _wrap(step, "_accumulate", refuse("pass"), relent)
+    _wrap(step, "step_unless", refuse("optimizer"), relent)
+    _wrap(evaluate, "draw_pictures", refuse("preview"))  # a generator: drawn after it returns
     _wrap(train, "plan_run", after=lambda plan, *_: setattr(watcher, "plan", plan))
     _wrap(train, "build", after=lambda run, *_: setattr(watcher, "run", run))
 
@@ -177,6 +180,7 @@ def row(watcher: Watcher, error: str | None) -> dict:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "steps": watcher.steps,
         "graphs": watcher.graphs,
+        "refused": runtime.fake_stat(10),
         "cpu_s": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
         "rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2),
         "notes": [n for n in watcher.lines if n.startswith("note") or "memory" in n],
@@ -224,7 +228,8 @@ def main() -> None:
         raw = {
             "name": "twin",
             "output_dir": str(folder),
-            "cache_dir": str(BUILD / "cache"),
+            # encoded once for all runs, but for the one that fails there
+            "cache_dir": str((folder if task["fail"] == "encoding" else BUILD) / "cache"),
             "device": "cuda",
             "model": {"path": str(transformer), "encoders": str(encoders)},
             "data": data,

@@ -72,7 +72,7 @@ def block(results: Path) -> str:
         last = (row["steps"] or [{"launches": "", "syncs": ""}])[-1]
         result = "as planned" if not row["wrong"] else "; ".join(row["wrong"])
         if not row["wrong"] and row["exit"]:
-            result = f"refused: {row['error']}"
+            result = f"ends: {row['error'].partition(' Tried')[0]}"
         total = CARDS[scenario.card][2] / 1024
         figures = f"{row['peak_gib']:.2f} of {total:.2f}", str(last["syncs"]), str(last["launches"])
         lines.append([scenario.name, how, *figures, str(row["graphs"]), result])

@@ -41,12 +41,13 @@ static cudaError_t err(cudaError_t e) {
   return e;
 }
 /* the next `failing` allocations of device memory are refused */
-static long failing;
+static long failing, failed;
 void fake_fail(long n) { failing = n; }
 static int refused(void) {
   if (failing <= 0)
     return 0;
   failing--;
+  failed++;
   return 1;
 }
 typedef struct Graph {
@@ -838,6 +839,8 @@ long fake_stat(int k) {
     return hostallocs;
   case 9:
     return (long)pinned_now;
+  case 10:
+    return failed;
   }
   return -1;
 }
