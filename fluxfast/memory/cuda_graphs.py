@@ -60,6 +60,14 @@ class NotCapturable(RuntimeError):
     """`run_pass` does something that a graph cannot hold, named in the message."""
 
 
+class GraphsTooLarge(RuntimeError):
+    """What the driver takes for all graphs does not fit: `nbytes` of the card are missing."""
+
+    def __init__(self, nbytes: int):
+        super().__init__(f"out of memory: CUDA graphs take {nbytes >> 20} MiB more than are free")
+        self.nbytes = nbytes
+
+
 class Graphs:
     """Replays `run_pass` per key as a graph; runs it eagerly where that is not possible.
 
@@ -85,7 +93,7 @@ class Graphs:
         self._recordings: dict[Hashable, Recording] = {}
         self._warm: set[Hashable] = set()  # keys whose kernels are compiled and caches filled
         if reason is not None:
-            self._run_eagerly(reason)
+            self.run_eagerly(reason)
         elif recorder is None:
             self._recorder = CudaRecorder(gradients.device)
 
@@ -123,7 +131,8 @@ class Graphs:
                     self._warm.add(key)
             gc.collect()
             for key, run in runs.items():
-                self._recordings[key] = _record(recorder, run)
+                left = len(runs) - len(self._recordings)
+                self._recordings[key] = _record(recorder, run, left)
         except NotCapturable as error:
             failure = str(error)
         except BaseException:
@@ -134,7 +143,7 @@ class Graphs:
         if failure is not None:
             gc.collect()  # the error's frames hold the activations
             self.drop()
-            self._run_eagerly(failure)
+            self.run_eagerly(failure)
 
     def __call__(self, key: Hashable, inputs: Inputs) -> Tensor:
         """Runs forward and backward on these inputs. Returns the loss, a scalar of its own.
@@ -162,7 +171,8 @@ class Graphs:
         if self._recorder is not None:
             self._recorder.release()
 
-    def _run_eagerly(self, reason: str) -> None:
+    def run_eagerly(self, reason: str) -> None:
+        """Captures no more graphs, once these are dropped."""
         self.reason = reason
         if reason != ON_CPU:
             log.warning(f"note: CUDA graphs are off: {reason}")
@@ -182,9 +192,9 @@ class Graphs:
         return example._make(static)
 
 
-def _record(recorder: "CudaRecorder", run: Callable[[], Tensor]) -> "Recording":
+def _record(recorder: "CudaRecorder", run: Callable[[], Tensor], left: int) -> "Recording":
     try:
-        return recorder.record(run)
+        return recorder.record(run, left)
     except Exception as error:  # any: eagerly it has worked
         if is_out_of_memory(error):
             raise
@@ -250,21 +260,19 @@ class CudaRecorder:
             torch.cuda.set_sync_debug_mode(mode)
             current.wait_stream(self._stream)
 
-    def record(self, run: Callable[[], Tensor]) -> Recording:
-        """Records without executing. Raises what `run` raises, and OutOfMemoryError where the card
-        has no room for as many bytes as the driver took for an earlier graph (10 to 64 KB a node,
-        outside torch's allocator): CUDA's own error for it may come as late as the first replay.
+    def record(self, run: Callable[[], Tensor], left: int) -> Recording:
+        """Records without executing. left: graphs that are still to come, this one among them.
+        Raises what `run` raises, and GraphsTooLarge where the card has no room for all of them, of
+        as many bytes as the driver took for an earlier graph (10 to 64 KB a node, outside torch's
+        allocator): CUDA's own error for it may come as late as the first replay.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # the warm-up's activations are no lack of memory
         before = self._outside()
         free = torch.cuda.mem_get_info(self._stream.device)[0]
-        if free < self._driver_bytes:
-            raise torch.OutOfMemoryError(
-                f"out of memory: a CUDA graph takes {self._driver_bytes >> 20} MiB of the card, "
-                f"{free >> 20} MiB are free"
-            )
+        if free < left * self._driver_bytes:
+            raise GraphsTooLarge(left * self._driver_bytes - free)
         graph, cause = torch.cuda.CUDAGraph(), None
         try:
             # the outer one: `graph` leaves its stream current where it cannot end the capture.

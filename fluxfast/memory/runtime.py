@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fluxfast.errors import FluxfastError
 from fluxfast.memory.copies import CpuCopies, CudaCopies
-from fluxfast.memory.cuda_graphs import Graphs, Inputs, is_out_of_memory, why_not
+from fluxfast.memory.cuda_graphs import Graphs, GraphsTooLarge, Inputs, is_out_of_memory, why_not
 from fluxfast.memory.host import OptimizerOnHost, WeightsOnHost
 from fluxfast.memory.offload import Offload
 from fluxfast.memory.planner import saved_bytes
 from fluxfast.memory.planner.choose import Chooser
-from fluxfast.memory.planner.plan import MARGIN, STEP_COPIES, Plan, cheaper_policies
+from fluxfast.memory.planner.plan import GIB, MARGIN, STEP_COPIES, Plan, cheaper_policies
 from fluxfast.model.flux import Flux
 
 log = logging.getLogger(__name__)
@@ -162,10 +162,14 @@ class MemoryRuntime:
                     raise
                 # the message alone: the error holds the frames, these the tensors
                 message = str(error)
+                missing = error.nbytes if isinstance(error, GraphsTooLarge) else 0
             if self._engine is not None:
                 self._engine.abandon()
             captured = self._drop_graphs()
-            self._make_cheaper(self._largest(self._label), message)
+            if missing:
+                self._make_room(missing)
+            else:
+                self._make_cheaper(self._largest(self._label), message)
             if captured:
                 self.capture()
 
@@ -232,16 +236,40 @@ class MemoryRuntime:
         """Returns the bucket of the most bytes that can be cheaper, where there are graphs; else
         `label`.
         """
-        plan = self.plan
-        if plan is None or self.graphs is None or self.graphs.reason is not None:
+        if self.plan is None or self.graphs is None or self.graphs.reason is not None:
             return label
-        able = [each for each, now in self.policies.items() if cheaper_policies(now)]
+        sizes = {
+            x: self._bytes(x, now) for x, now in self.policies.items() if cheaper_policies(now)
+        }
+        return max(sizes, key=sizes.__getitem__, default=label)
 
-        def size(each: str) -> int:
-            chooser = Chooser(plan.request.step, plan.buckets[each].shape, plan.card, False)
-            return chooser.fixed(list(self.policies[each])).bytes
+    def _bytes(self, label: str, policies: tuple[str, ...]) -> int:
+        """Returns the bytes predicted for a pass of this bucket, what is there always apart."""
+        assert self.plan is not None
+        shape = self.plan.buckets[label].shape
+        return Chooser(self.plan.request.step, shape, self.plan.card, False).fixed(policies).bytes
 
-        return max(able, key=size, default=label)
+    def _make_room(self, nbytes: int) -> None:
+        """Gives buckets cheaper policies, until the graphs' pool is predicted to be so much
+        smaller; where it cannot be, the run goes on without graphs.
+        """
+        assert self.graphs is not None
+        policies = dict(self.policies)
+        sizes = {label: self._bytes(label, now) for label, now in policies.items()}
+        goal = max(sizes.values()) - nbytes
+        while max(sizes.values()) > goal:
+            label = max(sizes, key=sizes.__getitem__)
+            cheaper = cheaper_policies(policies[label])
+            if cheaper is None:
+                self.graphs.run_eagerly("what the driver takes for them does not fit")
+                return
+            policies[label], sizes[label] = cheaper, self._bytes(label, cheaper)
+        self.policies, self._changed = policies, True
+        self.graphs.cool()
+        log.warning(
+            f"note: the driver takes {nbytes / GIB:.2f} GiB more for CUDA graphs than are free: "
+            "the largest buckets use cheaper policies from now on"
+        )
 
     def _make_cheaper(self, label: str, message: str) -> None:
         """Gives the bucket policies a notch cheaper in memory, exact ones alone; where none is,

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxfast.memory.cuda_graphs import ON_CPU, CudaRecorder, Graphs, NotCapturable, why_not
+from fluxfast.memory.cuda_graphs import (
+    ON_CPU,
+    CudaRecorder,
+    Graphs,
+    GraphsTooLarge,
+    NotCapturable,
+    is_out_of_memory,
+    why_not,
+)
 from fluxfast.model.lora import inject_lora
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import FlatParameters
@@ -93,7 +101,7 @@ class ReplayRecorder:
         run()
         run()
 
-    def record(self, run):
+    def record(self, run, left):
         self.log.append("record")
         with Tape() as tape:
             output = run()
@@ -259,7 +267,7 @@ def test_a_key_is_warmed_up_once_until_its_kernels_change():
 )
 def test_memory_that_runs_out_while_recording_is_no_reason_against_graphs(error, log_lines):
     class Full(ReplayRecorder):
-        def record(self, run):
+        def record(self, run, left):
             raise error
 
     step = Line()
@@ -463,7 +471,11 @@ def test_what_the_warm_up_leaves_cached_is_room_for_a_graph():
     free = torch.cuda.mem_get_info()[0]
     recorder._driver_bytes = free * 3 // 4
     torch.empty(free // 2, dtype=torch.uint8, device="cuda")  # cached when it is freed
-    recorder.record(lambda: torch.ones(2, device="cuda"))
+    recorder.record(lambda: torch.ones(2, device="cuda"), 1)
+    recorder._driver_bytes = free * 3 // 4
+    with pytest.raises(GraphsTooLarge) as error:  # one of them would fit
+        recorder.record(lambda: torch.ones(2, device="cuda"), 2)
+    assert is_out_of_memory(error.value) and free // 2 <= error.value.nbytes < free
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.reader import BaseCheckpoint
 from fluxfast.memory import runtime as memory_runtime
 from fluxfast.memory.copies import CpuCopies, PinRefused
+from fluxfast.memory.cuda_graphs import GraphsTooLarge
 from fluxfast.memory.offload import ArenaOverflow
 from fluxfast.memory.runtime import MemoryExhausted, MemoryRuntime
 from fluxfast.memory.spill import MemorySpills, SpillWatch
@@ -389,6 +390,38 @@ def test_with_graphs_the_bucket_that_needs_the_most_becomes_leaner(configure):
     before = dict(run.memory.policies)
     run.memory.retry(lambda: fails_once(small, asked))
     assert run.memory.policies[small] != before[small]
+
+
+def test_what_the_driver_takes_for_graphs_is_made_room_for_at_once(
+    configure, monkeypatch, log_lines
+):
+    exact = {"saved_8bit": "none", "modulation": "ahead", "optimizer_state": "device"}
+    config = configure()
+    data = [config.data[0].model_copy(update={"batch_size": size}) for size in (2, 3)]
+    config = config.model_copy(update={"data": data})
+    run, _ = start(config, planned(config, **exact))
+    memory, graphs = run.memory, run.memory.graphs
+    large = max(memory.policies, key=lambda label: memory.plan.buckets[label].bytes)
+
+    def largest():
+        return max(memory._bytes(label, now) for label, now in memory.policies.items())
+
+    def capture(examples):
+        if graphs.reason is None and (error := next(asked)):
+            raise error
+
+    monkeypatch.setattr(graphs, "reason", None)  # as on a GPU
+    monkeypatch.setattr(graphs, "capture", capture)
+    least, lean = largest(), ("checkpoint",) * len(memory.policies[large])
+    missing = (least - memory._bytes(large, lean)) // 2  # more than one notch
+    asked, before = iter([GraphsTooLarge(missing), None]), dict(memory.policies)
+    log_lines.clear()
+    memory.capture()
+    assert largest() <= least - missing and memory.policies[large] != before[large]
+    assert len(log_lines) == 1 and "more for CUDA graphs" in log_lines[0]
+    asked, before = iter([GraphsTooLarge(1 << 40)]), dict(memory.policies)
+    memory.capture()
+    assert memory.policies == before and "driver" in graphs.reason and len(log_lines) == 2
 
 
 def test_a_step_that_does_not_fit_beside_the_graphs_is_known_at_capture(configure, monkeypatch):
