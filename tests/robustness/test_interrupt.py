@@ -226,4 +226,4 @@ def test_measurements_and_previews_survive_a_full_disk(configure, monkeypatch, l
     pictures = sorted(path.name for path in (config.run_dir / "samples").iterdir())
     assert pictures == [f"00-step{step:08d}.png" for step in (0, 1, 3, 4)]
     notes = [line for line in log_lines if "No space left on device; the run goes on" in line]
-    assert len(notes) == 3  # the rows, their chart, the previews
+    assert len(notes) == 4  # the rows, their chart, the preview, its sheet
