@@ -233,7 +233,7 @@ def copied(tmp_path, monkeypatch) -> Path:
 def test_check_sees_every_block_and_writing_mends_it(copied, capsys):
     assert report.main(["--check"]) == 0
     pages, names = report.pages(copied), list(report.blocks(report.RESULTS))
-    assert len(names) == 10
+    assert names and sum(text.count(": begin -->") for text in pages.values()) == len(names)
     for name in names:
         ((page, text),) = [(page, text) for page, text in pages.items() if f"{name}: begin" in text]
         inside = text.partition(f"{name}: begin -->")[2].partition(f"<!-- {name}: end")[0]
