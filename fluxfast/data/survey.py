@@ -44,7 +44,8 @@ def read_data(
 ) -> tuple[list[list[Prompted]], Areas]:
     """Returns the images of each data folder whose captions can be used, in order, with their
     prompts; and the areas that their buckets are merged to. index_path: as in `scan_folders`;
-    areas: those of a run that has begun, whose pictures may be others now.
+    areas: those of a run that has begun, {} too. Its pictures may be others now, but those that it
+    has trained on stay in their buckets; a new one that none of the areas fits has its own.
 
     Raises FluxfastError for a missing folder, images without captions, what `report` refuses, and
     where no image can be used.

@@ -334,3 +334,5 @@ def test_merged_buckets_are_told_and_are_those_of_the_run(tmp_path, monkeypatch)
     assert buckets(chosen)[2:] == sizes
     assert buckets({}) == [{}, [], (96, 64), (64, 64), (160, 32), (96, 64)]
     assert buckets({96: [32 * 32]})[2:] == [(32, 32)] * 4
+    # nothing of this area fits into two of them
+    assert buckets({96: [96 * 64]})[2:] == [(96, 64), (64, 64), (160, 32), (96, 64)]

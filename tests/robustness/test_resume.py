@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import logged, noise_pictures
@@ -287,6 +288,30 @@ def test_a_run_keeps_the_buckets_that_it_began_with(configure, monkeypatch):
         earlier = trained("earlier", 1)
     assert all_equal(earlier["parameters"], apart["parameters"]) and earlier["areas"] == {}
     assert not any("have changed" in line or "merged" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("areas", [1, 8])  # merged, and began with fewer than that
+def test_a_resumed_run_takes_pictures_that_none_of_its_areas_fits(
+    configure, areas, monkeypatch, tmp_path, log_lines
+):
+    """Those that it knew stay in their buckets."""
+    (folder := tmp_path / "growing").mkdir()
+    noise_pictures(folder, 4, "a thing", sizes=((64, 64), (96, 64)))
+    monkeypatch.setattr(fluxfast.data.buckets, "AREAS", areas)
+    config = configure(data={"folder": str(folder), "resolution": 96}, train__steps=2)
+    train(config)
+    before = last_state(config)["areas"]
+    assert before == ({96: [64 * 64]} if areas == 1 else {})
+    monkeypatch.setattr(fluxfast.data.buckets, "AREAS", 1)
+    for number, size in enumerate(((160, 32), (32, 32), (96, 96))):
+        Image.new("RGB", size).save(folder / f"new-{number}.png")
+        (folder / f"new-{number}.txt").write_text("a new thing")
+    train(configure(data={"folder": str(folder), "resolution": 96}, train__steps=6))
+    assert last_state(config)["areas"] == before and checkpoints(config.run_dir)[-1][0] == 6
+    buckets = {1: "64x64 (5), 128x32 (1), 32x32 (1)"}
+    assert any(buckets.get(areas, "64x64 (2), 96x64 (2), ") in line for line in log_lines)
+    assert any("pictures or captions have changed" in line for line in log_lines)
 
 
 def all_equal(tensors, others) -> bool:
