@@ -115,28 +115,35 @@ def draw_pictures(
     vae = Vae(root, device, dtype)
     try:
         for picture, embedding in zip(pictures, embeddings, strict=True):
-            width, height = picture.width, picture.height
-            multiple = 2 * vae.factor
-            if width % multiple or height % multiple or min(width, height) < multiple:
-                raise ConfigError(
-                    f"a picture of {width}x{height} cannot be sampled: both sides must be "
-                    f"multiples of {multiple}"
-                )
-            size = height // vae.factor, width // vae.factor
-            noise = noise_for(picture.seed, vae.channels, *size, device)
-            t5, pooled = (tensor[None].to(device) for tensor in embedding)
-            latents = sample_latents(model, noise, t5, pooled, picture.steps, picture.guidance)
-            pixels = vae.decode(latents)[0]
-            if not torch.isfinite(pixels).all():
-                raise FluxfastError(
-                    f"the picture of {picture.prompt[:60]!r} is not finite",
-                    hint="the LoRA, its strength or the precision makes numbers that are too "
-                    "large; --storage bf16 --compute bf16 tells which",
-                )
-            pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-            yield Image.fromarray(pixels.cpu().numpy())
+            yield draw_picture(model, vae, picture, embedding)
     finally:
         vae.close()
+
+
+def draw_picture(
+    model: Flux, vae: Vae, picture: Picture, embedding: tuple[Tensor, Tensor]
+) -> Image.Image:
+    """As `draw_pictures`, one picture by a VAE that is loaded."""
+    width, height = picture.width, picture.height
+    multiple = 2 * vae.factor
+    if width % multiple or height % multiple or min(width, height) < multiple:
+        raise ConfigError(
+            f"a picture of {width}x{height} cannot be sampled: both sides must be "
+            f"multiples of {multiple}"
+        )
+    size = height // vae.factor, width // vae.factor
+    noise = noise_for(picture.seed, vae.channels, *size, vae.device)
+    t5, pooled = (tensor[None].to(vae.device) for tensor in embedding)
+    latents = sample_latents(model, noise, t5, pooled, picture.steps, picture.guidance)
+    pixels = vae.decode(latents)[0]
+    if not torch.isfinite(pixels).all():
+        raise FluxfastError(
+            f"the picture of {picture.prompt[:60]!r} is not finite",
+            hint="the LoRA, its strength or the precision makes numbers that are too "
+            "large; --storage bf16 --compute bf16 tells which",
+        )
+    pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().numpy())
 
 
 def save_picture(path: Path, image: Image.Image, picture: Picture, **more: str) -> None:

@@ -49,10 +49,13 @@ def why_not(device: torch.device, *, offload: bool, wanted: bool) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether it is torch's own error, or one of CUDA, cuBLAS or Triton: a RuntimeError."""
+    """Returns whether it is torch's own error, or one of CUDA, cuBLAS, cuDNN or Triton: a
+    RuntimeError.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    words = ("out of memory", "ALLOC_FAILED")
+    # the last where cuDNN gets no workspace for a convolution of the VAE
+    words = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

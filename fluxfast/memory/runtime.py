@@ -214,9 +214,7 @@ class MemoryRuntime:
         try:
             return fn()
         except RuntimeError as error:
-            # cuDNN's words where it gets no workspace for a convolution of the VAE
-            full = is_out_of_memory(error) or "unable to find an engine" in str(error)
-            if self._crowded or not full:
+            if self._crowded or not is_out_of_memory(error):
                 raise
         self._crowded = True
         self._drop_graphs()

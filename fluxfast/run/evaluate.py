@@ -3,25 +3,25 @@
 import logging
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from fluxfast.config.schema import Config
 from fluxfast.data.prepare import Prepared, encoder_dtype, preview_prompts
 from fluxfast.data.store import TEXT, CacheDamaged, read_tensors
+from fluxfast.encoders.vae import Vae
 from fluxfast.model.flux import Flux
 from fluxfast.run.plots import plot_validation
 from fluxfast.run.validation import Validation, Validator, best, write_validations
 from fluxfast.sampling import (
     Picture,
     contact_sheet,
-    draw_pictures,
+    draw_picture,
     pictures_of,
     save_picture,
     settings_of,
@@ -121,18 +121,13 @@ class Watch:
         pictures = pictures_of(self.config.sample, prompts)
         root, dtype = self.prepared.root, encoder_dtype(self.device)
         folder = self.config.run_dir / "samples"
-
-        def draw(picture: Picture, embedding: tuple[Tensor, Tensor]) -> Image.Image:
-            one = [picture], [embedding]
-            (image,) = draw_pictures(self.model, *one, root, self.device, dtype)
-            return image
-
-        for index, (picture, embedding) in enumerate(zip(pictures, embeddings, strict=True)):
-            with keep_running(f"preview {index} of step {done}", but=CacheDamaged):
-                image = self._attempt(partial(draw, picture, embedding))
-                path = folder / f"{index:02d}-step{done:08d}.png"
-                _keep_earlier(path, picture)
-                save_picture(path, image, picture, run=self.config.name, step=str(done))
+        with closing(self._attempt(partial(Vae, root, self.device, dtype))) as vae:
+            for index, pair in enumerate(zip(pictures, embeddings, strict=True)):
+                with keep_running(f"preview {index} of step {done}", but=CacheDamaged):
+                    image = self._attempt(partial(draw_picture, self.model, vae, *pair))
+                    path = folder / f"{index:02d}-step{done:08d}.png"
+                    _keep_earlier(path, pair[0])
+                    save_picture(path, image, pair[0], run=self.config.name, step=str(done))
         # the sheet is made of the files on the disk: a resumed run keeps its earlier columns
         files = {}
         for file in folder.glob("*.png"):

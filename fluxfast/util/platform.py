@@ -65,10 +65,10 @@ def peak_resident_gib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def available_memory() -> int:
+def available_memory(root: Path = Path("/")) -> int:
     """Returns the bytes of host memory that this process can still take: what is free or can be
-    freed, less where its cgroups (a container's, a pod's) allow less. Outside Linux and Windows
-    half of what the machine has.
+    freed, less where its cgroups (a container's, a pod's) allow less. Half of what the machine has
+    where the system does not report what is free: outside Linux and Windows.
     """
     if sys.platform == "win32":
         import ctypes
@@ -77,11 +77,16 @@ def available_memory() -> int:
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
         return status[2]  # ullAvailPhys
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    free = next(int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:"))
-    return max(0, min([free, *_cgroup_memory()]))
+        lines = []
+    rows = [line.split() for line in lines]
+    sizes = {row[0]: int(row[1]) * 1024 for row in rows if len(row) == 3}  # the others are counts
+    free = sizes.get("MemAvailable:")
+    if free is None:  # before Linux 3.14, in some sandboxes
+        free = sizes.get("MemFree:", 0) + sizes.get("Cached:", 0)
+    free = free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([free, *_cgroup_memory(root)]))
 
 
 def is_wsl() -> bool:

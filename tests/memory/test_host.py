@@ -1,5 +1,6 @@
 """Optimizer state and frozen weights on the host: the same steps, the same products, to the bit."""
 
+import os
 from contextlib import nullcontext
 from copy import deepcopy
 
@@ -340,8 +341,19 @@ def test_cgroups_limit_what_may_be_taken(tmp_path, line, mount, names, inside):
 
 def test_the_least_limit_holds(monkeypatch):
     free = available_memory()
-    monkeypatch.setattr("fluxfast.util.platform._cgroup_memory", lambda: [GIB, free])
+    monkeypatch.setattr("fluxfast.util.platform._cgroup_memory", lambda root: [GIB, free])
     assert available_memory() == GIB
+
+
+def test_what_is_available_where_the_kernel_does_not_count_it(tmp_path):
+    """Of an old kernel's /proc/meminfo, of one that is empty, and of none."""
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    assert available_memory(tmp_path) == half
+    (tmp_path / "proc").mkdir()
+    free = "MemFree: 20 kB\nBuffers: 4 kB\nCached: 30 kB\nHugePages_Total: 0\n"
+    for text, size in (("", half), (free, 50 << 10), (f"{free}MemAvailable: 40 kB\n", 40 << 10)):
+        (tmp_path / "proc/meminfo").write_text(f"MemTotal: 99 kB\n{text}")
+        assert available_memory(tmp_path) == size
 
 
 @pytest.mark.gpu

@@ -144,7 +144,7 @@ def test_nothing_that_serves_only_looking_ends_a_run(configure, monkeypatch, log
         return failing
 
     evaluate, logger = fluxfast.run.evaluate, "fluxfast.run.logger"
-    monkeypatch.setattr(evaluate, "draw_pictures", fails(torch.OutOfMemoryError("CUDA: no memory")))
+    monkeypatch.setattr(evaluate, "draw_picture", fails(torch.OutOfMemoryError("CUDA: no memory")))
     monkeypatch.setattr(evaluate, "plot_validation", fails(TypeError("_distutils_hack")))
     monkeypatch.setattr(fluxfast.train, "write_report", fails(ImportError("No module 'jinja2'")))
     monkeypatch.setattr(f"{logger}.RunLog._append_unwritten", fails(PermissionError(13, "denied")))
@@ -164,17 +164,20 @@ def test_nothing_that_serves_only_looking_ends_a_run(configure, monkeypatch, log
 
 
 def test_a_preview_that_fails_leaves_the_others(configure, monkeypatch, log_lines):
+    """Those of a step have one VAE, which is gone after them."""
     size = {"width": 64, "height": 64, "steps": 1, "every": 0, "first": False}
     config = configure(sample={"prompts": ["one", "two", "three"], **size}, train__steps=1)
-    draw = fluxfast.run.evaluate.draw_pictures
+    draw, vaes = fluxfast.run.evaluate.draw_picture, []
 
-    def draw_pictures(model, pictures, *more):
-        if pictures[0].prompt == "two":
+    def draw_picture(model, vae, picture, embedding):
+        vaes.append(vae)
+        if picture.prompt == "two":
             raise torch.OutOfMemoryError("CUDA: no memory")
-        return draw(model, pictures, *more)
+        return draw(model, vae, picture, embedding)
 
-    monkeypatch.setattr(fluxfast.run.evaluate, "draw_pictures", draw_pictures)
+    monkeypatch.setattr(fluxfast.run.evaluate, "draw_picture", draw_picture)
     run = train(config).parent
+    assert len({id(vae) for vae in vaes}) == 1 and vaes[0]._vae is None
     drawn = [f"{number:02d}-step00000001.png" for number in (0, 2)]
     assert sorted(f.name for f in (run / "samples").iterdir()) == drawn
     assert sum("preview 1 of step 1: OutOfMemoryError" in line for line in log_lines) == 1

@@ -142,7 +142,7 @@ def observe(watcher: Watcher, fail: str | None) -> None:
     _wrap(Graphs, "capture", refuse("capture"), relent)
     _wrap(step, "_accumulate", refuse("pass"), relent)
     _wrap(step, "step_unless", refuse("optimizer"), relent)
-    _wrap(evaluate, "draw_pictures", refuse("preview"))  # a generator: drawn after it returns
+    _wrap(evaluate, "draw_picture", refuse("preview"))
     _wrap(train, "plan_run", after=lambda plan, *_: setattr(watcher, "plan", plan))
     _wrap(train, "build", after=lambda run, *_: setattr(watcher, "run", run))
 
