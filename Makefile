@@ -21,17 +21,19 @@ photos: $(VENV)/installed
 	$(BIN)/python $(NANO)/make_nano.py
 	$(BIN)/fluxfast train $(NANO)/train.yaml --restart
 
-# two processes at a time, a file each: the fixtures of a file are made once
+# two processes at a time, a file each: the fixtures of a file are made once. In the order of the
+# files: reordered by their number of tests, the few that are long would come last
 WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 # what takes minutes: 200 steps against 100 and 100, fifty kills, 12 billion parameters in and out,
 # memory's peaks, and longer fuzzing
 test-long: $(VENV)/installed-test
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 	HYPOTHESIS_EXAMPLES=3000 $(BIN)/pytest -n $(WORKERS) tests/robustness/test_fuzz.py
 
 install: $(VENV)/installed

@@ -3,6 +3,8 @@
 Base checkpoints, LoRA files and include/exclude patterns all map between the two by these tables.
 """
 
+from functools import cache
+
 from fluxfast.model.spec import FluxSpec
 
 # BFL module inside a block -> diffusers modules inside its block, in row order
@@ -75,6 +77,7 @@ def part_rows(module: str, spec: FluxSpec) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows], strict=True))
 
 
+@cache
 def linear_shape(module: str, spec: FluxSpec) -> tuple[int, int]:
     """Returns the (rows, columns) of any linear of the model, by its BFL name."""
     hidden, mlp = spec.hidden_size, spec.mlp_hidden

@@ -249,6 +249,7 @@ def test_how_a_command_ended(bench, code, output, status, reason):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_a_command_is_killed_with_what_it_started(tmp_path):
     pid = tmp_path / "pid"
     code = (

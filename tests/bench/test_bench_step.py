@@ -137,6 +137,7 @@ def test_a_cap_is_planned_for_and_the_gradients_stay(tmp_path):
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "settings", "reason"),
     [

@@ -31,6 +31,7 @@ def test_blocks_keep_no_more_than_they_need(counts):
         assert count <= LIMITS[kind, "attn+mlp"], kind
 
 
+@pytest.mark.slow
 def test_the_document_states_the_counts(counts):
     assert f"{in_kilobytes(counts['double'])} kB per token in a double block" in MEMORY
     assert f"{in_kilobytes(counts['single'])} kB in a single one" in MEMORY

@@ -60,6 +60,7 @@ def raises(error: Exception, calls: int = 0):
     return work
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_row_and_never_ends_the_run(clock):
     full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
     candidates = {

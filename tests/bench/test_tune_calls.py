@@ -69,6 +69,7 @@ def test_a_launch_takes_the_tile_and_agrees_with_its_reference(asked, monkeypatc
     assert error(build(asked, TINY, RANK, "cpu"), asked.kernel, monkeypatch) is None
 
 
+@pytest.mark.slow
 def test_a_weight_is_transposed_where_dispatch_hands_over(monkeypatch):
     asked, seen = problem("gemm_8bit_dx.dense.int8", PROJ, "dx"), []
     eight_bit = build.__globals__["eight_bit"]

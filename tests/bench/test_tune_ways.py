@@ -26,6 +26,7 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(tune_ways, "HAND_OVER_ROWS", (16, 32))
 
 
+@pytest.mark.slow
 def test_both_ways_are_taken_at_every_m(tmp_path, monkeypatch):
     pair = replace(PAIR, kernel=Kernel("gemm_8bit_dx", "dense", "int8"), pass_name="dx")
     seen = []
@@ -94,6 +95,7 @@ def test_the_way_that_breaks_the_gpu_is_known(kinds):
     assert {r.name: r.status for r in timed}["decode at 32"] == "gate failed"
 
 
+@pytest.mark.slow
 def test_attention_on_each_backend(tmp_path):
     """On a CPU flash and cuDNN are missing: rows all the same."""
     out = tmp_path / "rows.jsonl"

@@ -126,6 +126,7 @@ def execute(text: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_launches_are_specialized_as_on_a_card(tmp_path):
     execute(FACTS, tmp_path)
 

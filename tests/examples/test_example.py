@@ -3,12 +3,14 @@
 import json
 import re
 
+import pytest
 from small import logged
 
 from fluxfast.config.schema import load_config
 from fluxfast.train import train
 
 
+@pytest.mark.slow
 def test_photographs_train_in_several_buckets(nano_model, tmp_path):
     settings = [f"model.path={nano_model}", f"output_dir={tmp_path}", "train.steps=6"]
     config = load_config("examples/nano/train.yaml", [*settings, "log_every=2"])

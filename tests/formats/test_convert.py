@@ -514,6 +514,7 @@ def test_diffusers_loads_our_files(format, share_a, pair, x, tmp_path):
     assert torch.equal(diffusers_forward(theirs, x), base)
 
 
+@pytest.mark.slow
 def test_we_load_a_file_of_peft(pair, x, tmp_path):
     """A LoRA that peft made on diffusers' model and saved, with its keys and configuration."""
     from peft import LoraConfig, get_peft_model

@@ -93,6 +93,7 @@ def test_an_install_holds_every_file(both, alone):
     assert not (alone / "fluxfast").exists()
 
 
+@pytest.mark.slow
 def test_what_the_distributions_say_of_themselves(both, alone):
     (trainer,) = metadata.distributions(path=[str(both)])
     (kernels,) = metadata.distributions(path=[str(alone)])

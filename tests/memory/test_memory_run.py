@@ -314,6 +314,7 @@ def test_the_optimizer_begun_is_not_begun_again(configure, monkeypatch):
     assert run_pass.call_count == 1
 
 
+@pytest.mark.slow
 def test_where_no_policy_is_cheaper_the_run_ends(configure, monkeypatch):
     run, loader = start(configure())
     failing(run, monkeypatch, range(1000))

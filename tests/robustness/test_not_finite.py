@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_moves_nothing(configure, kind):
     assert bad == 0 and any(p.abs().max() > 0 for p in run.flat.parameters[1::2])
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, dtype, side):
@@ -170,6 +170,7 @@ def test_weights_that_are_broken_are_named_first(configure):
     ]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_overflows_alone_is_traced_to_backward(configure):
     run, _ = start(configure())
     layer = run.model.get_submodule("single_blocks.0.linear1")

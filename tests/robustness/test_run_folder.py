@@ -53,6 +53,7 @@ def test_only_measurements_are_read_as_such(tmp_path, log_lines):
     assert best(rows) is rows[1]  # though the one before it has no number
 
 
+@pytest.mark.slow
 def test_what_killed_processes_left_is_gone_at_the_next_start(configure):
     config = configure()
     left = [".small.safetensors.7.partial", "samples/.a.png.7.partial"]
