@@ -69,7 +69,8 @@ def fit_bucket(image: tuple[int, int], resolution: int, areas: Collection[int]) 
     if not fits.any():
         return own
     w, h = w[fits], h[fits]
-    return min(_least(_loss(image, (w, h), resolution), w, h))[1:]
+    losses = _loss(image, cropped(image, (w, h)), w * h, resolution)
+    return min(_least(losses, w, h))[1:]
 
 
 def choose_areas(images: Iterable[tuple[int, int]], resolution: int) -> list[int]:
@@ -85,7 +86,7 @@ def choose_areas(images: Iterable[tuple[int, int]], resolution: int) -> list[int
     if len(areas) <= AREAS:
         return []
     sizes, number = np.array([image for image, _ in counts]).T, np.array([n for _, n in counts])
-    first = _loss(sizes, own, resolution)
+    first = _loss(sizes, cropped(sizes, own), own.prod(axis=0), resolution)
     each = (_area_loss(sizes, area, resolution) for area in areas.tolist())
     losses = np.stack([np.maximum(0.0, loss - first) ** 2 for loss in each], axis=1)
     rows = np.arange(len(number))
@@ -110,10 +111,10 @@ def _area_loss(images: Pair, area: int, resolution: int) -> np.ndarray:
     """Returns the least loss of each image [N] in a bucket of this area, inf where none fits."""
     (width, height), (w, h) = images, _sizes(area)
     first, last = np.searchsorted(-h, -height), np.searchsorted(w, width, "right") - 1
-    place = np.searchsorted(w / h, width / height)  # the least loss is on either side of the aspect
+    place = np.searchsorted(w / h, width / height)  # the least crop is on either side of the aspect
     near = [np.clip(each, first, last) for each in (place - 1, place)]
-    losses = np.minimum(*(_loss(images, (w[each], h[each]), resolution) for each in near))
-    return np.where(first <= last, losses, np.inf)
+    crop = np.minimum(*(cropped(images, (w[each], h[each])) for each in near))
+    return np.where(first <= last, _loss(images, crop, area, resolution), np.inf)
 
 
 @cache
@@ -132,10 +133,10 @@ def _least(losses: np.ndarray, *sizes: np.ndarray) -> list[tuple[float, int, int
     return [(round(loss, 9), w, h) for loss, w, h in rows]
 
 
-def _loss(image: Pair, size: Pair, resolution: int) -> Any:
-    """Returns the share of an image that a bucket loses: of its area, cropped, and of its sharpness
+def _loss(image: Pair, crop: Any, area: Any, resolution: int) -> Any:
+    """Returns the share of an image that a bucket loses: of its area, crop, and of its sharpness
     (pixels along a side) where the bucket is smaller than it may be.
     """
     largest = np.minimum(resolution**2, (image[0] // STEP) * (image[1] // STEP) * STEP**2)
-    sharpness = np.minimum(1.0, size[0] * size[1] / (_FLOOR * largest)) ** 0.5
-    return 1.0 - (1.0 - cropped(image, size)) * sharpness
+    sharpness = np.minimum(1.0, area / (_FLOOR * largest)) ** 0.5
+    return 1.0 - (1.0 - crop) * sharpness

@@ -121,9 +121,13 @@ def chosen_plainly(images, resolution, least) -> list[int]:
         for i in own
         for a in areas
     }
-    first = {image: _loss(image, size, resolution) for image, size in own.items()}
+
+    def loss(image, size) -> float:
+        return _loss(image, cropped(image, size), size[0] * size[1], resolution)
+
+    first = {image: loss(image, size) for image, size in own.items()}
     losses = {
-        (i, a): max(0, min([_loss(i, s, resolution) for s in sizes], default=inf) - first[i]) ** 2
+        (i, a): max(0, min([loss(i, s) for s in sizes], default=inf) - first[i]) ** 2
         for (i, a), sizes in fits.items()
     } | {(image, w * h): 0.0 for image, (w, h) in own.items()}
 
