@@ -1,6 +1,7 @@
 """Whole runs over torch's CUDA build without a GPU are as planned. The first run downloads it."""
 
 import shutil
+import subprocess
 
 import pytest
 
@@ -14,6 +15,7 @@ ROW = {
     "planned": {"512x512": "57 keep"},
     "limit_gib": 21.7,
     "reserved_gib": 21.9,
+    "elsewhere_gib": 0.0,
     "steps": [{"launches": 9000, "syncs": 9}, {"launches": 4600, "syncs": 0}],
     "graphs": 1,
     "graphed": True,
@@ -27,6 +29,7 @@ ROW = {
     [
         ("policies", {"policies": {"512x512": "50 keep, 7 recompute_mlp"}}),
         ("GiB reserved", {"reserved_gib": 23.0}),
+        ("GiB reserved on another card", {"elsewhere_gib": 0.5}),
         ("1 synchronizations a step", {"steps": [ROW["steps"][0], {"launches": 1, "syncs": 1}]}),
         ("0 graphs of 1", {"graphs": 0}),
         ("exit 1", {"exit": 1, "error": "the GPU's memory is full"}),
@@ -56,13 +59,14 @@ def test_scenarios_cover_the_cards_the_sizes_and_the_optimizers():
     }
 
 
-def test_rows_resume_and_are_replaced_by_name(tmp_path, monkeypatch):
+def test_rows_resume_and_are_replaced_by_name(tmp_path, monkeypatch, capsys):
     ran = []
 
     def run(scenario, environment):
         ran.append(scenario.name)
         wrong = ["too much"] if scenario.card == "h100" else []
-        return {"name": scenario.name, "key": scenario.key, "wrong": wrong, **ROW}
+        row = {"name": scenario.name, "key": scenario.key, "code": cli.code(), "wrong": wrong}
+        return row | ROW
 
     monkeypatch.setattr(cli, "run", run)
     monkeypatch.setattr("bench.twin.cuda.stubs.environment", dict)
@@ -73,6 +77,33 @@ def test_rows_resume_and_are_replaced_by_name(tmp_path, monkeypatch):
     assert cli.main(["--only", "h100 512*", "--out", str(out)]) == 1
     text = cli.block(tmp_path)
     assert text.count("as planned") == 3 and "too much" in text and "without a GPU" in text
+    assert "of other code" not in text + capsys.readouterr().out
+    monkeypatch.setattr(cli, "code", lambda: "changed")
+    assert cli.main(["--only", "3060 512*", "--out", str(out)]) == 0 and len(ran) == 8
+    assert "1 rows are of other code" in capsys.readouterr().out
+    assert "1 of the 4 runs are of other code" in cli.block(tmp_path)
+
+
+def test_a_process_that_dies_is_a_row_of_the_table(tmp_path, monkeypatch):
+    died = subprocess.CompletedProcess([], -11, "", "step 1\nstep 2")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
+    row = cli.run(Scenario("3060 512 px", "3060", ("512",)), {})
+    cli.save(row, tmp_path / cli.ROWS.name)
+    text = cli.block(tmp_path)
+    assert "the process ended with -11: step 2 |" in text and "as planned" not in text
+
+
+def test_the_code_of_a_row_is_the_trainer_the_kernels_and_the_twin(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    (tmp_path / "constraints.txt").write_text("torch")
+    made = [cli.code()]
+    for name in ("fluxfast/run/a.py", "kernels/fluxfast_kernels/a.json", "bench/twin/cuda/a.c"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+        made.append(cli.code())
+    (tmp_path / "fluxfast" / "a.pyc").write_text("")
+    (tmp_path / "bench" / "rows.py").write_text("")
+    assert cli.code() == made[-1] and len(set(made)) == 4
 
 
 @pytest.mark.slow

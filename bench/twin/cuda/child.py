@@ -3,9 +3,9 @@ pictures to LoRA file. Its argument is JSON, such as {"settings": ["train.steps=
 [[512, 512, false]], "fail": "pass"}; its last line is the row.
 
 What is not as on a card: values are zeros; Triton's launches are counted and not compiled
-(TWIN_TRITON=real compiles them); convolutions allocate their result alone, as cuDNN's without a
-workspace; a truth asked of the card is True, as only finiteness is asked; the base, a sparse file,
-is not searched for NaN, which would read all of it.
+(TWIN_TRITON=real compiles them); convolutions and Hopper's attention allocate their results alone,
+as cuDNN's without a workspace; a truth asked of the card is True, as only finiteness is asked; the
+base, a sparse file, is not searched for NaN, which would read all of it.
 """
 
 import ctypes
@@ -68,17 +68,39 @@ def stand_in() -> None:
         return x.new_empty(len(x), self.out_channels, *sides)
 
     torch.nn.Conv2d._conv_forward = convolution
+    _replace_attention()
     from fluxfast.formats.base import reader
 
     reader._is_finite = lambda part: True
     if os.environ.get("TWIN_TRITON") != "real":
         from triton.runtime import jit
 
-        def run(self, *arguments, **options):
-            if runtime.fake_launch(torch.cuda.current_stream().cuda_stream):
-                raise RuntimeError("Triton: a launch failed")
+        jit.JITFunction.run = _launch
 
-        jit.JITFunction.run = run
+
+def _replace_attention() -> None:
+    """Replaces cuDNN's attention, which builds a plan that a library of stubs cannot."""
+
+    def forward(q, k, v, *_, **__):
+        _launch()
+        o = torch.empty_like(q)
+        lse = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+        unused = q.new_empty((), dtype=torch.int64)
+        return o, lse, unused, unused, q.shape[2], k.shape[2], unused, unused, unused
+
+    def backward(do, q, k, v, *_, **__):
+        _launch()
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    global _library  # what it replaces ends with it
+    _library = torch.library.Library("aten", "IMPL")
+    _library.impl("_scaled_dot_product_cudnn_attention", forward, "CUDA")
+    _library.impl("_scaled_dot_product_cudnn_attention_backward", backward, "CUDA")
+
+
+def _launch(*_, **__) -> None:
+    if runtime.fake_launch(torch.cuda.current_stream().cuda_stream):
+        raise RuntimeError("a launch failed")
 
 
 class Watcher(logging.Handler):
@@ -171,13 +193,16 @@ def pictures(folder: Path, sizes: list) -> None:
 
 
 def row(watcher: Watcher, error: str | None) -> dict:
-    """Returns the run's figures. GiB; peak: of the card, with what others take of it."""
+    """Returns the run's figures. GiB; peak: of the card, with what others take of it; elsewhere:
+    reserved on cards that are not the run's."""
     figures = stats()
+    reserved = [torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count())]
     found = {
         "exit": 0 if error is None else 1,
         "error": error,
         "peak_gib": round(figures["peak"] / GIB, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        "reserved_gib": round(reserved.pop(torch.cuda.current_device()) / GIB, 2),
+        "elsewhere_gib": round(sum(reserved) / GIB, 2),
         "steps": watcher.steps,
         "graphs": watcher.graphs,
         "refused": runtime.fake_stat(10),

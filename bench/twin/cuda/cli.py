@@ -1,7 +1,7 @@
 """`fluxfast train` whole, at FLUX.1-dev's size, on cards that are not here: torch's own CUDA build
 over a runtime that reserves memory and computes nothing (`fakecudart.c`).
 
-    python -m bench.twin.cuda              what is not in bench/results/twin-cuda.jsonl yet
+    python -m bench.twin.cuda              what bench/results/twin-cuda.jsonl lacks of today's code
     … --only "3060*" --redo                those whose name fits, again
     … --quick --out rows.jsonl             the eight of the long tests
 
@@ -9,9 +9,11 @@ over a runtime that reserves memory and computes nothing (`fakecudart.c`).
 torch's CUDA build (530 MB).
 """
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,11 +23,21 @@ from bench.terminal import markdown, parser
 from bench.twin.cuda.scenarios import CARDS, Scenario, scenarios
 
 ROWS = RESULTS / "twin-cuda.jsonl"
+CODE = ("fluxfast", "kernels/fluxfast_kernels", "bench/twin/cuda")  # what a row depends on
 NOTE = (
     "Checked on torch's own CUDA allocator, without a GPU; no times. The peak is of the whole "
     "card, 0.44 GiB for CUDA itself and what the desktop takes included; launches a step: the "
     "graph's nodes, and what is launched beside it."
 )
+
+
+def code() -> str:
+    """Returns a digest of the files of CODE and of the versions of what they import."""
+    files = [p for f in CODE for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".c", ".json")]
+    digest = hashlib.sha256()
+    for path in [*sorted(files), ROOT / "constraints.txt"]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run(scenario: Scenario, environment: dict[str, str], timeout_s: float = 1800) -> dict:
@@ -35,6 +47,7 @@ def run(scenario: Scenario, environment: dict[str, str], timeout_s: float = 1800
         "settings": list(scenario.settings),
         "fail": scenario.fail,
     }
+    start = {"bench": "twin-cuda", "name": scenario.name, "key": scenario.key, "code": code()}
     child = subprocess.run(
         [sys.executable, "-c", "from bench.twin.cuda.child import main; main()", json.dumps(task)],
         env=environment | scenario.environment,
@@ -43,12 +56,11 @@ def run(scenario: Scenario, environment: dict[str, str], timeout_s: float = 1800
         text=True,
         timeout=timeout_s,
     )
-    start = {"bench": "twin-cuda", "name": scenario.name, "key": scenario.key}
     lines = child.stdout.splitlines()
     if child.returncode or not lines:
-        return start | {
-            "wrong": [f"the process ended with {child.returncode}: {child.stderr[-500:]}"]
-        }
+        last = "".join(child.stderr.splitlines()[-1:])
+        wrong = [f"the process ended with {child.returncode}: {last}"]
+        return start | {"peak_gib": 0, "steps": [], "graphs": 0, "wrong": wrong}
     row = json.loads(lines[-1])
     return start | row | {"wrong": scenario.wrong(row)}
 
@@ -62,11 +74,12 @@ def save(row: dict, path: Path) -> None:
 def block(results: Path) -> str:
     """Returns the table of docs/performance.md: the rows of today's scenarios."""
     found = {str(row["key"]): row for row in read(results / ROWS.name)}
-    lines = []
+    lines, shown = [], []
     for scenario in scenarios():
         row = found.get(scenario.key)
-        if row is None or "steps" not in row:
+        if row is None:
             continue
+        shown.append(row)
         plans = row.get("policies") or {}
         how = "; ".join(dict.fromkeys(plans.values()))
         last = (row["steps"] or [{"launches": "", "syncs": ""}])[-1]
@@ -77,7 +90,10 @@ def block(results: Path) -> str:
         figures = f"{row['peak_gib']:.2f} of {total:.2f}", str(last["syncs"]), str(last["launches"])
         lines.append([scenario.name, how, *figures, str(row["graphs"]), result])
     head = ["run", "blocks", "card's peak, GiB", "synchronizations a step", "launches a step"]
-    return f"{markdown([*head, 'graphs', 'result'], lines)}\n\n{NOTE}"
+    versions = Counter(row.get("code") for row in shown)
+    other = len(shown) - max(versions.values(), default=0)
+    note = f" {other} of the {len(shown)} runs are of other code than the rest." if other else ""
+    return f"{markdown([*head, 'graphs', 'result'], lines)}\n\n{NOTE}{note}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,17 +108,19 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [
         s for s in scenarios() if fnmatch(s.name, given.only) and (s.quick or not given.quick)
     ]
-    done = {str(row["key"]): row for row in read(given.out)}
-    variables, failed = environment(), 0
+    variables, failed, now = environment(), 0, code()
+    rows = {str(row["key"]): row for row in read(given.out)}
+    done = {key: row for key, row in rows.items() if row.get("code") == now}
+    other = sum(s.key in rows.keys() - done.keys() for s in chosen)
+    if other:
+        print(f"{other} rows are of other code: these run again", flush=True)
     for scenario in chosen:
         row = done.get(scenario.key)
         if row is None or given.redo:
             row = run(scenario, variables)
             save(row, given.out)
         failed += bool(row["wrong"])
-        peak = row.get("peak_gib", "")
-        print(
-            f"{scenario.name}: {'; '.join(row['wrong']) or f'as planned, {peak} GiB'}", flush=True
-        )
+        result = "; ".join(row["wrong"]) or f"as planned, {row['peak_gib']} GiB"
+        print(f"{scenario.name}: {result}", flush=True)
     print(f"{len(chosen) - failed} of {len(chosen)} runs are as planned")
     return int(failed > 0)

@@ -1,5 +1,6 @@
-/* The CUDA driver, as far as torch and Triton's launcher call it: memory and launches are the
-   runtime's (fakecudart.c). Handles of virtual memory are their sizes. */
+/* Stands for libcuda.so.1, the CUDA driver: what torch's expandable segments and Triton's launcher
+   call. Memory, launches and cards are those of the runtime, fakecudart.c, found by dlsym. A handle
+   of virtual memory is its size; modules are not read, functions are their names. */
 #include <stddef.h>
 #include <string.h>
 #include <stdlib.h>
@@ -74,8 +75,8 @@ R cuDeviceGet(int *d, int o) {
   return 0;
 }
 R cuDeviceGetCount(int *n) {
-  *n = 1;
-  return 0;
+  int (*f)(int *) = dlsym(h(), "cudaGetDeviceCount");
+  return f(n);
 }
 R cuDeviceGetAttribute(int *v, int a, int d) {
   int (*f)(int *, int, int) = dlsym(h(), "cudaDeviceGetAttribute");

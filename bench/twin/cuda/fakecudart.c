@@ -1,7 +1,14 @@
-/* A CUDA runtime without a GPU: memory is reserved and never touched, kernels are counted and not
-   run, capture follows CUDA's rules. For torch's own CUDA build, which cannot tell the difference
-   until it looks at numbers. The card is described by environment variables: see `card()` of
-   scenarios.py. */
+/* Stands for libcudart.so.13, the CUDA runtime, for torch's own CUDA build, which cannot tell the
+   difference until it looks at numbers.
+
+   Memory is address space that nothing touches, counted against the card's size; copies of at most
+   FAKE_COPY_MIB are made, so that small results can be read. Kernels are counted and not run, so
+   streams and events are always done. Capture follows CUDA's rules: calls that it forbids fail and
+   invalidate it, a graph is its number of nodes and takes FAKE_NODE_BYTES of memory for each.
+
+   The card is described by environment variables, see `Scenario.environment`. Cards beyond the
+   first share its memory. Python reads counts and has allocations refused by the functions fake_*,
+   which the driver (driver.c) and cuBLAS's stand-in (stubs.py) call too. */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <pthread.h>
@@ -739,51 +746,51 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
 }
 cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) {
   init();
-  switch ((int)a) {
-  case 75:
+  switch (a) {
+  case cudaDevAttrComputeCapabilityMajor:
     *v = (int)envll("FAKE_MAJOR", 8);
     break;
-  case 76:
+  case cudaDevAttrComputeCapabilityMinor:
     *v = (int)envll("FAKE_MINOR", 9);
     break;
-  case 16:
+  case cudaDevAttrMultiProcessorCount:
     *v = 128;
     break;
-  case 97:
+  case cudaDevAttrMaxSharedMemoryPerBlockOptin:
     *v = 101376;
     break;
-  case 81:
+  case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
     *v = 102400;
     break;
-  case 8:
+  case cudaDevAttrMaxSharedMemoryPerBlock:
     *v = 49152;
     break;
-  case 1:
+  case cudaDevAttrMaxThreadsPerBlock:
     *v = 1024;
     break;
-  case 10:
+  case cudaDevAttrWarpSize:
     *v = 32;
     break;
-  case 39:
+  case cudaDevAttrMaxThreadsPerMultiProcessor:
     *v = 1536;
     break;
-  case 5:
+  case cudaDevAttrMaxGridDimX:
     *v = 2147483647;
     break;
-  case 6:
-  case 7:
+  case cudaDevAttrMaxGridDimY:
+  case cudaDevAttrMaxGridDimZ:
     *v = 65535;
     break;
-  case 95:
+  case cudaDevAttrCooperativeLaunch:
     *v = 1;
     break;
-  case 106:
+  case cudaDevAttrMaxBlocksPerMultiprocessor:
     *v = 24;
     break;
-  case 12:
+  case cudaDevAttrMaxRegistersPerBlock:
     *v = 65536;
     break;
-  case 38:
+  case cudaDevAttrL2CacheSize:
     *v = 75497472;
     break;
   default:

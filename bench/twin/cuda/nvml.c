@@ -1,4 +1,6 @@
-/* The management library, as far as torch asks it for expandable segments and processes. */
+/* Stands for libnvidia-ml.so.1, NVIDIA's management library: what torch asks it as it counts the
+   cards and sets up expandable segments. Cards are FAKE_DEVICES in number, no process is on them. */
+#include <stdlib.h>
 int nvmlInit_v2(void) { return 0; }
 int nvmlInit(void) { return 0; }
 int nvmlShutdown(void) { return 0; }
@@ -26,6 +28,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) {
   return 0;
 }
 int nvmlDeviceGetCount_v2(unsigned *n) {
-  *n = 1;
+  const char *devices = getenv("FAKE_DEVICES");
+  *n = devices ? atoi(devices) : 1;
   return 0;
 }

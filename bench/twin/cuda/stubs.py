@@ -1,8 +1,9 @@
 """Sets the twin up: torch's CUDA build without NVIDIA's libraries, and libraries that stand in for
 them, built with gcc into build/twin.
 
-`fakecudart.c` is the runtime. Of the other libraries torch and bitsandbytes only need the symbols,
-with their versions: each is a function that returns 0, but for those of SPECIAL.
+`fakecudart.c` is the runtime, `driver.c` the driver, `nvml.c` the management library. Of the other
+libraries torch and bitsandbytes only need the symbols, with their versions: each is a function that
+returns 0, but for those of SPECIAL.
 """
 
 import os
@@ -35,16 +36,25 @@ LIBRARIES = {
     "cufile": ("libcufile.so.0", "cuFile"),
     "cuda": ("libcuda.so.1", "cu[A-Z]"),
 }
-# what has to answer; `driver.c` is the driver's
+# of cuBLAS, what multiplies for torch: launched on the handle's stream
+_PRODUCTS = ("GemmEx", "GemmStridedBatchedEx", "Sgemm_v2", "SgemmStridedBatched")
+# what has to answer or to be counted
 SPECIAL = {
     "cublas": "int cublasCreate_v2(void **h) { *h = (void *)16; return 0; }"
     "int cublasGetVersion_v2(void *h, int *v) { *v = 130000; return 0; }"
     "int cublasGetMathMode(void *h, int *m) { *m = 0; return 0; }"
-    "int cublasGetPointerMode_v2(void *h, int *m) { *m = 0; return 0; }",
+    "int cublasGetPointerMode_v2(void *h, int *m) { *m = 0; return 0; }"
+    "int fake_launch(void *); static __thread void *stream;"
+    "int cublasSetStream_v2(void *h, void *s) { stream = s; return 0; }"
+    + "".join(f"int cublas{name}() {{ return fake_launch(stream); }}" for name in _PRODUCTS),
     "cublasLt": "#include <string.h>\n"
     "int cublasLtCreate(void **h) { *h = (void *)16; return 0; }"
     "int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, void *a, void *b, void *c, void *e,"
-    " void *p, int r, char *out, int *n) { memset(out, 0, 96); *n = 1; return 0; }",
+    " void *p, int r, char *out, int *n) { memset(out, 0, 96); *n = 1; return 0; }"
+    "int fake_launch(void *);"
+    "int cublasLtMatmul(void *h, void *desc, void *alpha, void *a, void *al, void *b, void *bl,"
+    " void *beta, void *c, void *cl, void *d, void *dl, void *algo, void *work, size_t n, void *s)"
+    " { return fake_launch(s); }",
     "cudnn": "#include <stddef.h>\nsize_t cudnnGetVersion(void) { return 92000; }"
     "int cudnnCreate(void **h) { *h = (void *)16; return 0; }",
     "cusparse": "int cusparseCreate(void **h) { *h = (void *)16; return 0; }",
