@@ -10,12 +10,13 @@
     skinny    LoRA's skinny products beside the rate of a copy
     fp8       error of fp8 products against fp64, by K
     layouts   dX of 8-bit weights as stored, or transposed first, at few rows
-    dequant   NF4 in the product, or dequantized first, at few rows; the L2's read rate
     attention the backends, forward and backward, against fp32
+    dequant   NF4 in the product, or dequantized first, at few rows; the L2's read rate
 
-Each item is a process of its own that is cut after a while, and each result a row of the file at
-once: what stops the GPU costs the rest of its item. Needs torch 2.11, Triton 3.6 and numpy; tests
-need pytest. The exit code is 1 where a result is wrong or an item failed.
+Each item is a process of its own that is cut where those after it need the time, and each result a
+row of the file at once: what stops the GPU costs the rest of its item, whose output is a file
+beside the rows. Needs torch 2.11, Triton 3.6 and numpy; tests need pytest, and run in parallel with
+pytest-xdist. The exit code is 1 where a result is wrong or an item failed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,7 +47,7 @@ from bench.tune.problems import Problem
 from bench.tune.space import Kernel, named_tile, tile_name
 from bench.tune.sweep import Target, replayed
 from bench.tune.ways import BackendJob, HandOverJob, answering
-from fluxfast.model.names import linear_shape
+from fluxfast.model.names import linear_shape, part_rows
 from fluxfast.model.spec import DEV, FluxSpec
 from fluxfast.step import graph_key
 
@@ -54,12 +56,12 @@ LINEAR1, LINEAR2 = "single_blocks.0.linear1", "single_blocks.0.linear2"
 # (op, linear, pass) -> tiles beside the shipped one, all without a spill when compiled
 TILES = {
     ("gemm_8bit", MLP_IN, "product"): ("128x128x64.8w3r128", "128x256x64.8w3"),
-    ("gemm_8bit_pair", LINEAR2, "product"): (),
+    ("gemm_8bit_pair", LINEAR2, "product"): ("128x128x64.16w3", "128x128x128.8w3"),
     ("gemm_8bit_dx_pair", LINEAR1, "dx"): ("128x64x64.8w3", "128x128x128.8w3"),
 }
 ROWS = (512, 1536, 4608)  # tokens of 512 px of text, then images of 512 and 1024 px with it
 BLOCKS = replace(DEV, depth=2, depth_single_blocks=4)
-L2_BYTES = 24 << 20  # half of the smallest L2 of the cards from sm_89 on
+REPEATS = 8  # launches that are timed as one: events are some microseconds off
 TINY_ROWS = (16, 32)
 UNITS = {"TOP/s": 1e9, "TFLOP/s": 1e9, "GB/s": 1e6}  # amount a millisecond of one
 
@@ -130,9 +132,15 @@ class Bench:
         figure: Figure,
         gate: Callable[[str], str | None] | None = None,
     ) -> None:
-        """Times them as CUDA graphs."""
-        runs = {name: replayed(work, self.device) for name, work in runs.items()}
+        """Times them as CUDA graphs of REPEATS launches."""
+
+        def repeated(work: Callable[[], object]) -> Callable[[], object]:
+            return replayed(lambda: [work() for _ in range(REPEATS)], self.device)
+
+        runs = {name: repeated(work) for name, work in runs.items()}
         results = timing.compare(runs, self.target.rounds, 2, gate, device=self.device)
+        for result in results.values():
+            result.divide(REPEATS)
         self.add(shared, results.values(), figure)
 
 
@@ -174,7 +182,7 @@ def _step(kind: Kind, settings: Settings, cycle: Cycle) -> list[timing.Result]:
         start = time.perf_counter()
         eager()
         host = {"figure": 1e3 * (time.perf_counter() - start), "unit": "ms on the host"}
-        busy = timing.attempt(_busy, captured, device)
+        busy = timing.attempt(timing.busy, captured, device)
     if device != "cpu" and not run.graphs.captured:
         results["replay"] = timing.Result("replay", "failed", run.graphs.reason)
     wrong = f"captured gradients differ by {error:.1e} from eager ones" if error else None
@@ -186,25 +194,6 @@ def _step(kind: Kind, settings: Settings, cycle: Cycle) -> list[timing.Result]:
         share.details = {"figure": 100 * busy, "unit": "% of a replay"}
     step.end()
     return [*results.values(), gated, timing.Result("host", details=host), share]
-
-
-def _busy(work: Callable[[], object], device: str) -> float:
-    """Returns the share of `work`'s time in which a kernel runs, by torch's profiler."""
-    kind = torch.profiler.ProfilerActivity.CPU
-    if device != "cpu":
-        kind = torch.profiler.ProfilerActivity.CUDA
-    timing.synchronize(device)
-    with torch.profiler.profile(activities=[kind]) as profile:
-        work()
-        timing.synchronize(device)
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events())
-    if not spans:
-        raise RuntimeError("the profiler saw no kernel")
-    inside, end = 0.0, spans[0][0]
-    for first, last in spans:
-        inside += max(0.0, last - max(first, end))
-        end = max(end, last)
-    return inside / max(end - spans[0][0], 1e-9)
 
 
 def gemm(bench: Bench) -> None:
@@ -221,24 +210,31 @@ def gemm(bench: Bench) -> None:
 
 
 def skinny(bench: Bench) -> None:
-    """down and d_down, alone and with the 8-bit rows that they write, beside a copy's rate."""
+    """down and d_down, alone and with the 8-bit rows that they write, d_down's with and without the
+    weight's scales in them, beside a copy's rate."""
     if bench.todo({"shape": []}, ["copy"]):
         copy = measure_roof(bench.device, [], bench.tiny).copy_gb_per_s
         bench.add({"shape": []}, [timing.Result("copy", details={"figure": copy, "unit": "GB/s"})])
-    for linear, pass_name in ((LINEAR1, "down"), (LINEAR1, "d_down"), (LINEAR2, "down")):
-        N, K = linear_shape(linear, bench.spec)
-        width = K if pass_name == "down" else N
-        for M in bench.rows():
-            for op, written in (("lora_skinny", 0), ("lora_skinny_8bit", 1)):
-                choice = dispatch.choose(op, bench.arch, HALF, "dense", M, bench.rank, width)
-                kernel = Kernel(op, "dense", "half")
-                problem = Problem(kernel, M, bench.rank, width, linear, pass_name, 0.0)
-                moved = rate(M * width * (HALF.itemsize + written), "GB/s")
-                _tiles(bench, problem, {op: choice.tile}, moved)
+    alone, with_rows = "lora_skinny", "lora_skinny_8bit"
+    for linear, pass_name, ops in (
+        (LINEAR1, "down", (alone, with_rows)),
+        (LINEAR1, "d_down", (alone, with_rows)),
+        (LINEAR1, "d_down without channel", (with_rows,)),
+        (LINEAR2, "down", (alone, with_rows)),
+    ):
+        (N, K), parts = linear_shape(linear, bench.spec), len(part_rows(linear, bench.spec))
+        shape = (parts * bench.rank, K) if pass_name == "down" else (bench.rank, N)
+        for M, op in product(bench.rows(), ops):
+            choice = dispatch.choose(op, bench.arch, HALF, "dense", M, *shape)
+            problem = Problem(Kernel(op, "dense", "half"), M, *shape, linear, pass_name, 0.0)
+            _tiles(bench, problem, {op: choice.tile})
 
 
-def _tiles(bench: Bench, problem: Problem, tiles: dict[str, object], figure: Figure) -> None:
-    """Times a launch with each tile, those whose results are right."""
+def _tiles(
+    bench: Bench, problem: Problem, tiles: dict[str, object], figure: Figure | None = None
+) -> None:
+    """Times a launch with each tile, those whose results are right. figure: by default of the bytes
+    that it reads and writes."""
     what = f"{problem.linear} {problem.pass_name}"
     shared: Row = {"op": what, "shape": [problem.M, problem.N, problem.K]}
     if not bench.todo(shared, tiles):
@@ -250,7 +246,8 @@ def _tiles(bench: Bench, problem: Problem, tiles: dict[str, object], figure: Fig
         return call.error(tiles[name], reference)
 
     runs = {name: partial(call.run, tile) for name, tile in tiles.items()}
-    bench.time(shared, runs, figure, gate)
+    moved = sum(tensor.nbytes for tensor in (*call.read, *call.written))
+    bench.time(shared, runs, figure or rate(moved, "GB/s"), gate)
 
 
 def fp8(bench: Bench) -> None:
@@ -297,9 +294,12 @@ def dequant(bench: Bench) -> None:
     for linear in (LINEAR1, LINEAR2):
         kernel = Kernel("lora_gemm", "nf4", "half")
         _hand_over(bench, kernel, linear, "product", (256, 512, 1024, 1536))
-    source, shared = torch.ones(L2_BYTES // 4, device=bench.device), {"shape": [L2_BYTES]}
-    if bench.todo(shared, ["sum of what the L2 holds"]):
-        bench.time(shared, {"sum of what the L2 holds": source.sum}, rate(L2_BYTES, "GB/s"))
+    nbytes = 1 << 20
+    if bench.device != "cpu":
+        nbytes = torch.cuda.get_device_properties(bench.device).L2_cache_size // 2
+    source, shared = torch.ones(nbytes // 4, device=bench.device), {"shape": [nbytes]}
+    if bench.todo(shared, ["sum of half the L2"]):
+        bench.time(shared, {"sum of half the L2": source.sum}, rate(nbytes, "GB/s"))
 
 
 def _hand_over(
@@ -330,8 +330,8 @@ ITEMS: dict[str, Callable[[Bench], None]] = {
     "skinny": skinny,
     "fp8": fp8,
     "layouts": layouts,
-    "dequant": dequant,
     "attention": backends,
+    "dequant": dequant,
 }
 
 

@@ -84,7 +84,7 @@ def run_suite(suite: str, device: str, options: argparse.Namespace, ends: float)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     stopped = False
     try:
-        run_items(SUITES[suite](options.tiny), file, ends)
+        run_items(SUITES[suite](options.tiny), file, ends, in_turn=suite == "first")
     except KeyboardInterrupt:
         stopped = True
         file.refresh()

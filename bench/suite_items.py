@@ -4,12 +4,13 @@ Each runs in processes of its own, for a limited time, and every outcome is rows
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -103,7 +104,9 @@ class CommandItem:
         file.refresh()
         status, reason = _judge(code, output, limit_s)
         if status != "ok":
-            say(f"{self.name}: {status}: {reason}")
+            whole = file.path.with_name(f"{file.path.stem}-{self.name.replace(' ', '-')}.txt")
+            whole.write_text(output, encoding="utf-8")
+            say(f"{self.name}: {status}: {reason}; its output: {whole}")
         self._outcome(file, status, reason, time.monotonic() - start)
 
     def skip(self, reason: str, file: RowFile) -> None:
@@ -117,10 +120,13 @@ class CommandItem:
 
 def _judge(code: int | None, output: str, limit_s: float) -> tuple[str, str]:
     """Returns a status and the last line of output. "missed": the command itself reports a bound
-    that it missed."""
+    that it missed, or was cut when tests had failed."""
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
     if code is None:
-        return "out of time", f"cut after {limit_s:.0f} s: {last}"
+        failed = re.findall(r"^.*\bFAILED\b.*$", output, re.MULTILINE)
+        tests = f"{len(failed)} tests had failed, first {failed[0]}; " if failed else ""
+        status = "missed" if failed else "out of time"
+        return status, f"cut after {limit_s:.0f} s: {tests}{last}"
     if code == 0:
         return "ok", last
     if last.startswith(("ModuleNotFoundError", "ImportError")) or ": No module named " in last:
@@ -153,17 +159,25 @@ Item = StepItem | CommandItem
 
 
 def run_items(
-    items: Iterable[Item], file: RowFile, ends: float, clock: Callable[[], float] = time.monotonic
+    items: Sequence[Item],
+    file: RowFile,
+    ends: float,
+    clock: Callable[[], float] = time.monotonic,
+    in_turn: bool = False,
 ) -> None:
     """Runs what is left of the items, in order, until `ends` of the clock. One that needs more than
-    twice the time that is left is not begun; one that takes too long is cut."""
-    for item in items:
+    twice the time that is left is not begun; one that takes too long is cut. in_turn: one that
+    takes longer than its estimate leaves those after it theirs."""
+    for i, item in enumerate(items):
         todo = item.left(file)
         if todo is None:
             say(f"{item}: measured already")
             continue
         left = ends - clock()
         limit_s = min(left, PATIENCE * todo.estimate_s)
+        if in_turn:
+            later = sum(after.estimate_s for after in items[i + 1 :] if after.left(file))
+            limit_s = min(limit_s, max(left - later, todo.estimate_s))
         if left < todo.estimate_s / 2:
             reason = f"takes about {todo.estimate_s:.0f} s, {max(0, left):.0f} s were left"
             say(f"{todo}: not begun: {reason}")

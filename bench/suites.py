@@ -5,6 +5,7 @@ something is cut, never what a row says.
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
@@ -80,7 +81,8 @@ def first_suite(tiny: bool = False) -> list[Item]:
 
     seconds = {"step": 90, "gemm": 60, "skinny": 40, "fp8": 15, "layouts": 50, "dequant": 40}
     words = ["-m", "bench.first", "--out", "{out}", *(["--tiny"] if tiny else []), "--item"]
-    tests = _tests("kernels right", ["tests/kernels"], 150)
+    parallel = ["-n", "8"] if find_spec("xdist") else []
+    tests = _tests("kernels right", [*parallel, "tests/kernels"], 150)
     return [tests, *(CommandItem(i, [*words, i], seconds.get(i, 30)) for i in ITEMS)]
 
 
@@ -105,7 +107,9 @@ def _tiny() -> Settings:
 
 
 def _tests(name: str, files: list[str], seconds: float) -> CommandItem:
-    words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    # without addopts, which have options of plugins; -v: a run that is cut names what has failed
+    words = ["-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    words = ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", *words, *files]
     return CommandItem(name, words, seconds)
 
 

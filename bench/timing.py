@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from bench import ROOT
 
@@ -196,6 +198,26 @@ def elapsed_ms(work: Callable[[], object], device: str, cold: bool = False) -> f
 def synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def busy(work: Callable[[], object], device: str) -> float:
+    """Returns the share of `work`'s time in which a kernel runs, by torch's profiler."""
+    at = "CPU" if device == "cpu" else "CUDA"
+    kind, runs_on = (getattr(names, at) for names in (ProfilerActivity, DeviceType))
+    synchronize(device)
+    with torch.profiler.profile(activities=[kind]) as profile:
+        work()
+        synchronize(device)
+    # a profile of the device has the host's calls of CUDA, too
+    events = [e.time_range for e in profile.events() if e.device_type == runs_on]
+    spans = sorted((span.start, span.end) for span in events)
+    if not spans:
+        raise RuntimeError("the profiler saw no kernel")
+    inside, end = 0.0, spans[0][0]
+    for first, last in spans:
+        inside += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return inside / max(end - spans[0][0], 1e-9)
 
 
 def peak_memory(work: Callable[[], object], device: str) -> tuple[int | None, str | None]:

@@ -155,6 +155,23 @@ def pytest_collection_modifyitems(items):
 
 # ---------------------------------------------------------------- tests/kernels
 
+# libraries that a machine may lack where the kernels are tested
+NEEDED = {
+    "test_nf4": ("bitsandbytes",),
+    "test_patch_diffusers": ("bitsandbytes", "diffusers", "peft"),
+}
+LACKING = {
+    name: [library for library in libraries if importlib.util.find_spec(library) is None]
+    for name, libraries in NEEDED.items()
+}
+collect_ignore = [f"kernels/{name}.py" for name, lacking in LACKING.items() if lacking]
+
+
+def pytest_report_header() -> list[str]:
+    lines = ((name, ", ".join(lacking)) for name, lacking in LACKING.items() if lacking)
+    return [f"not collected: kernels/{name}.py: no {libraries}" for name, libraries in lines]
+
+
 # these stay on the plain-torch and C++ paths of a CPU
 WITHOUT_LAUNCHERS = {
     "test_native",

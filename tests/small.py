@@ -1,4 +1,6 @@
-"""A small FLUX, images and configurations for tests."""
+"""A small FLUX, images and configurations for tests. Imports with torch, triton and numpy alone."""
+
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -8,19 +10,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from fluxfast.config.schema import Config, build_config
 from fluxfast.model.flux import Flux
 from fluxfast.model.init import fill
 from fluxfast.model.lora import lora_layers
 from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import activation_dtype, layer_precisions
 from fluxfast.model.spec import FluxSpec, rope_axes
+
+if TYPE_CHECKING:
+    from fluxfast.config.schema import Config
 
 # hidden 64: the blocks' K are 64, 256 and 320, all of which nf4 takes
 SMALL = FluxSpec(
@@ -44,6 +47,8 @@ def noise_pictures(
 ) -> Path:
     """Saves `count` images of noise, 0.png, 1.png and so on, of each (width, height) in turn, with
     captions if one is given. Returns the folder."""
+    from PIL import Image
+
     rng = np.random.default_rng(seed)
     for i in range(count):
         width, height = sizes[i % len(sizes)]
@@ -130,6 +135,8 @@ def diffusers_forward(transformer, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def small_run(model: Path, photos: Path, output: Path, cache: Path, **changes) -> Config:
     """Returns a short run's configuration, with changes such as train__steps=2."""
+    from fluxfast.config.schema import build_config
+
     raw = {
         "name": "small",
         "output_dir": str(output),

@@ -4,7 +4,7 @@ Inputs are N(0, 1), weights N(0, 1/K), one batch of M tokens. A linear has the i
 parts, gate and residual that it has in the model: each adds to the kernel that is compiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
@@ -36,12 +36,13 @@ ALLOWED_NORM, ALLOWED_VALUE = 2**-7, 2**-5
 @dataclass
 class Call:
     """run(tile) launches once and overwrites `written`; results() reads the values from there, and
-    reference() computes them in fp32."""
+    reference() computes them in fp32. read: the operands, of LoRA's skinny products."""
 
     run: Callable[[object], object]
     written: list[Tensor]
     reference: Callable[[], list[Tensor]]
     results: Callable[[], list[Tensor]] | None = None  # None: `written` itself
+    read: Sequence[Tensor] = ()
 
     def error(self, tile, reference: list[Tensor]) -> str | None:
         """Launches with the tile and returns what is wrong with the results, or None."""
@@ -142,17 +143,19 @@ def _dx(t: LinearTensors, op: str) -> Call:
 
 
 def _skinny(t: LinearTensors, pass_name: str, with_rows: bool) -> Call:
-    """down or d_down, with the 8-bit rows that it writes on its way: linear2's second input has
-    its own already."""
+    """down, d_down or "d_down without channel", with the 8-bit rows that it writes on its way:
+    linear2's second input has its own already."""
+    pass_name, _, without = pass_name.partition(" without ")
     inputs = t.dys if pass_name == "d_down" else t.xs
     quantized = (inputs if pass_name == "d_down" else inputs[:1]) if with_rows else []
     rows = [empty_rows(x, "int8") for x in quantized]
     out = torch.empty(t.M, len(t.update.lora_a), dtype=HALF, device=t.device)
     if pass_name == "d_down":
-        channel = torch.rand(t.N, device=t.device) + 0.5 if rows else None
+        channel = torch.rand(t.N, device=t.device) + 0.5 if rows and not without else None
+        weight = t.update.lora_b
         run = partial(grads.lora_d_down, inputs, t.update, out, rows=rows, channel=channel)
     else:
-        channel = None
+        channel, weight = None, t.update.lora_a
         run = partial(grads.lora_down, inputs, t.update.lora_a, out, rows=rows)
 
     def reference() -> list[Tensor]:
@@ -165,7 +168,7 @@ def _skinny(t: LinearTensors, pass_name: str, with_rows: bool) -> Call:
         return [out, *(row.dequantize() for row in rows)]
 
     written = [out, *(tensor for row in rows for tensor in (row.values, row.scale))]
-    return Call(run, written, reference, results)
+    return Call(run, written, reference, results, [*inputs, weight])
 
 
 def _gradient(t: LinearTensors, pass_name: str) -> Call:
