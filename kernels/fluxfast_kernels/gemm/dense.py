@@ -76,18 +76,6 @@ class Weight(NamedTuple):
 
 
 @triton.jit
-def with_tables(w):
-    """w with its tables as tensors, which `tl.gather` reads from shared memory."""
-    code, absmax_map = w.code, w.absmax_map
-    if code is not None:
-        code = tl.load(code + tl.arange(0, 16))
-    if absmax_map is not None:
-        absmax_map = tl.load(absmax_map + tl.arange(0, 256))
-    nf4 = w.absmax_ptr, w.nested_ptr, w.offset_ptr, code, absmax_map
-    return Weight(w.ptr, w.row_stride, *nf4, w.scale_ptr, w.inverse_ptr)
-
-
-@triton.jit
 def weight_tile(w, rows, first, n_rows, n_columns, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """W[rows, first:first + COLUMNS]; NF4 in fp32, dense as it is stored."""
     if w.absmax_ptr is None:
@@ -168,10 +156,18 @@ def _product(total, x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.conste
 def _gemm_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
     BLOCK_M: tl.constexpr = SPEC.tile.block_m
     BLOCK_N: tl.constexpr = SPEC.tile.block_n
-    m_first, n_first = tile_at(M, N, SPEC.tile)
+    m_first, n_first = tile_at(M, N, SPEC)
     # rows past the end repeat the last one: they are never stored
     m = tl.minimum(m_first + tl.arange(0, BLOCK_M), M - 1)
-    w = with_tables(w)
+    # tables as tensors, which `tl.gather` reads from shared memory; not in a function: Triton 3.6
+    # returns no None, which others of the weight's fields are
+    code, absmax_map = w.code, w.absmax_map
+    if code is not None:
+        code = tl.load(code + tl.arange(0, 16))
+    if absmax_map is not None:
+        absmax_map = tl.load(absmax_map + tl.arange(0, 256))
+    nf4 = w.absmax_ptr, w.nested_ptr, w.offset_ptr, code, absmax_map
+    w = Weight(w.ptr, w.row_stride, *nf4, w.scale_ptr, w.inverse_ptr)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, rows = rows_at(x0, m_first, m, T)
     total = _product(total, first, rows, K0, 0, w, n_first, N, SPEC)

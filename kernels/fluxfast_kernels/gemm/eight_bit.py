@@ -32,7 +32,7 @@ from torch import Tensor
 from fluxfast_kernels.dispatch import dispatch
 from fluxfast_kernels.dispatch.backend import Matrix, check, kernel, refuse, tl, triton
 from fluxfast_kernels.gemm.checks import check_gated, dx_update_of, outputs, update_of
-from fluxfast_kernels.gemm.dense import Weight, launch, weight_tile, with_tables
+from fluxfast_kernels.gemm.dense import Weight, launch, weight_tile
 from fluxfast_kernels.gemm.epilogue import (
     NOTHING,
     TRITON_DTYPE,
@@ -100,10 +100,17 @@ def _product(x_ptr, x_rows, count, before, w, n_first, N, SPEC: tl.constexpr):
 
 @kernel
 def _gemm_8bit_kernel(x0, x1, w, after, out, M, N, T, K0, K1, SPEC: tl.constexpr):
-    m_first, n_first = tile_at(M, N, SPEC.tile)
+    m_first, n_first = tile_at(M, N, SPEC)
     # rows past the end repeat the last one: they are never stored
     m = tl.minimum(m_first + tl.arange(0, SPEC.tile.block_m), M - 1)
-    w = with_tables(w)
+    # as in `dense._gemm_kernel`
+    code, absmax_map = w.code, w.absmax_map
+    if code is not None:
+        code = tl.load(code + tl.arange(0, 16))
+    if absmax_map is not None:
+        absmax_map = tl.load(absmax_map + tl.arange(0, 256))
+    nf4 = w.absmax_ptr, w.nested_ptr, w.offset_ptr, code, absmax_map
+    w = Weight(w.ptr, w.row_stride, *nf4, w.scale_ptr, w.inverse_ptr)
     first, rows = rows_at(Matrix(x0.ptr, T * K0, K0), m_first, m, T)
     total = _product(first, rows, K0, 0, w, n_first, N, SPEC)
     # the weight's scale first: times that of a row of 1e38 the integer sum would overflow

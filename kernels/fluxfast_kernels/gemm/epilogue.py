@@ -158,16 +158,16 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.fl
 
 
 @triton.jit
-def tile_at(M, N, TILE: tl.constexpr):
+def tile_at(M, N, SPEC: tl.constexpr):
     """First row and column of this program's tile. group_m rows of tiles share their columns of W
-    in L2."""
+    in L2. (Of a constexpr Triton 3.6 passes numbers and dtypes on, no dataclass: not SPEC.tile.)"""
     program = tl.program_id(0)
-    m_tiles = tl.cdiv(M, TILE.block_m)
-    in_group = TILE.group_m * tl.cdiv(N, TILE.block_n)
-    first_tile = program // in_group * TILE.group_m
-    group_rows = tl.minimum(m_tiles - first_tile, TILE.group_m)
-    m_first = (first_tile + program % in_group % group_rows) * TILE.block_m
-    return m_first, program % in_group // group_rows * TILE.block_n
+    m_tiles = tl.cdiv(M, SPEC.tile.block_m)
+    in_group = SPEC.tile.group_m * tl.cdiv(N, SPEC.tile.block_n)
+    first_tile = program // in_group * SPEC.tile.group_m
+    group_rows = tl.minimum(m_tiles - first_tile, SPEC.tile.group_m)
+    m_first = (first_tile + program % in_group % group_rows) * SPEC.tile.block_m
+    return m_first, program % in_group // group_rows * SPEC.tile.block_n
 
 
 @triton.jit
