@@ -294,3 +294,65 @@ def test_the_tiles_compile_without_a_spill(tmp_path):
     command = [sys.executable, "-c", TILES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+FULL_WIDTH = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+
+from bench import first, timing
+from bench.rows import RowFile
+from bench.tune import calls, ways
+from bench.twin.driver import card
+
+class Generator:
+    def __init__(self, device):
+        pass
+
+    def manual_seed(self, seed):
+        return self
+
+def normal(self, *shape, std=1.0, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def error(self, tile, reference):
+    self.run(tile)
+    assert tile.num_warps != 16, "as injected"
+
+with ExitStack() as stack:
+    for holder, name, fake in (
+        (torch, "Generator", Generator),
+        (torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20)),
+        (calls.LinearTensors, "normal", normal),
+        (calls.Call, "error", error),
+        (ways, "disagreement", lambda *_: None),
+        (timing, "peak_memory", lambda work, _: (None, None)),
+        (first, "measure_roof", lambda *_: SimpleNamespace(copy_gb_per_s=1.0)),
+    ):
+        stack.enter_context(patch.object(holder, name, fake))
+    file = RowFile(Path(sys.argv[1]), {})
+    for item in ("gemm", "skinny", "layouts", "dequant"):
+        with card(90) as launches:
+            first.ITEMS[item](first.Bench(file, item, "meta", False))
+        assert any(launch.kernel for launch in launches), item
+"""
+
+
+@pytest.mark.slow
+def test_full_width_items_launch_on_a_card_that_is_not_here(tmp_path):
+    """Every launch is accepted and specialized for an H200; one tile of linear2's fails."""
+    script, out = tmp_path / "script.py", tmp_path / "rows.jsonl"
+    script.write_text(FULL_WIDTH)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(out)]
+    environment["PYTHONPATH"] = paths()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(out)
+    failed = {row["name"]: row["reason"] for row in rows if row["status"] != "ok"}
+    assert failed == {"128x128x64.16w3": "AssertionError: as injected"} and len(rows) > 90
