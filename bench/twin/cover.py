@@ -13,7 +13,7 @@ from bench.terminal import say
 from bench.timing import conditions
 from bench.twin.driver import SHARED_LIMIT, Kernel
 from bench.twin.grid import cases, default, pairwise
-from bench.twin.launches import Case, step_launches
+from bench.twin.launches import Case, launches_apart, step_launches
 from bench.twin.readings import fault, known, readings_of
 
 TABLE = RESULTS / "twin-launches.jsonl"
@@ -22,12 +22,14 @@ TABLE = RESULTS / "twin-launches.jsonl"
 def kernels_of(wanted: Iterable[Case]) -> dict[str, Kernel]:
     """Returns key -> kernel of what these configurations launch."""
     order = sorted(wanted, key=_model_of)
-    launches = (launch for case in order for launch in step_launches(case))  # a model at a time
+    launches = [launch for case in order for launch in step_launches(case)]  # a model at a time
+    for arch in {case.arch for case in order}:
+        launches += launches_apart(arch)
     return {launch.kernel.key: launch.kernel for launch in launches if launch.kernel}
 
 
 def _model_of(case: Case) -> tuple:
-    return case.storage, case.matmul, case.rank, case.targets, case.dropout
+    return *case.model, case.head_dim
 
 
 def keys_of(wanted: list[Case], workers: int | None) -> set[str]:

@@ -113,6 +113,17 @@ def _specialize(self, key, signature, device, constexprs, options, attrs, warmup
     return kernels[key]
 
 
+def _update_hash(self, func) -> None:
+    """What takes the place of DependenciesFinder._update_hash, which takes those of a helper's
+    constants into a kernel's key that were known before the helper is read: of Triton 3.7.1's keys
+    some depend on what was read first."""
+    hash(func)
+    _TRITON_UPDATE_HASH(self, func)
+
+
+_TRITON_UPDATE_HASH = jit.DependenciesFinder._update_hash
+
+
 class Step(TorchDispatchMode):
     """Runs the ops' own launchers on meta tensors, and records aten's kernels among the launches.
 
@@ -160,12 +171,13 @@ OPS = _ops()
 
 
 @contextmanager
-def card(arch: int) -> Iterator[list[Launch]]:
+def card(arch: int, attention_backend: str = "auto") -> Iterator[list[Launch]]:
     """Returns the context in which launches are recorded as on a card of compute capability `arch`
-    (89: 8.9), and the list that they are added to."""
+    (89: 8.9), and the list that they are added to. attention_backend: in place of the card's."""
     fake = _Driver(arch)
 
     def resolve(name: str, q: torch.Tensor) -> str:
+        name = attention_backend if name == "auto" else name
         chosen = attention_rows.choose_backend(arch, q.dtype, q.shape[3], q.shape[2])
         return chosen[0] if name == "auto" else name
 
@@ -176,6 +188,7 @@ def card(arch: int) -> Iterator[list[Launch]]:
         patch.object(backend, "_cpu_launches", True),
         patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # it knows no meta device
         patch.object(jit.JITFunction, "_do_compile", _specialize),
+        patch.object(jit.DependenciesFinder, "_update_hash", _update_hash),
         patch.object(driver, "_active", fake),
     ]
     assert dispatch.arch_of in (m.arch_of for m in modules if hasattr(m, "arch_of"))

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from itertools import combinations, product
 
-from bench.twin.launches import Case
+from bench.twin.launches import FP8_ARCH, WIDTHS, Case
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
-FP8_ARCH = 89  # the oldest compute capability that multiplies fp8
 MODES = (  # storage, matmul
     ("nf4", "int8"),
     ("nf4", "fp8"),
@@ -38,6 +37,16 @@ def cases(arch: int) -> Iterator[Case]:
     ):
         if arch >= FP8_ARCH or not matmul.startswith("fp8"):
             yield Case(arch, storage, matmul, rank, targets, size, batch, dropout)
+    yield from beside(arch)
+
+
+def beside(arch: int) -> Iterator[Case]:
+    """Returns the configurations beside the product: fp16, Triton's attention, small heads."""
+    for size in ("1024x1024", "1008x528"):
+        yield Case(arch, size=size, head_dim=32)
+        yield Case(arch, "nf4", "fp16", size=size, attention="triton")
+        for head_dim, matmul in product(WIDTHS, ("fp32", "bf16")):
+            yield Case(arch, "nf4", matmul, size=size, head_dim=head_dim, attention="triton")
 
 
 def default(arch: int) -> list[Case]:
@@ -55,10 +64,11 @@ def _pairs(case: Case) -> frozenset:
 def pairwise(arch: int) -> list[Case]:
     """Returns few configurations of a card that hold every pair of two axes' values (storage and
     matmul are one axis), the first that hold most first: greedy, not the fewest."""
-    left = {case: _pairs(case) for case in cases(arch)}
+    more = list(beside(arch))
+    left = {case: _pairs(case) for case in cases(arch) if case not in more}
     missing, chosen = frozenset().union(*left.values()), []
     while missing:
         best = max(left, key=lambda case: len(left[case] & missing))
         missing -= left.pop(best)
         chosen.append(best)
-    return chosen
+    return [*chosen, *more]

@@ -10,7 +10,9 @@ from functools import cache, lru_cache
 
 import fluxfast_kernels as fk
 import torch
-from fluxfast_kernels.quant.rows import QuantizedRows
+from fluxfast_kernels.dispatch.backend import DTYPES
+from fluxfast_kernels.quant.hadamard import LARGEST
+from fluxfast_kernels.quant.rows import TOP, QuantizedRows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.twin.driver import Launch, card
@@ -20,14 +22,20 @@ from fluxfast.model.init import fill
 from fluxfast.model.lora import inject_lora
 from fluxfast.model.names import linear_shape
 from fluxfast.model.precision import IN_8_BITS, layer_precisions
-from fluxfast.model.spec import DEV, FluxSpec
+from fluxfast.model.spec import DEV, NANO, FluxSpec, rope_axes
 from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import FlatParameters
 
+FP8_ARCH = 89  # the oldest compute capability that multiplies fp8
 # Blocks whose launches are those of a whole model. Before the first double block nothing needs a
 # gradient, so keep stands twice; int8 also saves what gelu_int8 does; recompute_mlp and checkpoint
 # launch a forward again; offload launches what keep does.
 BLOCKS = ("keep", "keep", "int8")
+WIDTHS = {  # of a head: a model
+    32: NANO,
+    64: replace(DEV, num_heads=48, axes_dim=rope_axes(64)),
+    128: DEV,
+}
 WHOLE = ("keep",) * DEV.depth, ("keep",) * DEV.depth_single_blocks
 
 
@@ -36,8 +44,10 @@ class Case:
     """A configuration of the grid.
 
     storage: as the setting; also "nf4-nested", NF4 with double_quant. matmul: the setting
-    `compute`; also "int8-rotated" and "fp8-rotated", with every layer rotated. size: of the
-    pictures, "width x height" in pixels. batch: more than one comes with masks.
+    `compute`; also "int8-rotated" and "fp8-rotated", with every layer rotated, and "fp16", which
+    the ops take and the trainer does not. size: of the pictures, "width x height" in pixels. batch:
+    more than one comes with masks. head_dim: of the model, see `WIDTHS`. attention: the backend;
+    "auto": the card's.
     """
 
     arch: int = 89
@@ -48,10 +58,17 @@ class Case:
     size: str = "1024x1024"
     batch: int = 1
     dropout: bool = False
+    head_dim: int = 128
+    attention: str = "auto"
 
     def __str__(self) -> str:
         line = f"sm_{self.arch} {self.storage}+{self.matmul} rank {self.rank} {self.targets}"
         return f"{line} {self.size} batch {self.batch}{' dropout' * self.dropout}"
+
+    @property
+    def model(self) -> tuple:
+        """Arguments of `_model` but the spec."""
+        return self.storage, self.matmul, self.rank, self.targets, self.dropout
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +78,7 @@ def _model(
     """Returns a model on meta tensors with its LoRA and its gradients; arguments as `Case`'s."""
     storage, nested = storage.removesuffix("-nested"), storage.endswith("-nested")
     matmul, rotated = matmul.removesuffix("-rotated"), matmul.endswith("-rotated")
-    dtype = torch.float32 if matmul == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(matmul, torch.bfloat16)
     choices = {"*_blocks.*attn*": "rotate", "*_mlp.*": "rotate", "*.linear?": "rotate"}
 
     precisions = layer_precisions(spec, storage, matmul, choices if rotated else None)
@@ -77,6 +94,9 @@ def _model(
 
     model = Flux(spec, dtype)
     fill(model, read, precisions, nested=nested, device="meta")
+    for layer in map(model.linear, precisions if matmul == "fp16" else ()):
+        if layer.weight is not None:
+            layer.weight = layer.weight.half()
     # seed None: A stays unset, as all here
     lora = inject_lora(model, rank, targets=targets, dropout=0.1 * dropout, seed=None)
     FlatParameters(lora)
@@ -99,7 +119,7 @@ def step_launches(
     case: Case, doubles: tuple[str, ...] = BLOCKS, singles: tuple[str, ...] = BLOCKS
 ) -> list[Launch]:
     """Returns the launches of a step over double and single blocks of these memory policies."""
-    return run_step(case, doubles, singles, DEV)
+    return run_step(case, doubles, singles, WIDTHS[case.head_dim])
 
 
 def run_step(
@@ -112,9 +132,8 @@ def run_step(
     """Runs a step over as many blocks of `spec`'s widths. Returns its launches. watch: is active in
     forward and backward, after their inputs are made."""
     spec = replace(spec, depth=len(doubles), depth_single_blocks=len(singles))
-    with card(case.arch) as launches:
-        kind = case.storage, case.matmul, case.rank, case.targets, case.dropout
-        model = _model(*kind, spec)
+    with card(case.arch, case.attention) as launches:
+        model = _model(*case.model, spec)
         model.policies = [*doubles, *singles]
         launches.clear()
         inputs, noised = _inputs(case.arch, case.size, case.batch, spec)
@@ -127,6 +146,29 @@ def run_step(
         model.dropout_clock.indices = inputs.indices
         with watch or nullcontext():
             sample_losses(model, inputs, guidance=1.0).mean().backward()
+        return list(launches)
+
+
+@cache
+def launches_apart(arch: int) -> list[Launch]:
+    """Returns the launches of ops that a step need not call, in every dtype: those of weights that
+    are loaded or merged, and `quantize_rows` with each of its options."""
+    kinds = [kind for kind in TOP if kind != "fp8" or arch >= FP8_ARCH]
+    with card(arch) as launches:
+        for dtype in DTYPES:
+            weight = torch.empty(3072, 3072, dtype=dtype, device="meta")
+            fk.hadamard_rotate(weight, LARGEST)
+            nested = fk.nf4_quantize(weight, nested=True)
+            stacked = replace(nested, offset=nested.nested_absmax)  # of several matrices
+            for nf4 in (fk.nf4_quantize(weight), nested, stacked):
+                fk.nf4_dequantize(nf4, dtype)
+            x, gate, channel = weight[None], weight[None, :1], torch.empty(3072, device="meta")
+            for kind in kinds:
+                fk.quantize_rows(x, kind)
+                fk.quantize_rows(x[..., :128], kind)
+                fk.quantize_rows(x, kind, rotation=LARGEST)
+                fk.quantize_rows(x, kind, gate=gate)
+                fk.quantize_rows(x, kind, channel, gate=gate)
         return list(launches)
 
 

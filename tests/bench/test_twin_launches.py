@@ -50,6 +50,28 @@ def test_the_default_path_fits_other_cards(arch):
     assert run("bench.twin", "--arch", str(arch), "--short")[-1].endswith("0 wrong")
 
 
+LAUNCHED = """
+from bench.twin.cover import kernels_of
+from bench.twin.grid import beside
+
+kernels = kernels_of(beside(80)).values()
+for width in (32, 64, 128):
+    for name in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel"):
+        mine = [kernel.source.constants for kernel in kernels if kernel.name == name]
+        assert sum(width in c.values() and "ieee" in c.values() for c in mine)
+        assert sum(width in c.values() and "tf32" in c.values() for c in mine)
+names = {kernel.name for kernel in kernels if "fp16" in str(kernel.source.signature)}
+for name in ("gemm", "skinny", "grads", "norm_modulate", "gelu", "dkdv", "dequantize", "rotate"):
+    assert f"_{name}_kernel" in names, name
+assert not any("fp8" in str(kernel.source.signature) for kernel in kernels)
+"""
+
+
+@pytest.mark.slow
+def test_fp16_small_heads_and_loading_are_launched(tmp_path):
+    execute(LAUNCHED, tmp_path)
+
+
 def test_a_few_cases_hold_every_pair():
     chosen = pairwise(80)
     assert len(chosen) < 80 < len(list(cases(80)))
@@ -112,6 +134,26 @@ assert aligned.attrs[0,] and not unaligned.attrs[0,] and one.constants[2,] == 1
 with card(90) as launches:
     copy[(1,)](x, x, 16, BLOCK=16)
 assert launches[0].kernel.key not in {kernel.key for kernel in kinds}
+
+# a kernel's key is the same whether its helper's is read first or with it
+
+TOP = tl.constexpr(7.0)
+
+@triton.jit
+def helper(x):
+    return x * TOP
+
+@triton.jit
+def caller(x, y):
+    tl.store(y, helper(tl.load(x)))
+
+def keys(*order):
+    for each in order:
+        each.hash, each.used_global_vals = None, {}
+    with card(89):
+        return {each.__name__: each.cache_key for each in order}
+
+assert keys(caller, helper) == keys(helper, caller)
 """
 
 
