@@ -113,15 +113,15 @@ def _specialize(self, key, signature, device, constexprs, options, attrs, warmup
     return kernels[key]
 
 
+_triton_update_hash = jit.DependenciesFinder._update_hash
+
+
 def _update_hash(self, func) -> None:
-    """What takes the place of DependenciesFinder._update_hash, which takes those of a helper's
-    constants into a kernel's key that were known before the helper is read: of Triton 3.7.1's keys
-    some depend on what was read first."""
+    """What takes the place of DependenciesFinder._update_hash. Triton 3.7.1's own merges a helper's
+    constants into its caller's key only if the helper's key was read earlier, so that keys differ
+    between processes: here it is read first."""
     hash(func)
-    _TRITON_UPDATE_HASH(self, func)
-
-
-_TRITON_UPDATE_HASH = jit.DependenciesFinder._update_hash
+    _triton_update_hash(self, func)
 
 
 class Step(TorchDispatchMode):

@@ -27,16 +27,17 @@ from fluxfast.objective import Batch, Inputs, noise_batch, sample_losses
 from fluxfast.optim import FlatParameters
 
 FP8_ARCH = 89  # the oldest compute capability that multiplies fp8
+
 # Blocks whose launches are those of a whole model. Before the first double block nothing needs a
 # gradient, so keep stands twice; int8 also saves what gelu_int8 does; recompute_mlp and checkpoint
 # launch a forward again; offload launches what keep does.
 BLOCKS = ("keep", "keep", "int8")
-WIDTHS = {  # of a head: a model
+WHOLE = ("keep",) * DEV.depth, ("keep",) * DEV.depth_single_blocks
+WIDTHS = {  # a head's width: a model
     32: NANO,
     64: replace(DEV, num_heads=48, axes_dim=rope_axes(64)),
     128: DEV,
 }
-WHOLE = ("keep",) * DEV.depth, ("keep",) * DEV.depth_single_blocks
 
 
 @dataclass(frozen=True)
