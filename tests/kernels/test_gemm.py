@@ -142,6 +142,7 @@ def test_the_weight_is_dequantized_bit_for_bit(device, case):
     assert torch.equal(dx[0], linear.dense)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("storage", dispatch.STORAGES)
 def test_every_shipped_tile(device, storage):
     linear = Dense(Case(K=128, N=150, T=33, storage=storage), torch.bfloat16, device)
@@ -167,6 +168,7 @@ def test_an_index_no_part_names_gets_zeros(device):
     assert not d_down[:, 16:].any() and d_down[:, :16].any()
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal(device):
     linear = Dense(CASES["nf4 nested, all at once"], torch.bfloat16, device)
     for call in (forward, backward):

@@ -125,6 +125,7 @@ def test_the_kernels_need_torch_and_triton_alone(alone, tmp_path, script):
         assert done.stdout.strip() in ("portable", "avx2", "avx512")
 
 
+@pytest.mark.slow
 def test_the_kernels_install_without_csrc(source, alone, both, tmp_path):
     """As from an sdist of kernels/: the same files, no library."""
     without_build = shutil.ignore_patterns("build")

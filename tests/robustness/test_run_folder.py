@@ -65,6 +65,7 @@ def test_what_killed_processes_left_is_gone_at_the_next_start(configure):
     assert not [path for path in config.run_dir.rglob("*") if ".partial" in path.name]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_and_is_reached_by_a_link_goes_on_the_same(configure):
     """Under another name of its folder's folder; the settings that were saved name the old one."""
     longer = {"train__steps": 6, "train__lr_schedule": "constant"}
