@@ -41,8 +41,8 @@ def test_every_pair_of_settings_fits_a_4090(capsys):
         print(f"\n{last}")
     counts = re.search(r"(\d+) kernels of .*, of (\d+) of all; (\d+) compiled, 0 wrong", last)
     chosen, every, compiled = map(int, counts.groups())
-    # 647 of 647 took 686 seconds of one core: here two, where there is room for that
-    assert min(chosen // 2, 210 * len(os.sched_getaffinity(0))) < compiled <= chosen <= every
+    # 647 of 647 took 686 seconds of one core; other tests run beside it
+    assert min(chosen // 4, 100 * len(os.sched_getaffinity(0))) < compiled <= chosen <= every
 
 
 @pytest.mark.slow
