@@ -48,6 +48,45 @@ Encoders = Annotated[
 Strength = Annotated[
     list[float], typer.Option(help="of each LoRA file; one for all or one each; 0 leaves it out")
 ]
+Fitted = Annotated[Path | None, typer.Option(parser=expanded, help="a picture to start from")]
+Anew = Annotated[
+    Path | None, typer.Option(parser=expanded, help="of --image: what is white is painted anew")
+]
+Crop = Annotated[
+    int | None, typer.Option(help="draw only the mask and so many pixels around it, enlarged")
+]
+ImageStrength = Annotated[
+    float | None,
+    typer.Option(
+        help="share of the steps that --image gets, default 0.6; at 1024 px 0.4 is 68 % noise"
+    ),
+]
+Threshold = Annotated[
+    str | None,
+    typer.Option(help="dynamic thresholding of --cfg: `preset`, or {mimic_scale: 3, …}"),
+]
+Few = Annotated[
+    str | None, typer.Option(help="few steps: schnell (4), or turbo (8, with its LoRA)")
+]
+Grid = Annotated[
+    list[str],
+    typer.Option(metavar="KEY=A,B,…", help="a sheet over values of a setting; once or twice"),
+]
+Loras = Annotated[
+    list[Path],
+    typer.Option(parser=expanded, help="a LoRA file of any format; several are added up"),
+]
+LoraStrength = Annotated[
+    list[float], typer.Option(help="of each --lora; one for all or one each; 0 leaves it out")
+]
+Layers = Annotated[
+    Path | None,
+    typer.Option(parser=expanded, help="what `fluxfast check` wrote, if trained with it"),
+]
+Pixels = Annotated[int, typer.Option(min=16, max=2**14, help="pixels")]
+Again = Annotated[
+    Path | None, typer.Option("--from", parser=expanded, help="a PNG that is drawn again")
+]
 Trigger = Annotated[str | None, typer.Option(help="word that stands for what is learned")]
 Name = Annotated[
     str | None,
@@ -143,61 +182,52 @@ def check(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or Hub id")],
-    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
-    lora: Annotated[
-        list[Path],
-        typer.Option(parser=expanded, help="a LoRA file of any format; several are added up"),
-    ] = [],  # noqa: B006
-    strength: Strength = [1.0],  # noqa: B006
+    context: typer.Context,
+    model: Model = None,
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated")] = [],  # noqa: B006
+    negative: Annotated[str | None, typer.Option(help="what not to draw; takes --cfg")] = None,
+    cfg: Annotated[float | None, typer.Option(help="classifier-free guidance, true CFG")] = None,
+    cfg_start: Annotated[float, typer.Option(help="share of the steps where it begins")] = 0.0,
+    cfg_end: Annotated[float, typer.Option(help="share of the steps where it ends")] = 1.0,
+    threshold: Threshold = None,
+    image: Fitted = None,
+    strength: ImageStrength = None,
+    mask: Anew = None,
+    mask_crop: Crop = None,
+    lora: Loras = [],  # noqa: B006
+    lora_strength: LoraStrength = [1.0],  # noqa: B006
     seed: Annotated[int, typer.Option(min=-1, help="of the first picture; -1 draws one")] = 42,
     walk_seed: Annotated[bool, typer.Option(help="seed + 1 for each further prompt")] = False,
-    width: Annotated[int, typer.Option(min=16, max=2**14, help="pixels")] = 1024,
-    height: Annotated[int, typer.Option(min=16, max=2**14, help="pixels")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, max=10**4, help="of the sampler")] = 20,
-    guidance: Annotated[
-        float, typer.Option(min=-1e4, max=1e4, help="for models that embed it")
-    ] = 3.5,
-    out: Annotated[Path, typer.Option(parser=expanded, help="folder for the PNG files")] = Path(
+    width: Pixels = 1024,
+    height: Pixels = 1024,
+    steps: Annotated[int | None, typer.Option(help="of the sampler, default 20")] = None,
+    guidance: Annotated[float | None, typer.Option(help="for dev's embedding, 3.5")] = None,
+    sampler: Annotated[str, typer.Option(help="euler or heun")] = "euler",
+    sigmas: Annotated[str, typer.Option(help="flux, simple or beta")] = "flux",
+    preset: Few = None,
+    grid: Grid = [],  # noqa: B006
+    from_: Again = None,
+    out: Annotated[Path, typer.Option(parser=expanded, help="folder for the PNGs")] = Path(
         "samples"
     ),
     encoders: Encoders = None,
     storage: Annotated[str, typer.Option(help="auto, fp32, bf16, nf4, int8 or fp8")] = "auto",
     compute: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp8")] = "auto",
-    layers: Annotated[
-        Path | None,
-        typer.Option(parser=expanded, help="what `fluxfast check` wrote, if trained with it"),
-    ] = None,
+    layers: Layers = None,
 ) -> None:
-    """Draw pictures. The files are printed to stdout; each holds its prompt, seed and settings.
+    """Draw pictures. The files are printed to stdout; each holds its settings: see --from.
 
     Example: `fluxfast sample --model examples/nano/pretrained --lora runs/nano/nano.safetensors
     --prompt "a zorb at the centre" --width 64 --height 64`. Two LoRAs: `--lora a.safetensors
-    --strength 1 --lora b.safetensors --strength 0.5`.
+    --lora-strength 1 --lora b.safetensors --lora-strength 0.5`. A sheet: `--grid
+    strength=0.2,0.4,0.6 --grid cfg=1,3,6`, of the settings of a preview, lora and lora_strength.
     """
-    from fluxfast.config.schema import ModelConfig, SampleConfig
-    from fluxfast.config.yaml_io import check_texts, read_layers
-    from fluxfast.rng import settle_seed
-    from fluxfast.sampling import pictures_of
-    from fluxfast.tools.generate import generate
+    from fluxfast.tools.generate import sample as run
 
-    check_texts({"--prompt": prompt, "--model": model})  # both are written into the pictures
-    if len(strength) not in (1, len(lora)):
-        raise ConfigError(
-            f"{len(strength)} strengths for {len(lora)} LoRAs", hint="give one --strength for each"
-        )
-    if not model.strip():
-        raise ConfigError("--model is empty", hint="--model black-forest-labs/FLUX.1-dev")
-    roles = read_layers(layers) if layers else {}
-    parts = ModelConfig(path=model, encoders=encoders, layers=roles)
-    # not validated here: where they are resolved, an error names what is allowed
-    parts = parts.model_copy(update={"storage": storage, "compute": compute})
-    numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-    seeds = {"seed": settle_seed(seed), "walk_seed": walk_seed}
-    pictures = pictures_of(SampleConfig(prompts=prompt, **numbers, **seeds), prompt)
     with interruptible("the next run draws from the start"):
-        files = generate(parts, pictures, out, lora, strength)
-        print("\n".join(map(str, files)))
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        written = {name for name, each in sources.items() if each and each.name == "COMMANDLINE"}
+        print("\n".join(map(str, run(dict(context.params), written))))
 
 
 @app.command()

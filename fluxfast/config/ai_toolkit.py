@@ -291,6 +291,9 @@ def _previews(job: Translation) -> None:
             differences["[trigger] is taken out, there is no trigger_word"] = None
             prompt = prompt.replace("[trigger]", "")
         samples = part.native["sample"].get("samples", {})
+        if job.get("model.use_flux_cfg", flag):  # one number is both
+            own = {"cfg": samples.get("guidance"), "negative": part.get("sample.samples.neg", text)}
+            samples |= {key: value for key, value in own.items() if value is not None}
         previews.append(samples | {"prompt": prompt.strip()})
     if differences:
         job.note(key, "; ".join(differences))
@@ -298,6 +301,11 @@ def _previews(job: Translation) -> None:
         job.put("sample.samples", previews)
     else:
         job.put("sample.prompts", [preview["prompt"] for preview in previews])
+    if job.get("model.use_flux_cfg", flag):
+        job.put("sample.cfg", job.get("sample.guidance_scale", number, 7.0))
+        job.put("sample.negative", job.get("sample.neg", text, ""))
+    if file := job.get("model.inference_lora_path", text):
+        job.put("sample.loras", [{"file": file}])
     job.put("sample.first", not job.get("train.skip_first_sample", flag))
 
 

@@ -83,7 +83,8 @@ _MAPPED = {
 _COMBINED = """
 trigger_word type network.type network.linear network.rank network.linear_alpha network.alpha
 model.quantize model.qtype model.quantize_kwargs model.accuracy_recovery_adapter model.arch
-model.use_flux_cfg train.dtype train.optimizer train.lr train.optimizer_params train.lr_scheduler
+model.use_flux_cfg model.inference_lora_path
+train.dtype train.optimizer train.lr train.optimizer_params train.lr_scheduler
 train.lr_scheduler_params train.lr_scheduler_params.num_warmup_steps
 train.lr_scheduler_params.warmup_steps train.lr_scheduler_params.eta_min
 train.lr_scheduler_params.factor train.lr_scheduler_params.start_factor
@@ -102,7 +103,7 @@ _NOTED = {
     "floats, fp32 on a CPU (--set model.storage=fp8 keeps 8-bit floats too, bf16 the base "
     "unrounded)",
     "model.use_flux_cfg": "training leaves the guidance embedding out, as ai-toolkit does; "
-    "previews are drawn with it, and with no negative prompt",
+    "previews are drawn with it, by guidance_scale and by true CFG of the same scale",
     "train.ema_config.use_ema": "the average is saved as NAME_ema.safetensors; NAME.safetensors "
     "and previews hold the weights as trained, and a resumed run continues from those (ai-toolkit "
     "keeps the average alone and resumes from it)",
@@ -120,7 +121,6 @@ ignored, checkpoints are kept by their age | save.record_low_window_size
 ignored, a resumed run draws no first preview | train.force_first_sample
 ignored; --set validation.share=0.1 holds pictures out of training | validation_config
     train.validation_config
-ignored, previews are drawn with the trained LoRA alone | model.inference_lora_path
 ignored, previews are drawn by flow matching | sample.sampler=flowmatch
 ignored, previews start at once | sample.sample_start_step
 ignored, previews are PNG files | sample.format=png|jpg
@@ -266,8 +266,9 @@ datasets.clip_image_shuffle_augmentations datasets.guidance_type datasets.extra_
 datasets.shrink_video_to_frames datasets.fps datasets.do_i2v datasets.do_t2v datasets.do_audio
 datasets.audio_normalize datasets.audio_preserve_pitch datasets.debug
 
-sample.neg sample.guidance_rescale sample.refiner_start_at sample.num_frames sample.fps
-sample.duration sample.extra_values sample.adapter_conditioning_scale sample.samples.neg
+sample.neg sample.samples.neg sample.guidance_rescale sample.refiner_start_at sample.num_frames
+sample.fps
+sample.duration sample.extra_values sample.adapter_conditioning_scale
 sample.samples.num_frames sample.samples.fps sample.samples.duration sample.samples.ctrl_idx
 sample.samples.do_cfg_norm
 """
@@ -314,6 +315,6 @@ TIMESTEPS = {
 
 # settings behind -- in a prompt, theirs -> the key of a preview
 FLAGS = {
-    "w": "width", "h": "height", "d": "seed", "seed": "seed", "l": "guidance_scale",
+    "n": "neg", "w": "width", "h": "height", "d": "seed", "seed": "seed", "l": "guidance_scale",
     "cfg": "guidance_scale", "s": "sample_steps", "steps": "sample_steps",
 }  # fmt: skip

@@ -8,6 +8,8 @@ configuration.
 """
 
 import contextlib
+import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,17 @@ from fluxfast.config.yaml_io import (
 from fluxfast.errors import ConfigError
 from fluxfast.util.files import expanded
 
+log = logging.getLogger(__name__)
+
 _MOST_DOTS = 300  # in a line
 _ABSENT = " (not given)"  # behind the place of a key that takes kohya's default
+
+# what follows -- in a line of sample prompts -> the key of a preview
+PROMPT_FLAGS = {
+    "n": "negative", "l": "cfg", "g": "guidance", "w": "width", "h": "height", "d": "seed",
+    "s": "steps",
+}  # fmt: skip
+_FLAG = re.compile(r"\s--([a-z]\w*)(?=\s|$)", re.IGNORECASE)
 
 Written = dict[str, tuple[str, Any]]  # key -> (where it is written, value)
 
@@ -159,6 +170,23 @@ class KohyaFile:
             reason = f"captions are read whole, kohya takes the first line: {longer} have more"
             subset.note("image_dir", reason)
         return entry
+
+
+def preview_of(line: str) -> dict[str, Any] | None:
+    """Returns what kohya means by a line of sample prompts, `a cat --n dogs --l 3 --w 512`; None
+    for a prompt without settings. Notes what is passed over, a control picture among it.
+    """
+    prompt, *rest = _FLAG.split(line)
+    if not rest:
+        return None
+    written = dict(zip(map(str.lower, rest[::2]), map(str.strip, rest[1::2]), strict=True))
+    preview = {PROMPT_FLAGS[key]: value for key, value in written.items() if key in PROMPT_FLAGS}
+    if passed_over := [f"--{key}" for key in written if key not in PROMPT_FLAGS]:
+        log.warning(f"note: previews are drawn without {', '.join(passed_over)} of {prompt!r}")
+    if "negative" in preview and preview.get("cfg", "1") in ("1", "1.0"):
+        log.warning(f"note: --n of {prompt!r} does nothing, as in kohya without --l above 1")
+        del preview["negative"]
+    return {"prompt": prompt.strip()} | preview
 
 
 def _parse(path: Path) -> dict:

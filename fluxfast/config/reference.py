@@ -24,14 +24,23 @@ def markdown() -> str:
     return "\n".join([HEAD, *_section(schema, "", schema["$defs"])])
 
 
-def _section(schema: dict[str, Any], name: str, models: dict[str, Any]) -> list[str]:
-    """A heading and a table of the plain keys, then the sections below."""
-    nested, rows = [], []
+def _section(
+    schema: dict[str, Any], name: str, models: dict[str, Any], known: dict[str, Any] | None = None
+) -> list[str]:
+    """A heading and a table of the plain keys, then the sections below. known: what the section
+    around it has, which is not repeated.
+    """
+    nested, rows, as_above, known = [], [], [], known or {}
     for key, field in schema["properties"].items():
         path = f"{name}.{key}" if name else key
-        model = field.get("items", field).get("$ref")
+        each = field.get("items", field)
+        model = next((e["$ref"] for e in (each, *each.get("anyOf", ())) if "$ref" in e), None)
+        if field == known.get(key):
+            as_above.append(f"`{key}`")
+            continue
         if model:
-            nested += _section(models[model.rpartition("/")[2]] | field, path, models)
+            section = models[model.rpartition("/")[2]] | field
+            nested += _section(section, path, models, schema["properties"])
             continue
         value = field.get("default")
         text = value if isinstance(value, str) else json.dumps(value)
@@ -40,7 +49,8 @@ def _section(schema: dict[str, Any], name: str, models: dict[str, Any]) -> list[
         rows.append(f"| `{key}` | {_values(field)} | {default} | {description} |")
     note = [f"{schema['description']}\n"] if "description" in schema else []
     head = [f"## {name or 'Top level'}\n", *note, "| key | values | default | meaning |"]
-    return [*head, "|---|---|---|---|", *rows, "", *nested]
+    rest = [f"\nAnd {', '.join(as_above)}, as above."] if as_above else []
+    return [*head, "|---|---|---|---|", *rows, *rest, "", *nested]
 
 
 def _values(field: dict[str, Any]) -> str:

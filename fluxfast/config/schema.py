@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -20,13 +20,14 @@ from pydantic import (
     PositiveFloat,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from fluxfast.config.ai_toolkit import convert_ai_toolkit, is_ai_toolkit
 from fluxfast.config.ai_toolkit_keys import TABLE
 from fluxfast.config.key_table import check_owner
-from fluxfast.config.kohya import KohyaFile, insert_kohya, settle_kohya
+from fluxfast.config.kohya import KohyaFile, insert_kohya, preview_of, settle_kohya
 from fluxfast.config.yaml_io import (
     apply_override,
     check_path,
@@ -45,6 +46,7 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 Few = Annotated[int, Field(ge=1, le=10**4)]
 Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
+Cfg = Annotated[float, Field(ge=0, le=1e4)]
 Seed = Annotated[int, Field(ge=-1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OneOrMany = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
@@ -80,6 +82,9 @@ class Section(BaseModel):
         if none and type(None) in get_args(annotation):
             raise ValueError("takes null, or leave the key out, for none")
         return value
+
+
+_Section = TypeVar("_Section", bound=Section)
 
 
 class ModelConfig(Section):
@@ -245,9 +250,119 @@ class SaveConfig(Section):
     """The first is NAME.safetensors, others NAME_FORMAT.safetensors beside it."""
 
 
-class PreviewConfig(Section):
+ScaleMode = Literal[
+    "constant", "linear_down", "cosine_down", "half_cosine_down", "linear_up", "cosine_up",
+    "half_cosine_up", "power_up", "power_down", "linear_repeating", "cosine_repeating", "sawtooth"
+]  # fmt: skip
+
+
+class ThresholdConfig(Section):
+    """Dynamic thresholding of `cfg`; the names are those of sd-dynamic-thresholding."""
+
+    mimic_scale: Cfg = 7.0
+    """The scale whose range of values is kept."""
+    threshold_percentile: Share = 1.0
+    """AD: share of the values that must fit, 1 all."""
+    mimic_mode: ScaleMode = "constant"
+    """How mimic_scale changes over the steps."""
+    mimic_scale_min: Cfg = 0.0
+    cfg_mode: ScaleMode = "constant"
+    """How cfg changes over the steps."""
+    cfg_scale_min: Cfg = 0.0
+    sched_val: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """The exponent of the power modes, the periods of those that repeat."""
+    separate_feature_channels: bool = True
+    scaling_startpoint: Literal["MEAN", "ZERO"] = "MEAN"
+    variability_measure: Literal["AD", "STD"] = "AD"
+    """AD: the greatest deviation. STD: the standard deviation."""
+    interpolate_phi: Share = 1.0
+    """1: thresholded. 0: plain cfg."""
+    schedule: Literal["constant", "steps", "comfyui"] = "constant"
+    """What the modes go by. steps: the share of the steps done. comfyui: as ComfyUI's node does
+    with FLUX, where each mode stands still at its end (half_cosine_up: a factor of 0.46)."""
+
+    @model_validator(mode="after")
+    def _scheduled(self):
+        modes = {self.mimic_mode, self.cfg_mode, "constant"}
+        if self.schedule == "constant" and len(modes) > 1:
+            raise ValueError("mimic_mode and cfg_mode need schedule: steps, or comfyui")
+        return self
+
+
+# what people copy from each other's workflows for FLUX
+THRESHOLD_PRESET = {
+    "mimic_mode": "half_cosine_up",
+    "cfg_mode": "half_cosine_up",
+    "interpolate_phi": 0.7,
+    "schedule": "comfyui",
+}
+
+
+SAMPLE_PRESETS = {
+    "schnell": {"steps": 4},
+    "turbo": {"steps": 8, "loras": [{"file": "alimama-creative/FLUX.1-Turbo-Alpha"}]},
+}
+
+
+class SampleLoRA(Section):
+    file: PathText
+    """A LoRA file of any format, or a Hub id."""
+    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+
+class Drawing(Section):
+    negative: str = ""
+    """What the picture must not show: the prompt of the second pass of cfg."""
+    cfg: Cfg | None = None
+    """Scale of classifier-free guidance, true CFG: two passes a step. Default: none, 1."""
+    cfg_start: Share = 0.0
+    cfg_end: Share = 1.0
+    """Shares of the steps between which cfg acts; one pass in the others."""
+    threshold: ThresholdConfig | None = None
+    """Dynamic thresholding: a mapping, or `preset`."""
+    image: AnyPath | None = None
+    """A picture to start from (image to image)."""
+    strength: Share = 0.6
+    """The share of the steps that is done with `image`: 1 all, as without it. A picture of 1024 px
+    is two thirds noise (t 0.68) at 0.4 already, and 0.83 at 0.6."""
+    mask: AnyPath | None = None
+    """Inpainting: white is painted anew, black stays."""
+    mask_crop: NonNegativeInt | None = None
+    """Only what the mask covers, with so many pixels around it, is drawn at the full size."""
+    sampler: Literal["euler", "heun"] = "euler"
+    sigmas: Literal["flux", "simple", "beta"] = "flux"
+    """Where the steps lie. flux: FLUX's shift by the picture's size. simple: the same shift at
+    every size, as ComfyUI does. beta: flux's, denser at both ends."""
+    loras: list[SampleLoRA] = []
+    """LoRAs that act in sampling only, for fewer steps, say."""
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _preset(cls, value):
+        return THRESHOLD_PRESET if value == "preset" else value
+
+
+class DrawConfig(Drawing):
+    """How one picture is drawn: by `fluxfast sample`, or as a preview."""
+
+    @model_validator(mode="after")
+    def _belong_together(self):
+        needs = {"negative": "cfg", "threshold": "cfg", "mask": "image", "mask_crop": "mask"}
+        for given, needed in needs.items():
+            if getattr(self, given) not in (None, "") and getattr(self, needed) is None:
+                raise ValueError(f"{given} needs {needed}")
+        if self.image is None and self.strength != 0.6:
+            raise ValueError("strength needs image")
+        if self.cfg is None and (self.cfg_start, self.cfg_end) != (0.0, 1.0):
+            raise ValueError("cfg_start and cfg_end need cfg")
+        if self.cfg_start >= self.cfg_end:
+            raise ValueError("cfg_start must be below cfg_end")
+        return self
+
+
+class PreviewConfig(Drawing):
     """Previews after those of `prompts`, each with settings of its own. What an entry leaves out is
-    the section's."""
+    the section's. `size: [1344, 768]`, or one number, is width and height."""
 
     prompt: str
     width: Pixels | None = None
@@ -256,11 +371,36 @@ class PreviewConfig(Section):
     guidance: Guidance | None = None
     seed: Seed | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_sections(cls, raw):
+        if not isinstance(raw, dict):
+            return raw
+        size = raw.get("size")  # width and height in one
+        if isinstance(size, list) and len(size) == 2:
+            raw = raw | {"width": size[0], "height": size[1]}
+        elif isinstance(size, int):
+            raw = raw | {"width": size, "height": size}
+        elif size is not None:
+            raise ValueError("takes size: 1024, or [width, height]")
+        return {key: v for key, v in raw.items() if v is not None and key != "size"}
 
-class SampleConfig(Section):
+    @model_serializer(mode="wrap")
+    def _the_sections_is_null(self, to_dict):
+        own = self.model_fields_set
+        return {key: value if key in own else None for key, value in to_dict(self).items()}
+
+
+class SampleConfig(Drawing):
+    """How previews are drawn; an entry's own settings come before these."""
+
     prompts: list[str] = []
-    """Previews drawn while training; [trigger] is replaced."""
+    """Previews drawn while training; [trigger] is replaced. An entry may be a mapping, as those of
+    samples, or a line of kohya's: a cat --n dogs --l 3 --w 512."""
     samples: list[PreviewConfig] = []
+    preset: Literal["schnell", "turbo"] | None = None
+    """Few steps, where no setting here says otherwise. schnell: 4 steps. turbo: 8 steps, with the
+    LoRA for them of alimama-creative/FLUX.1-Turbo-Alpha."""
     every: NonNegativeInt = 250
     """Steps between previews. 0: before the first step and at the end only."""
     first: bool = True
@@ -275,6 +415,49 @@ class SampleConfig(Section):
     """Seed of the noise. -1: drawn when the run begins."""
     walk_seed: bool = False
     """Give each prompt its own seed: seed, seed + 1, …"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mappings_among_prompts(cls, raw):
+        if not isinstance(raw, dict):
+            return raw
+        preset, prompts = SAMPLE_PRESETS.get(str(raw.get("preset")), {}), raw.get("prompts")
+        if isinstance(own := raw.get("loras"), list) and own:  # beside the preset's
+            files = [each.get("file") for each in own if isinstance(each, dict)]
+            added = [each for each in preset.get("loras", []) if each["file"] not in files]
+            raw = raw | {"loras": added + own}
+        raw = preset | {key: value for key, value in raw.items() if value != [] or key != "loras"}
+        if isinstance(prompts, list):
+            entries = [isinstance(p, str) and preview_of(p) or p for p in prompts]
+            if any(isinstance(each, dict) for each in entries):
+                entries = [each if isinstance(each, dict) else {"prompt": each} for each in entries]
+                more = raw.get("samples") or []
+                if isinstance(more, list):
+                    return {**raw, "prompts": [], "samples": entries + more}
+        return raw
+
+    def drawn(self, index: int) -> DrawConfig:
+        """Returns how preview `index` is drawn, those of `samples` after those of `prompts`."""
+        raw = self.model_dump(include=set(Drawing.model_fields))
+        if (place := index - len(self.prompts)) >= 0:
+            own = self.samples[place].model_dump(include=set(Drawing.model_fields))
+            raw |= {key: value for key, value in own.items() if value is not None}
+        return DrawConfig.model_validate(raw)
+
+    def all_drawn(self) -> list[DrawConfig]:
+        """Returns how each preview is drawn."""
+        return [self.drawn(index) for index in range(len(self.prompts) + len(self.samples))]
+
+    @model_validator(mode="after")
+    def _each_can_be_drawn(self):
+        for index in range(len(self.prompts) + len(self.samples)):
+            try:
+                self.drawn(index)
+            except ValidationError as error:
+                (first, *_) = error.errors()
+                words = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"preview {index}: {words}") from None
+        return self
 
     @model_validator(mode="after")
     def _whole_patches(self):
@@ -454,11 +637,19 @@ def build_config(raw: dict, overrides: Sequence[str] = (), source: str = "the se
     insert_layers(raw)
     notes = settle_kohya(raw, files)
     check_texts(raw)
+    if files:
+        source += f", with the keys of {', '.join(str(f.path) for f in files)} translated"
+    config = validated(Config, raw, source)
+    for note in notes:
+        log.warning(f"note: {note}")
+    return config
+
+
+def validated(section: type[_Section], raw: dict, source: str) -> _Section:
+    """Raises ConfigError with every mistake, in the words of the settings."""
     try:
-        config = Config.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        if files:
-            source += f", with the keys of {', '.join(str(f.path) for f in files)} translated"
         mistakes = [_describe(mistake) for mistake in error.errors()]
         if len(mistakes) > _MOST:
             mistakes[_MOST:] = [f"and {len(mistakes) - _MOST} more"]
@@ -466,9 +657,6 @@ def build_config(raw: dict, overrides: Sequence[str] = (), source: str = "the se
             f"{source}: {'; '.join(mistakes)}",
             hint="docs/config.md lists every setting; examples/ holds complete files",
         ) from None
-    for note in notes:
-        log.warning(f"note: {note}")
-    return config
 
 
 def dump_config(config: Config) -> str:

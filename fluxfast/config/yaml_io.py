@@ -330,6 +330,8 @@ def apply_override(raw: dict, override: str) -> None:
             raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
         elif depth == len(parts):
             node.pop(part, None)  # to the end: of model.layers the last match wins
+        elif isinstance(node.get(part), str):  # a whole file or preset is named there
+            raise ConfigError(f"--set {key}: {'.'.join(parts[:depth])} is {node[part]!r}")
         elif not isinstance(node.get(part), dict | list):
             node[part] = {}
         if depth == len(parts):

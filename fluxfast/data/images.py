@@ -119,7 +119,7 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
     Returns fp32 [3, H, W] in -1..1.
     """
-    box = _center_box(image.size, size)
+    box = center_box(image.size, size)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
     tensor = torch.tensor(pixels).permute(2, 0, 1).to(torch.float32)
     return tensor.div_(127.5).sub_(1.0).contiguous()
@@ -131,15 +131,13 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
     mask: L image of the image's aspect, any resolution. factor: pixels per latent along a side.
     Returns fp32 [H / factor, W / factor] in 0..1.
     """
-    box = _center_box(mask.size, size)
+    box = center_box(mask.size, size)
     values = mask.convert("F").resize(size, Image.Resampling.BILINEAR, box=box)
     pixels = torch.tensor(np.asarray(values, dtype=np.float32)).div_(255.0)
     return torch.nn.functional.avg_pool2d(pixels[None], factor)[0].clamp_(0.0, 1.0)
 
 
-def _center_box(
-    source: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def center_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Returns the largest centered part of `source` with the aspect of `size`, in its pixels."""
     (width, height), (new_width, new_height) = source, size
     scale = max(new_width / width, new_height / height)

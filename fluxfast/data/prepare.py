@@ -24,6 +24,7 @@ from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.folder import tokenizer_length
 from fluxfast.formats.base.load import ResolvedModel, resolve_model, resolve_precision
 from fluxfast.model.spec import FluxSpec
+from fluxfast.sampling.picture import Picture, pictures_of
 from fluxfast.util.files import check_no_links, shared_lock
 from fluxfast.util.hub import ENCODERS, TRANSFORMER, fetch_model
 from fluxfast.util.terminal import progress_bars
@@ -77,7 +78,8 @@ def prepare(
     with ranks.main_process_first():  # one fetches what is on the Hub
         model, root, length = parts or resolve_parts(config.model, device)
     encoding = Encoding(root, length, device, encoder_dtype(device))
-    prompts = preview_prompts(config)
+    previews = preview_pictures(config)
+    prompts = list(dict.fromkeys(text for each in previews for text in each.prompts))
     check_no_links(config.cache_path, "latents", "text")
     bars = progress_bars(transient=True)
     with bars, shared_lock(config.cache_path, "latents", "text"):
@@ -146,21 +148,25 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def preview_prompts(config: Config) -> list[str]:
-    """Returns the preview prompts with [trigger] replaced by the run's trigger, or by the only one
-    of the data. Raises ConfigError where there is none, or one of several.
+def preview_pictures(config: Config) -> list[Picture]:
+    """Returns the previews' settings with [trigger] in their prompts replaced by the run's trigger,
+    or by the only one of the data. Raises ConfigError where there is none, or one of several.
     """
     words = config.triggers
     trigger = clean_trigger(config.trigger) or (words[0] if len(words) == 1 else None)
-    prompts = []
-    for prompt in config.sample.prompts + [each.prompt for each in config.sample.samples]:
+
+    def filled(prompt: str) -> str:
         if PLACEHOLDER in prompt and trigger is None:
             raise ConfigError(
                 f"sample.prompts: {prompt!r} has [trigger], but there is no one trigger",
                 hint=f"write the one that is meant: {', '.join(words or ['ohwx dog'])}",
             )
-        prompts.append(prompt.replace(PLACEHOLDER, trigger or ""))
-    return prompts
+        return prompt.replace(PLACEHOLDER, trigger or "")
+
+    pictures = pictures_of(config.sample)
+    for picture in pictures:
+        picture.options.negative = filled(picture.options.negative)
+    return [replace(picture, prompt=filled(picture.prompt)) for picture in pictures]
 
 
 def resolve_parts(config: ModelConfig, device: torch.device) -> Parts:

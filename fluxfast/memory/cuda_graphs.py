@@ -105,6 +105,10 @@ class Graphs:
         """Whether there is any graph."""
         return bool(self._recordings)
 
+    def has(self, key: Hashable) -> bool:
+        """Whether there is a graph of this key."""
+        return key in self._recordings
+
     def capture(self, examples: Mapping[Hashable, Inputs]) -> None:
         """Captures a graph per key, in place of all earlier ones, from the largest example down, so
         that the pool is as large as the largest needs.

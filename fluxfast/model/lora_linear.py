@@ -82,7 +82,10 @@ class LoRALinear(FrozenLinear):
 
     def remove_lora(self) -> None:
         """Removes the trainable update."""
-        self.updates = nn.ModuleList(update for update in self.updates if not update.trainable)
+        self.remove_updates([update for update in self.updates if update.trainable])
+
+    def remove_updates(self, updates: list[LowRankUpdate]) -> None:
+        self.updates = nn.ModuleList(each for each in self.updates if each not in updates)
 
     @property
     def lora(self) -> Any:

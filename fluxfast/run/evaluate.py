@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fluxfast.config.schema import Config
-from fluxfast.data.prepare import Prepared, encoder_dtype, preview_prompts
-from fluxfast.data.store import TEXT, CacheDamaged, read_tensors
+from fluxfast.data.prepare import Prepared, encoder_dtype, preview_pictures
+from fluxfast.data.store import CacheDamaged
 from fluxfast.encoders.vae import Vae
+from fluxfast.formats.lora.apply import sampling_loras
 from fluxfast.model.flux import Flux
 from fluxfast.run.plots import plot_validation
 from fluxfast.run.validation import Validation, Validator, best, write_validations
-from fluxfast.sampling import (
-    Picture,
-    contact_sheet,
-    draw_picture,
-    pictures_of,
-    save_picture,
-    settings_of,
-)
+from fluxfast.sampling.draw import draw_picture, read_embedding
+from fluxfast.sampling.picture import Picture, save_picture, settings_of
+from fluxfast.sampling.sampler import Embedding
+from fluxfast.sampling.sheet import contact_sheet
 from fluxfast.util.files import keep_running
 
 log = logging.getLogger(__name__)
@@ -115,19 +113,20 @@ class Watch:
 
     def _draw_previews(self, done: int) -> None:
         """Draw every prompt, save RUN/samples/NN-stepNNNNNNNN.png, and update RUN/samples.png."""
-        prompts = preview_prompts(self.config)
-        tensors = [read_tensors(self.prepared.prompts[prompt], TEXT) for prompt in prompts]
-        embeddings = [(each["t5"], each["pooled"]) for each in tensors]
-        pictures = pictures_of(self.config.sample, prompts)
+        pictures = preview_pictures(self.config)
+        prompts = [picture.prompt for picture in pictures]
         root, dtype = self.prepared.root, encoder_dtype(self.device)
         folder = self.config.run_dir / "samples"
         with closing(self._attempt(partial(Vae, root, self.device, dtype))) as vae:
-            for index, pair in enumerate(zip(pictures, embeddings, strict=True)):
+            for index, picture in enumerate(pictures):
                 with keep_running(f"preview {index} of step {done}", but=CacheDamaged):
-                    image = self._attempt(partial(draw_picture, self.model, vae, *pair))
+                    files = [self.prepared.prompts[prompt] for prompt in picture.prompts]
+                    pairs = [read_embedding(file) for file in files]
+                    draw = partial(self._draw, vae, picture, pairs)
+                    image = self._attempt(draw)
                     path = folder / f"{index:02d}-step{done:08d}.png"
-                    _keep_earlier(path, pair[0])
-                    save_picture(path, image, pair[0], run=self.config.name, step=str(done))
+                    _keep_earlier(path, picture)
+                    save_picture(path, image, picture, run=self.config.name, step=str(done))
         # the sheet is made of the files on the disk: a resumed run keeps its earlier columns
         files = {}
         for file in folder.glob("*.png"):
@@ -138,13 +137,18 @@ class Watch:
         rows = [(each, [files.get((i, step)) for step in steps]) for i, each in enumerate(prompts)]
         contact_sheet(rows, [f"step {step}" for step in steps], self.config.run_dir / "samples.png")
 
+    def _draw(self, vae: Vae, picture: Picture, embeddings: list[Embedding]) -> Image.Image:
+        with sampling_loras(self.model, picture.options.loras):
+            return draw_picture(self.model, vae, picture, embeddings)
+
 
 def _keep_earlier(path: Path, picture: Picture) -> None:
     """Rename a picture of this name that was drawn with other settings, before the run was resumed:
     NN-stepSSSSSSSS.1.png and so on.
     """
     earlier = settings_of(path)
-    if earlier and not asdict(picture).items() <= earlier.items():
+    own = {key: value for key, value in earlier.items() if key not in ("run", "step")}
+    if earlier and own != picture.settings():
         number = 1
         while (aside := path.with_suffix(f".{number}.png")).exists():
             number += 1

@@ -11,12 +11,12 @@ import torch
 
 from fluxfast.config.schema import Config
 from fluxfast.data.cache import Bucket
-from fluxfast.data.prepare import Parts, preview_prompts, resolve_parts
+from fluxfast.data.prepare import Parts, preview_pictures, resolve_parts
 from fluxfast.distributed import Ranks
 from fluxfast.encoders.components import component
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.base.load import broken_compiler
-from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant
+from fluxfast.formats.lora.apply import extract_lora, init_lora, load_assistant, sampling_loras
 from fluxfast.formats.lora.write import to_state
 from fluxfast.memory.planner.step_spec import shape_of
 from fluxfast.model.init import hollow
@@ -24,6 +24,7 @@ from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.model.spec import FluxSpec
 from fluxfast.objective import Batch
 from fluxfast.optim import check_optimizer
+from fluxfast.sampling.draw import check_picture
 from fluxfast.tools.plan import plan_run
 from fluxfast.util.files import check_space
 from fluxfast.util.hub import fetch_lora
@@ -47,7 +48,8 @@ def check_settings(config: Config, device: torch.device) -> None:
     if fault := broken_compiler(device):
         raise FluxfastError(f"nothing can be trained on this GPU: {fault[0]}", hint=fault[1])
     check_optimizer(config.train, device)
-    preview_prompts(config)
+    for picture in preview_pictures(config):
+        check_picture(picture)
     folders = [("validation.folder", config.validation.folder)]
     for data in config.data:
         folders += [("data.folder", data.folder), ("data.mask_folder", data.mask_folder)]
@@ -83,6 +85,9 @@ def check_loras(config: Config, spec: FluxSpec, fresh: bool) -> None:
         to_state(extract_lora(model, nothing), "xlabs", hint=hint)
     if config.model.assistant_lora:
         load_assistant(model, fetch_lora(config.model.assistant_lora))
+    for each in config.sample.all_drawn():
+        with sampling_loras(model, each.loras):
+            pass
     modulation = config.memory.modulation
     if modulation in ("ahead", "host") and any(x.trains() for x in model.modulation_linears()):
         raise ConfigError(

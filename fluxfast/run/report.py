@@ -19,7 +19,7 @@ from PIL import Image
 from fluxfast.config.yaml_io import parse_yaml
 from fluxfast.run.plots import drawable, loss_figure, validation_figure
 from fluxfast.run.validation import best, read_validations
-from fluxfast.sampling import read_png
+from fluxfast.sampling.picture import read_png
 from fluxfast.util.files import read_rows, write_atomic
 
 SHEET_SIDE = 1600  # pixels, the longer side of the contact sheet in the page

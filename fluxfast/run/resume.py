@@ -40,8 +40,12 @@ refused  train       timesteps timestep_bias guidance warmup_steps
 applied  train       steps lr lr_schedule lr_end max_grad_norm max_bad_steps
 applied  train.ema   enabled decay
 applied  save        every keep dtype formats
-applied  sample      prompts every first width height steps guidance seed walk_seed
+applied  sample      prompts every first width height steps guidance seed walk_seed preset
+applied  sample      negative cfg cfg_start cfg_end threshold image strength mask mask_crop
+applied  sample      sampler sigmas loras
 applied  sample.samples prompt width height steps guidance seed
+applied  sample.samples negative cfg cfg_start cfg_end threshold image strength mask mask_crop
+applied  sample.samples sampler sigmas loras
 refused  validation  share folder timesteps
 applied  validation  every
 applied  memory      limit_gib policy saved_8bit modulation optimizer_state graphs

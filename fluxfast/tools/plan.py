@@ -1,7 +1,7 @@
 """From a configuration to memory plans: a run's, and those that `fluxfast plan` compares."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +32,16 @@ def _request(
     config: Config,
     model: ResolvedModel,
     shapes: Mapping[str, Shape],
-    assistant: Path | None,
+    find: Callable[[str], Path],
 ) -> Request:
-    """Returns what the planner needs to know. shapes: as in `plan_run`; assistant: a LoRA file."""
+    """Returns what the planner needs to know. shapes: as in `plan_run`; find: returns the file of
+    a LoRA, which counts if it is there.
+    """
+
+    def factors(*loras: str) -> int:
+        files = [find(lora) for lora in loras]
+        return sum(assistant_bytes(file, spec) for file in files if file.exists())
+
     lora, memory, spec = config.lora, config.memory, model.spec
     trained = lora_of(spec, lora.rank, lora.targets, lora.include, lora.exclude, lora.share_a)
     dropout = lora.dropout > 0
@@ -51,9 +58,13 @@ def _request(
         optimizer_state=memory.optimizer_state,
         graphs=memory.graphs,
         preview_pixels=_preview_pixels(config.sample),
+        preview_loras=max(
+            (factors(*(lora.file for lora in each.loras)) for each in config.sample.all_drawn()),
+            default=0,
+        ),
         encodes=spec.context_in_dim == DEV.context_in_dim,
         accumulation=config.train.gradient_accumulation,
-        assistant=assistant_bytes(assistant, spec) if assistant else 0,
+        assistant=factors(config.model.assistant_lora) if config.model.assistant_lora else 0,
     )
 
 
@@ -97,8 +108,7 @@ def plan_run(
     limit = config.memory.limit_gib
     if device.type != "cuda" and limit is None:
         return None
-    lora = config.model.assistant_lora
-    request = _request(config, model, shapes, fetch_lora(lora) if lora else None)
+    request = _request(config, model, shapes, fetch_lora)
     return plan_on(device, replace(request, encodes=False), limit, host)
 
 
@@ -109,12 +119,11 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
     """Returns plans of a configuration on the cards asked for: one per picture size and, of several
     sizes, one for all of them together.
 
-    An assistant LoRA counts only if it is on this disk. Raises ConfigError for an unknown card, or
-    a model on this disk that cannot be read.
+    A LoRA beside the trained one counts only if it is on this disk. Raises ConfigError for an
+    unknown card, or a model on this disk that cannot be read.
     """
     cards = _cards(vram_gib, gpu)
     spec, stored = _spec_and_storage(config.model)
-    assistant = expanded(config.model.assistant_lora) if config.model.assistant_lora else None
     text = config.model.max_sequence_length or spec.text_length
     shapes = {}
     for side in sorted({side for data in config.data for side in data.resolution}):
@@ -133,11 +142,10 @@ def plan_rows(config: Config, vram_gib: float | None, gpu: str | None) -> list[R
             plan, reason = None, ""
             try:
                 model = _resolved(config.model, spec, stored, known, vram)
-                lora = assistant if assistant and assistant.exists() else None
                 room = usable(gib, known.visible)
                 if config.memory.limit_gib:
                     room = min(room, int(config.memory.limit_gib * GIB) - CONTEXT)
-                plan = make_plan(_request(config, model, chosen, lora), known, room)
+                plan = make_plan(_request(config, model, chosen, expanded), known, room)
             except DoesNotFit as error:
                 reason = f"{error.message.removeprefix('this does not fit: ')}; {error.hint}"
             except ConfigError as error:

@@ -383,7 +383,7 @@ idle    | null -> x | model.accuracy_recovery_adapter
 refused | null -> x | model.unet_path model.refiner_name_or_path model.vae_path
 refused | null -> x | model.te_name_or_path model.text_encoder_path model.lora_path
 refused | null -> x | model.unconditional_lora_path
-noted   | null -> x | model.inference_lora_path
+done    | null -> x | model.inference_lora_path
 
 done    | 100 -> 250 | sample.sample_every
 done    | 512 -> 1024 | sample.width sample.height
@@ -585,6 +585,20 @@ def test_settings_of_one_preview():
     assert (cat.prompt, cat.seed, cat.guidance, cat.width) == ("a cat", 3, 3.5, None)
     assert (dog.prompt, dog.seed) == ("a dog", -1) and notes == []
     assert "sample.prompts[0]: --w takes" in refused(theirs(sample__prompts=["x --w wide"])).message
+
+
+def test_true_cfg_and_speed_loras_of_previews():
+    items = [{"prompt": "a cat --n dogs", "guidance_scale": 2}, {"prompt": "a dog"}]
+    config, _ = read(
+        model__use_flux_cfg=True,
+        model__inference_lora_path="few/steps",
+        sample__samples=items,
+        sample__neg="ugly",
+        sample__guidance_scale=3,
+    )
+    drawn = [(each.cfg, each.negative, each.loras[0].file) for each in config.sample.all_drawn()]
+    assert drawn == [(2, "dogs", "few/steps"), (3, "ugly", "few/steps")]
+    assert not read(sample__samples=items, sample__neg="ugly")[0].sample.drawn(0).negative
 
 
 @pytest.mark.parametrize(

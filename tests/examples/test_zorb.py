@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfast.config.schema import ModelConfig, load_config
+from fluxfast.config.schema import DrawConfig, ModelConfig, load_config
 from fluxfast.run.validation import best, read_validations
-from fluxfast.sampling import Picture
+from fluxfast.sampling.picture import Picture
 from fluxfast.tools.generate import generate
 from fluxfast.train import train
 
@@ -70,9 +70,11 @@ def correct(question: str, answers: list[dict[str, str]], scenes: list) -> list[
     return [answer[question] == getattr(scene, question) for answer, scene in pairs]
 
 
-def pictures(captions: list[str]) -> list[Picture]:
+def pictures(captions: list[str], *loras: Path) -> list[Picture]:
+    options = DrawConfig(loras=[{"file": str(lora)} for lora in loras])
     return [
-        Picture(text, seed, 64, 64, 20, 3.5) for text, seed in zip(captions, SEEDS, strict=True)
+        Picture(text, seed, 64, 64, 20, 3.5, options)
+        for text, seed in zip(captions, SEEDS, strict=True)
     ]
 
 
@@ -122,14 +124,14 @@ def test_concept_is_learnt_and_the_rest_stays(run, tools, tmp_path):
     lora = run / "nano.safetensors"
     places = list(draw.PLACES) * 2
     zorbs = [draw.Scene(draw.CONCEPT, draw.CONCEPT, place, "plain").caption() for place in places]
-    with_lora = generate(MODEL, pictures(zorbs), tmp_path / "lora", [lora], device="cpu")
+    with_lora = generate(MODEL, pictures(zorbs, lora), tmp_path / "lora", device="cpu")
     base = generate(MODEL, pictures(zorbs), tmp_path / "base", device="cpu")
     assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, with_lora)) >= 8
     assert sum(a["shape"] == draw.CONCEPT for a in shows(classifier, base)) <= 1
 
     scenes = [draw.random_scene(777, index) for index in range(10)]
     files = generate(
-        MODEL, pictures([s.caption() for s in scenes]), tmp_path / "o", [lora], device="cpu"
+        MODEL, pictures([s.caption() for s in scenes], lora), tmp_path / "o", device="cpu"
     )
     answers = shows(classifier, files)
     right = zip(*(correct(question, answers, scenes) for question in QUESTIONS), strict=True)
@@ -141,11 +143,12 @@ def test_pipeline_draws_the_same_picture(short_run, tmp_path):
     from diffusers import FluxPipeline
 
     from fluxfast.objective import pack
-    from fluxfast.sampling import noise_for
+    from fluxfast.sampling.sampler import noise_for
 
-    (picture,) = [Picture("a zorb at the centre on a plain background", 5, 64, 64, 20, 3.5)]
     lora = short_run / "nano.safetensors"
-    (file,) = generate(MODEL, [picture], tmp_path, [lora], device="cpu")
+    options = DrawConfig(loras=[{"file": str(lora)}])
+    picture = Picture("a zorb at the centre on a plain background", 5, 64, 64, 20, 3.5, options)
+    (file,) = generate(MODEL, [picture], tmp_path, device="cpu")
     ours = np.array(Image.open(file)).astype(float)
     pipeline = FluxPipeline.from_pretrained(NANO / "pretrained")
     pipeline.set_progress_bar_config(disable=True)

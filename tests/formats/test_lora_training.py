@@ -137,13 +137,13 @@ def test_a_lora_that_cannot_be_is_reported_before_training(
 
 def test_an_unreadable_lora_is_reported_before_sampling(nano_model, tmp_path, monkeypatch):
     import fluxfast.tools.generate as module
-    from fluxfast.config.schema import ModelConfig
+    from fluxfast.config.schema import DrawConfig, ModelConfig
 
-    picture = module.Picture("a cat", 1, 64, 64, 1, 1.0)
-    monkeypatch.setattr(module, "TextEncoders", lambda *arguments: pytest.fail("encoded"))
-    loras = [tmp_path / "none.safetensors"]
-    with pytest.raises(ConfigError, match="No such file"):
-        module.generate(ModelConfig(path=str(nano_model)), [picture], tmp_path, loras)
+    options = DrawConfig(loras=[{"file": str(tmp_path / "none.safetensors")}])
+    picture = module.Picture("a cat", 1, 64, 64, 1, 1.0, options)
+    monkeypatch.setattr(module, "encode_prompts", lambda *arguments: pytest.fail("encoded"))
+    with pytest.raises(FluxfastError, match="none.safetensors does not exist"):
+        module.generate(ModelConfig(path=str(nano_model)), [picture], tmp_path)
 
 
 def nano_lora(nano_model, path, format="diffusers", rank=2, **more):
@@ -220,7 +220,7 @@ def test_a_format_that_can_hold_the_targets_alone(configure):
 
 @pytest.mark.slow
 def test_sampling_with_two(nano_model, tmp_path, fluxfast):
-    """`--lora A --lora B --strength 1 --strength 0.5` gives the picture of their sum."""
+    """`--lora A --lora B --lora-strength 1 --lora-strength 0.5` gives the picture of their sum."""
     a = nano_lora(nano_model, tmp_path / "a.safetensors", "kohya", share_a=True)
     b = nano_lora(nano_model, tmp_path / "b.safetensors", "comfyui", rank=3, targets="all")
     model = load_transformer(nano_model, "fp32", "fp32", "cpu")
@@ -245,10 +245,12 @@ def test_sampling_with_two(nano_model, tmp_path, fluxfast):
         assert code == 0, err
         return np.asarray(Image.open(out.strip()), np.float32)
 
-    two = picture("two", "--lora", a, "--lora", b, "--strength", 1, "--strength", 0.5)
+    two = picture("two", "--lora", a, "--lora", b, "--lora-strength", 1, "--lora-strength", 0.5)
     one, first = picture("one", "--lora", total), picture("first", "--lora", a)
     assert abs(two - one).max() <= 1 and abs(two - first).max() > 1
-    code, _, err = sample(tmp_path / "none", "--lora", a, "--strength", 1, "--strength", 2)
+    code, _, err = sample(
+        tmp_path / "none", "--lora", a, "--lora-strength", 1, "--lora-strength", 2
+    )
     assert code == 2 and "2 strengths for 1 LoRAs" in err
 
 

@@ -26,7 +26,7 @@ from fluxfast.config.schema import build_config, load_config
 from fluxfast.config.yaml_io import DEEPEST, LARGEST, parse_yaml
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.run.report import write_report
-from fluxfast.sampling import contact_sheet
+from fluxfast.sampling.sheet import contact_sheet
 from fluxfast.train import train
 from fluxfast.util.redact import names_secret, plain
 from fluxfast.util.terminal import log_to_terminal

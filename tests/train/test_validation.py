@@ -13,7 +13,7 @@ from small_runs import CPU, start
 
 import fluxfast.run.evaluate
 import fluxfast.train
-from fluxfast.data.prepare import _held_out, hold_out, prepare, preview_prompts
+from fluxfast.data.prepare import _held_out, hold_out, prepare, preview_pictures
 from fluxfast.data.store import Dataset, Sample
 from fluxfast.errors import ConfigError
 from fluxfast.run.validation import Validation, Validator, best, interval, read_validations
@@ -225,12 +225,12 @@ def test_trigger_is_needed_where_a_prompt_names_it(configure):
     samples = {"samples": [{"prompt": "[trigger] one"}]}
     with pytest.raises(ConfigError, match="no one trigger"):
         train(configure(trigger=None, sample=samples))
-    assert preview_prompts(configure(sample=samples)) == ["ohwx one"]
+    assert [p.prompt for p in preview_pictures(configure(sample=samples))] == ["ohwx one"]
     of_data = configure(trigger=None, sample=samples, data__trigger="alice")
-    assert preview_prompts(of_data) == ["alice one"]
+    assert [p.prompt for p in preview_pictures(of_data)] == ["alice one"]
     with pytest.raises(ConfigError, match="no one trigger") as caught:
         data = [of_data.data[0], of_data.data[0].model_copy(update={"trigger": "bob"})]
-        preview_prompts(of_data.model_copy(update={"data": data}))
+        preview_pictures(of_data.model_copy(update={"data": data}))
     assert caught.value.hint == "write the one that is meant: alice, bob"
 
 

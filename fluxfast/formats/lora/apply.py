@@ -5,12 +5,14 @@ Alpha is folded in both ways: a file means B A.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fluxfast.config.schema import SampleLoRA
 from fluxfast.errors import ConfigError, FluxfastError
 from fluxfast.formats.container import all_finite
 from fluxfast.formats.lora.read import read_all, read_lora
@@ -32,6 +34,7 @@ from fluxfast.model.lora import lora_layers
 from fluxfast.model.lora_linear import LoRALinear, LowRankUpdate
 from fluxfast.model.names import part_rows
 from fluxfast.util.files import write_atomic
+from fluxfast.util.hub import fetch_lora
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +170,37 @@ def load_assistant(model: Flux, path: Path | str) -> None:
 
     Raises ConfigError for a file that cannot be read or is not of this model.
     """
-    lora = read_lora(path)
-    _check_fits(model, lora, str(path))
+    for module, update in _frozen(model, read_lora(path), str(path), "model.assistant_lora"):
+        model.linear(module).add_update(update)
+
+
+@contextmanager
+def sampling_loras(model: Flux, loras: Sequence[SampleLoRA]) -> Iterator[None]:
+    """Inside, LoRA files act beside the LoRA that `model` trains, added up, each times its
+    strength. Raises as `load_assistant` does.
+    """
+    files = [fetch_lora(each.file) for each in loras]
+    pairs = []
+    if files:
+        lora = merged(read_all(files, [each.strength for each in loras]))
+        names = ", ".join(map(str, files))
+        pairs = list(_frozen(model, lora, names, "sample.loras"))
+    try:
+        for module, update in pairs:
+            model.linear(module).add_update(update)
+        yield
+    finally:
+        for module, update in pairs:
+            model.linear(module).remove_updates([update])
+
+
+def _frozen(
+    model: Flux, lora: LoraWeights, name: str, key: str
+) -> Iterator[tuple[str, LowRankUpdate]]:
+    """Yields module and frozen update of a LoRA, with an A where the trained LoRA has one. name: of
+    the file; key: the setting that names it.
+    """
+    _check_fits(model, lora, name)
     for module, pieces in lora.pieces.items():
         layer = model.linear(module)
         trained = _parts(model, module, layer) if layer.lora is not None else []
@@ -177,8 +209,7 @@ def load_assistant(model: Flux, path: Path | str) -> None:
         part_sets = sorted([*trained, *free])
         if overlap(part_sets):
             raise ConfigError(
-                f"model.assistant_lora changes a part of {module} that lies between parts trained "
-                "with one A",
+                f"{key} changes a part of {module} that lies between parts trained with one A",
                 hint="lora.share_a: false",
             )
         nothing = Piece(torch.zeros(0, layer.in_features), {})
@@ -186,7 +217,7 @@ def load_assistant(model: Flux, path: Path | str) -> None:
             fuse([p for p in pieces if p.parts[0] in parts] or [nothing], lora.heights, parts)
             for parts in part_sets
         ]
-        layer.add_update(_update(aligned, part_rows(module, model.spec), trainable=False))
+        yield module, _update(aligned, part_rows(module, model.spec), trainable=False)
 
 
 # ---------------------------------------------------------------- between pieces and layers

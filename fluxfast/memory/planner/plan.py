@@ -54,7 +54,8 @@ class Request:
     shapes: label -> batch shape, one per bucket. saved_8bit: "none", "u" or "all" of the
     activations may be kept in 8 bits. policy: "auto", or one of POLICIES for all blocks.
     modulation: "auto", "in_place", "ahead" or "host"; optimizer_state: "auto", "device" or "host".
-    preview_pixels: of the largest preview, 0 for none. encodes: whether captions and pictures are
+    preview_pixels: of the largest preview, 0 for none; preview_loras: bytes of the factors of
+    LoRAs that act in a preview alone. encodes: whether captions and pictures are
     encoded on this card first, with FLUX.1's own encoders. accumulation: batches a step. assistant:
     bytes of an assistant LoRA's factors.
     """
@@ -70,6 +71,7 @@ class Request:
     optimizer_state: str = "auto"
     graphs: bool = True
     preview_pixels: int = 0
+    preview_loras: int = 0
     encodes: bool = True
     accumulation: int = 1
     assistant: int = 0
@@ -298,7 +300,8 @@ class _Planner:
             phases["encoding pictures"] = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * pixels
         if request.preview_pixels:
             vae = 2 * VAE_PARAMETERS + VAE_BYTES_A_PIXEL * request.preview_pixels
-            phases["previews"] = always + vae
+            # a pass takes less, even two in a batch: 83 kB a token for the VAE's 524 kB
+            phases["previews"] = always + request.preview_loras + vae
         # graphs keep their pool through it
         graphed = [bucket.bytes for bucket in buckets.values() if bucket.graphed]
         copies = STEP_COPIES.get(request.optimizer, 0) * self.trained["gradients"]

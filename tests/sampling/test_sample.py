@@ -13,22 +13,20 @@ import torch
 from PIL import Image
 
 from fluxfast import load_transformer
-from fluxfast import sampling as sample
-from fluxfast.config.schema import ModelConfig, SampleConfig
+from fluxfast.config.schema import DrawConfig, ModelConfig, SampleConfig
+from fluxfast.encoders.vae import Vae
 from fluxfast.errors import ConfigError, DiskError, FluxfastError
 from fluxfast.formats.lora.apply import save_lora
 from fluxfast.model.lora import inject_lora, lora_layers
 from fluxfast.objective import pack
 from fluxfast.rng import settle_seed
 from fluxfast.run.evaluate import _keep_earlier
-from fluxfast.sampling import (
-    Picture,
-    contact_sheet,
-    noise_for,
-    save_picture,
-    schedule,
-    settings_of,
-)
+from fluxfast.sampling import draw
+from fluxfast.sampling.draw import draw_picture
+from fluxfast.sampling.picture import Picture, pictures_of, save_picture, settings_of
+from fluxfast.sampling.sampler import noise_for, schedule
+from fluxfast.sampling.sheet import contact_sheet
+from fluxfast.tools import generate as module
 from fluxfast.tools.generate import _reserve, generate
 
 CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
@@ -37,6 +35,11 @@ CAT = Picture("a photograph of a cat", 7, 96, 64, 4, 3.5)
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def with_lora_of(picture: Picture, lora: Path, strength: float = 1.0) -> Picture:
+    options = DrawConfig(loras=[{"file": str(lora), "strength": strength}])
+    return replace(picture, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +91,12 @@ def test_picture_is_the_pipelines(nano_model, lora, tmp_path):
     base = theirs()
     pipeline.load_lora_weights(lora)
     with_lora = theirs()
-    files = generate(config, [CAT], tmp_path / "a", [lora], device="cpu")
+    files = generate(config, [with_lora_of(CAT, lora)], tmp_path / "a", device="cpu")
     ours = np.array(Image.open(files[0]))
     assert ours.shape == (64, 96, 3)
     assert psnr(ours, with_lora) >= 40
     plain = generate(config, [CAT], tmp_path / "b", device="cpu")
-    off = generate(config, [CAT], tmp_path / "c", [lora], [0.0], device="cpu")
+    off = generate(config, [with_lora_of(CAT, lora, 0.0)], tmp_path / "c", device="cpu")
     assert psnr(np.array(Image.open(plain[0])), base) >= 40
     assert np.array_equal(np.array(Image.open(plain[0])), np.array(Image.open(off[0])))
     assert psnr(ours, base) < 35
@@ -104,7 +107,7 @@ def test_a_preview_may_have_settings_of_its_own(caplog):
     settings = SampleConfig(
         prompts=["a"], samples=own, width=64, height=64, steps=2, seed=3, walk_seed=True
     )
-    assert sample.pictures_of(settings, ["a", "b", "c"]) == [
+    assert pictures_of(settings) == [
         Picture("a", 3, 64, 64, 2, 4.0),
         Picture("b", 7, 48, 96, 2, 4.0),
         Picture("c", 5, 64, 64, 2, 1.5),
@@ -154,29 +157,24 @@ def test_sizes_off_the_grid_are_refused(nano_model, tmp_path, width, height):
 
 
 @pytest.mark.slow
-def test_nothing_stays_in_memory(nano_model, monkeypatch):
-    """The VAE and every tensor of the sampler are gone after the pictures are made."""
-    alive = []
-    real = sample.Vae
+def test_nothing_stays_in_memory(nano_model, monkeypatch, tmp_path):
+    """The transformer, the VAE and every tensor of the sampler are gone with the pictures."""
+    alive, real = [], module.Vae
 
     class Watched(real):
         def __init__(self, *args):
             super().__init__(*args)
             alive.append(weakref.ref(self._vae))
 
-    monkeypatch.setattr(sample, "Vae", Watched)
-    model = load_transformer(nano_model, "fp32", "fp32", "cpu")
-    model.train()
-    embeddings = [(torch.randn(32, 192), torch.randn(128))]
-    args = (model, [CAT], embeddings, nano_model, torch.device("cpu"))
-    list(sample.draw_pictures(*args))
+    monkeypatch.setattr(module, "Vae", Watched)
+    config = ModelConfig(path=str(nano_model), storage="fp32", compute="fp32")
+    generate(config, [CAT], tmp_path, device="cpu")
     gc.collect()
     before = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
-    list(sample.draw_pictures(*args))
+    generate(config, [CAT], tmp_path, device="cpu")
     gc.collect()
     after = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
-    assert [ref() for ref in alive] == [None, None]
-    assert after <= before and model.training
+    assert [ref() for ref in alive] == [None, None] and after <= before
 
 
 def test_command(nano_model, lora, tmp_path, fluxfast):
@@ -214,12 +212,9 @@ def test_a_name_is_taken_by_one_process(tmp_path, monkeypatch):
 
 
 def test_pictures_that_are_not_finite_are_refused(nano_model, monkeypatch):
-    monkeypatch.setattr(sample, "sample_latents", lambda _, noise, *__: noise * math.nan)
-    drawn = sample.draw_pictures(
-        None, [CAT], [(torch.zeros(1), torch.zeros(1))], nano_model, torch.device("cpu")
-    )
+    monkeypatch.setattr(draw, "sample_latents", lambda _, noise, *__: noise * math.nan)
     with pytest.raises(FluxfastError, match="'a photograph of a cat' is not finite"):
-        list(drawn)
+        draw_picture(None, Vae(nano_model), CAT, [])
 
 
 def test_a_folder_that_takes_no_file_is_reported_first(nano_model, tmp_path):
